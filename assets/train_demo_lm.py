@@ -1,0 +1,221 @@
+"""Train the bundled model, `assets/demo-lm`: a small Llama that completes Python.
+
+    python assets/train_demo_lm.py --work DIR            # train; run it again after a stop, and it goes on
+    python assets/train_demo_lm.py --work DIR --save     # write assets/demo-lm from the last checkpoint
+
+The text is what any machine with Python carries: the standard library's modules of the ``train`` split, the
+interpreter's documentation topics, and the sources of installed packages. The modules that ``python-stdlib``
+holds out for calibration, validation and test are never read, nor is any file that shares many lines with them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import platform
+import random
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lowrank_core.text.stdlib import SPLIT_PERCENT, iter_modules, stdlib_documents
+
+BOS = "<|endoftext|>"
+VOCABULARY = 4096
+CONTEXT = 512
+BATCH, CHUNK = 16, 8  # windows per step, windows per backward pass
+PEAK_LR, FINAL_LR, WARMUP = 2.5e-3, 1e-4, 100
+STDLIB_EPOCHS = 2
+PACKAGES = (
+    *("numpy", "pandas", "networkx", "sympy", "sqlalchemy", "optuna", "streamlit", "huggingface_hub"),
+    *("pip", "setuptools", "torch", "transformers", "pydantic", "rich", "_pytest", "PIL", "narwhals"),
+    *("fsspec", "jinja2", "anyio", "altair", "filelock", "websockets", "click"),
+)
+PACKAGE_CHARACTERS = 2_500_000  # at most so much of one package, so that none dominates
+DUPLICATE_SHARE = 0.2  # of a file's long lines seen in held-out modules: the file is left out
+
+
+def long_lines(text: str) -> set[str]:
+    return {line for line in map(str.strip, text.splitlines()) if len(line) >= 40}
+
+
+def package_documents(held_out: set[str], generator: random.Random) -> Iterator[str]:
+    """Yield sources of the installed packages, without near copies of held-out modules."""
+    for package in PACKAGES:
+        folder = Path(sysconfig.get_path("purelib"), package)
+        if not folder.is_dir():
+            sys.exit(f"train_demo_lm: package {package} is not installed in {folder.parent}")
+        sources = [text for _, text in iter_modules(folder)]
+        generator.shuffle(sources)
+        taken = 0
+        for text in sources:
+            lines = long_lines(text)
+            if len(lines & held_out) > DUPLICATE_SHARE * len(lines) or len(text) > 400_000:
+                continue
+            if taken + len(text) > PACKAGE_CHARACTERS:
+                break
+            taken += len(text)
+            yield text
+
+
+def corpus(seed: int) -> tuple[list[str], dict[str, int]]:
+    """Return the training documents in a seeded order, and characters by origin."""
+    generator = random.Random(seed)
+    held_out = set().union(*(long_lines(text) for split in SPLIT_PERCENT for text in stdlib_documents(split)))
+    library = list(stdlib_documents("train"))
+    documentation = [topics[name] for name in sorted(topics)]
+    packages = list(package_documents(held_out, generator))
+    documents = STDLIB_EPOCHS * (library + documentation) + packages
+    generator.shuffle(documents)
+    sizes = {"standard library": library, "documentation topics": documentation, "packages": packages}
+    return documents, {name: sum(map(len, texts)) for name, texts in sizes.items()}
+
+
+def train_tokenizer(documents: list[str]) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE that begins every text with BOS, as Llama's does."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[BOS], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=BOS, eos_token=BOS, model_max_length=CONTEXT, clean_up_tokenization_spaces=False
+    )
+
+
+def prepare(work: Path, seed: int) -> None:
+    """Write the tokenizer and the token stream under ``work``."""
+    documents, characters = corpus(seed)
+    tokenizer = train_tokenizer(documents)
+    ids = tokenizer(documents)["input_ids"]  # each document begins with BOS
+    stream = np.fromiter((token for document in ids for token in document), dtype=np.uint16)
+    tokenizer.save_pretrained(work / "tokenizer")
+    np.save(work / "tokens.npy", stream)
+    record = {"characters": characters, "stream_tokens": len(stream), "python": platform.python_version(), "packages": PACKAGES}
+    (work / "corpus.json").write_text(json.dumps(record, indent=1))
+    print(record, flush=True)
+
+
+def batches(stream: np.ndarray, steps: int, seed: int) -> torch.Tensor:
+    """Return (steps·BATCH, CONTEXT) token windows: BOS, then CONTEXT-1 consecutive tokens, in a seeded order."""
+    body = CONTEXT - 1
+    count = len(stream) // body
+    generator = np.random.default_rng(seed)
+    order = np.concatenate([generator.permutation(count) for _ in range(math.ceil(steps * BATCH / count))])[: steps * BATCH]
+    windows = stream[: count * body].reshape(count, body)[order].astype(np.int64)
+    return torch.from_numpy(np.concatenate([np.zeros((len(windows), 1), np.int64), windows], axis=1))
+
+
+def build_model(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=8,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def learning_rate(step: int, steps: int) -> float:
+    if step < WARMUP:
+        return PEAK_LR * (step + 1) / WARMUP
+    progress = (step - WARMUP) / max(1, steps - WARMUP)
+    return FINAL_LR + (PEAK_LR - FINAL_LR) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def train(work: Path, steps: int, seed: int, compiled: bool) -> None:
+    """Train to ``steps``, from the last checkpoint if there is one; a line of losses.jsonl per step."""
+    windows = batches(np.load(work / "tokens.npy"), steps, seed)
+    model = build_model(seed)
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+    checkpoint = work / "checkpoint.pt"
+    first = 0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        first = state["step"]
+
+    def loss_of(ids: torch.Tensor) -> torch.Tensor:
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model.lm_head(hidden[:, :-1])
+        return torch.nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
+
+    loss_fn = torch.compile(loss_of) if compiled else loss_of
+    with (work / "losses.jsonl").open("a") as log:
+        for step in range(first, steps):
+            began = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, steps)
+            total = 0.0
+            for ids in windows[step * BATCH : (step + 1) * BATCH].split(CHUNK):
+                loss = loss_fn(ids) * (len(ids) / BATCH)
+                loss.backward()
+                total += loss.item()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            log.write(json.dumps({"step": step + 1, "loss": total, "seconds": time.perf_counter() - began}) + "\n")
+            log.flush()
+            if (step + 1) % 50 == 0 or step + 1 == steps:
+                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}
+                torch.save(state, checkpoint.with_suffix(".tmp"))
+                checkpoint.with_suffix(".tmp").replace(checkpoint)
+                print(step + 1, round(total, 4), flush=True)
+
+
+def save(work: Path, folder: Path) -> None:
+    """Write the last checkpoint as a bf16 checkpoint of transformers, with its tokenizer and its losses."""
+    state = torch.load(work / "checkpoint.pt", weights_only=True)
+    model = build_model(seed=0)
+    model.load_state_dict(state["model"])
+    model.generation_config.max_length = CONTEXT
+    model.to(torch.bfloat16).save_pretrained(folder)
+    PreTrainedTokenizerFast.from_pretrained(work / "tokenizer").save_pretrained(folder)
+    print(f"wrote {folder} after {state['step']} steps")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder for tokens, checkpoints and losses")
+    parser.add_argument("--steps", type=int, default=2000, help=f"optimiser steps of {BATCH * CONTEXT} tokens")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler; about 10%% faster)")
+    parser.add_argument("--save", action="store_true", help="write assets/demo-lm from the last checkpoint instead of training")
+    arguments = parser.parse_args()
+    if arguments.save:
+        save(arguments.work, Path(__file__).resolve().parent / "demo-lm")
+        return
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    if not (arguments.work / "tokens.npy").exists():
+        prepare(arguments.work, arguments.seed)
+    train(arguments.work, arguments.steps, arguments.seed, arguments.compile)
+
+
+if __name__ == "__main__":
+    main()

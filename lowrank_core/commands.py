@@ -1,0 +1,242 @@
+"""What each command of ``lowrank`` does: stages in a row, and a result as a mapping with a ``text`` for people."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from lowrank_core import benchmarks
+from lowrank_core.accounting import MatrixShape
+from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks, read_ranks
+from lowrank_core.analysis import spectra_of
+from lowrank_core.bases import factorize, priced_shapes
+from lowrank_core.calibration import LayerStatistics, cached_statistics
+from lowrank_core.compression import compress
+from lowrank_core.config import CalibrationConfig, CompressRequest, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.errors import BudgetError, ConfigError
+from lowrank_core.evaluation import evaluate
+from lowrank_core.export import check_free, export
+from lowrank_core.models import ModelHandle, describe, load_model
+from lowrank_core.runs import Run, create_run, home, open_run
+from lowrank_core.search.records import TrialRecord, best_trial, read_trials
+from lowrank_core.search.requests import complete_trial, export_trial
+from lowrank_core.search.space import value_layers
+from lowrank_core.search.worker import run_worker
+from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
+from lowrank_core.text import load_windows
+
+__all__ = ["analyze", "benchmark", "compress_to", "evaluate_on", "export_from", "search_in", "work"]
+
+Result = dict[str, object]
+
+
+def _progress(label: str) -> Callable[[int, int], None]:
+    """Return a callback that keeps one line on a terminal, and is silent elsewhere."""
+
+    def show(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            end = "\n" if done >= total else ""
+            print(f"\r{label} {done}/{total}", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _calibrated(source: ModelSource, text: TextConfig) -> tuple[ModelHandle, LayerStatistics]:
+    handle = load_model(source)
+    windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
+    store = home() / "statistics"
+    statistics, _ = cached_statistics(handle, windows, CalibrationConfig(), store, progress=_progress("Calibrating"))
+    for warning in statistics.warnings():
+        print(f"warning: {warning}", file=sys.stderr)
+    return handle, statistics
+
+
+def _spectrum_row(spectrum: LayerSpectrum) -> Result:
+    shape, weight, feature = spectrum.shape, spectrum.weight_energy, spectrum.feature_eigenvalues
+    return {
+        "name": shape.name,
+        "kind": shape.kind,
+        "depth": shape.depth,
+        "d_out": shape.d_out,
+        "d_in": shape.d_in,
+        "break_even_rank": shape.break_even_rank,
+        "weight_effective_rank": effective_rank(weight),
+        "feature_effective_rank": effective_rank(feature),
+        "weight_stable_rank": stable_rank(weight),
+        "feature_stable_rank": stable_rank(feature),
+        "feature_participation_ratio": participation_ratio(feature),
+        "feature_rank_for_90_percent": rank_for_energy(feature, 0.90),
+        "feature_rank_for_99_percent": rank_for_energy(feature, 0.99),
+        "weight_rank_for_90_percent": rank_for_energy(weight, 0.90),
+        "weight_rank_for_99_percent": rank_for_energy(weight, 0.99),
+    }
+
+
+def analyze(source: ModelSource, text: TextConfig) -> Result:
+    """Calibrate, and return the figures of every compressible layer."""
+    handle, statistics = _calibrated(source, text)
+    spectra = spectra_of(handle, statistics, progress=_progress("Spectra"))
+    rows = [_spectrum_row(spectrum) for spectrum in spectra]
+    lines = [f"{'layer':42} {'shape':>12} {'break-even':>10} {'eff. rank W':>12} {'eff. rank y':>12} {'90 % of y':>10} {'99 % of y':>10}"]
+    for spectrum, row in zip(spectra, rows, strict=True):
+        lines.append(
+            f"{spectrum.shape.name:42} {f'{spectrum.shape.d_out} x {spectrum.shape.d_in}':>12} {row['break_even_rank']:>10} "
+            f"{row['weight_effective_rank']:>12.1f} {row['feature_effective_rank']:>12.1f} "
+            f"{row['feature_rank_for_90_percent']:>10} {row['feature_rank_for_99_percent']:>10}"
+        )
+    summary = describe(handle)
+    del summary["layers"]
+    figures = statistics.describe(spectra, handle.layers)
+    return {"model": summary, "layers": rows, "calibration": figures, "warnings": list(statistics.warnings()), "text": "\n".join(lines)}
+
+
+def _allocation(request: CompressRequest, shapes: Sequence[MatrixShape]) -> RankAllocation:
+    ratio = request.compression_ratio
+    if request.ranks is None:
+        assert ratio is not None
+        keep = value_layers(shapes) if request.compression.value_dense else ()
+        return allocate(request.allocation, shapes, ratio, keep_dense=keep)
+    found = allocation_from_ranks("manual", shapes, read_ranks(request.ranks))
+    if ratio is not None and found.compression_ratio < ratio:
+        raise BudgetError(
+            f"the ranks of {request.ranks} remove {found.compression_ratio:.4f} of the parameters, "
+            f"less than the ratio {ratio:g} asked for. "
+            "Lower some ranks, or leave --compression-ratio out."
+        )
+    return found
+
+
+def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
+    """Calibrate, factorise, allocate, compress and write."""
+    began = time.perf_counter()
+    check_free(request.out)
+    if request.ranks is not None:
+        read_ranks(request.ranks)  # a bad file is told before minutes of calibration
+    handle, statistics = _calibrated(source, text)
+    allocation = _allocation(request, priced_shapes(handle, request.compression.basis))
+    bases = factorize(handle, statistics, request.compression.basis, progress=_progress("Factorising"))
+    model = compress(handle, bases, allocation)
+    provenance = {"basis": request.compression.basis, "allocation": allocation.allocator, "text": text.reference, "seed": text.seed}
+    export(model, request.out, provenance=provenance)
+    report = model.report
+    result = {
+        "out": str(request.out),
+        "basis": request.compression.basis,
+        "allocation": allocation.allocator,
+        "compression_ratio": report.compression_ratio,
+        "model_compression_ratio": report.model_compression_ratio,
+        "parameters_before": report.parameters_before,
+        "parameters_after": report.parameters_after,
+        "compressible_parameters_before": report.linear_parameters_before,
+        "compressible_parameters_after": report.linear_parameters_after,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "ranks": dict(report.ranks),
+        "warnings": list(statistics.warnings()),
+        "seconds": time.perf_counter() - began,
+    }
+    result["text"] = (
+        f"Wrote {request.out}: {report.compression_ratio:.1%} of the compressible linears' parameters removed "
+        f"({report.linear_parameters_before:,} to {report.linear_parameters_after:,}), "
+        f"{report.model_compression_ratio:.1%} of the whole model."
+    )
+    return result
+
+
+def evaluate_on(source: ModelSource, text: TextConfig, split: str, count: int | None, against: str | None) -> Result:
+    """Measure a model on one split of a text; ``all`` takes every window unless a count is given."""
+    handle = load_model(source)
+    dense = load_model(ModelSource(against, source.device, source.dtype)) if against is not None else None
+    if count is None and split != "all":
+        count = text.test_windows
+    windows = load_windows(text, handle.tokenizer, split, count=count)
+    report = evaluate(handle, windows, against=dense, progress=_progress("Evaluating"))
+    low, high = report.perplexity_interval
+    lines = [f"perplexity {report.perplexity:.3f}  (95 % interval {low:.3f} to {high:.3f})", report.protocol]
+    if report.kl is not None and report.top1_agreement is not None:
+        lines.insert(
+            1, f"dense      {report.dense_perplexity:.3f}; KL {report.kl:.4f} nats per token, top-1 agreement {report.top1_agreement:.1%}"
+        )
+    return {**report.to_mapping(), "model": source.reference, "text": "\n".join(lines)}
+
+
+def _trial_figures(trial: TrialRecord) -> Result:
+    return {"trial": trial.number, "label": trial.label, "value": trial.value, "kl": trial.kl, "perplexity": trial.perplexity}
+
+
+def search_in(source: ModelSource, text: TextConfig, config: SearchConfig, folder: Path) -> Result:
+    """Make a run in ``folder``, work through it here, and export its best trial."""
+    run = create_run(RunConfig(model=source, text=text, search=config), path=folder)
+    session, bench = run_worker(run)
+    assert bench is not None
+    trials = read_trials(run)
+    best = best_trial(trials)
+    if best is None:
+        raise ConfigError(
+            f"the search in {run.path} was stopped before a trial was complete. Go on with `lowrank worker --run {run.path}`."
+        )
+    path = export_trial(run, session, bench, best.number)
+    baselines = {trial.label: _trial_figures(trial) for trial in trials if trial.label != "sampled"}
+    complete = sum(trial.state == "complete" for trial in trials)
+    lines = [f"{name}: {config.objective} {figures['value']:.5f}" for name, figures in baselines.items()]
+    lines.append(f"best of {complete} trials: trial {best.number} ({best.label}), {config.objective} {best.value:.5f}, on validation text")
+    lines.append(f"exported to {path}")
+    return {
+        **_trial_figures(best),
+        "objective": config.objective,
+        "compression_ratio": best.compression_ratio,
+        "ranks": dict(best.ranks),
+        "export": path,
+        "run": str(run.path),
+        "trials": complete,
+        "baselines": baselines,
+        "text": "\n".join(lines),
+    }
+
+
+def work(folder: Path, warm_seconds: float) -> Result:
+    """Do what is left to do in a run."""
+    run = open_run(folder)
+    run_worker(run, warm_seconds=warm_seconds)
+    complete = sum(trial.state == "complete" for trial in read_trials(run))
+    state = run.status().state
+    return {"run": str(run.path), "state": state, "trials": complete, "text": f"{run.path}: {state}, {complete} trials complete"}
+
+
+def _trial_number(trial: str) -> int | None:
+    if trial == "best":
+        return None
+    if not trial.isdigit():
+        raise ConfigError(f"--trial must be `best` or a number, got {trial!r}.")
+    return int(trial)
+
+
+def export_from(folder: Path, trial: str, out: Path) -> Result:
+    """Write the compressed model of a trial; a worker may be busy with the run meanwhile."""
+    run: Run = open_run(folder)
+    check_free(out)
+    search = run.config.search
+    if search is None:
+        raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
+    record = complete_trial(run, _trial_number(trial))
+    handle, statistics = _calibrated(run.config.model, run.config.text)
+    bases = factorize(handle, statistics, search.compression.basis, progress=_progress("Factorising"))
+    allocation = allocation_from_ranks(f"trial {record.number}", priced_shapes(handle, search.compression.basis), record.ranks)
+    model = compress(handle, bases, allocation)
+    export(model, out, provenance={"run": run.id, "basis": search.compression.basis, "allocation": allocation.allocator})
+    return {
+        "out": str(out),
+        "trial": record.number,
+        "compression_ratio": model.report.compression_ratio,
+        "model_compression_ratio": model.report.model_compression_ratio,
+        "ranks": dict(allocation.ranks),
+        "text": f"Wrote trial {record.number} to {out}: {model.report.compression_ratio:.1%} of the linears' parameters removed.",
+    }
+
+
+def benchmark(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int) -> Result:
+    """Measure uniform, lord_manual and the search's best on test text."""
+    rows = benchmarks.allocation_table(source, text, ratios, seeds=seeds, trials=trials)
+    return {"rows": [row.to_mapping() for row in rows], "text": benchmarks.as_markdown(rows)}

@@ -1,0 +1,243 @@
+"""What the user chose, as frozen values that check themselves and turn into JSON and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from lowrank_core.errors import ConfigError
+
+__all__ = [
+    "CalibrationConfig",
+    "CompressRequest",
+    "CompressionConfig",
+    "ModelSource",
+    "RunConfig",
+    "SearchConfig",
+    "TextConfig",
+    "check_ratio",
+    "from_mapping",
+    "to_mapping",
+]
+
+OBJECTIVES = ("kl", "perplexity", "bolaco")
+SAMPLERS = ("gp", "random")
+SPACES = ("5x1",)
+BOS_RULES = ("auto", "window", "none")
+GROUP_WEIGHTS = ("equal", "dof")
+
+T = TypeVar("T")
+
+
+def check_ratio(compression_ratio: float) -> float:
+    """Return ``compression_ratio`` if it is a fraction to remove, in (0, 1).
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 0 < compression_ratio < 1:
+        hint = "; 0 would remove nothing" if compression_ratio == 0 else ""
+        raise ConfigError(
+            f"compression ratio must lie between 0 and 1 (the fraction of parameters removed), got {compression_ratio:g}{hint}. Try 0.2."
+        )
+    return compression_ratio
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def _check_at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{name.replace('_', ' ')} must be at least {least}, got {value}.")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a causal language model comes from, and how to hold it.
+
+    Attributes:
+        reference: ``demo`` (the bundled model), a local folder, or a hub id.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``auto`` (float32 on a CPU, the checkpoint's own on an accelerator), ``float32`` or ``bfloat16``.
+    """
+
+    reference: str = "demo"
+    device: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.reference.strip():
+            raise ConfigError("model: give `demo`, a local folder, or a hub id.")
+        _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """Which text, and how it is cut into windows.
+
+    Attributes:
+        reference: ``python-stdlib``, ``file:PATH``, ``wikitext-2``, ``c4``, ``ptb``, or ``NAME:FOLDER`` for a local copy of those.
+        context: tokens in a window, BOS included.
+        calibration_windows: windows that the statistics are measured on, drawn at random with ``seed``.
+        validation_windows: windows that a search sees in each trial, evenly spaced over the split.
+        test_windows: windows that final figures are measured on, evenly spaced over the split.
+        bos: ``window`` puts BOS first in every window, ``none`` nowhere, ``auto`` does as the tokenizer does.
+        seed: of the draw of calibration windows.
+    """
+
+    reference: str = "python-stdlib"
+    context: int = 256
+    calibration_windows: int = 256
+    validation_windows: int = 24
+    test_windows: int = 128
+    bos: str = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.reference.strip():
+            raise ConfigError("text: give `python-stdlib`, `file:PATH`, `wikitext-2`, `c4` or `ptb`.")
+        _check_at_least(2, context=self.context)
+        _check_at_least(
+            1,
+            calibration_windows=self.calibration_windows,
+            validation_windows=self.validation_windows,
+            test_windows=self.test_windows,
+        )
+        _check_choice("bos", self.bos, BOS_RULES)
+
+
+@dataclass(frozen=True)
+class CalibrationConfig:
+    """How feature statistics are pooled (Bolaco, Eq. 4).
+
+    Attributes:
+        group_size: consecutive windows in a group of the pooled covariance; a remainder forms its own group.
+        group_weights: ``equal`` (the paper) or ``dof`` (by degrees of freedom).
+        batch_size: windows in a forward pass; changes speed and memory, not results.
+    """
+
+    group_size: int = 32
+    group_weights: str = "equal"
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        _check_at_least(1, group_size=self.group_size, batch_size=self.batch_size)
+        _check_choice("group weights", self.group_weights, GROUP_WEIGHTS)
+
+
+@dataclass(frozen=True)
+class CompressionConfig:
+    """How a matrix is factorised and stored.
+
+    Attributes:
+        basis: name in ``lowrank_core.bases.BASES``.
+        storage: name in ``lowrank_core.accounting.STORAGES``.
+        value_dense: keep value projections as they are, as the paper does.
+    """
+
+    basis: str = "pooled_feature"
+    storage: str = "factored"
+    value_dense: bool = True
+
+
+@dataclass(frozen=True)
+class CompressRequest:
+    """What `lowrank compress` was asked for: a ratio and an allocator, or a file of ranks."""
+
+    compression_ratio: float | None
+    compression: CompressionConfig
+    allocation: str
+    ranks: str | None
+    out: Path
+
+    def __post_init__(self) -> None:
+        if self.compression_ratio is None and self.ranks is None:
+            raise ConfigError("compress: give --compression-ratio, or --ranks FILE.")
+        if self.compression_ratio is not None:
+            check_ratio(self.compression_ratio)
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """A search for the allocation that loses least at a given compression ratio.
+
+    Attributes:
+        compression_ratio: fraction of the compressible linears' parameters to remove.
+        space: ``5x1``, a kept ratio for each module type (q and k together), shared by depth.
+        sampler: ``gp`` (the paper's Gaussian process) or ``random``.
+        objective: ``kl`` (to the dense model, nats per token), ``perplexity``, or ``bolaco`` (PPL + 1e-3·summed reverse KL).
+        trials: how many, baselines included.
+        startup_trials: quasi-random points before the Gaussian process takes over (the paper: 3 initial points).
+        seed: of the sampler.
+    """
+
+    compression_ratio: float = 0.2
+    space: str = "5x1"
+    sampler: str = "gp"
+    objective: str = "kl"
+    trials: int = 30
+    startup_trials: int = 5
+    seed: int = 0
+    compression: CompressionConfig = field(default_factory=CompressionConfig)
+
+    def __post_init__(self) -> None:
+        check_ratio(self.compression_ratio)
+        _check_at_least(1, trials=self.trials, startup_trials=self.startup_trials)
+        _check_choice("space", self.space, SPACES)
+        _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("objective", self.objective, OBJECTIVES)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a worker needs to repeat a run; ``search`` is None for a run that only analyses."""
+
+    model: ModelSource = field(default_factory=ModelSource)
+    text: TextConfig = field(default_factory=TextConfig)
+    calibration: CalibrationConfig = field(default_factory=CalibrationConfig)
+    search: SearchConfig | None = None
+
+
+def to_mapping(value: object) -> dict[str, object]:
+    """Return a dataclass as a JSON-ready mapping."""
+    return dataclasses.asdict(value)  # type: ignore[call-overload, no-any-return]
+
+
+def from_mapping(kind: type[T], mapping: Mapping[str, object]) -> T:
+    """Build the dataclass ``kind`` from JSON, nested dataclasses included.
+
+    Raises:
+        ConfigError: an unknown key, or a value of the wrong type.
+    """
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{kind.__name__}: expected an object, got {type(mapping).__name__}.")
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(mapping) - set(hints))
+    if unknown:
+        raise ConfigError(f"{kind.__name__}: unknown {', '.join(unknown)}; it knows {', '.join(hints)}.")
+    try:
+        return kind(**{name: _decode(hints[name], value) for name, value in mapping.items()})
+    except TypeError as error:
+        raise ConfigError(f"{kind.__name__}: {error}") from error
+
+
+def _decode(hint: object, value: object) -> object:
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_mapping(hint, value)  # type: ignore[arg-type]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and not isinstance(value, hint):
+        raise ConfigError(f"expected {hint.__name__}, got {value!r}.")
+    return value

@@ -1,0 +1,55 @@
+"""Writing the smaller model: a folder that ``from_pretrained`` and every command of ours read."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+
+from lowrank_core.compression import CompressedModel
+from lowrank_core.errors import RunError
+from lowrank_core.models.hf import mark_compressed
+
+__all__ = ["check_free", "export"]
+
+
+def check_free(folder: Path) -> None:
+    """Raise unless ``folder`` can become an export.
+
+    Raises:
+        RunError: it holds something already, or its parent can't be written.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunError(f"{folder} is not empty. Give a new folder with --out.")
+
+
+def export(model: CompressedModel, folder: Path, *, provenance: Mapping[str, object]) -> None:
+    """Write model, tokenizer and ``lowrank.json`` (counts, ranks, how it was made): whole, or not at all.
+
+    Raises:
+        RunError: the folder is taken, or the disk is full or read-only.
+    """
+    folder = folder.absolute()
+    check_free(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    report = asdict(model.report) | {
+        "compression_ratio": model.report.compression_ratio,
+        "model_compression_ratio": model.report.model_compression_ratio,
+    }
+    try:
+        temporary.mkdir(parents=True)
+        mark_compressed(model.handle.module, provenance)
+        model.handle.module.save_pretrained(temporary)
+        model.handle.tokenizer.save_pretrained(temporary)
+        manifest = {"made_from": model.handle.reference, **provenance, **report}
+        (temporary / "lowrank.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
+    except OSError as error:
+        raise RunError(f"can't write {folder}: {error.strerror or error}. Free some space, or give another folder.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,106 @@
+"""Starting, stopping and asking a worker, from a process that never imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from lowrank_core.errors import RunError
+from lowrank_core.runs import Run, RunStatus, read_json, write_json
+
+__all__ = ["ask", "pending_requests", "request_stop", "result_of", "start_worker", "terminate"]
+
+WARM_SECONDS = 300
+"""How long a worker without work keeps its model, to answer the next request at once."""
+
+
+def start_worker(run: Run) -> None:
+    """Start a detached worker for ``run``, or let the one that holds it go on. Also resumes a stopped or interrupted run.
+
+    The worker outlives the caller: closing the page or the dashboard stops nothing.
+
+    Raises:
+        RunError: the run is a recorded one, or the process can't be started.
+    """
+    if run.recorded:
+        raise RunError("this run is a recording that ships with the package; start a run of your own to go on.")
+    run.pause_marker.unlink(missing_ok=True)
+    _launch(run)
+
+
+def _launch(run: Run) -> None:
+    if run.worker_alive():
+        return
+    run.write_status(RunStatus(state="queued", stage="Starting the worker"))
+    package_root = str(Path(__file__).resolve().parents[1])
+    environment = dict(os.environ)
+    # The dashboard may run from a checkout that is not installed: the worker must find the same package.
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
+    environment["PYTHONUNBUFFERED"] = "1"
+    try:
+        with (run.path / "worker.log").open("ab") as log:
+            subprocess.Popen(
+                [sys.executable, "-m", "lowrank_core", "worker", "--run", str(run.path), "--warm", str(WARM_SECONDS)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
+                cwd=run.path,
+            )
+    except OSError as error:
+        raise RunError(f"the worker could not be started: {error}.") from error
+
+
+def request_stop(run: Run) -> None:
+    """Ask the worker to stop after the step in hand; what is complete stays, and the worker still answers requests."""
+    run.pause_marker.touch()
+
+
+def terminate(run: Run) -> None:
+    """End the worker's process at once; the trial in flight is lost, nothing else."""
+    status = run.status()
+    if status.pid is not None and run.worker_alive():
+        with contextlib.suppress(psutil.Error):
+            psutil.Process(status.pid).kill()
+
+
+def ask(run: Run, kind: str, **arguments: object) -> str:
+    """Leave a request for the worker and return its id; a worker is started if none holds the run.
+
+    A search that was stopped or interrupted stays so: the worker only answers.
+
+    Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, seed), ``export`` (trial).
+
+    Raises:
+        RunError: as ``start_worker``.
+    """
+    if run.recorded:
+        raise RunError("this run is a recording that ships with the package; start a search of your own to measure and export.")
+    if not run.worker_alive() and run.status().state in ("interrupted", "failed"):
+        run.pause_marker.touch()
+    request = f"{time.time_ns()}-{secrets.token_hex(2)}"
+    write_json(run.path / "requests" / f"{request}.json", {"id": request, "kind": kind, "arguments": arguments})
+    _launch(run)
+    return request
+
+
+def pending_requests(run: Run) -> list[dict[str, object]]:
+    """Return the requests without an answer, the oldest first."""
+    folder = run.path / "requests"
+    if not folder.is_dir():
+        return []
+    waiting = [path for path in sorted(folder.glob("[0-9]*.json")) if not (run.path / "results" / path.name).exists()]
+    return [body for path in waiting if (body := read_json(path)) is not None]
+
+
+def result_of(run: Run, request: str) -> dict[str, object] | None:
+    """Return the answer to ``request``: ``{"ok": true, …}`` or ``{"ok": false, "error": …}``; None while it is worked on."""
+    return read_json(run.path / "results" / f"{request}.json")

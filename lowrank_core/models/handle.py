@@ -1,0 +1,205 @@
+"""A loaded model and the linear layers in it that may be compressed."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from lowrank_core.accounting import MatrixShape
+from lowrank_core.errors import ModelError
+from lowrank_core.models.lowrank_linear import LowRankLinear
+
+__all__ = ["LayerSpec", "ModelHandle", "bias_of", "describe", "find_layers", "weight_of"]
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return W (d_out, d_in) of a linear module; GPT-2's ``Conv1D`` stores it transposed."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def bias_of(module: nn.Module) -> Tensor | None:
+    """Return b (d_out,) of a linear module, or None."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """A compressible layer: its matrix, and the layer that stands for everyone who reads the same input."""
+
+    shape: MatrixShape
+    input_group: str
+
+    @property
+    def name(self) -> str:
+        return self.shape.name
+
+
+@dataclass(frozen=True)
+class ModelHandle:
+    """A model, its tokenizer and its compressible layers. Nobody edits the module through a handle.
+
+    Attributes:
+        reference: what the user called it.
+        module: the causal language model, in eval mode.
+        tokenizer: its tokenizer.
+        layers: compressible layers in the order of the model.
+    """
+
+    reference: str
+    module: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = next(self.module.parameters()).device
+        return device
+
+    @property
+    def shapes(self) -> tuple[MatrixShape, ...]:
+        return tuple(layer.shape for layer in self.layers)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over names, dtypes and contents of all weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.module.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the whole model, tied ones once."""
+        return sum(p.numel() for p in self.module.parameters())
+
+    @property
+    def linear_parameters(self) -> int:
+        """Parameters of the blocks' linear maps, dense and low-rank: what ``compression ratio`` counts."""
+        return sum(p.numel() for _, _, linear in _linears(self.module) for p in linear.parameters())
+
+    @property
+    def bytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+
+    @property
+    def max_context(self) -> int | None:
+        """Positions that the model was made for, or None if its config does not say."""
+        value = getattr(self.module.config, "max_position_embeddings", None)
+        return int(value) if value else None
+
+
+def _blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
+    """Return the longest list of blocks: the decoder's layers."""
+    lists = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
+    if not lists:
+        raise ModelError("the model has no list of decoder blocks; only decoder-only transformers can be analysed.")
+    return max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+
+
+def _linears(module: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
+    """Yield (depth, path within the block, module) of each linear map in the blocks, dense or low-rank, untied."""
+    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
+    for depth, block in enumerate(_blocks(module)[1]):
+        for path, child in block.named_modules():
+            if isinstance(child, nn.Linear | Conv1D | LowRankLinear) and all(uses[id(p)] == 1 for p in child.parameters()):
+                yield depth, path, child
+
+
+def _kind(path: str, paths: list[str]) -> str:
+    """Return the shortest dotted ending of ``path`` that no other path of its block has."""
+    parts = path.split(".")
+    for length in range(1, len(parts) + 1):
+        ending = ".".join(parts[-length:])
+        if sum(other == ending or other.endswith("." + ending) for other in paths) == 1:
+            return ending
+    return path
+
+
+def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
+    """Return the dense linear layers of the decoder blocks, with the input that each reads.
+
+    Which layers share an input is seen, not guessed: a forward pass over two tokens tells by the identity of the tensors.
+    Layers that it does not reach (experts that are not routed to) are left out, and so are tied weights.
+
+    Raises:
+        ModelError: no compressible layer is left.
+    """
+    prefix, _ = _blocks(module)
+    found = [(depth, path, child) for depth, path, child in _linears(module) if not isinstance(child, LowRankLinear)]
+    readers = _input_readers(module, [child for _, _, child in found])
+    paths: dict[int, list[str]] = {}
+    for depth, path, _ in found:
+        paths.setdefault(depth, []).append(path)
+    groups: dict[int, str] = {}
+    layers = []
+    for depth, path, child in found:
+        if id(child) not in readers:
+            continue
+        name = f"{prefix}.{depth}.{path}"
+        group = groups.setdefault(readers[id(child)], name)
+        d_out, d_in = weight_of(child).shape
+        shape = MatrixShape(name, _kind(path, paths[depth]), depth, d_out, d_in, bias_of(child) is not None)
+        layers.append(LayerSpec(shape, group))
+    return tuple(layers)
+
+
+def _input_readers(module: PreTrainedModel, linears: list[nn.Module]) -> dict[int, int]:
+    """Return id of a linear module -> id of the tensor that it reads in a pass over two tokens."""
+    inputs: dict[int, Tensor] = {}  # keeps the tensors alive, so that their ids stay distinct
+
+    def hook(child: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[id(child)] = arguments[0]
+
+    handles = [child.register_forward_pre_hook(hook) for child in linears]
+    try:
+        with torch.no_grad():
+            module(input_ids=torch.tensor([[0, 1]], device=module.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {child: id(tensor) for child, tensor in inputs.items()}
+
+
+def describe(handle: ModelHandle) -> dict[str, object]:
+    """Return what the model is made of, ready for JSON."""
+    config = handle.module.config
+    return {
+        "reference": handle.reference,
+        "architecture": type(handle.module).__name__,
+        "fingerprint": handle.fingerprint,
+        "dtype": str(handle.module.dtype).removeprefix("torch."),
+        "device": str(handle.device),
+        "parameters": handle.parameters,
+        "compressible_parameters": handle.linear_parameters,
+        "bytes": handle.bytes,
+        "vocabulary": int(config.vocab_size),
+        "max_context": handle.max_context,
+        "blocks": len(_blocks(handle.module)[1]),
+        "hidden": int(config.hidden_size),
+        "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
+        "layers": [
+            {
+                "name": layer.name,
+                "kind": layer.shape.kind,
+                "depth": layer.shape.depth,
+                "d_out": layer.shape.d_out,
+                "d_in": layer.shape.d_in,
+                "bias": layer.shape.bias,
+                "parameters": layer.shape.dense_parameters,
+                "input_group": layer.input_group,
+            }
+            for layer in handle.layers
+        ],
+    }

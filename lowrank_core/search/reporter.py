@@ -1,0 +1,95 @@
+"""What a worker says of itself: stage, progress, ETA, heartbeat; and how it hears a stop request."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from lowrank_core.errors import Cancelled
+from lowrank_core.runs import Run, RunStatus, process_started
+
+__all__ = ["Reporter"]
+
+_WRITE_SECONDS = 0.5  # progress is written at most this often
+_HEARTBEAT_SECONDS = 2.0
+
+
+class Reporter:
+    """Writes status.json for one worker, from its work and from a heartbeat thread."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._timings: dict[str, float] = {}
+        self._serving = run.pause_marker.exists()  # started only to answer requests: the old stop is not for us
+        pid = os.getpid()
+        self._status = RunStatus(state="running", stage="Starting", pid=pid, pid_started=process_started(pid))
+        self._written = 0.0
+        self._write()
+        self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def _beat(self) -> None:
+        while not self._done.wait(_HEARTBEAT_SECONDS):
+            self._write()
+
+    def _write(self) -> None:
+        with self._lock:
+            self._run.write_status(replace(self._status, timings=dict(self._timings)))
+            self._written = time.monotonic()
+
+    def say(self, **changes: object) -> None:
+        """Change fields of the status, and write it."""
+        with self._lock:
+            self._status = replace(self._status, **changes)  # type: ignore[arg-type]
+        self._write()
+
+    @property
+    def paused(self) -> bool:
+        """Whether trials are not wanted now."""
+        return self._run.pause_marker.exists()
+
+    def serve(self) -> None:
+        """From now on only requests are answered: a stop that is standing does not concern them."""
+        self._serving = True
+
+    def check_stop(self) -> None:
+        """Raise ``Cancelled`` if a user asked to stop since this worker started."""
+        if not self.paused:
+            self._serving = False
+        elif not self._serving:
+            raise Cancelled
+
+    @contextmanager
+    def stage(self, name: str, total: int = 0) -> Iterator[Callable[[int, int], None]]:
+        """Announce a stage and yield its progress callback; its time is recorded, and a line goes to the log."""
+        self.check_stop()
+        began = time.perf_counter()
+        self.say(state="running", stage=name, done=0, total=total, eta_seconds=None)
+        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+
+        def progress(done: int, total: int) -> None:
+            self.check_stop()
+            elapsed = time.perf_counter() - began
+            eta = elapsed / done * (total - done) if done else None
+            with self._lock:
+                self._status = replace(self._status, done=done, total=total, eta_seconds=eta)
+            if time.monotonic() - self._written > _WRITE_SECONDS:
+                self._write()
+
+        yield progress
+        self._timings[name] = time.perf_counter() - began
+        self._run.add_event("stage", name=name, seconds=self._timings[name])
+
+    def close(self, state: str, message: str = "") -> None:
+        """Write the last word."""
+        self._done.set()
+        self._thread.join()
+        self.say(state=state, stage="", done=0, total=0, eta_seconds=None, message=message)
+        self._run.add_event(state, message=message)
