@@ -127,9 +127,9 @@ def load_spectra(path: str | os.PathLike[str]) -> tuple[LayerSpectrum, ...]:
         RunError: the file is damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
             return tuple(_layers(archive))
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RunError(f"{path} can't be read: {error}. Start the calibration again.") from error
 
 

@@ -1,0 +1,146 @@
+"""Fixtures: tiny checkpoints with tokenizers of their own, a text, and a home that no test shares with the user."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from lowrank_core.config import ModelSource
+from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.text import WindowSet
+
+VOCABULARY = 300
+
+
+@pytest.fixture(autouse=True)
+def lowrank_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of its own for each test."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("LOWRANK_HOME", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sample_text() -> str:
+    """Some pages of text that no model knows: enough for every split at a context of 32."""
+    words = ["the", "rank", "of", "a", "matrix", "tells", "how", "many", "directions", "it", "has", "and", "a", "budget", "says", "which", "of", "them", "we", "may", "keep"]
+    generator = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, len(words), (6000,), generator=generator).tolist()
+    lines = [" ".join(words[i] for i in picks[start : start + 12]) for start in range(0, len(picks), 12)]
+    return "\n".join(f"{number} {line}." for number, line in enumerate(lines))
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    path = tmp_path_factory.mktemp("text") / "sample.txt"
+    path.write_text(sample_text, encoding="utf-8")
+    return path
+
+
+def _tokenizer(text: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+def _with_spectra(model: PreTrainedModel) -> PreTrainedModel:
+    """Give random weights a decaying spectrum and the biases a value, so that ranks and centring matter."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
+            left, values, right = torch.linalg.svd(parameter.data, full_matrices=False)
+            decay = torch.arange(1, len(values) + 1, dtype=values.dtype) ** -0.7
+            parameter.data = (left * (decay * 2.0)) @ right
+        elif name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def _save(folder: Path, model: PreTrainedModel, text: str) -> Path:
+    _with_spectra(model).save_pretrained(folder)
+    _tokenizer(text).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    """Grouped-query attention, tied embeddings, no biases; 2 blocks, hidden 32."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _save(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(config), sample_text)
+
+
+@pytest.fixture(scope="session")
+def gpt2_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    """Conv1D layers (transposed weights) with biases; 2 blocks, hidden 32."""
+    torch.manual_seed(1)
+    config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
+    return _save(tmp_path_factory.mktemp("gpt2"), GPT2LMHeadModel(config), sample_text)
+
+
+@pytest.fixture(scope="session")
+def qwen2_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    """Biases on q, k and v, an untied head; 2 blocks, hidden 32."""
+    torch.manual_seed(2)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return _save(tmp_path_factory.mktemp("qwen2"), Qwen2ForCausalLM(config), sample_text)
+
+
+@pytest.fixture(scope="session", params=["llama", "gpt2", "qwen2"])
+def any_handle(request: pytest.FixtureRequest) -> ModelHandle:
+    """Each tiny architecture in turn, loaded; tests must leave it as it was."""
+    return load_model(ModelSource(str(request.getfixturevalue(f"{request.param}_checkpoint"))))
+
+
+@pytest.fixture(scope="session")
+def llama(llama_checkpoint: Path) -> ModelHandle:
+    """The tiny Llama, loaded; tests must leave it as it was."""
+    return load_model(ModelSource(str(llama_checkpoint)))
+
+
+@pytest.fixture(scope="session")
+def windows() -> WindowSet:
+    """40 windows of 16 random tokens."""
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(0, VOCABULARY, (40, 16), generator=generator)
+    return WindowSet("random tokens", "calibration", ids, bos=False, available_tokens=ids.numel())

@@ -1,0 +1,151 @@
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from lowrank_core.allocation import allocate
+from lowrank_core.bases import factorize, priced_shapes
+from lowrank_core.calibration import collect_statistics
+from lowrank_core.compression import compress
+from lowrank_core.config import CalibrationConfig, ModelSource
+from lowrank_core.errors import ModelError, NumericalError, TextError
+from lowrank_core.evaluation import DenseReference, WindowScores, _bootstrap, evaluate, score_windows
+from lowrank_core.generation import continue_prompt
+from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.search.objective import objective_value
+from lowrank_core.text import WindowSet
+
+
+@pytest.fixture(scope="module")
+def smaller(llama: ModelHandle, windows: WindowSet) -> ModelHandle:
+    bases = factorize(llama, collect_statistics(llama, windows, CalibrationConfig()), "pooled_feature")
+    return compress(llama, bases, allocate("uniform", priced_shapes(llama, "pooled_feature"), 0.5)).handle
+
+
+def perplexity_by_hand(handle: ModelHandle, windows: WindowSet) -> float:
+    """Ten independent lines: one window at a time, the library's own cross entropy, a plain sum."""
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for ids in windows.ids:
+            logits = handle.module(ids[None], use_cache=False).logits[0]
+            total += float(functional.cross_entropy(logits[:-1].double(), ids[1:], reduction="sum"))
+            tokens += len(ids) - 1
+    return math.exp(total / tokens)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_perplexity_equals_an_independent_implementation(any_handle: ModelHandle, windows: WindowSet, batch_size: int) -> None:
+    report = evaluate(any_handle, windows, batch_size=batch_size)
+    assert report.perplexity == pytest.approx(perplexity_by_hand(any_handle, windows), rel=1e-5)
+    assert report.tokens == 40 * 15
+    assert report.perplexity == pytest.approx(math.exp(report.nll))
+    assert "no BOS" in report.protocol
+    assert "600 tokens predicted" in report.protocol
+
+
+def test_the_standard_error_is_that_of_window_means(llama: ModelHandle, windows: WindowSet) -> None:
+    report = evaluate(llama, windows)
+    assert report.nll_stderr == pytest.approx(np.std(report.window_nll, ddof=1) / math.sqrt(40))
+    low, high = report.perplexity_interval
+    assert low < report.perplexity < high
+
+
+def test_one_window_has_no_standard_error(llama: ModelHandle, windows: WindowSet) -> None:
+    assert evaluate(llama, replace(windows, ids=windows.ids[:1])).nll_stderr is None
+
+
+def test_a_model_beside_itself_differs_by_nothing(llama: ModelHandle, windows: WindowSet) -> None:
+    report = evaluate(llama, windows, against=llama)
+    assert report.kl == pytest.approx(0, abs=1e-7)
+    assert report.top1_agreement == 1
+    assert report.perplexity == report.dense_perplexity
+    assert report.perplexity_difference_interval == (0, 0)
+    assert report.compression_ratio == 0
+
+
+def test_kl_and_agreement_are_those_of_the_distributions(llama: ModelHandle, smaller: ModelHandle, windows: WindowSet) -> None:
+    report = evaluate(smaller, windows, against=llama)
+    with torch.no_grad():
+        p, q = (torch.softmax(m.module(windows.ids, use_cache=False).logits[:, :-1].double(), -1) for m in (llama, smaller))
+    assert report.kl == pytest.approx(float((p * (p / q).log()).sum(-1).mean()), rel=1e-4)
+    assert report.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
+    scores, _ = score_windows(smaller, windows, dense=llama)
+    assert scores.reverse_kl is not None
+    assert float(scores.reverse_kl.mean()) == pytest.approx(float((q * (q / p).log()).sum(-1).mean()), rel=1e-4)
+
+
+def test_a_cached_reference_gives_the_same_scores(llama: ModelHandle, smaller: ModelHandle, windows: WindowSet) -> None:
+    cached = DenseReference.compute(llama, windows, batch_size=8)
+    first, _ = score_windows(smaller, windows, batch_size=8, dense=cached)
+    second, dense = score_windows(smaller, windows, batch_size=8, dense=llama)
+    assert torch.equal(first.nll, second.nll)
+    assert first.kl is not None
+    assert second.kl is not None
+    assert torch.equal(first.kl, second.kl)
+    assert dense is not None
+
+
+def test_a_window_that_diverged_is_never_skipped(llama_checkpoint: str, windows: WindowSet) -> None:
+    handle = load_model(ModelSource(str(llama_checkpoint)))
+    handle.module.get_input_embeddings().weight.data[int(windows.ids[3, 2])] = float("nan")
+    with pytest.raises(NumericalError, match=r"windows is not finite \(first: window"):
+        evaluate(handle, windows)
+
+
+def test_windows_longer_than_the_context_are_refused(llama: ModelHandle) -> None:
+    long = WindowSet("text", "test", torch.zeros(1, 65, dtype=torch.int64), bos=False, available_tokens=65)
+    with pytest.raises(ModelError, match=r"65 tokens.*takes 64.*Lower --context"):
+        evaluate(llama, long)
+
+
+def test_models_of_different_vocabularies_are_not_compared(llama: ModelHandle, windows: WindowSet) -> None:
+    other = load_model(ModelSource(llama.reference))
+    other.tokenizer.add_tokens(["brand-new"])
+    with pytest.raises(ModelError, match="different vocabularies"):
+        evaluate(llama, windows, against=other)
+
+
+def test_a_reference_that_would_not_fit_says_what_to_lower(llama: ModelHandle, monkeypatch: pytest.MonkeyPatch, windows: WindowSet) -> None:
+    monkeypatch.setattr("lowrank_core.evaluation._CACHE_LIMIT_BYTES", 1000)
+    with pytest.raises(TextError, match="Lower"):
+        DenseReference.compute(llama, windows, batch_size=8)
+
+
+def test_bootstrap_intervals_cover() -> None:
+    """Over 200 draws of 60 windows, the 95 % interval holds the true mean in at least 88 % of them."""
+    generator = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        low, high = _bootstrap(lambda mean: mean, generator.normal(2.0, 1.0, size=60))
+        hits += low <= 2.0 <= high
+    assert 176 <= hits < 200
+
+
+def test_objectives_are_what_they_say() -> None:
+    scores = WindowScores(torch.tensor([1.0, 3.0]), torch.tensor([0.1, 0.3]), torch.tensor([0.2, 0.6]), torch.tensor([1.0, 1.0]))
+    assert objective_value("kl", scores, 100) == pytest.approx(0.2)
+    assert objective_value("perplexity", scores, 100) == pytest.approx(math.exp(2))
+    assert objective_value("bolaco", scores, 100) == pytest.approx(math.exp(2) + 1e-3 * 0.4 * 100)
+
+
+def test_an_objective_that_overflows_is_a_failure() -> None:
+    with pytest.raises(NumericalError, match="diverged"):
+        objective_value("perplexity", WindowScores(torch.tensor([2000.0])), 10)
+
+
+def test_greedy_continuations_repeat_and_seeds_matter_only_for_sampling(llama: ModelHandle) -> None:
+    first = continue_prompt(llama, "the rank", tokens=8)
+    assert first == continue_prompt(llama, "the rank", tokens=8, seed=5)
+    sampled = {continue_prompt(llama, "the rank", tokens=8, seed=seed, temperature=1.0) for seed in range(4)}
+    assert len(sampled) > 1
+    assert continue_prompt(llama, "the rank", tokens=8, seed=1, temperature=1.0) in sampled
+
+
+def test_a_prompt_beyond_the_context_is_refused(llama: ModelHandle) -> None:
+    from lowrank_core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="passes the model's 64"):
+        continue_prompt(llama, "rank " * 60, tokens=30)
