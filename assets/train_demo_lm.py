@@ -190,14 +190,77 @@ def train(work: Path, steps: int, seed: int, compiled: bool) -> None:
 
 
 def save(work: Path, folder: Path) -> None:
-    """Write the last checkpoint as a bf16 checkpoint of transformers, with its tokenizer and its losses."""
+    """Write the last checkpoint as a bf16 checkpoint of transformers, with its tokenizer and its card."""
     state = torch.load(work / "checkpoint.pt", weights_only=True)
     model = build_model(seed=0)
     model.load_state_dict(state["model"])
     model.generation_config.max_length = CONTEXT
     model.to(torch.bfloat16).save_pretrained(folder)
     PreTrainedTokenizerFast.from_pretrained(work / "tokenizer").save_pretrained(folder)
+    write_card(work, folder, steps=state["step"])
     print(f"wrote {folder} after {state['step']} steps")
+
+
+def smoothed(losses: list[float], width: int = 50) -> np.ndarray:
+    """Return means over ``width`` steps, to see a trend through batches of very different text."""
+    return np.convolve(losses, np.ones(width) / width, mode="valid")
+
+
+def draw_losses(losses: list[float], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 3.4), dpi=120, layout="constrained")
+    axes.plot(np.arange(1, len(losses) + 1) * BATCH * CONTEXT / 1e6, losses, color="#B8C4CC", linewidth=0.6)
+    curve = smoothed(losses)
+    axes.plot((np.arange(len(curve)) + 50) * BATCH * CONTEXT / 1e6, curve, color="#0072B2", linewidth=1.8)
+    axes.set(xlabel="training tokens (millions)", ylabel="training loss (nats per token)", ylim=(2, 8))
+    axes.set_title("Each batch, and the mean over 50 batches", fontsize=10, loc="left")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path)
+
+
+PROMPTS = ("def read_lines(path):\n", "import os\nimport sys\n\n\nclass ", "    for name in ")
+
+
+def write_card(work: Path, folder: Path, *, steps: int) -> None:
+    """Measure the saved model and write its card; every figure in it is of this checkpoint."""
+    from lowrank_core.config import ModelSource, TextConfig
+    from lowrank_core.evaluation import evaluate
+    from lowrank_core.generation import continue_prompt
+    from lowrank_core.models import load_model
+    from lowrank_core.text import load_windows
+
+    losses = [json.loads(line)["loss"] for line in (work / "losses.jsonl").read_text().splitlines()]
+    draw_losses(losses, folder / "loss.png")
+    corpus_record = json.loads((work / "corpus.json").read_text())
+    handle = load_model(ModelSource(str(folder)))
+    reports = [
+        evaluate(handle, load_windows(TextConfig(context=context), handle.tokenizer, split))
+        for split, context in (("validation", 256), ("test", 256), ("test", 512))
+    ]
+    rows = "\n".join(
+        f"| {r.perplexity:.2f} | {r.perplexity_interval[0]:.2f} to {r.perplexity_interval[1]:.2f} | {r.protocol} |" for r in reports
+    )
+    samples = "\n\n".join(f"```python\n{prompt}⟨{continue_prompt(handle, prompt, tokens=90)}⟩\n```" for prompt in PROMPTS)
+    values = {
+        "parameters": f"{handle.parameters:,}",
+        "tokens": f"{steps * BATCH * CONTEXT:,}",
+        "stream": f"{corpus_record['stream_tokens']:,}",
+        "steps": f"{steps:,}",
+        "python": corpus_record["python"],
+        "characters": ", ".join(f"{name} {count / 1e6:.1f} M" for name, count in corpus_record["characters"].items()),
+        "packages": ", ".join(corpus_record["packages"]),
+        "last_loss": f"{smoothed(losses)[-1]:.3f}",
+        "rows": rows,
+        "samples": samples,
+    }
+    template = (Path(__file__).with_name("demo-lm-card.md")).read_text(encoding="utf-8")
+    for name, value in values.items():
+        template = template.replace("{" + name + "}", value)
+    (folder / "README.md").write_text(template, encoding="utf-8")
 
 
 def main() -> None:

@@ -97,7 +97,7 @@ def compress(handle: ModelHandle, bases: Mapping[str, FactorBasis], allocation: 
     memo: dict[int, object] = {id(handle.module.get_submodule(name)): layer for name, layer in layers.items()}
     module = copy.deepcopy(handle.module, memo)
     rest = tuple(layer for layer in handle.layers if allocation.ranks.get(layer.name) is None)
-    smaller = ModelHandle(handle.reference, module, handle.tokenizer, rest)
+    smaller = ModelHandle(handle.reference, module, handle.tokenizer, rest, handle.stored_dtype)
     report = CompressionReport(
         parameters_before=handle.parameters,
         parameters_after=smaller.parameters,

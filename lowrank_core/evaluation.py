@@ -169,6 +169,7 @@ class EvaluationReport:
     model_compression_ratio: float | None = None
     kl: float | None = None
     top1_agreement: float | None = None
+    dense_perplexity_interval: tuple[float, float] | None = None
     perplexity_difference_interval: tuple[float, float] | None = None
     dense_window_nll: tuple[float, ...] | None = None
 
@@ -185,10 +186,9 @@ def evaluate(
 
     Raises:
         NumericalError: a window's loss is not finite.
-        ModelError: the windows are longer than the model's context, or the two models do not share a vocabulary.
+        ModelError: the windows do not fit the model, or the two models do not share a vocabulary.
     """
-    if handle.max_context is not None and windows.context > handle.max_context:
-        raise ModelError(f"the windows have {windows.context} tokens, and {handle.reference} takes {handle.max_context}. Lower --context.")
+    handle.check_tokens(windows.ids)
     began = time.perf_counter()
     scores, dense = _scored(handle, windows, against, batch_size, progress)
     nll = scores.nll.numpy()
@@ -235,6 +235,7 @@ def _beside_dense(handle: ModelHandle, scores: WindowScores, against: ModelHandl
     return {
         "dense_perplexity": _perplexity(float(theirs.mean())),
         "dense_nll": float(theirs.mean()),
+        "dense_perplexity_interval": _bootstrap(np.exp, theirs),
         "dense_parameters": against.parameters,
         "dense_compressible_parameters": against.linear_parameters,
         "dense_bytes": against.bytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -29,6 +30,8 @@ def check_free(folder: Path) -> None:
 def export(model: CompressedModel, folder: Path, *, provenance: Mapping[str, object]) -> None:
     """Write model, tokenizer and ``lowrank.json`` (counts, ranks, how it was made): whole, or not at all.
 
+    Weights are written in the dtype of the checkpoint that they came from, so that the folder is never larger than it was.
+
     Raises:
         RunError: the folder is taken, or the disk is full or read-only.
     """
@@ -41,11 +44,14 @@ def export(model: CompressedModel, folder: Path, *, provenance: Mapping[str, obj
     }
     try:
         temporary.mkdir(parents=True)
-        mark_compressed(model.handle.module, provenance)
-        model.handle.module.save_pretrained(temporary)
+        module = copy.deepcopy(model.handle.module).to(model.handle.stored_dtype)
+        mark_compressed(module, provenance)
+        module.save_pretrained(temporary)
         model.handle.tokenizer.save_pretrained(temporary)
         manifest = {"made_from": model.handle.reference, **provenance, **report}
         (temporary / "lowrank.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        for path in temporary.iterdir():
+            path.chmod(0o644)  # safetensors writes 0600, which hides a shared export from the rest of a team
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)

@@ -72,8 +72,8 @@ def terminate(run: Run) -> None:
             psutil.Process(status.pid).kill()
 
 
-def ask(run: Run, kind: str, **arguments: object) -> str:
-    """Leave a request for the worker and return its id; a worker is started if none holds the run.
+def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str:
+    """Leave a request for the worker and return its id; a worker is started if none holds the run (unless ``launch`` is false).
 
     A search that was stopped or interrupted stays so: the worker only answers.
 
@@ -88,7 +88,8 @@ def ask(run: Run, kind: str, **arguments: object) -> str:
         run.pause_marker.touch()
     request = f"{time.time_ns()}-{secrets.token_hex(2)}"
     write_json(run.path / "requests" / f"{request}.json", {"id": request, "kind": kind, "arguments": arguments})
-    _launch(run)
+    if launch:
+        _launch(run)
     return request
 
 

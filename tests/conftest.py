@@ -36,7 +36,8 @@ def lowrank_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
 @pytest.fixture(scope="session")
 def sample_text() -> str:
     """Some pages of text that no model knows: enough for every split at a context of 32."""
-    words = ["the", "rank", "of", "a", "matrix", "tells", "how", "many", "directions", "it", "has", "and", "a", "budget", "says", "which", "of", "them", "we", "may", "keep"]
+    phrase = "the rank of a matrix tells how many directions it has and a budget says which of them we may keep"
+    words = phrase.split()
     generator = torch.Generator().manual_seed(0)
     picks = torch.randint(0, len(words), (6000,), generator=generator).tolist()
     lines = [" ".join(words[i] for i in picks[start : start + 12]) for start in range(0, len(picks), 12)]

@@ -44,7 +44,7 @@ def test_counted_parameters_are_those_of_the_built_model(case: tuple[str, ModelH
     assert model.report.parameters_before - built == allocation.dense_parameters - allocation.parameters
     assert model.report.compression_ratio == pytest.approx(0.4, abs=0.02)
     assert model.report.compression_ratio >= 0.4
-    assert model.report.bytes_after == 4 * built
+    assert model.report.bytes_after == 4 * built  # the tiny checkpoints are stored in float32
 
 
 def test_full_rank_factors_give_the_dense_logits(case: tuple[str, ModelHandle, dict[str, FactorBasis]]) -> None:

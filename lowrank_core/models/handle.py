@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,6 +19,9 @@ from lowrank_core.errors import ModelError
 from lowrank_core.models.lowrank_linear import LowRankLinear
 
 __all__ = ["LayerSpec", "ModelHandle", "bias_of", "describe", "find_layers", "weight_of"]
+
+_INCIDENTAL = frozenset({"_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version"})
+"""Entries of a model's config that say where it comes from, not what it computes."""
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -54,12 +58,14 @@ class ModelHandle:
         module: the causal language model, in eval mode.
         tokenizer: its tokenizer.
         layers: compressible layers in the order of the model.
+        stored_dtype: of the checkpoint's weights; what is measured runs in the module's dtype, what is written is written in this.
     """
 
     reference: str
     module: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     layers: tuple[LayerSpec, ...]
+    stored_dtype: torch.dtype
 
     @property
     def device(self) -> torch.device:
@@ -72,11 +78,12 @@ class ModelHandle:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over names, dtypes and contents of all weights."""
-        digest = hashlib.sha256()
+        """sha256 over the architecture (config without paths and versions) and names, dtypes and contents of all weights."""
+        config = {name: value for name, value in self.module.config.to_dict().items() if name not in _INCIDENTAL}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=repr).encode())
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+            digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     @property
@@ -91,13 +98,38 @@ class ModelHandle:
 
     @property
     def bytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.module.parameters())
+        """Bytes of the weights as they are stored on disk."""
+        return self.parameters * self.stored_dtype.itemsize
 
     @property
     def max_context(self) -> int | None:
         """Positions that the model was made for, or None if its config does not say."""
         value = getattr(self.module.config, "max_position_embeddings", None)
         return int(value) if value else None
+
+    def check_context(self, context: int) -> None:
+        """Raise unless windows of ``context`` tokens fit.
+
+        Raises:
+            ModelError: they are longer than the positions that the model was made for.
+        """
+        if self.max_context is not None and context > self.max_context:
+            raise ModelError(f"the windows have {context} tokens, and {self.reference} takes {self.max_context}. Lower --context.")
+
+    def check_tokens(self, ids: Tensor) -> None:
+        """Raise unless windows of tokens (windows, context) fit.
+
+        Raises:
+            ModelError: they are too long, or hold tokens that the model has no embedding for.
+        """
+        self.check_context(ids.shape[1])
+        embeddings = int(self.module.get_input_embeddings().weight.shape[0])
+        largest = int(ids.max())
+        if largest >= embeddings:
+            raise ModelError(
+                f"the tokenizer of {self.reference} gives token {largest}, and the model knows {embeddings} tokens. "
+                "Give the tokenizer that the model was trained with."
+            )
 
 
 def _blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -180,6 +212,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "architecture": type(handle.module).__name__,
         "fingerprint": handle.fingerprint,
         "dtype": str(handle.module.dtype).removeprefix("torch."),
+        "stored_dtype": str(handle.stored_dtype).removeprefix("torch."),
         "device": str(handle.device),
         "parameters": handle.parameters,
         "compressible_parameters": handle.linear_parameters,

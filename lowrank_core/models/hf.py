@@ -47,8 +47,11 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                 d_out, d_in = weight_of(old).shape
             except AttributeError as error:
                 raise ModelError(f"model: config.json names the compressed layer {name!r}, which this architecture has not.") from error
+            rank, bias = entry.get("rank"), entry.get("bias")
+            if type(rank) is not int or type(bias) is not bool or not 1 <= rank <= min(d_out, d_in):
+                raise ModelError(f"model: config.json gives the compressed layer {name!r} no valid rank and bias. Export the model again.")
             with torch.device("meta"):
-                new = LowRankLinear(d_in, d_out, int(entry["rank"]), bias=bool(entry["bias"]))
+                new = LowRankLinear(d_in, d_out, rank, bias=bias)
             replace_module(model, name, new)
         return model
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -53,8 +55,10 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"device: {name!r} is no device. Give auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError("device: this machine offers no CUDA device to torch. Use cpu or auto.")
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"device: {name!r} is not supported. Give auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ModelError(f"device: torch sees {torch.cuda.device_count()} CUDA devices on this machine. Use cpu or auto.")
     return device
 
 
@@ -67,20 +71,42 @@ def load_model(source: ModelSource) -> ModelHandle:
     place = resolve_reference(source.reference)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # it would tell of each retry
     device = _device(source.device)
-    _check_causal(place, source.reference)
+    if not Path(place).is_dir():
+        _check_reachable(place)
+    stored = _checked_config(place, source.reference).dtype
     dtype: Any = "auto" if source.dtype == "auto" and device.type != "cpu" else getattr(torch, source.dtype, torch.float32)
     module = _load_module(place, source.reference, dtype)
     tokenizer = _load_tokenizer(place, source.reference)
     module = module.to(device).eval()  # type: ignore[arg-type]
     module.requires_grad_(False)
     _check_finite(module, source.reference)
-    return ModelHandle(source.reference, module, tokenizer, find_layers(module))
+    stored_dtype = stored if isinstance(stored, torch.dtype) else module.dtype
+    return ModelHandle(source.reference, module, tokenizer, find_layers(module), stored_dtype)
 
 
-def _check_causal(place: str, reference: str) -> None:
+def _check_reachable(repository: str) -> None:
+    """Ask the hub once, where nothing is in its cache: the library itself would retry for half a minute offline."""
     try:
-        config = AutoConfig.from_pretrained(place)
+        if try_to_load_from_cache(repository, "config.json") is None:
+            get_hf_file_metadata(hf_hub_url(repository, "config.json"))
+    except Exception as error:  # the hub's, the validator's and the connection's errors have no common base
+        raise ModelError(
+            f"model: {repository!r} is neither a local folder nor a hub id that could be fetched ({type(error).__name__}). "
+            "Check the name and the connection; `demo` works offline."
+        ) from error
+
+
+def _options(place: str) -> dict[str, Any]:
+    """Return what every ``from_pretrained`` gets: no code of the checkpoint is run, nothing is fetched for a local folder."""
+    return {"trust_remote_code": False, "local_files_only": Path(place).is_dir()}
+
+
+def _checked_config(place: str, reference: str) -> PretrainedConfig:
+    """Return the config, if it is that of a causal language model."""
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(place, **_options(place))
     except _LIBRARY_ERRORS as error:
         raise ModelError(_not_loaded(place, reference, error)) from error
     architectures = config.architectures or []
@@ -90,15 +116,23 @@ def _check_causal(place: str, reference: str) -> None:
         raise ModelError(
             f"model: {reference} is not a causal language model ({found}). Give a decoder-only one, such as a Llama or a GPT-2."
         )
+    return config
 
 
 def _load_module(place: str, reference: str, dtype: Any) -> PreTrainedModel:
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(place, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        module, info = AutoModelForCausalLM.from_pretrained(
+            place,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are refused below, by name
+            **_options(place),
+        )
     except _LIBRARY_ERRORS as error:
         raise ModelError(_not_loaded(place, reference, error)) from error
     missing = sorted(info["missing_keys"])
-    mismatched = sorted(str(key) for key in info.get("mismatched_keys", ()))
+    mismatched = sorted(str(key[0]) for key in info.get("mismatched_keys", ()))
     if missing or mismatched:
         names = ", ".join((missing + mismatched)[:3])
         raise ModelError(
@@ -110,11 +144,13 @@ def _load_module(place: str, reference: str, dtype: Any) -> PreTrainedModel:
 
 def _load_tokenizer(place: str, reference: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, **_options(place))
     except _LIBRARY_ERRORS as error:
         raise ModelError(
             f"model: {reference} has no tokenizer that can be read ({_first_line(error)}). Save it into the same folder."
         ) from error
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # transformers makes an empty one where the files are missing
+        raise ModelError(f"model: {reference} has no tokenizer. Save it into the same folder.")
     return tokenizer
 
 
@@ -125,15 +161,10 @@ def _check_finite(module: PreTrainedModel, reference: str) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200] or type(error).__name__
+    return str(error).strip().split("\n")[0][:200].strip(" .:!") or type(error).__name__
 
 
 def _not_loaded(place: str, reference: str, error: BaseException) -> str:
-    if not Path(place).is_dir():
-        return (
-            f"model: {reference!r} is neither a local folder nor a hub id that could be fetched. "
-            "Check the name and the connection; `demo` works offline."
-        )
     broken = _damaged_file(Path(place))
     if broken:
         return f"model: {broken} is damaged or cut short. Save or download the checkpoint again."
@@ -150,8 +181,8 @@ def _damaged_file(folder: Path) -> str | None:
                 handle.keys()
         except (SafetensorError, OSError):
             return path.name
+    config = folder / "config.json"
     try:
-        json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return None if not config.exists() or isinstance(json.loads(config.read_text(encoding="utf-8")), dict) else config.name
     except ValueError:
-        return "config.json"
-    return None
+        return config.name

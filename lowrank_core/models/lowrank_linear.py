@@ -33,6 +33,14 @@ class LowRankLinear(nn.Module):
                 setattr(layer, name, parameter)
         return layer
 
+    @property
+    def weight(self) -> Tensor:
+        """The (out_features, in_features) matrix that the factors stand for; made anew each time, so changing it changes nothing.
+
+        transformers reads (and, before weights are loaded, initialises) ``weight`` of layers that it knows by name.
+        """
+        return self.up @ self.down
+
     def forward(self, input: Tensor) -> Tensor:
         return functional.linear(functional.linear(input, self.down), self.up, self.bias)
 

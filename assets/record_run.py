@@ -1,0 +1,48 @@
+"""Record the run that an opening without any run shows: a real search on the bundled model, measured on test text.
+
+    python assets/record_run.py
+
+It writes `assets/recorded-run`: the run directory as a worker leaves it, without logs, locks and exported weights.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lowrank_core.config import RunConfig, SearchConfig
+from lowrank_core.jobs import ask
+from lowrank_core.runs import create_run, write_json
+from lowrank_core.search.worker import run_worker
+
+RATIO = 0.4
+PROMPT = "def read_lines(path):\n"
+LEFT_OUT = ("worker.log", "worker.lock", "requests", "exports", "paused")
+
+
+def main() -> None:
+    target = Path(__file__).resolve().parent / "recorded-run"
+    with tempfile.TemporaryDirectory() as home:
+        os.environ["LOWRANK_HOME"] = home
+        config = RunConfig(search=SearchConfig(compression_ratio=RATIO, trials=30))
+        run = create_run(config, name=f"demo on python-stdlib, {RATIO:.0%} removed (recorded)", path=Path(home) / "runs" / "recorded-run")
+        run_worker(run)
+        for trial in ("best", "uniform", "lord_manual"):
+            ask(run, "compare", launch=False, trial=None if trial == "best" else trial)
+        ask(run, "generate", launch=False, trial=None, prompt=PROMPT, tokens=64, seed=0)
+        run_worker(run)  # nothing is left to search: it answers the requests
+        for name in LEFT_OUT:
+            path = run.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        write_json(run.path / "run.json", run.record | {"recorded": True})
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(run.path, target)
+    print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    main()
