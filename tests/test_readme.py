@@ -1,0 +1,40 @@
+"""The README's commands and code are what the package accepts and runs."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from lowrank_core.cli import _parser
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+COMMANDS = re.findall(r"^lowrank .*$", README, flags=re.MULTILINE)
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) >= 7
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_command_line_takes_every_command_shown(line: str) -> None:
+    arguments = _parser().parse_args(shlex.split(line, comments=True)[1:])
+    assert arguments.command in line
+
+
+def test_the_pictures_shown_are_there() -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
+    assert pictures
+    for picture in pictures:
+        assert (Path(__file__).resolve().parents[1] / picture).is_file(), picture
+
+
+@pytest.mark.slow
+def test_the_notebook_code_runs_and_leaves_a_smaller_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert float(capsys.readouterr().out) > 1
+    assert (tmp_path / "smaller" / "model.safetensors").stat().st_size > 0
