@@ -126,10 +126,11 @@ def collect_statistics(
 
     Raises:
         NumericalError: an input holds NaN or Inf; names the layer.
-        ModelError: the model has nothing to compress, or the covariances do not fit in memory.
+        ModelError: the model has nothing to compress, the windows do not fit it, or the covariances do not fit in memory.
     """
     if not handle.layers:
         raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the original model.")
+    handle.check_tokens(windows.ids)
     widths = {layer.input_group: layer.shape.d_in for layer in handle.layers}
     _check_memory(handle, widths)
     accumulators = {

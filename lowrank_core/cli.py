@@ -47,7 +47,9 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
 def _text_options(parser: argparse.ArgumentParser, defaults: TextConfig, windows: str = "calibration_windows") -> None:
     parser.add_argument("--text", required=True, metavar="T", help=_TEXT_HELP)
     parser.add_argument("--windows", type=int, metavar="N", help=f"{windows.replace('_', ' ')} (default: {getattr(defaults, windows)})")
-    parser.add_argument("--context", type=int, default=defaults.context, metavar="L", help="tokens in a window (default: %(default)s)")
+    parser.add_argument(
+        "--context", type=int, metavar="L", help=f"tokens in a window (default: {defaults.context}, or what the model takes if less)"
+    )
     parser.add_argument("--bos", default=defaults.bos, help="auto, window or none (default: %(default)s, as the tokenizer does)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the calibration draw and the sampler (default: 0)")
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
@@ -107,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     worker = command("worker", "Do what is left to do in a run: start, resume, answer the dashboard.")
     worker.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of the run")
     worker.add_argument("--warm", type=float, default=0.0, metavar="SECONDS", help="stay and answer requests for so long (default: 0)")
+    worker.add_argument("--keep-paused", action="store_true", help="leave a stopped search stopped, and only answer requests")
     worker.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     export = command("export", "Write the compressed model of a trial as a folder.")
@@ -132,8 +135,11 @@ def _source(arguments: argparse.Namespace) -> ModelSource:
 
 
 def _text(arguments: argparse.Namespace, windows: str = "calibration_windows") -> TextConfig:
+    from lowrank_core.commands import fitting_context
+
     counts = {} if arguments.windows is None else {windows: arguments.windows}
-    return TextConfig(arguments.text, context=arguments.context, bos=arguments.bos, seed=arguments.seed, **counts)
+    context = fitting_context(_source(arguments)) if arguments.context is None else arguments.context
+    return TextConfig(arguments.text, context=context, bos=arguments.bos, seed=arguments.seed, **counts)
 
 
 def _dashboard(arguments: argparse.Namespace) -> int:
@@ -153,7 +159,7 @@ def _handlers() -> dict[str, Callable[[argparse.Namespace], Result]]:
         "compress": lambda a: commands.compress_to(_source(a), _text(a), _compress_request(a)),
         "evaluate": lambda a: commands.evaluate_on(_source(a), _text(a, "test_windows"), a.split, a.windows, a.against),
         "search": lambda a: commands.search_in(_source(a), _text(a), _search_config(a), a.run),
-        "worker": lambda a: commands.work(a.run, a.warm),
+        "worker": lambda a: commands.work(a.run, a.warm, keep_paused=a.keep_paused),
         "export": lambda a: commands.export_from(a.run, a.trial, a.out),
         "benchmark": lambda a: commands.benchmark(_source(a), _text(a), a.compression_ratio, seeds=a.seeds, trials=a.trials),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -9,16 +10,24 @@ from pathlib import Path
 
 from lowrank_core import benchmarks
 from lowrank_core.accounting import MatrixShape
-from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks, read_ranks
+from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocate, allocation_from_ranks, read_ranks
 from lowrank_core.analysis import spectra_of
-from lowrank_core.bases import factorize, priced_shapes
+from lowrank_core.bases import BASES, factorize, priced_shapes
 from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.compression import compress
-from lowrank_core.config import CalibrationConfig, CompressRequest, ModelSource, RunConfig, SearchConfig, TextConfig
-from lowrank_core.errors import BudgetError, ConfigError
+from lowrank_core.config import (
+    CalibrationConfig,
+    CompressionConfig,
+    CompressRequest,
+    ModelSource,
+    RunConfig,
+    SearchConfig,
+    TextConfig,
+)
+from lowrank_core.errors import BudgetError, Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import check_free, export
-from lowrank_core.models import ModelHandle, describe, load_model
+from lowrank_core.models import ModelHandle, describe, load_model, max_context
 from lowrank_core.runs import Run, create_run, home, open_run
 from lowrank_core.search.records import TrialRecord, best_trial, read_trials
 from lowrank_core.search.requests import complete_trial, export_trial
@@ -27,7 +36,7 @@ from lowrank_core.search.worker import run_worker
 from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.text import load_windows
 
-__all__ = ["analyze", "benchmark", "compress_to", "evaluate_on", "export_from", "search_in", "work"]
+__all__ = ["analyze", "benchmark", "compress_to", "evaluate_on", "export_from", "fitting_context", "search_in", "work"]
 
 Result = dict[str, object]
 
@@ -43,14 +52,18 @@ def _progress(label: str) -> Callable[[int, int], None]:
     return show
 
 
-def _calibrated(source: ModelSource, text: TextConfig) -> tuple[ModelHandle, LayerStatistics]:
-    handle = load_model(source)
+def fitting_context(source: ModelSource) -> int:
+    """Return the default context, or what the model takes if that is less."""
+    return min(TextConfig().context, max_context(source.reference) or TextConfig().context)
+
+
+def _calibrated(handle: ModelHandle, text: TextConfig) -> LayerStatistics:
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
     store = home() / "statistics"
     statistics, _ = cached_statistics(handle, windows, CalibrationConfig(), store, progress=_progress("Calibrating"))
     for warning in statistics.warnings():
         print(f"warning: {warning}", file=sys.stderr)
-    return handle, statistics
+    return statistics
 
 
 def _spectrum_row(spectrum: LayerSpectrum) -> Result:
@@ -76,7 +89,8 @@ def _spectrum_row(spectrum: LayerSpectrum) -> Result:
 
 def analyze(source: ModelSource, text: TextConfig) -> Result:
     """Calibrate, and return the figures of every compressible layer."""
-    handle, statistics = _calibrated(source, text)
+    handle = load_model(source)
+    statistics = _calibrated(handle, text)
     spectra = spectra_of(handle, statistics, progress=_progress("Spectra"))
     rows = [_spectrum_row(spectrum) for spectrum in spectra]
     lines = [f"{'layer':42} {'shape':>12} {'break-even':>10} {'eff. rank W':>12} {'eff. rank y':>12} {'90 % of y':>10} {'99 % of y':>10}"]
@@ -108,14 +122,23 @@ def _allocation(request: CompressRequest, shapes: Sequence[MatrixShape]) -> Rank
     return found
 
 
+def _check_names(compression: CompressionConfig, allocation: str) -> None:
+    """Raise ConfigError for a method that is not in its registry, before anything is loaded."""
+    for kind, name, registry in (("basis", compression.basis, BASES), ("allocation", allocation, ALLOCATORS)):
+        if name not in registry:
+            raise ConfigError(f"{kind} must be one of {', '.join(registry)}; got {name!r}.")
+
+
 def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
     """Calibrate, factorise, allocate, compress and write."""
     began = time.perf_counter()
     check_free(request.out)
+    _check_names(request.compression, request.allocation)
     if request.ranks is not None:
-        read_ranks(request.ranks)  # a bad file is told before minutes of calibration
-    handle, statistics = _calibrated(source, text)
-    allocation = _allocation(request, priced_shapes(handle, request.compression.basis))
+        read_ranks(request.ranks)
+    handle = load_model(source)
+    allocation = _allocation(request, priced_shapes(handle, request.compression.basis))  # bad ranks are told before minutes of calibration
+    statistics = _calibrated(handle, text)
     bases = factorize(handle, statistics, request.compression.basis, progress=_progress("Factorising"))
     model = compress(handle, bases, allocation)
     provenance = {"basis": request.compression.basis, "allocation": allocation.allocator, "text": text.reference, "seed": text.seed}
@@ -168,8 +191,14 @@ def _trial_figures(trial: TrialRecord) -> Result:
 
 def search_in(source: ModelSource, text: TextConfig, config: SearchConfig, folder: Path) -> Result:
     """Make a run in ``folder``, work through it here, and export its best trial."""
+    _check_names(config.compression, "uniform")
     run = create_run(RunConfig(model=source, text=text, search=config), path=folder)
-    session, bench = run_worker(run)
+    try:
+        session, bench = run_worker(run, verbose=sys.stderr.isatty())
+    except LowRankError as error:
+        if not isinstance(error, Cancelled) and not run.journal.exists():
+            shutil.rmtree(run.path)  # bad input: no trial was begun, and the folder was empty or not there
+        raise
     assert bench is not None
     trials = read_trials(run)
     best = best_trial(trials)
@@ -196,9 +225,11 @@ def search_in(source: ModelSource, text: TextConfig, config: SearchConfig, folde
     }
 
 
-def work(folder: Path, warm_seconds: float) -> Result:
-    """Do what is left to do in a run."""
+def work(folder: Path, warm_seconds: float, *, keep_paused: bool = False) -> Result:
+    """Do what is left to do in a run, also in one that was stopped, unless it shall stay so and only requests be answered."""
     run = open_run(folder)
+    if not keep_paused:
+        run.pause_marker.unlink(missing_ok=True)
     run_worker(run, warm_seconds=warm_seconds)
     complete = sum(trial.state == "complete" for trial in read_trials(run))
     state = run.status().state
@@ -221,7 +252,8 @@ def export_from(folder: Path, trial: str, out: Path) -> Result:
     if search is None:
         raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
     record = complete_trial(run, _trial_number(trial))
-    handle, statistics = _calibrated(run.config.model, run.config.text)
+    handle = load_model(run.config.model)
+    statistics = _calibrated(handle, run.config.text)
     bases = factorize(handle, statistics, search.compression.basis, progress=_progress("Factorising"))
     allocation = allocation_from_ranks(f"trial {record.number}", priced_shapes(handle, search.compression.basis), record.ranks)
     model = compress(handle, bases, allocation)

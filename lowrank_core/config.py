@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from lowrank_core.accounting import STORAGES
 from lowrank_core.errors import ConfigError
 
 __all__ = [
@@ -112,6 +113,7 @@ class TextConfig:
             test_windows=self.test_windows,
         )
         _check_choice("bos", self.bos, BOS_RULES)
+        _check_at_least(0, seed=self.seed)
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,9 @@ class CompressionConfig:
     basis: str = "pooled_feature"
     storage: str = "factored"
     value_dense: bool = True
+
+    def __post_init__(self) -> None:
+        _check_choice("storage", self.storage, STORAGES)
 
 
 @dataclass(frozen=True)
@@ -191,6 +196,7 @@ class SearchConfig:
     def __post_init__(self) -> None:
         check_ratio(self.compression_ratio)
         _check_at_least(1, trials=self.trials, startup_trials=self.startup_trials)
+        _check_at_least(0, seed=self.seed)
         _check_choice("space", self.space, SPACES)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("objective", self.objective, OBJECTIVES)

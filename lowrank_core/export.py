@@ -23,8 +23,13 @@ def check_free(folder: Path) -> None:
     Raises:
         RunError: it holds something already, or its parent can't be written.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file. Give a new folder with --out.")
+    if folder.exists() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty. Give a new folder with --out.")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise RunError(f"can't write {folder}: {parent} is no folder that you can write to. Give another folder with --out.")
 
 
 def export(model: CompressedModel, folder: Path, *, provenance: Mapping[str, object]) -> None:

@@ -47,7 +47,7 @@ def _launch(run: Run) -> None:
     try:
         with (run.path / "worker.log").open("ab") as log:
             subprocess.Popen(
-                [sys.executable, "-m", "lowrank_core", "worker", "--run", str(run.path), "--warm", str(WARM_SECONDS)],
+                [sys.executable, "-m", "lowrank_core", "worker", "--run", str(run.path), "--warm", str(WARM_SECONDS), "--keep-paused"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -38,7 +38,7 @@ from typing import Any
 import psutil
 
 from lowrank_core.config import RunConfig, from_mapping, to_mapping
-from lowrank_core.errors import LowRankError, RunError
+from lowrank_core.errors import ConfigError, LowRankError, RunError
 
 __all__ = [
     "ACTIVE_STATES",
@@ -183,7 +183,10 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        return from_mapping(RunConfig, self.record["config"])
+        try:
+            return from_mapping(RunConfig, self.record["config"])
+        except (ConfigError, KeyError) as error:
+            raise RunError(f"{self.path / 'run.json'} is damaged: {error}. Delete the run, or restore the file.") from error
 
     @property
     def recorded(self) -> bool:
@@ -209,7 +212,10 @@ class Run:
 
     def _written_status(self) -> RunStatus:
         body = read_json(self.path / "status.json")
-        return RunStatus() if body is None else RunStatus(**{**body, "warnings": tuple(body.get("warnings", ()))})
+        try:
+            return RunStatus() if body is None else RunStatus(**{**body, "warnings": tuple(body.get("warnings", ()))})
+        except TypeError as error:
+            raise RunError(f"{self.path / 'status.json'} is damaged: {error}. Delete the file, or the run.") from error
 
     def status(self) -> RunStatus:
         """Return the worker's last word, corrected if its process is dead."""
@@ -273,12 +279,23 @@ def create_run(config: RunConfig, *, name: str = "", path: Path | None = None) -
         "name": name or _default_name(config),
         "kind": "search" if config.search else "analysis",
         "created": time.time(),
-        "config": to_mapping(config),
+        "config": to_mapping(_anchored(config)),
         "versions": _versions(),
         "recorded": False,
     }
     write_json(folder / "run.json", record)
     return Run(folder)
+
+
+def _anchored(config: RunConfig) -> RunConfig:
+    """Return ``config`` with absolute paths: a worker need not start in the folder that the user was in."""
+    model, text = config.model.reference, config.text.reference
+    if model != "demo" and Path(model).expanduser().is_dir():
+        model = str(Path(model).expanduser().absolute())
+    name, _, place = text.partition(":")
+    if place:
+        text = f"{name}:{Path(place).expanduser().absolute()}"
+    return replace(config, model=replace(config.model, reference=model), text=replace(config.text, reference=text))
 
 
 def _default_name(config: RunConfig) -> str:
@@ -314,6 +331,6 @@ def list_runs() -> list[Run]:
         try:
             run = open_run(path)
             found.append((float(run.record["created"]), run))
-        except (LowRankError, KeyError):
+        except (LowRankError, KeyError, TypeError, ValueError):
             continue
     return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)]

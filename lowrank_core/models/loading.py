@@ -20,7 +20,7 @@ from lowrank_core.models import hf  # registers the low-rank format with transfo
 from lowrank_core.models.handle import ModelHandle, find_layers
 from lowrank_core.runs import bundled_path
 
-__all__ = ["load_model", "resolve_reference"]
+__all__ = ["load_model", "max_context", "resolve_reference"]
 
 assert hf.METHOD  # the import is for its side effect: `from_pretrained` must know the format
 
@@ -69,12 +69,7 @@ def load_model(source: ModelSource) -> ModelHandle:
         ModelError: it is not there, is not a causal language model, or its files are damaged.
     """
     place = resolve_reference(source.reference)
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()  # it would tell of each retry
     device = _device(source.device)
-    if not Path(place).is_dir():
-        _check_reachable(place)
     stored = _checked_config(place, source.reference).dtype
     dtype: Any = "auto" if source.dtype == "auto" and device.type != "cpu" else getattr(torch, source.dtype, torch.float32)
     module = _load_module(place, source.reference, dtype)
@@ -103,8 +98,24 @@ def _options(place: str) -> dict[str, Any]:
     return {"trust_remote_code": False, "local_files_only": Path(place).is_dir()}
 
 
+def max_context(reference: str) -> int | None:
+    """Return the positions that a model was made for, from its config alone; None if it does not say.
+
+    Raises:
+        ModelError: as ``load_model``.
+    """
+    config = _checked_config(resolve_reference(reference), reference)
+    value = getattr(config, "max_position_embeddings", None)
+    return int(value) if value else None
+
+
 def _checked_config(place: str, reference: str) -> PretrainedConfig:
-    """Return the config, if it is that of a causal language model."""
+    """Return the config, if it is that of a causal language model; from here on the libraries are quiet."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would tell of each retry
+    if not Path(place).is_dir():
+        _check_reachable(place)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(place, **_options(place))
     except _LIBRARY_ERRORS as error:

@@ -22,8 +22,9 @@ _HEARTBEAT_SECONDS = 2.0
 class Reporter:
     """Writes status.json for one worker, from its work and from a heartbeat thread."""
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: Run, *, verbose: bool = True) -> None:
         self._run = run
+        self._verbose = verbose
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._timings: dict[str, float] = {}
@@ -68,11 +69,12 @@ class Reporter:
 
     @contextmanager
     def stage(self, name: str, total: int = 0) -> Iterator[Callable[[int, int], None]]:
-        """Announce a stage and yield its progress callback; its time is recorded, and a line goes to the log."""
+        """Announce a stage and yield its progress callback; its time is recorded, and a line goes to the log of a detached worker."""
         self.check_stop()
         began = time.perf_counter()
         self.say(state="running", stage=name, done=0, total=total, eta_seconds=None)
-        print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
+        if self._verbose:
+            print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
 
         def progress(done: int, total: int) -> None:
             self.check_stop()

@@ -8,7 +8,6 @@ from lowrank_core.analysis import spectra_of
 from lowrank_core.bases import factorize, priced_shapes
 from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.config import SearchConfig
-from lowrank_core.errors import ModelError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.models import ModelHandle, describe, load_model
 from lowrank_core.runs import Run, home, write_json
@@ -42,7 +41,7 @@ def prepare(run: Run, reporter: Reporter) -> Session:
         handle = load_model(config.model)
         write_json(run.path / "model.json", describe(handle))
     with reporter.stage("Reading the text"):
-        _check_context(handle, config.text.context)
+        handle.check_context(config.text.context)
         windows = load_text(config.text, handle.tokenizer)
         write_json(run.path / "text.json", windows.describe(config.text.seed))
     with reporter.stage("Calibrating", windows.calibration.windows) as progress:
@@ -56,11 +55,6 @@ def prepare(run: Run, reporter: Reporter) -> Session:
     write_json(run.path / "calibration.json", {**figures, "windows": windows.calibration.windows, "cached": cached})
     reporter.say(warnings=statistics.warnings())
     return Session(handle, windows, statistics)
-
-
-def _check_context(handle: ModelHandle, context: int) -> None:
-    if handle.max_context is not None and context > handle.max_context:
-        raise ModelError(f"a context of {context} is more than the {handle.max_context} positions of {handle.reference}. Lower --context.")
 
 
 def search_bench(session: Session, config: SearchConfig, batch_size: int, reporter: Reporter) -> TrialBench:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import optuna
 import torch
@@ -62,7 +64,11 @@ def _sampler(config: SearchConfig, finished: int) -> BaseSampler:
 
 
 def open_study(run: Run, config: SearchConfig, space: SearchSpace) -> optuna.Study:
-    """Return the run's study with its baselines enqueued; trials that a dead worker left in flight are marked failed."""
+    """Return the run's study with its baselines enqueued; what a dead worker left in flight is cleared up and marked failed.
+
+    The caller holds the run: nobody else writes to its journal.
+    """
+    _clear_leftovers(run.journal)
     storage = open_storage(run.journal)
     study = optuna.create_study(storage=storage, study_name=run.study_name, direction="minimize", load_if_exists=True)
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
@@ -74,6 +80,18 @@ def open_study(run: Run, config: SearchConfig, space: SearchSpace) -> optuna.Stu
         if label not in present:
             study.enqueue_trial(space.baseline(label), user_attrs={"label": label})
     return study
+
+
+def _clear_leftovers(journal: Path) -> None:
+    """Remove the lock and the unfinished line of a worker that was killed while it wrote."""
+    # Optuna would wait half a minute for the lock, and refuse the journal once something follows the torn line.
+    Path(f"{journal}.lock").unlink(missing_ok=True)
+    if not journal.exists():
+        return
+    body = journal.read_bytes()
+    whole = body.rfind(b"\n") + 1
+    if whole < len(body):
+        os.truncate(journal, whole)
 
 
 def completed_trials(study: optuna.Study) -> int:

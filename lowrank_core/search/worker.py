@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,17 +40,20 @@ def _sole_worker(run: Run) -> Iterator[None]:
         lock.release()  # the system releases it too, if this process is killed
 
 
-def run_worker(run: Run, *, warm_seconds: float = 0.0) -> tuple[Session, TrialBench | None]:
+def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> tuple[Session, TrialBench | None]:
     """Do everything that is left to do in ``run``, then answer requests for ``warm_seconds`` without one.
 
     Returns what it holds, for a caller in the same process. A stop by the user is not an error: the state tells.
+    ``verbose`` writes a line for each stage to stderr: the log of a detached worker.
 
     Raises:
-        LowRankError: the run failed; its status says why.
+        LowRankError: the run is a recorded one, or it failed; its status says why.
         Cancelled: stopped before there was anything to return.
     """
+    if run.recorded:
+        raise RunError(f"{run.path} is a recording that ships with the package. Start a run of your own with `lowrank search`.")
     with _sole_worker(run):
-        reporter = Reporter(run)
+        reporter = Reporter(run, verbose=verbose)
         try:
             session = prepare(run, reporter)
             search = run.config.search
@@ -93,9 +97,15 @@ def _run_trials(run: Run, session: Session, bench: TrialBench, config: SearchCon
         began = time.perf_counter()
         trial = run_trial(study, bench, config)
         seconds.append(time.perf_counter() - began)
+        _log_trial(study, trial)
         failures = failures + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
         if failures == _MOST_FAILURES:
             raise NumericalError(f"{failures} trials in a row failed. {trial.user_attrs.get('error', '')} Lower the compression ratio.")
+
+
+def _log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    found = "failed" if trial.value is None else f"{trial.value:.6g}, best {study.best_value:.6g}"
+    print(f"trial {trial.number} ({trial.user_attrs.get('label', 'sampled')}): {found}", file=sys.stderr, flush=True)
 
 
 def _serve(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +15,7 @@ from lowrank_core.errors import TextError
 __all__ = ["HUB_TEXTS", "HubDataset", "HubText"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class HubDataset:
     """Where a benchmark text lives and how its rows become a text.
 
@@ -78,7 +79,7 @@ def _documents(source: HubText, split: str) -> tuple[str, ...]:
     theirs, part = dataset.splits[split]
     rows = _rows(source, theirs)
     try:
-        documents = tuple(str(row[dataset.column]) for row in islice(rows, dataset.most_documents))
+        documents = tuple(str(row[dataset.column]) for row in rows)
     except KeyError as error:
         raise TextError(
             f"text: {dataset.name} in {source.folder} has no column {error}. Give a copy in the form of the original."
@@ -88,7 +89,8 @@ def _documents(source: HubText, split: str) -> tuple[str, ...]:
     return documents if part == "whole" else documents[0 if part == "even" else 1 :: 2]
 
 
-def _rows(source: HubText, split: str) -> Iterable[Mapping[str, Any]]:
+def _rows(source: HubText, split: str) -> list[Mapping[str, Any]]:
+    """Return the rows of the data set's ``split``, all that are needed; a streamed one can fail at any row."""
     try:
         import datasets
     except ImportError as error:
@@ -97,14 +99,16 @@ def _rows(source: HubText, split: str) -> Iterable[Mapping[str, Any]]:
     if folder is not None and not folder.is_dir():
         raise TextError(f"text: there is no folder {folder}. Check the path after `{dataset.name}:`.")
     streaming = dataset.most_documents is not None
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
     try:
         if folder is not None:
-            return _local_rows(datasets, dataset, folder, split)
+            return list(islice(_local_rows(datasets, dataset, folder, split), dataset.most_documents))
         files = {split: dataset.files[split]} if dataset.files else None
         rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
             dataset.repository, dataset.configuration, data_files=files, split=split, revision=dataset.revision, streaming=streaming
         )
-        return rows
+        return list(islice(rows, dataset.most_documents))
     except TextError:
         raise
     except Exception as error:  # the library raises its own, the hub's, pyarrow's and the connection's errors
@@ -115,17 +119,25 @@ def _rows(source: HubText, split: str) -> Iterable[Mapping[str, Any]]:
         ) from error
 
 
+def _names_split(path: Path, split: str) -> bool:
+    """Whether ``train-00000-of-00001.parquet``, ``c4-train.00000-of-01024.json.gz`` or ``train/0000.parquet`` is of ``split``."""
+    return any(split in re.split(r"[-._]", part) for part in path.parts)
+
+
 def _local_rows(datasets: Any, dataset: HubDataset, folder: Path, split: str) -> Iterable[Mapping[str, Any]]:
-    """Read the files of ``split`` (by name, as on the hub) in ``folder`` or its configuration's subfolder."""
+    """Read the files of ``split``, told by their names or those of their folders, in ``folder`` or its configuration's subfolder."""
     place = folder / dataset.configuration if dataset.configuration and (folder / dataset.configuration).is_dir() else folder
     loaders = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "json"}
-    files = sorted(path for path in place.rglob("*") if path.suffix in loaders and split in path.name.split(".")[0])
+    files = sorted(path for path in place.rglob("*") if path.suffix in loaders and _names_split(path.relative_to(place), split))
     if not files:
         raise TextError(
             f"text: {place} holds no .parquet or .json file of the {split} split. Copy the data set's folder as it is on the hub."
         )
     loader = loaders[files[0].suffix]
     rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
-        loader, data_files={split: [str(path) for path in files]}, split=split, streaming=dataset.most_documents is not None
+        loader,
+        data_files={split: [str(path) for path in files]},
+        split=split,
+        streaming=True,  # read where they are: no copy in the library's cache
     )
     return rows

@@ -93,7 +93,7 @@ def _column(table: pd.DataFrame, path: Path) -> list[str]:
     if "text" not in table:
         columns = ", ".join(map(str, table.columns)) or "none"
         raise TextError(f"text: {path} has no column `text`; it has {columns}. Rename the column that holds the text.")
-    return [str(value) for value in table["text"] if value is not None]
+    return [str(value) for value in table["text"].dropna()]
 
 
 def _line_break(text: str, position: int) -> int:

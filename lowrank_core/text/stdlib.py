@@ -7,6 +7,7 @@ A module belongs to one split for good, decided by a hash of its dotted name, so
 from __future__ import annotations
 
 import hashlib
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -52,11 +53,21 @@ def split_of_module(name: str) -> str:
     return "train"
 
 
-def iter_modules(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield ``(dotted name, source)`` of the importable sources under ``root``, ordered by name."""
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if any(part in _EXCLUDED_PARTS or part.startswith(("_sysconfigdata", "config-")) for part in parts):
+def _excluded(part: str) -> bool:
+    return part in _EXCLUDED_PARTS or part.startswith(("_sysconfigdata", "config-"))
+
+
+def _module_paths(root: Path) -> Iterator[Path]:
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = [part for part in subfolders if not _excluded(part)]  # site-packages may hold more than all the rest
+        yield from (Path(folder, file) for file in files if file.endswith(".py") and not _excluded(file.removesuffix(".py")))
+
+
+def iter_modules(root: Path, split: str | None = None) -> Iterator[tuple[str, str]]:
+    """Yield ``(dotted name, source)`` of the importable sources under ``root``, ordered by path; those of one split if it is given."""
+    for path in sorted(_module_paths(root)):
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        if split is not None and split_of_module(name) != split:
             continue
         try:
             with tokenize.open(path) as handle:
@@ -64,7 +75,7 @@ def iter_modules(root: Path) -> Iterator[tuple[str, str]]:
         except (SyntaxError, UnicodeDecodeError, OSError):
             continue  # a fixture with a broken encoding, or a dangling link: not text
         if len(source) >= _SMALLEST_MODULE:
-            yield ".".join(parts), source
+            yield name, source
 
 
 @cache
@@ -78,7 +89,7 @@ def stdlib_documents(split: str) -> tuple[str, ...]:
         TextError: the interpreter carries no library sources (a frozen or zipped build).
     """
     root = Path(sysconfig.get_path("stdlib"))
-    chosen = [(hashlib.sha256(name.encode()).digest(), text) for name, text in iter_modules(root) if split_of_module(name) == split]
+    chosen = [(hashlib.sha256(name.encode()).digest(), text) for name, text in iter_modules(root, split)]
     if not chosen:
         raise TextError(
             f"python-stdlib: no library sources under {root} for the {split} split; "

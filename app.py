@@ -1,0 +1,20 @@
+"""The frame of the dashboard: page configuration, navigation, the shared sidebar. Start it with ``streamlit run app.py``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from pages.components import look, navigation, sidebar, state
+
+ASSETS = Path(__file__).resolve().parent / "assets"
+
+page = st.navigation(navigation.pages())
+# After the navigation: a page's own icon would else become the favicon, and the browser fetches that from the internet.
+st.set_page_config(page_title="low-rank studio", page_icon=str(ASSETS / "logo-mark.svg"), layout="wide")
+st.logo(str(ASSETS / "logo.svg"), size="large", icon_image=str(ASSETS / "logo-mark.svg"))
+look.apply()
+state.begin()
+sidebar.show()
+page.run()

@@ -1,0 +1,112 @@
+"""Energy kept and left, and what pooling changed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lowrank_core.figures.style import BLUE, GREEN, GREY, SKY, VERMILLION, axis_note, direct_label, finished
+from lowrank_core.views.energy import EnergyCurves, PoolingCurves, Vector
+
+__all__ = ["groups_figure", "left_figure", "pooling_figure", "retained_figure"]
+
+_FLOOR = 1e-9  # energies below are rounding of the stored float32
+
+
+def _both(figure: go.Figure, curves: EnergyCurves, features: Vector, weights: Vector, digits: str) -> None:
+    for name, values, colour in (("features", features, VERMILLION), ("weights", weights, BLUE)):
+        figure.add_scatter(
+            x=curves.ranks,
+            y=values,
+            name=name,
+            mode="lines",
+            line={"color": colour, "width": 2.5},
+            customdata=curves.ranks / curves.shape.max_rank,
+            hovertemplate=f"rank %{{x}} (%{{customdata:.0%}} of full rank)<br>%{{y:{digits}}}<extra>{name}</extra>",
+        )
+
+
+def _rank_axes(figure: go.Figure, curves: EnergyCurves, rank: int, *, bottom: bool = False) -> None:
+    """Mark the chosen and the break-even rank; put the share of full rank on the ticks."""
+    full = curves.shape.max_rank
+    ticks = [round(full * share) for share in (0, 0.25, 0.5, 0.75, 1)]
+    figure.update_xaxes(tickvals=ticks, ticktext=[f"{tick}<br>{tick / full:.0%}" for tick in ticks], range=[0, full * 1.01])
+    axis_note(figure, f"rank {rank}", x=rank, position=rank, colour=GREEN, anchor="left" if rank < full * 0.8 else "right", bottom=bottom)
+
+
+def retained_figure(curves: EnergyCurves, rank: int) -> go.Figure:
+    """Draw the cumulative energy kept at each rank."""
+    figure = go.Figure()
+    _both(figure, curves, curves.features, curves.weights, ".2%")
+    at = int(np.searchsorted(curves.ranks, curves.shape.max_rank * 0.4))
+    upper, lower = ("features", "weights") if curves.features[at] >= curves.weights[at] else ("weights", "features")
+    values, colours = {"features": curves.features, "weights": curves.weights}, {"features": VERMILLION, "weights": BLUE}
+    x = float(curves.ranks[at])
+    direct_label(figure, upper, x=x, y=float(values[upper][at]), colour=colours[upper], xanchor="right", yanchor="bottom")
+    direct_label(figure, lower, x=x, y=float(values[lower][at]), colour=colours[lower], xanchor="left", yanchor="top")
+    finished(figure, height=360, x="Rank, and its share of full rank", y="Energy kept")
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.12], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    _rank_axes(figure, curves, rank, bottom=True)
+    return figure
+
+
+def left_figure(curves: EnergyCurves, rank: int) -> go.Figure:
+    """Draw the energy removed at each rank, on a log scale: the error that stays."""
+    figure = go.Figure()
+
+    def visible(values: Vector) -> Vector:
+        return np.where(values > _FLOOR, values, np.nan)
+
+    features, weights = visible(curves.features_left), visible(curves.weights_left)
+    _both(figure, curves, features, weights, ".3g")
+    at = int(np.searchsorted(curves.ranks, curves.shape.max_rank * 0.55))
+    for name, values, other, colour in (("features", features, weights, VERMILLION), ("weights", weights, features, BLUE)):
+        if values[at] > 0:
+            upper = not values[at] < other[at]
+            direct_label(
+                figure, name, x=float(curves.ranks[at]), y=float(np.log10(values[at])), colour=colour, xanchor="left" if upper else "right", yanchor="bottom" if upper else "top"
+            )
+    finished(figure, height=360, x="Rank, and its share of full rank", y="Energy removed (log scale)")
+    figure.update_yaxes(type="log", tickformat="~g", dtick=1)
+    _rank_axes(figure, curves, rank)
+    return figure
+
+
+def pooling_figure(curves: PoolingCurves) -> go.Figure:
+    """Draw √ eigenvalues of the pooled and of the sample covariance on one scale."""
+    figure = go.Figure()
+    for name, values, colour, width in (("sample covariance", curves.sample, SKY, 7), ("pooled covariance", curves.pooled, VERMILLION, 2)):
+        figure.add_scatter(
+            x=curves.ranks,
+            y=values,
+            name=name,
+            mode="lines",
+            line={"color": colour, "width": width},
+            hovertemplate="rank %{x}<br>%{y:.3g}<extra>" + name + "</extra>",
+        )
+    finished(figure, height=320, x="Rank (log scale)", y="√ eigenvalue (log scale)")
+    figure.update_layout(showlegend=True, legend={"x": 0.02, "y": 0.04, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"})
+    figure.update_xaxes(type="log", dtick=1, minor={"ticks": "outside", "ticklen": 2})
+    figure.update_yaxes(type="log", tickformat="~g", dtick=1)
+    return figure
+
+
+def groups_figure(groups: pd.DataFrame) -> go.Figure:
+    """Draw how far the trace of each group's covariance lies from the groups' mean (``group_table``)."""
+    deviation = (groups["relative"] - 1).to_numpy()
+    figure = go.Figure(
+        go.Bar(
+            x=groups["group"],
+            y=deviation,
+            marker={"color": GREEN},
+            customdata=groups[["tokens"]].to_numpy(),
+            hovertemplate="group %{x}, %{customdata[0]:,} tokens<br>%{y:+.2%} from the mean trace<extra></extra>",
+        )
+    )
+    figure.add_hline(y=0, line={"color": GREY, "width": 1.5})
+    finished(figure, height=320, x="Group of calibration windows", y="Variance, from the mean of groups")
+    figure.update_xaxes(dtick=max(1, len(groups) // 12), ticks="")
+    largest = max(0.01, float(np.abs(deviation).max()) if len(groups) else 0.0)
+    figure.update_yaxes(tickformat="+.1~%", range=[-1.15 * largest, 1.15 * largest])
+    return figure

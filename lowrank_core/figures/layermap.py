@@ -1,0 +1,82 @@
+"""The layer x module map: cells that can be read, hovered and picked."""
+
+from __future__ import annotations
+
+import numpy as np
+import plotly.graph_objects as go
+
+from lowrank_core.figures.style import SEQUENTIAL, VERMILLION, finished
+from lowrank_core.views.formatting import kind_label
+from lowrank_core.views.layermap import LayerMap
+
+__all__ = ["map_figure"]
+
+_ROW, _FRAME = 40, 74  # pixels: a row of cells; axis and margins
+_MOST_LABELLED = 16  # blocks: beyond, numbers no longer fit into the cells
+_INVISIBLE = 0.01
+
+
+def map_figure(view: LayerMap, chosen: str | None = None) -> go.Figure:
+    """Draw ``view`` with the module ``chosen`` outlined.
+
+    The colours are a heatmap, which can't be picked from in Streamlit; square markers on top of it can, and carry the module's name.
+    """
+    figure = go.Figure([_cells(view), _targets(view)])
+    if chosen is not None:
+        _outline(figure, view, chosen)
+    finished(figure, height=_FRAME + _ROW * len(view.kinds), x="Block (depth, from the embedding to the head)", y="", right=8)
+    step = max(1, len(view.depths) // 16)
+    figure.update_xaxes(tickvals=view.depths[::step], showgrid=False, range=[-0.5, len(view.depths) - 0.5], ticks="")
+    labels = [kind_label(kind) for kind in view.kinds]
+    figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, range=[len(labels) - 0.5, -0.5], showgrid=False, title=None)
+    figure.update_layout(hoverdistance=60, dragmode=False, clickmode="event+select")
+    return figure
+
+
+def _grid(view: LayerMap) -> np.ndarray:
+    """Return values by (module type, depth), NaN where a block has no such module."""
+    cells = view.frame.pivot_table(index="kind", columns="depth", values="value", dropna=False)
+    return cells.reindex(index=view.kinds, columns=view.depths).to_numpy(dtype=float)
+
+
+def _cells(view: LayerMap) -> go.Heatmap:
+    values = _grid(view)
+    digits = ".0%" if view.percent else ".3~s"
+    return go.Heatmap(
+        z=values,
+        x=view.depths,
+        y=list(range(len(view.kinds))),
+        zmin=view.low,
+        zmax=view.high,
+        colorscale=SEQUENTIAL,
+        xgap=3,
+        ygap=3,
+        hoverinfo="skip",
+        hoverongaps=False,
+        texttemplate=f"%{{z:{digits}}}" if len(view.depths) <= _MOST_LABELLED else None,
+        textfont={"size": 11},
+        colorbar={"title": {"text": view.measure, "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".0%" if view.percent else "", "len": 1.0, "y": 0.5},
+    )
+
+
+def _targets(view: LayerMap) -> go.Scatter:
+    row_of = {kind: row for row, kind in enumerate(view.kinds)}
+    marker = {"symbol": "square", "size": 26, "opacity": _INVISIBLE, "color": "#888888"}
+    return go.Scatter(
+        x=view.frame["depth"].to_numpy(),
+        y=[row_of[kind] for kind in view.frame["kind"]],
+        mode="markers",
+        marker=marker,
+        selected={"marker": {"opacity": _INVISIBLE}},
+        unselected={"marker": {"opacity": _INVISIBLE}},
+        customdata=view.frame[["module", "label"]].to_numpy(),
+        hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<extra></extra>",
+    )
+
+
+def _outline(figure: go.Figure, view: LayerMap, chosen: str) -> None:
+    rows = view.frame[view.frame["module"] == chosen]
+    if rows.empty:
+        return
+    x, y = int(rows["depth"].iloc[0]), view.kinds.index(rows["kind"].iloc[0])
+    figure.add_shape(type="rect", x0=x - 0.48, x1=x + 0.48, y0=y - 0.46, y1=y + 0.46, line={"color": VERMILLION, "width": 3})

@@ -1,0 +1,59 @@
+"""What every figure shares: colours that colour-blind people tell apart, margins, axes.
+
+Colours of text, grid and background are left to the page's theme, so that light and dark both work.
+"""
+
+from __future__ import annotations
+
+import plotly.graph_objects as go
+
+__all__ = ["BLUE", "CONFIG", "GREEN", "GREY", "ORANGE", "PURPLE", "SEQUENTIAL", "SKY", "VERMILLION", "axis_note", "direct_label", "finished"]
+
+# Okabe & Ito 2008, less the two that vanish on a white or a black page
+BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
+GREY = "#8A9199"
+SEQUENTIAL = "Cividis"
+
+CONFIG = {"displaylogo": False, "displayModeBar": "hover", "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"], "scrollZoom": False}
+"""For Plotly's ``config``."""
+
+
+def finished(figure: go.Figure, *, height: int, x: str, y: str, right: int = 16, top: int = 12) -> go.Figure:
+    """Return ``figure`` with axis titles, a fixed height, and zoom that survives new data."""
+    figure.update_layout(
+        height=height,
+        margin={"l": 8, "r": right, "t": top, "b": 8},
+        showlegend=False,
+        uirevision="constant",
+        selectionrevision="constant",
+        hovermode="closest",
+        hoverlabel={"align": "left"},
+    )
+    figure.update_xaxes(title={"text": x, "standoff": 8}, automargin=True, zeroline=False, ticks="outside", ticklen=4)
+    figure.update_yaxes(title={"text": y, "standoff": 8}, automargin=True, zeroline=False)
+    return figure
+
+
+def direct_label(figure: go.Figure, text: str, *, x: float, y: float, colour: str, xanchor: str = "left", yanchor: str = "middle") -> None:
+    """Write ``text`` beside its curve, in its colour; ``x`` and ``y`` in axis coordinates (log10 on a log axis)."""
+    figure.add_annotation(
+        text=f"<b>{text}</b>", x=x, y=y, showarrow=False, xanchor=xanchor, yanchor=yanchor, xshift=4 if xanchor == "left" else -4, font={"color": colour, "size": 12}
+    )
+
+
+def axis_note(
+    figure: go.Figure, text: str, *, x: float, position: float, colour: str = GREY, anchor: str = "left", bottom: bool = False
+) -> None:
+    """Draw a vertical dotted line at ``x`` (data units) with ``text`` at its top (or its bottom); ``position`` is ``x`` in axis coordinates."""
+    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
+    figure.add_annotation(
+        text=text,
+        x=position,
+        y=0 if bottom else 1,
+        yref="paper",
+        showarrow=False,
+        xanchor=anchor,
+        yanchor="bottom" if bottom else "top",
+        xshift=4 if anchor == "left" else -4,
+        font={"size": 11, "color": colour},
+    )

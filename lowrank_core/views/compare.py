@@ -1,0 +1,187 @@
+"""Original against compressed, as measured on test text: from the worker's answers in ``results/``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.runs import JsonMapping, Run, read_json
+from lowrank_core.search.records import TrialRecord
+from lowrank_core.views.records import build
+
+__all__ = ["Comparison", "Continuation", "Export", "Failure", "answers", "comparison_table", "comparisons", "continuations", "exports", "label_of", "last_failure", "normal_interval"]
+
+_NORMAL_95 = 1.96
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One allocation measured on test text, the original beside it; intervals are of 95 %.
+
+    Attributes:
+        label: ``uniform``, ``lord_manual`` or ``trial N``.
+        perplexity_interval: of the compressed model, bootstrap over windows.
+        perplexity_difference_interval: of compressed - original, paired by window.
+        compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model.
+    """
+
+    label: str
+    time: float
+    dataset: str
+    split: str
+    context: int
+    windows: int
+    tokens: int
+    bos: str
+    perplexity: float
+    dense_perplexity: float
+    nll: float
+    dense_nll: float
+    kl: float
+    top1_agreement: float
+    compression_ratio: float
+    model_compression_ratio: float
+    parameters: int
+    dense_parameters: int
+    compressible_parameters: int
+    dense_compressible_parameters: int
+    bytes: int
+    dense_bytes: int
+    protocol: str = ""
+    perplexity_interval: tuple[float, ...] = ()
+    perplexity_difference_interval: tuple[float, ...] = ()
+    dense_window_nll: tuple[float, ...] = ()
+
+    @property
+    def dense_interval(self) -> tuple[float, float] | None:
+        """Interval of the original's perplexity, normal approximation over windows."""
+        return normal_interval(self.dense_window_nll)
+
+    @property
+    def name(self) -> str:
+        """The label as it is shown."""
+        return ALLOCATORS[self.label].label if self.label in ALLOCATORS else self.label.capitalize()
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """The same prompt continued by both models."""
+
+    prompt: str
+    dense_text: str
+    compressed_text: str
+    trial: object
+    tokens: int
+    seed: int = 0
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Export:
+    """A compressed model on disk."""
+
+    path: str
+    trial: object
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that the worker could not meet."""
+
+    kind: str
+    error: str
+    time: float = 0.0
+
+
+def normal_interval(window_nll: Sequence[float]) -> tuple[float, float] | None:
+    """Return exp(mean ± 1.96·s/√n) of the windows' NLL; None for fewer than two windows."""
+    values = np.asarray(window_nll, dtype=np.float64)
+    if values.size < 2 or not np.isfinite(values).all():
+        return None
+    half = _NORMAL_95 * float(values.std(ddof=1)) / math.sqrt(values.size)
+    return math.exp(values.mean() - half), math.exp(values.mean() + half)
+
+
+def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
+    """Return the label under which the worker files ``trial``, a number or an allocator's name."""
+    record = next((record for record in trials if record.number == trial), None)
+    if record is not None and record.label in ALLOCATORS:
+        return record.label
+    return trial if isinstance(trial, str) else f"trial {trial}"
+
+
+def answers(run: Run) -> list[JsonMapping]:
+    """Return the worker's answers, the oldest first.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    folder = run.path / "results"
+    paths = sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
+    return [body for path in paths if (body := read_json(path)) is not None]
+
+
+def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
+    return [body for body in bodies if body.get("ok") and body.get("kind") == kind]
+
+
+def comparisons(bodies: Sequence[JsonMapping]) -> list[Comparison]:
+    """Return the newest measurement of each allocation, the least perplexity first."""
+    newest = {str(body.get("label")): body for body in _of_kind(bodies, "compare")}
+    found = [build(Comparison, body.get("report", {}), "a comparison", label=label, time=float(body.get("time", 0))) for label, body in newest.items()]
+    return sorted(found, key=lambda comparison: comparison.perplexity)
+
+
+def continuations(bodies: Sequence[JsonMapping]) -> list[Continuation]:
+    """Return the continuations, the newest first."""
+    return [build(Continuation, body, "a continuation") for body in reversed(_of_kind(bodies, "generate"))]
+
+
+def exports(bodies: Sequence[JsonMapping]) -> list[Export]:
+    """Return the exports, the newest first."""
+    return [build(Export, body, "an export") for body in reversed(_of_kind(bodies, "export"))]
+
+
+def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
+    """Return the newest answer if it is a failure."""
+    if not bodies or bodies[-1].get("ok"):
+        return None
+    return build(Failure, {"kind": "request", "error": "no reason given", **bodies[-1]}, "an answer")
+
+
+def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
+    """Return the original as a first row, then a row for each measured allocation."""
+    if not found:
+        return pd.DataFrame()
+    first = found[0]
+    rows: list[dict[str, object]] = [
+        {"allocation": "Original", "perplexity": first.dense_perplexity, "low": None, "high": None, "kl": None, "agreement": None, "removed": 0.0}
+        | {"model_removed": 0.0, "parameters": first.dense_parameters, "linears": first.dense_compressible_parameters, "bytes": first.dense_bytes}
+    ]
+    if first.dense_interval:
+        rows[0]["low"], rows[0]["high"] = first.dense_interval
+    rows += [_row(comparison) for comparison in found]
+    return pd.DataFrame(rows).astype({"low": float, "high": float, "kl": float, "agreement": float})
+
+
+def _row(comparison: Comparison) -> dict[str, object]:
+    low, high = comparison.perplexity_interval or (None, None)
+    return {
+        "allocation": comparison.name,
+        "perplexity": comparison.perplexity,
+        "low": low,
+        "high": high,
+        "kl": comparison.kl,
+        "agreement": comparison.top1_agreement,
+        "removed": comparison.compression_ratio,
+        "model_removed": comparison.model_compression_ratio,
+        "parameters": comparison.parameters,
+        "linears": comparison.compressible_parameters,
+        "bytes": comparison.bytes,
+    }

@@ -1,0 +1,90 @@
+"""Numbers as people read them. A missing or non-finite number is a dash, never ``nan``."""
+
+from __future__ import annotations
+
+import math
+import time
+
+__all__ = ["DASH", "age", "count", "duration", "interval", "kind_label", "number", "percent", "size", "timestamp"]
+
+DASH = "–"
+_COUNTS = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from, unit, suffix
+_SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+
+
+def _missing(value: float | None) -> bool:
+    return value is None or not math.isfinite(value)
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Return ``value`` with ``digits`` significant digits; whole numbers in full up to ten million."""
+    if value is None or _missing(value):
+        return DASH
+    if abs(value) >= 1e7:
+        return f"{value:.{digits - 1}e}".replace("e+0", "e").replace("e+", "e")
+    if value == 0 or abs(value) >= 10**digits:
+        return f"{value:,.0f}"
+    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}" if decimals <= 6 else f"{value:.{digits - 1}e}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """Return a fraction in [0, 1] as percent."""
+    return DASH if value is None or _missing(value) else f"{100 * value:.{digits}f} %"
+
+
+def count(value: float | None) -> str:
+    """Return a count, shortened from ten thousand on: 6.91 M."""
+    if value is None or _missing(value):
+        return DASH
+    for least, unit, suffix in _COUNTS:
+        if value >= least:
+            return f"{number(value / unit)} {suffix}"
+    return f"{value:,.0f}"
+
+
+def size(value: float | None) -> str:
+    """Return bytes in binary units."""
+    if value is None or _missing(value):
+        return DASH
+    for unit, suffix in _SIZES:
+        if value >= unit:
+            return f"{number(value / unit)} {suffix}"
+    return f"{value:,.0f} B"
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as ``42 s``, ``3 min 05 s`` or ``2 h 10 min``."""
+    if seconds is None or _missing(seconds):
+        return DASH
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def interval(low: float | None, high: float | None) -> str:
+    """Return ``low to high``."""
+    return DASH if low is None or high is None or _missing(low) or _missing(high) else f"{number(low)} to {number(high)}"
+
+
+def timestamp(seconds: float) -> str:
+    """Return local date and time: 14 Mar 09:05."""
+    moment = time.localtime(seconds)
+    return f"{moment.tm_mday} {time.strftime('%b %H:%M', moment)}"
+
+
+def age(seconds: float, now: float) -> str:
+    """Return how long ago ``seconds`` was, roughly."""
+    passed = max(0.0, now - seconds)
+    for unit, word in ((86400, "d"), (3600, "h"), (60, "min")):
+        if passed >= unit:
+            return f"{int(passed // unit)} {word} ago"
+    return "just now"
+
+
+def kind_label(kind: str) -> str:
+    """Return a module type without what every type shares: q_proj is q."""
+    return kind.removesuffix("_proj")

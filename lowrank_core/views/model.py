@@ -1,0 +1,130 @@
+"""What a model is made of: facts from model.json, a table by module type, and the memory that a calibration takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import pandas as pd
+import psutil
+
+from lowrank_core.accounting import MatrixShape
+from lowrank_core.runs import JsonMapping, Run
+from lowrank_core.views.formatting import kind_label
+from lowrank_core.views.records import build
+
+__all__ = ["MemoryEstimate", "ModelFacts", "memory_estimate", "model_facts", "module_table"]
+
+_FLOAT32, _FLOAT64 = 4, 8  # bytes
+_MOMENTS = 4  # pooled and sample moment, the group in hand and one temporary, as the worker checks it
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model, without its weights.
+
+    Attributes:
+        bytes: of the checkpoint as held.
+        matrices: the compressible linears in the order of the model.
+        input_widths: width of each distinct input (q, k and v share theirs).
+    """
+
+    reference: str
+    architecture: str
+    dtype: str
+    parameters: int
+    compressible_parameters: int
+    bytes: int
+    vocabulary: int
+    max_context: int | None
+    blocks: int
+    hidden: int
+    tied_embeddings: bool
+    matrices: tuple[MatrixShape, ...]
+    input_widths: Mapping[str, int]
+    device: str = ""
+    fingerprint: str = ""
+
+    @property
+    def compressible_share(self) -> float:
+        """Fraction of all parameters that lies in compressible linears."""
+        return self.compressible_parameters / self.parameters if self.parameters else 0.0
+
+    def matrix(self, name: str) -> MatrixShape:
+        return next(matrix for matrix in self.matrices if matrix.name == name)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    kind: str
+    depth: int
+    d_out: int
+    d_in: int
+    bias: bool
+    input_group: str
+
+
+def model_facts(run: Run) -> ModelFacts | None:
+    """Return the facts in model.json, or None before the model was read.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    body = run.part("model")
+    return None if body is None else _facts(body)
+
+
+def _facts(body: JsonMapping) -> ModelFacts:
+    layers = [build(_Layer, layer, "model.json") for layer in body.get("layers", [])]
+    return build(
+        ModelFacts,
+        body,
+        "model.json",
+        matrices=tuple(MatrixShape(layer.name, layer.kind, layer.depth, layer.d_out, layer.d_in, layer.bias) for layer in layers),
+        input_widths={layer.input_group: layer.d_in for layer in layers},
+    )
+
+
+def module_table(facts: ModelFacts) -> pd.DataFrame:
+    """Return a row for each module type: count, shape, break-even rank, parameters and share of the model's parameters."""
+    rows = []
+    for kind in dict.fromkeys(matrix.kind for matrix in facts.matrices):
+        alike = [matrix for matrix in facts.matrices if matrix.kind == kind]
+        parameters = sum(matrix.dense_parameters for matrix in alike)
+        rows.append(
+            {
+                "type": kind_label(kind),
+                "count": len(alike),
+                "shape": " / ".join(dict.fromkeys(f"{m.d_out} × {m.d_in}" for m in alike)),
+                "break_even": " / ".join(dict.fromkeys(str(m.break_even_rank) for m in alike)),
+                "parameters": parameters,
+                "share": parameters / facts.parameters if facts.parameters else 0.0,
+            }
+        )
+    rest = facts.parameters - facts.compressible_parameters
+    rows.append({"type": "embeddings, norms, head", "count": None, "shape": "", "break_even": "", "parameters": rest, "share": rest / max(1, facts.parameters)})
+    return pd.DataFrame(rows).astype({"count": "Int64"})
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """What a calibration takes, roughly: weights in float32 and the moments of every distinct input in float64."""
+
+    model_bytes: int
+    statistics_bytes: int
+    available_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        return self.model_bytes + self.statistics_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.total_bytes < self.available_bytes
+
+
+def memory_estimate(facts: ModelFacts) -> MemoryEstimate:
+    """Return Σ d_in² · 8 bytes · 4 over the distinct inputs, beside the weights in float32."""
+    statistics = sum(width**2 for width in facts.input_widths.values()) * _FLOAT64 * _MOMENTS
+    return MemoryEstimate(facts.parameters * _FLOAT32, statistics, int(psutil.virtual_memory().available))

@@ -1,0 +1,186 @@
+"""A rank search as it streams in: history, baselines, best so far, and the allocation of a trial."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lowrank_core.accounting import MatrixShape
+from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocate, allocation_from_ranks, module_group
+from lowrank_core.config import RunConfig, SearchConfig
+from lowrank_core.search.records import TrialRecord, best_trial
+from lowrank_core.views.formatting import number, percent
+from lowrank_core.views.layermap import LayerMap, layer_map
+
+__all__ = [
+    "BASES",
+    "OBJECTIVE_LABELS",
+    "SAMPLER_LABELS",
+    "Basis",
+    "History",
+    "Progress",
+    "allocation_map",
+    "allocation_of",
+    "search_params",
+    "check_budget",
+    "history",
+    "priced",
+    "progress",
+    "trial_label",
+    "trial_table",
+]
+
+
+@dataclass(frozen=True)
+class Basis:
+    """A basis as the dashboard offers it; ``adds_bias`` says that its factors carry one of their own."""
+
+    name: str
+    label: str
+    adds_bias: bool
+
+
+BASES: dict[str, Basis] = {
+    basis.name: basis
+    for basis in (Basis("pooled_feature", "Pooled features (Bolaco)", True), Basis("weight_svd", "Weight SVD", False))
+}
+OBJECTIVE_LABELS = {"kl": "KL to the dense model (nats per token)", "perplexity": "Perplexity", "bolaco": "Bolaco: perplexity + weighted KL"}
+SAMPLER_LABELS = {"gp": "Gaussian process", "random": "Random"}
+
+
+def trial_label(trial: TrialRecord) -> str:
+    """Return ``trial 7``, or the baseline's name with its number."""
+    name = ALLOCATORS[trial.label].label if trial.label in ALLOCATORS else ""
+    return f"{name} (trial {trial.number})" if name else f"Trial {trial.number}"
+
+
+@dataclass(frozen=True)
+class History:
+    """The study over its trials.
+
+    Attributes:
+        objective: label of the value, with its unit.
+        trials: columns number, state, label, value (NaN without one), best (least value so far), note.
+        baselines: label -> value of the enqueued baselines that are complete.
+    """
+
+    objective: str
+    trials: pd.DataFrame
+    baselines: Mapping[str, float]
+
+
+def history(trials: Sequence[TrialRecord], objective: str) -> History:
+    """Return the history of ``trials`` by number."""
+    frame = pd.DataFrame(
+        {
+            "number": [trial.number for trial in trials],
+            "state": [trial.state for trial in trials],
+            "label": [trial.label for trial in trials],
+            "value": pd.Series([trial.value for trial in trials], dtype=float),
+            "note": [_note(trial) for trial in trials],
+        }
+    )
+    frame["best"] = frame["value"].cummin().ffill()
+    baselines = {ALLOCATORS[t.label].label: t.value for t in trials if t.label in ALLOCATORS and t.value is not None}
+    return History(OBJECTIVE_LABELS[objective], frame, baselines)
+
+
+def _note(trial: TrialRecord) -> str:
+    return f"{trial_label(trial)}, {trial.state}: value {number(trial.value, 4)}, perplexity {number(trial.perplexity)}, {percent(trial.compression_ratio)} removed"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Best so far against the uniform baseline, on search-validation text.
+
+    Attributes:
+        gain: fraction by which the best value lies below the uniform one; None without both.
+    """
+
+    complete: int
+    wanted: int
+    best: TrialRecord | None
+    uniform_value: float | None
+    uniform_perplexity: float | None
+
+    @property
+    def gain(self) -> float | None:
+        if self.best is None or self.best.value is None or not self.uniform_value:
+            return None
+        return 1 - self.best.value / self.uniform_value
+
+
+def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
+    """Return how far a search is."""
+    uniform = next((trial for trial in trials if trial.label == "uniform" and trial.state == "complete"), None)
+    return Progress(
+        complete=sum(1 for trial in trials if trial.state == "complete"),
+        wanted=search.trials,
+        best=best_trial(trials),
+        uniform_value=uniform.value if uniform else None,
+        uniform_perplexity=uniform.perplexity if uniform else None,
+    )
+
+
+def trial_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
+    """Return a row for each trial, by number, with a column for each variable of the space."""
+    best = best_trial(trials)
+    rows = [
+        {
+            "trial": trial.number,
+            "best": "★" if best is not None and trial.number == best.number else "",
+            "state": trial.state,
+            "kind": ALLOCATORS[trial.label].label if trial.label in ALLOCATORS else trial.label,
+            "value": trial.value,
+            "perplexity": trial.perplexity,
+            "kl": trial.kl,
+            "removed": trial.compression_ratio,
+            "seconds": trial.seconds,
+            **trial.params,
+        }
+        for trial in trials
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["trial", "best", "state", "kind", "value", "perplexity", "kl", "removed", "seconds"])
+
+
+def search_params(trials: Sequence[TrialRecord]) -> list[str]:
+    """Return the variables of the space, in the order of the study."""
+    return list(dict.fromkeys(name for trial in trials for name in trial.params))
+
+
+def priced(matrices: Sequence[MatrixShape], basis: str) -> tuple[MatrixShape, ...]:
+    """Return ``matrices`` with the bias that ``basis`` adds to their factors counted in."""
+    adds_bias = basis in BASES and BASES[basis].adds_bias
+    return tuple(MatrixShape(m.name, m.kind, m.depth, m.d_out, m.d_in, m.bias, adds_bias) for m in matrices)
+
+
+def allocation_of(trial: TrialRecord, matrices: Sequence[MatrixShape]) -> RankAllocation:
+    """Return what a trial allocated.
+
+    Raises:
+        ConfigError: its ranks do not fit ``matrices``.
+    """
+    return allocation_from_ranks(f"trial {trial.number}", matrices, trial.ranks)
+
+
+def allocation_map(allocation: RankAllocation, matrices: Sequence[MatrixShape]) -> LayerMap:
+    """Return the kept fraction of each matrix's parameters, 1 where it stays dense."""
+    ranks = [allocation.ranks.get(matrix.name) for matrix in matrices]
+    kept = [matrix.parameters(rank) / matrix.dense_parameters for matrix, rank in zip(matrices, ranks, strict=True)]
+    labels = ["dense" if rank is None else f"rank {rank}, {percent(share, 0)} kept" for rank, share in zip(ranks, kept, strict=True)]
+    return layer_map(matrices, kept, labels, "Parameters kept", percent=True, full_scale=True)
+
+
+def check_budget(config: RunConfig, matrices: Sequence[MatrixShape]) -> RankAllocation | None:
+    """Return the uniform allocation of a search that is about to start; None if it only analyses.
+
+    Raises:
+        BudgetError: the ratio can't be met by the matrices that may be compressed.
+    """
+    if config.search is None:
+        return None
+    compression = config.search.compression
+    dense = {matrix.name for matrix in matrices if compression.value_dense and module_group(matrix.kind) == "v"}
+    return allocate("uniform", priced(matrices, compression.basis), config.search.compression_ratio, keep_dense=dense)

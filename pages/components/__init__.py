@@ -1,0 +1,1 @@
+"""What the pages share: navigation, state, layout, charts and forms."""

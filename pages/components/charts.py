@@ -1,0 +1,29 @@
+"""How a chart is put on a page."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import plotly.graph_objects as go
+import streamlit as st
+
+from lowrank_core.figures.style import CONFIG
+
+__all__ = ["chart"]
+
+
+def chart(figure: go.Figure, *, key: str, title: str, how: str, alt: str, on_pick: Callable[[], None] | None = None) -> None:
+    """Show ``figure`` under its title, with a sentence on how to read it.
+
+    Args:
+        how: what a reader should look for.
+        alt: for screen readers, what the picture shows.
+        on_pick: called after a point was picked.
+    """
+    with st.container(gap="xxsmall"):
+        st.markdown(f"**{title}**")
+        st.caption(f"How to read this: {how}")
+    if on_pick is None:
+        st.plotly_chart(figure, key=key, config=CONFIG, alt=alt)
+    else:
+        st.plotly_chart(figure, key=key, config=CONFIG, alt=alt, on_select=on_pick, selection_mode="points")

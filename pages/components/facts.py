@@ -1,0 +1,125 @@
+"""The sections of the Overview."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from lowrank_core.runs import Run
+from lowrank_core.views.calibration import MIN_TOKENS_PER_DIMENSION, CalibrationFacts, quality_table, quality_warnings
+from lowrank_core.views.formatting import count, duration, number, percent, size
+from lowrank_core.views.model import ModelFacts, module_table
+from lowrank_core.views.runs import run_table
+from lowrank_core.views.text import TextFacts, split_table
+from pages.components import navigation, state, tables
+from pages.components.layout import figures_row
+
+__all__ = ["calibration_section", "failure", "model_section", "next_steps", "runs_section", "text_section"]
+
+
+def failure(run: Run) -> None:
+    """Show why a run failed, with the end of its log."""
+    status = run.status()
+    if status.state == "failed":
+        st.error(f"This run failed. {status.message}", icon=":material/error:")
+        with st.expander("End of the worker's log"):
+            st.code(run.log_tail() or "The log is empty.", language=None)
+    for warning in status.warnings:
+        st.warning(warning, icon=":material/info:")
+
+
+def model_section(model: ModelFacts) -> None:
+    st.subheader("What the model is made of", anchor=False)
+    figures_row(
+        {
+            "Parameters": (count(model.parameters), f"{model.parameters:,}"),
+            "Compressible": (count(model.compressible_parameters), "In linear layers of the blocks, biases counted."),
+            "Share compressible": (percent(model.compressible_share), "Of all parameters; the rest are embeddings, norms and the head."),
+            "Size": (size(model.bytes), f"As held: {model.dtype}."),
+            "Blocks × hidden": (f"{model.blocks} × {model.hidden:,}", "Number of blocks, and the width of the residual stream."),
+            "Vocabulary": (f"{model.vocabulary:,}", "Embedding and head share one matrix." if model.tied_embeddings else "Embedding and head are separate."),
+        }
+    )
+    st.caption(
+        f"{model.architecture} · {model.dtype} · {model.device or 'cpu'} · context up to {model.max_context or '–'} · "
+        f"embeddings {'tied' if model.tied_embeddings else 'not tied'} · fingerprint `{model.fingerprint[:12] or '–'}`"
+    )
+    columns = {
+        "type": tables.text("Module type", width="medium"),
+        "count": tables.whole("Count"),
+        "shape": tables.text("Shape (out × in)"),
+        "break_even": tables.text("Break-even rank", "The largest rank whose two factors cost less than the matrix."),
+        "parameters": tables.whole("Parameters"),
+        "share": tables.share("Share of the model"),
+    }
+    tables.table(module_table(model), columns, key="module_table", alt="Compressible modules by type")
+
+
+def text_section(text: TextFacts) -> None:
+    st.subheader("The text it saw", anchor=False)
+    st.caption(f"{text.reference} · context {text.context} tokens · {'BOS first in every window' if text.bos == 'window' else 'no BOS'} · seed {text.seed} · three disjoint splits")
+    left, right = st.columns([3, 2], gap="small")
+    columns = {
+        "split": tables.text("Split"),
+        "windows": tables.whole("Windows"),
+        "tokens": tables.whole("Tokens"),
+        "available": tables.whole("Available tokens"),
+        "sha256": tables.text("SHA-256", "Of the tokens, so that two runs can be told to have seen the same text."),
+    }
+    with left:
+        tables.table(split_table(text), columns, key="split_table", alt="Windows and tokens of each split")
+    with right:
+        st.code(text.preview or "–", language=None, height=142)
+
+
+def calibration_section(calibration: CalibrationFacts) -> None:
+    st.subheader("How well it was measured", anchor=False)
+    for warning in quality_warnings(calibration):
+        st.warning(warning, icon=":material/warning:")
+    took = "from the cache" if calibration.cached else f"in {duration(calibration.seconds)}"
+    figures_row(
+        {
+            "Calibration tokens": (count(calibration.tokens), f"{calibration.windows} windows, measured {took}."),
+            "Tokens per dimension": (number(calibration.least_tokens_per_dimension), f"The least over all inputs. Below {MIN_TOKENS_PER_DIMENSION}, small eigenvalues are noisy."),
+            "Worst condition": (number(calibration.worst_condition, 2), "Largest over smallest eigenvalue of an input's covariance, the largest over all inputs."),
+            "Groups × windows": (f"{calibration.groups} × {calibration.group_size}", f"Weights: {calibration.group_weights}. The pooled covariance averages within groups."),
+        }
+    )
+    with st.expander(f"All {len(calibration.inputs)} distinct inputs"):
+        columns = {
+            "input": tables.text("Input"),
+            "width": tables.whole("Width"),
+            "modules": tables.whole("Modules that read it"),
+            "tokens_per_dimension": tables.number("Tokens per dimension", 1),
+            "condition": st.column_config.NumberColumn("Condition", format="scientific"),
+            "pooled_to_sample": tables.number("Pooled to sample distance", 4, "Relative Frobenius distance of the two covariances."),
+        }
+        tables.table(quality_table(calibration), columns, key="quality_table", alt="Calibration quality of each input")
+
+
+def next_steps(run: Run) -> None:
+    if (run.path / "spectra.npz").exists():
+        with st.container(horizontal=True):
+            st.page_link(navigation.SPECTRA, label="See where it is low-rank", icon=":material/grid_view:")
+            st.page_link(navigation.SEARCH, label="Search how to spend a budget", icon=":material/query_stats:")
+
+
+def runs_section(runs: Sequence[Run]) -> None:
+    """List the runs; picking one selects it."""
+    if not runs:
+        return
+    st.subheader("Runs", anchor=False)
+    frame = run_table(runs)
+    columns = {
+        "name": tables.text("Name", width="large"),
+        "state": tables.text("State"),
+        "model": tables.text("Model"),
+        "text": tables.text("Text"),
+        "ratio": tables.share("Removed", "Compression ratio that the search aims at."),
+        "trials": tables.whole("Trials complete"),
+        "best": tables.figure("Best value"),
+        "created": st.column_config.DatetimeColumn("Started", format="distance"),
+    }
+    tables.table(frame, columns, key="runs_table", on_pick=state.pick_from_table("run", "runs_table", list(frame["id"])), alt="Runs, the newest first")
+    st.caption("Pick a row to look at that run on every page.")

@@ -1,0 +1,77 @@
+"""The parts that pages are made of: header, empty states, notices."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.runs import Run
+from lowrank_core.views.formatting import count
+from lowrank_core.views.runs import is_working, status_words
+from lowrank_core.views.text import text_facts
+from pages.components import navigation, state
+
+__all__ = ["empty", "figures_row", "header", "needs_calibration", "page_run"]
+
+
+def header(title: str, question: str) -> None:
+    """Write the title of a page and the question that it answers, then what a bad link could not show."""
+    if not state.framed():
+        # Until st.navigation is first called, Streamlit runs a page that is opened by its address without app.py, as it
+        # finds a folder `pages`. The call ends that for the whole server; the next run goes through the frame.
+        st.navigation(navigation.pages())
+        st.rerun()
+    st.title(title, anchor=False)
+    st.caption(question)
+    for note in state.notes():
+        st.info(note, icon=":material/link_off:")
+
+
+def page_run() -> Run | None:
+    """Return the run on screen after naming it, with its model, text and protocol; None without any run."""
+    run = state.run()
+    if run is None:
+        return None
+    config = run.config
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        if run.recorded:
+            st.badge("Recorded run, shipped with the package", icon=":material/inventory_2:", color="violet")
+        text = text_facts(run)
+        calibration = next((split for split in text.splits if split.name == "calibration"), None) if text else None
+        facts = [f"model **{config.model.reference}**", f"text **{config.text.reference}**", f"context {config.text.context}"]
+        facts += [f"{count(calibration.tokens)} calibration tokens"] if calibration else []
+        facts += [f"{config.search.compression_ratio:.0%} removed by the search"] if config.search else []
+        st.caption(" · ".join(facts), width="content")
+    return run
+
+
+def empty(title: str, text: str, *, icon: str, page: str, label: str) -> None:
+    """Say that there is nothing yet, what to do about it, and link there."""
+    with st.container(border=True, horizontal_alignment="center"):
+        st.space("small")
+        st.markdown(f"### {icon} {title}", text_alignment="center", anchors=False)
+        st.markdown(text, text_alignment="center")
+        st.page_link(page, label=label, icon=":material/arrow_forward:")
+        st.space("small")
+
+
+def needs_calibration(run: Run | None) -> None:
+    """Say why there are no spectra to show, and what to do."""
+    if run is None:
+        text = "Choose a model and a text on the Overview and start a calibration. On the bundled model it takes under a minute."
+        empty("Nothing measured yet", text, icon=":material/grid_view:", page=navigation.OVERVIEW, label="Start a calibration")
+        return
+    status = run.status()
+    if is_working(status):
+        with st.container(border=True):
+            st.markdown(f"**{status.stage or 'Starting'}** {status_words(status)}")
+            st.caption("This page fills in by itself when the calibration is done.")
+        return
+    message = f"This run ended before its calibration was done. {status.message}".strip()
+    empty("No spectra in this run", message, icon=":material/warning:", page=navigation.OVERVIEW, label="Start another calibration")
+
+
+def figures_row(figures: dict[str, tuple[str, str]]) -> None:
+    """Write metrics side by side: label -> value in words, help."""
+    with st.container(horizontal=True, gap="small"):
+        for label, (value, meaning) in figures.items():
+            st.metric(label, value, help=meaning or None, border=True, width="stretch")

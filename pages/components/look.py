@@ -1,0 +1,23 @@
+"""What the theme can't say: margins, so that 1280 pixels hold a page and 400 can still be read."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+__all__ = ["apply"]
+
+_CSS = """
+<style>
+.stMainBlockContainer { padding: 3.4rem 2.4rem 4rem; max-width: 1480px; }
+[data-testid="stSidebarUserContent"] { padding-top: 1rem; }
+[data-testid="stMetricLabel"] p { font-size: 0.82rem; }
+[data-testid="stSidebarUserContent"] [data-testid="stSelectbox"] * { font-size: 0.84rem; }
+h1 { padding-bottom: 0.2rem !important; }
+@media (max-width: 640px) { .stMainBlockContainer { padding: 3.4rem 0.9rem 3rem; } }
+</style>
+"""
+
+
+def apply() -> None:
+    """Set the margins of every page."""
+    st.html(_CSS)

@@ -1,0 +1,113 @@
+"""What the worker measured, on the Compare page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from lowrank_core.figures.compare import perplexity_figure
+from lowrank_core.views.compare import Comparison, Continuation, Export, comparison_table
+from lowrank_core.views.formatting import count, interval, number, percent, size
+from pages.components import tables
+from pages.components.charts import chart
+
+__all__ = ["show", "show_continuations", "show_exports"]
+
+
+def show(found: Sequence[Comparison], label: str) -> None:
+    """Draw the comparison called ``label`` if it was measured (else the best measured), and all of them side by side."""
+    shown = next((comparison for comparison in found if comparison.label == label), found[0])
+    _headline(shown)
+    _sizes(shown)
+    st.caption(f"Protocol: {shown.protocol or protocol(shown)}. Intervals are of 95 %, over windows.")
+    chart(
+        perplexity_figure(found),
+        key="perplexity_bars",
+        title="Perplexity of everything measured in this run",
+        how="shorter is better; the whiskers are intervals over test windows, which all models share.",
+        alt="Bars of test perplexity of the original and each measured allocation",
+    )
+    _table(found)
+
+
+def protocol(shown: Comparison) -> str:
+    bos = "BOS first in every window" if shown.bos == "window" else "no BOS"
+    return f"{shown.dataset}, {shown.split} split, context {shown.context}, {shown.windows} windows, {shown.tokens:,} tokens, {bos}"
+
+
+def _headline(shown: Comparison) -> None:
+    st.subheader(f"Original against {shown.name}", anchor=False)
+    with st.container(horizontal=True):
+        low, high = shown.dense_interval or (None, None)
+        with st.container(border=True):
+            st.metric("Perplexity, original", number(shown.dense_perplexity, 4), help="exp of the mean loss in nats per token.")
+            st.caption(interval(low, high))
+        with st.container(border=True):
+            change = shown.perplexity - shown.dense_perplexity
+            st.metric("Perplexity, compressed", number(shown.perplexity, 4), f"{change:+.2f}", delta_color="inverse")
+            st.caption(f"{_interval(shown.perplexity_interval)}; difference {_interval(shown.perplexity_difference_interval)}")
+        with st.container(border=True):
+            st.metric("KL to the original", f"{number(shown.kl)} nats", help="Per token, on the same text.")
+            st.caption("per token")
+        with st.container(border=True):
+            st.metric("Top-1 agreement", percent(shown.top1_agreement), help="Tokens where both models rank the same token first.")
+            st.caption("of tokens")
+
+
+def _interval(ends: Sequence[float]) -> str:
+    return interval(*ends) if len(ends) == 2 else "–"
+
+
+def _sizes(shown: Comparison) -> None:
+    with st.container(horizontal=True):
+        for label, before, after, removed in (
+            ("Compressible linears", shown.dense_compressible_parameters, shown.compressible_parameters, shown.compression_ratio),
+            ("Whole model", shown.dense_parameters, shown.parameters, shown.model_compression_ratio),
+        ):
+            with st.container(border=True):
+                st.metric(f"{label}, parameters", f"{count(before)} → {count(after)}")
+                st.caption(f"{percent(removed)} removed")
+        with st.container(border=True):
+            st.metric("Whole model, bytes", f"{size(shown.dense_bytes)} → {size(shown.bytes)}")
+            st.caption(f"{percent(1 - shown.bytes / shown.dense_bytes)} removed")
+
+
+def _table(found: Sequence[Comparison]) -> None:
+    columns = {
+        "allocation": tables.text("Allocation"),
+        "perplexity": tables.number("Perplexity", 3),
+        "low": tables.number("from", 3, "Lower end of the 95 % interval."),
+        "high": tables.number("to", 3, "Upper end of the 95 % interval."),
+        "kl": tables.figure("KL (nats/token)"),
+        "agreement": tables.share("Top-1 agreement"),
+        "removed": tables.share("Removed, linears"),
+        "model_removed": tables.share("Removed, model"),
+        "linears": tables.whole("Parameters, linears"),
+        "parameters": tables.whole("Parameters, model"),
+        "bytes": st.column_config.NumberColumn("Size", format="bytes"),
+    }
+    tables.table(comparison_table(found), columns, key="comparison_table", alt="All measured allocations")
+
+
+def show_continuations(found: Sequence[Continuation]) -> None:
+    """Draw the newest continuation side by side, the older ones folded away."""
+    for position, entry in enumerate(found):
+        label = f"trial {entry.trial}" if isinstance(entry.trial, int) else str(entry.trial)
+        with st.expander(f"{entry.prompt.strip().splitlines()[0][:60]}  ({label}, {entry.tokens} tokens, seed {entry.seed})", expanded=position == 0):
+            left, right = st.columns(2)
+            left.caption("Original")
+            left.code(entry.dense_text, language=None, wrap_lines=True)
+            right.caption(f"Compressed, {label}")
+            right.code(entry.compressed_text, language=None, wrap_lines=True)
+
+
+def show_exports(found: Sequence[Export]) -> None:
+    """Say where compressed models were written and how to use them."""
+    if not found:
+        st.caption("Writes safetensors and a config into the run's folder; the folder is a valid `--model` of the command line.")
+        return
+    for entry in found:
+        label = f"trial {entry.trial}" if isinstance(entry.trial, int) else str(entry.trial)
+        st.markdown(f"**{label}** was written; the folder is a valid `--model`:")
+        st.code(f"lowrank evaluate --model {entry.path} --text python-stdlib --split test", language="bash", wrap_lines=True)

@@ -1,0 +1,99 @@
+"""What the Compare page asks of the worker."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import streamlit as st
+
+from lowrank_core import jobs
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.runs import Run
+from lowrank_core.search.records import TrialRecord, best_trial
+from lowrank_core.views.formatting import number
+from lowrank_core.views.runs import is_working, status_words
+from lowrank_core.views.search import trial_label
+from pages.components import state
+from pages.components.boundary import boundary
+from pages.components.sidebar import resume_button
+
+__all__ = ["Trial", "candidates", "export_form", "measure_form", "prompt_form", "waiting"]
+
+Trial = int | str
+"""A trial's number, or an allocator's name."""
+
+_PICKER = "allocation_picker"
+_WORDS = {"compare": "Measuring on test text", "generate": "Continuing the prompt", "export": "Writing the model"}
+_RECORDED = "A recorded run has no worker: start a search of your own to measure."
+_PROMPT = "def mean(values):\n    "
+
+
+def candidates(trials: Sequence[TrialRecord]) -> dict[Trial, str]:
+    """Return what can be measured: the best trial first, the one picked by the user, then the baselines."""
+    best = best_trial(trials)
+    if best is None:
+        return {}
+    found: dict[Trial, str] = {best.number: f"Best: {trial_label(best)}, value {number(best.value, 4)}"}
+    picked = next((t for t in trials if t.number == state.selection().trial and t.state == "complete"), None)
+    if picked is not None and picked.number != best.number:
+        found[picked.number] = f"Chosen: {trial_label(picked)}, value {number(picked.value, 4)}"
+    baselines: dict[Trial, str] = {name: f"Baseline: {method.label}" for name, method in ALLOCATORS.items()}
+    return found | baselines
+
+
+def measure_form(run: Run, found: Mapping[Trial, str]) -> Trial:
+    """Draw the choice of an allocation and the buttons that have it measured; return the choice."""
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        options = list(found)
+        picked = state.selection().trial
+        index = options.index(picked) if picked in options else 0
+        trial: Trial = st.selectbox("Allocation", options, index, key=f"{_PICKER}_{run.id}_{picked}", format_func=lambda key: found.get(key, str(key)), width=380)
+        one = st.button("Measure on test text", key="measure", type="primary", icon=":material/straighten:", disabled=run.recorded, help=_RECORDED if run.recorded else None)
+        several = st.button("Best and baselines", key="measure_all", disabled=run.recorded, help="Measures the best trial and every baseline.")
+    if one:
+        _ask(run, "compare", [trial])
+    if several:
+        _ask(run, "compare", [options[0], *ALLOCATORS])
+    return trial
+
+
+def prompt_form(run: Run, trial: Trial) -> None:
+    """Draw the prompt and the button that has it continued by both models."""
+    with st.form("prompt_form"):
+        prompt = st.text_area("Prompt", _PROMPT, key="prompt", height=110)
+        with st.container(horizontal=True, vertical_alignment="bottom"):
+            tokens = st.number_input("New tokens, at most", 1, 512, 64, key="prompt_tokens", width=180)
+            seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="prompt_seed", width=140)
+            pressed = st.form_submit_button("Continue with both", key="continue", icon=":material/edit_note:", disabled=run.recorded, help=_RECORDED if run.recorded else None)
+    if pressed and not prompt.strip():
+        st.warning("The prompt is empty: write something to continue.")
+    elif pressed:
+        _ask(run, "generate", [trial], prompt=prompt, tokens=int(tokens), seed=int(seed))
+
+
+def export_form(run: Run, trial: Trial) -> None:
+    """Draw the button that has the compressed model written."""
+    if st.button("Export this allocation", key="export", icon=":material/save:", disabled=run.recorded, help=_RECORDED if run.recorded else None):
+        _ask(run, "export", [trial])
+
+
+def waiting(run: Run) -> None:
+    """Say what the worker has still to answer; nothing if all is answered."""
+    open_requests = jobs.pending_requests(run)
+    if not open_requests:
+        return
+    status = run.status()
+    kind = str(open_requests[0].get("kind"))
+    more = f", {len(open_requests) - 1} more after it" if len(open_requests) > 1 else ""
+    if run.worker_alive():
+        st.progress(status.fraction or 0.0, text=f"{_WORDS.get(kind, kind)}{more} · {status.stage} {status_words(status) if is_working(status) else ''}")
+        return
+    st.warning(f"{len(open_requests)} requests wait for a worker, which is not running.", icon=":material/pause:")
+    resume_button(run, key="resume_requests", width="content")
+
+
+def _ask(run: Run, kind: str, trials: Sequence[Trial], **arguments: object) -> None:
+    with boundary():
+        for trial in trials:
+            jobs.ask(run, kind, trial=trial, **arguments)
+        st.rerun()

@@ -1,0 +1,24 @@
+"""Starting a run from a page."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core import jobs
+from lowrank_core.config import RunConfig
+from lowrank_core.runs import create_run
+from pages.components import state
+
+__all__ = ["start"]
+
+
+def start(config: RunConfig) -> None:
+    """Create a run, start its worker, select it and draw the page anew.
+
+    Raises:
+        RunError: the run directory can't be written or the worker not started.
+    """
+    run = create_run(config)
+    jobs.start_worker(run)
+    state.choose(run=run.id)
+    st.rerun()

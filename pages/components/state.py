@@ -1,0 +1,163 @@
+"""The one selection that every page follows: run, module, trial. Only this module touches ``st.session_state``.
+
+The selection is mirrored in the address, so that a link restores the view: ``?run=ID&module=NAME&trial=N``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import streamlit as st
+
+from lowrank_core.errors import LowRankError
+from lowrank_core.runs import Run
+from lowrank_core.search.records import read_trials
+from lowrank_core.views.model import model_facts
+from lowrank_core.views.runs import default_run, find_run
+
+__all__ = ["Selection", "begin", "choose", "control", "framed", "module_of", "notes", "pick_from_chart", "pick_from_table", "pick_from_widget", "run", "selection"]
+
+_SELECTION, _NOTES, _LAST, _FRAMED = "selection", "link_notes", "last_pick", "framed"
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What the user looks at; None where a page may choose: the newest run, the first module, the best trial."""
+
+    run: str | None = None
+    module: str | None = None
+    trial: int | None = None
+
+
+def begin() -> None:
+    """Take the selection from the address when a session starts; afterwards keep the address up to date."""
+    if _SELECTION not in st.session_state:
+        chosen, found = _from_link(st.query_params)
+        st.session_state[_SELECTION] = chosen
+        st.session_state[_NOTES] = found
+        st.session_state[_LAST] = {}
+    st.session_state[_FRAMED] = True
+    _mirror()
+
+
+def framed() -> bool:
+    """Return whether this redraw of the page went through ``app.py``; ask once, as a page begins."""
+    return bool(st.session_state.pop(_FRAMED, False))
+
+
+def selection() -> Selection:
+    chosen: Selection = st.session_state.get(_SELECTION, Selection())
+    return chosen
+
+
+def notes() -> list[str]:
+    """Return what could not be taken from the link that opened this session."""
+    return list(st.session_state.get(_NOTES, []))
+
+
+def run() -> Run | None:
+    """Return the chosen run, else the newest with data, else the recorded one, else None."""
+    identifier = selection().run
+    chosen = find_run(identifier) if identifier else None
+    return chosen or default_run()
+
+
+def module_of(names: Sequence[str]) -> str:
+    """Return the chosen module if the run has it, else the first of ``names``."""
+    module = selection().module
+    return module if module in names else names[0]
+
+
+def choose(**changes: str | int | None) -> None:
+    """Change the selection; another run forgets the trial. The notes of the link are done with."""
+    shown = run()
+    if "run" in changes and (shown is None or changes["run"] != shown.id):
+        changes = {"trial": None, **changes}
+    st.session_state[_SELECTION] = replace(selection(), **changes)  # type: ignore[arg-type]
+    st.session_state[_NOTES] = []
+    _mirror()
+
+
+def control(key: str, value: object) -> None:
+    """Show ``value`` in the widget ``key``, which is drawn next."""
+    st.session_state[key] = value
+
+
+def pick_from_widget(field: str, key: str) -> Callable[[], None]:
+    """Return a callback that takes the selection's ``field`` from the widget ``key``."""
+
+    def picked() -> None:
+        choose(**{field: st.session_state[key]})
+
+    return picked
+
+
+def pick_from_table(field: str, key: str, values: Sequence[str | int]) -> Callable[[], None]:
+    """Return a callback that takes ``field`` from the row picked in the table ``key``."""
+
+    def picked() -> None:
+        rows = st.session_state[key].selection.rows
+        if rows and rows[0] < len(values):
+            choose(**{field: values[rows[0]]})
+
+    return picked
+
+
+def pick_from_chart(field: str, key: str) -> Callable[[], None]:
+    """Return a callback that takes ``field`` from the point picked in the chart ``key`` (first entry of its customdata).
+
+    A second click on a point unpicks it in Plotly: here it picks it again, as something else may have been chosen meanwhile.
+    """
+
+    def picked() -> None:
+        points = st.session_state[key].selection.points
+        value = points[0]["customdata"][0] if points else st.session_state[_LAST].get(key)
+        if value is not None:
+            st.session_state[_LAST][key] = value
+            choose(**{field: value})
+
+    return picked
+
+
+def _mirror() -> None:
+    """Write the view that is on screen to the address."""
+    shown, chosen = run(), selection()
+    wanted = {
+        name: str(value) for name, value in (("run", shown.id if shown else None), ("module", chosen.module), ("trial", chosen.trial)) if value is not None
+    }
+    if st.query_params.to_dict() != wanted:
+        st.query_params.from_dict(wanted)
+
+
+def _from_link(link: Mapping[str, str]) -> tuple[Selection, list[str]]:
+    """Return the selection that ``link`` names, and a note for each value that can't be shown."""
+    found: list[str] = []
+    identifier = link.get("run")
+    if identifier and find_run(identifier) is None:
+        found.append(f"The link names the run `{identifier}`, which is not here; another one is shown.")
+        identifier = None
+    shown = find_run(identifier) if identifier else default_run()
+    module, trial = link.get("module"), link.get("trial")
+    if module and not _has_module(shown, module):
+        found.append(f"The link names the module `{module}`, which this model does not have.")
+        module = None
+    if trial and not _has_trial(shown, trial):
+        found.append(f"The link names the trial `{trial}`, which this run does not have; the best one is shown.")
+        trial = None
+    return Selection(identifier, module or None, int(trial) if trial else None), found
+
+
+def _has_module(shown: Run | None, module: str) -> bool:
+    try:
+        facts = model_facts(shown) if shown else None
+    except LowRankError:
+        return False
+    return facts is not None and any(matrix.name == module for matrix in facts.matrices)
+
+
+def _has_trial(shown: Run | None, trial: str) -> bool:
+    try:
+        return shown is not None and trial.isdecimal() and any(record.number == int(trial) for record in read_trials(shown))
+    except LowRankError:
+        return False

@@ -1,0 +1,41 @@
+"""Tables: columns in words, and picking a row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pandas as pd
+import streamlit as st
+
+__all__ = ["ColumnConfig", "figure", "number", "share", "table", "text", "whole"]
+
+ColumnConfig = dict[str, object]
+
+
+def number(label: str, digits: int = 3, meaning: str | None = None) -> object:
+    return st.column_config.NumberColumn(label, format=f"%.{digits}f", help=meaning)
+
+
+def figure(label: str, meaning: str | None = None) -> object:
+    """A number with four significant digits, however small."""
+    return st.column_config.NumberColumn(label, format="%.4g", help=meaning)
+
+
+def whole(label: str, meaning: str | None = None) -> object:
+    return st.column_config.NumberColumn(label, format="localized", help=meaning)
+
+
+def share(label: str, meaning: str | None = None) -> object:
+    """A fraction in [0, 1], shown as percent."""
+    return st.column_config.NumberColumn(label, format="percent", help=meaning)
+
+
+def text(label: str, meaning: str | None = None, width: str | None = None) -> object:
+    return st.column_config.TextColumn(label, help=meaning, width=width)  # type: ignore[arg-type]
+
+
+def table(frame: pd.DataFrame, columns: ColumnConfig, *, key: str, height: int | str = "auto", on_pick: Callable[[], None] | None = None, alt: str | None = None) -> None:
+    """Show the ``columns`` of ``frame``, in their order; a missing value is a dash."""
+    shown = [name for name in columns if name in frame.columns]
+    picking = {"on_select": on_pick, "selection_mode": "single-row"} if on_pick is not None else {}
+    st.dataframe(frame, column_order=shown, column_config=columns, hide_index=True, height=height, key=key, placeholder="–", alt=alt, **picking)  # type: ignore[call-overload]

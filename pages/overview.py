@@ -1,0 +1,36 @@
+"""Overview: what is looked at, and on what text?"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.views.calibration import calibration_facts
+from lowrank_core.views.model import model_facts
+from lowrank_core.views.runs import all_runs
+from lowrank_core.views.text import text_facts
+from pages.components import facts, layout
+from pages.components.boundary import boundary
+from pages.components.calibration_form import calibration_form
+
+layout.header("Overview", "Which model, on which text, and how well was it measured?")
+
+with boundary():
+    run = layout.page_run()
+    if run is None:
+        st.markdown(
+            "See where a causal language model is low-rank, search how to spend a parameter budget while watching it happen, and compare what comes out. "
+            "Start with the bundled model: nothing to download."
+        )
+    with st.expander("Calibrate a model", expanded=run is None or run.recorded, icon=":material/play_circle:", key=f"calibrate_{run is None or run.recorded}"):
+        calibration_form()
+    if run is not None:
+        facts.failure(run)
+        model, text, calibration = model_facts(run), text_facts(run), calibration_facts(run)
+        if model is not None:
+            facts.model_section(model)
+        if text is not None:
+            facts.text_section(text)
+        if calibration is not None:
+            facts.calibration_section(calibration)
+        facts.next_steps(run)
+    facts.runs_section(all_runs())

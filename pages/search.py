@@ -1,0 +1,32 @@
+"""Rank search: how should a parameter budget be spent?"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.config import RunConfig
+from lowrank_core.views.model import model_facts
+from lowrank_core.views.runs import is_busy
+from lowrank_core.views.sources import check_model
+from pages.components import layout, study
+from pages.components.boundary import boundary, live
+from pages.components.search_form import search_form
+
+layout.header("Rank search", "How should a parameter budget be spent over the layers?")
+
+with boundary():
+    run = layout.page_run()
+    config = run.config if run is not None else RunConfig()
+    searched = run is not None and config.search is not None
+    facts = (model_facts(run) if run is not None else None) or check_model(config.model.reference)
+    with st.expander("Start a new search", expanded=not searched, icon=":material/tune:", key=f"new_search_{searched}"):
+        st.caption(f"Model **{config.model.reference}**, text **{config.text.reference}**: taken from the run on screen, with its calibration.")
+        search_form(config, facts.matrices if facts else ())
+
+    if run is not None and config.search is not None:
+        # The live part draws itself anew every second while a worker is at it, and only then.
+        live(lambda: study.show(run), 1.0 if is_busy(run) else None)
+    elif run is not None:
+        st.info("The run on screen measured spectra only. Start a search above: it takes over the calibration, so trials begin at once.", icon=":material/info:")
+    else:
+        st.info("No run yet. Start a search above: it calibrates the bundled model first, then trials stream in.", icon=":material/info:")
