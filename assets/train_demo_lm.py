@@ -222,7 +222,8 @@ def draw_losses(losses: list[float], path: Path) -> None:
     figure.savefig(path)
 
 
-PROMPTS = ("def read_lines(path):\n", "import os\nimport sys\n\n\nclass ", "    for name in ")
+PROMPTS = ('def read_lines(path):\n    """Return the lines of a file."""\n', "import os\nimport sys\n\n\nclass ", "    def __init__(self, ")
+SAMPLE = {"tokens": 90, "seed": 0, "temperature": 0.5}
 
 
 def write_card(work: Path, folder: Path, *, steps: int) -> None:
@@ -244,7 +245,7 @@ def write_card(work: Path, folder: Path, *, steps: int) -> None:
     rows = "\n".join(
         f"| {r.perplexity:.2f} | {r.perplexity_interval[0]:.2f} to {r.perplexity_interval[1]:.2f} | {r.protocol} |" for r in reports
     )
-    samples = "\n\n".join(f"```python\n{prompt}⟨{continue_prompt(handle, prompt, tokens=90)}⟩\n```" for prompt in PROMPTS)
+    samples = "\n\n".join(f"```python\n{prompt}⟨{continue_prompt(handle, prompt, **SAMPLE)}⟩\n```" for prompt in PROMPTS)
     values = {
         "parameters": f"{handle.parameters:,}",
         "tokens": f"{steps * BATCH * CONTEXT:,}",
