@@ -39,6 +39,7 @@ def main() -> None:
             path = run.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write_json(run.path / "run.json", run.record | {"recorded": True})
+        write_json(run.path / "text.json", (run.part("text") or {}) | {"preview": ""})  # no text of others in the repository
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(run.path, target)
     print(f"wrote {target}")
