@@ -11,8 +11,7 @@ from pages.components import look, navigation, sidebar, state
 ASSETS = Path(__file__).resolve().parent / "assets"
 
 page = st.navigation(navigation.pages())
-# After the navigation: a page's own icon would else become the favicon, and the browser fetches that from the internet.
-st.set_page_config(page_title="low-rank studio", page_icon=str(ASSETS / "logo-mark.svg"), layout="wide")
+st.set_page_config(page_title=navigation.tab_title(page), page_icon=str(ASSETS / "logo-mark.svg"), layout="wide")
 st.logo(str(ASSETS / "logo.svg"), size="large", icon_image=str(ASSETS / "logo-mark.svg"))
 look.apply()
 state.begin()

@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lowrank_core.config import RunConfig, SearchConfig
 from lowrank_core.jobs import ask
 from lowrank_core.runs import create_run, write_json
+from lowrank_core.search.records import best_trial, read_trials
+from lowrank_core.search.space import BASELINES
 from lowrank_core.search.worker import run_worker
 
 RATIO = 0.4
@@ -31,9 +33,11 @@ def main() -> None:
         config = RunConfig(search=SearchConfig(compression_ratio=RATIO, trials=30))
         run = create_run(config, name=f"demo on python-stdlib, {RATIO:.0%} removed (recorded)", path=Path(home) / "runs" / "recorded-run")
         run_worker(run)
-        for trial in ("best", "uniform", "lord_manual"):
-            ask(run, "compare", launch=False, trial=None if trial == "best" else trial)
-        ask(run, "generate", launch=False, trial=None, prompt=PROMPT, tokens=64, seed=0)
+        best = best_trial(read_trials(run))
+        assert best is not None
+        for trial in (best.number, *BASELINES):
+            ask(run, "compare", launch=False, trial=trial)
+        ask(run, "generate", launch=False, trial=best.number, prompt=PROMPT, tokens=64, seed=0)
         run_worker(run)  # nothing is left to search: it answers the requests
         for name in LEFT_OUT:
             path = run.path / name

@@ -89,21 +89,30 @@ def _describe_input(name: str, layers: list[str], statistics: InputStatistics, v
 
 
 @contextmanager
-def _recording(handle: ModelHandle, accumulators: Mapping[str, PooledAccumulator]) -> Iterator[None]:
+def _recording(handle: ModelHandle, accumulators: Mapping[str, PooledAccumulator], context: int) -> Iterator[None]:
     """Feed the accumulators while the model runs; the hooks are gone afterwards whatever happens."""
 
-    def hook_for(accumulator: PooledAccumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook_for(name: str, accumulator: PooledAccumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            accumulator.update(arguments[0])
+            accumulator.update(_by_window(name, arguments[0], context))
 
         return hook
 
-    hooks = [handle.module.get_submodule(name).register_forward_pre_hook(hook_for(a)) for name, a in accumulators.items()]
+    hooks = [handle.module.get_submodule(name).register_forward_pre_hook(hook_for(name, a)) for name, a in accumulators.items()]
     try:
         yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _by_window(name: str, inputs: Tensor, context: int) -> Tensor:
+    """Return inputs as (windows, context, n); OPT, for one, flattens them to (tokens, n) before its feed-forward layers."""
+    if inputs.ndim == 3:
+        return inputs
+    if inputs.shape[0] % context:
+        raise ModelError(f"{name} sees only some of the tokens (an expert that others are routed to); such layers can't be calibrated.")
+    return inputs.reshape(-1, context, inputs.shape[-1])
 
 
 def _check_memory(handle: ModelHandle, widths: Mapping[str, int]) -> None:
@@ -126,7 +135,8 @@ def collect_statistics(
 
     Raises:
         NumericalError: an input holds NaN or Inf; names the layer.
-        ModelError: the model has nothing to compress, the windows do not fit it, or the covariances do not fit in memory.
+        ModelError: the model has nothing to compress, the windows do not fit it, the covariances do not fit in memory, or a layer
+            does not see every token.
     """
     if not handle.layers:
         raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the original model.")
@@ -138,7 +148,7 @@ def collect_statistics(
         for group, width in widths.items()
     }
     began = time.perf_counter()
-    with _recording(handle, accumulators), torch.inference_mode():
+    with _recording(handle, accumulators, windows.context), torch.inference_mode():
         for start in range(0, windows.windows, config.batch_size):
             batch = windows.ids[start : start + config.batch_size].to(handle.device)
             handle.module.base_model(input_ids=batch, use_cache=False)  # without the head: no layer of ours is behind it

@@ -191,6 +191,10 @@ def _search_config(arguments: argparse.Namespace) -> SearchConfig:
     )
 
 
+def _how_to_go_on(arguments: argparse.Namespace) -> str:
+    return f" Go on with `lowrank worker --run {arguments.run}`." if arguments.command in ("search", "worker") else ""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     arguments = _parser().parse_args(argv)
@@ -200,10 +204,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints: stdout carries the result alone
             result = _handlers()[arguments.command](arguments)
     except Cancelled:
-        print("lowrank: stopped.", file=sys.stderr)
+        print(f"lowrank: stopped.{_how_to_go_on(arguments)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("lowrank: interrupted.", file=sys.stderr)
+        print(f"lowrank: interrupted.{_how_to_go_on(arguments)}", file=sys.stderr)
         return 130
     except NumericalError as error:
         print(f"lowrank: {error}", file=sys.stderr)

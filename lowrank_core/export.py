@@ -55,7 +55,7 @@ def export(model: CompressedModel, folder: Path, *, provenance: Mapping[str, obj
         model.handle.tokenizer.save_pretrained(temporary)
         manifest = {"made_from": model.handle.reference, **provenance, **report}
         (temporary / "lowrank.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        for path in temporary.iterdir():
+        for path in filter(Path.is_file, temporary.rglob("*")):
             path.chmod(0o644)  # safetensors writes 0600, which hides a shared export from the rest of a team
         if folder.exists():
             folder.rmdir()

@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def _launch(run: Run) -> None:
     environment["PYTHONUNBUFFERED"] = "1"
     try:
         with (run.path / "worker.log").open("ab") as log:
-            subprocess.Popen(
+            process = subprocess.Popen(
                 [sys.executable, "-m", "lowrank_core", "worker", "--run", str(run.path), "--warm", str(WARM_SECONDS), "--keep-paused"],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -57,6 +58,7 @@ def _launch(run: Run) -> None:
             )
     except OSError as error:
         raise RunError(f"the worker could not be started: {error}.") from error
+    threading.Thread(target=process.wait, daemon=True).start()  # reaps it when it ends; it does not end with us
 
 
 def request_stop(run: Run) -> None:

@@ -18,10 +18,15 @@ with boundary():
     run = layout.page_run()
     if run is None:
         st.markdown(
-            "See where a causal language model is low-rank, search how to spend a parameter budget while watching it happen, and compare what comes out. "
-            "Start with the bundled model: nothing to download."
+            "See where a causal language model is low-rank, search how to spend a parameter budget while watching it happen, "
+            "and compare what comes out. Start with the bundled model: nothing to download."
         )
-    with st.expander("Calibrate a model", expanded=run is None or run.recorded, icon=":material/play_circle:", key=f"calibrate_{run is None or run.recorded}"):
+    with st.expander(
+        "Calibrate a model",
+        expanded=run is None or run.recorded,
+        icon=":material/play_circle:",
+        key=f"calibrate_{run is None or run.recorded}",
+    ):
         calibration_form()
     if run is not None:
         facts.failure(run)

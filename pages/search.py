@@ -20,13 +20,18 @@ with boundary():
     searched = run is not None and config.search is not None
     facts = (model_facts(run) if run is not None else None) or check_model(config.model.reference)
     with st.expander("Start a new search", expanded=not searched, icon=":material/tune:", key=f"new_search_{searched}"):
-        st.caption(f"Model **{config.model.reference}**, text **{config.text.reference}**: taken from the run on screen, with its calibration.")
+        st.caption(
+            f"Model **{config.model.reference}**, text **{config.text.reference}**: taken from the run on screen, with its calibration."
+        )
         search_form(config, facts.matrices if facts else ())
 
     if run is not None and config.search is not None:
         # The live part draws itself anew every second while a worker is at it, and only then.
         live(lambda: study.show(run), 1.0 if is_busy(run) else None)
     elif run is not None:
-        st.info("The run on screen measured spectra only. Start a search above: it takes over the calibration, so trials begin at once.", icon=":material/info:")
+        st.info(
+            "The run on screen measured spectra only. Start a search above: it takes over the calibration, so trials begin at once.",
+            icon=":material/info:",
+        )
     else:
         st.info("No run yet. Start a search above: it calibrates the bundled model first, then trials stream in.", icon=":material/info:")

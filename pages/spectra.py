@@ -22,8 +22,18 @@ with boundary():
         st.stop()
 
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        metric = st.selectbox("Metric", list(METRICS), key="metric", format_func=lambda name: METRICS[name].label, persist_state="session", width=230)
-        source = st.segmented_control("Of", list(SOURCES), key="metric_source", default="features", required=True, format_func=SOURCES.__getitem__, persist_state="session")
+        metric = st.selectbox(
+            "Metric", list(METRICS), key="metric", format_func=lambda name: METRICS[name].label, persist_state="session", width=230
+        )
+        source = st.segmented_control(
+            "Of",
+            list(SOURCES),
+            key="metric_source",
+            default="features",
+            required=True,
+            format_func=SOURCES.__getitem__,
+            persist_state="session",
+        )
         relative = st.toggle("As share of full rank", key="metric_relative", value=True, persist_state="session")
 
     names = [spectrum.shape.name for spectrum in spectra]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,10 @@ from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.text import WindowSet
 
 VOCABULARY = 300
+
+# Tiny matrices: with several threads, and anything else on the machine, they mostly wait for each other. Workers inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

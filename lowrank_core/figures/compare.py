@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from lowrank_core.figures.style import BLUE, GREY, finished
+from lowrank_core.figures.style import BLUE, GREY, ORANGE, finished
 from lowrank_core.views.compare import Comparison
 
 __all__ = ["perplexity_figure"]
@@ -30,9 +30,9 @@ def perplexity_figure(found: Sequence[Comparison]) -> go.Figure:
                 "symmetric": False,
                 "array": [ends[1] - value if ends else 0.0 for ends, value in zip(intervals, values, strict=True)],
                 "arrayminus": [value - ends[0] if ends else 0.0 for ends, value in zip(intervals, values, strict=True)],
-                "thickness": 1.5,
+                "thickness": 2,
                 "width": 5,
-                "color": GREY,
+                "color": ORANGE,
             },
             text=[f"<b>{value:.4g}</b>" for value in values],
             textposition="inside",

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lowrank_core.figures.style import BLUE, GREEN, GREY, SKY, VERMILLION, axis_note, direct_label, finished
+from lowrank_core.figures.style import BLUE, GREEN, GREY, SKY, VERMILLION, axis_note, direct_label, finished, log_rank_axis
 from lowrank_core.views.energy import EnergyCurves, PoolingCurves, Vector
 
 __all__ = ["groups_figure", "left_figure", "pooling_figure", "retained_figure"]
@@ -65,7 +65,13 @@ def left_figure(curves: EnergyCurves, rank: int) -> go.Figure:
         if values[at] > 0:
             upper = not values[at] < other[at]
             direct_label(
-                figure, name, x=float(curves.ranks[at]), y=float(np.log10(values[at])), colour=colour, xanchor="left" if upper else "right", yanchor="bottom" if upper else "top"
+                figure,
+                name,
+                x=float(curves.ranks[at]),
+                y=float(np.log10(values[at])),
+                colour=colour,
+                xanchor="left" if upper else "right",
+                yanchor="bottom" if upper else "top",
             )
     finished(figure, height=360, x="Rank, and its share of full rank", y="Energy removed (log scale)")
     figure.update_yaxes(type="log", tickformat="~g", dtick=1)
@@ -87,7 +93,7 @@ def pooling_figure(curves: PoolingCurves) -> go.Figure:
         )
     finished(figure, height=320, x="Rank (log scale)", y="√ eigenvalue (log scale)")
     figure.update_layout(showlegend=True, legend={"x": 0.02, "y": 0.04, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"})
-    figure.update_xaxes(type="log", dtick=1, minor={"ticks": "outside", "ticklen": 2})
+    log_rank_axis(figure, int(curves.ranks[-1]))
     figure.update_yaxes(type="log", tickformat="~g", dtick=1)
     return figure
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import plotly.graph_objects as go
 
 from lowrank_core.figures.style import SEQUENTIAL, VERMILLION, finished
-from lowrank_core.views.formatting import kind_label
+from lowrank_core.views.formatting import DASH, kind_label, number
 from lowrank_core.views.layermap import LayerMap
 
 __all__ = ["map_figure"]
@@ -39,9 +41,16 @@ def _grid(view: LayerMap) -> np.ndarray:
     return cells.reindex(index=view.kinds, columns=view.depths).to_numpy(dtype=float)
 
 
+def _word(value: float, *, percent: bool) -> str:
+    """Return what a cell says: percent without its sign, which the colour bar's ticks carry."""
+    if not math.isfinite(value):
+        return DASH
+    return f"{100 * value:.0f}" if percent else number(value)
+
+
 def _cells(view: LayerMap) -> go.Heatmap:
     values = _grid(view)
-    digits = ".0%" if view.percent else ".3~s"
+    words = [[_word(value, percent=view.percent) for value in row] for row in values]
     return go.Heatmap(
         z=values,
         x=view.depths,
@@ -53,9 +62,17 @@ def _cells(view: LayerMap) -> go.Heatmap:
         ygap=3,
         hoverinfo="skip",
         hoverongaps=False,
-        texttemplate=f"%{{z:{digits}}}" if len(view.depths) <= _MOST_LABELLED else None,
+        text=words if len(view.depths) <= _MOST_LABELLED else None,
+        texttemplate="%{text}",
         textfont={"size": 11},
-        colorbar={"title": {"text": view.measure, "side": "right"}, "thickness": 10, "outlinewidth": 0, "tickformat": ".0%" if view.percent else "", "len": 1.0, "y": 0.5},
+        colorbar={
+            "title": {"text": view.measure, "side": "right"},
+            "thickness": 10,
+            "outlinewidth": 0,
+            "tickformat": ".0%" if view.percent else "",
+            "len": 1.0,
+            "y": 0.5,
+        },
     )
 
 

@@ -1,125 +1,145 @@
-"""A rank search as it streams in."""
+"""A rank search as it streams in, in Vega-Lite.
+
+Not in Plotly like the other figures: Streamlit 1.67 builds a Plotly chart anew whenever its data change, which flickers and
+loses the zoom; to a Vega-Lite chart it sends the new rows. All that grows is therefore data, and the specification constant.
+"""
 
 from __future__ import annotations
 
-import numpy as np
-import pandas as pd
-import plotly.graph_objects as go
+from dataclasses import dataclass
+from typing import Any
 
-from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, VERMILLION, finished
+import pandas as pd
+
+from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION
 from lowrank_core.views.search import History
 
-__all__ = ["history_figure"]
+__all__ = ["PICKED", "VegaChart", "history_chart"]
+
+Spec = dict[str, Any]
+
+PICKED = "picked"
+"""Name of the selection that holds the trial under a click."""
 
 _BASELINES = ("uniform", "lord_manual")
-_WITHOUT_VALUE = {"running": ("hourglass", BLUE), "waiting": ("circle-open", GREY), "failed": ("x", VERMILLION), "pruned": ("triangle-down-open", ORANGE)}
-"""State -> symbol and colour; told apart without the colour."""
+_HOURGLASS = "M-1,-1L1,-1L-1,1L1,1Z"
+_SALTIRE = "M-1,-.6L-.6,-1L0,-.4L.6,-1L1,-.6L.4,0L1,.6L.6,1L0,.4L-.6,1L-1,.6L-.4,0Z"
+_MARKS = {
+    "sampled": ("circle", BLUE),
+    "baseline": ("diamond", ORANGE),
+    "running": (_HOURGLASS, GREEN),
+    "waiting": ("triangle-right", GREY),
+    "failed": (_SALTIRE, VERMILLION),
+    "pruned": ("triangle-down", PURPLE),
+}
+"""What a trial is -> shape and colour; told apart without the colour."""
+_LEAST_TRIALS = 10  # room on the axis from the beginning
 
 
-def history_figure(view: History, chosen: int | None = None) -> go.Figure:
-    """Draw value against trial: points by state, the best so far as steps, baselines as dashed lines with their names."""
-    figure = go.Figure()
-    trials = view.trials
-    complete = trials[trials["state"] == "complete"]
-    _best_line(figure, trials)
-    _points(figure, complete[~complete["label"].isin(_BASELINES)], "sampled trial", "circle", BLUE)
-    _points(figure, complete[complete["label"].isin(_BASELINES)], "baseline", "diamond", ORANGE)
-    for state, (symbol, colour) in _WITHOUT_VALUE.items():
-        _lane(figure, trials[(trials["state"] == state) & trials["value"].isna()], _above(complete["value"]), state, symbol, colour)
-    _baselines(figure, view)
-    _chosen(figure, complete[complete["number"] == chosen])
-    finished(figure, height=400, x="Trial (in the order of asking)", y=f"{view.objective}, log scale", right=150, top=34)
-    _axes(figure, len(trials))
-    return figure
+@dataclass(frozen=True)
+class VegaChart:
+    """A table and the specification that draws it."""
+
+    data: pd.DataFrame
+    spec: Spec
 
 
-def _axes(figure: go.Figure, trials: int) -> None:
-    figure.update_layout(
-        showlegend=True,
-        legend={"orientation": "h", "x": 0, "y": 1.0, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
-        dragmode="pan",
-        clickmode="event+select",
-    )
-    figure.update_xaxes(range=[-0.6, max(9.6, trials - 0.4)], dtick=max(1, 5 * round(trials / 60)) if trials > 20 else 1)
-    figure.update_yaxes(type="log", tickformat=".3~g", nticks=8)
+def history_chart(view: History, chosen: int | None = None) -> VegaChart:
+    """Draw value against trial: points by state, the best so far as steps, baselines as dashed lines with their names.
+
+    Trials without a value (running, failed) stand above all others.
+    """
+    rows = [_trial_rows(view.trials, chosen), _baseline_rows(view)]
+    data = pd.concat([frame for frame in rows if not frame.empty], ignore_index=True) if any(not frame.empty for frame in rows) else rows[0]
+    return VegaChart(data, _spec(view.objective))
 
 
-def _points(figure: go.Figure, rows: pd.DataFrame, name: str, symbol: str, colour: str) -> None:
-    figure.add_scatter(
-        x=rows["number"].to_numpy(),
-        y=rows["value"].to_numpy(),
-        name=name,
-        mode="markers",
-        marker={"symbol": symbol, "size": 10, "color": colour, "line": {"width": 1, "color": "rgba(255,255,255,0.7)"}},
-        selected={"marker": {"opacity": 1}},
-        unselected={"marker": {"opacity": 1}},
-        customdata=rows[["number", "note"]].to_numpy(),
-        hovertemplate="%{customdata[1]}<extra></extra>",
+def _trial_rows(trials: pd.DataFrame, chosen: int | None) -> pd.DataFrame:
+    complete = trials.loc[trials["state"] == "complete", "value"]
+    what = trials["state"].where(trials["state"] != "complete", trials["label"].map(lambda label: "baseline" if label in _BASELINES else "sampled"))
+    return pd.DataFrame(
+        {
+            "row": "trial",
+            "number": trials["number"],
+            "value": trials["value"].fillna(_above(complete)),
+            "best": trials["best"],
+            "what": what,
+            "note": trials["note"],
+            "chosen": trials["number"] == (-1 if chosen is None else chosen),
+        }
     )
 
 
 def _above(values: pd.Series) -> float:
-    """Return a height above all ``values`` on a log axis, where trials without a value are drawn."""
-    if values.empty:
-        return 1.0
-    return float(values.max() * max(1.08, (values.max() / values.min()) ** 0.12))
+    """Return a height above all ``values`` on a log axis."""
+    return 1.0 if values.empty else float(values.max() * max(1.08, (values.max() / values.min()) ** 0.1))
 
 
-def _lane(figure: go.Figure, rows: pd.DataFrame, height: float, state: str, symbol: str, colour: str) -> None:
-    """Draw trials without a value above the others; nothing if there are none."""
-    if rows.empty:
-        return
-    figure.add_scatter(
-        x=rows["number"].to_numpy(),
-        y=np.full(len(rows), height),
-        name=state,
-        mode="markers",
-        marker={"symbol": symbol, "size": 11, "color": colour, "line": {"width": 1.5, "color": colour}},
-        selected={"marker": {"opacity": 1}},
-        unselected={"marker": {"opacity": 1}},
-        customdata=rows[["number", "note"]].to_numpy(),
-        hovertemplate="%{customdata[1]}<extra></extra>",
-    )
-
-
-def _best_line(figure: go.Figure, trials: pd.DataFrame) -> None:
-    figure.add_scatter(
-        x=trials["number"].to_numpy(),
-        y=trials["best"].to_numpy(),
-        name="best so far",
-        mode="lines",
-        line={"color": GREEN, "width": 2.5, "shape": "hv"},
-        hoverinfo="skip",
-    )
-
-
-def _baselines(figure: go.Figure, view: History) -> None:
-    """Draw each baseline as a dashed line; labels that would overlap are moved apart."""
+def _baseline_rows(view: History) -> pd.DataFrame:
+    """Return a row for each baseline; the least is labelled below its line, the others above, so that names do not meet."""
     ordered = sorted(view.baselines.items(), key=lambda pair: pair[1])
-    for position, (name, value) in enumerate(ordered):
-        figure.add_shape(type="line", xref="paper", x0=0, x1=1, y0=value, y1=value, line={"color": ORANGE, "width": 1.5, "dash": "dash"})
-        figure.add_annotation(
-            text=f"{name}<br>{value:.4g}",
-            xref="paper",
-            x=1,
-            y=np.log10(value),
-            xanchor="left",
-            xshift=6,
-            yanchor="top" if position == 0 else "bottom",
-            showarrow=False,
-            align="left",
-            font={"size": 11, "color": ORANGE},
-        )
-
-
-def _chosen(figure: go.Figure, rows: pd.DataFrame) -> None:
-    if rows.empty:
-        return
-    figure.add_scatter(
-        x=rows["number"].to_numpy(),
-        y=rows["value"].to_numpy(),
-        name="chosen",
-        mode="markers",
-        marker={"symbol": "circle-open", "size": 18, "color": VERMILLION, "line": {"width": 2.5, "color": VERMILLION}},
-        hoverinfo="skip",
+    return pd.DataFrame(
+        {
+            "row": ["below" if position == 0 and len(ordered) > 1 else "above" for position in range(len(ordered))],
+            "value": [value for _, value in ordered],
+            "note": [f"{name} {value:.4g}" for name, value in ordered],
+        }
     )
+
+
+def _only(row: str) -> list[Spec]:
+    return [{"filter": row}]
+
+
+def _spec(objective: str) -> Spec:
+    height = {"field": "value", "type": "quantitative", "title": f"{objective}, log scale", "scale": {"type": "log", "nice": False, "padding": 22}}
+    height["axis"] = {"format": "~g", "tickCount": 8}
+    across = {"field": "number", "type": "quantitative", "title": "Trial (in the order of asking)"}
+    across |= {"scale": {"nice": False, "zero": False}, "axis": {"format": "d", "tickMinStep": 1, "grid": False}}
+    room = across | {"scale": {"nice": False, "domain": {"unionWith": [-0.5, _LEAST_TRIALS - 0.5]}}}
+    best = {"x": across, "y": {**height, "field": "best"}}
+    layers = [_rules(height), *(_names(height, row) for row in ("above", "below"))]
+    layers.append(
+        {
+            "transform": _only("datum.row == 'trial' && isValid(datum.best)"),
+            "mark": {"type": "line", "interpolate": "step-after", "color": GREEN, "strokeWidth": 2.5, "clip": True},
+            "encoding": best,
+        }
+    )
+    return {"height": 380, "layer": [*layers, _points(room, height), _ring(across, height)], "config": {"legend": {"orient": "top", "title": None}}}
+
+
+def _rules(height: Spec) -> Spec:
+    mark = {"type": "rule", "color": ORANGE, "strokeDash": [6, 4], "strokeWidth": 1.5, "clip": True}
+    return {"transform": _only("datum.row != 'trial'"), "mark": mark, "encoding": {"y": height}}
+
+
+def _names(height: Spec, row: str) -> Spec:
+    mark = {"type": "text", "align": "right", "dx": -4, "dy": -8 if row == "above" else 10, "color": ORANGE, "fontSize": 12, "fontWeight": 600, "clip": True}
+    return {"transform": _only(f"datum.row == '{row}'"), "mark": mark, "encoding": {"x": {"value": "width"}, "y": height, "text": {"field": "note"}}}
+
+
+def _points(across: Spec, height: Spec) -> Spec:
+    domain = list(_MARKS)
+    shapes, colours = [shape for shape, _ in _MARKS.values()], [colour for _, colour in _MARKS.values()]
+    return {
+        "params": [
+            {"name": PICKED, "select": {"type": "point", "fields": ["number"], "toggle": False}},
+            # Drag to move, double click to reset; the wheel alone scrolls the page. Along x only: on a log axis Vega loses its domain.
+            {"name": "zoom", "select": {"type": "interval", "encodings": ["x"], "zoom": "wheel![event.ctrlKey]"}, "bind": "scales"},
+        ],
+        "transform": _only("datum.row == 'trial'"),
+        "mark": {"type": "point", "filled": True, "size": 95, "opacity": 1, "clip": True, "cursor": "pointer"},
+        "encoding": {
+            "x": across,
+            "y": height,
+            "shape": {"field": "what", "type": "nominal", "scale": {"domain": domain, "range": shapes}},
+            "color": {"field": "what", "type": "nominal", "scale": {"domain": domain, "range": colours}},
+            "tooltip": {"field": "note"},
+        },
+    }
+
+
+def _ring(across: Spec, height: Spec) -> Spec:
+    mark = {"type": "point", "filled": False, "size": 330, "color": VERMILLION, "strokeWidth": 2.5, "opacity": 1, "clip": True}
+    return {"transform": _only("datum.row == 'trial' && datum.chosen"), "mark": mark, "encoding": {"x": across, "y": height}}

@@ -5,16 +5,37 @@ Colours of text, grid and background are left to the page's theme, so that light
 
 from __future__ import annotations
 
+import math
+
 import plotly.graph_objects as go
 
-__all__ = ["BLUE", "CONFIG", "GREEN", "GREY", "ORANGE", "PURPLE", "SEQUENTIAL", "SKY", "VERMILLION", "axis_note", "direct_label", "finished"]
+__all__ = [
+    "BLUE",
+    "CONFIG",
+    "GREEN",
+    "GREY",
+    "ORANGE",
+    "PURPLE",
+    "SEQUENTIAL",
+    "SKY",
+    "VERMILLION",
+    "axis_note",
+    "direct_label",
+    "finished",
+    "log_rank_axis",
+]
 
 # Okabe & Ito 2008, less the two that vanish on a white or a black page
 BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 GREY = "#8A9199"
 SEQUENTIAL = "Cividis"
 
-CONFIG = {"displaylogo": False, "displayModeBar": "hover", "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"], "scrollZoom": False}
+CONFIG = {
+    "displaylogo": False,
+    "displayModeBar": "hover",
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+    "scrollZoom": False,
+}
 """For Plotly's ``config``."""
 
 
@@ -34,17 +55,30 @@ def finished(figure: go.Figure, *, height: int, x: str, y: str, right: int = 16,
     return figure
 
 
+def log_rank_axis(figure: go.Figure, full: int) -> None:
+    """Put ranks 1, 2, 5, 10, … up to ``full`` on a log axis."""
+    ticks = [step * 10**power for power in range(7) for step in (1, 2, 5) if step * 10**power <= full]
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks], range=[-0.02, math.log10(full) + 0.03])
+
+
 def direct_label(figure: go.Figure, text: str, *, x: float, y: float, colour: str, xanchor: str = "left", yanchor: str = "middle") -> None:
     """Write ``text`` beside its curve, in its colour; ``x`` and ``y`` in axis coordinates (log10 on a log axis)."""
     figure.add_annotation(
-        text=f"<b>{text}</b>", x=x, y=y, showarrow=False, xanchor=xanchor, yanchor=yanchor, xshift=4 if xanchor == "left" else -4, font={"color": colour, "size": 12}
+        text=f"<b>{text}</b>",
+        x=x,
+        y=y,
+        showarrow=False,
+        xanchor=xanchor,
+        yanchor=yanchor,
+        xshift=4 if xanchor == "left" else -4,
+        font={"color": colour, "size": 12},
     )
 
 
 def axis_note(
     figure: go.Figure, text: str, *, x: float, position: float, colour: str = GREY, anchor: str = "left", bottom: bool = False
 ) -> None:
-    """Draw a vertical dotted line at ``x`` (data units) with ``text`` at its top (or its bottom); ``position`` is ``x`` in axis coordinates."""
+    """Draw a dotted line at ``x`` (data units) with ``text`` at its top or bottom; ``position`` is ``x`` in axis coordinates."""
     figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
     figure.add_annotation(
         text=text,

@@ -74,14 +74,17 @@ def _compare(run: Run, session: Session, bench: TrialBench, arguments: Mapping[s
 
 
 def _generate(run: Run, session: Session, bench: TrialBench, arguments: Mapping[str, object], reporter: Reporter) -> Answer:
-    prompt, tokens, seed = str(arguments.get("prompt", "")), int(str(arguments.get("tokens", 64))), int(str(arguments.get("seed", 0)))
+    prompt = str(arguments.get("prompt", ""))
+    tokens, seed = int(str(arguments.get("tokens", 64))), int(str(arguments.get("seed", 0)))
+    temperature = float(str(arguments.get("temperature", 0.5)))
     allocation, model = _compressed(run, session, bench, arguments)
     with reporter.stage("Continuing the prompt"):
         texts = {
-            "dense_text": continue_prompt(session.handle, prompt, tokens=tokens, seed=seed),
-            "compressed_text": continue_prompt(model.handle, prompt, tokens=tokens, seed=seed),
+            "dense_text": continue_prompt(session.handle, prompt, tokens=tokens, seed=seed, temperature=temperature),
+            "compressed_text": continue_prompt(model.handle, prompt, tokens=tokens, seed=seed, temperature=temperature),
         }
-    return {"trial": arguments.get("trial"), "label": allocation.allocator, "prompt": prompt, "tokens": tokens, "seed": seed, **texts}
+    chosen = {"prompt": prompt, "tokens": tokens, "seed": seed, "temperature": temperature}
+    return {"trial": arguments.get("trial"), "label": allocation.allocator, **chosen, **texts}
 
 
 def export_trial(run: Run, session: Session, bench: TrialBench, trial: object) -> str:

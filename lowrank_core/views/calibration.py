@@ -10,7 +10,15 @@ from lowrank_core.runs import Run
 from lowrank_core.views.formatting import number
 from lowrank_core.views.records import build
 
-__all__ = ["MIN_TOKENS_PER_DIMENSION", "CalibrationFacts", "InputFacts", "calibration_facts", "group_table", "quality_table", "quality_warnings"]
+__all__ = [
+    "MIN_TOKENS_PER_DIMENSION",
+    "CalibrationFacts",
+    "InputFacts",
+    "calibration_facts",
+    "group_table",
+    "quality_table",
+    "quality_warnings",
+]
 
 MIN_TOKENS_PER_DIMENSION = 8  # below, covariances of so many tokens are noisy (METHODS, section 1)
 

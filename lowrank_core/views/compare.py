@@ -14,7 +14,20 @@ from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.search.records import TrialRecord
 from lowrank_core.views.records import build
 
-__all__ = ["Comparison", "Continuation", "Export", "Failure", "answers", "comparison_table", "comparisons", "continuations", "exports", "label_of", "last_failure", "normal_interval"]
+__all__ = [
+    "Comparison",
+    "Continuation",
+    "Export",
+    "Failure",
+    "answers",
+    "comparison_table",
+    "comparisons",
+    "continuations",
+    "exports",
+    "label_of",
+    "last_failure",
+    "normal_interval",
+]
 
 _NORMAL_95 = 1.96
 
@@ -65,7 +78,7 @@ class Comparison:
     @property
     def name(self) -> str:
         """The label as it is shown."""
-        return ALLOCATORS[self.label].label if self.label in ALLOCATORS else self.label.capitalize()
+        return ALLOCATORS[self.label].label if self.label in ALLOCATORS else self.label
 
 
 @dataclass(frozen=True)
@@ -134,7 +147,10 @@ def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
 def comparisons(bodies: Sequence[JsonMapping]) -> list[Comparison]:
     """Return the newest measurement of each allocation, the least perplexity first."""
     newest = {str(body.get("label")): body for body in _of_kind(bodies, "compare")}
-    found = [build(Comparison, body.get("report", {}), "a comparison", label=label, time=float(body.get("time", 0))) for label, body in newest.items()]
+    found = [
+        build(Comparison, body.get("report", {}), "a comparison", label=label, time=float(body.get("time", 0)))
+        for label, body in newest.items()
+    ]
     return sorted(found, key=lambda comparison: comparison.perplexity)
 
 
@@ -161,8 +177,21 @@ def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
         return pd.DataFrame()
     first = found[0]
     rows: list[dict[str, object]] = [
-        {"allocation": "Original", "perplexity": first.dense_perplexity, "low": None, "high": None, "kl": None, "agreement": None, "removed": 0.0}
-        | {"model_removed": 0.0, "parameters": first.dense_parameters, "linears": first.dense_compressible_parameters, "bytes": first.dense_bytes}
+        {
+            "allocation": "Original",
+            "perplexity": first.dense_perplexity,
+            "low": None,
+            "high": None,
+            "kl": None,
+            "agreement": None,
+            "removed": 0.0,
+        }
+        | {
+            "model_removed": 0.0,
+            "parameters": first.dense_parameters,
+            "linears": first.dense_compressible_parameters,
+            "bytes": first.dense_bytes,
+        }
     ]
     if first.dense_interval:
         rows[0]["low"], rows[0]["high"] = first.dense_interval

@@ -68,11 +68,11 @@ class EnergyAtRank:
     def sentence(self) -> str:
         """Return the same in words."""
         cost = percent(self.parameters_kept, 0)
-        price = f"two factors cost {cost} of the dense parameters" + (": more than they save, so the matrix stays dense" if self.above_break_even else "")
-        return (
-            f"At rank {self.rank} ({percent(self.share_of_full_rank, 0)} of full rank) features keep {percent(self.features_kept)} of their energy, "
-            f"weights {percent(self.weights_kept)}; {price}."
+        price = f"two factors cost {cost} of the dense parameters" + (
+            ": more than they save, so the matrix stays dense" if self.above_break_even else ""
         )
+        kept = f"features keep {percent(self.features_kept)} of their energy, weights {percent(self.weights_kept)}"
+        return f"At rank {self.rank} ({percent(self.share_of_full_rank, 0)} of full rank) {kept}; {price}."
 
 
 def energy_at_rank(spectrum: LayerSpectrum, rank: int) -> EnergyAtRank:

@@ -43,7 +43,7 @@ def header_facts(folder: Path) -> ModelFacts:
     matrices = tuple(_matrices(tensors))
     return ModelFacts(
         reference=str(folder),
-        architecture=str((config.get("architectures") or [config.get("model_type", "")])[0]),
+        architecture=_architecture(config),
         dtype=", ".join(sorted({tensor.dtype for tensor in tensors.values()})),
         parameters=sum(tensor.elements for tensor in tensors.values()),
         compressible_parameters=sum(matrix.dense_parameters for matrix in matrices),
@@ -56,6 +56,11 @@ def header_facts(folder: Path) -> ModelFacts:
         matrices=matrices,
         input_widths={f"{m.depth}.{_SHARED_INPUTS.get(m.kind, m.kind)}": m.d_in for m in matrices},
     )
+
+
+def _architecture(config: Mapping[str, object]) -> str:
+    named = config.get("architectures")
+    return str(named[0]) if isinstance(named, list) and named else str(config.get("model_type", ""))
 
 
 def _whole(config: Mapping[str, object], key: str) -> int:

@@ -41,7 +41,13 @@ class LayerMap:
 
 
 def layer_map(
-    shapes: Sequence[MatrixShape], values: Sequence[float], labels: Sequence[str], measure: str, *, percent: bool = False, full_scale: bool = False
+    shapes: Sequence[MatrixShape],
+    values: Sequence[float],
+    labels: Sequence[str],
+    measure: str,
+    *,
+    percent: bool = False,
+    full_scale: bool = False,
 ) -> LayerMap:
     """Return a map of ``values``, one for each of ``shapes``; the scale begins at 0 and ends at the largest, at 1 where ``full_scale``."""
     frame = pd.DataFrame(

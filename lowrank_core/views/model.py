@@ -103,7 +103,16 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
             }
         )
     rest = facts.parameters - facts.compressible_parameters
-    rows.append({"type": "embeddings, norms, head", "count": None, "shape": "", "break_even": "", "parameters": rest, "share": rest / max(1, facts.parameters)})
+    rows.append(
+        {
+            "type": "embeddings, norms, head",
+            "count": None,
+            "shape": "",
+            "break_even": "",
+            "parameters": rest,
+            "share": rest / max(1, facts.parameters),
+        }
+    )
     return pd.DataFrame(rows).astype({"count": "Int64"})
 
 

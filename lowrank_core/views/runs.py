@@ -134,7 +134,7 @@ def stages(status: RunStatus) -> list[Stage]:
 
 def run_table(runs: Sequence[Run]) -> pd.DataFrame:
     """Return a row for each run; a damaged study leaves its cells empty."""
-    return pd.DataFrame([_row(run) for run in runs], columns=["id", "name", "state", "model", "text", "ratio", "trials", "best", "created"])
+    return pd.DataFrame([_row(run) for run in runs], columns=["id", "name", "state", "ratio", "trials", "best", "created"])
 
 
 def _row(run: Run) -> dict[str, object]:
@@ -148,11 +148,8 @@ def _row(run: Run) -> dict[str, object]:
         "id": run.id,
         "name": record["name"],
         "state": "recorded" if run.recorded else STATE_WORDS.get(run.status().state, "unknown"),
-        "model": config.model.reference,
-        "text": config.text.reference,
         "ratio": config.search.compression_ratio if config.search else None,
         "trials": sum(1 for trial in trials if trial.state == "complete") if config.search else None,
         "best": best.value if best else None,
         "created": pd.Timestamp(float(record["created"]), unit="s"),
     }
-

@@ -43,10 +43,13 @@ class Basis:
 
 
 BASES: dict[str, Basis] = {
-    basis.name: basis
-    for basis in (Basis("pooled_feature", "Pooled features (Bolaco)", True), Basis("weight_svd", "Weight SVD", False))
+    basis.name: basis for basis in (Basis("pooled_feature", "Pooled features (Bolaco)", True), Basis("weight_svd", "Weight SVD", False))
 }
-OBJECTIVE_LABELS = {"kl": "KL to the dense model (nats per token)", "perplexity": "Perplexity", "bolaco": "Bolaco: perplexity + weighted KL"}
+OBJECTIVE_LABELS = {
+    "kl": "KL to the dense model (nats per token)",
+    "perplexity": "Perplexity",
+    "bolaco": "Bolaco: perplexity + weighted KL",
+}
 SAMPLER_LABELS = {"gp": "Gaussian process", "random": "Random"}
 
 
@@ -88,7 +91,8 @@ def history(trials: Sequence[TrialRecord], objective: str) -> History:
 
 
 def _note(trial: TrialRecord) -> str:
-    return f"{trial_label(trial)}, {trial.state}: value {number(trial.value, 4)}, perplexity {number(trial.perplexity)}, {percent(trial.compression_ratio)} removed"
+    measured = f"value {number(trial.value, 4)}, perplexity {number(trial.perplexity)}, {percent(trial.compression_ratio)} removed"
+    return f"{trial_label(trial)}, {trial.state}: {measured}"
 
 
 @dataclass(frozen=True)
@@ -130,9 +134,8 @@ def trial_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
     rows = [
         {
             "trial": trial.number,
-            "best": "★" if best is not None and trial.number == best.number else "",
             "state": trial.state,
-            "kind": ALLOCATORS[trial.label].label if trial.label in ALLOCATORS else trial.label,
+            "kind": (ALLOCATORS[trial.label].label if trial.label in ALLOCATORS else trial.label) + (" ★ best" if trial is best else ""),
             "value": trial.value,
             "perplexity": trial.perplexity,
             "kl": trial.kl,
@@ -142,7 +145,7 @@ def trial_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
         }
         for trial in trials
     ]
-    return pd.DataFrame(rows, columns=None if rows else ["trial", "best", "state", "kind", "value", "perplexity", "kl", "removed", "seconds"])
+    return pd.DataFrame(rows, columns=None if rows else ["trial", "state", "kind", "value", "perplexity", "kl", "removed", "seconds"])
 
 
 def search_params(trials: Sequence[TrialRecord]) -> list[str]:

@@ -80,5 +80,3 @@ def _check_file(place: str) -> None:
         raise TextError(f"There is no file {path}. Check the path; it must be readable on the machine that runs the dashboard.")
     if path.stat().st_size == 0:
         raise TextError(f"{path} is empty. Give a file with text in it.")
-
-

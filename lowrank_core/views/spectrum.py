@@ -14,7 +14,18 @@ from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ra
 from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.layermap import LayerMap, layer_map
 
-__all__ = ["METRICS", "SOURCES", "Metric", "ScreeCurves", "atlas", "atlas_table", "log_ranks", "module_facts", "scree_curves", "spectrum_named"]
+__all__ = [
+    "METRICS",
+    "SOURCES",
+    "Metric",
+    "ScreeCurves",
+    "atlas",
+    "atlas_table",
+    "log_ranks",
+    "module_facts",
+    "scree_curves",
+    "spectrum_named",
+]
 
 Vector = npt.NDArray[np.float64]
 
@@ -37,10 +48,27 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("effective_rank", "Effective rank", "exp of the entropy of the energies", effective_rank),
         Metric("stable_rank", "Stable rank", "all energy over the largest", stable_rank),
-        Metric("participation_ratio", "Participation ratio", "squared sum of the energies over the sum of their squares", participation_ratio),
-        Metric("rank_90", "Rank for 90 % energy", "the smallest rank that retains 90 %", lambda energies: float(rank_for_energy(energies, 0.90))),
-        Metric("rank_95", "Rank for 95 % energy", "the smallest rank that retains 95 %", lambda energies: float(rank_for_energy(energies, 0.95))),
-        Metric("rank_99", "Rank for 99 % energy", "the smallest rank that retains 99 %", lambda energies: float(rank_for_energy(energies, 0.99))),
+        Metric(
+            "participation_ratio", "Participation ratio", "squared sum of the energies over the sum of their squares", participation_ratio
+        ),
+        Metric(
+            "rank_90",
+            "Rank for 90 % energy",
+            "the smallest rank that retains 90 %",
+            lambda energies: float(rank_for_energy(energies, 0.90)),
+        ),
+        Metric(
+            "rank_95",
+            "Rank for 95 % energy",
+            "the smallest rank that retains 95 %",
+            lambda energies: float(rank_for_energy(energies, 0.95)),
+        ),
+        Metric(
+            "rank_99",
+            "Rank for 99 % energy",
+            "the smallest rank that retains 99 %",
+            lambda energies: float(rank_for_energy(energies, 0.99)),
+        ),
     )
 }
 

@@ -56,7 +56,11 @@ def _text_reference() -> str:
     choice = st.selectbox("Text", list(TEXTS), key="text_choice", format_func=TEXTS.__getitem__, persist_state="session")
     if choice == "file":
         place = st.text_input(
-            "Path of the file", key="text_path", placeholder="/data/notes.txt", help="UTF-8 .txt, .jsonl or .parquet with a `text` column.", persist_state="session"
+            "Path of the file",
+            key="text_path",
+            placeholder="/data/notes.txt",
+            help="UTF-8 .txt, .jsonl or .parquet with a `text` column.",
+            persist_state="session",
         )
         return f"file:{place}"
     return str(choice)
@@ -74,7 +78,13 @@ def _sizes() -> tuple[int, int]:
         persist_state="session",
     )
     context = right.number_input(
-        "Context (tokens in a window)", min_value=2, value=_TEXT.context, step=64, key="context", help="BOS included. At most what the model takes.", persist_state="session"
+        "Context (tokens in a window)",
+        min_value=2,
+        value=_TEXT.context,
+        step=64,
+        key="context",
+        help="BOS included. At most what the model takes.",
+        persist_state="session",
     )
     return int(windows), int(context)
 
@@ -89,15 +99,29 @@ def _advanced() -> tuple[dict[str, object], CalibrationConfig]:
             key="group_size",
             help="Consecutive windows in a group of the pooled covariance. A remainder forms its own group.",
         )
-        weights = second.selectbox("Group weights", GROUP_WEIGHTS, key="group_weights", help="equal: as in the paper; dof: by degrees of freedom.")
+        weights = second.selectbox(
+            "Group weights", GROUP_WEIGHTS, key="group_weights", help="equal: as in the paper; dof: by degrees of freedom."
+        )
         batch = third.number_input(
-            "Windows in a forward pass", min_value=1, value=_CALIBRATION.batch_size, key="batch_size", help="Changes speed and memory, not results."
+            "Windows in a forward pass",
+            min_value=1,
+            value=_CALIBRATION.batch_size,
+            key="batch_size",
+            help="Changes speed and memory, not results.",
         )
         validation = first.number_input(
-            "Search-validation windows", min_value=1, value=_TEXT.validation_windows, key="validation_windows", help="What a search sees in each trial."
+            "Search-validation windows",
+            min_value=1,
+            value=_TEXT.validation_windows,
+            key="validation_windows",
+            help="What a search sees in each trial.",
         )
-        test = second.number_input("Test windows", min_value=1, value=_TEXT.test_windows, key="test_windows", help="What final figures are measured on.")
-        bos = third.selectbox("BOS", BOS_RULES, key="bos", help="window: first in every window; none: nowhere; auto: as the tokenizer does.")
+        test = second.number_input(
+            "Test windows", min_value=1, value=_TEXT.test_windows, key="test_windows", help="What final figures are measured on."
+        )
+        bos = third.selectbox(
+            "BOS", BOS_RULES, key="bos", help="window: first in every window; none: nowhere; auto: as the tokenizer does."
+        )
         seed = first.number_input("Seed", min_value=0, value=_TEXT.seed, key="text_seed", help="Of the draw of calibration windows.")
     text = {"validation_windows": int(validation), "test_windows": int(test), "bos": bos, "seed": int(seed)}
     return text, CalibrationConfig(group_size=int(group), group_weights=weights, batch_size=int(batch))

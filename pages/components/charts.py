@@ -7,12 +7,13 @@ from collections.abc import Callable
 import plotly.graph_objects as go
 import streamlit as st
 
+from lowrank_core.figures.search import PICKED, VegaChart
 from lowrank_core.figures.style import CONFIG
 
 __all__ = ["chart"]
 
 
-def chart(figure: go.Figure, *, key: str, title: str, how: str, alt: str, on_pick: Callable[[], None] | None = None) -> None:
+def chart(figure: go.Figure | VegaChart, *, key: str, title: str, how: str, alt: str, on_pick: Callable[[], None] | None = None) -> None:
     """Show ``figure`` under its title, with a sentence on how to read it.
 
     Args:
@@ -23,7 +24,9 @@ def chart(figure: go.Figure, *, key: str, title: str, how: str, alt: str, on_pic
     with st.container(gap="xxsmall"):
         st.markdown(f"**{title}**")
         st.caption(f"How to read this: {how}")
-    if on_pick is None:
+    if isinstance(figure, VegaChart):
+        st.vega_lite_chart(figure.data, figure.spec, key=key, alt=alt, on_select=on_pick or "ignore", selection_mode=[PICKED])
+    elif on_pick is None:
         st.plotly_chart(figure, key=key, config=CONFIG, alt=alt)
     else:
         st.plotly_chart(figure, key=key, config=CONFIG, alt=alt, on_select=on_pick, selection_mode="points")

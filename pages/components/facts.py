@@ -38,7 +38,10 @@ def model_section(model: ModelFacts) -> None:
             "Share compressible": (percent(model.compressible_share), "Of all parameters; the rest are embeddings, norms and the head."),
             "Size": (size(model.bytes), f"As held: {model.dtype}."),
             "Blocks × hidden": (f"{model.blocks} × {model.hidden:,}", "Number of blocks, and the width of the residual stream."),
-            "Vocabulary": (f"{model.vocabulary:,}", "Embedding and head share one matrix." if model.tied_embeddings else "Embedding and head are separate."),
+            "Vocabulary": (
+                f"{model.vocabulary:,}",
+                "Embedding and head share one matrix." if model.tied_embeddings else "Embedding and head are separate.",
+            ),
         }
     )
     st.caption(
@@ -58,7 +61,8 @@ def model_section(model: ModelFacts) -> None:
 
 def text_section(text: TextFacts) -> None:
     st.subheader("The text it saw", anchor=False)
-    st.caption(f"{text.reference} · context {text.context} tokens · {'BOS first in every window' if text.bos == 'window' else 'no BOS'} · seed {text.seed} · three disjoint splits")
+    bos = "BOS first in every window" if text.bos == "window" else "no BOS"
+    st.caption(f"{text.reference} · context {text.context} tokens · {bos} · seed {text.seed} · three disjoint splits")
     left, right = st.columns([3, 2], gap="small")
     columns = {
         "split": tables.text("Split"),
@@ -81,9 +85,18 @@ def calibration_section(calibration: CalibrationFacts) -> None:
     figures_row(
         {
             "Calibration tokens": (count(calibration.tokens), f"{calibration.windows} windows, measured {took}."),
-            "Tokens per dimension": (number(calibration.least_tokens_per_dimension), f"The least over all inputs. Below {MIN_TOKENS_PER_DIMENSION}, small eigenvalues are noisy."),
-            "Worst condition": (number(calibration.worst_condition, 2), "Largest over smallest eigenvalue of an input's covariance, the largest over all inputs."),
-            "Groups × windows": (f"{calibration.groups} × {calibration.group_size}", f"Weights: {calibration.group_weights}. The pooled covariance averages within groups."),
+            "Tokens per dimension": (
+                number(calibration.least_tokens_per_dimension),
+                f"The least over all inputs. Below {MIN_TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
+            ),
+            "Worst condition": (
+                number(calibration.worst_condition, 2),
+                "Largest over smallest eigenvalue of an input's covariance, the largest over all inputs.",
+            ),
+            "Groups × windows": (
+                f"{calibration.groups} × {calibration.group_size}",
+                f"Weights: {calibration.group_weights}. The pooled covariance averages within groups.",
+            ),
         }
     )
     with st.expander(f"All {len(calibration.inputs)} distinct inputs"):
@@ -114,12 +127,16 @@ def runs_section(runs: Sequence[Run]) -> None:
     columns = {
         "name": tables.text("Name", width="large"),
         "state": tables.text("State"),
-        "model": tables.text("Model"),
-        "text": tables.text("Text"),
         "ratio": tables.share("Removed", "Compression ratio that the search aims at."),
         "trials": tables.whole("Trials complete"),
         "best": tables.figure("Best value"),
         "created": st.column_config.DatetimeColumn("Started", format="distance"),
     }
-    tables.table(frame, columns, key="runs_table", on_pick=state.pick_from_table("run", "runs_table", list(frame["id"])), alt="Runs, the newest first")
+    tables.table(
+        frame,
+        columns,
+        key="runs_table",
+        on_pick=state.pick_from_table("run", "runs_table", list(frame["id"])),
+        alt="Runs, the newest first",
+    )
     st.caption("Pick a row to look at that run on every page.")

@@ -38,21 +38,24 @@ def protocol(shown: Comparison) -> str:
 
 def _headline(shown: Comparison) -> None:
     st.subheader(f"Original against {shown.name}", anchor=False)
-    with st.container(horizontal=True):
-        low, high = shown.dense_interval or (None, None)
-        with st.container(border=True):
-            st.metric("Perplexity, original", number(shown.dense_perplexity, 4), help="exp of the mean loss in nats per token.")
-            st.caption(interval(low, high))
-        with st.container(border=True):
-            change = shown.perplexity - shown.dense_perplexity
-            st.metric("Perplexity, compressed", number(shown.perplexity, 4), f"{change:+.2f}", delta_color="inverse")
-            st.caption(f"{_interval(shown.perplexity_interval)}; difference {_interval(shown.perplexity_difference_interval)}")
-        with st.container(border=True):
-            st.metric("KL to the original", f"{number(shown.kl)} nats", help="Per token, on the same text.")
-            st.caption("per token")
-        with st.container(border=True):
-            st.metric("Top-1 agreement", percent(shown.top1_agreement), help="Tokens where both models rank the same token first.")
-            st.caption("of tokens")
+    low, high = shown.dense_interval or (None, None)
+    change = shown.perplexity - shown.dense_perplexity
+    cards = (
+        ("Perplexity, original", number(shown.dense_perplexity, 4), interval(low, high), "exp of the mean loss in nats per token."),
+        ("Perplexity, compressed", number(shown.perplexity, 4), _interval(shown.perplexity_interval), None),
+        ("Difference", f"{change:+.3g}", _interval(shown.perplexity_difference_interval), "Compressed less original, paired by window."),
+        ("KL to the original", number(shown.kl), "nats per token", "Of the original's next-token distribution to the compressed one's."),
+        ("Top-1 agreement", percent(shown.top1_agreement), "of tokens", "Where both models rank the same token first."),
+    )
+    with st.container(horizontal=True, gap="small"):
+        for label, value, below, meaning in cards:
+            _card(label, value, below, meaning)
+
+
+def _card(label: str, value: str, below: str, meaning: str | None = None) -> None:
+    with st.container(border=True, gap="xxsmall"):
+        st.metric(label, value, help=meaning)
+        st.caption(below)
 
 
 def _interval(ends: Sequence[float]) -> str:
@@ -60,17 +63,13 @@ def _interval(ends: Sequence[float]) -> str:
 
 
 def _sizes(shown: Comparison) -> None:
-    with st.container(horizontal=True):
-        for label, before, after, removed in (
-            ("Compressible linears", shown.dense_compressible_parameters, shown.compressible_parameters, shown.compression_ratio),
-            ("Whole model", shown.dense_parameters, shown.parameters, shown.model_compression_ratio),
-        ):
-            with st.container(border=True):
-                st.metric(f"{label}, parameters", f"{count(before)} → {count(after)}")
-                st.caption(f"{percent(removed)} removed")
-        with st.container(border=True):
-            st.metric("Whole model, bytes", f"{size(shown.dense_bytes)} → {size(shown.bytes)}")
-            st.caption(f"{percent(1 - shown.bytes / shown.dense_bytes)} removed")
+    linears = f"{count(shown.dense_compressible_parameters)} → {count(shown.compressible_parameters)}"
+    model = f"{count(shown.dense_parameters)} → {count(shown.parameters)}"
+    stored = f"{size(shown.dense_bytes)} → {size(shown.bytes)}"
+    with st.container(horizontal=True, gap="small"):
+        _card("Compressible linears, parameters", linears, f"{percent(shown.compression_ratio)} removed")
+        _card("Whole model, parameters", model, f"{percent(shown.model_compression_ratio)} removed")
+        _card("Whole model, bytes", stored, f"{percent(1 - shown.bytes / shown.dense_bytes)} removed")
 
 
 def _table(found: Sequence[Comparison]) -> None:
@@ -94,7 +93,9 @@ def show_continuations(found: Sequence[Continuation]) -> None:
     """Draw the newest continuation side by side, the older ones folded away."""
     for position, entry in enumerate(found):
         label = f"trial {entry.trial}" if isinstance(entry.trial, int) else str(entry.trial)
-        with st.expander(f"{entry.prompt.strip().splitlines()[0][:60]}  ({label}, {entry.tokens} tokens, seed {entry.seed})", expanded=position == 0):
+        with st.expander(
+            f"{entry.prompt.strip().splitlines()[0][:60]}  ({label}, {entry.tokens} tokens, seed {entry.seed})", expanded=position == 0
+        ):
             left, right = st.columns(2)
             left.caption("Original")
             left.code(entry.dense_text, language=None, wrap_lines=True)

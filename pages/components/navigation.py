@@ -9,17 +9,25 @@ import streamlit as st
 if TYPE_CHECKING:
     from streamlit.navigation.page import StreamlitPage
 
-__all__ = ["COMPARE", "ENERGY", "OVERVIEW", "SEARCH", "SPECTRA", "pages"]
+__all__ = ["COMPARE", "ENERGY", "OVERVIEW", "SEARCH", "SPECTRA", "pages", "tab_title"]
 
 OVERVIEW, SPECTRA, ENERGY, SEARCH, COMPARE = (f"pages/{name}.py" for name in ("overview", "spectra", "energy", "search", "compare"))
 
 
 def pages() -> list[StreamlitPage]:
-    """Return the routes."""
+    """Return the routes.
+
+    The icons stand in the titles: Streamlit would take a page's ``icon`` as the favicon, and have the browser fetch it from the internet.
+    """
     return [
-        st.Page(OVERVIEW, title="Overview", icon=":material/home:", default=True),
-        st.Page(SPECTRA, title="Spectra", icon=":material/grid_view:", url_path="spectra"),
-        st.Page(ENERGY, title="Feature energy", icon=":material/area_chart:", url_path="energy"),
-        st.Page(SEARCH, title="Rank search", icon=":material/query_stats:", url_path="search"),
-        st.Page(COMPARE, title="Compare", icon=":material/balance:", url_path="compare"),
+        st.Page(OVERVIEW, title=":material/home: Overview", default=True),
+        st.Page(SPECTRA, title=":material/grid_view: Spectra", url_path="spectra"),
+        st.Page(ENERGY, title=":material/area_chart: Feature energy", url_path="energy"),
+        st.Page(SEARCH, title=":material/query_stats: Rank search", url_path="search"),
+        st.Page(COMPARE, title=":material/balance: Compare", url_path="compare"),
     ]
+
+
+def tab_title(page: StreamlitPage) -> str:
+    """Return what the browser's tab shows: the title without its icon."""
+    return f"{page.title.partition(': ')[2]} · low-rank studio"

@@ -15,5 +15,7 @@ def module_picker(names: Sequence[str]) -> str:
     """Draw the picker of the module that every page follows, and return its name."""
     key, module = "module_picker", state.module_of(names)
     state.control(key, module)
-    st.selectbox("Module", names, key=key, on_change=state.pick_from_widget("module", key), help="Or pick a cell of the map on the Spectra page.")
+    st.selectbox(
+        "Module", names, key=key, on_change=state.pick_from_widget("module", key), help="Or pick a cell of the map on the Spectra page."
+    )
     return module

@@ -47,9 +47,20 @@ def measure_form(run: Run, found: Mapping[Trial, str]) -> Trial:
         options = list(found)
         picked = state.selection().trial
         index = options.index(picked) if picked in options else 0
-        trial: Trial = st.selectbox("Allocation", options, index, key=f"{_PICKER}_{run.id}_{picked}", format_func=lambda key: found.get(key, str(key)), width=380)
-        one = st.button("Measure on test text", key="measure", type="primary", icon=":material/straighten:", disabled=run.recorded, help=_RECORDED if run.recorded else None)
-        several = st.button("Best and baselines", key="measure_all", disabled=run.recorded, help="Measures the best trial and every baseline.")
+        trial: Trial = st.selectbox(
+            "Allocation", options, index, key=f"{_PICKER}_{run.id}_{picked}", format_func=lambda key: found.get(key, str(key)), width=380
+        )
+        one = st.button(
+            "Measure on test text",
+            key="measure",
+            type="primary",
+            icon=":material/straighten:",
+            disabled=run.recorded,
+            help=_RECORDED if run.recorded else None,
+        )
+        several = st.button(
+            "Best and baselines", key="measure_all", disabled=run.recorded, help="Measures the best trial and every baseline."
+        )
     if one:
         _ask(run, "compare", [trial])
     if several:
@@ -64,7 +75,13 @@ def prompt_form(run: Run, trial: Trial) -> None:
         with st.container(horizontal=True, vertical_alignment="bottom"):
             tokens = st.number_input("New tokens, at most", 1, 512, 64, key="prompt_tokens", width=180)
             seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="prompt_seed", width=140)
-            pressed = st.form_submit_button("Continue with both", key="continue", icon=":material/edit_note:", disabled=run.recorded, help=_RECORDED if run.recorded else None)
+            pressed = st.form_submit_button(
+                "Continue with both",
+                key="continue",
+                icon=":material/edit_note:",
+                disabled=run.recorded,
+                help=_RECORDED if run.recorded else None,
+            )
     if pressed and not prompt.strip():
         st.warning("The prompt is empty: write something to continue.")
     elif pressed:
@@ -73,7 +90,9 @@ def prompt_form(run: Run, trial: Trial) -> None:
 
 def export_form(run: Run, trial: Trial) -> None:
     """Draw the button that has the compressed model written."""
-    if st.button("Export this allocation", key="export", icon=":material/save:", disabled=run.recorded, help=_RECORDED if run.recorded else None):
+    if st.button(
+        "Export this allocation", key="export", icon=":material/save:", disabled=run.recorded, help=_RECORDED if run.recorded else None
+    ):
         _ask(run, "export", [trial])
 
 
@@ -86,7 +105,10 @@ def waiting(run: Run) -> None:
     kind = str(open_requests[0].get("kind"))
     more = f", {len(open_requests) - 1} more after it" if len(open_requests) > 1 else ""
     if run.worker_alive():
-        st.progress(status.fraction or 0.0, text=f"{_WORDS.get(kind, kind)}{more} · {status.stage} {status_words(status) if is_working(status) else ''}")
+        st.progress(
+            status.fraction or 0.0,
+            text=f"{_WORDS.get(kind, kind)}{more} · {status.stage} {status_words(status) if is_working(status) else ''}",
+        )
         return
     st.warning(f"{len(open_requests)} requests wait for a worker, which is not running.", icon=":material/pause:")
     resume_button(run, key="resume_requests", width="content")

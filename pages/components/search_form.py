@@ -47,7 +47,9 @@ def _inputs() -> SearchConfig:
         help="Fraction of the compressible linears' parameters to remove.",
         persist_state="session",
     )
-    trials = right.slider("Trials", 2, 200, _DEFAULT.trials, key="search_trials", help="The two baselines included.", persist_state="session")
+    trials = right.slider(
+        "Trials", 2, 200, _DEFAULT.trials, key="search_trials", help="The two baselines included.", persist_state="session"
+    )
     objective = left.selectbox(
         "Objective",
         OBJECTIVES,
@@ -56,14 +58,25 @@ def _inputs() -> SearchConfig:
         help="What a trial is judged by, on search-validation text that is neither calibration nor test.",
         persist_state="session",
     )
-    basis = right.selectbox("Basis", list(BASES), key="search_basis", format_func=lambda name: BASES[name].label, help="How a matrix is factorised.", persist_state="session")
+    basis = right.selectbox(
+        "Basis",
+        list(BASES),
+        key="search_basis",
+        format_func=lambda name: BASES[name].label,
+        help="How a matrix is factorised.",
+        persist_state="session",
+    )
     with st.expander("Advanced"):
         first, second, third = st.columns(3, vertical_alignment="bottom")
         sampler = first.selectbox("Sampler", SAMPLERS, key="search_sampler", format_func=SAMPLER_LABELS.__getitem__)
         seed = second.number_input("Seed", min_value=0, value=_DEFAULT.seed, key="search_seed")
-        dense = third.toggle("Keep value projections dense", value=CompressionConfig().value_dense, key="search_value_dense", help="As the paper does.")
+        dense = third.toggle(
+            "Keep value projections dense", value=CompressionConfig().value_dense, key="search_value_dense", help="As the paper does."
+        )
     compression = CompressionConfig(basis=basis, value_dense=dense)
-    return SearchConfig(compression_ratio=ratio / 100, sampler=sampler, objective=objective, trials=trials, seed=int(seed), compression=compression)
+    return SearchConfig(
+        compression_ratio=ratio / 100, sampler=sampler, objective=objective, trials=trials, seed=int(seed), compression=compression
+    )
 
 
 def _budget_line(config: RunConfig, matrices: Sequence[MatrixShape]) -> bool:

@@ -16,7 +16,15 @@ __all__ = ["resume_button", "show"]
 
 _PICKER = "run_picker"
 _TICK, _WARM_TICK = 1.0, 3.0  # seconds
-_COLOURS = {"queued": "blue", "running": "blue", "stopping": "orange", "interrupted": "orange", "failed": "red", "stopped": "gray", "new": "gray"}
+_COLOURS = {
+    "queued": "blue",
+    "running": "blue",
+    "stopping": "orange",
+    "interrupted": "orange",
+    "failed": "red",
+    "stopped": "gray",
+    "new": "gray",
+}
 _RESUMABLE = ("new", "stopped", "interrupted", "failed")
 
 
@@ -29,10 +37,14 @@ def show() -> None:
             return
         labels = run_labels(all_runs())
         state.control(_PICKER, run.id)
-        st.selectbox("Run", list(labels), key=_PICKER, format_func=lambda key: labels.get(key, key), on_change=state.pick_from_widget("run", _PICKER))
+        st.selectbox(
+            "Run", list(labels), key=_PICKER, format_func=lambda key: labels.get(key, key), on_change=state.pick_from_widget("run", _PICKER)
+        )
         st.caption(run.record["name"])
         if run.recorded:
-            st.badge("Recorded", icon=":material/inventory_2:", color="violet", help="Ships with the package: to be looked at, not continued.")
+            st.badge(
+                "Recorded", icon=":material/inventory_2:", color="violet", help="Ships with the package: to be looked at, not continued."
+            )
         else:
             _watch(run)
 
@@ -66,10 +78,14 @@ def _buttons(run: Run, status: RunStatus) -> None:
     if status.state in ("queued", "running") and st.button("Stop", key="stop_run", icon=":material/stop:", width="stretch"):
         jobs.request_stop(run)
         st.rerun()
-    if status.state == "stopping" and st.button("End now", key="end_run", help="Ends the process at once; the step in hand is lost.", width="stretch"):
+    if status.state == "stopping" and st.button(
+        "End now", key="end_run", help="Ends the process at once; the step in hand is lost.", width="stretch"
+    ):
         jobs.terminate(run)
         st.rerun()
-    if status.state == "idle" and st.button("Release memory", key="release_run", help="Ends the worker, which is done and waits for requests.", type="tertiary"):
+    if status.state == "idle" and st.button(
+        "Release memory", key="release_run", help="Ends the worker, which is done and waits for requests.", type="tertiary"
+    ):
         jobs.request_stop(run)
         st.rerun()
     if status.state in _RESUMABLE and not is_busy(run):

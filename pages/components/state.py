@@ -16,7 +16,21 @@ from lowrank_core.search.records import read_trials
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.runs import default_run, find_run
 
-__all__ = ["Selection", "begin", "choose", "control", "framed", "module_of", "notes", "pick_from_chart", "pick_from_table", "pick_from_widget", "run", "selection"]
+__all__ = [
+    "Selection",
+    "begin",
+    "choose",
+    "control",
+    "framed",
+    "module_of",
+    "notes",
+    "pick_from_chart",
+    "pick_from_vega",
+    "pick_from_table",
+    "pick_from_widget",
+    "run",
+    "selection",
+]
 
 _SELECTION, _NOTES, _LAST, _FRAMED = "selection", "link_notes", "last_pick", "framed"
 
@@ -120,11 +134,24 @@ def pick_from_chart(field: str, key: str) -> Callable[[], None]:
     return picked
 
 
+def pick_from_vega(field: str, key: str, selection_name: str, column: str) -> Callable[[], None]:
+    """Return a callback that takes whole-number ``field`` from ``column`` of the point picked in the Vega-Lite chart ``key``."""
+
+    def picked() -> None:
+        points = st.session_state[key].selection.get(selection_name)
+        if points:
+            choose(**{field: int(points[0][column])})
+
+    return picked
+
+
 def _mirror() -> None:
     """Write the view that is on screen to the address."""
     shown, chosen = run(), selection()
     wanted = {
-        name: str(value) for name, value in (("run", shown.id if shown else None), ("module", chosen.module), ("trial", chosen.trial)) if value is not None
+        name: str(value)
+        for name, value in (("run", shown.id if shown else None), ("module", chosen.module), ("trial", chosen.trial))
+        if value is not None
     }
     if st.query_params.to_dict() != wanted:
         st.query_params.from_dict(wanted)

@@ -9,13 +9,23 @@ import streamlit as st
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import RunError
 from lowrank_core.figures.layermap import map_figure
-from lowrank_core.figures.search import history_figure
+from lowrank_core.figures.search import PICKED, history_chart
 from lowrank_core.runs import Run, RunStatus
 from lowrank_core.search.records import TrialRecord, best_trial, read_trials
 from lowrank_core.views.formatting import duration, number, percent
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.runs import STATE_WORDS, is_working, status_words
-from lowrank_core.views.search import OBJECTIVE_LABELS, allocation_map, allocation_of, history, priced, progress, search_params, trial_label, trial_table
+from lowrank_core.views.search import (
+    OBJECTIVE_LABELS,
+    allocation_map,
+    allocation_of,
+    history,
+    priced,
+    progress,
+    search_params,
+    trial_label,
+    trial_table,
+)
 from pages.components import navigation, state, tables
 from pages.components.charts import chart
 from pages.components.layout import figures_row
@@ -39,16 +49,16 @@ def show(run: Run) -> None:
         return
     _figures(trials, search)
     chart(
-        history_figure(history(trials, search.objective), chosen.number if chosen else None),
+        history_chart(history(trials, search.objective), chosen.number if chosen else None),
         key="history",
         title="Every trial on search-validation text",
-        how="lower is better; the green steps are the best so far, dashed lines the baselines. Click a point to see its allocation.",
+        how="lower is better; the green steps are the best so far, dashed lines the baselines. Click a point for its allocation; drag moves, Ctrl + wheel zooms, a double click resets.",
         alt="Objective of each trial in the order of asking, with baselines and the best so far",
-        on_pick=state.pick_from_chart("trial", "history"),
+        on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),
     )
     if chosen is not None and chosen.ranks:
         _allocation(run, chosen, search)
-    _table(run, trials)
+    _table(run, trials, search)
 
 
 def _chosen(trials: Sequence[TrialRecord]) -> TrialRecord | None:
@@ -76,7 +86,10 @@ def _figures(trials: Sequence[TrialRecord], search: SearchConfig) -> None:
         {
             "Best trial": (trial_label(best) if best else "–", "The least value so far."),
             "Best value": (number(best.value, 4) if best else "–", OBJECTIVE_LABELS[search.objective]),
-            "Its perplexity": (number(best.perplexity) if best else "–", f"On search-validation text; uniform: {number(now.uniform_perplexity)}."),
+            "Its perplexity": (
+                number(best.perplexity) if best else "–",
+                f"On search-validation text; uniform: {number(now.uniform_perplexity)}.",
+            ),
             "Below uniform": (percent(now.gain), "How far the best value lies below that of the uniform baseline."),
             "Removed": (percent(best.compression_ratio) if best else "–", "Of the compressible linears' parameters, as counted."),
             "Time per trial": (duration(best.seconds) if best else "–", "Of the best trial."),
@@ -101,16 +114,22 @@ def _allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         name = f"{run.id}-trial-{trial.number}.json"
         st.download_button(
-            "Allocation (JSON)", allocation.to_json(), name, "application/json", key="download_allocation", icon=":material/download:", help="Valid for `lowrank compress --ranks`.", on_click="ignore"
+            "Allocation (JSON)",
+            allocation.to_json(),
+            name,
+            "application/json",
+            key="download_allocation",
+            icon=":material/download:",
+            help="Valid for `lowrank compress --ranks`.",
+            on_click="ignore",
         )
         st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")
 
 
-def _table(run: Run, trials: Sequence[TrialRecord]) -> None:
+def _table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
     frame = trial_table(trials)
     columns = {
         "trial": tables.whole("Trial"),
-        "best": tables.text("", width="small"),
         "state": tables.text("State"),
         "kind": tables.text("Kind"),
         "value": tables.figure("Value", "The objective."),
@@ -118,9 +137,21 @@ def _table(run: Run, trials: Sequence[TrialRecord]) -> None:
         "kl": tables.figure("KL (nats/token)"),
         "removed": tables.share("Removed"),
         "seconds": tables.number("Seconds", 1),
-        **{name: tables.number(f"× {name}", 3, "Multiplier of this module type, before the projection onto the budget.") for name in search_params(trials)},
+        **{
+            name: tables.number(f"× {name}", 3, "Multiplier of this module type, before the projection onto the budget.")
+            for name in search_params(trials)
+        },
     }
+    columns.pop(search.objective, None)  # it is the value
     st.markdown("**Trials**")
     pick = state.pick_from_table("trial", "trial_table", list(frame["trial"]))
     tables.table(frame, columns, key="trial_table", height=300, on_pick=pick, alt="Trials of the search")
-    st.download_button("Trials (CSV)", frame.to_csv(index=False), f"{run.id}-trials.csv", "text/csv", key="download_trials", icon=":material/download:", on_click="ignore")
+    st.download_button(
+        "Trials (CSV)",
+        frame.to_csv(index=False),
+        f"{run.id}-trials.csv",
+        "text/csv",
+        key="download_trials",
+        icon=":material/download:",
+        on_click="ignore",
+    )

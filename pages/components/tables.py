@@ -34,8 +34,18 @@ def text(label: str, meaning: str | None = None, width: str | None = None) -> ob
     return st.column_config.TextColumn(label, help=meaning, width=width)  # type: ignore[arg-type]
 
 
-def table(frame: pd.DataFrame, columns: ColumnConfig, *, key: str, height: int | str = "auto", on_pick: Callable[[], None] | None = None, alt: str | None = None) -> None:
+def table(
+    frame: pd.DataFrame,
+    columns: ColumnConfig,
+    *,
+    key: str,
+    height: int | str = "auto",
+    on_pick: Callable[[], None] | None = None,
+    alt: str | None = None,
+) -> None:
     """Show the ``columns`` of ``frame``, in their order; a missing value is a dash."""
     shown = [name for name in columns if name in frame.columns]
     picking = {"on_select": on_pick, "selection_mode": "single-row"} if on_pick is not None else {}
-    st.dataframe(frame, column_order=shown, column_config=columns, hide_index=True, height=height, key=key, placeholder="–", alt=alt, **picking)  # type: ignore[call-overload]
+    st.dataframe(
+        frame, column_order=shown, column_config=columns, hide_index=True, height=height, key=key, placeholder="–", alt=alt, **picking
+    )  # type: ignore[call-overload]

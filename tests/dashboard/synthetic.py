@@ -1,0 +1,259 @@
+"""A small run directory as a worker leaves it: consistent numbers, no torch, no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import optuna
+from optuna.distributions import FloatDistribution
+from optuna.trial import TrialState, create_trial
+
+from lowrank_core.accounting import MatrixShape, budget_for_ratio
+from lowrank_core.allocation import allocate, module_group, project
+from lowrank_core.config import ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.runs import Run, RunStatus, create_run, process_started, write_json
+from lowrank_core.search.records import open_storage
+from lowrank_core.spectra import LayerSpectrum, save_spectra
+
+BLOCKS, HIDDEN, FFN, VALUES = 3, 24, 48, 12
+KINDS = {
+    "q_proj": (HIDDEN, HIDDEN),
+    "k_proj": (VALUES, HIDDEN),
+    "v_proj": (VALUES, HIDDEN),
+    "o_proj": (HIDDEN, HIDDEN),
+    "gate_proj": (FFN, HIDDEN),
+    "up_proj": (FFN, HIDDEN),
+    "down_proj": (HIDDEN, FFN),
+}
+INPUTS = {"q_proj": "attn", "k_proj": "attn", "v_proj": "attn", "o_proj": "o", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "down"}
+RATIO = 0.3
+VARIABLES = ("qk", "o", "gate", "up", "down")
+VALUES_OF_TRIALS = (0.41, 0.44, 0.52, 0.35, None, 0.38)
+"""Objective by trial: the two baselines, then sampled ones; the fifth failed."""
+DENSE_NLL = 3.0
+
+
+def matrices() -> list[MatrixShape]:
+    return [
+        MatrixShape(
+            f"model.layers.{depth}.{'mlp' if kind in ('gate_proj', 'up_proj', 'down_proj') else 'self_attn'}.{kind}", kind, depth, *shape
+        )
+        for depth in range(BLOCKS)
+        for kind, shape in KINDS.items()
+    ]
+
+
+def priced_matrices() -> list[MatrixShape]:
+    return [replace(matrix, adds_bias=True) for matrix in matrices()]
+
+
+def spectra(seed: int = 0) -> list[LayerSpectrum]:
+    """Spectra of random weights and of features with a decaying covariance."""
+    generator = np.random.default_rng(seed)
+    found = []
+    for shape in matrices():
+        weight = generator.standard_normal((shape.d_out, shape.d_in)) / np.sqrt(shape.d_in)
+        pooled = np.diag(np.exp(-0.25 * np.arange(shape.d_in)))
+        sample = pooled + 0.05 * np.eye(shape.d_in)
+
+        def eigenvalues(covariance: np.ndarray, weight: np.ndarray = weight, count: int = shape.max_rank) -> np.ndarray:
+            return np.maximum(np.linalg.eigvalsh(weight @ covariance @ weight.T)[::-1][:count], 0.0)
+
+        found.append(
+            LayerSpectrum(
+                shape, np.linalg.svd(weight, compute_uv=False), eigenvalues(pooled), eigenvalues(sample), np.sort(np.diag(pooled))[::-1]
+            )
+        )
+    return found
+
+
+def model_json() -> dict[str, object]:
+    layers = [
+        {
+            "name": m.name,
+            "kind": m.kind,
+            "depth": m.depth,
+            "d_out": m.d_out,
+            "d_in": m.d_in,
+            "bias": m.bias,
+            "parameters": m.dense_parameters,
+            "input_group": f"{m.depth}.{INPUTS[m.kind]}",
+        }
+        for m in matrices()
+    ]
+    compressible = sum(m.dense_parameters for m in matrices())
+    return {
+        "reference": "demo",
+        "architecture": "LlamaForCausalLM",
+        "fingerprint": "0123456789abcdef",
+        "dtype": "float32",
+        "device": "cpu",
+        "parameters": compressible + 128 * HIDDEN,
+        "compressible_parameters": compressible,
+        "bytes": 4 * (compressible + 128 * HIDDEN),
+        "vocabulary": 128,
+        "max_context": 64,
+        "blocks": BLOCKS,
+        "hidden": HIDDEN,
+        "tied_embeddings": True,
+        "layers": layers,
+    }
+
+
+def text_json() -> dict[str, object]:
+    sizes = {"calibration": 40, "validation": 4, "test": 8}
+    return {
+        "reference": "python-stdlib",
+        "context": 32,
+        "bos": "window",
+        "seed": 0,
+        "preview": "import os\n",
+        "splits": {
+            name: {"windows": windows, "tokens": windows * 32, "available_tokens": windows * 100, "sha256": f"{name:0<64}"}
+            for name, windows in sizes.items()
+        },
+    }
+
+
+def calibration_json(tokens: int = 1280) -> dict[str, object]:
+    inputs: dict[str, dict[str, object]] = {}
+    for m in matrices():
+        group = f"{m.depth}.{INPUTS[m.kind]}"
+        entry = inputs.setdefault(
+            group,
+            {
+                "input_group": group,
+                "width": m.d_in,
+                "layers": [],
+                "tokens": tokens,
+                "tokens_per_dimension": tokens / m.d_in,
+                "condition": 1e4,
+                "group_tokens": [1024, 256],
+                "group_traces": [3.0, 5.0],
+                "group_mean_shifts": [0.1, 0.2],
+                "pooled_to_sample": 0.05,
+            },
+        )
+        entry["layers"].append(m.name)  # type: ignore[attr-defined]
+    figures = {"tokens": tokens, "windows": 40, "seconds": 12.5, "cached": False, "group_size": 32, "group_weights": "equal"}
+    return {**figures, "inputs": list(inputs.values()), "warnings": []}
+
+
+def write_study(run: Run, *, running: bool = False) -> None:
+    """Write the journal that the worker would: two baselines, sampled trials, one failed, one in flight if ``running``."""
+    study = optuna.create_study(storage=open_storage(run.journal), study_name=run.study_name, direction="minimize", load_if_exists=True)
+    shapes = priced_matrices()
+    dense = {m.name for m in shapes if module_group(m.kind) == "v"}
+    generator = np.random.default_rng(1)
+    for number, value in enumerate(VALUES_OF_TRIALS):
+        label = ("uniform", "lord_manual")[number] if number < 2 else "sampled"
+        params = {name: float(generator.uniform(0.1, 1.0)) for name in VARIABLES}
+        wishes = {m.name: params.get(module_group(m.kind), 1.0) for m in shapes}
+        allocation = allocate(label, shapes, RATIO, keep_dense=dense) if number < 2 else project(shapes, wishes, RATIO, keep_dense=dense)
+        attributes = {"label": label, "ranks": json.dumps(dict(allocation.ranks)), "compression_ratio": allocation.compression_ratio}
+        if value is not None:
+            attributes |= {"kl": value, "perplexity": float(np.exp(DENSE_NLL + value)), "tokens": 128, "seconds": 1.5}
+        study.add_trial(
+            create_trial(
+                state=TrialState.COMPLETE if value is not None else TrialState.FAIL,
+                value=value,
+                params=params,
+                distributions={name: FloatDistribution(0.1, 1.0) for name in VARIABLES},
+                user_attrs=attributes,
+            )
+        )
+    if running:
+        study.ask({name: FloatDistribution(0.1, 1.0) for name in VARIABLES})
+
+
+def comparison(label: str, trial: int | str, nll: float) -> dict[str, object]:
+    """An answer to a request to compare."""
+    dense = sum(m.dense_parameters for m in matrices())
+    kept = budget_for_ratio(matrices(), RATIO)
+    rest = 128 * HIDDEN
+    windows = [DENSE_NLL - 0.2, DENSE_NLL + 0.2, DENSE_NLL - 0.1, DENSE_NLL + 0.1]
+    report = {
+        "dataset": "python-stdlib",
+        "split": "test",
+        "context": 32,
+        "windows": 4,
+        "tokens": 124,
+        "bos": "window",
+        "protocol": "python-stdlib, test split, 4 windows of 32 tokens",
+        "perplexity": float(np.exp(nll)),
+        "nll": nll,
+        "nll_stderr": 0.05,
+        "perplexity_interval": [float(np.exp(nll - 0.1)), float(np.exp(nll + 0.1))],
+        "perplexity_difference_interval": [1.0, 3.0],
+        "parameters": kept + rest,
+        "compressible_parameters": kept,
+        "bytes": 4 * (kept + rest),
+        "seconds": 2.0,
+        "window_nll": [value + nll - DENSE_NLL for value in windows],
+        "dense_perplexity": float(np.exp(DENSE_NLL)),
+        "dense_nll": DENSE_NLL,
+        "dense_parameters": dense + rest,
+        "dense_compressible_parameters": dense,
+        "dense_bytes": 4 * (dense + rest),
+        "kl": 0.35,
+        "top1_agreement": 0.81,
+        "compression_ratio": 1 - kept / dense,
+        "model_compression_ratio": (dense - kept) / (dense + rest),
+        "dense_window_nll": windows,
+    }
+    return {
+        "ok": True,
+        "kind": "compare",
+        "arguments": {"trial": trial},
+        "time": time.time(),
+        "trial": trial,
+        "label": label,
+        "ranks": {},
+        "report": report,
+    }
+
+
+def write_answers(run: Run) -> None:
+    """Write answers to requests of each kind."""
+    generation = {"ok": True, "kind": "generate", "trial": 3, "label": "trial 3", "prompt": "def f(", "tokens": 8, "seed": 0, "time": 1.0}
+    bodies = [
+        comparison("trial 3", 3, 3.2),
+        comparison("uniform", "uniform", 3.4),
+        {**generation, "dense_text": "x):", "compressed_text": "self):"},
+        {"ok": True, "kind": "export", "trial": 3, "path": str(run.path / "exports" / "trial-3"), "time": 1.0},
+    ]
+    for number, body in enumerate(bodies):
+        write_json(run.path / "results" / f"{number + 1}.json", body)
+
+
+def running_status(stage: str = "Searching", done: int = 5, total: int = 30, *, pid: int | None = None) -> RunStatus:
+    """The status of a worker that lives: process ``pid``, or this very one."""
+    pid = pid or os.getpid()
+    return RunStatus(
+        "running", stage, done, total, 12.0, pid=pid, pid_started=process_started(pid), heartbeat=time.time(), timings={"Calibrating": 12.5}
+    )
+
+
+def make_run(*, search: bool = True, state: str = "finished", parts: bool = True, path: Path | None = None) -> Run:
+    """Write a run under the home: ``parts`` says whether its stages before the search are done."""
+    config = RunConfig(
+        ModelSource("demo"),
+        TextConfig("python-stdlib", context=32, calibration_windows=40),
+        search=SearchConfig(RATIO, trials=6) if search else None,
+    )
+    run = create_run(config, path=path)
+    if parts:
+        write_json(run.path / "model.json", model_json())
+        write_json(run.path / "text.json", text_json())
+        write_json(run.path / "calibration.json", calibration_json())
+        save_spectra(run.path / "spectra.npz", spectra())
+    if search and parts:
+        write_study(run, running=state == "running")
+    message = "model: the loss of layer 3 is not finite." if state == "failed" else ""
+    run.write_status(running_status() if state == "running" else RunStatus(state=state, message=message))
+    return run

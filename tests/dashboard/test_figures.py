@@ -1,0 +1,196 @@
+"""Figures as what they are made of: traces, axis titles, size."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import plotly.graph_objects as go
+import pytest
+from synthetic import make_run, matrices, priced_matrices, spectra, write_answers
+
+from lowrank_core.accounting import MatrixShape
+from lowrank_core.figures.compare import perplexity_figure
+from lowrank_core.figures.energy import groups_figure, left_figure, pooling_figure, retained_figure
+from lowrank_core.figures.layermap import map_figure
+from lowrank_core.figures.search import VegaChart, history_chart
+from lowrank_core.figures.spectra import scree_figure
+from lowrank_core.figures.style import CONFIG
+from lowrank_core.search.records import read_trials
+from lowrank_core.spectra import LayerSpectrum
+from lowrank_core.views.calibration import calibration_facts, group_table
+from lowrank_core.views.compare import answers, comparisons
+from lowrank_core.views.energy import energy_curves, pooling_curves
+from lowrank_core.views.layermap import layer_map
+from lowrank_core.views.search import allocation_map, allocation_of, history
+from lowrank_core.views.spectrum import atlas, scree_curves
+
+MEGABYTE = 1_000_000
+
+
+def figures() -> dict[str, go.Figure]:
+    run = make_run(state="running")
+    write_answers(run)
+    trials = read_trials(run)
+    layer = spectra()[0]
+    shapes = priced_matrices()
+    entry = calibration_facts(run).input_of(layer.shape.name)
+    return {
+        "atlas": map_figure(atlas(spectra(), "stable_rank", "features", relative=False), layer.shape.name),
+        "scree": scree_figure(scree_curves(layer)),
+        "retained": retained_figure(energy_curves(layer), 5),
+        "left": left_figure(energy_curves(layer), 5),
+        "pooling": pooling_figure(pooling_curves(layer)),
+        "groups": groups_figure(group_table(entry)),
+        "allocation": map_figure(allocation_map(allocation_of(trials[3], shapes), shapes)),
+        "perplexity": perplexity_figure(comparisons(answers(run))),
+    }
+
+
+def words(figure: go.Figure) -> str:
+    return " ".join(annotation.text for annotation in figure.layout.annotations)
+
+
+def test_every_figure_has_axis_titles_a_fixed_height_and_keeps_zoom():
+    for name, figure in figures().items():
+        assert figure.layout.xaxis.title.text, name
+        assert figure.layout.height, name
+        assert figure.layout.uirevision == "constant", name
+        assert figure.layout.yaxis.title.text or figure.layout.yaxis.ticktext or figure.data[0].orientation == "h", name
+
+
+def test_axes_say_kept_and_removed():
+    drawn = figures()
+    assert "kept" in drawn["retained"].layout.yaxis.title.text
+    assert "removed" in drawn["left"].layout.yaxis.title.text
+    assert "kept" in drawn["allocation"].data[0].colorbar.title.text
+
+
+def test_plotly_shows_no_logo():
+    assert CONFIG["displaylogo"] is False
+
+
+def big_model(blocks: int, width: int) -> list[LayerSpectrum]:
+    values = np.geomspace(1.0, 1e-4, width)
+    return [
+        LayerSpectrum(MatrixShape(f"model.layers.{depth}.mlp.{kind}", kind, depth, width, width), values, values, values, values)
+        for depth in range(blocks)
+        for kind in ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    ]
+
+
+def test_no_figure_of_an_80_layer_model_is_above_a_megabyte():
+    found = big_model(80, 4096)
+    view = atlas(found, "rank_95", "features", relative=True)
+    assert len(map_figure(view).to_json()) < MEGABYTE
+    for figure in (
+        scree_figure(scree_curves(found[0])),
+        retained_figure(energy_curves(found[0]), 64),
+        pooling_figure(pooling_curves(found[0])),
+    ):
+        assert len(figure.to_json()) < MEGABYTE / 10
+        assert max(len(trace.x) for trace in figure.data) <= 200
+
+
+def test_the_map_can_be_picked_from_and_outlines_the_chosen_module():
+    names = [m.name for m in matrices()]
+    figure = map_figure(atlas(spectra(), "stable_rank", "weights", relative=True), names[8])
+    cells, targets = figure.data
+    assert cells.type == "heatmap"
+    assert [row[0] for row in targets.customdata] == names
+    (outline,) = figure.layout.shapes
+    assert (outline.x0 + outline.x1) / 2 == pytest.approx(1)  # depth 1
+    assert (outline.y0 + outline.y1) / 2 == pytest.approx(1)  # k_proj
+    assert not map_figure(atlas(spectra(), "stable_rank", "weights", relative=True), "elsewhere").layout.shapes
+
+
+def test_a_block_without_a_module_leaves_a_gap():
+    shapes = [m for m in matrices() if not (m.kind == "v_proj" and m.depth == 1)]
+    figure = map_figure(layer_map(shapes, [0.5] * len(shapes), [""] * len(shapes), "share", percent=True))
+    assert math.isnan(figure.data[0].z[2][1])
+    assert figure.data[0].text[2][1] == "–"
+    assert figure.data[0].text[2][0] == "50"
+
+
+def test_the_scree_is_on_log_axes_with_the_break_even_rank():
+    layer = spectra()[0]
+    figure = scree_figure(scree_curves(layer))
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert figure.layout.shapes[0].x0 == layer.shape.break_even_rank
+    assert f"break-even rank {layer.shape.break_even_rank}" in words(figure)
+    assert "weights" in words(figure)
+    assert "features" in words(figure)
+
+
+def test_a_module_without_energy_can_still_be_drawn():
+    layer = spectra()[0]
+    dead = replace(layer, feature_eigenvalues=np.zeros(layer.shape.max_rank), feature_eigenvalues_sample=np.zeros(layer.shape.max_rank))
+    assert scree_figure(scree_curves(dead)).data
+    assert left_figure(energy_curves(dead), 1).data
+    assert retained_figure(energy_curves(dead), 1).data
+    assert pooling_figure(pooling_curves(dead)).data
+
+
+def test_the_energy_charts_mark_the_rank():
+    curves = energy_curves(spectra()[0])
+    for figure in (retained_figure(curves, 7), left_figure(curves, 7)):
+        assert figure.layout.shapes[0].x0 == 7
+        assert "rank 7" in words(figure)
+    assert "100%" in figure.layout.xaxis.ticktext[-1]
+
+
+def layers(chart: VegaChart, kind: str) -> list[dict]:
+    return [layer for layer in chart.spec["layer"] if layer["mark"]["type"] == kind]
+
+
+def test_states_of_trials_differ_without_colour():
+    chart = history_chart(history(read_trials(make_run(state="running")), "kl"), 3)
+    shape = layers(chart, "point")[0]["encoding"]["shape"]["scale"]
+    assert len(set(shape["range"])) == len(shape["domain"])
+    shown = chart.data.loc[chart.data["row"] == "trial", "what"]
+    assert list(shown) == ["baseline", "baseline", "sampled", "sampled", "failed", "sampled", "running"]
+    assert set(shown) <= set(shape["domain"])
+
+
+def test_trials_without_a_value_are_drawn_above_all_others():
+    data = history_chart(history(read_trials(make_run(state="running")), "kl")).data
+    trials = data[data["row"] == "trial"].set_index("number")
+    assert trials["value"][4] > 0.52  # failed
+    assert trials["value"][6] > 0.52  # running
+    assert trials["value"][2] == 0.52
+
+
+def test_baselines_are_lines_with_names_that_do_not_meet():
+    data = history_chart(history(read_trials(make_run()), "kl")).data
+    named = data[data["row"] != "trial"].set_index("note")
+    assert dict(named["row"]) == {"Uniform 0.41": "below", "LoRD, fixed by hand 0.44": "above"}
+    assert list(named["value"]) == [0.41, 0.44]
+
+
+def test_only_the_chosen_trial_has_a_ring():
+    view = history(read_trials(make_run()), "kl")
+    data = history_chart(view, 2).data
+    assert list(data.loc[data["chosen"].eq(True), "number"]) == [2]
+    assert not history_chart(view).data["chosen"].eq(True).any()
+
+
+def test_more_trials_change_the_data_and_nothing_else():
+    trials = read_trials(make_run())
+    assert history_chart(history(trials[:1], "kl")).spec == history_chart(history(trials, "kl"), 3).spec
+
+
+def test_a_history_with_nothing_complete_can_be_drawn():
+    last = read_trials(make_run(state="running"))[-1]
+    data = history_chart(history([last], "perplexity")).data
+    assert list(data["what"]) == ["running"]
+    assert data["value"].notna().all()
+
+
+def test_perplexity_bars_carry_their_intervals():
+    run = make_run()
+    write_answers(run)
+    (bars,) = perplexity_figure(comparisons(answers(run))).data
+    assert list(bars.y) == ["Original", "trial 3", "Uniform"]
+    assert bars.x[1] == pytest.approx(math.exp(3.2))
+    assert bars.error_x.array[1] == pytest.approx(math.exp(3.3) - math.exp(3.2))

@@ -1,0 +1,334 @@
+"""The worker: a process of its own that can be stopped, resumed, asked, and killed at any moment."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+
+from lowrank_core import jobs
+from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.errors import BudgetError, Cancelled, ModelError, RunError
+from lowrank_core.models import load_model
+from lowrank_core.runs import Run, create_run
+from lowrank_core.search.records import TrialRecord, best_trial, read_trials
+from lowrank_core.search.reporter import Reporter
+from lowrank_core.search.space import BASELINES
+from lowrank_core.search.study import open_study
+from lowrank_core.search.worker import run_worker
+from lowrank_core.spectra import load_spectra
+
+PATIENCE = 120.0
+"""Seconds to wait for a process that shares the machine with others; far more than it takes alone."""
+
+
+@pytest.fixture
+def config(llama_checkpoint: Path, text_file: Path) -> RunConfig:
+    return RunConfig(
+        model=ModelSource(str(llama_checkpoint)),
+        text=TextConfig(f"file:{text_file}", context=32, calibration_windows=40, validation_windows=4, test_windows=6),
+        calibration=CalibrationConfig(group_size=8),
+        search=SearchConfig(compression_ratio=0.3, trials=6, startup_trials=3),
+    )
+
+
+def _search(config: RunConfig, **changes: object) -> RunConfig:
+    assert config.search is not None
+    return replace(config, search=replace(config.search, **changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def started() -> Iterator[Callable[[RunConfig], Run]]:
+    """Make a run and start its worker as a process; the process is gone after the test."""
+    runs: list[Run] = []
+
+    def start(config: RunConfig) -> Run:
+        runs.append(create_run(config))
+        jobs.start_worker(runs[-1])
+        return runs[-1]
+
+    yield start
+    for run in runs:
+        _until(run, lambda run=run: run.status().pid is not None or not run.worker_alive(), "come up")
+        jobs.terminate(run)
+
+
+def _until(run: Run, condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"did not {what} in {PATIENCE:.0f} s: {run.status()}\n{run.log_tail()}")
+        time.sleep(0.02)
+
+
+def _complete(run: Run) -> list[TrialRecord]:
+    return [trial for trial in read_trials(run) if trial.state == "complete"]
+
+
+def _answer(run: Run, kind: str, **arguments: object) -> dict[str, object]:
+    request = jobs.ask(run, kind, **arguments)
+    _until(run, lambda: jobs.result_of(run, request), f"answer {kind}")
+    answer = jobs.result_of(run, request)
+    assert answer is not None
+    return answer
+
+
+# --- a process of its own --------------------------------------------------------------------------------------------
+
+
+def test_a_search_is_stopped_asked_and_resumed(config: RunConfig, started: Callable[[RunConfig], Run]):
+    run = started(_search(config, trials=24))
+    assert run.status().state == "queued"
+    _until(run, lambda: len(_complete(run)) >= 3, "complete three trials")
+    status = run.status()
+    assert (status.state, status.stage, status.total) == ("running", "Searching", 24)
+    assert status.pid is not None
+    assert psutil.Process(status.pid).create_time() == status.pid_started
+    assert {"Loading the model", "Reading the text", "Calibrating"} <= set(status.timings or {})
+    assert all(run.part(name) for name in ("model", "text", "calibration"))
+    assert len(load_spectra(run.path / "spectra.npz")) == 14
+
+    jobs.request_stop(run)
+    _until(run, lambda: run.status().state == "stopped", "stop")
+    assert 3 <= len(_complete(run)) < 24
+    at_stop = read_trials(run)
+    beat = run.status().heartbeat
+    _until(run, lambda: run.status().heartbeat > beat, "beat")
+    _check_answers(run)
+    with pytest.raises(RunError, match="another worker holds"):
+        run_worker(run, verbose=False)
+    assert run.status().state == "stopped"
+    assert read_trials(run) == at_stop  # requests moved nothing on
+
+    jobs.start_worker(run)
+    _until(run, lambda: run.status().state == "idle", "finish")
+    trials = read_trials(run)
+    assert trials[: len(at_stop)] == at_stop
+    assert len(trials) == len(_complete(run)) == 24
+    assert run.status().pid == status.pid  # the same warm process
+    assert "Traceback" not in run.log_tail(1000)
+
+
+def _check_answers(run: Run) -> None:
+    compared = _answer(run, "compare", trial="uniform")
+    assert compared["ok"], compared
+    report = compared["report"]
+    assert isinstance(report, dict)
+    assert report["split"] == "test"
+    assert report["kl"] > 0
+    generated = _answer(run, "generate", trial="best", prompt="the rank", tokens=4)
+    assert generated["ok"], generated
+    assert isinstance(generated["dense_text"], str)
+    exported = _answer(run, "export", trial=1)
+    assert exported["ok"], exported
+    assert load_model(ModelSource(str(exported["path"]))).linear_parameters == report["compressible_parameters"]
+    bad = {
+        "trial 99": _answer(run, "compare", trial=99),
+        "trial must be a number": _answer(run, "export", trial="finest"),
+        "tokens": _answer(run, "generate", trial=0, prompt="a", tokens=10**6),
+        "no request is called 'shrink'": _answer(run, "shrink"),
+    }
+    for message, answer in bad.items():
+        assert answer["ok"] is False
+        assert message in str(answer["error"])
+
+
+def test_a_killed_worker_loses_one_trial(config: RunConfig, started: Callable[[RunConfig], Run]):
+    run = started(_search(config, trials=16))
+    _until(run, lambda: len(_complete(run)) >= 3, "complete three trials")
+    process = psutil.Process(run.status().pid)
+    _freeze_in_a_trial(run, process)
+    before = _complete(run)
+    process.kill()
+    _until(run, lambda: run.status().state == "interrupted", "be seen as dead")
+
+    jobs.start_worker(run)
+    _until(run, lambda: run.status().state == "idle", "finish")
+    trials = read_trials(run)
+    assert [trial for trial in trials if trial.number in {t.number for t in before}] == before
+    assert len(_complete(run)) == 16
+    assert [trial.state for trial in trials if trial.state != "complete"] == ["failed"]
+    assert [sum(trial.label == name for trial in _complete(run)) for name in BASELINES] == [1, 1]
+    assert len({trial.number for trial in trials}) == len(trials)
+
+
+def _freeze_in_a_trial(run: Run, process: psutil.Process) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        process.suspend()
+        if any(trial.state == "running" for trial in read_trials(run)):
+            return
+        process.resume()
+        time.sleep(0.003)
+    raise AssertionError(f"no trial was seen running: {run.status()}")
+
+
+def test_a_worker_that_can_not_start_says_why(config: RunConfig, started: Callable[[RunConfig], Run], tmp_path: Path):
+    run = started(replace(config, model=ModelSource(str(tmp_path / "nowhere"))))
+    _until(run, lambda: run.status().state == "failed", "fail")
+    assert "there is no folder" in run.status().message
+    assert "Traceback" not in run.log_tail()
+
+
+# --- in this process -------------------------------------------------------------------------------------------------
+
+
+def _searched(config: RunConfig) -> tuple[Run, list[TrialRecord]]:
+    run = create_run(config)
+    run_worker(run, verbose=False)
+    assert run.status().state == "finished"
+    return run, read_trials(run)
+
+
+def _figures(trials: list[TrialRecord]) -> list[tuple[object, ...]]:
+    return [(t.number, t.label, t.state, t.params, t.ranks, t.value, t.kl, t.perplexity) for t in trials]
+
+
+def test_the_same_seed_gives_the_same_trials(config: RunConfig):
+    _, first = _searched(_search(config, trials=8))
+    _, second = _searched(_search(config, trials=8))
+    assert _figures(first) == _figures(second)  # bit for bit
+    assert len({tuple(trial.params.values()) for trial in first}) == 8
+
+
+def test_another_seed_gives_other_trials(config: RunConfig):
+    _, first = _searched(_search(config, trials=4))
+    _, second = _searched(_search(config, trials=4, seed=1))
+    assert _figures(first)[:2] == _figures(second)[:2]  # the baselines do not depend on it
+    assert _figures(first)[2:] != _figures(second)[2:]
+
+
+@pytest.mark.parametrize("objective", ["kl", "perplexity", "bolaco"])
+@pytest.mark.parametrize("sampler", ["gp", "random"])
+def test_every_objective_and_sampler_searches_within_the_budget(config: RunConfig, objective: str, sampler: str):
+    _, trials = _searched(_search(config, trials=3, startup_trials=1, objective=objective, sampler=sampler))
+    assert [trial.label for trial in trials] == ["uniform", "lord_manual", "sampled"]
+    assert all(trial.compression_ratio is not None and trial.compression_ratio >= 0.3 for trial in trials)
+    best = best_trial(trials)
+    assert best is not None
+    assert all(best.value <= trial.value for trial in trials)  # type: ignore[operator]
+    measured = {"kl": [trial.kl for trial in trials], "perplexity": [trial.perplexity for trial in trials]}
+    if objective in measured:
+        assert [trial.value for trial in trials] == pytest.approx(measured[objective])
+
+
+def test_a_search_reuses_the_statistics_of_an_analysis(config: RunConfig, lowrank_home: Path):
+    analysis = create_run(replace(config, search=None))
+    run_worker(analysis, verbose=False)
+    assert analysis.status().state == "finished"
+    assert read_trials(analysis) == []
+    stored = list((lowrank_home / "statistics").iterdir())
+    run, _ = _searched(_search(config, trials=2))
+    first, second = analysis.part("calibration"), run.part("calibration")
+    assert first is not None
+    assert second is not None
+    assert (first["cached"], second["cached"]) == (False, True)
+    assert list((lowrank_home / "statistics").iterdir()) == stored
+    assert first["inputs"] == second["inputs"]
+
+
+def test_other_text_or_seed_is_calibrated_anew(config: RunConfig):
+    _searched(_search(config, trials=1))
+    run, _ = _searched(_search(replace(config, text=replace(config.text, seed=1)), trials=1))
+    assert run.part("calibration")["cached"] is False  # type: ignore[index]
+
+
+def test_an_analysis_answers_that_it_has_no_trials(config: RunConfig):
+    run = create_run(replace(config, search=None))
+    request = jobs.ask(run, "compare", launch=False)
+    run_worker(run, verbose=False)
+    answer = jobs.result_of(run, request)
+    assert answer is not None
+    assert answer["ok"] is False
+    assert "Start a rank search first" in str(answer["error"])
+
+
+def test_a_stop_in_the_middle_of_a_stage_keeps_what_is_done(config: RunConfig, monkeypatch: pytest.MonkeyPatch):
+    run = create_run(config)
+
+    def stop_when_calibrating(self: Reporter, name: str, total: int = 0, original: Callable[..., object] = Reporter.stage) -> object:
+        if name == "Calibrating":
+            jobs.request_stop(run)
+        return original(self, name, total)
+
+    monkeypatch.setattr(Reporter, "stage", stop_when_calibrating)
+    with pytest.raises(Cancelled):
+        run_worker(run, verbose=False)
+    assert run.status().state == "stopped"
+    assert run.part("model") is not None
+    assert run.part("calibration") is None
+    monkeypatch.undo()
+    monkeypatch.setenv("LOWRANK_HOME", str(run.path.parents[1]))
+    run.pause_marker.unlink()
+    run_worker(run, verbose=False)
+    assert len(_complete(run)) == 6
+
+
+def test_a_finished_search_measures_nothing_again(config: RunConfig):
+    run, before = _searched(_search(config, trials=3))
+    run_worker(run, verbose=False)
+    assert read_trials(run) == before
+
+
+def test_a_baseline_lost_in_flight_is_measured_once_more(config: RunConfig):
+    run, _ = _searched(_search(config, trials=1))  # uniform is complete, lord_manual waits
+    assert config.search is not None
+    _, bench = run_worker(run, verbose=False)
+    assert bench is not None
+    study = open_study(run, config.search, bench.space)
+    lost = study.ask(bench.space.distributions())  # and its worker dies
+    assert lost.user_attrs["label"] == "lord_manual"
+    for _ in range(2):  # opening twice enqueues once
+        open_study(run, config.search, bench.space)
+    states = [(trial.label, trial.state) for trial in read_trials(run)]
+    assert states == [("uniform", "complete"), ("lord_manual", "failed"), ("lord_manual", "waiting")]
+
+
+def test_what_a_kill_leaves_in_the_journal_is_cleared(config: RunConfig):
+    run, before = _searched(_search(config, trials=3))
+    Path(f"{run.journal}.lock").symlink_to(run.journal)
+    whole = run.journal.read_bytes()
+    run.journal.write_bytes(whole + b'{"op_code": 8, "wor')
+    record = run.record
+    record["config"]["search"]["trials"] = 5
+    (run.path / "run.json").write_text(json.dumps(record))
+    began = time.monotonic()
+    run_worker(run, verbose=False)
+    assert time.monotonic() - began < 25  # Optuna would wait 30 s for the lock
+    assert run.journal.read_bytes().startswith(whole)
+    assert read_trials(run)[:3] == before
+    assert len(_complete(run)) == 5
+
+
+def test_a_recorded_run_is_not_continued(config: RunConfig):
+    run = create_run(config)
+    (run.path / "run.json").write_text(json.dumps(run.record | {"recorded": True}))
+    for start in (run_worker, jobs.start_worker):
+        with pytest.raises(RunError, match="recording"):
+            start(run)
+    assert sorted(path.name for path in run.path.iterdir()) == ["run.json"]
+
+
+def test_failures_are_kept_as_the_runs_last_word(config: RunConfig, tmp_path: Path):
+    run = create_run(replace(config, model=ModelSource(str(tmp_path / "nowhere"))))
+    with pytest.raises(ModelError, match="there is no folder"):
+        run_worker(run, verbose=False)
+    assert run.status().state == "failed"
+    assert "there is no folder" in run.status().message
+
+    impossible = create_run(_search(config, compression_ratio=0.95))
+    with pytest.raises(BudgetError, match=r"0\.95 can't be met"):
+        run_worker(impossible, verbose=False)
+    assert impossible.status().state == "failed"
+    assert not impossible.journal.exists()
+
+
+def test_values_can_be_compressed_too(config: RunConfig):
+    _, trials = _searched(_search(config, trials=1, compression=CompressionConfig(value_dense=False)))
+    assert any(rank is not None for name, rank in trials[0].ranks.items() if name.endswith("v_proj"))
+    assert "v" in trials[0].params
