@@ -63,7 +63,7 @@ def text_section(text: TextFacts) -> None:
     st.subheader("The text it saw", anchor=False)
     bos = "BOS first in every window" if text.bos == "window" else "no BOS"
     st.caption(f"{text.reference} · context {text.context} tokens · {bos} · seed {text.seed} · three disjoint splits")
-    left, right = st.columns([3, 2], gap="small")
+    left, right = st.columns([3, 2], gap="small") if text.preview else (st.container(), None)
     columns = {
         "split": tables.text("Split"),
         "windows": tables.whole("Windows"),
@@ -73,8 +73,8 @@ def text_section(text: TextFacts) -> None:
     }
     with left:
         tables.table(split_table(text), columns, key="split_table", alt="Windows and tokens of each split")
-    with right:
-        st.code(text.preview or "–", language=None, height=142)
+    if right is not None:
+        right.code(text.preview, language=None, height=142)
 
 
 def calibration_section(calibration: CalibrationFacts) -> None:
