@@ -7,23 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from checkpoints import VOCABULARY, save_checkpoint
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lowrank_core.config import ModelSource
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.text import WindowSet
-
-VOCABULARY = 300
 
 # Tiny matrices: with several threads, and anything else on the machine, they mostly wait for each other. Workers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -56,36 +45,6 @@ def text_file(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Pat
     return path
 
 
-def _tokenizer(text: str) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    tokenizer.train_from_iterator([text], trainer)
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
-
-
-def _with_spectra(model: PreTrainedModel) -> PreTrainedModel:
-    """Give random weights a decaying spectrum and the biases a value, so that ranks and centring matter."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
-            left, values, right = torch.linalg.svd(parameter.data, full_matrices=False)
-            decay = torch.arange(1, len(values) + 1, dtype=values.dtype) ** -0.7
-            parameter.data = (left * (decay * 2.0)) @ right
-        elif name.endswith("bias"):
-            parameter.data.normal_(std=0.1)
-    return model
-
-
-def _save(folder: Path, model: PreTrainedModel, text: str) -> Path:
-    _with_spectra(model).save_pretrained(folder)
-    _tokenizer(text).save_pretrained(folder)
-    return folder
-
-
 @pytest.fixture(scope="session")
 def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
     """Grouped-query attention, tied embeddings, no biases; 2 blocks, hidden 32."""
@@ -102,7 +61,7 @@ def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str)
         bos_token_id=0,
         eos_token_id=0,
     )
-    return _save(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(config), sample_text)
+    return save_checkpoint(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(config), sample_text)
 
 
 @pytest.fixture(scope="session")
@@ -110,7 +69,7 @@ def gpt2_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str) 
     """Conv1D layers (transposed weights) with biases; 2 blocks, hidden 32."""
     torch.manual_seed(1)
     config = GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-    return _save(tmp_path_factory.mktemp("gpt2"), GPT2LMHeadModel(config), sample_text)
+    return save_checkpoint(tmp_path_factory.mktemp("gpt2"), GPT2LMHeadModel(config), sample_text)
 
 
 @pytest.fixture(scope="session")
@@ -129,7 +88,7 @@ def qwen2_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str)
         bos_token_id=0,
         eos_token_id=0,
     )
-    return _save(tmp_path_factory.mktemp("qwen2"), Qwen2ForCausalLM(config), sample_text)
+    return save_checkpoint(tmp_path_factory.mktemp("qwen2"), Qwen2ForCausalLM(config), sample_text)
 
 
 @pytest.fixture(scope="session", params=["llama", "gpt2", "qwen2"])

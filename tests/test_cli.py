@@ -17,7 +17,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from conftest import _save
+from checkpoints import save_checkpoint
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from lowrank_core import __version__
@@ -272,7 +272,7 @@ def _evaluate(places: Places, *_: object) -> list[object]:
 
 def _bert(places: Places) -> Path:
     config = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    return _save(places.folder / "bert", BertForMaskedLM(config), "some words of text")
+    return save_checkpoint(places.folder / "bert", BertForMaskedLM(config), "some words of text")
 
 
 def _corrupt(places: Places) -> Path:
@@ -423,7 +423,7 @@ def test_a_second_search_in_the_same_folder_is_refused(searched: tuple[Places, P
 
 def test_models_of_different_vocabularies_are_not_compared(places: Places, tmp_path: Path, sample_text: str):
     config = LlamaConfig(vocab_size=400, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    _save(tmp_path / "other", LlamaForCausalLM(config), sample_text)
+    save_checkpoint(tmp_path / "other", LlamaForCausalLM(config), sample_text)
     outcome = _lowrank("evaluate", *places.source, "--against", tmp_path / "other")
     assert outcome.status == 2
     assert "different vocabularies" in outcome.err

@@ -10,7 +10,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from conftest import _save
+from checkpoints import save_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -171,7 +171,7 @@ OTHERS: dict[str, tuple[Callable[[], PreTrainedModel], set[str]]] = {
 def test_other_architectures_load_without_a_word_about_them(name: str, tmp_path: Path, sample_text: str, windows: WindowSet):
     make, kinds = OTHERS[name]
     torch.manual_seed(0)
-    handle = _load(_save(tmp_path, make(), sample_text))
+    handle = _load(save_checkpoint(tmp_path, make(), sample_text))
     assert {layer.shape.kind for layer in handle.layers} == kinds
     assert len(handle.layers) == 2 * len(kinds)
     assert describe(handle)["blocks"] == 2
@@ -373,7 +373,7 @@ def test_places_without_a_checkpoint_are_told(tmp_path: Path, broken: Path):
 
 def test_models_that_are_not_causal_are_told(tmp_path: Path, sample_text: str):
     config = BertConfig(vocab_size=300, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
-    _save(tmp_path, BertForMaskedLM(config), sample_text)
+    save_checkpoint(tmp_path, BertForMaskedLM(config), sample_text)
     with pytest.raises(ModelError, match=r"not a causal language model \(BertForMaskedLM\)"):
         _load(tmp_path)
 

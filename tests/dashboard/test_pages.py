@@ -27,7 +27,7 @@ def sound(test: AppTest) -> bool:
 
 
 def charts(test: AppTest) -> list[str]:
-    return [element.proto.id for element in test.get("plotly_chart")]
+    return [element.proto.id for kind in ("plotly_chart", "vega_lite_chart") for element in test.get(kind)]
 
 
 @pytest.mark.parametrize("page", PAGES)

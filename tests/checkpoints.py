@@ -1,0 +1,44 @@
+"""Tiny checkpoints of any architecture, with a tokenizer of their own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+__all__ = ["VOCABULARY", "save_checkpoint"]
+
+VOCABULARY = 300
+
+
+def _tokenizer(text: str) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["<s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator([text], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="<s>")
+
+
+def _with_spectra(model: PreTrainedModel) -> PreTrainedModel:
+    """Give random weights a decaying spectrum and the biases a value, so that ranks and centring matter."""
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 2 and "embed" not in name and "wte" not in name and "wpe" not in name:
+            left, values, right = torch.linalg.svd(parameter.data, full_matrices=False)
+            decay = torch.arange(1, len(values) + 1, dtype=values.dtype) ** -0.7
+            parameter.data = (left * (decay * 2.0)) @ right
+        elif name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
+    return model
+
+
+def save_checkpoint(folder: Path, model: PreTrainedModel, text: str) -> Path:
+    """Save ``model`` under ``folder`` with spectra that decay, and a tokenizer trained on ``text``; return the folder."""
+    _with_spectra(model).save_pretrained(folder)
+    _tokenizer(text).save_pretrained(folder)
+    return folder
