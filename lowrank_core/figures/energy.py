@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lowrank_core.figures.style import BLUE, GREEN, GREY, SKY, VERMILLION, axis_note, direct_label, finished, log_rank_axis
+from lowrank_core.figures.style import BLUE, GREEN, GREY, SKY, VERMILLION, axis_note, direct_label, finished, log_rank_axis, log_value_axis
 from lowrank_core.views.energy import EnergyCurves, PoolingCurves, Vector
 
 __all__ = ["groups_figure", "left_figure", "pooling_figure", "retained_figure"]
@@ -43,7 +43,7 @@ def retained_figure(curves: EnergyCurves, rank: int) -> go.Figure:
     upper, lower = ("features", "weights") if curves.features[at] >= curves.weights[at] else ("weights", "features")
     values, colours = {"features": curves.features, "weights": curves.weights}, {"features": VERMILLION, "weights": BLUE}
     x = float(curves.ranks[at])
-    direct_label(figure, upper, x=x, y=float(values[upper][at]), colour=colours[upper], xanchor="right", yanchor="bottom")
+    direct_label(figure, upper, x=x, y=float(values[upper][at]), colour=colours[upper], xanchor="left", yanchor="bottom")
     direct_label(figure, lower, x=x, y=float(values[lower][at]), colour=colours[lower], xanchor="left", yanchor="top")
     finished(figure, height=360, x="Rank, and its share of full rank", y="Energy kept")
     figure.update_yaxes(tickformat=".0%", range=[0, 1.12], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -74,7 +74,7 @@ def left_figure(curves: EnergyCurves, rank: int) -> go.Figure:
                 yanchor="bottom" if upper else "top",
             )
     finished(figure, height=360, x="Rank, and its share of full rank", y="Energy removed (log scale)")
-    figure.update_yaxes(type="log", tickformat="~g", dtick=1)
+    log_value_axis(figure)
     _rank_axes(figure, curves, rank)
     return figure
 
@@ -94,7 +94,7 @@ def pooling_figure(curves: PoolingCurves) -> go.Figure:
     finished(figure, height=320, x="Rank (log scale)", y="√ eigenvalue (log scale)")
     figure.update_layout(showlegend=True, legend={"x": 0.02, "y": 0.04, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"})
     log_rank_axis(figure, int(curves.ranks[-1]))
-    figure.update_yaxes(type="log", tickformat="~g", dtick=1)
+    log_value_axis(figure)
     return figure
 
 

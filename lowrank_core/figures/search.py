@@ -14,12 +14,14 @@ import pandas as pd
 from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION
 from lowrank_core.views.search import History
 
-__all__ = ["PICKED", "VegaChart", "history_chart"]
+__all__ = ["PICKED", "ZOOM", "VegaChart", "history_chart"]
 
 Spec = dict[str, Any]
 
 PICKED = "picked"
 """Name of the selection that holds the trial under a click."""
+ZOOM = "zoom"
+"""Name of the selection that holds the visible part. Streamlit resets it with new data unless it is told to listen to it."""
 
 _BASELINES = ("uniform", "lord_manual")
 _HOURGLASS = "M-1,-1L1,-1L-1,1L1,1Z"
@@ -56,7 +58,9 @@ def history_chart(view: History, chosen: int | None = None) -> VegaChart:
 
 def _trial_rows(trials: pd.DataFrame, chosen: int | None) -> pd.DataFrame:
     complete = trials.loc[trials["state"] == "complete", "value"]
-    what = trials["state"].where(trials["state"] != "complete", trials["label"].map(lambda label: "baseline" if label in _BASELINES else "sampled"))
+    what = trials["state"].where(
+        trials["state"] != "complete", trials["label"].map(lambda label: "baseline" if label in _BASELINES else "sampled")
+    )
     return pd.DataFrame(
         {
             "row": "trial",
@@ -91,22 +95,32 @@ def _only(row: str) -> list[Spec]:
     return [{"filter": row}]
 
 
+def _height(objective: str) -> Spec:
+    scale = {"type": "log", "nice": False, "padding": 22}
+    axis = {"format": "~g", "tickCount": 8}
+    return {"field": "value", "type": "quantitative", "title": f"{objective}, log scale", "scale": scale, "axis": axis}
+
+
+def _across(**domain: object) -> Spec:
+    scale = {"nice": False, "zero": False, "padding": 14, **domain}
+    axis = {"format": "d", "tickMinStep": 1, "grid": False}
+    return {"field": "number", "type": "quantitative", "title": "Trial (in the order of asking)", "scale": scale, "axis": axis}
+
+
 def _spec(objective: str) -> Spec:
-    height = {"field": "value", "type": "quantitative", "title": f"{objective}, log scale", "scale": {"type": "log", "nice": False, "padding": 22}}
-    height["axis"] = {"format": "~g", "tickCount": 8}
-    across = {"field": "number", "type": "quantitative", "title": "Trial (in the order of asking)"}
-    across |= {"scale": {"nice": False, "zero": False}, "axis": {"format": "d", "tickMinStep": 1, "grid": False}}
-    room = across | {"scale": {"nice": False, "domain": {"unionWith": [-0.5, _LEAST_TRIALS - 0.5]}}}
-    best = {"x": across, "y": {**height, "field": "best"}}
-    layers = [_rules(height), *(_names(height, row) for row in ("above", "below"))]
-    layers.append(
-        {
-            "transform": _only("datum.row == 'trial' && isValid(datum.best)"),
-            "mark": {"type": "line", "interpolate": "step-after", "color": GREEN, "strokeWidth": 2.5, "clip": True},
-            "encoding": best,
-        }
-    )
-    return {"height": 380, "layer": [*layers, _points(room, height), _ring(across, height)], "config": {"legend": {"orient": "top", "title": None}}}
+    height = _height(objective)
+    names = [_names(height, row) for row in ("above", "below")]
+    return {
+        "height": 380,
+        "layer": [_rules(height), *names, _best_line(height), _points(height), _ring(height)],
+        "config": {"legend": {"orient": "top", "title": None}},
+    }
+
+
+def _best_line(height: Spec) -> Spec:
+    mark = {"type": "line", "interpolate": "step-after", "color": GREEN, "strokeWidth": 2.5, "clip": True}
+    encoding = {"x": _across(), "y": {**height, "field": "best"}}
+    return {"transform": _only("datum.row == 'trial' && isValid(datum.best)"), "mark": mark, "encoding": encoding}
 
 
 def _rules(height: Spec) -> Spec:
@@ -115,23 +129,36 @@ def _rules(height: Spec) -> Spec:
 
 
 def _names(height: Spec, row: str) -> Spec:
-    mark = {"type": "text", "align": "right", "dx": -4, "dy": -8 if row == "above" else 10, "color": ORANGE, "fontSize": 12, "fontWeight": 600, "clip": True}
-    return {"transform": _only(f"datum.row == '{row}'"), "mark": mark, "encoding": {"x": {"value": "width"}, "y": height, "text": {"field": "note"}}}
+    mark = {
+        "type": "text",
+        "align": "right",
+        "dx": -4,
+        "dy": -8 if row == "above" else 10,
+        "color": ORANGE,
+        "fontSize": 12,
+        "fontWeight": 600,
+        "clip": True,
+    }
+    return {
+        "transform": _only(f"datum.row == '{row}'"),
+        "mark": mark,
+        "encoding": {"x": {"value": "width"}, "y": height, "text": {"field": "note"}},
+    }
 
 
-def _points(across: Spec, height: Spec) -> Spec:
+def _points(height: Spec) -> Spec:
     domain = list(_MARKS)
     shapes, colours = [shape for shape, _ in _MARKS.values()], [colour for _, colour in _MARKS.values()]
     return {
         "params": [
             {"name": PICKED, "select": {"type": "point", "fields": ["number"], "toggle": False}},
-            # Drag to move, double click to reset; the wheel alone scrolls the page. Along x only: on a log axis Vega loses its domain.
-            {"name": "zoom", "select": {"type": "interval", "encodings": ["x"], "zoom": "wheel![event.ctrlKey]"}, "bind": "scales"},
+            # Drag to move, double click to reset; the wheel alone scrolls the page.
+            {"name": ZOOM, "select": {"type": "interval", "zoom": "wheel![event.ctrlKey]"}, "bind": "scales"},
         ],
         "transform": _only("datum.row == 'trial'"),
         "mark": {"type": "point", "filled": True, "size": 95, "opacity": 1, "clip": True, "cursor": "pointer"},
         "encoding": {
-            "x": across,
+            "x": _across(domain={"unionWith": [-0.5, _LEAST_TRIALS - 0.5]}),
             "y": height,
             "shape": {"field": "what", "type": "nominal", "scale": {"domain": domain, "range": shapes}},
             "color": {"field": "what", "type": "nominal", "scale": {"domain": domain, "range": colours}},
@@ -140,6 +167,6 @@ def _points(across: Spec, height: Spec) -> Spec:
     }
 
 
-def _ring(across: Spec, height: Spec) -> Spec:
+def _ring(height: Spec) -> Spec:
     mark = {"type": "point", "filled": False, "size": 330, "color": VERMILLION, "strokeWidth": 2.5, "opacity": 1, "clip": True}
-    return {"transform": _only("datum.row == 'trial' && datum.chosen"), "mark": mark, "encoding": {"x": across, "y": height}}
+    return {"transform": _only("datum.row == 'trial' && datum.chosen"), "mark": mark, "encoding": {"x": _across(), "y": height}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import plotly.graph_objects as go
 
-from lowrank_core.figures.style import BLUE, VERMILLION, axis_note, direct_label, finished, log_rank_axis
+from lowrank_core.figures.style import BLUE, VERMILLION, axis_note, direct_label, finished, log_rank_axis, log_value_axis
 from lowrank_core.views.spectrum import ScreeCurves, Vector
 
 __all__ = ["scree_figure"]
@@ -26,7 +26,7 @@ def scree_figure(curves: ScreeCurves) -> go.Figure:
         axis_note(figure, f"break-even rank {even}", x=even, position=float(np.log10(even)), anchor="right", bottom=True)
     finished(figure, height=380, x="Rank (log scale)", y="Value relative to the first (log scale)")
     log_rank_axis(figure, curves.shape.max_rank)
-    figure.update_yaxes(type="log", tickformat="~g", dtick=1)
+    log_value_axis(figure)
     return figure
 
 

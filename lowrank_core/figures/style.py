@@ -23,6 +23,7 @@ __all__ = [
     "direct_label",
     "finished",
     "log_rank_axis",
+    "log_value_axis",
 ]
 
 # Okabe & Ito 2008, less the two that vanish on a white or a black page
@@ -59,6 +60,13 @@ def log_rank_axis(figure: go.Figure, full: int) -> None:
     """Put ranks 1, 2, 5, 10, … up to ``full`` on a log axis."""
     ticks = [step * 10**power for power in range(7) for step in (1, 2, 5) if step * 10**power <= full]
     figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks], range=[-0.02, math.log10(full) + 0.03])
+
+
+def log_value_axis(figure: go.Figure) -> None:
+    """Mark the powers of ten of values up to 1 on a log axis, in short words."""
+    superscript = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+    words = ["1", "0.1", "0.01", *(f"10⁻{str(power).translate(superscript)}" for power in range(3, 21))]
+    figure.update_yaxes(type="log", tickvals=[10.0**-power for power in range(21)], ticktext=words)
 
 
 def direct_label(figure: go.Figure, text: str, *, x: float, y: float, colour: str, xanchor: str = "left", yanchor: str = "middle") -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import plotly.graph_objects as go
 import streamlit as st
 
-from lowrank_core.figures.search import PICKED, VegaChart
+from lowrank_core.figures.search import PICKED, ZOOM, VegaChart
 from lowrank_core.figures.style import CONFIG
 
 __all__ = ["chart"]
@@ -25,7 +25,7 @@ def chart(figure: go.Figure | VegaChart, *, key: str, title: str, how: str, alt:
         st.markdown(f"**{title}**")
         st.caption(f"How to read this: {how}")
     if isinstance(figure, VegaChart):
-        st.vega_lite_chart(figure.data, figure.spec, key=key, alt=alt, on_select=on_pick or "ignore", selection_mode=[PICKED])
+        st.vega_lite_chart(figure.data, figure.spec, key=key, alt=alt, on_select=on_pick or "ignore", selection_mode=[PICKED, ZOOM])
     elif on_pick is None:
         st.plotly_chart(figure, key=key, config=CONFIG, alt=alt)
     else:

@@ -36,7 +36,7 @@ def model_section(model: ModelFacts) -> None:
             "Parameters": (count(model.parameters), f"{model.parameters:,}"),
             "Compressible": (count(model.compressible_parameters), "In linear layers of the blocks, biases counted."),
             "Share compressible": (percent(model.compressible_share), "Of all parameters; the rest are embeddings, norms and the head."),
-            "Size": (size(model.bytes), f"As held: {model.dtype}."),
+            "Size": (size(model.bytes), f"Of the checkpoint; it is held as {model.dtype} while it is measured."),
             "Blocks × hidden": (f"{model.blocks} × {model.hidden:,}", "Number of blocks, and the width of the residual stream."),
             "Vocabulary": (
                 f"{model.vocabulary:,}",

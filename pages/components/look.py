@@ -12,6 +12,8 @@ _CSS = """
 [data-testid="stSidebarUserContent"] { padding-top: 1rem; }
 [data-testid="stMetricLabel"] p { font-size: 0.82rem; }
 [data-testid="stSidebarUserContent"] [data-testid="stSelectbox"] * { font-size: 0.84rem; }
+/* Its running man would blink with every tick of a live run. */
+[data-testid="stStatusWidget"] { display: none; }
 h1 { padding-bottom: 0.2rem !important; }
 @media (max-width: 640px) { .stMainBlockContainer { padding: 3.4rem 0.9rem 3rem; } }
 </style>

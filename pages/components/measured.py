@@ -14,6 +14,8 @@ from pages.components.charts import chart
 
 __all__ = ["show", "show_continuations", "show_exports"]
 
+_WIDTHS = [1.2, 1.2, 0.9, 1.1, 1.1]  # of the cards: the longest labels fit at 1280 pixels
+
 
 def show(found: Sequence[Comparison], label: str) -> None:
     """Draw the comparison called ``label`` if it was measured (else the best measured), and all of them side by side."""
@@ -41,15 +43,15 @@ def _headline(shown: Comparison) -> None:
     low, high = shown.dense_interval or (None, None)
     change = shown.perplexity - shown.dense_perplexity
     cards = (
-        ("Perplexity, original", number(shown.dense_perplexity, 4), interval(low, high), "exp of the mean loss in nats per token."),
+        ("Perplexity, original", number(shown.dense_perplexity, 4), interval(low, high), None),
         ("Perplexity, compressed", number(shown.perplexity, 4), _interval(shown.perplexity_interval), None),
         ("Difference", f"{change:+.3g}", _interval(shown.perplexity_difference_interval), "Compressed less original, paired by window."),
-        ("KL to the original", number(shown.kl), "nats per token", "Of the original's next-token distribution to the compressed one's."),
+        ("KL to the original", number(shown.kl), "nats per token", None),
         ("Top-1 agreement", percent(shown.top1_agreement), "of tokens", "Where both models rank the same token first."),
     )
-    with st.container(horizontal=True, gap="small"):
-        for label, value, below, meaning in cards:
-            _card(label, value, below, meaning)
+    for column, card in zip(st.columns(_WIDTHS, gap="small"), cards, strict=True):
+        with column:
+            _card(*card)
 
 
 def _card(label: str, value: str, below: str, meaning: str | None = None) -> None:

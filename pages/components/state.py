@@ -135,12 +135,17 @@ def pick_from_chart(field: str, key: str) -> Callable[[], None]:
 
 
 def pick_from_vega(field: str, key: str, selection_name: str, column: str) -> Callable[[], None]:
-    """Return a callback that takes whole-number ``field`` from ``column`` of the point picked in the Vega-Lite chart ``key``."""
+    """Return a callback that takes whole-number ``field`` from ``column`` of the point picked in the Vega-Lite chart ``key``.
+
+    Streamlit calls it when the chart is moved, too: only another point than the last counts.
+    """
 
     def picked() -> None:
         points = st.session_state[key].selection.get(selection_name)
-        if points:
-            choose(**{field: int(points[0][column])})
+        value = int(points[0][column]) if points else None
+        if value is not None and value != st.session_state[_LAST].get(key):
+            choose(**{field: value})
+        st.session_state[_LAST][key] = value
 
     return picked
 

@@ -52,7 +52,8 @@ def show(run: Run) -> None:
         history_chart(history(trials, search.objective), chosen.number if chosen else None),
         key="history",
         title="Every trial on search-validation text",
-        how="lower is better; the green steps are the best so far, dashed lines the baselines. Click a point for its allocation; drag moves, Ctrl + wheel zooms, a double click resets.",
+        how="lower is better; the green steps are the best so far, dashed lines the baselines. Click a point for its allocation; "
+        "drag moves, Ctrl + wheel zooms, a double click resets.",
         alt="Objective of each trial in the order of asking, with baselines and the best so far",
         on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),
     )
