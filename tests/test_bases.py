@@ -6,6 +6,7 @@ from lowrank_core.bases import BASES, FactorBasis
 from lowrank_core.errors import NumericalError, RankError
 from lowrank_core.linalg import square_root
 from lowrank_core.moments import InputStatistics, PooledAccumulator
+from lowrank_core.views.search import BASES as OFFERED
 
 TOLERANCE = 1e-9  # float64, decompositions of matrices of a few dozen rows
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
@@ -166,6 +167,10 @@ def test_every_basis_says_where_it_comes_from() -> None:
         assert name == method.name
         assert method.label
         assert method.reference
+
+
+def test_the_dashboard_which_imports_no_torch_offers_the_same_bases() -> None:
+    assert {name: (b.label, b.adds_bias) for name, b in BASES.items()} == {name: (b.label, b.adds_bias) for name, b in OFFERED.items()}
 
 
 def test_a_square_root_squares_back() -> None:

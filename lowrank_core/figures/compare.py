@@ -18,7 +18,7 @@ def perplexity_figure(found: Sequence[Comparison]) -> go.Figure:
     """Draw perplexity on test text, the original first; whiskers are 95 % intervals over windows."""
     names = ["Original", *(comparison.name for comparison in found)]
     values = [found[0].dense_perplexity, *(comparison.perplexity for comparison in found)]
-    intervals = [found[0].dense_interval, *(comparison.perplexity_interval or None for comparison in found)]
+    intervals = [found[0].dense_perplexity_interval or None, *(comparison.perplexity_interval or None for comparison in found)]
     figure = go.Figure(
         go.Bar(
             x=values,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
@@ -26,10 +24,7 @@ __all__ = [
     "exports",
     "label_of",
     "last_failure",
-    "normal_interval",
 ]
-
-_NORMAL_95 = 1.96
 
 
 @dataclass(frozen=True)
@@ -38,7 +33,7 @@ class Comparison:
 
     Attributes:
         label: ``uniform``, ``lord_manual`` or ``trial N``.
-        perplexity_interval: of the compressed model, bootstrap over windows.
+        perplexity_interval, dense_perplexity_interval: of the compressed and the original model, bootstrap over windows.
         perplexity_difference_interval: of compressed - original, paired by window.
         compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model.
     """
@@ -67,13 +62,8 @@ class Comparison:
     dense_bytes: int
     protocol: str = ""
     perplexity_interval: tuple[float, ...] = ()
+    dense_perplexity_interval: tuple[float, ...] = ()
     perplexity_difference_interval: tuple[float, ...] = ()
-    dense_window_nll: tuple[float, ...] = ()
-
-    @property
-    def dense_interval(self) -> tuple[float, float] | None:
-        """Interval of the original's perplexity, normal approximation over windows."""
-        return normal_interval(self.dense_window_nll)
 
     @property
     def name(self) -> str:
@@ -110,15 +100,6 @@ class Failure:
     kind: str
     error: str
     time: float = 0.0
-
-
-def normal_interval(window_nll: Sequence[float]) -> tuple[float, float] | None:
-    """Return exp(mean ± 1.96·s/√n) of the windows' NLL; None for fewer than two windows."""
-    values = np.asarray(window_nll, dtype=np.float64)
-    if values.size < 2 or not np.isfinite(values).all():
-        return None
-    half = _NORMAL_95 * float(values.std(ddof=1)) / math.sqrt(values.size)
-    return math.exp(values.mean() - half), math.exp(values.mean() + half)
 
 
 def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
@@ -193,8 +174,8 @@ def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
             "bytes": first.dense_bytes,
         }
     ]
-    if first.dense_interval:
-        rows[0]["low"], rows[0]["high"] = first.dense_interval
+    if first.dense_perplexity_interval:
+        rows[0]["low"], rows[0]["high"] = first.dense_perplexity_interval
     rows += [_row(comparison) for comparison in found]
     return pd.DataFrame(rows).astype({"low": float, "high": float, "kl": float, "agreement": float})
 

@@ -40,10 +40,9 @@ def protocol(shown: Comparison) -> str:
 
 def _headline(shown: Comparison) -> None:
     st.subheader(f"Original against {shown.name}", anchor=False)
-    low, high = shown.dense_interval or (None, None)
     change = shown.perplexity - shown.dense_perplexity
     cards = (
-        ("Perplexity, original", number(shown.dense_perplexity, 4), interval(low, high), None),
+        ("Perplexity, original", number(shown.dense_perplexity, 4), _interval(shown.dense_perplexity_interval), None),
         ("Perplexity, compressed", number(shown.perplexity, 4), _interval(shown.perplexity_interval), None),
         ("Difference", f"{change:+.3g}", _interval(shown.perplexity_difference_interval), "Compressed less original, paired by window."),
         ("KL to the original", number(shown.kl), "nats per token", None),
@@ -68,10 +67,14 @@ def _sizes(shown: Comparison) -> None:
     linears = f"{count(shown.dense_compressible_parameters)} → {count(shown.compressible_parameters)}"
     model = f"{count(shown.dense_parameters)} → {count(shown.parameters)}"
     stored = f"{size(shown.dense_bytes)} → {size(shown.bytes)}"
-    with st.container(horizontal=True, gap="small"):
-        _card("Compressible linears, parameters", linears, f"{percent(shown.compression_ratio)} removed")
-        _card("Whole model, parameters", model, f"{percent(shown.model_compression_ratio)} removed")
-        _card("Whole model, bytes", stored, f"{percent(1 - shown.bytes / shown.dense_bytes)} removed")
+    cards = (
+        ("Compressible linears, parameters", linears, f"{percent(shown.compression_ratio)} removed"),
+        ("Whole model, parameters", model, f"{percent(shown.model_compression_ratio)} removed"),
+        ("Whole model, bytes", stored, f"{percent(1 - shown.bytes / shown.dense_bytes)} removed"),
+    )
+    for column, card in zip(st.columns(len(cards), gap="small"), cards, strict=True):
+        with column:
+            _card(*card)
 
 
 def _table(found: Sequence[Comparison]) -> None:

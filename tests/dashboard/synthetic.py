@@ -196,6 +196,7 @@ def comparison(label: str, trial: int | str, nll: float) -> dict[str, object]:
         "seconds": 2.0,
         "window_nll": [value + nll - DENSE_NLL for value in windows],
         "dense_perplexity": float(np.exp(DENSE_NLL)),
+        "dense_perplexity_interval": [float(np.exp(DENSE_NLL - 0.05)), float(np.exp(DENSE_NLL + 0.05))],
         "dense_nll": DENSE_NLL,
         "dense_parameters": dense + rest,
         "dense_compressible_parameters": dense,
