@@ -18,7 +18,7 @@ from lowrank_core.accounting import MatrixShape
 from lowrank_core.errors import ModelError
 from lowrank_core.models.lowrank_linear import LowRankLinear
 
-__all__ = ["LayerSpec", "ModelHandle", "bias_of", "describe", "find_layers", "weight_of"]
+__all__ = ["LayerSpec", "ModelHandle", "bias_of", "describe", "find_layers", "positions_of", "weight_of"]
 
 _INCIDENTAL = frozenset({"_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version"})
 """Entries of a model's config that say where it comes from, not what it computes."""
@@ -35,6 +35,15 @@ def bias_of(module: nn.Module) -> Tensor | None:
     """Return b (d_out,) of a linear module, or None."""
     bias = getattr(module, "bias", None)
     return bias if isinstance(bias, Tensor) else None
+
+
+def positions_of(config: object) -> int | None:
+    """Return the positions that a model was made for, or None if its config does not say."""
+    for name in ("max_position_embeddings", "max_seq_len"):  # the second is MPT's
+        value = getattr(config, name, None)
+        if value:
+            return int(value)
+    return None
 
 
 @dataclass(frozen=True)
@@ -104,8 +113,7 @@ class ModelHandle:
     @property
     def max_context(self) -> int | None:
         """Positions that the model was made for, or None if its config does not say."""
-        value = getattr(self.module.config, "max_position_embeddings", None)
-        return int(value) if value else None
+        return positions_of(self.module.config)
 
     def check_context(self, context: int) -> None:
         """Raise unless windows of ``context`` tokens fit.

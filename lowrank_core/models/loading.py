@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from lowrank_core.config import ModelSource
 from lowrank_core.errors import ModelError
 from lowrank_core.models import hf  # registers the low-rank format with transformers
-from lowrank_core.models.handle import ModelHandle, find_layers
+from lowrank_core.models.handle import ModelHandle, find_layers, positions_of
 from lowrank_core.runs import bundled_path
 
 __all__ = ["load_model", "max_context", "resolve_reference"]
@@ -104,9 +104,7 @@ def max_context(reference: str) -> int | None:
     Raises:
         ModelError: as ``load_model``.
     """
-    config = _checked_config(resolve_reference(reference), reference)
-    value = getattr(config, "max_position_embeddings", None)
-    return int(value) if value else None
+    return positions_of(_checked_config(resolve_reference(reference), reference))
 
 
 def _checked_config(place: str, reference: str) -> PretrainedConfig:
