@@ -55,7 +55,7 @@ class TrialBench:
 
 def _sampler(config: SearchConfig, finished: int) -> BaseSampler:
     # A resumed search draws on, not the same points again; an uninterrupted one depends on the seed alone.
-    seed = config.seed + 1_000_003 * finished
+    seed = (config.seed + 1_000_003 * finished) % 2**32
     if config.sampler == "random":
         return RandomSampler(seed=seed)
     with warnings.catch_warnings():

@@ -30,6 +30,11 @@ def search_form(base: RunConfig, matrices: Sequence[MatrixShape]) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         pressed = st.button("Start search", key="start_search", type="primary", icon=":material/play_arrow:")
         feasible = _budget_line(config, matrices)
+    text, batch = config.text, config.text.validation_windows * config.text.context
+    st.caption(
+        f"Each trial is judged on {text.validation_windows} search-validation windows of {text.context} tokens ({batch:,} tokens), "
+        f"in the space {search.space}; statistics come from {text.calibration_windows} calibration windows."
+    )
     if pressed and feasible:
         with boundary():
             start(config)

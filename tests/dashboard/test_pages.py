@@ -240,6 +240,12 @@ def test_a_file_that_is_not_there_is_refused_with_a_reason(app, tmp_path):
     assert not list_runs()
 
 
+def test_the_search_form_says_what_a_trial_is_judged_on(app):
+    texts = " ".join(caption.value for caption in app("search").caption)
+    assert "24 search-validation windows of 256 tokens (6,144 tokens), in the space 5x1" in texts
+    assert "256 calibration windows" in texts
+
+
 def test_a_ratio_that_can_not_be_met_is_refused_before_anything_starts(app):
     run = make_run(search=False)
     model = model_json()
