@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from lowrank_core.config import CalibrationConfig
+from lowrank_core.config import TOKENS_PER_DIMENSION, CalibrationConfig
 from lowrank_core.errors import ModelError, NumericalError
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.moments import InputStatistics, PooledAccumulator
@@ -30,8 +30,6 @@ __all__ = ["LayerStatistics", "cached_statistics", "collect_statistics", "load_s
 Progress = Callable[[int, int], None]
 """Called with (done, total); may raise ``Cancelled``."""
 
-TOKENS_PER_DIMENSION = 8
-"""Below this many tokens per input dimension a covariance says little about small eigenvalues."""
 _FORMAT = 1
 """Raise it when the meaning of a stored statistic changes: old caches are then not found."""
 

@@ -10,14 +10,13 @@ from pathlib import Path
 
 from lowrank_core import benchmarks
 from lowrank_core.accounting import MatrixShape
-from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocate, allocation_from_ranks, read_ranks
+from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks, allocator_named, read_ranks
 from lowrank_core.analysis import spectra_of
-from lowrank_core.bases import BASES, factorize, priced_shapes
+from lowrank_core.bases import basis_named, factorize, priced_shapes
 from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.compression import compress
 from lowrank_core.config import (
     CalibrationConfig,
-    CompressionConfig,
     CompressRequest,
     ModelSource,
     RunConfig,
@@ -122,18 +121,12 @@ def _allocation(request: CompressRequest, shapes: Sequence[MatrixShape]) -> Rank
     return found
 
 
-def _check_names(compression: CompressionConfig, allocation: str) -> None:
-    """Raise ConfigError for a method that is not in its registry, before anything is loaded."""
-    for kind, name, registry in (("basis", compression.basis, BASES), ("allocation", allocation, ALLOCATORS)):
-        if name not in registry:
-            raise ConfigError(f"{kind} must be one of {', '.join(registry)}; got {name!r}.")
-
-
 def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
     """Calibrate, factorise, allocate, compress and write."""
     began = time.perf_counter()
     check_free(request.out)
-    _check_names(request.compression, request.allocation)
+    basis_named(request.compression.basis)  # bad names, like a bad file, are told before anything is loaded
+    allocator_named(request.allocation)
     if request.ranks is not None:
         read_ranks(request.ranks)
     handle = load_model(source)
@@ -191,7 +184,7 @@ def _trial_figures(trial: TrialRecord) -> Result:
 
 def search_in(source: ModelSource, text: TextConfig, config: SearchConfig, folder: Path) -> Result:
     """Make a run in ``folder``, work through it here, and export its best trial."""
-    _check_names(config.compression, "uniform")
+    basis_named(config.compression.basis)
     run = create_run(RunConfig(model=source, text=text, search=config), path=folder)
     try:
         session, bench = run_worker(run, verbose=sys.stderr.isatty())

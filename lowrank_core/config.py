@@ -23,6 +23,7 @@ __all__ = [
     "TextConfig",
     "check_ratio",
     "from_mapping",
+    "looks_like_path",
     "to_mapping",
 ]
 
@@ -32,7 +33,15 @@ SPACES = ("5x1",)
 BOS_RULES = ("auto", "window", "none")
 GROUP_WEIGHTS = ("equal", "dof")
 
+TOKENS_PER_DIMENSION = 8
+"""Below this many tokens per input dimension a covariance says little about small eigenvalues (METHODS §1)."""
+
 T = TypeVar("T")
+
+
+def looks_like_path(reference: str) -> bool:
+    """Return whether ``reference`` can only be a path, there or not: a hub id is ``name`` or ``owner/name``."""
+    return reference.startswith((".", "/", "~")) or reference.count("/") > 1 or "\\" in reference
 
 
 def check_ratio(compression_ratio: float) -> float:

@@ -30,8 +30,7 @@ def start_worker(run: Run) -> None:
     Raises:
         RunError: the run is a recorded one, or the process can't be started.
     """
-    if run.recorded:
-        raise RunError("this run is a recording that ships with the package; start a run of your own to go on.")
+    run.refuse_if_recorded()
     run.pause_marker.unlink(missing_ok=True)
     _launch(run)
 
@@ -84,8 +83,7 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     Raises:
         RunError: as ``start_worker``.
     """
-    if run.recorded:
-        raise RunError("this run is a recording that ships with the package; start a search of your own to measure and export.")
+    run.refuse_if_recorded()
     if not run.worker_alive() and run.status().state in ("interrupted", "failed"):
         run.pause_marker.touch()
     request = f"{time.time_ns()}-{secrets.token_hex(2)}"

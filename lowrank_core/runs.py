@@ -193,6 +193,17 @@ class Run:
         """Whether this run ships with the package, to be looked at rather than continued."""
         return bool(self.record.get("recorded"))
 
+    def refuse_if_recorded(self) -> None:
+        """Raise unless this run may be continued, measured and exported.
+
+        Raises:
+            RunError: it ships with the package.
+        """
+        if self.recorded:
+            raise RunError(
+                "this run is a recording that ships with the package. Start a search of your own to go on, to measure and to export."
+            )
+
     @property
     def journal(self) -> Path:
         return self.path / "study.journal"

@@ -14,12 +14,24 @@ __all__ = [
     "RankAllocation",
     "allocate",
     "allocation_from_ranks",
+    "allocator_named",
     "module_group",
     "project",
     "read_ranks",
 ]
 
 ALLOCATORS: dict[str, Allocator] = {method.name: method for method in (UNIFORM, LORD_MANUAL)}
+
+
+def allocator_named(name: str) -> Allocator:
+    """Return the allocator ``name``.
+
+    Raises:
+        ConfigError: there is none; the message lists those that are.
+    """
+    if name not in ALLOCATORS:
+        raise ConfigError(f"allocation must be one of {', '.join(ALLOCATORS)}; got {name!r}.")
+    return ALLOCATORS[name]
 
 
 def allocate(name: str, matrices: Sequence[MatrixShape], ratio: float, *, keep_dense: Collection[str] = ()) -> RankAllocation:
@@ -29,7 +41,5 @@ def allocate(name: str, matrices: Sequence[MatrixShape], ratio: float, *, keep_d
         ConfigError: no such allocator.
         BudgetError: the ratio can't be met.
     """
-    if name not in ALLOCATORS:
-        raise ConfigError(f"allocation must be one of {', '.join(ALLOCATORS)}; got {name!r}.")
-    wishes = ALLOCATORS[name].multipliers(matrices)
+    wishes = allocator_named(name).multipliers(matrices)
     return project(matrices, wishes, ratio, keep_dense=keep_dense, allocator=name)

@@ -15,12 +15,17 @@ from lowrank_core.calibration import LayerStatistics
 from lowrank_core.errors import ConfigError
 from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
 
-__all__ = ["BASES", "Basis", "FactorBasis", "Factors", "factorize", "priced_shapes"]
+__all__ = ["BASES", "Basis", "FactorBasis", "Factors", "basis_named", "factorize", "priced_shapes"]
 
 BASES: dict[str, Basis] = {method.name: method for method in (POOLED_FEATURE, WEIGHT_SVD)}
 
 
-def _basis(name: str) -> Basis:
+def basis_named(name: str) -> Basis:
+    """Return the basis ``name``.
+
+    Raises:
+        ConfigError: there is none; the message lists those that are.
+    """
     if name not in BASES:
         raise ConfigError(f"basis must be one of {', '.join(BASES)}; got {name!r}.")
     return BASES[name]
@@ -32,7 +37,7 @@ def priced_shapes(handle: ModelHandle, basis: str) -> tuple[MatrixShape, ...]:
     Raises:
         ConfigError: no such basis.
     """
-    adds_bias = _basis(basis).adds_bias
+    adds_bias = basis_named(basis).adds_bias
     return tuple(replace(shape, adds_bias=adds_bias) for shape in handle.shapes)
 
 
@@ -45,7 +50,7 @@ def factorize(
         ConfigError: no such basis.
         NumericalError: NaN, Inf or no convergence; names the layer.
     """
-    method = _basis(basis)
+    method = basis_named(basis)
     shapes = priced_shapes(handle, basis)
     groups = {layer.name: layer.input_group for layer in handle.layers}
     found = {}

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from lowrank_core.config import ModelSource
+from lowrank_core.config import ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.handle import ModelHandle, find_layers, positions_of
@@ -43,7 +43,7 @@ def resolve_reference(reference: str) -> str:
         return str(folder.resolve())
     if folder.exists():
         raise ModelError(f"model: {folder} is a file. Give the folder of the checkpoint that holds it.")
-    if reference.startswith((".", "/", "~")) or reference.count("/") > 1 or "\\" in reference:
+    if looks_like_path(reference):
         raise ModelError(f"model: there is no folder {folder}. Check the path; `demo` is the bundled model.")
     return reference
 

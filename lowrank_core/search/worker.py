@@ -50,8 +50,7 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> 
         LowRankError: the run is a recorded one, or it failed; its status says why.
         Cancelled: stopped before there was anything to return.
     """
-    if run.recorded:
-        raise RunError(f"{run.path} is a recording that ships with the package. Start a run of your own with `lowrank search`.")
+    run.refuse_if_recorded()
     with _sole_worker(run):
         reporter = Reporter(run, verbose=verbose)
         try:

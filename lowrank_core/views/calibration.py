@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lowrank_core.config import TOKENS_PER_DIMENSION
 from lowrank_core.runs import Run
 from lowrank_core.views.formatting import number
 from lowrank_core.views.records import build
 
 __all__ = [
-    "MIN_TOKENS_PER_DIMENSION",
     "CalibrationFacts",
     "InputFacts",
     "calibration_facts",
@@ -20,15 +20,13 @@ __all__ = [
     "quality_warnings",
 ]
 
-MIN_TOKENS_PER_DIMENSION = 8  # below, covariances of so many tokens are noisy (METHODS, section 1)
-
 
 @dataclass(frozen=True)
 class InputFacts:
     """Statistics of one distinct input, shared by ``layers``.
 
     Attributes:
-        condition: of the damped second moment; None where it can't be told.
+        condition: of the pooled covariance; None where its least eigenvalue is zero.
         group_traces: trace of each group's covariance, in the order of the windows.
         pooled_to_sample: relative Frobenius distance between pooled and sample covariance; 0 with a single group.
     """
@@ -107,12 +105,12 @@ def quality_warnings(facts: CalibrationFacts) -> list[str]:
     """Return what a reader of the spectra should know first."""
     if facts.warnings:
         return list(facts.warnings)
-    thin = [entry for entry in facts.inputs if entry.tokens_per_dimension < MIN_TOKENS_PER_DIMENSION]
+    thin = [entry for entry in facts.inputs if entry.tokens_per_dimension < TOKENS_PER_DIMENSION]
     if not thin:
         return []
     least = min(thin, key=lambda entry: entry.tokens_per_dimension)
     return [
-        f"{len(thin)} of {len(facts.inputs)} inputs saw fewer than {MIN_TOKENS_PER_DIMENSION} tokens per dimension "
+        f"{len(thin)} of {len(facts.inputs)} inputs saw fewer than {TOKENS_PER_DIMENSION} tokens per dimension "
         f"(the least: {number(least.tokens_per_dimension)} at {least.input_group}, {least.width} wide). "
         "Small eigenvalues are noisy there; use more calibration windows."
     ]

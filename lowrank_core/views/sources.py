@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lowrank_core.config import looks_like_path
 from lowrank_core.errors import ModelError, TextError
 from lowrank_core.runs import bundled_path
 from lowrank_core.views.headers import header_facts
@@ -30,8 +31,7 @@ def model_folder(reference: str) -> Path | None:
     if reference == "demo":
         return bundled_path("assets", "demo-lm")
     folder = Path(reference).expanduser()
-    looks_like_path = reference.startswith(("/", ".", "~")) or "\\" in reference or reference.count("/") > 1
-    return folder if looks_like_path or folder.exists() else None
+    return folder if looks_like_path(reference) or folder.exists() else None
 
 
 def check_model(reference: str) -> ModelFacts | None:

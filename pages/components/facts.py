@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import streamlit as st
 
+from lowrank_core.config import TOKENS_PER_DIMENSION
 from lowrank_core.runs import Run
-from lowrank_core.views.calibration import MIN_TOKENS_PER_DIMENSION, CalibrationFacts, quality_table, quality_warnings
+from lowrank_core.views.calibration import CalibrationFacts, quality_table, quality_warnings
 from lowrank_core.views.formatting import count, duration, number, percent, size
 from lowrank_core.views.model import ModelFacts, module_table
 from lowrank_core.views.runs import run_table
@@ -87,7 +88,7 @@ def calibration_section(calibration: CalibrationFacts) -> None:
             "Calibration tokens": (count(calibration.tokens), f"{calibration.windows} windows, measured {took}."),
             "Tokens per dimension": (
                 number(calibration.least_tokens_per_dimension),
-                f"The least over all inputs. Below {MIN_TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
+                f"The least over all inputs. Below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
             ),
             "Worst condition": (
                 number(calibration.worst_condition, 2),
