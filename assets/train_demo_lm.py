@@ -145,6 +145,12 @@ def learning_rate(step: int, steps: int) -> float:
     return FINAL_LR + (PEAK_LR - FINAL_LR) * (1 + math.cos(math.pi * progress)) / 2
 
 
+def keep_lines(path: Path, count: int) -> None:
+    """Drop what was logged after the checkpoint that training goes on from: those steps are run, and logged, again."""
+    if path.exists():
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+
+
 def train(work: Path, steps: int, seed: int, compiled: bool) -> None:
     """Train to ``steps``, from the last checkpoint if there is one; a line of losses.jsonl per step."""
     windows = batches(np.load(work / "tokens.npy"), steps, seed)
@@ -160,6 +166,7 @@ def train(work: Path, steps: int, seed: int, compiled: bool) -> None:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+    keep_lines(work / "losses.jsonl", first)
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
         hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state

@@ -18,6 +18,8 @@ from lowrank_core.runs import Run, RunStatus, read_json, write_json
 
 __all__ = ["ask", "pending_requests", "request_stop", "result_of", "start_worker", "terminate"]
 
+TEMPERATURE = 0.5
+"""Of a prompt's continuation, unless a request says another."""
 WARM_SECONDS = 300
 """How long a worker without work keeps its model, to answer the next request at once."""
 
@@ -78,7 +80,7 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
 
     A search that was stopped or interrupted stays so: the worker only answers.
 
-    Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, seed), ``export`` (trial).
+    Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, temperature, seed), ``export`` (trial).
 
     Raises:
         RunError: as ``start_worker``.

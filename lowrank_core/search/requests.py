@@ -14,7 +14,7 @@ from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import export
 from lowrank_core.generation import continue_prompt
-from lowrank_core.jobs import pending_requests
+from lowrank_core.jobs import TEMPERATURE, pending_requests
 from lowrank_core.runs import Run, write_json
 from lowrank_core.search.records import TrialRecord, best_trial, read_trials
 from lowrank_core.search.reporter import Reporter
@@ -76,7 +76,7 @@ def _compare(run: Run, session: Session, bench: TrialBench, arguments: Mapping[s
 def _generate(run: Run, session: Session, bench: TrialBench, arguments: Mapping[str, object], reporter: Reporter) -> Answer:
     prompt = str(arguments.get("prompt", ""))
     tokens, seed = int(str(arguments.get("tokens", 64))), int(str(arguments.get("seed", 0)))
-    temperature = float(str(arguments.get("temperature", 0.5)))
+    temperature = float(str(arguments.get("temperature", TEMPERATURE)))
     allocation, model = _compressed(run, session, bench, arguments)
     with reporter.stage("Continuing the prompt"):
         texts = {

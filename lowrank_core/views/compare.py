@@ -81,6 +81,7 @@ class Continuation:
     trial: object
     tokens: int
     seed: int = 0
+    temperature: float = 0.0
     time: float = 0.0
 
 

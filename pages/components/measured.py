@@ -99,7 +99,9 @@ def show_continuations(found: Sequence[Continuation]) -> None:
     for position, entry in enumerate(found):
         label = f"trial {entry.trial}" if isinstance(entry.trial, int) else str(entry.trial)
         with st.expander(
-            f"{entry.prompt.strip().splitlines()[0][:60]}  ({label}, {entry.tokens} tokens, seed {entry.seed})", expanded=position == 0
+            f"{entry.prompt.strip().splitlines()[0][:60]}  ({label}, {entry.tokens} tokens, "
+            f"temperature {entry.temperature:g}, seed {entry.seed})",
+            expanded=position == 0,
         ):
             left, right = st.columns(2)
             left.caption("Original")

@@ -8,6 +8,7 @@ import streamlit as st
 
 from lowrank_core import jobs
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.jobs import TEMPERATURE
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord, best_trial
 from lowrank_core.views.formatting import number
@@ -74,7 +75,10 @@ def prompt_form(run: Run, trial: Trial) -> None:
         prompt = st.text_area("Prompt", _PROMPT, key="prompt", height=110)
         with st.container(horizontal=True, vertical_alignment="bottom"):
             tokens = st.number_input("New tokens, at most", 1, 512, 64, key="prompt_tokens", width=180)
-            seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="prompt_seed", width=140)
+            temperature = st.number_input(
+                "Temperature", 0.0, 2.0, TEMPERATURE, 0.1, key="prompt_temperature", width=160, help="0 always takes the likeliest token."
+            )
+            seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="prompt_seed", width=140, help="Both models draw with it.")
             pressed = st.form_submit_button(
                 "Continue with both",
                 key="continue",
@@ -85,7 +89,7 @@ def prompt_form(run: Run, trial: Trial) -> None:
     if pressed and not prompt.strip():
         st.warning("The prompt is empty: write something to continue.")
     elif pressed:
-        _ask(run, "generate", [trial], prompt=prompt, tokens=int(tokens), seed=int(seed))
+        _ask(run, "generate", [trial], prompt=prompt, tokens=int(tokens), temperature=float(temperature), seed=int(seed))
 
 
 def export_form(run: Run, trial: Trial) -> None:

@@ -10,6 +10,7 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from synthetic import make_run, model_json, running_status, write_answers
 
+from lowrank_core.jobs import pending_requests
 from lowrank_core.runs import list_runs, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -274,6 +275,18 @@ def test_measuring_leaves_a_request_for_the_best_trial(app, monkeypatch):
     (request,) = run.path.joinpath("requests").glob("*.json")
     assert '"trial": 3' in request.read_text()
     assert "wait for a worker" in words(test)
+
+
+def test_a_prompt_is_asked_for_with_everything_that_decides_the_text(app):
+    run = make_run()
+    test = app("compare", run=run.id)
+    test.number_input(key="prompt_temperature").set_value(0.7)
+    test.number_input(key="prompt_seed").set_value(3)
+    test.button(key="continue").click().run()
+    (request,) = pending_requests(run)
+    assert request["kind"] == "generate"
+    asked = {name: request["arguments"][name] for name in ("tokens", "temperature", "seed")}
+    assert asked == {"tokens": 64, "temperature": 0.7, "seed": 3}
 
 
 def test_a_recorded_run_is_marked_and_can_not_be_continued(app, tmp_path, monkeypatch):
