@@ -80,7 +80,8 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
 
     A search that was stopped or interrupted stays so: the worker only answers.
 
-    Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, temperature, seed), ``export`` (trial).
+    Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, temperature, seed),
+    ``export`` (trial).
 
     Raises:
         RunError: as ``start_worker``.
