@@ -3,6 +3,9 @@
     python assets/train_demo_lm.py --work DIR            # train; run it again after a stop, and it goes on
     python assets/train_demo_lm.py --work DIR --save     # write assets/demo-lm from the last checkpoint
 
+`--architecture gpt2 --out FOLDER` makes another model of the same text, to compare methods on: no gated MLP, no grouped queries,
+learned positions, biases, transposed and packed matrices.
+
 The text is what any machine with Python carries: the standard library's modules of the ``train`` split, the
 interpreter's documentation topics, and the sources of installed packages. The modules that ``python-stdlib``
 holds out for calibration, validation and test are never read, nor is any file that shares many lines with them.
@@ -26,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lowrank_core.text.stdlib import SPLIT_PERCENT, iter_modules, stdlib_documents
@@ -120,8 +123,7 @@ def batches(stream: np.ndarray, steps: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.zeros((len(windows), 1), np.int64), windows], axis=1))
 
 
-def build_model(seed: int) -> LlamaForCausalLM:
-    torch.manual_seed(seed)
+def build_llama() -> PreTrainedModel:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -138,6 +140,30 @@ def build_model(seed: int) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+def build_gpt2() -> PreTrainedModel:
+    config = GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=192,
+        n_layer=6,
+        n_head=4,
+        n_positions=CONTEXT,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    return GPT2LMHeadModel(config)
+
+
+ARCHITECTURES = {"llama": build_llama, "gpt2": build_gpt2}
+
+
+def build_model(architecture: str, seed: int) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return ARCHITECTURES[architecture]()
+
+
 def learning_rate(step: int, steps: int) -> float:
     if step < WARMUP:
         return PEAK_LR * (step + 1) / WARMUP
@@ -151,10 +177,9 @@ def keep_lines(path: Path, count: int) -> None:
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
 
 
-def train(work: Path, steps: int, seed: int, compiled: bool) -> None:
+def train(work: Path, model: PreTrainedModel, *, steps: int, seed: int, compiled: bool) -> None:
     """Train to ``steps``, from the last checkpoint if there is one; a line of losses.jsonl per step."""
     windows = batches(np.load(work / "tokens.npy"), steps, seed)
-    model = build_model(seed)
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -169,7 +194,7 @@ def train(work: Path, steps: int, seed: int, compiled: bool) -> None:
     keep_lines(work / "losses.jsonl", first)
 
     def loss_of(ids: torch.Tensor) -> torch.Tensor:
-        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
         logits = model.lm_head(hidden[:, :-1])
         return torch.nn.functional.cross_entropy(logits.reshape(-1, VOCABULARY), ids[:, 1:].reshape(-1))
 
@@ -196,10 +221,9 @@ def train(work: Path, steps: int, seed: int, compiled: bool) -> None:
                 print(step + 1, round(total, 4), flush=True)
 
 
-def save(work: Path, folder: Path) -> None:
+def save(work: Path, model: PreTrainedModel, folder: Path) -> None:
     """Write the last checkpoint as a bf16 checkpoint of transformers, with its tokenizer and its card."""
     state = torch.load(work / "checkpoint.pt", weights_only=True)
-    model = build_model(seed=0)
     model.load_state_dict(state["model"])
     model.generation_config.max_length = CONTEXT
     model.to(torch.bfloat16).save_pretrained(folder)
@@ -277,15 +301,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000, help=f"optimiser steps of {BATCH * CONTEXT} tokens")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compile", action="store_true", help="use torch.compile (needs a C++ compiler; about 10%% faster)")
-    parser.add_argument("--save", action="store_true", help="write assets/demo-lm from the last checkpoint instead of training")
+    parser.add_argument("--architecture", choices=ARCHITECTURES, default="llama")
+    parser.add_argument("--save", action="store_true", help="write --out from the last checkpoint instead of training")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "demo-lm", help="folder that --save writes")
     arguments = parser.parse_args()
+    model = build_model(arguments.architecture, arguments.seed)
     if arguments.save:
-        save(arguments.work, Path(__file__).resolve().parent / "demo-lm")
+        save(arguments.work, model, arguments.out)
         return
     arguments.work.mkdir(parents=True, exist_ok=True)
     if not (arguments.work / "tokens.npy").exists():
         prepare(arguments.work, arguments.seed)
-    train(arguments.work, arguments.steps, arguments.seed, arguments.compile)
+    train(arguments.work, model, steps=arguments.steps, seed=arguments.seed, compiled=arguments.compile)
 
 
 if __name__ == "__main__":
