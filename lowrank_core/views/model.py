@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import pandas as pd
 import psutil
@@ -16,7 +16,7 @@ from lowrank_core.views.records import build
 __all__ = ["MemoryEstimate", "ModelFacts", "memory_estimate", "model_facts", "module_table"]
 
 _FLOAT32, _FLOAT64 = 4, 8  # bytes
-_MOMENTS = 4  # pooled and sample moment, the group in hand and one temporary, as the worker checks it
+_MOMENTS = 5  # group, total, pool, and two on the way out, as the worker checks it
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _facts(body: JsonMapping) -> ModelFacts:
         ModelFacts,
         body,
         "model.json",
-        matrices=tuple(MatrixShape(layer.name, layer.kind, layer.depth, layer.d_out, layer.d_in, layer.bias) for layer in layers),
+        matrices=tuple(MatrixShape(**asdict(layer)) for layer in layers),
         input_widths={layer.input_group: layer.d_in for layer in layers},
     )
 
@@ -118,7 +118,10 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """What a calibration takes, roughly: weights in float32 and the moments of every distinct input in float64."""
+    """What a calibration takes, roughly: weights in float32 and the moments of one block's inputs in float64.
+
+    Finished blocks and hidden states are on disk.
+    """
 
     model_bytes: int
     statistics_bytes: int
@@ -134,6 +137,6 @@ class MemoryEstimate:
 
 
 def memory_estimate(facts: ModelFacts) -> MemoryEstimate:
-    """Return Σ d_in² · 8 bytes · 4 over the distinct inputs, beside the weights in float32."""
-    statistics = sum(width**2 for width in facts.input_widths.values()) * _FLOAT64 * _MOMENTS
+    """Return Σ d_in² · 8 bytes · 5 over the distinct inputs of one block (blocks taken as alike), beside the weights in float32."""
+    statistics = sum(width**2 for width in facts.input_widths.values()) * _FLOAT64 * _MOMENTS // max(1, facts.blocks)
     return MemoryEstimate(facts.parameters * _FLOAT32, statistics, int(psutil.virtual_memory().available))
