@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.accounting import MatrixShape
+from lowrank_core.accounting import INDEX_BYTES, MatrixShape
 from lowrank_core.errors import ModelError
-from lowrank_core.models.lowrank_linear import LowRankLinear
+from lowrank_core.models.compressed import CompressedModule, PivotIndex
 
-__all__ = ["LayerSpec", "ModelHandle", "bias_of", "describe", "find_layers", "positions_of", "weight_of"]
+__all__ = ["LayerSpec", "ModelHandle", "bias_of", "blocks_of", "describe", "find_layers", "positions_of", "weight_of"]
 
 _INCIDENTAL = frozenset({"_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version"})
 """Entries of a model's config that say where it comes from, not what it computes."""
@@ -51,11 +51,14 @@ class LayerSpec:
     """A compressible layer: its matrix, and the layer that stands for everyone who reads the same input."""
 
     shape: MatrixShape
-    input_group: str
 
     @property
     def name(self) -> str:
         return self.shape.name
+
+    @property
+    def input_group(self) -> str:
+        return self.shape.input_group
 
 
 @dataclass(frozen=True)
@@ -97,18 +100,24 @@ class ModelHandle:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model, tied ones once."""
-        return sum(p.numel() for p in self.module.parameters())
+        """Parameters of the whole model, tied ones once, and the indices of pivoted layers, which are stored too."""
+        counts: list[int] = [p.numel() for p in self.module.parameters()]
+        return sum(counts) + self._indices
 
     @property
     def linear_parameters(self) -> int:
         """Parameters of the blocks' linear maps, dense and low-rank: what ``compression ratio`` counts."""
-        return sum(p.numel() for _, _, linear in _linears(self.module) for p in linear.parameters())
+        return sum(p.numel() for _, _, linear in _linears(self.module) for p in linear.parameters()) + self._indices
+
+    @property
+    def _indices(self) -> int:
+        counts: list[int] = [child.pivots.numel() for child in self.module.modules() if isinstance(child, PivotIndex)]
+        return sum(counts)
 
     @property
     def bytes(self) -> int:
-        """Bytes of the weights as they are stored on disk."""
-        return self.parameters * self.stored_dtype.itemsize
+        """Bytes of the weights and indices as they are stored on disk."""
+        return (self.parameters - self._indices) * self.stored_dtype.itemsize + self._indices * INDEX_BYTES
 
     @property
     def max_context(self) -> int | None:
@@ -140,7 +149,7 @@ class ModelHandle:
             )
 
 
-def _blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
+def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the longest list of blocks: the decoder's layers."""
     lists = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
     if not lists:
@@ -151,9 +160,9 @@ def _blocks(module: nn.Module) -> tuple[str, nn.ModuleList]:
 def _linears(module: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
     """Yield (depth, path within the block, module) of each linear map in the blocks, dense or low-rank, untied."""
     uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
-    for depth, block in enumerate(_blocks(module)[1]):
+    for depth, block in enumerate(blocks_of(module)[1]):
         for path, child in block.named_modules():
-            if isinstance(child, nn.Linear | Conv1D | LowRankLinear) and all(uses[id(p)] == 1 for p in child.parameters()):
+            if isinstance(child, nn.Linear | Conv1D | CompressedModule) and all(uses[id(p)] == 1 for p in child.parameters()):
                 yield depth, path, child
 
 
@@ -176,8 +185,8 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
     Raises:
         ModelError: no compressible layer is left.
     """
-    prefix, _ = _blocks(module)
-    found = [(depth, path, child) for depth, path, child in _linears(module) if not isinstance(child, LowRankLinear)]
+    prefix, _ = blocks_of(module)
+    found = [(depth, path, child) for depth, path, child in _linears(module) if not isinstance(child, CompressedModule)]
     readers = _input_readers(module, [child for _, _, child in found])
     paths: dict[int, list[str]] = {}
     for depth, path, _ in found:
@@ -190,8 +199,7 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
         name = f"{prefix}.{depth}.{path}"
         group = groups.setdefault(readers[id(child)], name)
         d_out, d_in = weight_of(child).shape
-        shape = MatrixShape(name, _kind(path, paths[depth]), depth, d_out, d_in, bias_of(child) is not None)
-        layers.append(LayerSpec(shape, group))
+        layers.append(LayerSpec(MatrixShape(name, _kind(path, paths[depth]), depth, d_out, d_in, bias_of(child) is not None, group)))
     return tuple(layers)
 
 
@@ -227,7 +235,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "bytes": handle.bytes,
         "vocabulary": int(config.vocab_size),
         "max_context": handle.max_context,
-        "blocks": len(_blocks(handle.module)[1]),
+        "blocks": len(blocks_of(handle.module)[1]),
         "hidden": int(config.hidden_size),
         "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
         "layers": [

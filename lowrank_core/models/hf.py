@@ -1,23 +1,27 @@
 """The compressed format as transformers sees it: after ``import lowrank_core.models``, ``from_pretrained`` reads it.
 
 A compressed checkpoint is a usual one whose ``config.json`` says, under ``quantization_config``, which linear layers
-were replaced and at which rank. transformers calls the quantizer below to swap them before it loads the weights.
+were replaced, in which form and at which rank. transformers calls the quantizer below to swap them before it loads the
+weights, and to check what it loaded. Nothing in the file is trusted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_core.errors import ModelError
-from lowrank_core.models.handle import bias_of, weight_of
-from lowrank_core.models.lowrank_linear import LowRankLinear
+from lowrank_core.models.compressed import CompressedModule, Entry
+from lowrank_core.models.handle import weight_of
+from lowrank_core.models.storage import FORMS
 
 __all__ = ["METHOD", "LowRankQuantizationConfig", "LowRankQuantizer", "mark_compressed", "replace_module"]
 
@@ -26,33 +30,46 @@ METHOD = "lowrank"
 
 @register_quantization_config(METHOD)
 class LowRankQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """Layer name -> ``{"rank": r, "bias": has one}`` for each replaced layer, and how they came about (free text)."""
+    """Layer name -> the ``spec`` of the module that replaces it, and how they came about (free text).
 
-    def __init__(self, layers: Mapping[str, Mapping[str, Any]], provenance: Mapping[str, Any] | None = None, **unused: Any) -> None:
+    Raises:
+        ModelError: the layers are no mapping of names to mappings.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, Mapping[str, Any]] | None = None, provenance: Mapping[str, Any] | None = None, **unused: Any
+    ) -> None:
+        if not isinstance(layers, Mapping) or not all(isinstance(entry, Mapping) for entry in layers.values()):
+            raise ModelError("model: config.json doesn't say which layers are compressed. Export the model again.")
         self.quant_method = METHOD
         self.layers = {name: dict(entry) for name, entry in layers.items()}
-        self.provenance = dict(provenance or {})
+        self.provenance = dict(provenance) if isinstance(provenance, Mapping) else {}
 
 
 @register_quantizer(METHOD)
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps linear layers for ``LowRankLinear`` before the weights are read; nothing is quantised."""
+    """Swaps linear layers for compressed ones before the weights are read; nothing is quantised."""
 
     requires_calibration = True  # only checkpoints that are compressed already
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name, entry in self.quantization_config.layers.items():
-            try:
-                old = model.get_submodule(name)
-                d_out, d_in = weight_of(old).shape
-            except AttributeError as error:
-                raise ModelError(f"model: config.json names the compressed layer {name!r}, which this architecture has not.") from error
-            rank, bias = entry.get("rank"), entry.get("bias")
-            if type(rank) is not int or type(bias) is not bool or not 1 <= rank <= min(d_out, d_in):
-                raise ModelError(f"model: config.json gives the compressed layer {name!r} no valid rank and bias. Export the model again.")
+        layers: dict[str, dict[str, Any]] = self.quantization_config.layers
+        shapes = {name: _dense_shape(model, name) for name in layers}
+        stack_rows: Counter[str] = Counter()
+        for name, (rows, _columns) in shapes.items():
+            stack_rows[str(layers[name].get("source", name))] += rows
+        made: dict[str, CompressedModule] = {}
+        for name in sorted(layers, key=lambda name: "source" in layers[name]):  # leaders first
+            entry = Entry(name, layers[name], stack_rows[str(layers[name].get("source", name))])
             with torch.device("meta"):
-                new = LowRankLinear(d_in, d_out, rank, bias=bias)
-            replace_module(model, name, new)
+                made[name] = FORMS[_form_of(entry)].from_spec(entry, shapes[name], _leader_of(entry, layers, made))
+        for name, module in made.items():
+            replace_module(model, name, module)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name, module in _compressed(model):
+            module.settle(name)
         return model
 
     @property
@@ -70,12 +87,48 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 
 
 def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> None:
-    """Write into the model's config which of its layers are low-rank, so that ``save_pretrained`` keeps it."""
-    layers = {
-        name: {"rank": child.rank, "bias": bias_of(child) is not None}
-        for name, child in model.named_modules()
-        if isinstance(child, LowRankLinear)
-    }
-    config = LowRankQuantizationConfig(layers, provenance)
+    """Write into the model's config which of its layers are compressed, and how, so that ``save_pretrained`` keeps it.
+
+    Raises:
+        ModelError: a layer belongs to a stack whose leader is not part of the model.
+    """
+    names = {child: name for name, child in model.named_modules()}
+    config = LowRankQuantizationConfig({name: child.spec(names) for name, child in _compressed(model)}, provenance)
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)
+
+
+def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedModule]]:
+    for name, child in model.named_modules():
+        if isinstance(child, CompressedModule):
+            yield name, child
+
+
+def _dense_shape(model: nn.Module, name: str) -> tuple[int, int]:
+    """Return (d_out, d_in) of the linear layer that the architecture has at ``name``."""
+    try:
+        old = model.get_submodule(name)
+    except AttributeError as error:
+        raise ModelError(f"model: config.json names the compressed layer {name!r}, which this architecture has not.") from error
+    if not isinstance(old, nn.Linear | Conv1D):
+        raise ModelError(f"model: config.json names the compressed layer {name!r}, which is no linear layer of this architecture.")
+    d_out, d_in = weight_of(old).shape
+    return d_out, d_in
+
+
+def _form_of(entry: Entry) -> str:
+    form = entry.text("form", "factored")  # the only one of the first exports, which don't say it
+    if form is None or form not in FORMS:
+        entry.refuse("form", f"{form!r}; this version knows {', '.join(FORMS)}")
+    return form
+
+
+def _leader_of(entry: Entry, layers: Mapping[str, Mapping[str, Any]], made: Mapping[str, CompressedModule]) -> CompressedModule | None:
+    source = entry.text("source")
+    if source is None:
+        return None
+    if source not in layers:
+        entry.refuse("source", f"{source!r} is not compressed")
+    if "source" in layers[source]:
+        entry.refuse("source", f"{source!r} has a source itself")
+    return made[source]

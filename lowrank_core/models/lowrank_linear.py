@@ -2,47 +2,60 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import ClassVar, cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowrank_core.models.compressed import CompressedModule, Entry, parameter_like
+from lowrank_core.models.stacking import StackedLinear
+
 __all__ = ["LowRankLinear"]
 
 
-class LowRankLinear(nn.Module):
+class LowRankLinear(StackedLinear):
     """y = up (down x) + bias, with ``down`` (rank, in_features) and ``up`` (out_features, rank).
 
     It behaves as ``nn.Linear`` does: device moves, dtype casts, state_dict, autograd, any leading batch shape.
+    In a stack, followers have no ``down``: they read that of their leader.
     """
 
-    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        self.down = nn.Parameter(torch.empty(rank, in_features))
+    form: ClassVar[str] = "factored"
+
+    def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, leader: LowRankLinear | None = None) -> None:
+        super().__init__(in_features, out_features, rank, bias=bias, leader=leader)
         self.up = nn.Parameter(torch.empty(out_features, rank))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     @classmethod
-    def from_factors(cls, up: Tensor, down: Tensor, bias: Tensor | None, *, like: Tensor) -> LowRankLinear:
-        """Return a layer that holds the factors in the dtype and on the device of ``like``."""
+    def from_factors(
+        cls, up: Tensor, down: Tensor, bias: Tensor | None, *, like: Tensor, leader: LowRankLinear | None = None
+    ) -> LowRankLinear:
+        """Return a layer that holds the factors in the dtype and on the device of ``like``; with a leader, ``down`` is the leader's."""
         with torch.device("meta"):
-            layer = cls(down.shape[1], up.shape[0], down.shape[0], bias=bias is not None)
-        for name, value in (("up", up), ("down", down), ("bias", bias)):
-            if value is not None:
-                parameter = nn.Parameter(value.to(device=like.device, dtype=like.dtype).contiguous(), requires_grad=like.requires_grad)
-                setattr(layer, name, parameter)
+            layer = cls(down.shape[1], up.shape[0], down.shape[0], bias=bias is not None, leader=leader)
+        layer.up = parameter_like(up, like)
+        layer.down = parameter_like(down, like) if leader is None else None
+        layer.bias = None if bias is None else parameter_like(bias, like)
         return layer
+
+    @classmethod
+    def stack(cls, ups: Sequence[Tensor], down: Tensor, biases: Sequence[Tensor | None], likes: Sequence[Tensor]) -> list[LowRankLinear]:
+        """Return the members of a stack, the leader first; ``ups`` (m_i, r) share ``down`` (r, n)."""
+        layers: list[LowRankLinear] = []
+        for up, bias, like in zip(ups, biases, likes, strict=True):
+            layers.append(cls.from_factors(up, down, bias, like=like, leader=layers[0] if layers else None))
+        return layers
+
+    @classmethod
+    def from_spec(cls, entry: Entry, shape: tuple[int, int], leader: CompressedModule | None) -> LowRankLinear:
+        rank = cls._rank_of(entry, shape, leader)
+        return cls(shape[1], shape[0], rank, bias=entry.flag("bias"), leader=cast(LowRankLinear | None, leader))
 
     @property
     def weight(self) -> Tensor:
-        """The (out_features, in_features) matrix that the factors stand for; made anew each time, so changing it changes nothing.
-
-        transformers reads (and, before weights are loaded, initialises) ``weight`` of layers that it knows by name.
-        """
-        return self.up @ self.down
+        return self.up @ self.shared_down
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(functional.linear(input, self.down), self.up, self.bias)
-
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
+        return functional.linear(self._project(input), self.up, self.bias)
