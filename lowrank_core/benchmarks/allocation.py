@@ -1,4 +1,4 @@
-"""Benchmarks behind the README's tables: the same code that users run, and every number measured."""
+"""Allocations of the paper's basis side by side: uniform, fixed by hand, and what a search finds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lowrank_core.allocation import allocation_from_ranks
-from lowrank_core.compression import compress
 from lowrank_core.config import ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.evaluation import EvaluationReport, evaluate
 from lowrank_core.runs import Run, create_run
@@ -18,7 +17,7 @@ from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench
 from lowrank_core.search.worker import run_worker
 
-__all__ = ["AllocationRow", "allocation_table", "as_markdown"]
+__all__ = ["AllocationRow", "allocation_table"]
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,9 @@ def _measured(run: Run, session: Session, bench: TrialBench, ratio: float, seed:
     assert best is not None
     chosen = {trial.label: trial for trial in trials if trial.label != "sampled"} | {"search's best": best}
     for label, trial in chosen.items():
-        allocation = allocation_from_ranks(label, bench.space.matrices, trial.ranks)
-        report = evaluate(compress(session.handle, bench.bases, allocation).handle, session.windows.test, against=session.handle)
+        allocation = allocation_from_ranks(label, bench.space.units, trial.ranks)
+        model = bench.decomposed.compress(allocation, session.windows.calibration)
+        report = evaluate(model.handle, session.windows.test, against=session.handle)
         yield _row(report, ratio=ratio, seed=seed, allocation=label, parameters=allocation.parameters, value=trial.value or 0.0)
 
 

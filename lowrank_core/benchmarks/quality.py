@@ -1,0 +1,180 @@
+"""Every recipe on one calibration, at equal parameters: what is left of the model's predictions on test text."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from lowrank_core.bases import basis_named
+from lowrank_core.calibration import LayerStatistics, cached_statistics
+from lowrank_core.compression import CompressedModel
+from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.errors import LowRankError
+from lowrank_core.evaluation import evaluate
+from lowrank_core.gradients import cached_gradients
+from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.presets import PRESETS, VARIANTS, Preset
+from lowrank_core.recipe import decompose
+from lowrank_core.runs import create_run, home
+from lowrank_core.search.records import best_trial, read_trials
+from lowrank_core.search.requests import chosen_model
+from lowrank_core.search.worker import run_worker
+from lowrank_core.text import TokenWindows, load_text
+
+__all__ = ["QualityRow", "as_markdown", "quality_table"]
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One recipe at one ratio, measured on test text; intervals are of 95 %, bootstrap over windows, paired for the difference.
+
+    Attributes:
+        compression_ratio: asked for; removed: as counted in the built model, indices and biases included.
+        seconds: from the decompositions to the compressed model, those shared by all ratios included; calibration left out.
+        error: why it could not be made at this ratio; the figures are then None.
+    """
+
+    recipe: str
+    label: str
+    reference: str
+    compression_ratio: float
+    removed: float | None = None
+    parameters: int | None = None
+    perplexity: float | None = None
+    dense_perplexity: float | None = None
+    difference_interval: tuple[float, float] | None = None
+    kl: float | None = None
+    kl_interval: tuple[float, float] | None = None
+    top1_agreement: float | None = None
+    seconds: float | None = None
+    protocol: str = ""
+    error: str = ""
+
+    def to_mapping(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Table:
+    handle: ModelHandle
+    windows: TokenWindows
+    statistics: LayerStatistics
+
+    def rows(self, preset: Preset, ratios: Sequence[float]) -> Iterator[QualityRow]:
+        """Decompose once, and yield a row for each ratio."""
+        began = time.perf_counter()
+        decomposed = decompose(self.handle, self.statistics, preset.compression)
+        shared = time.perf_counter() - began
+        for ratio in ratios:
+            began = time.perf_counter()
+            try:
+                model = decomposed.compress(decomposed.allocate(preset.allocation, ratio), self.windows.calibration)
+            except LowRankError as error:
+                yield replace(_named(preset, ratio), error=str(error))
+                continue
+            yield self.measured(_named(preset, ratio), model, shared + time.perf_counter() - began)
+
+    def measured(self, row: QualityRow, model: CompressedModel, seconds: float) -> QualityRow:
+        try:
+            report = evaluate(model.handle, self.windows.test, against=self.handle)
+        except LowRankError as error:
+            return replace(row, removed=model.report.compression_ratio, error=str(error))
+        return replace(
+            row,
+            removed=model.report.compression_ratio,
+            parameters=model.report.linear_parameters_after,
+            perplexity=report.perplexity,
+            dense_perplexity=report.dense_perplexity,
+            difference_interval=report.perplexity_difference_interval,
+            kl=report.kl,
+            kl_interval=report.kl_interval,
+            top1_agreement=report.top1_agreement,
+            seconds=seconds,
+            protocol=report.protocol,
+        )
+
+
+def _named(preset: Preset, ratio: float) -> QualityRow:
+    return QualityRow(preset.name, preset.label, preset.reference, ratio)
+
+
+def quality_table(
+    source: ModelSource, text: TextConfig, ratios: Sequence[float], *, variants: bool = False, search: bool = False
+) -> list[QualityRow]:
+    """Compress by every preset at every ratio, and measure on test text.
+
+    Args:
+        variants: also our default with one of its parts left out or changed.
+        search: also the paper's search, as published, at each ratio.
+
+    Raises:
+        LowRankError: model or text can't be used.
+    """
+    handle = load_model(source)
+    handle.check_context(text.context)
+    windows = load_text(text, handle.tokenizer)
+    recipes = [*PRESETS.values(), *(VARIANTS.values() if variants else ())]
+    store, config = home() / "statistics", CalibrationConfig()
+    statistics, _ = cached_statistics(handle, windows.calibration, config, store)
+    if any(basis_named(recipe.compression.basis).needs_gradients for recipe in recipes):
+        statistics = statistics.with_outputs(cached_gradients(handle, windows.calibration, config, store))
+    table = _Table(handle, windows, statistics)
+    rows: list[QualityRow] = []
+    for recipe in recipes:
+        rows += table.rows(recipe, ratios)
+        print(f"{recipe.label}: done", file=sys.stderr, flush=True)
+    if search:
+        rows += [_searched(table, source, text, ratio) for ratio in ratios]
+    return rows
+
+
+def _searched(table: _Table, source: ModelSource, text: TextConfig, ratio: float) -> QualityRow:
+    preset = PRESETS["bolaco"]
+    given: Mapping[str, object] = preset.search
+    config = replace(SearchConfig(), compression_ratio=ratio, compression=preset.compression, **given)  # type: ignore[arg-type]
+    row = QualityRow("bolaco search", f"Bolaco, its search ({config.trials} trials)", preset.reference, ratio)
+    began = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = create_run(RunConfig(source, text, search=config), path=Path(folder) / "run")
+            session, bench = run_worker(run, verbose=False)
+            best = best_trial(read_trials(run))
+            if bench is None or best is None:
+                return replace(row, error="no trial met the budget")
+            _, model = chosen_model(run, session, bench, best.number)
+    except LowRankError as error:
+        return replace(row, error=str(error))
+    print(f"{row.label} at {ratio}: done", file=sys.stderr, flush=True)
+    return table.measured(row, model, time.perf_counter() - began)
+
+
+def as_markdown(rows: Sequence[QualityRow]) -> str:
+    """Return the rows as a Markdown table, by ratio and then by KL, the protocol under it."""
+    lines = [
+        "| removed | recipe | parameters | test perplexity | above dense (95 % interval) | KL to dense (95 % interval) | top-1 | s |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [_line(row) for row in sorted(rows, key=lambda row: (row.compression_ratio, row.kl is None, row.kl or 0.0))]
+    protocols = sorted(
+        {f"Dense perplexity {row.dense_perplexity:.3f}; {row.protocol}." for row in rows if row.dense_perplexity is not None}
+    )
+    return "\n".join([*lines, "", *protocols])
+
+
+def _line(row: QualityRow) -> str:
+    head = f"| {row.compression_ratio:.0%} | {row.label} |"
+    if row.error:
+        return f"{head} – | {row.error} | | | | |"
+    assert row.difference_interval is not None
+    assert row.kl_interval is not None
+    perplexity, dense, kl = row.perplexity or math.nan, row.dense_perplexity or math.nan, row.kl or 0.0
+    low, high = row.difference_interval
+    return (
+        f"{head} {row.parameters:,} | {perplexity:.3f} | {perplexity - dense:+.3f} ({low:+.3f} to {high:+.3f}) "
+        f"| {kl:.4f} ({row.kl_interval[0]:.4f} to {row.kl_interval[1]:.4f}) | {row.top1_agreement or 0.0:.1%} | {row.seconds or 0.0:.0f} |"
+    )
