@@ -1,32 +1,61 @@
 """Exact integer counts of parameters, bytes and FLOPs; nothing here knows torch.
 
-Notation (as in ARCHITECTURE: y = W x + b, W of shape d_out x d_in)::
+Notation (as in ARCHITECTURE: y = W x + b, W of shape d_out x d_in; M = Σ d_out over the members of a stack, n = d_in)::
 
-    dense        d_out·d_in (+ d_out with a bias)
-    factored     r·(d_out + d_in) (+ d_out with a bias)
-    break-even   the largest r at which the factors still cost less than W
+    dense        M·n                                                  (+ biases)
+    factored     r·(M + n)                                            (+ biases)
+    pivoted      r·(M + n - r), and r row indices                     (+ biases)
+    per head     groups·r·(n - r) + heads·r·d_out, and groups·r indices (+ biases)
+    break-even   the largest r at which a form still costs less than the dense matrices
 
-``compression ratio`` always means the fraction of parameters *removed*, in [0, 1).
+``compression ratio`` always means the fraction of parameters *removed*, in [0, 1). Index tables count as parameters.
 """
 
 from __future__ import annotations
 
+import bisect
 import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from types import MappingProxyType
 
-from lowrank_core.errors import BudgetError, RankError
+from lowrank_core.errors import BudgetError, ConfigError, RankError
 
-__all__ = ["STORAGES", "MatrixShape", "allocated_parameters", "budget_for_ratio", "compression_ratio", "rank_for_ratio"]
+__all__ = [
+    "INDEX_BYTES",
+    "STORAGES",
+    "HeadUnit",
+    "MatrixShape",
+    "Unit",
+    "allocated_parameters",
+    "budget_for_ratio",
+    "compression_ratio",
+    "dense_parameters",
+    "member_ranks",
+]
 
-STORAGES = ("factored",)
 FLOAT_SLACK = 1e-6
 """Parameters; absorbs the rounding of ``(1 - ratio) * count``, so that a ratio like 0.3 costs no whole rank."""
+
+INDEX_BYTES = 4
+"""An index is stored as a 32-bit integer, whatever the dtype of the weights."""
+
+Ranks = Mapping[str, int | None]
+
+STORAGES: Mapping[str, Callable[[int, int, int], tuple[int, int]]] = MappingProxyType(
+    {
+        "factored": lambda rank, rows, columns: (rank * (rows + columns), 0),
+        "pivoted": lambda rank, rows, columns: (rank * (rows + columns - rank), rank),
+    }
+)
+"""Name -> (rank, M, n) -> (weights, indices) that are stored, biases left out."""
 
 
 @dataclass(frozen=True, order=True)
 class MatrixShape:
-    """A compressible linear map, seen as a price list: what each rank costs in parameters.
+    """A compressible linear map.
 
     Attributes:
         name: dotted path of the module in the model.
@@ -35,7 +64,7 @@ class MatrixShape:
         d_out: output width (rows of W).
         d_in: input width (columns of W).
         bias: whether the dense module has one.
-        adds_bias: whether the factored module has one all the same (a centred basis adds it; it is counted).
+        input_group: the layer that stands for all those that read the same input; empty where only this one does.
     """
 
     name: str
@@ -44,21 +73,11 @@ class MatrixShape:
     d_out: int
     d_in: int
     bias: bool = False
-    adds_bias: bool = False
+    input_group: str = ""
 
     @property
     def dense_parameters(self) -> int:
         return self.d_out * self.d_in + self.d_out * self.bias
-
-    @property
-    def rank_step(self) -> int:
-        """Parameters that one more rank costs."""
-        return self.d_out + self.d_in
-
-    @property
-    def fixed_parameters(self) -> int:
-        """Parameters of the factored form that do not depend on the rank: its bias."""
-        return self.d_out * (self.bias or self.adds_bias)
 
     @property
     def max_rank(self) -> int:
@@ -66,55 +85,167 @@ class MatrixShape:
 
     @property
     def break_even_rank(self) -> int:
-        """The largest rank whose factors cost less than the dense matrix; 0 if none does."""
-        affordable = (self.dense_parameters - self.fixed_parameters - 1) // self.rank_step
-        return max(0, min(self.max_rank, affordable))
+        """The largest rank at which two plain factors cost less than the matrix; 0 if there is none."""
+        return Unit((self,)).break_even_rank
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Matrices that share one rank, and what each rank costs: a single matrix, or a stack that shares its input directions.
+
+    Attributes:
+        members: the matrices, with one input width.
+        storage: name in ``STORAGES``.
+        adds_bias: whether a compressed member has a bias even where the dense one has none (a centred basis; it is counted).
+    """
+
+    members: tuple[MatrixShape, ...]
+    storage: str = "factored"
+    adds_bias: bool = False
+
+    @property
+    def name(self) -> str:
+        """Names of the members, joined by ``+``."""
+        return "+".join(member.name for member in self.members)
+
+    @property
+    def kind(self) -> str:
+        return "+".join(dict.fromkeys(member.kind for member in self.members))
+
+    @property
+    def depth(self) -> int:
+        return self.members[0].depth
+
+    @property
+    def d_out(self) -> int:
+        """Rows of all members, M."""
+        return sum(member.d_out for member in self.members)
+
+    @property
+    def d_in(self) -> int:
+        return self.members[0].d_in
+
+    @cached_property
+    def dense_parameters(self) -> int:
+        return sum(member.dense_parameters for member in self.members)
+
+    @property
+    def max_rank(self) -> int:
+        return min(self.d_out, self.d_in)
+
+    @property
+    def bias_parameters(self) -> int:
+        """Parameters of the compressed form that do not depend on the rank."""
+        return sum(member.d_out for member in self.members if member.bias or self.adds_bias)
+
+    def stored(self, rank: int) -> tuple[int, int]:
+        """Return how many weights and how many indices are stored at ``rank``, biases left out."""
+        return STORAGES[self.storage](rank, self.d_out, self.d_in)
+
+    @cached_property
+    def break_even_rank(self) -> int:
+        """The largest rank that costs less than the dense members; 0 if none does."""
+        return bisect.bisect_left(range(1, self.max_rank + 1), self.dense_parameters, key=self._price)
+
+    def _price(self, rank: int) -> int:
+        return sum(self.stored(rank)) + self.bias_parameters
 
     def parameters(self, rank: int | None) -> int:
-        """Return the parameters stored at ``rank``; None stands for the dense matrix.
+        """Return what is stored at ``rank``: weights, biases and indices; None stands for the dense matrices.
 
         Raises:
-            RankError: rank outside [1, min(d_out, d_in)].
+            RankError: rank outside [1, max_rank].
         """
         if rank is None:
             return self.dense_parameters
         if not 1 <= rank <= self.max_rank:
             raise RankError(f"{self.name}: rank must be in [1, {self.max_rank}], got {rank}. Lower it, or leave the layer dense (null).")
-        return rank * self.rank_step + self.fixed_parameters
+        return self._price(rank)
 
     def rank_for_parameters(self, parameters: float) -> int | None:
         """Return the largest rank that costs at most ``parameters``, at least 1; None where dense fits, too."""
         if parameters >= self.dense_parameters or self.break_even_rank == 0:
             return None
-        rank = math.floor((parameters - self.fixed_parameters + FLOAT_SLACK) / self.rank_step)
-        return max(1, min(rank, self.break_even_rank))
+        affordable = bisect.bisect_right(range(1, self.break_even_rank + 1), parameters + FLOAT_SLACK, key=self._price)
+        return max(1, affordable)
+
+    def bytes(self, rank: int | None, itemsize: int) -> int:
+        """Return bytes at ``rank``, given those of one weight."""
+        indices = 0 if rank is None else self.stored(rank)[1]
+        return (self.parameters(rank) - indices) * itemsize + indices * INDEX_BYTES
 
     def flops_per_token(self, rank: int | None) -> int:
-        """Return multiply-adds counted as two operations, biases left out."""
-        return 2 * (self.d_out * self.d_in if rank is None else rank * self.rank_step)
+        """Return multiply-adds counted as two operations, biases left out; the shared factor of a stack is applied once."""
+        if rank is None:
+            return 2 * sum(member.d_out * member.d_in for member in self.members)
+        return 2 * self.stored(rank)[0]
 
 
-def rank_for_ratio(d_out: int, d_in: int, compression_ratio: float) -> int:
-    """Return the largest rank whose two factors fit the kept parameters (0 if not even one does)."""
-    kept = math.floor((1 - compression_ratio) * d_out * d_in + FLOAT_SLACK)
-    return kept // (d_out + d_in)
+@dataclass(frozen=True)
+class HeadUnit(Unit):
+    """A value and an output projection, each head's value reduced to ``rank`` dimensions; ``members`` is (value, output).
+
+    Attributes:
+        heads: query heads; groups: key/value heads; head_dim: dimensions of each.
+    """
+
+    heads: int = 1
+    groups: int = 1
+    head_dim: int = 1
+
+    @property
+    def max_rank(self) -> int:
+        return self.head_dim
+
+    def stored(self, rank: int) -> tuple[int, int]:
+        value, output = self.members
+        return self.groups * rank * (value.d_in - rank) + self.heads * rank * output.d_out, self.groups * rank
+
+    @property
+    def bias_parameters(self) -> int:
+        output = self.members[1]
+        return output.d_out * (output.bias or self.adds_bias)
+
+    def _price(self, rank: int) -> int:
+        return super()._price(rank) + self.groups * rank * self.members[0].bias
 
 
-def budget_for_ratio(matrices: Iterable[MatrixShape], compression_ratio: float) -> int:
-    """Return the integer count of parameters allowed to ``matrices`` together.
+def dense_parameters(units: Iterable[Unit]) -> int:
+    """Return the parameters of all matrices in ``units``, each counted once, although units may be alternatives of each other."""
+    return sum(member.dense_parameters for member in {member.name: member for unit in units for member in unit.members}.values())
+
+
+def budget_for_ratio(units: Iterable[Unit], compression_ratio: float) -> int:
+    """Return the integer count of parameters allowed to the matrices of ``units`` together.
 
     Raises:
         BudgetError: the ratio is outside [0, 1).
     """
     if not 0 <= compression_ratio < 1:
         raise BudgetError(f"compression ratio must be in [0, 1), got {compression_ratio:g}.")
-    dense = sum(matrix.dense_parameters for matrix in matrices)
-    return math.floor((1 - compression_ratio) * dense + FLOAT_SLACK)
+    return math.floor((1 - compression_ratio) * dense_parameters(units) + FLOAT_SLACK)
 
 
-def allocated_parameters(matrices: Iterable[MatrixShape], ranks: Mapping[str, int | None]) -> int:
-    """Return the parameters of ``matrices`` stored at ``ranks`` (a missing name is dense)."""
-    return sum(matrix.parameters(ranks.get(matrix.name)) for matrix in matrices)
+def allocated_parameters(units: Sequence[Unit], ranks: Ranks) -> int:
+    """Return the parameters of the matrices of ``units`` stored at ``ranks``; what no rank covers is dense.
+
+    Raises:
+        ConfigError: two units of ``ranks`` hold the same matrix.
+        RankError: a rank outside its limits.
+    """
+    chosen = [unit for unit in units if ranks.get(unit.name) is not None]
+    covered = Counter(member.name for unit in chosen for member in unit.members)
+    twice = [name for name, count in covered.items() if count > 1]
+    if twice:
+        raise ConfigError(f"ranks: {twice[0]} is compressed twice, alone and in a stack. Keep one of the two.")
+    members = {member.name: member for unit in units for member in unit.members}
+    dense = sum(member.dense_parameters for name, member in members.items() if name not in covered)
+    return dense + sum(unit.parameters(ranks[unit.name]) for unit in chosen)
+
+
+def member_ranks(ranks: Ranks) -> dict[str, int | None]:
+    """Return rank by matrix: each member of a stack has the rank of its stack."""
+    return {member: rank for name, rank in ranks.items() for member in name.split("+")}
 
 
 def compression_ratio(before: int, after: int) -> float:

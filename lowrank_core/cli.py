@@ -8,11 +8,14 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
 from lowrank_core import __version__
+from lowrank_core.accounting import STORAGES
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.bases import BASES
 from lowrank_core.config import (
     OBJECTIVES,
     SAMPLERS,
@@ -23,11 +26,13 @@ from lowrank_core.config import (
     SearchConfig,
     TextConfig,
 )
-from lowrank_core.errors import Cancelled, LowRankError, NumericalError
+from lowrank_core.errors import Cancelled, ConfigError, LowRankError, NumericalError
+from lowrank_core.presets import DEFAULT_PRESET, PRESETS, Preset, preset_named
 
 __all__ = ["main"]
 
 Result = dict[str, object]
+_SEARCH = SearchConfig()
 _TEXT_HELP = "python-stdlib, file:PATH (.txt, .jsonl, .parquet), wikitext-2, c4, ptb, or NAME:FOLDER for a local copy of those"
 
 
@@ -55,13 +60,14 @@ def _text_options(parser: argparse.ArgumentParser, defaults: TextConfig, windows
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
 
 
-def _compression_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--basis", default="pooled_feature", help="pooled_feature (the paper's) or weight_svd (default: %(default)s)")
-    parser.add_argument("--storage", default="factored", help="how factors are stored (default: %(default)s)")
+def _compression_options(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument("--preset", metavar="P", help=f"a whole recipe: one of {', '.join(PRESETS)} (default: {default})")
+    parser.add_argument("--basis", metavar="B", help=f"one of {', '.join(BASES)}, or around another (shared_input:two_sided)")
+    parser.add_argument("--storage", metavar="S", help=f"how factors are stored: {' or '.join(STORAGES)}")
     parser.add_argument(
         "--compress-value",
-        action="store_true",
-        help="compress the value projections too; the paper keeps them dense, and so does the default",
+        action=argparse.BooleanOptionalAction,
+        help="compress the value projections too; the paper keeps them dense",
     )
 
 
@@ -82,8 +88,8 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(compress)
     _text_options(compress, defaults)
     compress.add_argument("--compression-ratio", type=float, metavar="R", help="fraction of the linears' parameters to remove, in (0, 1)")
-    _compression_options(compress)
-    compress.add_argument("--allocation", default="uniform", help=f"one of {', '.join(ALLOCATORS)} (default: %(default)s)")
+    _compression_options(compress, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
+    compress.add_argument("--allocation", metavar="A", help=f"one of {', '.join(ALLOCATORS)} (default: the preset's, or uniform)")
     compress.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
     compress.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
 
@@ -99,11 +105,11 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--compression-ratio", type=float, required=True, metavar="R", help="fraction of the linears' parameters to remove, in (0, 1)"
     )
-    _compression_options(search)
-    search.add_argument("--space", default="5x1", help=f"one of {', '.join(SPACES)} (default: %(default)s)")
-    search.add_argument("--sampler", default="gp", help=f"one of {', '.join(SAMPLERS)} (default: %(default)s)")
-    search.add_argument("--objective", default="kl", help=f"one of {', '.join(OBJECTIVES)} (default: %(default)s)")
-    search.add_argument("--trials", type=int, default=30, metavar="N", help="trials, baselines included (default: %(default)s)")
+    _compression_options(search, "none: the basis pooled_feature, factored, value projections dense")
+    search.add_argument("--space", help=f"one of {', '.join(SPACES)} (default: {_SEARCH.space})")
+    search.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: {_SEARCH.sampler})")
+    search.add_argument("--objective", help=f"one of {', '.join(OBJECTIVES)} (default: {_SEARCH.objective}, or the preset's)")
+    search.add_argument("--trials", type=int, metavar="N", help=f"trials, baselines included (default: {_SEARCH.trials}, or the preset's)")
     search.add_argument("--run", required=True, type=Path, metavar="DIR", help="new folder for the run")
 
     worker = command("worker", "Do what is left to do in a run: start, resume, answer the dashboard.")
@@ -121,13 +127,33 @@ def _parser() -> argparse.ArgumentParser:
     dashboard = command("dashboard", "Start the dashboard in the browser.")
     dashboard.add_argument("--port", type=int, default=8501, metavar="P", help="port on this machine (default: %(default)s)")
 
-    benchmark = command("benchmark", "Measure the allocations against each other on test text (the README's table).")
-    _model_options(benchmark)
-    _text_options(benchmark, defaults)
-    benchmark.add_argument("--compression-ratio", type=float, nargs="+", default=[0.2, 0.3], metavar="R", help="ratios (default: 0.2 0.3)")
-    benchmark.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
-    benchmark.add_argument("--trials", type=int, default=30, metavar="N", help="trials of each search (default: %(default)s)")
+    _add_benchmarks(command("benchmark", "Measure methods against each other, and what they cost (the README's tables)."), defaults)
     return parser
+
+
+def _add_benchmarks(parser: argparse.ArgumentParser, defaults: TextConfig) -> None:
+    kinds = parser.add_subparsers(dest="benchmark", required=True, metavar="KIND", parser_class=_Parser)
+
+    def kind(name: str, summary: str) -> argparse.ArgumentParser:
+        found = kinds.add_parser(name, help=summary, description=summary)
+        _model_options(found)
+        _text_options(found, defaults)
+        return found
+
+    def ratios(found: argparse.ArgumentParser, *values: float) -> None:
+        words = " ".join(f"{value:g}" for value in values)
+        found.add_argument("--compression-ratio", type=float, nargs="+", default=values, metavar="R", help=f"ratios (default: {words})")
+
+    quality = kind("quality", "Perplexity and KL of every preset on test text, at equal parameters.")
+    ratios(quality, 0.2, 0.4, 0.6)
+    quality.add_argument("--variants", action="store_true", help="also our default with one part left out or changed")
+    quality.add_argument("--search", action="store_true", help="also the paper's search, as published (50 trials for each ratio)")
+    quality.add_argument("--plot", type=Path, metavar="FILE", help="write the figure as a self-contained HTML file")
+    kind("speed", "Time ratios: calibration and a trial against forward passes, factored and pivoted layers against dense ones.")
+    allocation = kind("allocation", "The paper's basis with uniform, fixed and searched ranks on test text.")
+    ratios(allocation, 0.2, 0.3)
+    allocation.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
+    allocation.add_argument("--trials", type=int, default=30, metavar="N", help="trials of each search (default: %(default)s)")
 
 
 def _source(arguments: argparse.Namespace) -> ModelSource:
@@ -161,33 +187,59 @@ def _handlers() -> dict[str, Callable[[argparse.Namespace], Result]]:
         "search": lambda a: commands.search_in(_source(a), _text(a), _search_config(a), a.run),
         "worker": lambda a: commands.work(a.run, a.warm, keep_paused=a.keep_paused),
         "export": lambda a: commands.export_from(a.run, a.trial, a.out),
-        "benchmark": lambda a: commands.benchmark(_source(a), _text(a), a.compression_ratio, seeds=a.seeds, trials=a.trials),
+        "benchmark": _benchmark,
     }
 
 
+def _benchmark(arguments: argparse.Namespace) -> Result:
+    from lowrank_core import commands
+
+    source, text = _source(arguments), _text(arguments)
+    if arguments.benchmark == "speed":
+        return commands.benchmark_speed(source, text)
+    if arguments.benchmark == "allocation":
+        return commands.benchmark_allocation(source, text, arguments.compression_ratio, seeds=arguments.seeds, trials=arguments.trials)
+    plot: Path | None = arguments.plot
+    if plot is not None and not (plot.parent.is_dir() and os.access(plot.parent, os.W_OK)):
+        raise ConfigError(f"can't write {plot}: {plot.parent} is no folder that you can write to. Give another file with --plot.")
+    result = commands.benchmark_quality(source, text, arguments.compression_ratio, variants=arguments.variants, search=arguments.search)
+    if plot is not None:
+        from lowrank_core.figures.quality import quality_figure
+
+        quality_figure(result["rows"]).write_html(plot, include_plotlyjs=True)  # type: ignore[arg-type]
+    return result
+
+
 def _compress_request(arguments: argparse.Namespace) -> CompressRequest:
+    own = any(getattr(arguments, name) is not None for name in ("basis", "storage", "allocation", "compress_value"))
+    preset = preset_named(arguments.preset) if arguments.preset else None if own else DEFAULT_PRESET
     return CompressRequest(
         compression_ratio=arguments.compression_ratio,
-        compression=_compression(arguments),
-        allocation=arguments.allocation,
+        preset=preset.name if preset else "",
+        compression=_compression(arguments, preset),
+        allocation=arguments.allocation or (preset.allocation if preset else "uniform"),
         ranks=arguments.ranks,
         out=arguments.out,
     )
 
 
-def _compression(arguments: argparse.Namespace) -> CompressionConfig:
-    return CompressionConfig(arguments.basis, arguments.storage, value_dense=not arguments.compress_value)
+def _compression(arguments: argparse.Namespace, preset: Preset | None) -> CompressionConfig:
+    """Return the preset's choices, with those that were given instead."""
+    given = {name: value for name in ("basis", "storage") if (value := getattr(arguments, name)) is not None}
+    if arguments.compress_value is not None:
+        given["value_dense"] = not arguments.compress_value
+    return replace(preset.compression if preset else CompressionConfig(), **given)
 
 
 def _search_config(arguments: argparse.Namespace) -> SearchConfig:
-    return SearchConfig(
+    preset = preset_named(arguments.preset) if arguments.preset else None
+    given = {name: value for name in ("space", "sampler", "objective", "trials") if (value := getattr(arguments, name)) is not None}
+    return replace(
+        _SEARCH,
         compression_ratio=arguments.compression_ratio,
-        space=arguments.space,
-        sampler=arguments.sampler,
-        objective=arguments.objective,
-        trials=arguments.trials,
         seed=arguments.seed,
-        compression=_compression(arguments),
+        compression=_compression(arguments, preset),
+        **{**(preset.search if preset else {}), **given},
     )
 
 

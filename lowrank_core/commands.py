@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from lowrank_core import benchmarks
-from lowrank_core.accounting import MatrixShape
-from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks, allocator_named, read_ranks
+from lowrank_core.accounting import Unit
+from lowrank_core.allocation import RankAllocation, allocation_from_ranks, allocator_named, read_ranks
 from lowrank_core.analysis import spectra_of
-from lowrank_core.bases import basis_named, factorize, priced_shapes
+from lowrank_core.bases import basis_named
+from lowrank_core.benchmarks import allocation as allocation_benchmark
+from lowrank_core.benchmarks import quality as quality_benchmark
+from lowrank_core.benchmarks import speed as speed_benchmark
 from lowrank_core.calibration import LayerStatistics, cached_statistics
-from lowrank_core.compression import compress
 from lowrank_core.config import (
     CalibrationConfig,
     CompressRequest,
@@ -22,20 +23,36 @@ from lowrank_core.config import (
     RunConfig,
     SearchConfig,
     TextConfig,
+    check_ratio,
+    to_mapping,
 )
+from lowrank_core.decomposition import units_of
 from lowrank_core.errors import BudgetError, Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import check_free, export
+from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, describe, load_model, max_context
+from lowrank_core.recipe import decompose
 from lowrank_core.runs import Run, create_run, home, open_run
 from lowrank_core.search.records import TrialRecord, best_trial, read_trials
 from lowrank_core.search.requests import complete_trial, export_trial
-from lowrank_core.search.space import value_layers
 from lowrank_core.search.worker import run_worker
 from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
-from lowrank_core.text import load_windows
+from lowrank_core.text import WindowSet, load_windows
+from lowrank_core.units import check_reachable
 
-__all__ = ["analyze", "benchmark", "compress_to", "evaluate_on", "export_from", "fitting_context", "search_in", "work"]
+__all__ = [
+    "analyze",
+    "benchmark_allocation",
+    "benchmark_quality",
+    "benchmark_speed",
+    "compress_to",
+    "evaluate_on",
+    "export_from",
+    "fitting_context",
+    "search_in",
+    "work",
+]
 
 Result = dict[str, object]
 
@@ -56,10 +73,11 @@ def fitting_context(source: ModelSource) -> int:
     return min(TextConfig().context, max_context(source.reference) or TextConfig().context)
 
 
-def _calibrated(handle: ModelHandle, text: TextConfig) -> LayerStatistics:
-    windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
-    store = home() / "statistics"
-    statistics, _ = cached_statistics(handle, windows, CalibrationConfig(), store, progress=_progress("Calibrating"))
+def _calibrated(handle: ModelHandle, windows: WindowSet, *, gradients: bool = False) -> LayerStatistics:
+    store, config = home() / "statistics", CalibrationConfig()
+    statistics, _ = cached_statistics(handle, windows, config, store, progress=_progress("Calibrating"))
+    if gradients:
+        statistics = statistics.with_outputs(cached_gradients(handle, windows, config, store, progress=_progress("Measuring gradients")))
     for warning in statistics.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     return statistics
@@ -89,7 +107,8 @@ def _spectrum_row(spectrum: LayerSpectrum) -> Result:
 def analyze(source: ModelSource, text: TextConfig) -> Result:
     """Calibrate, and return the figures of every compressible layer."""
     handle = load_model(source)
-    statistics = _calibrated(handle, text)
+    windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
+    statistics = _calibrated(handle, windows)
     spectra = spectra_of(handle, statistics, progress=_progress("Spectra"))
     rows = [_spectrum_row(spectrum) for spectrum in spectra]
     lines = [f"{'layer':42} {'shape':>12} {'break-even':>10} {'eff. rank W':>12} {'eff. rank y':>12} {'90 % of y':>10} {'99 % of y':>10}"]
@@ -105,13 +124,12 @@ def analyze(source: ModelSource, text: TextConfig) -> Result:
     return {"model": summary, "layers": rows, "calibration": figures, "warnings": list(statistics.warnings()), "text": "\n".join(lines)}
 
 
-def _allocation(request: CompressRequest, shapes: Sequence[MatrixShape]) -> RankAllocation:
+def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation | None:
+    """Return the allocation of a file of ranks, if one was given."""
     ratio = request.compression_ratio
     if request.ranks is None:
-        assert ratio is not None
-        keep = value_layers(shapes) if request.compression.value_dense else ()
-        return allocate(request.allocation, shapes, ratio, keep_dense=keep)
-    found = allocation_from_ranks("manual", shapes, read_ranks(request.ranks))
+        return None
+    found = allocation_from_ranks("manual", units, read_ranks(request.ranks))
     if ratio is not None and found.compression_ratio < ratio:
         raise BudgetError(
             f"the ranks of {request.ranks} remove {found.compression_ratio:.4f} of the parameters, "
@@ -125,21 +143,38 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     """Calibrate, factorise, allocate, compress and write."""
     began = time.perf_counter()
     check_free(request.out)
-    basis_named(request.compression.basis)  # bad names, like a bad file, are told before anything is loaded
+    basis = basis_named(request.compression.basis)  # bad names, like a bad file, are told before anything is loaded
     allocator_named(request.allocation)
     if request.ranks is not None:
         read_ranks(request.ranks)
     handle = load_model(source)
-    allocation = _allocation(request, priced_shapes(handle, request.compression.basis))  # bad ranks are told before minutes of calibration
-    statistics = _calibrated(handle, text)
-    bases = factorize(handle, statistics, request.compression.basis, progress=_progress("Factorising"))
-    model = compress(handle, bases, allocation)
-    provenance = {"basis": request.compression.basis, "allocation": allocation.allocator, "text": text.reference, "seed": text.seed}
+    units = units_of(handle, request.compression)
+    allocation = _manual(request, units)  # bad ranks are told before minutes of calibration
+    if request.compression_ratio is not None:
+        check_reachable(units, request.compression_ratio, request.compression)
+    windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
+    statistics = _calibrated(handle, windows, gradients=basis.needs_gradients)
+    decomposed = decompose(handle, statistics, request.compression, progress=_progress("Factorising"))
+    warnings = statistics.warnings()
+    if allocation is None:
+        assert request.compression_ratio is not None
+        allocation = decomposed.allocate(request.allocation, request.compression_ratio)
+        warnings += decomposed.warnings(request.allocation)
+    model = decomposed.compress(allocation, windows, progress=_progress("Fitting block by block"))
+    provenance = {
+        "preset": request.preset,
+        "allocation": allocation.allocator,
+        "text": text.reference,
+        "seed": text.seed,
+        **to_mapping(request.compression),
+    }
     export(model, request.out, provenance=provenance)
     report = model.report
     result = {
         "out": str(request.out),
+        "preset": request.preset,
         "basis": request.compression.basis,
+        "storage": request.compression.storage,
         "allocation": allocation.allocator,
         "compression_ratio": report.compression_ratio,
         "model_compression_ratio": report.model_compression_ratio,
@@ -150,7 +185,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
         "ranks": dict(report.ranks),
-        "warnings": list(statistics.warnings()),
+        "warnings": list(warnings),
         "seconds": time.perf_counter() - began,
     }
     result["text"] = (
@@ -246,10 +281,11 @@ def export_from(folder: Path, trial: str, out: Path) -> Result:
         raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
     record = complete_trial(run, _trial_number(trial))
     handle = load_model(run.config.model)
-    statistics = _calibrated(handle, run.config.text)
-    bases = factorize(handle, statistics, search.compression.basis, progress=_progress("Factorising"))
-    allocation = allocation_from_ranks(f"trial {record.number}", priced_shapes(handle, search.compression.basis), record.ranks)
-    model = compress(handle, bases, allocation)
+    windows = load_windows(run.config.text, handle.tokenizer, "calibration", count=run.config.text.calibration_windows)
+    statistics = _calibrated(handle, windows, gradients=basis_named(search.compression.basis).needs_gradients)
+    decomposed = decompose(handle, statistics, search.compression.without_alternatives, progress=_progress("Factorising"))
+    allocation = allocation_from_ranks(f"trial {record.number}", decomposed.units, record.ranks)
+    model = decomposed.compress(allocation, windows, progress=_progress("Fitting block by block"))
     export(model, out, provenance={"run": run.id, "basis": search.compression.basis, "allocation": allocation.allocator})
     return {
         "out": str(out),
@@ -261,7 +297,21 @@ def export_from(folder: Path, trial: str, out: Path) -> Result:
     }
 
 
-def benchmark(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int) -> Result:
+def benchmark_allocation(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int) -> Result:
     """Measure uniform, lord_manual and the search's best on test text."""
-    rows = benchmarks.allocation_table(source, text, ratios, seeds=seeds, trials=trials)
-    return {"rows": [row.to_mapping() for row in rows], "text": benchmarks.as_markdown(rows)}
+    rows = allocation_benchmark.allocation_table(source, text, ratios, seeds=seeds, trials=trials)
+    return {"rows": [row.to_mapping() for row in rows], "text": allocation_benchmark.as_markdown(rows)}
+
+
+def benchmark_quality(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, variants: bool, search: bool) -> Result:
+    """Measure every preset at equal parameters on test text."""
+    for ratio in ratios:
+        check_ratio(ratio)
+    rows = quality_benchmark.quality_table(source, text, ratios, variants=variants, search=search)
+    return {"model": source.reference, "rows": [row.to_mapping() for row in rows], "text": quality_benchmark.as_markdown(rows)}
+
+
+def benchmark_speed(source: ModelSource, text: TextConfig) -> Result:
+    """Compare calibration, a trial and the layers with forward passes and dense layers."""
+    rows = speed_benchmark.speed_table(source, text)
+    return {"model": source.reference, "rows": [row.to_mapping() for row in rows], "text": speed_benchmark.as_markdown(rows)}

@@ -11,14 +11,14 @@ import torch
 from torch import nn
 
 from lowrank_core.accounting import compression_ratio
-from lowrank_core.allocation import RankAllocation
-from lowrank_core.bases import FactorBasis
+from lowrank_core.allocation import RankAllocation, Ranks
+from lowrank_core.decomposition import Bases
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.models.handle import ModelHandle, weight_of
 from lowrank_core.models.hf import replace_module
-from lowrank_core.models.lowrank_linear import LowRankLinear
+from lowrank_core.models.storage import build_layers
 
-__all__ = ["CompressedModel", "CompressionReport", "compress", "low_rank_layers", "swapped"]
+__all__ = ["CompressedModel", "CompressionReport", "assembled", "compress", "low_rank_layers", "swapped"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class CompressionReport:
     linear_parameters_after: int
     bytes_before: int
     bytes_after: int
-    ranks: Mapping[str, int | None]
+    ranks: Ranks
 
     @property
     def compression_ratio(self) -> float:
@@ -50,26 +50,30 @@ class CompressedModel:
     report: CompressionReport
 
 
-def low_rank_layers(handle: ModelHandle, bases: Mapping[str, FactorBasis], ranks: Mapping[str, int | None]) -> dict[str, LowRankLinear]:
+def low_rank_layers(handle: ModelHandle, bases: Bases, ranks: Ranks, *, storage: str | None = None) -> dict[str, nn.Module]:
     """Return the layers that replace the dense ones at ``ranks``; layers that stay dense are left out.
 
+    Args:
+        storage: stored so instead of as the units say: a search measures plain factors, the same function up to rounding.
+
     Raises:
-        ConfigError: a rank for a layer without a basis.
+        ConfigError: a rank for a unit without a basis.
         RankError: a rank outside its limits.
         NumericalError: a factor that is not finite in the model's dtype; names the layer.
     """
-    layers = {}
+    layers: dict[str, nn.Module] = {}
     for name, rank in ranks.items():
         if rank is None:
             continue
         if name not in bases:
             raise ConfigError(f"ranks: {name!r} is no compressible layer of this model.")
-        factors = bases[name].slice(rank)
-        like = weight_of(handle.module.get_submodule(name))
-        layer = LowRankLinear.from_factors(factors.up, factors.down, factors.bias, like=like)
-        if not all(torch.isfinite(p).all() for p in layer.parameters()):
-            raise NumericalError(f"{name}: its factors overflow in {like.dtype}. Load the model in float32 or bfloat16.")
-        layers[name] = layer
+        unit = bases[name].unit
+        members = [member.name for member in unit.members]
+        likes = [weight_of(handle.module.get_submodule(member)) for member in members]
+        built = build_layers(members, bases[name].slice(rank), storage or unit.storage, likes)
+        if not all(torch.isfinite(p).all() for layer in built.values() for p in layer.parameters()):
+            raise NumericalError(f"{name}: its factors overflow in {likes[0].dtype}. Load the model in float32 or bfloat16.")
+        layers |= built
     return layers
 
 
@@ -86,17 +90,21 @@ def swapped(handle: ModelHandle, layers: Mapping[str, nn.Module]) -> Iterator[No
             replace_module(handle.module, name, layer)
 
 
-def compress(handle: ModelHandle, bases: Mapping[str, FactorBasis], allocation: RankAllocation) -> CompressedModel:
+def compress(handle: ModelHandle, bases: Bases, allocation: RankAllocation) -> CompressedModel:
     """Return a new model with the layers of ``allocation`` replaced; the given one is not touched.
 
     Raises:
         ConfigError, RankError, NumericalError: as ``low_rank_layers``.
     """
-    layers = low_rank_layers(handle, bases, allocation.ranks)
+    return assembled(handle, low_rank_layers(handle, bases, allocation.ranks), allocation.ranks)
+
+
+def assembled(handle: ModelHandle, layers: Mapping[str, nn.Module], ranks: Ranks) -> CompressedModel:
+    """Return a copy of the model with ``layers`` in place, and its counts; ``ranks`` are by unit."""
     # deepcopy takes a replaced layer from its memo, so that no dense weight is copied to be thrown away.
     memo: dict[int, object] = {id(handle.module.get_submodule(name)): layer for name, layer in layers.items()}
     module = copy.deepcopy(handle.module, memo)
-    rest = tuple(layer for layer in handle.layers if allocation.ranks.get(layer.name) is None)
+    rest = tuple(layer for layer in handle.layers if layer.name not in layers)
     smaller = ModelHandle(handle.reference, module, handle.tokenizer, rest, handle.stored_dtype)
     report = CompressionReport(
         parameters_before=handle.parameters,
@@ -105,6 +113,6 @@ def compress(handle: ModelHandle, bases: Mapping[str, FactorBasis], allocation: 
         linear_parameters_after=smaller.linear_parameters,
         bytes_before=handle.bytes,
         bytes_after=smaller.bytes,
-        ranks={layer.name: allocation.ranks.get(layer.name) for layer in handle.layers},
+        ranks=dict(ranks),
     )
     return CompressedModel(smaller, report)

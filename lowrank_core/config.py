@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ SAMPLERS = ("gp", "random")
 SPACES = ("5x1",)
 BOS_RULES = ("auto", "window", "none")
 GROUP_WEIGHTS = ("equal", "dof")
+ROBUST_RULES = ("none", "trimmed", "downweighted")
 
 TOKENS_PER_DIMENSION = 8
 """Below this many tokens per input dimension a covariance says little about small eigenvalues (METHODS §1)."""
@@ -132,41 +134,72 @@ class CalibrationConfig:
     Attributes:
         group_size: consecutive windows in a group of the pooled covariance; a remainder forms its own group.
         group_weights: ``equal`` (the paper) or ``dof`` (by degrees of freedom).
-        batch_size: windows in a forward pass; changes speed and memory, not results.
+        batch_size: windows in a forward pass; changes speed and memory, and results only by rounding.
+        robust: ``none``; ``trimmed`` leaves the tenth of the groups with the largest and with the smallest trace out of the pooled
+            covariance; ``downweighted`` gives a token beyond 3 median norms of its window the weight (3 · median / norm)².
+        gradient_windows: windows that output gradients are measured on, from the first; all if there are fewer.
+        gradient_seed: of the labels that are drawn from the model for the gradients.
     """
 
     group_size: int = 32
     group_weights: str = "equal"
     batch_size: int = 8
+    robust: str = "none"
+    gradient_windows: int = 256
+    gradient_seed: int = 0
 
     def __post_init__(self) -> None:
-        _check_at_least(1, group_size=self.group_size, batch_size=self.batch_size)
+        _check_at_least(1, group_size=self.group_size, batch_size=self.batch_size, gradient_windows=self.gradient_windows)
+        _check_at_least(0, gradient_seed=self.gradient_seed)
         _check_choice("group weights", self.group_weights, GROUP_WEIGHTS)
+        _check_choice("robust", self.robust, ROBUST_RULES)
 
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """How a matrix is factorised and stored.
+    """How matrices are factorised and stored.
 
     Attributes:
-        basis: name in ``lowrank_core.bases.BASES``.
+        basis: name in ``lowrank_core.bases.BASES``, or wrappers around one (``shared_input:two_sided``).
         storage: name in ``lowrank_core.accounting.STORAGES``.
         value_dense: keep value projections as they are, as the paper does.
+        stacks: offer stacks of matrices with one input as alternatives to single matrices (for an allocation that knows the errors).
+        heads: offer per-head value/output factors as alternatives, likewise.
+        rank_multiple: ranks are rounded down to a multiple of it, as the paper's code does with 8; 1 leaves them.
+        input_damping: of the inputs' metric, relative to its mean eigenvalue.
+        gradient_damping: of the output gradients' metric, likewise.
+        fit_windows: calibration windows that a sequential basis fits on, at most; each costs some ten forward passes.
     """
 
     basis: str = "pooled_feature"
     storage: str = "factored"
     value_dense: bool = True
+    stacks: bool = False
+    heads: bool = False
+    rank_multiple: int = 1
+    input_damping: float = 1e-6
+    gradient_damping: float = 1e-2
+    fit_windows: int = 128
 
     def __post_init__(self) -> None:
-        _check_choice("storage", self.storage, STORAGES)
+        _check_choice("storage", self.storage, tuple(STORAGES))
+        _check_at_least(1, rank_multiple=self.rank_multiple, fit_windows=self.fit_windows)
+        for name, value in (("input damping", self.input_damping), ("gradient damping", self.gradient_damping)):
+            if not 0 <= value < math.inf:
+                raise ConfigError(f"{name} must be a number from 0 up, relative to the mean eigenvalue; got {value:g}. Try 0.01.")
+
+    @property
+    def without_alternatives(self) -> CompressionConfig:
+        """The same with each matrix in one unit, as a search needs it: its points can't choose between alternatives."""
+        return dataclasses.replace(self, stacks=False, heads=False)
 
 
 @dataclass(frozen=True)
 class CompressRequest:
-    """What `lowrank compress` was asked for: a ratio and an allocator, or a file of ranks."""
+    """What `lowrank compress` was asked for: a ratio and an allocator, or a file of ranks; ``preset`` is empty if there was none."""
 
     compression_ratio: float | None
+    preset: str
     compression: CompressionConfig
     allocation: str
     ranks: str | None
@@ -189,6 +222,8 @@ class SearchConfig:
         sampler: ``gp`` (the paper's Gaussian process) or ``random``.
         objective: ``kl`` (to the dense model, nats per token), ``perplexity``, or ``bolaco`` (PPL + 1e-3·summed reverse KL).
         trials: how many, baselines included.
+        projected: spend the whole budget at every point; False is as published: a point is the kept fractions themselves, and counts
+            only if it removes at least the compression ratio, and at most a tenth more.
         startup_trials: quasi-random points before the Gaussian process takes over (the paper: 3 initial points).
         seed: of the sampler.
     """
@@ -199,6 +234,7 @@ class SearchConfig:
     objective: str = "kl"
     trials: int = 30
     startup_trials: int = 5
+    projected: bool = True
     seed: int = 0
     compression: CompressionConfig = field(default_factory=CompressionConfig)
 

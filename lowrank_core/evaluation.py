@@ -75,14 +75,14 @@ def _batches(windows: WindowSet, batch_size: int, device: torch.device) -> Itera
         yield start + len(ids), ids.to(device)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _log_probabilities(module: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return (B, T - 1, vocabulary) float32 log-probabilities of the tokens after the first."""
     logits = module(input_ids=ids, use_cache=False).logits[:, :-1]
     return torch.log_softmax(logits.float(), dim=-1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def _score_batch(found: Tensor, ids: Tensor, dense: Tensor | None) -> WindowScores:
     nll = -found.gather(-1, ids[:, 1:, None]).squeeze(-1).double().mean(1)
     if dense is None:
@@ -141,7 +141,7 @@ class EvaluationReport:
     """Figures of one model on one set of windows, with the protocol that they need.
 
     ``perplexity_interval`` is the 95 % bootstrap interval over windows; ``perplexity_difference_interval`` that of the
-    difference to the dense model on the same windows (paired).
+    difference to the dense model on the same windows (paired), and ``kl_interval`` that of the KL divergence.
     """
 
     dataset: str
@@ -168,6 +168,7 @@ class EvaluationReport:
     compression_ratio: float | None = None
     model_compression_ratio: float | None = None
     kl: float | None = None
+    kl_interval: tuple[float, float] | None = None
     top1_agreement: float | None = None
     dense_perplexity_interval: tuple[float, float] | None = None
     perplexity_difference_interval: tuple[float, float] | None = None
@@ -242,6 +243,7 @@ def _beside_dense(handle: ModelHandle, scores: WindowScores, against: ModelHandl
         "compression_ratio": 1 - handle.linear_parameters / against.linear_parameters,
         "model_compression_ratio": 1 - handle.parameters / against.parameters,
         "kl": float(scores.kl.mean()),
+        "kl_interval": _bootstrap(lambda mean: mean, scores.kl.numpy()),
         "top1_agreement": float(scores.top1_agreement.mean()),
         "perplexity_difference_interval": _bootstrap(
             lambda pair: np.exp(pair[..., 0]) - np.exp(pair[..., 1]), np.stack([ours, theirs], axis=-1)

@@ -28,7 +28,7 @@ def continue_prompt(handle: ModelHandle, prompt: str, *, tokens: int = 64, seed:
             "Shorten it, or ask for fewer."
         )
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    with torch.random.fork_rng(), torch.inference_mode():
+    with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(seed)
         output = handle.module.generate(
             ids,

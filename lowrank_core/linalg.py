@@ -1,13 +1,15 @@
-"""Decompositions in float64, with one place for tolerances and for failures."""
+"""Decompositions in float64, with one place for damping and for failures."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lowrank_core.errors import NumericalError
 
-__all__ = ["eigenvalues", "square_root", "svd"]
+__all__ = ["Root", "damped_root", "eigenvalues", "invertible", "square_root", "svd"]
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -39,6 +41,62 @@ def _eigh(symmetric: Tensor, name: str) -> tuple[Tensor, Tensor]:
     except LinAlgError as error:
         raise NumericalError(f"{name}: the eigendecomposition did not converge ({error}). Calibrate on more text.") from error
     return values.clamp(min=0), vectors
+
+
+@dataclass(frozen=True)
+class Root:
+    """Roots of a positive semi-definite metric A + δI, δ = damping · mean eigenvalue (1 where A is zero).
+
+    Attributes:
+        damped: (A + δI)^(γ/2), (n, n), or its diagonal (n,).
+        inverse: (A + δI)^(-γ/2), in the same form.
+        plain: A^(γ/2), in the same form.
+        added: δ.
+        condition: largest over smallest eigenvalue of A; infinite where A is singular up to rounding.
+    """
+
+    damped: Tensor
+    inverse: Tensor
+    plain: Tensor
+    added: float
+    condition: float
+
+
+def damped_root(metric: Tensor, damping: float, name: str, power: float = 1.0) -> Root:
+    """Return the roots of ``metric`` (n, n), or of a diagonal (n,), to the power γ/2; rounding below zero counts as zero.
+
+    Raises:
+        NumericalError: it isn't finite, or the eigendecomposition did not converge; names the layer.
+    """
+    values, vectors = (_checked(metric, name).clamp(min=0), None) if metric.ndim == 1 else _eigh(metric, name)
+    mean = float(values.mean())
+    added = damping * mean if mean > 0 else 1.0
+    least, most = float(values.min()), float(values.max())
+    raised = (values + added) ** (power / 2)
+
+    def assembled(diagonal: Tensor) -> Tensor:
+        return diagonal if vectors is None else (vectors * diagonal) @ vectors.T
+
+    return Root(
+        damped=assembled(raised),
+        inverse=assembled(1 / raised),
+        plain=assembled(values ** (power / 2)),
+        added=added,
+        condition=most / least if least > len(values) * torch.finfo(torch.float64).eps * most else float("inf"),
+    )
+
+
+def invertible(root: Root, name: str) -> Root:
+    """Return ``root`` if its inverse means something.
+
+    Raises:
+        NumericalError: the metric is singular and was not damped; names the layer.
+    """
+    if root.added == 0 and root.condition == float("inf"):
+        raise NumericalError(
+            f"{name}: its metric is singular, and the damping is 0. Set the damping to 1e-6 or more, or calibrate on more text."
+        )
+    return root
 
 
 def square_root(covariance: Tensor, name: str) -> Tensor:

@@ -21,6 +21,7 @@ from checkpoints import save_checkpoint
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from lowrank_core import __version__
+from lowrank_core.accounting import member_ranks
 from lowrank_core.cli import main
 from lowrank_core.runs import open_run
 
@@ -153,9 +154,9 @@ def test_compress_gives_the_promised_keys_and_a_model(places: Places):
     assert promised <= set(body)
     assert 0.3 <= body["compression_ratio"] < 0.32
     assert body["model_compression_ratio"] == pytest.approx(1 - body["parameters_after"] / body["parameters_before"])
-    assert set(body["ranks"]) == {layer["name"] for layer in _lowrank("analyze", *places.source, "--json").body["layers"]}
-    assert all(rank is None for name, rank in body["ranks"].items() if name.endswith("v_proj"))  # dense by default
-    assert all(rank >= 1 for name, rank in body["ranks"].items() if not name.endswith("v_proj"))
+    assert set(member_ranks(body["ranks"])) == {layer["name"] for layer in _lowrank("analyze", *places.source, "--json").body["layers"]}
+    assert (body["preset"], body["allocation"], body["storage"]) == ("studio", "marginal", "pivoted")
+    assert all(rank is None or rank >= 1 for rank in body["ranks"].values())
     measured = _lowrank("evaluate", *places.source[2:], "--model", places.out, "--against", places.model, "--json").body
     assert measured["parameters"] == body["parameters_after"]
     assert measured["compression_ratio"] == pytest.approx(body["compression_ratio"])
@@ -178,8 +179,8 @@ def test_compress_takes_ranks_from_a_file(places: Places):
     body = _lowrank("compress", *places.source, "--ranks", ranks, "--out", places.out, "--json").body
     assert body["ranks"][QUERY] == 5
     assert [name for name, rank in body["ranks"].items() if rank is not None] == [QUERY]
-    # 5 ranks of 32 + 32, and the bias that centring adds, instead of 32 x 32
-    assert body["parameters_before"] - body["parameters_after"] == 32 * 32 - (5 * 64 + 32)
+    # 5 ranks in pivoted storage, 5 indices, and the bias that centring adds, instead of 32 x 32
+    assert body["parameters_before"] - body["parameters_after"] == 32 * 32 - (5 * (64 - 5) + 5 + 32)
 
 
 def test_search_gives_the_promised_keys(searched: tuple[Places, Path, dict[str, Any]]):

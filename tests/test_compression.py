@@ -1,103 +1,193 @@
+"""From factors to a smaller model: what is counted is what is built, and the dense model is left as it was."""
+
+from __future__ import annotations
+
 import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import pytest
 import torch
+from torch import Tensor
 
-from lowrank_core.accounting import allocated_parameters
-from lowrank_core.allocation import allocate, allocation_from_ranks
-from lowrank_core.bases import BASES, FactorBasis, factorize, priced_shapes
+from lowrank_core.accounting import HeadUnit, Unit, allocated_parameters, budget_for_ratio
+from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks
+from lowrank_core.bases import BASES
 from lowrank_core.calibration import LayerStatistics, collect_statistics
-from lowrank_core.compression import compress, low_rank_layers, swapped
-from lowrank_core.config import CalibrationConfig
-from lowrank_core.errors import ConfigError
-from lowrank_core.models import LowRankLinear, ModelHandle
+from lowrank_core.compression import CompressedModel, compress, low_rank_layers, swapped
+from lowrank_core.config import CalibrationConfig, CompressionConfig
+from lowrank_core.decomposition import Bases, error_curves, factorize, operand_of, units_of
+from lowrank_core.errors import ConfigError, NumericalError, RankError
+from lowrank_core.gradients import collect_gradients
+from lowrank_core.models import ModelHandle
+from lowrank_core.models.compressed import CompressedModule
+from lowrank_core.models.handle import weight_of
 from lowrank_core.text import WindowSet
 
 IDS = torch.tensor([[0, 5, 9, 44, 120, 7, 80, 3]])
+CONFIGS = {
+    **{name: CompressionConfig(basis=name, value_dense=False) for name in BASES},
+    "pivoted": CompressionConfig(basis="two_sided", storage="pivoted", value_dense=False),
+    "pivoted stacks": CompressionConfig(basis="shared_input:two_sided", storage="pivoted", value_dense=False),
+    "pivoted stacks across layers": CompressionConfig(basis="cross_layer", storage="pivoted", value_dense=False),
+    "value dense": CompressionConfig(basis="two_sided", storage="pivoted", value_dense=True),
+    "alternatives": CompressionConfig(basis="two_sided", storage="pivoted", value_dense=False, stacks=True, heads=True),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    handle: ModelHandle
+    units: tuple[Unit, ...]
+    bases: Bases
+    config: CompressionConfig
+
+    def allocation(self, ratio: float) -> RankAllocation:
+        keep = [shape.name for shape in self.handle.shapes if shape.kind == "v_proj"] if self.config.value_dense else []
+        by = "marginal" if self.config.stacks else "uniform"
+        return allocate(by, self.units, ratio, keep_dense=keep, curves=error_curves(self.bases))
 
 
 @pytest.fixture(scope="module")
 def statistics(any_handle: ModelHandle, windows: WindowSet) -> LayerStatistics:
-    return collect_statistics(any_handle, windows, CalibrationConfig(group_size=8))
+    config = CalibrationConfig(group_size=8)
+    return collect_statistics(any_handle, windows, config).with_outputs(collect_gradients(any_handle, windows, config))
 
 
-@pytest.fixture(scope="module", params=list(BASES))
-def case(
-    request: pytest.FixtureRequest, any_handle: ModelHandle, statistics: LayerStatistics
-) -> tuple[str, ModelHandle, dict[str, FactorBasis]]:
-    return request.param, any_handle, factorize(any_handle, statistics, request.param)
+@pytest.fixture(scope="module", params=list(CONFIGS))
+def case(request: pytest.FixtureRequest, any_handle: ModelHandle, statistics: LayerStatistics) -> Case:
+    config = CONFIGS[request.param]
+    units = units_of(any_handle, config)
+    return Case(any_handle, units, factorize(any_handle, statistics, units, config), config)
 
 
-def logits(handle: ModelHandle) -> torch.Tensor:
+def logits(handle: ModelHandle) -> Tensor:
     with torch.inference_mode():
-        return handle.module(input_ids=IDS, use_cache=False).logits
+        found: Tensor = handle.module(input_ids=IDS, use_cache=False).logits
+    return found
 
 
-def test_counted_parameters_are_those_of_the_built_model(case: tuple[str, ModelHandle, dict[str, FactorBasis]]) -> None:
-    name, handle, bases = case
-    shapes = priced_shapes(handle, name)
-    allocation = allocate("uniform", shapes, 0.4)
-    model = compress(handle, bases, allocation)
-    built = sum(p.numel() for p in model.handle.module.parameters())
-    assert model.report.parameters_after == built
-    assert model.report.linear_parameters_after == allocation.parameters == allocated_parameters(shapes, allocation.ranks)
-    assert model.report.parameters_before - built == allocation.dense_parameters - allocation.parameters
-    assert model.report.compression_ratio == pytest.approx(0.4, abs=0.02)
-    assert model.report.compression_ratio >= 0.4
-    assert model.report.bytes_after == 4 * built  # the tiny checkpoints are stored in float32
+def counted(model: torch.nn.Module) -> tuple[int, int]:
+    """Return the weights and the indices that a state dict holds, tied ones once."""
+    stored = {tensor.data_ptr(): tensor for tensor in model.state_dict().values() if tensor.numel()}.values()
+    return sum(t.numel() for t in stored if t.is_floating_point()), sum(t.numel() for t in stored if not t.is_floating_point())
 
 
-def test_full_rank_factors_give_the_dense_logits(case: tuple[str, ModelHandle, dict[str, FactorBasis]]) -> None:
-    _, handle, bases = case
-    layers = low_rank_layers(handle, bases, {name: basis.max_rank for name, basis in bases.items()})
-    dense = logits(handle)
-    with swapped(handle, layers):
-        assert sum(isinstance(m, LowRankLinear) for m in handle.module.modules()) == len(bases)
-        torch.testing.assert_close(logits(handle), dense, rtol=1e-4, atol=1e-4)
+def test_counted_parameters_are_those_of_the_built_model(case: Case):
+    allocation = case.allocation(0.4)
+    model = compress(case.handle, case.bases, allocation)
+    weights, indices = counted(model.handle.module)
+    assert weights == sum(p.numel() for p in model.handle.module.parameters())
+    report = model.report
+    assert report.parameters_after == model.handle.parameters == weights + indices
+    assert report.linear_parameters_after == allocation.parameters == allocated_parameters(case.units, allocation.ranks)
+    assert report.parameters_before - report.parameters_after == allocation.dense_parameters - allocation.parameters
+    assert report.bytes_after == 4 * weights + 4 * indices  # the tiny checkpoints are stored in float32, indices in int32
+    assert report.ranks == allocation.ranks
+    assert (indices > 0) == (case.config.storage == "pivoted")
 
 
-def test_compressing_leaves_the_given_model_alone(case: tuple[str, ModelHandle, dict[str, FactorBasis]]) -> None:
-    name, handle, bases = case
-    before, weights = logits(handle), {n: p.clone() for n, p in handle.module.named_parameters()}
-    model = compress(handle, bases, allocate("uniform", priced_shapes(handle, name), 0.5))
+def test_the_budget_is_met_and_reported(case: Case):
+    report = compress(case.handle, case.bases, case.allocation(0.4)).report
+    budget = budget_for_ratio(case.units, 0.4)
+    step = max(unit.parameters(1) for unit in case.units)
+    assert budget - step < report.linear_parameters_after <= budget
+    assert report.compression_ratio == 1 - report.linear_parameters_after / report.linear_parameters_before
+    assert 0 < report.model_compression_ratio < report.compression_ratio
+
+
+def test_each_unit_has_the_parameters_of_its_price(case: Case):
+    allocation = case.allocation(0.4)
+    module = compress(case.handle, case.bases, allocation).handle.module
+    for name, rank in allocation.ranks.items():
+        unit = case.bases[name].unit
+        built = [module.get_submodule(member.name) for member in unit.members]
+        assert all(isinstance(layer, CompressedModule) == (rank is not None) for layer in built)
+        assert sum(sum(counted(layer)) for layer in built) == unit.parameters(rank)
+        dtypes = {tensor.dtype for layer in built for tensor in layer.state_dict().values() if not tensor.is_floating_point()}
+        assert dtypes <= {torch.int32}
+
+
+def test_full_rank_factors_give_the_dense_logits(case: Case):
+    """Every unit at its full rank, one cover of the matrices at a time."""
+    singles = {unit.name: unit.max_rank for unit in case.units if len(unit.members) == 1}
+    stacks = {unit.name: unit.max_rank for unit in case.units if len(unit.members) > 1 and not isinstance(unit, HeadUnit)}
+    heads = {unit.name: unit.max_rank for unit in case.units if isinstance(unit, HeadUnit)}
+    dense = logits(case.handle)
+    for ranks in (singles, stacks, heads):
+        layers = low_rank_layers(case.handle, case.bases, ranks)
+        with swapped(case.handle, layers):
+            assert sum(isinstance(module, CompressedModule) for module in case.handle.module.modules()) == len(layers)
+            torch.testing.assert_close(logits(case.handle), dense, rtol=1e-4, atol=1e-4)
+
+
+def test_compressing_leaves_the_given_model_alone(case: Case):
+    before, weights = logits(case.handle), {name: p.clone() for name, p in case.handle.module.named_parameters()}
+    model = compress(case.handle, case.bases, case.allocation(0.5))
     assert not torch.allclose(logits(model.handle), before)
-    assert torch.equal(logits(handle), before)
-    for parameter_name, parameter in handle.module.named_parameters():
-        assert torch.equal(parameter, weights[parameter_name])
-    shared = {p.data_ptr() for p in handle.module.parameters()} & {p.data_ptr() for p in model.handle.module.parameters()}
+    assert torch.equal(logits(case.handle), before)
+    assert {name for name, _ in case.handle.module.named_parameters()} == set(weights)
+    for name, parameter in case.handle.module.named_parameters():
+        assert torch.equal(parameter, weights[name])
+    shared = {p.data_ptr() for p in case.handle.module.parameters()} & {p.data_ptr() for p in model.handle.module.parameters()}
     assert not shared
 
 
-def test_a_trial_s_swap_measures_what_the_compressed_model_is(case: tuple[str, ModelHandle, dict[str, FactorBasis]]) -> None:
-    name, handle, bases = case
-    allocation = allocate("uniform", priced_shapes(handle, name), 0.3)
-    model = compress(handle, bases, allocation)
-    with swapped(handle, low_rank_layers(handle, bases, allocation.ranks)):
-        inside = logits(handle)
-    torch.testing.assert_close(inside, logits(model.handle), rtol=1e-6, atol=1e-6)
+def test_a_compressed_model_can_be_trained(case: Case):
+    """Healing comes after: its parameters take gradients as the dense ones do."""
+    model = compress(case.handle, case.bases, case.allocation(0.4)).handle.module
+    model.requires_grad_(True)(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
 
 
-def test_swapped_layers_come_back_after_a_failure(case: tuple[str, ModelHandle, dict[str, FactorBasis]]) -> None:
-    _, handle, bases = case
-    before = {name: handle.module.get_submodule(name) for name in bases}
+def test_a_trials_swap_measures_what_the_compressed_model_is(case: Case):
+    """A trial stores plain factors: the same function as the pivoted form, up to rounding."""
+    allocation = case.allocation(0.3)
+    model = compress(case.handle, case.bases, allocation)
+    layers = low_rank_layers(case.handle, case.bases, allocation.ranks, storage="factored")
+    assert not any("Pivoted" in type(layer).__name__ for layer in layers.values())
+    with swapped(case.handle, layers):
+        inside = logits(case.handle)
+    exact = case.config.storage == "factored"
+    torch.testing.assert_close(inside, logits(model.handle), rtol=1e-6 if exact else 1e-4, atol=1e-6 if exact else 1e-4)
+
+
+def test_swapped_layers_come_back_after_a_failure(case: Case):
+    before = dict(case.handle.module.named_modules())
+    layers = low_rank_layers(case.handle, case.bases, case.allocation(0.3).ranks)
 
     def fail() -> None:
-        with swapped(handle, low_rank_layers(handle, bases, dict.fromkeys(bases, 2))):
+        with swapped(case.handle, layers):
             raise ValueError("in the middle of a trial")
 
     with pytest.raises(ValueError, match="in the middle"):
         fail()
-    assert all(handle.module.get_submodule(name) is module for name, module in before.items())
+    assert dict(case.handle.module.named_modules()) == before
 
 
-def test_tied_embeddings_stay_tied(llama: ModelHandle, windows: WindowSet) -> None:
-    bases = factorize(llama, collect_statistics(llama, windows, CalibrationConfig()), "pooled_feature")
-    module = compress(llama, bases, allocate("uniform", priced_shapes(llama, "pooled_feature"), 0.3)).handle.module
+# --- one architecture is enough --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def measured(llama: ModelHandle, windows: WindowSet) -> LayerStatistics:
+    return collect_statistics(llama, windows, CalibrationConfig(group_size=40))
+
+
+def built(llama: ModelHandle, measured: LayerStatistics, config: CompressionConfig, ranks: Mapping[str, int | None]) -> CompressedModel:
+    units = units_of(llama, config)
+    return compress(llama, factorize(llama, measured, units, config), allocation_from_ranks("manual", units, ranks))
+
+
+def test_tied_embeddings_stay_tied(llama: ModelHandle, measured: LayerStatistics):
+    module = built(llama, measured, CONFIGS["pivoted stacks across layers"], {}).handle.module
+    assert module.get_input_embeddings().weight is module.get_output_embeddings().weight
+    module = built(llama, measured, CONFIGS["whitened"], {llama.layers[0].name: 3}).handle.module
     assert module.get_input_embeddings().weight is module.get_output_embeddings().weight
 
 
-def test_more_rank_never_measures_worse_on_the_calibration_features(llama: ModelHandle, windows: WindowSet) -> None:
-    bases = factorize(llama, collect_statistics(llama, windows, CalibrationConfig(group_size=40)), "pooled_feature")
+def test_more_rank_never_measures_worse_on_the_calibration_features(llama: ModelHandle, measured: LayerStatistics):
+    config = CONFIGS["pooled_feature"]
+    bases = factorize(llama, measured, units_of(llama, config), config)
     last = llama.layers[-1].name  # nothing is compressed before it: its error is that of the basis
     dense, gaps = logits(llama), []
     for rank in (4, 12, 24, 32):
@@ -107,15 +197,96 @@ def test_more_rank_never_measures_worse_on_the_calibration_features(llama: Model
     assert gaps[0] > 100 * gaps[-1]
 
 
-def test_a_rank_without_a_basis_is_refused(llama: ModelHandle) -> None:
+def test_the_error_of_a_layer_in_the_model_is_the_reported_one(llama: ModelHandle, measured: LayerStatistics, windows: WindowSet):
+    """Of its outputs, over the calibration tokens, in the float32 that the model runs in."""
+    config = CONFIGS["pooled_feature"]
+    bases = factorize(llama, measured, units_of(llama, config), config)
+    name = llama.layers[-1].name
+    outputs: list[Tensor] = []
+
+    def run() -> Tensor:
+        hook = llama.module.get_submodule(name).register_forward_hook(lambda _, __, output: outputs.append(output.double().flatten(0, 1)))
+        try:
+            with torch.inference_mode():
+                llama.module(input_ids=windows.ids, use_cache=False)
+        finally:
+            hook.remove()
+        return outputs.pop()
+
+    dense = run()
+    for rank in (2, 8, 16):
+        with swapped(llama, low_rank_layers(llama, bases, {name: rank})):
+            error = (run() - dense).square().sum() / (len(dense) - 1)
+        assert float(error) == pytest.approx(float(bases[name].errors[rank]), rel=1e-3)
+
+
+def test_conv1d_is_read_the_right_way_round(any_handle: ModelHandle, statistics: LayerStatistics):
+    for shape in any_handle.shapes:
+        given = operand_of(any_handle, statistics, shape)
+        assert given.weight.dtype == torch.float64
+        assert given.weight.shape == (shape.d_out, shape.d_in)
+        assert torch.equal(given.weight, weight_of(any_handle.module.get_submodule(shape.name)).double())
+        assert (given.bias is not None) == shape.bias
+        assert given.inputs.width == shape.d_in
+        assert given.outputs is not None
+        assert given.outputs.width == shape.d_out
+
+
+def test_decomposing_tells_its_progress(llama: ModelHandle, measured: LayerStatistics):
+    config = CONFIGS["shared_input"]
+    units = units_of(llama, config)
+    seen: list[tuple[int, int]] = []
+    factorize(llama, measured, units, config, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(done, len(units)) for done in range(1, len(units) + 1)]
+
+
+@pytest.mark.parametrize("basis", ["two_sided", "fisher_rows", "shared_input:two_sided_half"])
+def test_a_basis_that_needs_gradients_says_so(basis: str, llama: ModelHandle, measured: LayerStatistics):
+    config = CompressionConfig(basis=basis)
+    with pytest.raises(ConfigError, match="by their gradients, which were not collected"):
+        factorize(llama, measured, units_of(llama, config), config)
+
+
+def test_damping_is_that_of_the_config(llama: ModelHandle, measured: LayerStatistics):
+    name = llama.layers[0].name
+    units = [unit for unit in units_of(llama, CONFIGS["whitened"]) if unit.name == name]
+    small, large = (
+        factorize(llama, measured, units, CompressionConfig(basis="whitened", input_damping=damping))[name].damping
+        for damping in (1e-6, 1e-2)
+    )
+    assert large == pytest.approx(1e4 * small)
+
+
+def test_factors_that_overflow_the_dtype_name_the_layer(llama: ModelHandle, measured: LayerStatistics):
+    name = llama.layers[0].name
+    half = copy.copy(llama)
+    object.__setattr__(half, "module", copy.deepcopy(llama.module).to(torch.float16))
+    config = CONFIGS["weight_svd"]
+    units = [unit for unit in units_of(llama, config) if unit.name == name]
+    bases = factorize(llama, measured, units, config)
+    bases[name].down.mul_(1e9)
+    with pytest.raises(NumericalError, match=rf"{name}: its factors overflow in torch.float16"):
+        low_rank_layers(half, bases, {name: 3})
+
+
+def test_ranks_that_do_not_fit_are_refused(llama: ModelHandle, measured: LayerStatistics):
     with pytest.raises(ConfigError, match="no compressible layer"):
         low_rank_layers(llama, {}, {"lm_head": 3})
+    config = CONFIGS["weight_svd"]
+    name = llama.layers[0].name
+    bases = factorize(llama, measured, [unit for unit in units_of(llama, config) if unit.name == name], config)
+    with pytest.raises(RankError, match=rf"{name}: rank must be in"):
+        low_rank_layers(llama, bases, {name: 33})
 
 
-def test_a_compressed_model_offers_only_its_dense_layers(llama: ModelHandle, windows: WindowSet) -> None:
-    shapes = priced_shapes(llama, "weight_svd")
-    bases = factorize(llama, collect_statistics(llama, windows, CalibrationConfig()), "weight_svd")
-    chosen = shapes[0].name
-    smaller = compress(copy.copy(llama), bases, allocation_from_ranks("manual", shapes, {chosen: 3})).handle
-    assert chosen not in {layer.name for layer in smaller.layers}
-    assert len(smaller.layers) == len(llama.layers) - 1
+def test_a_compressed_model_offers_only_its_dense_layers(llama: ModelHandle, measured: LayerStatistics):
+    chosen = llama.layers[0].name
+    smaller = built(llama, measured, CONFIGS["weight_svd"], {chosen: 3}).handle
+    assert [layer.name for layer in smaller.layers] == [layer.name for layer in llama.layers if layer.name != chosen]
+
+
+def test_matrices_of_a_stack_are_no_longer_offered(llama: ModelHandle, measured: LayerStatistics):
+    config = CompressionConfig(basis="shared_input", value_dense=False)
+    stack = next(unit for unit in units_of(llama, config) if len(unit.members) == 3)
+    smaller = built(llama, measured, config, {stack.name: 4}).handle
+    assert len(smaller.layers) == len(llama.layers) - 3

@@ -6,23 +6,21 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lowrank_core.allocation import allocate
-from lowrank_core.bases import factorize, priced_shapes
 from lowrank_core.calibration import collect_statistics
-from lowrank_core.compression import compress
-from lowrank_core.config import CalibrationConfig, ModelSource
+from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ModelError, NumericalError, TextError
 from lowrank_core.evaluation import DenseReference, WindowScores, _bootstrap, evaluate, score_windows
 from lowrank_core.generation import continue_prompt
 from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.recipe import decompose
 from lowrank_core.search.objective import objective_value
 from lowrank_core.text import WindowSet
 
 
 @pytest.fixture(scope="module")
 def smaller(llama: ModelHandle, windows: WindowSet) -> ModelHandle:
-    bases = factorize(llama, collect_statistics(llama, windows, CalibrationConfig()), "pooled_feature")
-    return compress(llama, bases, allocate("uniform", priced_shapes(llama, "pooled_feature"), 0.5)).handle
+    decomposed = decompose(llama, collect_statistics(llama, windows, CalibrationConfig()), CompressionConfig(value_dense=False))
+    return decomposed.compress(decomposed.allocate("uniform", 0.5), windows).handle
 
 
 def perplexity_by_hand(handle: ModelHandle, windows: WindowSet) -> float:

@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_core.allocation import allocate
-from lowrank_core.bases import factorize, priced_shapes
 from lowrank_core.calibration import collect_statistics
-from lowrank_core.compression import CompressedModel, compress
-from lowrank_core.config import CalibrationConfig, ModelSource
+from lowrank_core.compression import CompressedModel
+from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ModelError, RunError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import check_free, export
 from lowrank_core.models import LowRankLinear, ModelHandle, load_model
+from lowrank_core.recipe import decompose
 from lowrank_core.text import WindowSet
 
 ARCHITECTURES = ("llama", "gpt2", "qwen2")
@@ -48,8 +47,8 @@ def _logits(handle: ModelHandle) -> torch.Tensor:
 
 def _compressed(handle: ModelHandle, windows: WindowSet, ratio: float = 0.3) -> CompressedModel:
     statistics = collect_statistics(handle, windows, CalibrationConfig(group_size=8))
-    allocation = allocate("uniform", priced_shapes(handle, "pooled_feature"), ratio)
-    return compress(handle, factorize(handle, statistics, "pooled_feature"), allocation)
+    decomposed = decompose(handle, statistics, CompressionConfig(value_dense=False))
+    return decomposed.compress(decomposed.allocate("uniform", ratio), windows)
 
 
 @pytest.fixture(scope="module")

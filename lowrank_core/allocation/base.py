@@ -1,43 +1,52 @@
-"""What an allocation is, and how any set of wishes is projected onto a parameter budget.
-
-Notation::
-
-    k_i   kept fraction of matrix i, in (0, 1]; 1 means dense
-    x_i   multiplier of matrix i: only ratios between multipliers matter
-    s     common scale with  Σ cost_i(min(1, s·x_i)) = budget,  found by bisection
-"""
+"""What an allocation is, what an allocator is given, and the files that people write by hand."""
 
 from __future__ import annotations
 
-import heapq
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lowrank_core.accounting import MatrixShape, allocated_parameters, budget_for_ratio, compression_ratio
+import numpy as np
+import numpy.typing as npt
+
+from lowrank_core.accounting import Unit, allocated_parameters, budget_for_ratio, compression_ratio, dense_parameters
 from lowrank_core.errors import BudgetError, ConfigError
 
-__all__ = ["Allocator", "RankAllocation", "allocation_from_ranks", "module_group", "project", "read_ranks"]
+__all__ = [
+    "AllocationProblem",
+    "Allocator",
+    "ErrorCurves",
+    "RankAllocation",
+    "Ranks",
+    "allocation_from_ranks",
+    "module_group",
+    "read_ranks",
+    "unreachable",
+]
 
-_BISECTION_STEPS = 100  # halves the bracket to below one part in 2^100: exact in float64
+Ranks = Mapping[str, int | None]
+"""Unit name -> rank, None where it stays dense."""
+
+ErrorCurves = Mapping[str, npt.NDArray[np.float64]]
+"""Unit name -> errors e_0 … e_k left at each rank, in one unit for all."""
 
 _GROUPS = {"q_proj": "qk", "k_proj": "qk", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
 def module_group(kind: str) -> str:
     """Return the group that shares a variable of the search: q and k together as in the paper, else the type itself."""
-    return _GROUPS.get(kind, kind)
+    return "+".join(dict.fromkeys(_GROUPS.get(part, part) for part in kind.split("+")))
 
 
 @dataclass(frozen=True)
 class RankAllocation:
-    """Ranks that meet a budget. ``ranks[name]`` is None where the matrix stays dense."""
+    """Ranks that meet a budget. ``ranks[unit]`` is None where it stays dense, and so does what no unit covers."""
 
     allocator: str
-    ranks: Mapping[str, int | None]
+    ranks: Ranks
     parameters: int
     dense_parameters: int
 
@@ -57,8 +66,46 @@ class RankAllocation:
         return json.dumps(body, indent=1)
 
 
+@dataclass(frozen=True)
+class AllocationProblem:
+    """What is to be shared out, and among whom.
+
+    Attributes:
+        units: every unit, alternatives and what stays dense included: the ratio counts each of their matrices once.
+        compression_ratio: fraction of the parameters to remove, in [0, 1).
+        keep_dense: names of matrices that stay as they are.
+        curves: errors by unit, where they are known.
+    """
+
+    units: tuple[Unit, ...]
+    compression_ratio: float
+    keep_dense: frozenset[str] = frozenset()
+    curves: ErrorCurves | None = None
+
+    @property
+    def free(self) -> tuple[Unit, ...]:
+        """Units that may be compressed, at a gain."""
+        return tuple(u for u in self.units if u.break_even_rank > 0 and not any(m.name in self.keep_dense for m in u.members))
+
+    @property
+    def available(self) -> int:
+        """Parameters for the matrices of the free units: the budget without what the others cost."""
+        return budget_for_ratio(self.units, self.compression_ratio) - dense_parameters(self.units) + dense_parameters(self.free)
+
+
+def unreachable(problem: AllocationProblem, least: int) -> BudgetError:
+    """Return the error for a budget below ``least``, what the free units cost at rank 1."""
+    dense = dense_parameters(problem.units)
+    most = compression_ratio(dense, dense - dense_parameters(problem.free) + least)
+    return BudgetError(
+        f"compression ratio {problem.compression_ratio:g} can't be met: the matrices that stay dense, with rank 1 everywhere else, "
+        f"remove only {most:.3f}. "
+        "Lower the ratio, or compress the value projections too."
+    )
+
+
 class Allocator(Protocol):
-    """A rule that spends a budget."""
+    """A rule that spends a budget: never over it, and under it by less than the cheapest step that is left."""
 
     @property
     def name(self) -> str: ...
@@ -66,30 +113,40 @@ class Allocator(Protocol):
     def label(self) -> str: ...
     @property
     def reference(self) -> str: ...
-    def multipliers(self, matrices: Sequence[MatrixShape]) -> dict[str, float]:
-        """Return a positive multiplier for the kept fraction of each matrix, by name."""
+    @property
+    def needs_curves(self) -> bool:
+        """Whether it works from the errors of the bases."""
+
+    def ranks(self, problem: AllocationProblem) -> Ranks:
+        """Return the rank of each unit that is used, None where it stays dense.
+
+        Raises:
+            BudgetError: the ratio can't be met.
+            ConfigError: it needs errors and there are none, or it can't choose between alternatives.
+        """
 
 
-def allocation_from_ranks(allocator: str, matrices: Sequence[MatrixShape], ranks: Mapping[str, int | None]) -> RankAllocation:
+def allocation_from_ranks(allocator: str, units: Sequence[Unit], ranks: Ranks) -> RankAllocation:
     """Return ``ranks`` as an allocation, with its counts.
 
-    A rank whose factors would cost as much as the matrix is stored dense: never larger than dense.
+    A rank whose factors would cost as much as the matrices is stored dense: never larger than dense.
 
     Raises:
-        ConfigError: a name that is not a compressible layer.
+        ConfigError: a name that is no unit, or a matrix in two of them.
         RankError: a rank outside its limits.
     """
-    known = {matrix.name: matrix for matrix in matrices}
+    known = {unit.name: unit for unit in units}
     unknown = sorted(set(ranks) - set(known))
     if unknown:
         raise ConfigError(f"ranks: {unknown[0]!r} is no compressible layer of this model; its layers are named like {next(iter(known))!r}.")
-    stored: dict[str, int | None] = {}
-    for matrix in matrices:
-        rank = ranks.get(matrix.name)
-        cost = matrix.parameters(rank)  # checks the rank
-        stored[matrix.name] = rank if cost < matrix.dense_parameters else None
-    dense = sum(matrix.dense_parameters for matrix in matrices)
-    return RankAllocation(allocator, stored, allocated_parameters(matrices, stored), dense)
+    kept: dict[str, int | None] = {}
+    for name, rank in ranks.items():
+        cost = known[name].parameters(rank)  # checks the rank
+        kept[name] = rank if cost < known[name].dense_parameters else None
+    covered = {member.name for name in kept for member in known[name].members}
+    kept |= {unit.name: None for unit in units if len(unit.members) == 1 and unit.name not in covered}
+    ordered = {unit.name: kept[unit.name] for unit in units if unit.name in kept}
+    return RankAllocation(allocator, ordered, allocated_parameters(units, ordered), dense_parameters(units))
 
 
 def read_ranks(path: str | os.PathLike[str]) -> dict[str, int | None]:
@@ -106,96 +163,3 @@ def read_ranks(path: str | os.PathLike[str]) -> dict[str, int | None]:
     if not isinstance(ranks, dict) or not all(value is None or type(value) is int for value in ranks.values()):
         raise ConfigError(f"ranks: {path} must hold a JSON object that maps layer names to a whole number or null (dense).")
     return ranks
-
-
-def project(
-    matrices: Sequence[MatrixShape],
-    multipliers: Mapping[str, float],
-    ratio: float,
-    *,
-    keep_dense: Collection[str] = (),
-    allocator: str = "projection",
-) -> RankAllocation:
-    """Spend the budget of compression ratio ``ratio`` in proportion to ``multipliers``.
-
-    The result never costs more than the budget, and less by under the cheapest step that is left.
-
-    Args:
-        matrices: every compressible matrix, locked ones included: the ratio counts them all.
-        multipliers: positive, by name; only their ratios matter.
-        ratio: fraction of the parameters to remove, in [0, 1).
-        keep_dense: names that stay as they are.
-
-    Raises:
-        BudgetError: even rank 1 everywhere costs more than the budget.
-    """
-    budget = budget_for_ratio(matrices, ratio)
-    free = [m for m in matrices if m.name not in keep_dense and m.break_even_rank > 0]
-    locked = sum(m.dense_parameters for m in matrices) - sum(m.dense_parameters for m in free)
-    available = budget - locked
-    least = sum(m.parameters(1) for m in free)
-    if available < least:
-        dense = sum(m.dense_parameters for m in matrices)
-        most = compression_ratio(dense, locked + least)
-        raise BudgetError(
-            f"compression ratio {ratio:g} can't be met: the matrices that stay dense, with rank 1 everywhere else, "
-            f"remove only {most:.3f}. "
-            "Lower the ratio, or compress the value projections too."
-        )
-    wishes = _scaled_wishes(free, multipliers, available)
-    ranks: dict[str, int | None] = {m.name: None for m in matrices}
-    ranks.update({m.name: m.rank_for_parameters(wishes[m.name]) for m in free})
-    _shrink_to_fit(free, ranks, wishes, available)
-    _spend_remainder(free, ranks, wishes, available)
-    return allocation_from_ranks(allocator, matrices, ranks)
-
-
-def _scaled_wishes(free: Sequence[MatrixShape], multipliers: Mapping[str, float], available: int) -> dict[str, float]:
-    """Return the parameters that each matrix would get, if ranks were continuous."""
-
-    def wishes(scale: float) -> dict[str, float]:
-        return {m.name: min(1.0, scale * multipliers[m.name]) * m.dense_parameters for m in free}
-
-    if not free:
-        return {}
-    low, high = 0.0, 1.0 / min(multipliers[m.name] for m in free)
-    for _ in range(_BISECTION_STEPS):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(wishes(middle).values()) <= available else (low, middle)
-    return wishes(high)
-
-
-def _shrink_to_fit(free: Sequence[MatrixShape], ranks: dict[str, int | None], wishes: Mapping[str, float], available: int) -> None:
-    """Take ranks away where the minimum of rank 1 pushed the total over the budget; the least missed first."""
-    spent = sum(m.parameters(ranks[m.name]) for m in free)
-    while spent > available:
-        shrinkable = [m for m in free if ranks[m.name] != 1]
-        matrix = max(shrinkable, key=lambda m: (m.parameters(ranks[m.name]) - wishes[m.name]) / m.rank_step)
-        rank = ranks[matrix.name]
-        before = matrix.parameters(rank)
-        ranks[matrix.name] = matrix.break_even_rank if rank is None else rank - 1
-        spent -= before - matrix.parameters(ranks[matrix.name])
-
-
-def _spend_remainder(free: Sequence[MatrixShape], ranks: dict[str, int | None], wishes: Mapping[str, float], available: int) -> None:
-    """Add single ranks, the furthest below its wish first, until no step fits."""
-    left = available - sum(m.parameters(ranks[m.name]) for m in free)
-    by_name = {m.name: m for m in free}
-
-    def entry(matrix: MatrixShape) -> tuple[float, str]:
-        return (matrix.parameters(ranks[matrix.name]) - wishes[matrix.name]) / matrix.rank_step, matrix.name
-
-    heap = [entry(m) for m in free if ranks[m.name] is not None]
-    heapq.heapify(heap)
-    while heap:
-        matrix = by_name[heapq.heappop(heap)[1]]
-        rank = ranks[matrix.name]
-        assert rank is not None
-        following = rank + 1 if rank < matrix.break_even_rank else None
-        step = matrix.parameters(following) - matrix.parameters(rank)
-        if step > left:
-            continue  # no later step of this matrix is cheaper, but for the last one to dense: tried when it is next
-        left -= step
-        ranks[matrix.name] = following
-        if following is not None:
-            heapq.heappush(heap, entry(matrix))

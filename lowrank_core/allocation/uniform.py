@@ -5,21 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_core.accounting import MatrixShape
+from lowrank_core.accounting import Unit
+from lowrank_core.allocation.projection import ByMultipliers
 
 __all__ = ["UNIFORM", "Uniform"]
 
 
 @dataclass(frozen=True)
-class Uniform:
-    """Every matrix keeps the same fraction of its parameters."""
+class Uniform(ByMultipliers):
+    """Every unit keeps the same fraction of its parameters."""
 
     name: str = "uniform"
     label: str = "Uniform"
     reference: str = "the usual baseline"
 
-    def multipliers(self, matrices: Sequence[MatrixShape]) -> dict[str, float]:
-        return {matrix.name: 1.0 for matrix in matrices}
+    def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:
+        return {unit.name: 1.0 for unit in units}
 
 
 UNIFORM = Uniform()

@@ -1,65 +1,42 @@
-"""Bases: ways to order the directions of a matrix, so that every rank is a slice."""
+"""Bases: ways to weigh the error of a matrix, and so to order its directions. Torch-free; ``factorization`` does the arithmetic."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
-import torch
-
-from lowrank_core.accounting import MatrixShape
-from lowrank_core.bases.base import Basis, FactorBasis, Factors
+from lowrank_core.bases.activation_scaled import ACTIVATION_SCALED
+from lowrank_core.bases.base import Basis, Grouping, Metric, Operand
+from lowrank_core.bases.drift_aware import DRIFT_AWARE
+from lowrank_core.bases.fisher_rows import FISHER_ROWS
 from lowrank_core.bases.pooled_feature import POOLED_FEATURE
+from lowrank_core.bases.stacks import CROSS_LAYER, DATA_FREE_JOINT, SHARED_INPUT, Wrapper, by_input
+from lowrank_core.bases.two_sided import TWO_SIDED, TWO_SIDED_HALF
 from lowrank_core.bases.weight_svd import WEIGHT_SVD
-from lowrank_core.calibration import LayerStatistics
+from lowrank_core.bases.whitened import WHITENED
 from lowrank_core.errors import ConfigError
-from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
 
-__all__ = ["BASES", "Basis", "FactorBasis", "Factors", "basis_named", "factorize", "priced_shapes"]
+__all__ = ["BASES", "WRAPPERS", "Basis", "Grouping", "Metric", "Operand", "basis_named", "by_input"]
 
-BASES: dict[str, Basis] = {method.name: method for method in (POOLED_FEATURE, WEIGHT_SVD)}
+_SINGLE: tuple[Basis, ...] = (POOLED_FEATURE, WEIGHT_SVD, FISHER_ROWS, ACTIVATION_SCALED, WHITENED, TWO_SIDED, TWO_SIDED_HALF)
+
+WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({basis.title: basis for basis in (SHARED_INPUT, CROSS_LAYER, DRIFT_AWARE)})
+"""Bases around another one: ``shared_input:two_sided`` is one, ``shared_input`` alone wraps its default."""
+
+BASES: Mapping[str, Basis] = MappingProxyType({basis.name: basis for basis in (*_SINGLE, *WRAPPERS.values(), DATA_FREE_JOINT)})
 
 
 def basis_named(name: str) -> Basis:
-    """Return the basis ``name``.
+    """Return the basis ``name``: an entry of ``BASES``, or wrappers around one, joined by colons.
 
     Raises:
         ConfigError: there is none; the message lists those that are.
     """
-    if name not in BASES:
-        raise ConfigError(f"basis must be one of {', '.join(BASES)}; got {name!r}.")
-    return BASES[name]
-
-
-def priced_shapes(handle: ModelHandle, basis: str) -> tuple[MatrixShape, ...]:
-    """Return the model's matrices as price lists under ``basis``.
-
-    Raises:
-        ConfigError: no such basis.
-    """
-    adds_bias = basis_named(basis).adds_bias
-    return tuple(replace(shape, adds_bias=adds_bias) for shape in handle.shapes)
-
-
-def factorize(
-    handle: ModelHandle, statistics: LayerStatistics, basis: str, *, progress: Callable[[int, int], None] | None = None
-) -> dict[str, FactorBasis]:
-    """Decompose every compressible layer once, in float64 on the CPU.
-
-    Raises:
-        ConfigError: no such basis.
-        NumericalError: NaN, Inf or no convergence; names the layer.
-    """
-    method = basis_named(basis)
-    shapes = priced_shapes(handle, basis)
-    groups = {layer.name: layer.input_group for layer in handle.layers}
-    found = {}
-    for done, shape in enumerate(shapes, start=1):
-        module = handle.module.get_submodule(shape.name)
-        weight = weight_of(module).detach().to("cpu", torch.float64)
-        bias = bias_of(module)
-        bias = None if bias is None else bias.detach().to("cpu", torch.float64)
-        found[shape.name] = method.factorize(shape, weight, bias, statistics.inputs[groups[shape.name]])
-        if progress is not None:
-            progress(done, len(shapes))
-    return found
+    outer, colon, inner = name.partition(":")
+    if outer not in BASES or (colon and outer not in WRAPPERS):
+        around = ", ".join(WRAPPERS)
+        raise ConfigError(
+            f"basis must be one of {', '.join(BASES)}, or one of {around} around another (shared_input:two_sided); got {name!r}."
+        )
+    return replace(WRAPPERS[outer], inner=basis_named(inner)) if colon else BASES[outer]

@@ -1,84 +1,75 @@
-"""The two-step contract of every basis: decompose once, then any rank is a slice.
+"""What a basis is: a way to weigh the error of a matrix. Which directions to keep follows from it, once, for every rank.
 
 Notation::
 
-    W (m, n)   weight,  m = d_out, n = d_in
-    B (m, k)   left factors,  A (k, n) right factors, ordered so that W_r = B[:, :r] A[:r]
-    e_r        error left at rank r in the basis's own metric; e_0 is everything, e_k = 0 but for rounding
+    W (m, n)   weight,  m = d_out, n = d_in;  ΔW = W - W_r
+    P (m, m)   row metric,  C (n, n)  column metric;  both positive semi-definite, a vector stands for a diagonal
+    e          tr(P^γ ΔW C ΔWᵀ): the error that a basis minimises at every rank
+
+Nothing here imports torch at run time, so that pages can list the methods.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Protocol
 
 from lowrank_core.accounting import MatrixShape
-from lowrank_core.errors import RankError
-from lowrank_core.moments import InputStatistics
 
-__all__ = ["Basis", "FactorBasis", "Factors"]
+if TYPE_CHECKING:
+    from torch import Tensor
 
+    from lowrank_core.moments import InputStatistics, OutputStatistics
 
-@dataclass(frozen=True)
-class Factors:
-    """y = up (down x) + bias: up (m, r), down (r, n), bias (m,) or None; float64."""
+__all__ = ["Basis", "Grouping", "Metric", "Operand", "SingleMatrix", "one_by_one"]
 
-    up: Tensor
-    down: Tensor
-    bias: Tensor | None
+Grouping = tuple[tuple[MatrixShape, ...], ...]
 
 
 @dataclass(frozen=True)
-class FactorBasis:
-    """Nested factors of one matrix.
+class Operand:
+    """One matrix, with what calibration learned of both its sides.
 
     Attributes:
-        shape: the matrix, as the price list that holds for this basis (a centred one adds a bias).
-        up: B (m, k), float64.
-        down: A (k, n), float64.
-        bias: b (m,) of the dense layer, or None.
-        output_mean: W μ (m,) for a centred basis, else None.
-        input_mean: μ (n,) for a centred basis, else None.
-        errors: e_0 … e_k (k + 1,), float64, descending.
+        shape: the matrix.
+        weight: W (m, n), float64.
+        bias: b (m,), float64, or None.
+        inputs: statistics of its input; of the compressed model's input x' in a sequential compression.
+        outputs: moments of the loss gradient at its output; None unless the basis needs gradients.
+        cross: C× = E[x x'ᵀ] (n, n) of the dense and the compressed model's input, centred where the basis is; None outside a
+            sequential compression.
+        dense_mean: E[x] (n,) of the dense model's input in a sequential compression; None where it is the mean of ``inputs``.
     """
 
     shape: MatrixShape
-    up: Tensor
-    down: Tensor
+    weight: Tensor
     bias: Tensor | None
-    output_mean: Tensor | None
-    input_mean: Tensor | None
-    errors: Tensor
+    inputs: InputStatistics
+    outputs: OutputStatistics | None = None
+    cross: Tensor | None = None
+    dense_mean: Tensor | None = None
 
-    @property
-    def max_rank(self) -> int:
-        return self.up.shape[1]
 
-    def slice(self, rank: int) -> Factors:
-        """Return the factors at ``rank``.
+@dataclass(frozen=True)
+class Metric:
+    """e = scale · tr(P^γ ΔW C ΔWᵀ).
 
-        Raises:
-            RankError: rank outside [1, max_rank].
-        """
-        if not 1 <= rank <= self.max_rank:
-            raise RankError(
-                f"{self.shape.name}: rank must be in [1, {self.max_rank}], got {rank}. Lower it, or leave the layer dense (null)."
-            )
-        up, down = self.up[:, :rank], self.down[:rank]
-        return Factors(up, down, self._bias_at(up, down))
+    Attributes:
+        rows: P (m, m) or (m,); None is the identity.
+        columns: C (n, n) or (n,); None is the identity.
+        row_power: γ.
+        scale: ½ where e estimates the KL divergence, else 1.
+    """
 
-    def _bias_at(self, up: Tensor, down: Tensor) -> Tensor | None:
-        """Return b + W μ - B_r A_r μ: the mean output stays exact (METHODS §1, Centring)."""
-        if self.output_mean is None or self.input_mean is None:
-            return self.bias
-        correction = self.output_mean - up @ (down @ self.input_mean)
-        return correction if self.bias is None else self.bias + correction
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+    row_power: float = 1.0
+    scale: float = 1.0
 
 
 class Basis(Protocol):
-    """A way to order a matrix's directions."""
+    """A method of METHODS §3."""
 
     @property
     def name(self) -> str: ...
@@ -87,14 +78,50 @@ class Basis(Protocol):
     @property
     def reference(self) -> str: ...
     @property
-    def needs_data(self) -> bool: ...
+    def needs_data(self) -> bool:
+        """Whether statistics of the inputs matter."""
+
     @property
-    def adds_bias(self) -> bool:
-        """Whether factors carry a bias even where the dense layer has none."""
+    def needs_gradients(self) -> bool:
+        """Whether moments of the output gradients matter."""
 
-    def factorize(self, shape: MatrixShape, weight: Tensor, bias: Tensor | None, statistics: InputStatistics) -> FactorBasis:
-        """Decompose ``weight`` (m, n), given the statistics of its input; all float64.
+    @property
+    def sequential(self) -> bool:
+        """Whether it compresses block by block, with statistics of the blocks compressed before."""
 
-        Raises:
-            NumericalError: NaN, Inf, or no convergence; names the layer.
-        """
+    @property
+    def centred(self) -> bool:
+        """Whether C is a covariance: a compressed matrix then has a bias, which keeps the mean output exact."""
+
+    @property
+    def comparable(self) -> bool:
+        """Whether errors of different matrices are in one unit (estimated KL), so that ranks can be traded between them."""
+
+    def grouping(self, shapes: Sequence[MatrixShape]) -> Grouping:
+        """Return which matrices share one rank and one factor on their input side."""
+
+    def metric(self, operand: Operand) -> Metric:
+        """Return how an error of this matrix is weighed."""
+
+    def target_moment(self, operand: Operand) -> Tensor | None:
+        """Return K (n, n) where the matrix to approximate is W K C⁻¹ instead of W (a basis that corrects drift), else None."""
+
+
+def one_by_one(shapes: Sequence[MatrixShape]) -> Grouping:
+    return tuple((shape,) for shape in shapes)
+
+
+class SingleMatrix:
+    """What most methods have in common: no gradients, no sequence, no bias, one matrix at a time."""
+
+    needs_data: bool = True
+    needs_gradients: bool = False
+    sequential: bool = False
+    centred: bool = False
+    comparable: bool = False
+
+    def grouping(self, shapes: Sequence[MatrixShape]) -> Grouping:
+        return one_by_one(shapes)
+
+    def target_moment(self, operand: Operand) -> Tensor | None:
+        return None

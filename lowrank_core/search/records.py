@@ -27,11 +27,12 @@ class TrialRecord:
 
     Attributes:
         number: from 0, in the order of asking.
-        state: ``complete``, ``running``, ``failed``, ``pruned`` or ``waiting``.
+        state: ``complete``, ``infeasible`` (measured, and outside the budget of a published search), ``running``, ``failed``,
+            ``pruned`` or ``waiting``.
         label: ``uniform``, ``lord_manual``… for an enqueued baseline, else ``sampled``.
         value: the objective on search-validation text; None unless complete.
         params: variable of the space -> multiplier, as sampled.
-        ranks: layer -> rank, or None for dense; empty until the trial began.
+        ranks: unit -> rank, or None for dense; empty until the trial began.
         compression_ratio, kl, perplexity, tokens, seconds: as measured in the trial; None until then.
     """
 
@@ -62,7 +63,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     complete = trial.state == TrialState.COMPLETE
     return TrialRecord(
         number=trial.number,
-        state=_STATES[trial.state],
+        state="infeasible" if complete and any(excess > 0 for excess in trial.constraints.values()) else _STATES[trial.state],
         label=attributes.get("label", "sampled"),
         value=trial.value if complete else None,
         params=dict(trial.params),

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks
-from lowrank_core.compression import CompressedModel, compress
+from lowrank_core.compression import CompressedModel
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import export
@@ -21,7 +21,7 @@ from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench
 
-__all__ = ["answer_requests", "complete_trial", "export_trial"]
+__all__ = ["answer_requests", "chosen_model", "complete_trial", "export_trial"]
 
 Answer = dict[str, object]
 
@@ -53,21 +53,26 @@ def _chosen_allocation(run: Run, bench: TrialBench, trial: object) -> RankAlloca
         ConfigError: there is no such trial.
     """
     if isinstance(trial, str) and trial in ALLOCATORS:
-        return bench.space.allocation(bench.space.baseline(trial), trial)
+        return bench.decomposed.allocate(trial, bench.space.compression_ratio)
     if trial is not None and trial != "best" and type(trial) is not int:
         raise ConfigError(f"trial must be a number, `best` or one of {', '.join(ALLOCATORS)}; got {trial!r}.")
     record = complete_trial(run, trial if type(trial) is int else None)
     label = f"trial {record.number}" if record.label == "sampled" else record.label
-    return allocation_from_ranks(label, bench.space.matrices, record.ranks)
+    return allocation_from_ranks(label, bench.space.units, record.ranks)
 
 
-def _compressed(run: Run, session: Session, bench: TrialBench, arguments: Mapping[str, object]) -> tuple[RankAllocation, CompressedModel]:
-    allocation = _chosen_allocation(run, bench, arguments.get("trial"))
-    return allocation, compress(session.handle, bench.bases, allocation)
+def chosen_model(run: Run, session: Session, bench: TrialBench, trial: object) -> tuple[RankAllocation, CompressedModel]:
+    """Return what ``trial`` (a number, None or ``best``, or an allocator's name) allocates, and the model compressed so.
+
+    Raises:
+        ConfigError: there is no such trial.
+    """
+    allocation = _chosen_allocation(run, bench, trial)
+    return allocation, bench.decomposed.compress(allocation, session.windows.calibration)
 
 
 def _compare(run: Run, session: Session, bench: TrialBench, arguments: Mapping[str, object], reporter: Reporter) -> Answer:
-    allocation, model = _compressed(run, session, bench, arguments)
+    allocation, model = chosen_model(run, session, bench, arguments.get("trial"))
     with reporter.stage(f"Measuring {allocation.allocator} on test text", session.windows.test.windows) as progress:
         report = evaluate(model.handle, session.windows.test, against=session.handle, batch_size=bench.batch_size, progress=progress)
     return {"trial": arguments.get("trial"), "label": allocation.allocator, "ranks": dict(allocation.ranks), "report": report.to_mapping()}
@@ -77,7 +82,7 @@ def _generate(run: Run, session: Session, bench: TrialBench, arguments: Mapping[
     prompt = str(arguments.get("prompt", ""))
     tokens, seed = int(str(arguments.get("tokens", 64))), int(str(arguments.get("seed", 0)))
     temperature = float(str(arguments.get("temperature", TEMPERATURE)))
-    allocation, model = _compressed(run, session, bench, arguments)
+    allocation, model = chosen_model(run, session, bench, arguments.get("trial"))
     with reporter.stage("Continuing the prompt"):
         texts = {
             "dense_text": continue_prompt(session.handle, prompt, tokens=tokens, seed=seed, temperature=temperature),
@@ -92,7 +97,7 @@ def export_trial(run: Run, session: Session, bench: TrialBench, trial: object) -
     allocation = _chosen_allocation(run, bench, trial)
     folder = run.path / "exports" / allocation.allocator.replace(" ", "-")
     if not folder.exists():
-        model = compress(session.handle, bench.bases, allocation)
+        model = bench.decomposed.compress(allocation, session.windows.calibration)
         export(model, folder, provenance={"run": run.id, "basis": _basis(run), "allocation": allocation.allocator})
     return str(folder)
 

@@ -5,17 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lowrank_core.analysis import spectra_of
-from lowrank_core.bases import factorize, priced_shapes
+from lowrank_core.bases import basis_named
 from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.config import SearchConfig
+from lowrank_core.decomposition import units_of
 from lowrank_core.evaluation import DenseReference
+from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, describe, load_model
+from lowrank_core.recipe import decompose
 from lowrank_core.runs import Run, home, write_json
 from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.space import SearchSpace, value_layers
+from lowrank_core.search.space import SearchSpace
 from lowrank_core.search.study import TrialBench
 from lowrank_core.spectra import load_spectra, save_spectra
 from lowrank_core.text import TokenWindows, load_text
+from lowrank_core.units import value_layers
 
 __all__ = ["Session", "prepare", "search_bench"]
 
@@ -63,13 +67,21 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
     Raises:
         LowRankError: the ratio can't be met, or a numerical failure.
     """
-    handle, compression = session.handle, config.compression
-    shapes = priced_shapes(handle, compression.basis)
-    space = SearchSpace(shapes, config.compression_ratio, value_layers(shapes) if compression.value_dense else ())
+    handle = session.handle
+    compression = config.compression.without_alternatives
+    units = units_of(handle, compression)
+    dense = value_layers(handle.shapes) if compression.value_dense else ()
+    space = SearchSpace(units, config.compression_ratio, dense, config.projected, compression.rank_multiple)
     space.allocation(space.baseline("uniform"))  # an unreachable ratio is told before minutes of work
-    with reporter.stage("Factorising", len(handle.layers)) as progress:
-        bases = factorize(handle, session.statistics, compression.basis, progress=progress)
+    statistics = session.statistics
+    if basis_named(compression.basis).needs_gradients:
+        calibration = session.windows.calibration
+        with reporter.stage("Measuring gradients", calibration.windows) as progress:
+            store = home() / "statistics"
+            statistics = statistics.with_outputs(cached_gradients(handle, calibration, statistics.config, store, progress=progress))
+    with reporter.stage("Factorising", len(units)) as progress:
+        decomposed = decompose(handle, statistics, compression, progress=progress)
     windows = session.windows.validation
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
-        dense = DenseReference.compute(handle, windows, batch_size=batch_size, progress=progress)
-    return TrialBench(handle, bases, windows, dense, space, batch_size)
+        reference = DenseReference.compute(handle, windows, batch_size=batch_size, progress=progress)
+    return TrialBench(decomposed, windows, reference, space, batch_size)

@@ -6,7 +6,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,12 @@ from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import BaseSampler, GPSampler, RandomSampler
 from optuna.trial import FrozenTrial, TrialState
 
-from lowrank_core.bases import FactorBasis
 from lowrank_core.compression import low_rank_layers, swapped
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.models.handle import ModelHandle
+from lowrank_core.recipe import Decomposed
 from lowrank_core.runs import Run
 from lowrank_core.search.objective import objective_value
 from lowrank_core.search.records import open_storage
@@ -37,20 +37,22 @@ class TrialBench:
     """Everything that trials share: nothing in it is computed twice.
 
     Attributes:
-        handle: the dense model; a trial swaps layers in it and puts them back.
-        bases: factor bases by layer.
+        decomposed: the dense model, in which a trial swaps layers and puts them back, and the nested factors of its units.
         windows: search-validation windows, never the test ones.
         dense: the dense model's log-probabilities on them.
         space: variables and budget.
         batch_size: windows in a forward pass.
     """
 
-    handle: ModelHandle
-    bases: Mapping[str, FactorBasis]
+    decomposed: Decomposed
     windows: WindowSet
     dense: DenseReference
     space: SearchSpace
     batch_size: int
+
+    @property
+    def handle(self) -> ModelHandle:
+        return self.decomposed.handle
 
 
 def _sampler(config: SearchConfig, finished: int) -> BaseSampler:
@@ -122,8 +124,10 @@ def run_trial(study: optuna.Study, bench: TrialBench, config: SearchConfig) -> F
     allocation = bench.space.allocation(trial.params, trial.user_attrs.get("label", "sampled"))
     trial.set_user_attr("ranks", json.dumps(dict(allocation.ranks)))
     trial.set_user_attr("compression_ratio", allocation.compression_ratio)
+    for name, excess in bench.space.constraints(allocation).items():
+        trial.set_constraint(name, excess)
     try:
-        with swapped(bench.handle, low_rank_layers(bench.handle, bench.bases, allocation.ranks)):
+        with swapped(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
             scores, _ = score_windows(bench.handle, bench.windows, batch_size=bench.batch_size, dense=bench.dense)
         value = objective_value(config.objective, scores, bench.windows.predicted_tokens)
         assert scores.kl is not None

@@ -103,8 +103,14 @@ def _run_trials(run: Run, session: Session, bench: TrialBench, config: SearchCon
 
 
 def _log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    found = "failed" if trial.value is None else f"{trial.value:.6g}, best {study.best_value:.6g}"
-    print(f"trial {trial.number} ({trial.user_attrs.get('label', 'sampled')}): {found}", file=sys.stderr, flush=True)
+    found = "failed" if trial.value is None else f"{trial.value:.6g}"
+    feasible = [
+        other.value
+        for other in study.get_trials(deepcopy=False)
+        if other.value is not None and all(excess <= 0 for excess in other.constraints.values())
+    ]
+    best = f", best {min(feasible):.6g}" if feasible else ""
+    print(f"trial {trial.number} ({trial.user_attrs.get('label', 'sampled')}): {found}{best}", file=sys.stderr, flush=True)
 
 
 def _serve(

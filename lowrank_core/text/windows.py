@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -50,6 +50,10 @@ class WindowSet:
     def predicted_tokens(self) -> int:
         """Tokens that get a probability: all but each window's first."""
         return self.windows * (self.context - 1)
+
+    def first(self, windows: int) -> WindowSet:
+        """Return at most the first ``windows`` of them; calibration windows are in a random order."""
+        return replace(self, ids=self.ids[:windows])
 
     @property
     def sha256(self) -> str:

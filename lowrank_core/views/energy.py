@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lowrank_core.accounting import MatrixShape
+from lowrank_core.accounting import MatrixShape, Unit
 from lowrank_core.spectra import LayerSpectrum, retained_energy
 from lowrank_core.views.formatting import percent
 from lowrank_core.views.spectrum import log_ranks
@@ -86,7 +86,7 @@ def energy_at_rank(spectrum: LayerSpectrum, rank: int) -> EnergyAtRank:
         weights_kept=float(retained_energy(weights)[rank - 1]),
         features_left=float(_left(features)[rank - 1]),
         weights_left=float(_left(weights)[rank - 1]),
-        parameters_kept=shape.parameters(rank) / shape.dense_parameters,
+        parameters_kept=Unit((shape,)).parameters(rank) / shape.dense_parameters,
         above_break_even=rank > shape.break_even_rank,
     )
 

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_core.accounting import MatrixShape
-from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocate, allocation_from_ranks, module_group
-from lowrank_core.config import RunConfig, SearchConfig
+from lowrank_core.accounting import MatrixShape, Unit
+from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocate, allocation_from_ranks
+from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.search.records import TrialRecord, best_trial
+from lowrank_core.units import plan_units, value_layers
 from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.layermap import LayerMap, layer_map
 
 __all__ = [
-    "BASES",
     "OBJECTIVE_LABELS",
     "SAMPLER_LABELS",
-    "Basis",
     "History",
     "Progress",
     "allocation_map",
@@ -26,25 +25,13 @@ __all__ = [
     "search_params",
     "check_budget",
     "history",
-    "priced",
     "progress",
+    "search_units",
     "trial_label",
     "trial_table",
 ]
 
 
-@dataclass(frozen=True)
-class Basis:
-    """A basis as the dashboard offers it; ``adds_bias`` says that its factors carry one of their own."""
-
-    name: str
-    label: str
-    adds_bias: bool
-
-
-BASES: dict[str, Basis] = {
-    basis.name: basis for basis in (Basis("pooled_feature", "Pooled features (Bolaco)", True), Basis("weight_svd", "Weight SVD", False))
-}
 OBJECTIVE_LABELS = {
     "kl": "KL to the dense model (nats per token)",
     "perplexity": "Perplexity",
@@ -153,25 +140,29 @@ def search_params(trials: Sequence[TrialRecord]) -> list[str]:
     return list(dict.fromkeys(name for trial in trials for name in trial.params))
 
 
-def priced(matrices: Sequence[MatrixShape], basis: str) -> tuple[MatrixShape, ...]:
-    """Return ``matrices`` with the bias that ``basis`` adds to their factors counted in."""
-    adds_bias = basis in BASES and BASES[basis].adds_bias
-    return tuple(MatrixShape(m.name, m.kind, m.depth, m.d_out, m.d_in, m.bias, adds_bias) for m in matrices)
+def search_units(matrices: Sequence[MatrixShape], compression: CompressionConfig) -> tuple[Unit, ...]:
+    """Return what a search with ``compression`` gives ranks to."""
+    return plan_units(matrices, compression.without_alternatives)
 
 
-def allocation_of(trial: TrialRecord, matrices: Sequence[MatrixShape]) -> RankAllocation:
+def allocation_of(trial: TrialRecord, units: Sequence[Unit]) -> RankAllocation:
     """Return what a trial allocated.
 
     Raises:
-        ConfigError: its ranks do not fit ``matrices``.
+        ConfigError: its ranks do not fit ``units``.
     """
-    return allocation_from_ranks(f"trial {trial.number}", matrices, trial.ranks)
+    return allocation_from_ranks(f"trial {trial.number}", units, trial.ranks)
 
 
-def allocation_map(allocation: RankAllocation, matrices: Sequence[MatrixShape]) -> LayerMap:
-    """Return the kept fraction of each matrix's parameters, 1 where it stays dense."""
-    ranks = [allocation.ranks.get(matrix.name) for matrix in matrices]
-    kept = [matrix.parameters(rank) / matrix.dense_parameters for matrix, rank in zip(matrices, ranks, strict=True)]
+def allocation_map(allocation: RankAllocation, units: Sequence[Unit]) -> LayerMap:
+    """Return the kept fraction of each matrix's parameters, 1 where it stays dense, that of its stack where it is in one."""
+    known = {unit.name: unit for unit in units}
+    matrices, ranks, kept = [], [], []
+    for name, rank in allocation.ranks.items():
+        for member in known[name].members:
+            matrices.append(member)
+            ranks.append(rank)
+            kept.append(known[name].parameters(rank) / known[name].dense_parameters)
     labels = ["dense" if rank is None else f"rank {rank}, {percent(share, 0)} kept" for rank, share in zip(ranks, kept, strict=True)]
     return layer_map(matrices, kept, labels, "Parameters kept", percent=True, full_scale=True)
 
@@ -185,5 +176,5 @@ def check_budget(config: RunConfig, matrices: Sequence[MatrixShape]) -> RankAllo
     if config.search is None:
         return None
     compression = config.search.compression
-    dense = {matrix.name for matrix in matrices if compression.value_dense and module_group(matrix.kind) == "v"}
-    return allocate("uniform", priced(matrices, compression.basis), config.search.compression_ratio, keep_dense=dense)
+    dense = value_layers(matrices) if compression.value_dense else ()
+    return allocate("uniform", search_units(matrices, compression), config.search.compression_ratio, keep_dense=dense)

@@ -8,9 +8,10 @@ from dataclasses import replace
 import streamlit as st
 
 from lowrank_core.accounting import MatrixShape
+from lowrank_core.bases import BASES
 from lowrank_core.config import OBJECTIVES, SAMPLERS, CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.views.formatting import count, percent
-from lowrank_core.views.search import BASES, OBJECTIVE_LABELS, SAMPLER_LABELS, check_budget
+from lowrank_core.views.search import OBJECTIVE_LABELS, SAMPLER_LABELS, check_budget
 from pages.components.boundary import boundary
 from pages.components.start import start
 
@@ -68,7 +69,7 @@ def _inputs() -> SearchConfig:
         list(BASES),
         key="search_basis",
         format_func=lambda name: BASES[name].label,
-        help="How a matrix is factorised.",
+        help="How the error of a matrix is weighed, and so which directions are kept.",
         persist_state="session",
     )
     with st.expander("Advanced"):

@@ -20,9 +20,9 @@ from lowrank_core.views.search import (
     allocation_map,
     allocation_of,
     history,
-    priced,
     progress,
     search_params,
+    search_units,
     trial_label,
     trial_table,
 )
@@ -102,10 +102,10 @@ def _allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
     facts = model_facts(run)
     if facts is None:
         return
-    matrices = priced(facts.matrices, search.compression.basis)
-    allocation = allocation_of(trial, matrices)
+    units = search_units(facts.matrices, search.compression)
+    allocation = allocation_of(trial, units)
     chart(
-        map_figure(allocation_map(allocation, matrices), state.selection().module),
+        map_figure(allocation_map(allocation, units), state.selection().module),
         key="allocation_map",
         title=f"Where {trial_label(trial)} keeps its parameters",
         how=f"bright cells keep most of their parameters, 100 % is dense; {percent(allocation.compression_ratio)} are removed in all.",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,8 @@ import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from lowrank_core.accounting import MatrixShape, budget_for_ratio
-from lowrank_core.allocation import allocate, module_group, project
+from lowrank_core.accounting import MatrixShape, Unit, budget_for_ratio
+from lowrank_core.allocation import AllocationProblem, allocate, allocation_from_ranks, module_group, project
 from lowrank_core.config import ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.runs import Run, RunStatus, create_run, process_started, write_json
 from lowrank_core.search.records import open_storage
@@ -48,8 +47,8 @@ def matrices() -> list[MatrixShape]:
     ]
 
 
-def priced_matrices() -> list[MatrixShape]:
-    return [replace(matrix, adds_bias=True) for matrix in matrices()]
+def priced_units() -> list[Unit]:
+    return [Unit((matrix,), adds_bias=True) for matrix in matrices()]
 
 
 def spectra(seed: int = 0) -> list[LayerSpectrum]:
@@ -147,14 +146,19 @@ def calibration_json(tokens: int = 1280) -> dict[str, object]:
 def write_study(run: Run, *, running: bool = False) -> None:
     """Write the journal that the worker would: two baselines, sampled trials, one failed, one in flight if ``running``."""
     study = optuna.create_study(storage=open_storage(run.journal), study_name=run.study_name, direction="minimize", load_if_exists=True)
-    shapes = priced_matrices()
+    shapes = priced_units()
     dense = {m.name for m in shapes if module_group(m.kind) == "v"}
     generator = np.random.default_rng(1)
     for number, value in enumerate(VALUES_OF_TRIALS):
         label = ("uniform", "lord_manual")[number] if number < 2 else "sampled"
         params = {name: float(generator.uniform(0.1, 1.0)) for name in VARIABLES}
         wishes = {m.name: params.get(module_group(m.kind), 1.0) for m in shapes}
-        allocation = allocate(label, shapes, RATIO, keep_dense=dense) if number < 2 else project(shapes, wishes, RATIO, keep_dense=dense)
+        problem = AllocationProblem(tuple(shapes), RATIO, frozenset(dense))
+        allocation = (
+            allocate(label, shapes, RATIO, keep_dense=dense)
+            if number < 2
+            else allocation_from_ranks(label, shapes, project(problem, wishes))
+        )
         attributes = {"label": label, "ranks": json.dumps(dict(allocation.ranks)), "compression_ratio": allocation.compression_ratio}
         if value is not None:
             attributes |= {"kl": value, "perplexity": float(np.exp(DENSE_NLL + value)), "tokens": 128, "seconds": 1.5}
@@ -174,7 +178,7 @@ def write_study(run: Run, *, running: bool = False) -> None:
 def comparison(label: str, trial: int | str, nll: float) -> dict[str, object]:
     """An answer to a request to compare."""
     dense = sum(m.dense_parameters for m in matrices())
-    kept = budget_for_ratio(matrices(), RATIO)
+    kept = budget_for_ratio(priced_units(), RATIO)
     rest = 128 * HIDDEN
     windows = [DENSE_NLL - 0.2, DENSE_NLL + 0.2, DENSE_NLL - 0.1, DENSE_NLL + 0.1]
     report = {

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from synthetic import make_run, matrices, priced_matrices, spectra, write_answers
+from synthetic import make_run, matrices, priced_units, spectra, write_answers
 
 from lowrank_core.accounting import MatrixShape
 from lowrank_core.figures.compare import perplexity_figure
@@ -34,7 +34,7 @@ def figures() -> dict[str, go.Figure]:
     write_answers(run)
     trials = read_trials(run)
     layer = spectra()[0]
-    shapes = priced_matrices()
+    shapes = priced_units()
     entry = calibration_facts(run).input_of(layer.shape.name)
     return {
         "atlas": map_figure(atlas(spectra(), "stable_rank", "features", relative=False), layer.shape.name),

@@ -13,13 +13,13 @@ from synthetic import (
     make_run,
     matrices,
     model_json,
-    priced_matrices,
+    priced_units,
     running_status,
     write_answers,
 )
 
 from lowrank_core.accounting import allocated_parameters
-from lowrank_core.config import RunConfig, SearchConfig
+from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.errors import BudgetError
 from lowrank_core.runs import RunStatus, write_json
 from lowrank_core.search.records import read_trials
@@ -61,12 +61,12 @@ def test_the_trial_table_marks_the_best_and_has_a_column_for_each_variable():
 
 def test_the_allocation_map_spends_what_the_allocation_counts():
     trial = read_trials(make_run())[3]
-    shapes = search.priced(matrices(), "pooled_feature")
-    assert list(shapes) == priced_matrices()
-    allocation = search.allocation_of(trial, shapes)
-    view = search.allocation_map(allocation, shapes)
-    spent = sum(value * m.dense_parameters for value, m in zip(view.frame["value"], shapes, strict=True))
-    assert spent == pytest.approx(allocated_parameters(shapes, trial.ranks))
+    units = search.search_units(matrices(), CompressionConfig())
+    assert list(units) == priced_units()
+    allocation = search.allocation_of(trial, units)
+    view = search.allocation_map(allocation, units)
+    spent = sum(value * unit.dense_parameters for value, unit in zip(view.frame["value"], units, strict=True))
+    assert spent == pytest.approx(allocated_parameters(units, trial.ranks))
     assert (view.frame.loc[view.frame["kind"] == "v_proj", "label"] == "dense").all()
     assert allocation.compression_ratio >= RATIO
 
@@ -76,7 +76,7 @@ def test_the_allocation_that_is_downloaded_can_be_read_again(tmp_path):
 
     trial = read_trials(make_run())[3]
     path = tmp_path / "allocation.json"
-    path.write_text(search.allocation_of(trial, priced_matrices()).to_json())
+    path.write_text(search.allocation_of(trial, priced_units()).to_json())
     assert read_ranks(path) == dict(trial.ranks)
 
 
