@@ -249,6 +249,8 @@ def _how_to_go_on(arguments: argparse.Namespace) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
+    # Idle threads that spin starve the busy ones as soon as anything else runs on the machine; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = _parser().parse_args(argv)
     if arguments.command == "dashboard":
         return _dashboard(arguments)

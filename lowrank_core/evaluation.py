@@ -44,16 +44,25 @@ class WindowScores:
 
 @dataclass(frozen=True)
 class DenseReference:
-    """Log-probabilities of the dense model over some windows, computed once and compared with in every trial."""
+    """What the dense model predicts over some windows, computed once and compared with in every trial.
+
+    Attributes:
+        batches: probabilities p (B, T - 1, vocabulary) where there are entropies, else log-probabilities; float32.
+        entropies: Σ p log p of each token (B, T - 1), float64: with them KL = log Σ exp z - p·z + Σ p log p takes two passes over the
+            logits z. None where the reverse KL divergence is wanted, too.
+    """
 
     batches: tuple[Tensor, ...]
+    entropies: tuple[Tensor, ...] | None = None
 
     @classmethod
-    def compute(cls, handle: ModelHandle, windows: WindowSet, *, batch_size: int, progress: Progress | None = None) -> DenseReference:
-        """Run the dense model over ``windows``.
+    def compute(
+        cls, handle: ModelHandle, windows: WindowSet, *, batch_size: int, reverse: bool = False, progress: Progress | None = None
+    ) -> DenseReference:
+        """Run the dense model over ``windows``; ``reverse`` keeps what the reverse KL divergence needs.
 
         Raises:
-            TextError: the log-probabilities would not fit in memory.
+            TextError: the probabilities would not fit in memory.
         """
         size = windows.predicted_tokens * int(handle.module.config.vocab_size) * 4
         if size > _CACHE_LIMIT_BYTES:
@@ -61,12 +70,17 @@ class DenseReference:
                 f"{windows.windows} windows of {windows.context} tokens over this vocabulary need {size / 2**30:.1f} GiB to compare with. "
                 f"Lower --validation-windows or --context (the limit is {_CACHE_LIMIT_BYTES / 2**30:.0f} GiB)."
             )
-        batches = []
+        batches, entropies = [], []
         for done, ids in _batches(windows, batch_size, handle.device):
-            batches.append(_log_probabilities(handle.module, ids))
+            found = _log_probabilities(handle.module, ids)
+            if not reverse:
+                probabilities = found.exp()
+                entropies.append(-torch.special.entr(probabilities.double()).sum(-1))
+                found = probabilities
+            batches.append(found)
             if progress is not None:
                 progress(done, windows.windows)
-        return cls(tuple(batches))
+        return cls(tuple(batches), None if reverse else tuple(entropies))
 
 
 def _batches(windows: WindowSet, batch_size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -78,8 +92,22 @@ def _batches(windows: WindowSet, batch_size: int, device: torch.device) -> Itera
 @torch.no_grad()
 def _log_probabilities(module: PreTrainedModel, ids: Tensor) -> Tensor:
     """Return (B, T - 1, vocabulary) float32 log-probabilities of the tokens after the first."""
-    logits = module(input_ids=ids, use_cache=False).logits[:, :-1]
-    return torch.log_softmax(logits.float(), dim=-1)
+    return torch.log_softmax(_logits(module, ids), dim=-1)
+
+
+@torch.no_grad()
+def _logits(module: PreTrainedModel, ids: Tensor) -> Tensor:
+    logits: Tensor = module(input_ids=ids, use_cache=False).logits[:, :-1]
+    return logits.float()
+
+
+@torch.no_grad()
+def _score_logits(logits: Tensor, ids: Tensor, probabilities: Tensor, entropies: Tensor) -> WindowScores:
+    """Return NLL and KL from the logits alone, without the log-probabilities of every token of the vocabulary."""
+    total = torch.logsumexp(logits, dim=-1).double()
+    chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1).double()
+    kl = total - torch.linalg.vecdot(probabilities, logits).double() + entropies
+    return WindowScores((total - chosen).mean(1).cpu(), kl.mean(1).cpu())
 
 
 @torch.no_grad()
@@ -104,19 +132,23 @@ def score_windows(
 ) -> tuple[WindowScores, WindowScores | None]:
     """Return the scores of ``handle`` in every window, and those of ``dense`` where it is a model.
 
+    A reference with entropies gives NLL and KL alone: a trial needs no more.
+
     Raises:
         NumericalError: a window's loss is NaN or Inf; it is never skipped.
     """
     found, references = [], []
-    cached = iter(dense.batches) if isinstance(dense, DenseReference) else None
-    for done, ids in _batches(windows, batch_size, handle.device):
+    for index, (done, ids) in enumerate(_batches(windows, batch_size, handle.device)):
         other = None
-        if cached is not None:
-            other = next(cached)
-        elif isinstance(dense, ModelHandle):
+        if isinstance(dense, ModelHandle):
             other = _log_probabilities(dense.module, ids.to(dense.device)).to(handle.device)
             references.append(_score_batch(other, ids, None))
-        found.append(_score_batch(_log_probabilities(handle.module, ids), ids, other))
+        elif dense is not None:
+            other = dense.batches[index]
+        if isinstance(dense, DenseReference) and dense.entropies is not None:
+            found.append(_score_logits(_logits(handle.module, ids), ids, dense.batches[index], dense.entropies[index]))
+        else:
+            found.append(_score_batch(_log_probabilities(handle.module, ids), ids, other))
         if progress is not None:
             progress(done, windows.windows)
     scores = _joined(found)

@@ -76,7 +76,7 @@ def test_kl_and_agreement_are_those_of_the_distributions(llama: ModelHandle, sma
 
 
 def test_a_cached_reference_gives_the_same_scores(llama: ModelHandle, smaller: ModelHandle, windows: WindowSet) -> None:
-    cached = DenseReference.compute(llama, windows, batch_size=8)
+    cached = DenseReference.compute(llama, windows, batch_size=8, reverse=True)
     first, _ = score_windows(smaller, windows, batch_size=8, dense=cached)
     second, dense = score_windows(smaller, windows, batch_size=8, dense=llama)
     assert torch.equal(first.nll, second.nll)
@@ -84,6 +84,19 @@ def test_a_cached_reference_gives_the_same_scores(llama: ModelHandle, smaller: M
     assert second.kl is not None
     assert torch.equal(first.kl, second.kl)
     assert dense is not None
+
+
+def test_a_trial_s_short_way_gives_the_same_nll_and_kl_to_rounding(llama: ModelHandle, smaller: ModelHandle, windows: WindowSet) -> None:
+    short = DenseReference.compute(llama, windows, batch_size=8)
+    full, _ = score_windows(smaller, windows, batch_size=8, dense=llama)
+    found, _ = score_windows(smaller, windows, batch_size=8, dense=short)
+    same, _ = score_windows(llama, windows, batch_size=8, dense=short)
+    assert found.kl is not None
+    assert full.kl is not None
+    assert same.kl is not None
+    torch.testing.assert_close(found.nll, full.nll, rtol=1e-6, atol=0)
+    torch.testing.assert_close(found.kl, full.kl, rtol=1e-4, atol=1e-6)
+    assert float(same.kl.abs().max()) < 1e-6
 
 
 def test_a_window_that_diverged_is_never_skipped(llama_checkpoint: str, windows: WindowSet) -> None:

@@ -83,5 +83,6 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
         decomposed = decompose(handle, statistics, compression, progress=progress)
     windows = session.windows.validation
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
-        reference = DenseReference.compute(handle, windows, batch_size=batch_size, progress=progress)
+        reverse = config.objective == "bolaco"
+        reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, progress=progress)
     return TrialBench(decomposed, windows, reference, space, batch_size)
