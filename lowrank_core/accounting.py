@@ -175,10 +175,14 @@ class Unit:
         return (self.parameters(rank) - indices) * itemsize + indices * INDEX_BYTES
 
     def flops_per_token(self, rank: int | None) -> int:
-        """Return multiply-adds counted as two operations, biases left out; the shared factor of a stack is applied once."""
+        """Return multiply-adds counted as two operations, biases left out; a stack's shared factor is applied once for each input."""
         if rank is None:
             return 2 * sum(member.d_out * member.d_in for member in self.members)
-        return 2 * self.stored(rank)[0]
+        return 2 * (self.stored(rank)[0] + self._applied_again(rank))
+
+    def _applied_again(self, rank: int) -> int:
+        inputs = {member.input_group for member in self.members}
+        return (len(inputs) - 1) * rank * self.d_in
 
 
 @dataclass(frozen=True)
@@ -208,6 +212,9 @@ class HeadUnit(Unit):
 
     def _price(self, rank: int) -> int:
         return super()._price(rank) + self.groups * rank * self.members[0].bias
+
+    def _applied_again(self, rank: int) -> int:
+        return self.groups * rank * rank  # the identity of the gauge is not stored, but multiplied
 
 
 def dense_parameters(units: Iterable[Unit]) -> int:

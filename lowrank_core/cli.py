@@ -18,8 +18,10 @@ from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.bases import BASES
 from lowrank_core.config import (
     OBJECTIVES,
+    ROBUST_RULES,
     SAMPLERS,
     SPACES,
+    CalibrationConfig,
     CompressionConfig,
     CompressRequest,
     ModelSource,
@@ -60,6 +62,10 @@ def _text_options(parser: argparse.ArgumentParser, defaults: TextConfig, windows
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
 
 
+def _calibration_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--robust", default="none", metavar="RULE", help=f"pooling: one of {', '.join(ROBUST_RULES)} (default: none)")
+
+
 def _compression_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--preset", metavar="P", help=f"a whole recipe: one of {', '.join(PRESETS)} (default: {default})")
     parser.add_argument("--basis", metavar="B", help=f"one of {', '.join(BASES)}, or around another (shared_input:two_sided)")
@@ -83,10 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     analyze = command("analyze", "Measure spectra and feature covariances of every compressible layer.")
     _model_options(analyze)
     _text_options(analyze, defaults)
+    _calibration_options(analyze)
 
     compress = command("compress", "Compress a model at a ratio (or at given ranks) and write it as a folder.")
     _model_options(compress)
     _text_options(compress, defaults)
+    _calibration_options(compress)
     compress.add_argument("--compression-ratio", type=float, metavar="R", help="fraction of the linears' parameters to remove, in (0, 1)")
     _compression_options(compress, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
     compress.add_argument("--allocation", metavar="A", help=f"one of {', '.join(ALLOCATORS)} (default: the preset's, or uniform)")
@@ -102,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
     search = command("search", "Search for the ranks that lose least at a compression ratio, then export the best.")
     _model_options(search)
     _text_options(search, defaults)
+    _calibration_options(search)
     search.add_argument(
         "--compression-ratio", type=float, required=True, metavar="R", help="fraction of the linears' parameters to remove, in (0, 1)"
     )
@@ -168,6 +177,10 @@ def _text(arguments: argparse.Namespace, windows: str = "calibration_windows") -
     return TextConfig(arguments.text, context=context, bos=arguments.bos, seed=arguments.seed, **counts)
 
 
+def _calibration(arguments: argparse.Namespace) -> CalibrationConfig:
+    return CalibrationConfig(robust=arguments.robust)
+
+
 def _dashboard(arguments: argparse.Namespace) -> int:
     from lowrank_core.runs import bundled_path
 
@@ -181,10 +194,10 @@ def _handlers() -> dict[str, Callable[[argparse.Namespace], Result]]:
     from lowrank_core import commands
 
     return {
-        "analyze": lambda a: commands.analyze(_source(a), _text(a)),
+        "analyze": lambda a: commands.analyze(_source(a), _text(a), _calibration(a)),
         "compress": lambda a: commands.compress_to(_source(a), _text(a), _compress_request(a)),
         "evaluate": lambda a: commands.evaluate_on(_source(a), _text(a, "test_windows"), a.split, a.windows, a.against),
-        "search": lambda a: commands.search_in(_source(a), _text(a), _search_config(a), a.run),
+        "search": lambda a: commands.search_in(_source(a), _text(a), _calibration(a), _search_config(a), a.run),
         "worker": lambda a: commands.work(a.run, a.warm, keep_paused=a.keep_paused),
         "export": lambda a: commands.export_from(a.run, a.trial, a.out),
         "benchmark": _benchmark,
@@ -216,6 +229,7 @@ def _compress_request(arguments: argparse.Namespace) -> CompressRequest:
     return CompressRequest(
         compression_ratio=arguments.compression_ratio,
         preset=preset.name if preset else "",
+        calibration=_calibration(arguments),
         compression=_compression(arguments, preset),
         allocation=arguments.allocation or (preset.allocation if preset else "uniform"),
         ranks=arguments.ranks,

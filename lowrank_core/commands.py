@@ -73,8 +73,8 @@ def fitting_context(source: ModelSource) -> int:
     return min(TextConfig().context, max_context(source.reference) or TextConfig().context)
 
 
-def _calibrated(handle: ModelHandle, windows: WindowSet, *, gradients: bool = False) -> LayerStatistics:
-    store, config = home() / "statistics", CalibrationConfig()
+def _calibrated(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, gradients: bool = False) -> LayerStatistics:
+    store = home() / "statistics"
     statistics, _ = cached_statistics(handle, windows, config, store, progress=_progress("Calibrating"))
     if gradients:
         statistics = statistics.with_outputs(cached_gradients(handle, windows, config, store, progress=_progress("Measuring gradients")))
@@ -104,11 +104,11 @@ def _spectrum_row(spectrum: LayerSpectrum) -> Result:
     }
 
 
-def analyze(source: ModelSource, text: TextConfig) -> Result:
+def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfig) -> Result:
     """Calibrate, and return the figures of every compressible layer."""
     handle = load_model(source)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
-    statistics = _calibrated(handle, windows)
+    statistics = _calibrated(handle, windows, calibration)
     spectra = spectra_of(handle, statistics, progress=_progress("Spectra"))
     rows = [_spectrum_row(spectrum) for spectrum in spectra]
     lines = [f"{'layer':42} {'shape':>12} {'break-even':>10} {'eff. rank W':>12} {'eff. rank y':>12} {'90 % of y':>10} {'99 % of y':>10}"]
@@ -153,13 +153,14 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     if request.compression_ratio is not None:
         check_reachable(units, request.compression_ratio, request.compression)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
-    statistics = _calibrated(handle, windows, gradients=basis.needs_gradients)
+    statistics = _calibrated(handle, windows, request.calibration, gradients=basis.needs_gradients)
     decomposed = decompose(handle, statistics, request.compression, progress=_progress("Factorising"))
-    warnings = statistics.warnings()
     if allocation is None:
         assert request.compression_ratio is not None
         allocation = decomposed.allocate(request.allocation, request.compression_ratio)
-        warnings += decomposed.warnings(request.allocation)
+    doubts = decomposed.warnings(allocation.allocator)
+    for doubt in doubts:
+        print(f"warning: {doubt}", file=sys.stderr)
     model = decomposed.compress(allocation, windows, progress=_progress("Fitting block by block"))
     provenance = {
         "preset": request.preset,
@@ -185,7 +186,9 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
         "ranks": dict(report.ranks),
-        "warnings": list(warnings),
+        "linear_flops_before": report.linear_flops_before,
+        "linear_flops_after": report.linear_flops_after,
+        "warnings": [*statistics.warnings(), *doubts],
         "seconds": time.perf_counter() - began,
     }
     result["text"] = (
@@ -217,10 +220,10 @@ def _trial_figures(trial: TrialRecord) -> Result:
     return {"trial": trial.number, "label": trial.label, "value": trial.value, "kl": trial.kl, "perplexity": trial.perplexity}
 
 
-def search_in(source: ModelSource, text: TextConfig, config: SearchConfig, folder: Path) -> Result:
+def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, config: SearchConfig, folder: Path) -> Result:
     """Make a run in ``folder``, work through it here, and export its best trial."""
     basis_named(config.compression.basis)
-    run = create_run(RunConfig(model=source, text=text, search=config), path=folder)
+    run = create_run(RunConfig(model=source, text=text, calibration=calibration, search=config), path=folder)
     try:
         session, bench = run_worker(run, verbose=sys.stderr.isatty())
     except LowRankError as error:
@@ -230,6 +233,12 @@ def search_in(source: ModelSource, text: TextConfig, config: SearchConfig, folde
     assert bench is not None
     trials = read_trials(run)
     best = best_trial(trials)
+    outside = sum(trial.state == "infeasible" for trial in trials)
+    if best is None and outside:
+        raise ConfigError(
+            f"none of the {outside} trials removed between {config.compression_ratio:g} and a tenth more, as the published search asks. "
+            f"Give it more --trials, or search without --preset: then every trial meets the ratio."
+        )
     if best is None:
         raise ConfigError(
             f"the search in {run.path} was stopped before a trial was complete. Go on with `lowrank worker --run {run.path}`."
@@ -282,7 +291,8 @@ def export_from(folder: Path, trial: str, out: Path) -> Result:
     record = complete_trial(run, _trial_number(trial))
     handle = load_model(run.config.model)
     windows = load_windows(run.config.text, handle.tokenizer, "calibration", count=run.config.text.calibration_windows)
-    statistics = _calibrated(handle, windows, gradients=basis_named(search.compression.basis).needs_gradients)
+    gradients = basis_named(search.compression.basis).needs_gradients
+    statistics = _calibrated(handle, windows, run.config.calibration, gradients=gradients)
     decomposed = decompose(handle, statistics, search.compression.without_alternatives, progress=_progress("Factorising"))
     allocation = allocation_from_ranks(f"trial {record.number}", decomposed.units, record.ranks)
     model = decomposed.compress(allocation, windows, progress=_progress("Fitting block by block"))

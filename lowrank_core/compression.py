@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,16 +15,50 @@ from lowrank_core.accounting import compression_ratio
 from lowrank_core.allocation import RankAllocation, Ranks
 from lowrank_core.decomposition import Bases
 from lowrank_core.errors import ConfigError, NumericalError
+from lowrank_core.factorization import FactorBasis
+from lowrank_core.head_factorization import HeadBasis
 from lowrank_core.models.handle import ModelHandle, weight_of
 from lowrank_core.models.hf import replace_module
+from lowrank_core.models.pivoted import PivotedLinear
 from lowrank_core.models.storage import build_layers
 
-__all__ = ["CompressedModel", "CompressionReport", "assembled", "compress", "low_rank_layers", "swapped"]
+__all__ = ["CompressedModel", "CompressionReport", "UnitCount", "assembled", "compress", "low_rank_layers", "swapped"]
+
+
+@dataclass(frozen=True)
+class UnitCount:
+    """What a compressed unit costs, and how well conditioned it is.
+
+    Attributes:
+        name, rank, storage: of the unit.
+        parameters, dense_parameters: biases and indices included.
+        bytes, dense_bytes: at the checkpoint's stored dtype.
+        flops_per_token, dense_flops_per_token: multiply-adds as two operations.
+        damping: δ that was added to the input's metric; condition: of that metric before, None where it is singular.
+        largest_coefficient: max |C| of pivoted storage, by how much rounding can grow; None for other storages.
+    """
+
+    name: str
+    rank: int
+    storage: str
+    parameters: int
+    dense_parameters: int
+    bytes: int
+    dense_bytes: int
+    flops_per_token: int
+    dense_flops_per_token: int
+    damping: float
+    condition: float | None
+    largest_coefficient: float | None
 
 
 @dataclass(frozen=True)
 class CompressionReport:
-    """Exact counts, before and after; ``compression_ratio`` over the compressible linears, ``model_…`` over all."""
+    """Exact counts, before and after; ``compression_ratio`` over the compressible linears, ``model_…`` over all.
+
+    FLOPs are those of weights for one token: ``linear_…`` of the compressible linears, ``model_…`` with the output head. Attention
+    scores, which grow with the context, are in neither.
+    """
 
     parameters_before: int
     parameters_after: int
@@ -31,7 +66,12 @@ class CompressionReport:
     linear_parameters_after: int
     bytes_before: int
     bytes_after: int
+    linear_flops_before: int
+    linear_flops_after: int
+    model_flops_before: int
+    model_flops_after: int
     ranks: Ranks
+    units: tuple[UnitCount, ...]
 
     @property
     def compression_ratio(self) -> float:
@@ -96,16 +136,19 @@ def compress(handle: ModelHandle, bases: Bases, allocation: RankAllocation) -> C
     Raises:
         ConfigError, RankError, NumericalError: as ``low_rank_layers``.
     """
-    return assembled(handle, low_rank_layers(handle, bases, allocation.ranks), allocation.ranks)
+    return assembled(handle, low_rank_layers(handle, bases, allocation.ranks), bases, allocation.ranks)
 
 
-def assembled(handle: ModelHandle, layers: Mapping[str, nn.Module], ranks: Ranks) -> CompressedModel:
+def assembled(handle: ModelHandle, layers: Mapping[str, nn.Module], bases: Bases, ranks: Ranks) -> CompressedModel:
     """Return a copy of the model with ``layers`` in place, and its counts; ``ranks`` are by unit."""
     # deepcopy takes a replaced layer from its memo, so that no dense weight is copied to be thrown away.
     memo: dict[int, object] = {id(handle.module.get_submodule(name)): layer for name, layer in layers.items()}
     module = copy.deepcopy(handle.module, memo)
     rest = tuple(layer for layer in handle.layers if layer.name not in layers)
     smaller = ModelHandle(handle.reference, module, handle.tokenizer, rest, handle.stored_dtype)
+    units = tuple(_counted(bases[name], rank, layers, handle.stored_dtype.itemsize) for name, rank in ranks.items() if rank is not None)
+    flops, head = sum(2 * shape.d_out * shape.d_in for shape in handle.shapes), _head_flops(handle)
+    after = flops + sum(unit.flops_per_token - unit.dense_flops_per_token for unit in units)
     report = CompressionReport(
         parameters_before=handle.parameters,
         parameters_after=smaller.parameters,
@@ -113,6 +156,36 @@ def assembled(handle: ModelHandle, layers: Mapping[str, nn.Module], ranks: Ranks
         linear_parameters_after=smaller.linear_parameters,
         bytes_before=handle.bytes,
         bytes_after=smaller.bytes,
+        linear_flops_before=flops,
+        linear_flops_after=after,
+        model_flops_before=flops + head,
+        model_flops_after=after + head,
         ranks=dict(ranks),
+        units=units,
     )
     return CompressedModel(smaller, report)
+
+
+def _counted(basis: FactorBasis | HeadBasis, rank: int, layers: Mapping[str, nn.Module], itemsize: int) -> UnitCount:
+    unit = basis.unit
+    built = [layers[member.name] for member in unit.members]
+    coefficients = [layer.largest_coefficient for layer in built if isinstance(layer, PivotedLinear)]
+    return UnitCount(
+        name=unit.name,
+        rank=rank,
+        storage=unit.storage,
+        parameters=unit.parameters(rank),
+        dense_parameters=unit.dense_parameters,
+        bytes=unit.bytes(rank, itemsize),
+        dense_bytes=unit.bytes(None, itemsize),
+        flops_per_token=unit.flops_per_token(rank),
+        dense_flops_per_token=unit.flops_per_token(None),
+        damping=basis.damping,
+        condition=basis.condition if math.isfinite(basis.condition) else None,
+        largest_coefficient=max(coefficients) if coefficients else None,
+    )
+
+
+def _head_flops(handle: ModelHandle) -> int:
+    head = handle.module.get_output_embeddings()
+    return 0 if head is None else 2 * int(head.weight.numel())

@@ -200,6 +200,7 @@ class CompressRequest:
 
     compression_ratio: float | None
     preset: str
+    calibration: CalibrationConfig
     compression: CompressionConfig
     allocation: str
     ranks: str | None

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from lowrank_core.config import CompressionConfig
+from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.errors import ConfigError
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "VARIANTS", "Preset", "preset_named"]
+__all__ = ["DEFAULT_PRESET", "PRESETS", "VARIANTS", "Preset", "preset_named", "search_by"]
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,12 @@ DEFAULT_PRESET = PRESETS["studio"]
 
 VARIANTS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _VARIANTS})
 """Our default with a part left out or changed: what each part is worth, for `lowrank benchmark quality --variants`."""
+
+
+def search_by(preset: Preset, compression_ratio: float, *, seed: int = 0) -> SearchConfig:
+    """Return the search that ``preset`` stands for."""
+    given = {"compression_ratio": compression_ratio, "seed": seed, "compression": preset.compression, **preset.search}
+    return replace(SearchConfig(), **given)  # type: ignore[arg-type]
 
 
 def preset_named(name: str) -> Preset:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowrank_core.accounting import Unit
-from lowrank_core.allocation import RankAllocation, allocate, allocator_named, rounded_down
+from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocate, rounded_down
 from lowrank_core.bases import Basis, basis_named
 from lowrank_core.calibration import LayerStatistics
 from lowrank_core.compression import CompressedModel, compress
@@ -60,12 +61,19 @@ class Decomposed:
 
     def warnings(self, allocator: str) -> tuple[str, ...]:
         """Return what a user should know before trusting an allocation."""
-        if not allocator_named(allocator).needs_curves or self.basis.comparable:
-            return ()
-        return (
-            f"{allocator} trades errors of one matrix for another's, and {self.basis.label} measures each in its own unit. "
-            "The basis two_sided makes them comparable.",
-        )
+        found = []
+        if allocator in ALLOCATORS and ALLOCATORS[allocator].needs_curves and not self.basis.comparable:
+            found.append(
+                f"{allocator} trades errors of one matrix for another's, and {self.basis.label} measures each in its own unit. "
+                "The basis two_sided makes them comparable."
+            )
+        singular = [basis for basis in self.bases.values() if math.isinf(basis.condition)]
+        if singular:
+            found.append(
+                f"{len(singular)} of {len(self.bases)} input metrics are singular (dead or duplicated features, or fewer tokens than "
+                f"dimensions; the first: {singular[0].unit.name}). Damped by {self.config.input_damping:g} of the mean eigenvalue."
+            )
+        return tuple(found)
 
     def compress(self, allocation: RankAllocation, calibration: WindowSet, *, progress: Progress | None = None) -> CompressedModel:
         """Return the smaller model; a sequential basis is fitted block by block on ``calibration``.

@@ -24,7 +24,7 @@ from lowrank_core.bases import Basis
 from lowrank_core.calibration import LayerStatistics
 from lowrank_core.compression import CompressedModel, assembled, low_rank_layers
 from lowrank_core.decomposition import Bases, operand_of
-from lowrank_core.errors import ConfigError, NumericalError
+from lowrank_core.errors import ConfigError, ModelError, NumericalError
 from lowrank_core.factorization import Damping, FactorBasis, factorize_unit
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import ModelHandle
@@ -110,15 +110,33 @@ class _CrossAccumulator:
         return CrossMoments(self._count, shift, means[0], means[1], means[2], own, cross)
 
 
+class _Read(Exception):
+    """Carries what a layer reads out of a forward pass that need go no further."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
 @contextmanager
-def _input_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Collect what a layer reads."""
-    seen: list[Tensor] = []
-    hook = module.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
+def _stopping_at(module: nn.Module) -> Iterator[None]:
+    def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        raise _Read(arguments[0])
+
+    hook = module.register_forward_pre_hook(stop)
     try:
-        yield seen
+        yield
     finally:
         hook.remove()
+
+
+def _read(runner: BlockRunner, block: int, ids: Tensor, hidden: Tensor | None) -> Tensor:
+    """Return what the layer reads at which the pass is stopped."""
+    try:
+        runner.run(block, ids, hidden)
+    except _Read as read:
+        return read.tensor
+    raise ModelError(f"block {block} is run without the layer whose input was asked for, so the model can't be compressed block by block.")
 
 
 class _Pair:
@@ -140,11 +158,11 @@ class _Pair:
         """Return the moments of what ``layer`` of ``block`` reads in both models."""
         accumulator = _CrossAccumulator(shift, self.dense.device)
         with ExitStack() as stack, torch.inference_mode():
-            seen = [stack.enter_context(_input_of(h.module.get_submodule(layer))) for h in (self.dense, self.working)]
+            for handle in (self.dense, self.working):
+                stack.enter_context(_stopping_at(handle.module.get_submodule(layer)))
             for index, ids in enumerate(self._batches):
-                for runner, states in zip(self._runners, self._states, strict=True):
-                    runner.run(block, ids, states[index])
-                accumulator.update(seen[0].pop(), seen[1].pop())
+                reads = [_read(runner, block, ids, states[index]) for runner, states in zip(self._runners, self._states, strict=True)]
+                accumulator.update(*reads)
                 tick()
         found = accumulator.finish()
         if not torch.isfinite(found.own).all() or not torch.isfinite(found.cross).all():
@@ -222,7 +240,7 @@ def compress_sequentially(
             for name, layer in built.items():
                 replace_module(pair.working.module, name, layer)
         pair.advance(block, tick)
-    return assembled(handle, layers, allocation.ranks)
+    return assembled(handle, layers, bases, allocation.ranks)
 
 
 def _fitted(

@@ -142,7 +142,7 @@ def test_heads_count_their_biases_and_what_they_multiply():
     unit = HeadUnit((value, output), heads=4, groups=2, head_dim=8)
     assert unit.parameters(3) == 2 * 3 * (64 - 3) + 4 * 3 * 48 + 2 * 3 + 2 * 3
     assert HeadUnit((value, output), adds_bias=True, heads=4, groups=2, head_dim=8).parameters(3) == unit.parameters(3) + 48
-    assert unit.flops_per_token(3) == 2 * (2 * 3 * 61 + 4 * 3 * 48)
+    assert unit.flops_per_token(3) == 2 * (2 * 3 * 64 + 4 * 3 * 48)  # the identity columns are multiplied, too
     assert unit.bytes(3, itemsize=2) == 2 * (unit.parameters(3) - 6) + 4 * 6
 
 

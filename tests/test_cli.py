@@ -17,13 +17,16 @@ from typing import Any
 
 import huggingface_hub
 import pytest
-from checkpoints import save_checkpoint
+import torch
+from checkpoints import VOCABULARY, save_checkpoint
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from lowrank_core import __version__
 from lowrank_core.accounting import member_ranks
 from lowrank_core.cli import main
+from lowrank_core.presets import PRESETS
 from lowrank_core.runs import open_run
+from lowrank_core.search.records import read_trials
 
 COMMANDS = ("analyze", "compress", "evaluate", "search", "worker", "export", "dashboard", "benchmark")
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -172,6 +175,63 @@ def test_every_basis_and_allocation_compresses(places: Places, basis: str, alloc
     assert body["allocation"] == allocation
     assert 0.25 <= body["compression_ratio"] < 0.27
     assert any(rank is not None for name, rank in body["ranks"].items() if name.endswith("v_proj"))
+
+
+@pytest.mark.parametrize("preset", ["svd", "fwsvd", "asvd", "svd_llm"])
+def test_a_preset_is_a_whole_recipe(places: Places, preset: str):
+    body = _lowrank("compress", *places.source, "--preset", preset, "--compression-ratio", 0.3, "--out", places.out, "--json").body
+    expected = PRESETS[preset]
+    assert (body["preset"], body["basis"], body["allocation"]) == (preset, expected.compression.basis, expected.allocation)
+    assert 0.3 <= body["compression_ratio"] < 0.32
+
+
+def test_what_is_given_beside_a_preset_wins(places: Places):
+    options = ["--preset", "svd_llm", "--storage", "pivoted", "--no-compress-value", "--compression-ratio", 0.2]
+    body = _lowrank("compress", *places.source, *options, "--out", places.out, "--json").body
+    assert (body["basis"], body["storage"]) == ("whitened", "pivoted")
+    assert all(rank is None for name, rank in body["ranks"].items() if name.endswith("v_proj"))
+
+
+def test_an_unknown_preset_lists_the_known_ones(places: Places):
+    found = _lowrank("compress", *places.source, "--preset", "best", "--compression-ratio", 0.3, "--out", places.out)
+    assert found.status == 2
+    assert "studio, bolaco, svd" in found.err
+
+
+def test_errors_in_different_units_are_traded_with_a_warning(places: Places):
+    options = ["--basis", "whitened", "--allocation", "marginal", "--compression-ratio", 0.3]
+    found = _lowrank("compress", *places.source, *options, "--out", places.out, "--json")
+    assert any("in its own unit" in warning for warning in found.body["warnings"])
+    assert "warning: marginal trades errors" in found.err
+
+
+def test_robust_pooling_changes_what_is_measured_and_is_checked(places: Places):
+    plain = _lowrank("analyze", *places.source, "--json").body
+    robust = _lowrank("analyze", *places.source, "--robust", "downweighted", "--json").body
+    key = "feature_effective_rank"
+    assert [layer[key] for layer in plain["layers"]] != [layer[key] for layer in robust["layers"]]
+    refused = _lowrank("analyze", *places.source, "--robust", "trimmed")
+    assert refused.status == 2
+    assert "at least 3" in refused.err
+
+
+def test_bolacos_search_runs_as_published(places: Places, tmp_path: Path, sample_text: str):
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=128, intermediate_size=320, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4
+    )
+    model = save_checkpoint(tmp_path / "wide", LlamaForCausalLM(config), sample_text)
+    options = ["--preset", "bolaco", "--compression-ratio", 0.2, "--trials", 6, "--run", tmp_path / "run"]
+    body = _lowrank("search", "--model", model, *places.source[2:], *options, "--json").body
+    assert body["objective"] == "bolaco"
+    assert 0.2 <= body["compression_ratio"] <= 0.3
+    ranks = body["ranks"]
+    assert all(rank is None for name, rank in ranks.items() if name.endswith("v_proj"))
+    assert all(rank % 8 == 0 for rank in ranks.values() if rank is not None)
+    run = open_run(tmp_path / "run")
+    assert run.config.search is not None
+    assert (run.config.search.startup_trials, run.config.search.projected) == (3, False)
+    assert {trial.state for trial in read_trials(run)} <= {"complete", "infeasible"}
 
 
 def test_compress_takes_ranks_from_a_file(places: Places):

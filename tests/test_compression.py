@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_core.accounting import HeadUnit, Unit, allocated_parameters, budget_for_ratio
 from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks
@@ -22,6 +23,7 @@ from lowrank_core.gradients import collect_gradients
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.compressed import CompressedModule
 from lowrank_core.models.handle import weight_of
+from lowrank_core.models.storage import Factors
 from lowrank_core.text import WindowSet
 
 IDS = torch.tensor([[0, 5, 9, 44, 120, 7, 80, 3]])
@@ -106,6 +108,32 @@ def test_each_unit_has_the_parameters_of_its_price(case: Case):
         assert sum(sum(counted(layer)) for layer in built) == unit.parameters(rank)
         dtypes = {tensor.dtype for layer in built for tensor in layer.state_dict().values() if not tensor.is_floating_point()}
         assert dtypes <= {torch.int32}
+
+
+def test_counted_flops_are_those_that_torch_counts(case: Case):
+    def executed(module: torch.nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            module(input_ids=IDS, use_cache=False)
+        return counter.get_total_flops()
+
+    model = compress(case.handle, case.bases, case.allocation(0.4))
+    report, tokens = model.report, IDS.numel()
+    assert executed(case.handle.module) - executed(model.handle.module) == tokens * (report.linear_flops_before - report.linear_flops_after)
+    assert report.model_flops_before - report.model_flops_after == report.linear_flops_before - report.linear_flops_after
+    assert report.linear_flops_before == 2 * sum(shape.d_out * shape.d_in for shape in case.handle.shapes)
+
+
+def test_each_unit_tells_its_counts_and_its_condition(case: Case):
+    report = compress(case.handle, case.bases, case.allocation(0.4)).report
+    assert {unit.name: unit.rank for unit in report.units} == {name: rank for name, rank in report.ranks.items() if rank is not None}
+    saved = sum(unit.dense_parameters - unit.parameters for unit in report.units)
+    assert saved == report.parameters_before - report.parameters_after
+    assert sum(unit.dense_bytes - unit.bytes for unit in report.units) == report.bytes_before - report.bytes_after
+    for unit in report.units:
+        assert unit.damping >= 0
+        assert unit.condition is None or unit.condition >= 1
+        pivoted = unit.storage == "pivoted" and not isinstance(case.bases[unit.name].unit, HeadUnit)
+        assert (unit.largest_coefficient is not None) == pivoted
 
 
 def test_full_rank_factors_give_the_dense_logits(case: Case):
@@ -255,6 +283,22 @@ def test_damping_is_that_of_the_config(llama: ModelHandle, measured: LayerStatis
         for damping in (1e-6, 1e-2)
     )
     assert large == pytest.approx(1e4 * small)
+
+
+def test_gradient_damping_is_that_of_the_config(llama: ModelHandle, measured: LayerStatistics, windows: WindowSet):
+    """A heavy one makes all outputs equal: two_sided is then pooled_feature (one group, so its covariance is the plain one)."""
+    statistics = measured.with_outputs(collect_gradients(llama, windows, measured.config))
+    units = units_of(llama, CONFIGS["two_sided"])[:1]
+
+    def product(config: CompressionConfig) -> Tensor:
+        factors = factorize(llama, statistics, units, config)[units[0].name].slice(6)
+        assert isinstance(factors, Factors)
+        return factors.ups[0] @ factors.down
+
+    plain = product(CompressionConfig(basis="pooled_feature"))
+    light, heavy = (product(CompressionConfig(basis="two_sided", gradient_damping=damping)) for damping in (1e-3, 1e9))
+    torch.testing.assert_close(heavy, plain, rtol=1e-5, atol=1e-5)
+    assert (light - plain).abs().max() > 1e-2
 
 
 def test_factors_that_overflow_the_dtype_name_the_layer(llama: ModelHandle, measured: LayerStatistics):

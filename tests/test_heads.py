@@ -132,6 +132,27 @@ def test_where_each_head_has_its_own_values_no_factors_of_equal_rank_do_better(r
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("rank", [1, 2, 4])
+def test_heads_of_a_group_share_the_directions_of_their_mean_metric(layout: str, rank: int):
+    """O'_h V'_g = O_h K^½ Q_r Q_rᵀ K^-½ V_g, with the right singular vectors Q of the group's stacked O_h K^½."""
+    heads, groups = LAYOUTS[layout]
+    found, value, output, z = factorized("whitened", heads, groups, damping=Damping(columns=1e-9))
+    factors = found.slice(rank)
+    for group in range(groups):
+        own = range(group * heads // groups, (group + 1) * heads // groups)
+        spans = [slice(head * DIM, (head + 1) * DIM) for head in own]
+        metric = sum(z[:, span].T @ z[:, span] for span in spans) / len(z) / len(spans)
+        root = torch.linalg.cholesky(metric).T  # any root does
+        stacked = torch.cat([output.weight[:, span] for span in spans]) @ root.T
+        top = torch.linalg.svd(stacked).Vh[:rank]
+        projection = root.T @ top.T @ top @ torch.linalg.inv(root.T)
+        dense = value.weight[group * DIM : (group + 1) * DIM]
+        for head, span in zip(own, spans, strict=True):
+            ours = factors.outputs[head] @ factors.values[group]
+            torch.testing.assert_close(ours, output.weight[:, span] @ projection @ dense, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rank", [1, 3, 5])
 def test_a_centred_basis_keeps_the_mean_output(layout: str, rank: int):
     found, value, output, z = factorized("two_sided", *LAYOUTS[layout])

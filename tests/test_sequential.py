@@ -22,6 +22,7 @@ from lowrank_core.gradients import collect_gradients
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.compressed import CompressedModule
 from lowrank_core.models.handle import weight_of
+from lowrank_core.recipe import decompose
 from lowrank_core.sequential import _CrossAccumulator, compress_sequentially
 from lowrank_core.text import WindowSet
 
@@ -241,6 +242,24 @@ def test_full_ranks_reproduce_the_dense_model(llama: ModelHandle, windows: Windo
     for shape in llama.shapes:
         expected = weight_of(llama.module.get_submodule(shape.name))
         torch.testing.assert_close(model.handle.module.get_submodule(shape.name).weight, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_recipe_with_a_sequential_basis_is_fitted_on_its_first_windows(
+    llama: ModelHandle, windows: WindowSet, statistics: LayerStatistics
+):
+    """As many as the config says; a basis that is not sequential is fitted at once, whatever the windows."""
+
+    def same(one: CompressedModel, other: CompressedModel) -> bool:
+        return torch.equal(hidden_states(one.handle, windows), hidden_states(other.handle, windows))
+
+    config = replace(TWO_SIDED, fit_windows=16)
+    found = decompose(llama, statistics, config)
+    allocation = found.allocate("uniform", 0.5)
+    fitted = found.compress(allocation, windows)
+    assert same(fitted, compressed(llama, windows.first(16), statistics, config, allocation))
+    assert not same(fitted, compressed(llama, windows, statistics, config, allocation))
+    plain = decompose(llama, statistics, replace(config, basis="two_sided"))
+    assert same(plain.compress(allocation, windows), at_once(llama, statistics, plain.config, allocation))
 
 
 # --- moments of both models ------------------------------------------------------------------------------------------

@@ -143,6 +143,13 @@ def test_a_published_baseline_is_feasible_up_to_rounding_and_within_the_bounds(n
         assert point["qk"] / point["o"] == pytest.approx(0.7 / 0.8)
 
 
+@pytest.mark.parametrize("name", BASELINES)
+def test_a_published_baseline_stays_within_the_bounds_of_its_variables(name: str):
+    """At a ratio where its kept fractions would fall below the least that may be sampled."""
+    space = SearchSpace(LLAMA, 0.85, projected=False)
+    assert min(space.baseline(name).values()) == LEAST
+
+
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 

@@ -6,19 +6,19 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lowrank_core.bases import basis_named
 from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.compression import CompressedModel
-from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
 from lowrank_core.errors import LowRankError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.presets import PRESETS, VARIANTS, Preset
+from lowrank_core.presets import PRESETS, VARIANTS, Preset, search_by
 from lowrank_core.recipe import decompose
 from lowrank_core.runs import create_run, home
 from lowrank_core.search.records import best_trial, read_trials
@@ -135,8 +135,7 @@ def quality_table(
 
 def _searched(table: _Table, source: ModelSource, text: TextConfig, ratio: float) -> QualityRow:
     preset = PRESETS["bolaco"]
-    given: Mapping[str, object] = preset.search
-    config = replace(SearchConfig(), compression_ratio=ratio, compression=preset.compression, **given)  # type: ignore[arg-type]
+    config = search_by(preset, ratio)
     row = QualityRow("bolaco search", f"Bolaco, its search ({config.trials} trials)", preset.reference, ratio)
     began = time.perf_counter()
     try:

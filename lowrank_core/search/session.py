@@ -81,6 +81,7 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
             statistics = statistics.with_outputs(cached_gradients(handle, calibration, statistics.config, store, progress=progress))
     with reporter.stage("Factorising", len(units)) as progress:
         decomposed = decompose(handle, statistics, compression, progress=progress)
+    reporter.say(warnings=(*statistics.warnings(), *decomposed.warnings("")))
     windows = session.windows.validation
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
         reverse = config.objective == "bolaco"

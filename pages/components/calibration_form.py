@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.config import BOS_RULES, GROUP_WEIGHTS, CalibrationConfig, ModelSource, RunConfig, TextConfig
+from lowrank_core.config import BOS_RULES, GROUP_WEIGHTS, ROBUST_RULES, CalibrationConfig, ModelSource, RunConfig, TextConfig
 from lowrank_core.views.formatting import count, size
 from lowrank_core.views.model import ModelFacts, memory_estimate
 from lowrank_core.views.sources import TEXTS, check_model, check_text
@@ -123,8 +123,15 @@ def _advanced() -> tuple[dict[str, object], CalibrationConfig]:
             "BOS", BOS_RULES, key="bos", help="window: first in every window; none: nowhere; auto: as the tokenizer does."
         )
         seed = first.number_input("Seed", min_value=0, value=_TEXT.seed, key="text_seed", help="Of the draw of calibration windows.")
+        robust = second.selectbox(
+            "Robust pooling",
+            ROBUST_RULES,
+            key="robust",
+            help="trimmed: without the tenth of the groups with the largest, and with the smallest, variance. "
+            "downweighted: tokens far longer than their window's median count less.",
+        )
     text = {"validation_windows": int(validation), "test_windows": int(test), "bos": bos, "seed": int(seed)}
-    return text, CalibrationConfig(group_size=int(group), group_weights=weights, batch_size=int(batch))
+    return text, CalibrationConfig(group_size=int(group), group_weights=weights, batch_size=int(batch), robust=robust)
 
 
 def _checked(model: str, text: str) -> tuple[ModelFacts | None, bool]:

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import streamlit as st
 
-from lowrank_core.accounting import MatrixShape
+from lowrank_core.accounting import STORAGES, MatrixShape
 from lowrank_core.bases import BASES
 from lowrank_core.config import OBJECTIVES, SAMPLERS, CompressionConfig, RunConfig, SearchConfig
+from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.views.formatting import count, percent
 from lowrank_core.views.search import OBJECTIVE_LABELS, SAMPLER_LABELS, check_budget
 from pages.components.boundary import boundary
@@ -79,7 +80,21 @@ def _inputs() -> SearchConfig:
         dense = third.toggle(
             "Keep value projections dense", value=CompressionConfig().value_dense, key="search_value_dense", help="As the paper does."
         )
-    compression = CompressionConfig(basis=basis, value_dense=dense)
+        storage = first.selectbox(
+            "Storage",
+            list(STORAGES),
+            key="search_storage",
+            help="factored: two factors. pivoted: the same matrix without the numbers that the others tell; higher ranks for a budget.",
+        )
+        published = second.toggle(
+            "As published",
+            key="search_published",
+            help="Bolaco to the letter: their basis and objective, 3 initial points, kept fractions that are not scaled onto the budget "
+            "(a trial outside it does not count), ranks in eights, value projections dense. Overrides the choices around it.",
+        )
+    if published:
+        return replace(search_by(PRESETS["bolaco"], ratio / 100, seed=int(seed)), trials=trials)
+    compression = CompressionConfig(basis=basis, storage=storage, value_dense=dense)
     return SearchConfig(
         compression_ratio=ratio / 100, sampler=sampler, objective=objective, trials=trials, seed=int(seed), compression=compression
     )
