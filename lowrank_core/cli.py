@@ -133,6 +133,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
     export.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
+    listed = command("methods", "List bases, allocations and presets, with their sources.")
+    listed.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
     dashboard = command("dashboard", "Start the dashboard in the browser.")
     dashboard.add_argument("--port", type=int, default=8501, metavar="P", help="port on this machine (default: %(default)s)")
 
@@ -191,7 +194,7 @@ def _dashboard(arguments: argparse.Namespace) -> int:
 
 def _handlers() -> dict[str, Callable[[argparse.Namespace], Result]]:
     """Import what needs torch only when a command does: ``--help`` answers at once."""
-    from lowrank_core import commands
+    from lowrank_core import catalogue, commands
 
     return {
         "analyze": lambda a: commands.analyze(_source(a), _text(a), _calibration(a)),
@@ -201,6 +204,7 @@ def _handlers() -> dict[str, Callable[[argparse.Namespace], Result]]:
         "worker": lambda a: commands.work(a.run, a.warm, keep_paused=a.keep_paused),
         "export": lambda a: commands.export_from(a.run, a.trial, a.out),
         "benchmark": _benchmark,
+        "methods": lambda a: catalogue.methods(),
     }
 
 

@@ -37,7 +37,7 @@ def _plain(basis: str, storage: str = "factored") -> CompressionConfig:
 _STUDIO = CompressionConfig(basis="drift_aware:two_sided", storage="pivoted", value_dense=False, stacks=True, heads=True)
 
 _PRESETS = (
-    Preset("studio", "Studio (ours)", "METHODS §8", _STUDIO, allocation="marginal"),
+    Preset("studio", "Studio (ours)", "this project", _STUDIO, allocation="marginal"),
     Preset(
         "bolaco",
         "Bolaco, as published, fixed ratios",
@@ -59,7 +59,7 @@ _PRESETS = (
 
 
 def _variant(name: str, words: str, allocation: str = "marginal", **changes: object) -> Preset:
-    return Preset(f"studio {name}", f"Studio, {words}", "METHODS §8", replace(_STUDIO, **changes), allocation)  # type: ignore[arg-type]
+    return Preset(f"studio {name}", f"Studio, {words}", "this project", replace(_STUDIO, **changes), allocation)  # type: ignore[arg-type]
 
 
 _VARIANTS = (

@@ -23,12 +23,13 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from lowrank_core import __version__
 from lowrank_core.accounting import member_ranks
+from lowrank_core.bases import BASES
 from lowrank_core.cli import main
 from lowrank_core.presets import PRESETS
 from lowrank_core.runs import open_run
 from lowrank_core.search.records import read_trials
 
-COMMANDS = ("analyze", "compress", "evaluate", "search", "worker", "export", "dashboard", "benchmark")
+COMMANDS = ("analyze", "compress", "evaluate", "search", "worker", "export", "methods", "dashboard", "benchmark")
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
@@ -149,6 +150,13 @@ def test_analyze_lists_every_layer(places: Places):
     assert len(body["layers"]) == 14
     assert {"name", "break_even_rank", "weight_effective_rank", "feature_effective_rank"} <= set(body["layers"][0])
     assert body["model"]["compressible_parameters"] == sum(layer["d_out"] * layer["d_in"] for layer in body["layers"])
+
+
+def test_methods_lists_every_registry():
+    body = _lowrank("methods", "--json").body
+    assert {row["basis"] for row in body["bases"]} == {f"`{name}`" for name in BASES}
+    assert {row["preset"] for row in body["presets"]} == {f"`{name}`" for name in PRESETS}
+    assert "arXiv 2405.10616" in _lowrank("methods").out
 
 
 def test_compress_gives_the_promised_keys_and_a_model(places: Places):

@@ -110,6 +110,20 @@ def test_the_reported_error_is_the_sum_over_heads_of_the_measured_ones(name: str
     torch.testing.assert_close(found.errors[1:], curve, rtol=1e-8, atol=1e-9 * float(found.errors[0]))
 
 
+def test_where_heads_of_a_group_disagree_the_reported_error_never_understates():
+    """Their mean metric is none of theirs: a dimension more can then make one head worse than the others gain."""
+    unit, value, output, _ = case(3, 1)
+    scales = (3 * random(3, DIM, seed=173)).exp()
+    z = torch.einsum("thd,hd,hde->the", random(400, 3, DIM, seed=7), scales, random(3, DIM, DIM, seed=1173)).flatten(1)
+    output = replace(output, weight=random(HEIGHT, 3 * DIM, seed=173) * random(1, 3 * DIM, seed=178).exp(), inputs=inputs_of(z))
+    found = factorize_heads(unit, value, output, basis_named("whitened"), Damping(columns=1e-9))
+    measured = [per_head_errors(found.slice(rank), value, output, z).square().sum() / len(z) for rank in range(DIM + 1) if rank]
+    dense = torch.einsum("mhd,thd->htm", output.weight.reshape(HEIGHT, 3, DIM), z.reshape(len(z), 3, DIM))
+    curve = torch.stack([dense.square().sum() / len(z), *measured])
+    assert (curve.diff() > 1e-3 * curve[0]).any()
+    torch.testing.assert_close(found.errors, descending(curve), rtol=1e-6, atol=1e-9 * float(curve[0]))
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_errors_fall_to_zero(name: str, layout: str):

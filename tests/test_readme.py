@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lowrank_core.catalogue import as_markdown, basis_table, preset_table
 from lowrank_core.cli import _parser
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -20,6 +21,11 @@ def test_there_are_commands_to_check() -> None:
 def test_the_command_line_takes_every_command_shown(line: str) -> None:
     arguments = _parser().parse_args(shlex.split(line, comments=True)[1:])
     assert arguments.command in line
+
+
+def test_the_tables_of_methods_are_those_of_the_registries() -> None:
+    assert as_markdown(basis_table()) in README
+    assert as_markdown(preset_table()) in README
 
 
 def test_the_pictures_shown_are_there() -> None:

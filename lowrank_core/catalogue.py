@@ -1,0 +1,59 @@
+"""What there is to choose from, as tables made from the registries. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.bases import BASES, Basis
+from lowrank_core.presets import PRESETS
+
+__all__ = ["allocator_table", "as_markdown", "basis_table", "methods", "preset_table"]
+
+Table = list[dict[str, str]]
+
+
+def _needs(basis: Basis) -> str:
+    needs = {"inputs": basis.needs_data, "gradients": basis.needs_gradients, "block by block": basis.sequential}
+    return ", ".join(name for name, needed in needs.items() if needed) or "weights alone"
+
+
+def basis_table() -> Table:
+    """Return a row for each basis: its name, label, what it needs, and its source."""
+    return [
+        {"basis": f"`{name}`", "method": basis.label, "works from": _needs(basis), "source": basis.reference}
+        for name, basis in BASES.items()
+    ]
+
+
+def allocator_table() -> Table:
+    """Return a row for each allocator."""
+    return [{"allocation": f"`{name}`", "method": rule.label, "source": rule.reference} for name, rule in ALLOCATORS.items()]
+
+
+def preset_table() -> Table:
+    """Return a row for each preset: what it is made of."""
+    return [
+        {
+            "preset": f"`{name}`",
+            "method": preset.label,
+            "basis": f"`{preset.compression.basis}`",
+            "storage": preset.compression.storage,
+            "ranks": f"`{preset.allocation}`",
+            "source": preset.reference,
+        }
+        for name, preset in PRESETS.items()
+    ]
+
+
+def as_markdown(rows: Iterable[dict[str, str]]) -> str:
+    """Return rows of the same keys as a Markdown table."""
+    lines = [list(row.values()) for row in rows]
+    names = list(next(iter(rows)))
+    return "\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *lines])
+
+
+def methods() -> dict[str, object]:
+    """Return every registry, and as ``text`` their tables."""
+    tables = {"bases": basis_table(), "allocations": allocator_table(), "presets": preset_table()}
+    return {**tables, "text": "\n\n".join(map(as_markdown, tables.values()))}
