@@ -245,7 +245,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         )
     path = export_trial(run, session, bench, best.number)
     baselines = {trial.label: _trial_figures(trial) for trial in trials if trial.label != "sampled"}
-    complete = sum(trial.state == "complete" for trial in trials)
+    complete = sum(trial.finished for trial in trials)
     lines = [f"{name}: {config.objective} {figures['value']:.5f}" for name, figures in baselines.items()]
     lines.append(f"best of {complete} trials: trial {best.number} ({best.label}), {config.objective} {best.value:.5f}, on validation text")
     lines.append(f"exported to {path}")
@@ -268,7 +268,7 @@ def work(folder: Path, warm_seconds: float, *, keep_paused: bool = False) -> Res
     if not keep_paused:
         run.pause_marker.unlink(missing_ok=True)
     run_worker(run, warm_seconds=warm_seconds)
-    complete = sum(trial.state == "complete" for trial in read_trials(run))
+    complete = sum(trial.finished for trial in read_trials(run))
     state = run.status().state
     return {"run": str(run.path), "state": state, "trials": complete, "text": f"{run.path}: {state}, {complete} trials complete"}
 

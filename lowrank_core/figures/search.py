@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION
+from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 from lowrank_core.views.search import History
 
 __all__ = ["PICKED", "ZOOM", "VegaChart", "history_chart"]
@@ -33,6 +33,7 @@ _MARKS = {
     "waiting": ("triangle-right", GREY),
     "failed": (_SALTIRE, VERMILLION),
     "pruned": ("triangle-down", PURPLE),
+    "infeasible": ("square", SKY),
 }
 """What a trial is -> shape and colour; told apart without the colour."""
 _LEAST_TRIALS = 10  # room on the axis from the beginning

@@ -30,7 +30,7 @@ class TrialRecord:
         state: ``complete``, ``infeasible`` (measured, and outside the budget of a published search), ``running``, ``failed``,
             ``pruned`` or ``waiting``.
         label: ``uniform``, ``lord_manual``… for an enqueued baseline, else ``sampled``.
-        value: the objective on search-validation text; None unless complete.
+        value: the objective on search-validation text; None unless complete or infeasible.
         params: variable of the space -> multiplier, as sampled.
         ranks: unit -> rank, or None for dense; empty until the trial began.
         compression_ratio, kl, perplexity, tokens, seconds: as measured in the trial; None until then.
@@ -47,6 +47,11 @@ class TrialRecord:
     perplexity: float | None
     tokens: int | None
     seconds: float | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it was measured to the end, inside the budget or not."""
+        return self.state in ("complete", "infeasible")
 
 
 _STATES = {

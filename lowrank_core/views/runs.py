@@ -149,7 +149,7 @@ def _row(run: Run) -> dict[str, object]:
         "name": record["name"],
         "state": "recorded" if run.recorded else STATE_WORDS.get(run.status().state, "unknown"),
         "ratio": config.search.compression_ratio if config.search else None,
-        "trials": sum(1 for trial in trials if trial.state == "complete") if config.search else None,
+        "trials": sum(1 for trial in trials if trial.finished) if config.search else None,
         "best": best.value if best else None,
         "created": pd.Timestamp(float(record["created"]), unit="s"),
     }

@@ -72,8 +72,10 @@ def history(trials: Sequence[TrialRecord], objective: str) -> History:
             "note": [_note(trial) for trial in trials],
         }
     )
-    frame["best"] = frame["value"].cummin().ffill()
-    baselines = {ALLOCATORS[t.label].label: t.value for t in trials if t.label in ALLOCATORS and t.value is not None}
+    frame["best"] = frame["value"].where(frame["state"] == "complete").cummin().ffill()
+    baselines = {
+        ALLOCATORS[t.label].label: t.value for t in trials if t.label in ALLOCATORS and t.state == "complete" and t.value is not None
+    }
     return History(OBJECTIVE_LABELS[objective], frame, baselines)
 
 
@@ -107,7 +109,7 @@ def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
     """Return how far a search is."""
     uniform = next((trial for trial in trials if trial.label == "uniform" and trial.state == "complete"), None)
     return Progress(
-        complete=sum(1 for trial in trials if trial.state == "complete"),
+        complete=sum(1 for trial in trials if trial.finished),
         wanted=search.trials,
         best=best_trial(trials),
         uniform_value=uniform.value if uniform else None,

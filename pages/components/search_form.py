@@ -74,24 +74,25 @@ def _inputs() -> SearchConfig:
         persist_state="session",
     )
     with st.expander("Advanced"):
-        first, second, third = st.columns(3, vertical_alignment="bottom")
+        first, second, third = st.columns(3)
         sampler = first.selectbox("Sampler", SAMPLERS, key="search_sampler", format_func=SAMPLER_LABELS.__getitem__)
-        seed = second.number_input("Seed", min_value=0, value=_DEFAULT.seed, key="search_seed")
-        dense = third.toggle(
-            "Keep value projections dense", value=CompressionConfig().value_dense, key="search_value_dense", help="As the paper does."
-        )
-        storage = first.selectbox(
+        storage = second.selectbox(
             "Storage",
             list(STORAGES),
             key="search_storage",
             help="factored: two factors. pivoted: the same matrix without the numbers that the others tell; higher ranks for a budget.",
         )
-        published = second.toggle(
-            "As published",
-            key="search_published",
-            help="Bolaco to the letter: their basis and objective, 3 initial points, kept fractions that are not scaled onto the budget "
-            "(a trial outside it does not count), ranks in eights, value projections dense. Overrides the choices around it.",
-        )
+        seed = third.number_input("Seed", min_value=0, value=_DEFAULT.seed, key="search_seed")
+        with st.container(horizontal=True, gap="large"):
+            dense = st.toggle(
+                "Keep value projections dense", value=CompressionConfig().value_dense, key="search_value_dense", help="As the paper does."
+            )
+            published = st.toggle(
+                "As published",
+                key="search_published",
+                help="Bolaco to the letter: its basis and objective, 3 initial points, kept fractions that are not scaled onto the budget "
+                "(a trial outside it does not count), ranks in eights, value projections dense. Overrides the choices around it.",
+            )
     if published:
         return replace(search_by(PRESETS["bolaco"], ratio / 100, seed=int(seed)), trials=trials)
     compression = CompressionConfig(basis=basis, storage=storage, value_dense=dense)
@@ -108,9 +109,12 @@ def _budget_line(config: RunConfig, matrices: Sequence[MatrixShape]) -> bool:
     with boundary():
         uniform = check_budget(config, matrices)
         if uniform is not None:
+            spends = (
+                "every trial spends this budget" if config.search and config.search.projected else "trials within a tenth below it count"
+            )
             st.caption(
                 f"Keeps **{count(uniform.parameters)}** of {count(uniform.dense_parameters)} parameters in {len(matrices)} linear layers "
-                f"({percent(uniform.compression_ratio)} removed); every trial spends this budget.",
+                f"({percent(uniform.compression_ratio)} removed); {spends}.",
                 width="content",
             )
         return True

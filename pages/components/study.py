@@ -69,7 +69,7 @@ def _chosen(trials: Sequence[TrialRecord]) -> TrialRecord | None:
 
 
 def _stage(run: Run, status: RunStatus, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
-    complete = sum(1 for trial in trials if trial.state == "complete")
+    complete = sum(1 for trial in trials if trial.finished)
     with st.container(horizontal=True, vertical_alignment="center"):
         st.markdown(f"**{complete} of {search.trials} trials complete**", width="content")
         now = f"{status.stage} · {status_words(status)}".strip(" ·") if is_working(status) else STATE_WORDS.get(status.state, "")
