@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--compression-ratio", type=float, metavar="R", help="fraction of the linears' parameters to remove, in (0, 1)")
     _compression_options(compress, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
     compress.add_argument("--allocation", metavar="A", help=f"one of {', '.join(ALLOCATORS)} (default: the preset's, or uniform)")
+    compress.add_argument("--tune", action="store_true", help="choose the gradient damping and a drift-aware basis's β on validation text")
     compress.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
     compress.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
 
@@ -233,6 +234,7 @@ def _compress_request(arguments: argparse.Namespace) -> CompressRequest:
     return CompressRequest(
         compression_ratio=arguments.compression_ratio,
         preset=preset.name if preset else "",
+        tune=arguments.tune,
         calibration=_calibration(arguments),
         compression=_compression(arguments, preset),
         allocation=arguments.allocation or (preset.allocation if preset else "uniform"),

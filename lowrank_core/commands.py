@@ -18,6 +18,7 @@ from lowrank_core.benchmarks import speed as speed_benchmark
 from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.config import (
     CalibrationConfig,
+    CompressionConfig,
     CompressRequest,
     ModelSource,
     RunConfig,
@@ -38,7 +39,8 @@ from lowrank_core.search.records import TrialRecord, best_trial, read_trials
 from lowrank_core.search.requests import complete_trial, export_trial
 from lowrank_core.search.worker import run_worker
 from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
-from lowrank_core.text import WindowSet, load_windows
+from lowrank_core.text import WindowSet, load_text, load_windows
+from lowrank_core.tuning import TuningPoint, tune
 from lowrank_core.units import check_reachable
 
 __all__ = [
@@ -139,6 +141,25 @@ def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation |
     return found
 
 
+def _tuned(
+    handle: ModelHandle, statistics: LayerStatistics, request: CompressRequest, text: TextConfig
+) -> tuple[CompressionConfig, tuple[TuningPoint, ...]]:
+    assert request.compression_ratio is not None
+    config, points = tune(
+        handle,
+        statistics,
+        request.compression,
+        load_text(text, handle.tokenizer),
+        allocator=request.allocation,
+        compression_ratio=request.compression_ratio,
+        progress=_progress("Tuning"),
+    )
+    for point in points:
+        kl = "diverged" if point.kl is None else f"KL {point.kl:.6f} on validation text"
+        print(f"gradient damping {point.gradient_damping:g}, beta {point.drift_beta:g}: {kl}", file=sys.stderr)
+    return config, points
+
+
 def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
     """Calibrate, factorise, allocate, compress and write."""
     began = time.perf_counter()
@@ -154,7 +175,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         check_reachable(units, request.compression_ratio, request.compression)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
     statistics = _calibrated(handle, windows, request.calibration, gradients=basis.needs_gradients)
-    decomposed = decompose(handle, statistics, request.compression, progress=_progress("Factorising"))
+    compression, tuning = _tuned(handle, statistics, request, text) if request.tune else (request.compression, ())
+    decomposed = decompose(handle, statistics, compression, progress=_progress("Factorising"))
     if allocation is None:
         assert request.compression_ratio is not None
         allocation = decomposed.allocate(request.allocation, request.compression_ratio)
@@ -167,13 +189,17 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "allocation": allocation.allocator,
         "text": text.reference,
         "seed": text.seed,
-        **to_mapping(request.compression),
+        **to_mapping(compression),
+        "tuning": [to_mapping(point) for point in tuning],
     }
     export(model, request.out, provenance=provenance)
     report = model.report
     result = {
         "out": str(request.out),
         "preset": request.preset,
+        "tuning": provenance["tuning"],
+        "gradient_damping": compression.gradient_damping,
+        "drift_beta": compression.drift_beta,
         "basis": request.compression.basis,
         "storage": request.compression.storage,
         "allocation": allocation.allocator,

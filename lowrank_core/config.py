@@ -168,6 +168,7 @@ class CompressionConfig:
         rank_multiple: ranks are rounded down to a multiple of it, as the paper's code does with 8; 1 leaves them.
         input_damping: of the inputs' metric, relative to its mean eigenvalue.
         gradient_damping: of the output gradients' metric, likewise.
+        drift_beta: β of a drift-aware basis, in [0, 1]: how much of the dense model's input its target follows.
         fit_windows: calibration windows that a sequential basis fits on, at most; each costs some ten forward passes.
     """
 
@@ -179,6 +180,7 @@ class CompressionConfig:
     rank_multiple: int = 1
     input_damping: float = 1e-6
     gradient_damping: float = 1e-2
+    drift_beta: float = 1.0
     fit_windows: int = 128
 
     def __post_init__(self) -> None:
@@ -187,6 +189,9 @@ class CompressionConfig:
         for name, value in (("input damping", self.input_damping), ("gradient damping", self.gradient_damping)):
             if not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be a number from 0 up, relative to the mean eigenvalue; got {value:g}. Try 0.01.")
+
+        if not 0 <= self.drift_beta <= 1:
+            raise ConfigError(f"drift beta must lie between 0 and 1, got {self.drift_beta:g}. Try 1.")
 
     @property
     def without_alternatives(self) -> CompressionConfig:
@@ -200,6 +205,7 @@ class CompressRequest:
 
     compression_ratio: float | None
     preset: str
+    tune: bool
     calibration: CalibrationConfig
     compression: CompressionConfig
     allocation: str
@@ -211,6 +217,8 @@ class CompressRequest:
             raise ConfigError("compress: give --compression-ratio, or --ranks FILE.")
         if self.compression_ratio is not None:
             check_ratio(self.compression_ratio)
+        if self.tune and self.ranks is not None:
+            raise ConfigError("--tune compares settings at a ratio; give --compression-ratio instead of --ranks.")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lowrank_core.accounting import Unit
 from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocate, rounded_down
-from lowrank_core.bases import Basis, basis_named
+from lowrank_core.bases import Basis, basis_named, with_beta
 from lowrank_core.calibration import LayerStatistics
 from lowrank_core.compression import CompressedModel, compress
 from lowrank_core.config import CompressionConfig
@@ -43,7 +43,7 @@ class Decomposed:
 
     @property
     def basis(self) -> Basis:
-        return basis_named(self.config.basis)
+        return with_beta(basis_named(self.config.basis), self.config.drift_beta)
 
     @property
     def keep_dense(self) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ STAGES = (
     {"compression", "evaluation", "generation"},
     {"sequential"},
     {"recipe"},
+    {"tuning"},
     {"export"},
     {"search"},
     {"benchmarks"},

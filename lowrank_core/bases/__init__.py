@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 from lowrank_core.bases.activation_scaled import ACTIVATION_SCALED
 from lowrank_core.bases.base import Basis, Grouping, Metric, Operand
-from lowrank_core.bases.drift_aware import DRIFT_AWARE
+from lowrank_core.bases.drift_aware import DRIFT_AWARE, DriftAware
 from lowrank_core.bases.fisher_rows import FISHER_ROWS
 from lowrank_core.bases.pooled_feature import POOLED_FEATURE
 from lowrank_core.bases.stacks import CROSS_LAYER, DATA_FREE_JOINT, SHARED_INPUT, Wrapper, by_input
@@ -17,7 +17,7 @@ from lowrank_core.bases.weight_svd import WEIGHT_SVD
 from lowrank_core.bases.whitened import WHITENED
 from lowrank_core.errors import ConfigError
 
-__all__ = ["BASES", "WRAPPERS", "Basis", "Grouping", "Metric", "Operand", "basis_named", "by_input"]
+__all__ = ["BASES", "WRAPPERS", "Basis", "Grouping", "Metric", "Operand", "basis_named", "by_input", "with_beta"]
 
 _SINGLE: tuple[Basis, ...] = (POOLED_FEATURE, WEIGHT_SVD, FISHER_ROWS, ACTIVATION_SCALED, WHITENED, TWO_SIDED, TWO_SIDED_HALF)
 
@@ -25,6 +25,13 @@ WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({basis.title: basis for basis
 """Bases around another one: ``shared_input:two_sided`` is one, ``shared_input`` alone wraps its default."""
 
 BASES: Mapping[str, Basis] = MappingProxyType({basis.name: basis for basis in (*_SINGLE, *WRAPPERS.values(), DATA_FREE_JOINT)})
+
+
+def with_beta(basis: Basis, beta: float) -> Basis:
+    """Return ``basis`` with β where it, or one that it wraps, is drift-aware."""
+    if isinstance(basis, DriftAware):
+        return replace(basis, beta=beta)
+    return replace(basis, inner=with_beta(basis.inner, beta)) if isinstance(basis, Wrapper) else basis
 
 
 def basis_named(name: str) -> Basis:
