@@ -16,6 +16,7 @@ from lowrank_core import __version__
 from lowrank_core.accounting import STORAGES
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.bases import BASES
+from lowrank_core.catalogue import methods
 from lowrank_core.config import (
     OBJECTIVES,
     ROBUST_RULES,
@@ -195,7 +196,7 @@ def _dashboard(arguments: argparse.Namespace) -> int:
 
 def _handlers() -> dict[str, Callable[[argparse.Namespace], Result]]:
     """Import what needs torch only when a command does: ``--help`` answers at once."""
-    from lowrank_core import catalogue, commands
+    from lowrank_core import commands
 
     return {
         "analyze": lambda a: commands.analyze(_source(a), _text(a), _calibration(a)),
@@ -205,7 +206,6 @@ def _handlers() -> dict[str, Callable[[argparse.Namespace], Result]]:
         "worker": lambda a: commands.work(a.run, a.warm, keep_paused=a.keep_paused),
         "export": lambda a: commands.export_from(a.run, a.trial, a.out),
         "benchmark": _benchmark,
-        "methods": lambda a: catalogue.methods(),
     }
 
 
@@ -276,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _dashboard(arguments)
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints: stdout carries the result alone
-            result = _handlers()[arguments.command](arguments)
+            result = methods() if arguments.command == "methods" else _handlers()[arguments.command](arguments)
     except Cancelled:
         print(f"lowrank: stopped.{_how_to_go_on(arguments)}", file=sys.stderr)
         return 1

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
 from synthetic import make_run, model_json, running_status, write_answers
 
+from lowrank_core.bases import BASES
+from lowrank_core.config import CompressionConfig
 from lowrank_core.jobs import pending_requests
+from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.runs import list_runs, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,6 +220,31 @@ def test_starting_a_search_takes_over_what_the_run_on_screen_had(app):
     assert run.config.text == base.config.text
     assert run.config.search.compression_ratio == 0.4
     assert run.config.search.objective == "perplexity"
+
+
+def test_every_basis_of_the_registry_can_be_searched_with_and_storage_chosen(app):
+    base = make_run(search=False)
+    test = app("search")
+    assert test.selectbox(key="search_basis").options == [basis.label for basis in BASES.values()]
+    test.selectbox(key="search_basis").set_value("two_sided")
+    test.selectbox(key="search_storage").set_value("pivoted")
+    test.toggle(key="search_value_dense").set_value(False)
+    test.button(key="start_search").click().run()
+    assert sound(test)
+    run = next(run for run in list_runs() if run.id != base.id)
+    assert run.config.search.compression == CompressionConfig(basis="two_sided", storage="pivoted", value_dense=False)
+
+
+def test_a_search_as_published_overrides_the_choices_around_it(app):
+    base = make_run(search=False)
+    test = app("search")
+    test.slider(key="search_trials").set_value(40)
+    test.toggle(key="search_published").set_value(True).run()
+    assert "trials within a tenth below it count" in " ".join(caption.value for caption in test.caption)
+    test.button(key="start_search").click().run()
+    assert sound(test)
+    search = next(run for run in list_runs() if run.id != base.id).config.search
+    assert search == replace(search_by(PRESETS["bolaco"], search.compression_ratio), trials=40)
 
 
 @pytest.mark.parametrize(

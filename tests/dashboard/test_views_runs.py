@@ -42,6 +42,16 @@ def test_a_history_without_any_value_has_no_best():
     assert view.baselines == {}
 
 
+def test_a_trial_outside_the_budget_is_shown_and_never_the_best():
+    trials = read_trials(make_run())
+    trials[1] = replace(trials[1], state="infeasible", value=0.01)
+    view = search.history(trials, "kl")
+    assert list(view.trials["best"]) == pytest.approx([0.41, 0.41, 0.41, 0.35, 0.35, 0.35])
+    assert view.baselines == {"Uniform": 0.41}
+    assert search.progress(trials, SearchConfig(trials=6)).complete == 5
+    assert search.progress(trials, SearchConfig(trials=6)).best.number == 3
+
+
 def test_progress_is_told_against_uniform():
     now = search.progress(read_trials(make_run()), SearchConfig(trials=6))
     assert (now.complete, now.wanted, now.best.number) == (5, 6, 3)
