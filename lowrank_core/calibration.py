@@ -18,7 +18,8 @@ from lowrank_core.config import TOKENS_PER_DIMENSION, CalibrationConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import LayerSpec, ModelHandle
-from lowrank_core.moments import InputStatistics, OutputStatistics, PooledAccumulator, check_groups, trimmed
+from lowrank_core.moments import InputStatistics, OutputStatistics
+from lowrank_core.pooling import PooledAccumulator, check_groups, trimmed
 from lowrank_core.spectra import LayerSpectrum, Vector
 from lowrank_core.statistics_store import (
     HiddenStates,

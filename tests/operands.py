@@ -11,7 +11,8 @@ from lowrank_core.accounting import MatrixShape, Unit
 from lowrank_core.bases import Operand, basis_named
 from lowrank_core.factorization import Damping, FactorBasis, factorize_unit
 from lowrank_core.models.storage import Factors
-from lowrank_core.moments import InputStatistics, OutputStatistics, PooledAccumulator
+from lowrank_core.moments import InputStatistics, OutputStatistics
+from lowrank_core.pooling import PooledAccumulator
 
 __all__ = ["applied", "factorized", "gradients", "inputs_of", "operand", "outputs_of", "random", "rows", "second_moment"]
 

@@ -40,7 +40,7 @@ STAGES = (
     {"accounting"},
     {"config"},
     {"runs", "linalg", "pivoting", "spectra", "allocation", "moments", "bases", "presets"},
-    {"units", "catalogue"},
+    {"units", "catalogue", "pooling"},
     {"jobs", "models", "text"},
     {"statistics_store"},
     {"calibration", "gradients"},
@@ -193,7 +193,13 @@ def test_no_stage_imports_a_later_one():
 
 
 def test_numerics_touch_neither_disk_nor_log():
-    for name in ("lowrank_core.linalg", "lowrank_core.moments", *_below("lowrank_core.bases")):
+    for name in (
+        "lowrank_core.linalg",
+        "lowrank_core.moments",
+        "lowrank_core.pooling",
+        "lowrank_core.pivoting",
+        *_below("lowrank_core.bases"),
+    ):
         assert not _arrows(name) & {"pathlib", "os", "sys", "logging", "json", "time"}, name
 
 

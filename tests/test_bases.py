@@ -17,7 +17,7 @@ from lowrank_core.bases import BASES, WRAPPERS, Operand, basis_named, by_input
 from lowrank_core.bases.drift_aware import DriftAware
 from lowrank_core.errors import ConfigError
 from lowrank_core.factorization import Damping
-from lowrank_core.moments import PooledAccumulator
+from lowrank_core.pooling import PooledAccumulator
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
 EPSILON = torch.finfo(torch.float64).eps
