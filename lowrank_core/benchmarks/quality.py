@@ -6,7 +6,7 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -153,16 +153,45 @@ def _searched(table: _Table, source: ModelSource, text: TextConfig, ratio: float
 
 
 def as_markdown(rows: Sequence[QualityRow]) -> str:
-    """Return the rows as a Markdown table, by ratio and then by KL, the protocol under it."""
+    """Return a Markdown table of recipes against ratios, one with all figures by ratio and then by KL, and the protocol."""
+    measured = [row for row in rows if row.dense_perplexity is not None]
+    protocols = sorted({f"Dense perplexity {row.dense_perplexity:.3f}; {row.protocol}." for row in measured})
+    return "\n\n".join([_overview(rows), _details(rows), *protocols])
+
+
+def _overview(rows: Sequence[QualityRow]) -> str:
+    """Return perplexity above dense and KL, a column for each ratio; the least KL, summed over the logarithms, at the top."""
+    ratios = sorted({row.compression_ratio for row in rows})
+    recipes: dict[str, dict[float, QualityRow]] = {}
+    for row in rows:
+        recipes.setdefault(row.label, {})[row.compression_ratio] = row
+    lines = [
+        f"| perplexity above dense, KL | {' | '.join(f'{ratio:.0%} removed' for ratio in ratios)} |",
+        "| --- " * (len(ratios) + 1) + "|",
+    ]
+    for label, found in sorted(recipes.items(), key=lambda item: _distance(item[1])):
+        lines.append(f"| {label} | {' | '.join(_cell(found.get(ratio)) for ratio in ratios)} |")
+    return "\n".join(lines)
+
+
+def _distance(found: Mapping[float, QualityRow]) -> tuple[int, float]:
+    logarithms = [math.log(max(row.kl, 1e-12)) for row in found.values() if row.kl is not None]
+    return -len(logarithms), sum(logarithms)
+
+
+def _cell(row: QualityRow | None) -> str:
+    if row is None or row.perplexity is None or row.dense_perplexity is None or row.difference_interval is None:
+        return "–"
+    low, high = row.difference_interval
+    return f"{row.perplexity - row.dense_perplexity:+.3f} ({low:+.3f} to {high:+.3f}), {row.kl:.4f}"
+
+
+def _details(rows: Sequence[QualityRow]) -> str:
     lines = [
         "| removed | recipe | parameters | test perplexity | above dense (95 % interval) | KL to dense (95 % interval) | top-1 | s |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    lines += [_line(row) for row in sorted(rows, key=lambda row: (row.compression_ratio, row.kl is None, row.kl or 0.0))]
-    protocols = sorted(
-        {f"Dense perplexity {row.dense_perplexity:.3f}; {row.protocol}." for row in rows if row.dense_perplexity is not None}
-    )
-    return "\n".join([*lines, "", *protocols])
+    return "\n".join(lines + [_line(row) for row in sorted(rows, key=lambda row: (row.compression_ratio, row.kl is None, row.kl or 0.0))])
 
 
 def _line(row: QualityRow) -> str:
