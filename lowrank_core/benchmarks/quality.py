@@ -183,7 +183,7 @@ def _cell(row: QualityRow | None) -> str:
     if row is None or row.perplexity is None or row.dense_perplexity is None or row.difference_interval is None:
         return "–"
     low, high = row.difference_interval
-    return f"{row.perplexity - row.dense_perplexity:+.3f} ({low:+.3f} to {high:+.3f}), {row.kl:.4f}"
+    return f"{row.perplexity - row.dense_perplexity:+.3f} ({low:+.3f} to {high:+.3f}), {row.kl or 0.0:.3g}"
 
 
 def _details(rows: Sequence[QualityRow]) -> str:
@@ -204,5 +204,5 @@ def _line(row: QualityRow) -> str:
     low, high = row.difference_interval
     return (
         f"{head} {row.parameters:,} | {perplexity:.3f} | {perplexity - dense:+.3f} ({low:+.3f} to {high:+.3f}) "
-        f"| {kl:.4f} ({row.kl_interval[0]:.4f} to {row.kl_interval[1]:.4f}) | {row.top1_agreement or 0.0:.1%} | {row.seconds or 0.0:.0f} |"
+        f"| {kl:.3g} ({row.kl_interval[0]:.3g} to {row.kl_interval[1]:.3g}) | {row.top1_agreement or 0.0:.1%} | {row.seconds or 0.0:.0f} |"
     )
