@@ -30,18 +30,19 @@ def quality_figure(rows: Sequence[Row]) -> go.Figure:
         measured = sorted((row for row in panel if row["kl"] is not None), key=lambda row: float(str(row["kl"])))
         figure.add_trace(_dots(measured), row=index, col=1)
         figure.update_yaxes(autorange="reversed", automargin=True, row=index, col=1)
-        figure.update_xaxes(type="log", row=index, col=1)
-    finished(
-        figure, height=_FRAME + _ROW * len(rows) + 60 * len(ratios), x="KL to the dense model on test text, nats per token", y="", top=40
-    )
+        figure.update_xaxes(type="log", dtick="D2", tickformat="~g", row=index, col=1)
+    height = _FRAME + _ROW * len(rows) + 60 * len(ratios)
+    finished(figure, height=height, x="", y="", top=40)
     figure.update_yaxes(title=None)
+    figure.update_xaxes(
+        title={"text": "KL to the dense model on test text, nats per token; beside each point its perplexity"}, row=len(ratios), col=1
+    )
     protocol = next((str(row["protocol"]) for row in rows if row["protocol"]), "")
     missing = [f"{row['label']} at {row['compression_ratio']:.0%}" for row in rows if row["kl"] is None]
     note = protocol + (f"<br>Not measured: {', '.join(missing)}." if missing else "")
-    figure.add_annotation(
-        text=note, x=0, y=-0.04, xref="paper", yref="paper", yanchor="top", showarrow=False, align="left", font={"color": GREY}
-    )
-    figure.update_layout(margin={"b": 110})
+    place = {"x": 0, "y": 0, "xref": "paper", "yref": "paper", "xanchor": "left", "yanchor": "top", "yshift": -56}
+    figure.add_annotation(text=note, showarrow=False, align="left", font={"color": GREY}, **place)
+    figure.update_layout(margin={"b": 120}, template="plotly_white")
     return figure
 
 
@@ -52,7 +53,7 @@ def _dots(rows: Sequence[Row]) -> go.Scatter:
         x=values,
         y=[str(row["label"]) for row in rows],
         mode="markers+text",
-        text=[f"{float(str(row['perplexity'])):.2f}" for row in rows],
+        text=[f"&nbsp;&nbsp;&nbsp;{float(str(row['perplexity'])):.2f}" for row in rows],
         textposition="middle right",
         marker={"size": 9, "color": [BLUE if row["recipe"] == _OURS else ORANGE for row in rows]},
         error_x={
