@@ -25,9 +25,9 @@ def spectra_of(
     found = []
     roots: dict[str, tuple[torch.Tensor, torch.Tensor, Vector]] = {}
     for done, layer in enumerate(handle.layers, start=1):
-        inputs = statistics.inputs[layer.input_group]
         if layer.input_group not in roots:
             roots.clear()  # readers of one input stand together: keep one group's roots at a time
+            inputs = statistics.inputs[layer.input_group]
             pooled = square_root(inputs.pooled, layer.input_group)
             values = eigenvalues(inputs.pooled, layer.input_group).numpy()
             roots[layer.input_group] = (pooled, square_root(inputs.sample, layer.input_group), values)

@@ -169,7 +169,7 @@ class CompressionConfig:
         input_damping: of the inputs' metric, relative to its mean eigenvalue.
         gradient_damping: of the output gradients' metric, likewise.
         drift_beta: β of a drift-aware basis, in [0, 1]: how much of the dense model's input its target follows.
-        fit_windows: calibration windows that a sequential basis fits on, at most; each costs some ten forward passes.
+        fit_windows: calibration windows that a sequential basis fits on, at most; each is run through every block several times.
     """
 
     basis: str = "pooled_feature"

@@ -17,7 +17,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -124,7 +123,7 @@ class _Measurement:
             raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the original model.")
         handle.check_tokens(windows.ids)
         self.handle, self.seed = handle, config.gradient_seed
-        self.windows = _first_windows(windows, config)
+        self.windows = windows.first(config.gradient_windows)
         logits = windows.context * int(handle.module.get_input_embeddings().weight.shape[0])
         self._batch_size = max(1, min(config.batch_size, _LOGITS // logits))
         self.blocks: dict[int, list[LayerSpec]] = {}
@@ -175,10 +174,6 @@ class _Measurement:
             yield self.run(blocks, tick)
 
 
-def _first_windows(windows: WindowSet, config: CalibrationConfig) -> WindowSet:
-    return replace(windows, ids=windows.ids[: config.gradient_windows])
-
-
 def collect_gradients(
     handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, progress: Progress | None = None
 ) -> Mapping[str, OutputStatistics]:
@@ -201,7 +196,7 @@ def collect_gradients(
 
 def gradients_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
     """Return the name of these moments: a hash of model, tokens and seed."""
-    parts = ["gradients", _FORMAT, handle.fingerprint, _first_windows(windows, config).sha256, config.gradient_seed]
+    parts = ["gradients", _FORMAT, handle.fingerprint, windows.first(config.gradient_windows).sha256, config.gradient_seed]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

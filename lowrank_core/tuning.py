@@ -86,16 +86,18 @@ def tune(
 
 def _points(bench: _Bench, config: CompressionConfig, dampings: tuple[float, ...], betas: tuple[float, ...]) -> Iterator[TuningPoint]:
     """Yield every damping at the last β, then the other β at the best damping."""
-    tried = []
+    tried: list[TuningPoint] = []
+    chosen: Decomposed | None = None
     for damping in dampings:
-        setting = replace(config, gradient_damping=damping, drift_beta=betas[-1])
-        tried.append(bench.measured(decompose(bench.handle, bench.statistics, setting)))
+        decomposed = decompose(bench.handle, bench.statistics, replace(config, gradient_damping=damping, drift_beta=betas[-1]))
+        tried.append(bench.measured(decomposed))
+        if tried[-1].kl is not None and _best(tried) is tried[-1]:
+            chosen = decomposed
         yield tried[-1]
-    chosen = replace(config, gradient_damping=_best(tried).gradient_damping)
-    decomposed = decompose(bench.handle, bench.statistics, chosen) if len(betas) > 1 else None
+    if chosen is None:
+        return  # nothing is left to go on from: the caller tells
     for beta in betas[:-1]:
-        assert decomposed is not None
-        yield bench.measured(replace(decomposed, config=replace(chosen, drift_beta=beta)))
+        yield bench.measured(replace(chosen, config=replace(chosen.config, drift_beta=beta)))
 
 
 def _best(points: list[TuningPoint]) -> TuningPoint:
