@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["VOCABULARY", "save_checkpoint"]
+__all__ = ["VOCABULARY", "assert_cache_changes_nothing", "save_checkpoint"]
 
 VOCABULARY = 300
 
@@ -42,3 +42,18 @@ def save_checkpoint(folder: Path, model: PreTrainedModel, text: str) -> Path:
     _with_spectra(model).save_pretrained(folder)
     _tokenizer(text).save_pretrained(folder)
     return folder
+
+
+def assert_cache_changes_nothing(module: PreTrainedModel) -> None:
+    """Twelve greedy tokens are the same with a key/value cache as without."""
+    prompt = torch.tensor([[5, 9, 200, 31]])
+    settings = {
+        "attention_mask": torch.ones_like(prompt),
+        "max_new_tokens": 12,
+        "min_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
+    cached = module.generate(prompt, use_cache=True, **settings)
+    assert cached.shape == (1, 16)
+    assert torch.equal(cached, module.generate(prompt, use_cache=False, **settings))

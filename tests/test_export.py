@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import assert_cache_changes_nothing
 
 from lowrank_core.calibration import collect_statistics
 from lowrank_core.compression import CompressedModel
@@ -115,18 +116,7 @@ def test_save_pretrained_of_a_loaded_export_round_trips(name: str, exports: dict
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_generation_with_a_cache_equals_without(name: str, exports: dict[str, Path]):
-    module = load_model(ModelSource(str(exports[name]))).module
-    prompt = torch.tensor([[5, 9, 200, 31]])
-    settings = {
-        "attention_mask": torch.ones_like(prompt),
-        "max_new_tokens": 12,
-        "min_new_tokens": 12,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
-    cached = module.generate(prompt, use_cache=True, **settings)
-    assert cached.shape == (1, 16)
-    assert torch.equal(cached, module.generate(prompt, use_cache=False, **settings))
+    assert_cache_changes_nothing(load_model(ModelSource(str(exports[name]))).module)
 
 
 def test_an_export_is_measured_beside_its_dense_model(exports: dict[str, Path], llama: ModelHandle, windows: WindowSet):

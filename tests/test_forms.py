@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints import assert_cache_changes_nothing
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -143,18 +144,7 @@ def test_copies_and_casts_of_a_loaded_model_are_whole(export: Path):
 
 
 def test_generation_with_a_cache_equals_without(export: Path):
-    module = load_model(ModelSource(str(export))).module
-    prompt = torch.tensor([[5, 9, 200, 31]])
-    settings = {
-        "attention_mask": torch.ones_like(prompt),
-        "max_new_tokens": 12,
-        "min_new_tokens": 12,
-        "do_sample": False,
-        "pad_token_id": 0,
-    }
-    cached = module.generate(prompt, use_cache=True, **settings)
-    assert cached.shape == (1, 16)
-    assert torch.equal(cached, module.generate(prompt, use_cache=False, **settings))
+    assert_cache_changes_nothing(load_model(ModelSource(str(export))).module)
 
 
 def test_a_loaded_export_counts_every_number_once_and_offers_its_dense_layers(export: Path, llama: ModelHandle):
