@@ -76,6 +76,9 @@ def _compression_options(parser: argparse.ArgumentParser, default: str) -> None:
         action=argparse.BooleanOptionalAction,
         help="compress the value projections too; the paper keeps them dense",
     )
+    for name, meaning in _NUMBERS.items():
+        usual = getattr(CompressionConfig(), name)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{meaning} (default: {usual:g})")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -143,6 +146,14 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_benchmarks(command("benchmark", "Measure methods against each other, and what they cost (the README's tables)."), defaults)
     return parser
+
+
+_NUMBERS = {
+    "input_damping": "of the inputs' metric, relative to its mean eigenvalue",
+    "gradient_damping": "of the output gradients' metric, likewise",
+    "drift_beta": "β of a drift-aware basis, from 0 to 1",
+}
+"""Numbers of ``CompressionConfig`` -> what they are."""
 
 
 def _add_benchmarks(parser: argparse.ArgumentParser, defaults: TextConfig) -> None:
@@ -245,7 +256,7 @@ def _compress_request(arguments: argparse.Namespace) -> CompressRequest:
 
 def _compression(arguments: argparse.Namespace, preset: Preset | None) -> CompressionConfig:
     """Return the preset's choices, with those that were given instead."""
-    given = {name: value for name in ("basis", "storage") if (value := getattr(arguments, name)) is not None}
+    given = {name: value for name in ("basis", "storage", *_NUMBERS) if (value := getattr(arguments, name)) is not None}
     if arguments.compress_value is not None:
         given["value_dense"] = not arguments.compress_value
     return replace(preset.compression if preset else CompressionConfig(), **given)

@@ -200,6 +200,17 @@ def test_what_is_given_beside_a_preset_wins(places: Places):
     assert all(rank is None for name, rank in body["ranks"].items() if name.endswith("v_proj"))
 
 
+def test_damping_and_beta_can_be_given(places: Places):
+    numbers = ["--input-damping", 1e-5, "--gradient-damping", 0.05, "--drift-beta", 0.5]
+    options = ["--preset", "studio", *numbers, "--compression-ratio", 0.3]
+    body = _lowrank("compress", *places.source, *options, "--out", places.out, "--json").body
+    assert (body["gradient_damping"], body["drift_beta"]) == (0.05, 0.5)
+    assert json.loads((places.out / "lowrank.json").read_text())["input_damping"] == 1e-5
+    refused = _lowrank("compress", *places.source, *options, "--drift-beta", 2, "--out", places.folder / "other")
+    assert refused.status == 2
+    assert "between 0 and 1" in refused.err
+
+
 def test_an_unknown_preset_lists_the_known_ones(places: Places):
     found = _lowrank("compress", *places.source, "--preset", "best", "--compression-ratio", 0.3, "--out", places.out)
     assert found.status == 2
