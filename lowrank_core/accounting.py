@@ -193,6 +193,7 @@ class HeadUnit(Unit):
         heads: query heads; groups: key/value heads; head_dim: dimensions of each.
     """
 
+    storage: str = "per_head"
     heads: int = 1
     groups: int = 1
     head_dim: int = 1

@@ -132,8 +132,8 @@ def test_each_unit_tells_its_counts_and_its_condition(case: Case):
     for unit in report.units:
         assert unit.damping >= 0
         assert unit.condition is None or unit.condition >= 1
-        pivoted = unit.storage == "pivoted" and not isinstance(case.bases[unit.name].unit, HeadUnit)
-        assert (unit.largest_coefficient is not None) == pivoted
+        assert (unit.largest_coefficient is not None) == (unit.storage == "pivoted")
+        assert (unit.storage == "per_head") == isinstance(case.bases[unit.name].unit, HeadUnit)
 
 
 def test_full_rank_factors_give_the_dense_logits(case: Case):

@@ -100,7 +100,7 @@ def build_layers(names: Sequence[str], factors: Factors | HeadFactors, storage: 
         RankError: a rank outside its limits.
         NumericalError: a factor that is not finite in the model's dtype; names the layer.
     """
-    if storage not in STORAGES:
+    if isinstance(factors, Factors) and storage not in STORAGES:
         raise ConfigError(f"storage: {storage!r} is not known. Choose from {', '.join(STORAGES)}.")
     with torch.no_grad():
         built = _heads(names[0], factors, likes) if isinstance(factors, HeadFactors) else STORAGES[storage](names[0], factors, likes)
