@@ -21,6 +21,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 
+import numpy as np
+import numpy.typing as npt
+
 from lowrank_core.errors import BudgetError, ConfigError, RankError
 
 __all__ = [
@@ -162,6 +165,12 @@ class Unit:
             raise RankError(f"{self.name}: rank must be in [1, {self.max_rank}], got {rank}. Lower it, or leave the layer dense (null).")
         return self._price(rank)
 
+    @cached_property
+    def prices(self) -> npt.NDArray[np.int64]:
+        """What is stored at each rank from 1 to break-even (break_even_rank,)."""
+        found: object = self._price(np.arange(1, self.break_even_rank + 1))  # type: ignore[arg-type]  # prices are polynomials
+        return np.asarray(found, dtype=np.int64)
+
     def rank_for_parameters(self, parameters: float) -> int | None:
         """Return the largest rank that costs at most ``parameters``, at least 1; None where dense fits, too."""
         if parameters >= self.dense_parameters or self.break_even_rank == 0:
@@ -197,6 +206,11 @@ class HeadUnit(Unit):
     heads: int = 1
     groups: int = 1
     head_dim: int = 1
+
+    def describe(self) -> dict[str, object]:
+        """Return what tells this unit from others, ready for JSON."""
+        value, output = self.members
+        return {"value": value.name, "output": output.name, "heads": self.heads, "groups": self.groups, "head_dim": self.head_dim}
 
     @property
     def max_rank(self) -> int:

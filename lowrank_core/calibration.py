@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lowrank_core.config import TOKENS_PER_DIMENSION, CalibrationConfig
 from lowrank_core.errors import ModelError
+from lowrank_core.influence import InfluenceAccumulator
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.moments import InputStatistics, OutputStatistics
@@ -35,7 +36,7 @@ from lowrank_core.text.windows import WindowSet
 
 __all__ = ["LayerStatistics", "cached_statistics", "collect_statistics", "load_statistics", "statistics_key"]
 
-_FORMAT = 2
+_FORMAT = 3
 """Raise it when the meaning of a stored statistic changes: old caches are then not found."""
 
 _MATRICES = 5
@@ -51,12 +52,14 @@ class LayerStatistics:
         config: of the calibration.
         seconds: that it took.
         outputs: moments of the output gradients by layer name, empty unless they were added (``with_outputs``).
+        influence: of each block that was run, by depth: 1 - E[cos] of the hidden states before and after it.
     """
 
     inputs: Mapping[str, InputStatistics]
     config: CalibrationConfig
     seconds: float
     outputs: Mapping[str, OutputStatistics] = field(default_factory=dict)
+    influence: tuple[float, ...] = ()
 
     def with_outputs(self, outputs: Mapping[str, OutputStatistics]) -> LayerStatistics:
         """Return the same with moments of the output gradients, as ``collect_gradients`` gives them."""
@@ -82,6 +85,7 @@ class LayerStatistics:
             "group_size": self.config.group_size,
             "group_weights": self.config.group_weights,
             "robust": self.config.robust,
+            "influence": list(self.influence),
             "inputs": [_describe_input(name, members[name], s, values[name]) for name, s in self.inputs.items()],
             "warnings": list(self.warnings()),
         }
@@ -188,8 +192,8 @@ class _Calibration:
             )
 
     @torch.inference_mode()
-    def run_block(self, block: int, progress: Progress | None) -> dict[str, InputStatistics]:
-        """Take all windows past ``block``; return the moments of its inputs."""
+    def run_block(self, block: int, progress: Progress | None) -> tuple[dict[str, InputStatistics], float]:
+        """Take all windows past ``block``; return the moments of its inputs, and its influence."""
         config, size = self.config, self.config.batch_size
         accumulators = {
             group: PooledAccumulator(
@@ -203,17 +207,20 @@ class _Calibration:
             )
             for group, width in self.widths[block].items()
         }
-        with _recording(self.handle, accumulators, self.windows.context):
+        name = self._runner.names[block]
+        influence = InfluenceAccumulator(name)
+        with _recording(self.handle, accumulators, self.windows.context), influence.watching(self.handle.module.get_submodule(name)):
             for batch in range(self.batches):
                 span = slice(batch * size, (batch + 1) * size)
                 hidden = self._runner.run(block, self.windows.ids[span], self._hidden.read(span))
+                influence.update(hidden)
                 if block + 1 < self.blocks:
                     self._hidden.write(span, hidden)
                 if progress is not None:
                     progress(block * self.batches + batch + 1, self.total)
         if block + 1 < self.blocks:
             self._hidden.advance(block)
-        return {group: accumulators.pop(group).finish() for group in list(accumulators)}
+        return {group: accumulators.pop(group).finish() for group in list(accumulators)}, influence.finish()
 
     def store_blocks(self, progress: Progress | None) -> None:
         """Run the blocks that ``folder`` does not have, from the hidden states that it keeps; each block goes there at once."""
@@ -223,8 +230,8 @@ class _Calibration:
             self._hidden.resume(first - 1)
         for block in range(first, self.blocks):
             began = time.perf_counter()
-            found = self.run_block(block, progress)
-            write_block(block_path(self.folder, "inputs", block), found, time.perf_counter() - began)
+            found, influence = self.run_block(block, progress)
+            write_block(block_path(self.folder, "inputs", block), found, time.perf_counter() - began, influence=influence)
             self._hidden.forget(block - 1)
 
 
@@ -236,7 +243,7 @@ def collect_statistics(
     The same model, windows and config give bit-equal results on one machine. ``progress`` counts blocks times batches.
 
     Raises:
-        NumericalError: an input holds NaN or Inf; names the layer.
+        NumericalError: an input or a hidden state holds NaN or Inf; names the layer or the block.
         ModelError: the model has nothing to compress or can't be run by blocks, the windows do not fit it, the covariances do not fit
             in memory, or a layer does not see every token.
         ConfigError: too few groups of windows for trimmed pooling.
@@ -245,9 +252,12 @@ def collect_statistics(
     calibration.check_memory()
     began = time.perf_counter()
     inputs: dict[str, InputStatistics] = {}
+    influence = []
     for block in range(calibration.blocks):
-        inputs |= calibration.run_block(block, progress)
-    return LayerStatistics(inputs, config, time.perf_counter() - began)
+        found, changed = calibration.run_block(block, progress)
+        inputs |= found
+        influence.append(changed)
+    return LayerStatistics(inputs, config, time.perf_counter() - began, influence=tuple(influence))
 
 
 def statistics_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
@@ -298,4 +308,4 @@ def load_statistics(folder: Path, config: CalibrationConfig) -> LayerStatistics 
     if not is_finished(folder):
         return None
     inputs = StoredStatistics(folder, "inputs", InputStatistics)
-    return LayerStatistics(inputs, config, inputs.seconds)
+    return LayerStatistics(inputs, config, inputs.seconds, influence=tuple(inputs.influence))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from lowrank_core.accounting import Unit
-from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocate, rounded_down
+from lowrank_core.allocation import ALLOCATORS, AllocationProblem, RankAllocation, Ranks, allocate, rounded_down
 from lowrank_core.bases import Basis, basis_named, with_beta
 from lowrank_core.calibration import LayerStatistics
 from lowrank_core.compression import CompressedModel, compress
@@ -49,20 +49,52 @@ class Decomposed:
     def keep_dense(self) -> tuple[str, ...]:
         return value_layers(self.handle.shapes) if self.config.value_dense else ()
 
-    def allocate(self, allocator: str, compression_ratio: float) -> RankAllocation:
-        """Spend the budget of ``compression_ratio``.
+    def problem(self, compression_ratio: float, *, fixed: Ranks | None = None) -> AllocationProblem:
+        """Return what an allocator would be given.
 
         Raises:
-            ConfigError: no such allocator, or it can't choose between the alternatives of the config.
+            ConfigError, RankError: as ``allocate``.
+        """
+        return AllocationProblem(
+            self.units,
+            compression_ratio,
+            frozenset(self.keep_dense),
+            error_curves(self.bases),
+            fixed or {},
+            influence=self.statistics.influence,
+        )
+
+    def allocate(
+        self, allocator: str, compression_ratio: float, *, fixed: Ranks | None = None, weights: Mapping[str, float] | None = None
+    ) -> RankAllocation:
+        """Spend the budget of ``compression_ratio``.
+
+        Args:
+            fixed: ranks by unit that the user chose; neither the allocator nor ``rank_multiple`` changes them.
+            weights: positive, on the errors of units (``measured_slopes``), for an allocator that trades them.
+
+        Raises:
+            ConfigError: no such allocator, it can't choose between the alternatives of the config, or it needs the influence of the
+                blocks and the statistics have none; or ``fixed`` or ``weights`` are not those of the units.
+            RankError: a fixed rank outside its limits.
             BudgetError: the ratio can't be met.
         """
-        found = allocate(allocator, self.units, compression_ratio, keep_dense=self.keep_dense, curves=error_curves(self.bases))
+        found = allocate(
+            allocator,
+            self.units,
+            compression_ratio,
+            keep_dense=self.keep_dense,
+            curves=error_curves(self.bases),
+            fixed=fixed,
+            weights=weights,
+            influence=self.statistics.influence,
+        )
         return rounded_down(found, self.units, self.config.rank_multiple)
 
-    def warnings(self, allocator: str) -> tuple[str, ...]:
-        """Return what a user should know before trusting an allocation."""
+    def warnings(self, allocator: str, *, weighted: bool = False) -> tuple[str, ...]:
+        """Return what a user should know before trusting an allocation; ``weighted``: by measured slopes."""
         found = []
-        if allocator in ALLOCATORS and ALLOCATORS[allocator].needs_curves and not self.basis.comparable:
+        if allocator in ALLOCATORS and ALLOCATORS[allocator].trades_errors and not (self.basis.comparable or weighted):
             found.append(
                 f"{allocator} trades errors of one matrix for another's, and {self.basis.label} measures each in its own unit. "
                 "The basis two_sided makes them comparable."

@@ -47,8 +47,8 @@ def block_path(folder: Path, part: str, block: int) -> Path:
     return folder / part / f"block-{block:03d}.safetensors"
 
 
-def write_block(path: Path, statistics: Mapping[str, S], seconds: float) -> None:
-    """Write the statistics of a block: whole, or not at all."""
+def write_block(path: Path, statistics: Mapping[str, S], seconds: float, *, influence: float | None = None) -> None:
+    """Write the statistics of a block, with its influence where that was measured: whole, or not at all."""
     tensors = {}
     for name, entry in statistics.items():
         for field in fields(entry):
@@ -56,7 +56,8 @@ def write_block(path: Path, statistics: Mapping[str, S], seconds: float) -> None
             tensors[f"{name}/{field.name}"] = value.contiguous().clone() if isinstance(value, Tensor) else torch.tensor(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata={"names": json.dumps(list(statistics)), "seconds": repr(seconds)})
+    metadata = {"names": json.dumps(list(statistics)), "seconds": repr(seconds)}
+    save_file(tensors, partial, metadata=metadata if influence is None else {**metadata, "influence": repr(influence)})
     partial.replace(path)
 
 
@@ -93,6 +94,7 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
     Attributes:
         sizes: (tokens, width) of each entry, without reading it.
         seconds: that measuring took, over all blocks.
+        influence: of each block that has one, in their order.
     """
 
     def __init__(self, folder: Path, part: str, kind: type[S]) -> None:
@@ -102,6 +104,7 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
         self._places: dict[str, Path] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
         self.seconds = 0.0
+        self.influence: list[float] = []
         with _damage_told(folder):
             for path in sorted((folder / part).glob("block-*.safetensors")):
                 self._index(path)
@@ -110,6 +113,8 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             self.seconds += float(metadata["seconds"])
+            if "influence" in metadata:
+                self.influence.append(float(metadata["influence"]))
             for name in json.loads(metadata["names"]):
                 self._places[name] = path
                 self.sizes[name] = (int(file.get_tensor(f"{name}/count")), _width(file, name, self._kind))

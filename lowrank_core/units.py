@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lowrank_core.accounting import HeadUnit, MatrixShape, Unit
-from lowrank_core.allocation import allocate, module_group
+from lowrank_core.allocation import AllocationProblem, Ranks, allocate, module_group
 from lowrank_core.bases import basis_named, by_input
 from lowrank_core.config import CompressionConfig
 
@@ -42,14 +42,16 @@ def plan_units(shapes: Sequence[MatrixShape], config: CompressionConfig, heads: 
     return tuple(sorted(units, key=lambda unit: (order[unit.members[0].name], len(unit.members))))
 
 
-def check_reachable(units: Sequence[Unit], compression_ratio: float, config: CompressionConfig) -> None:
-    """Raise unless some allocation meets the ratio: told before minutes of work.
+def check_reachable(units: Sequence[Unit], compression_ratio: float, config: CompressionConfig, *, fixed: Ranks | None = None) -> None:
+    """Raise unless some allocation meets the ratio, with the ranks that are ``fixed``: told before minutes of work.
 
     Raises:
         BudgetError: it can't be met.
+        ConfigError, RankError: ``fixed`` are not ranks of these units.
     """
-    single = [unit for unit in units if len(unit.members) == 1]
-    if len(single) == len({member.name for unit in units for member in unit.members}):
-        allocate(
-            "uniform", single, compression_ratio, keep_dense=value_layers([u.members[0] for u in single]) if config.value_dense else ()
-        )
+    locked = AllocationProblem(tuple(units), compression_ratio, fixed=fixed or {}).fixed
+    plain = [unit for unit in units if len(unit.members) == 1 or unit.name in locked]
+    shapes = {member.name: member for unit in units for member in unit.members}
+    if {member.name for unit in plain for member in unit.members} == set(shapes):
+        dense = value_layers(list(shapes.values())) if config.value_dense else ()
+        allocate("uniform", plain, compression_ratio, keep_dense=dense, fixed=locked)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from priced import brute_force, cheapest_step, choices, decaying, error_of, falling, hull_steps, kept_dense, models, single
 
 from lowrank_core.accounting import STORAGES, HeadUnit, MatrixShape, Unit, allocated_parameters, budget_for_ratio, dense_parameters
 from lowrank_core.allocation import (
@@ -25,53 +23,9 @@ from lowrank_core.allocation import (
     kept_fractions,
     module_group,
     project,
-    read_ranks,
     rounded_down,
 )
 from lowrank_core.errors import BudgetError, ConfigError, RankError
-
-KINDS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "c_attn"]
-Curve = npt.NDArray[np.float64]
-
-
-def single(name: str, d_out: int = 64, d_in: int = 64, *, kind: str = "", storage: str = "factored", bias: bool = False) -> Unit:
-    return Unit((MatrixShape(name, kind or name, 0, d_out, d_in, bias),), storage)
-
-
-@st.composite
-def models(draw: st.DrawFn, *, most: int = 8, least_size: int = 4, size: int = 200) -> tuple[Unit, ...]:
-    """Single matrices, stacks and heads, in one storage."""
-    storage, adds_bias = draw(st.sampled_from(sorted(STORAGES))), draw(st.booleans())
-    sizes, flags = st.integers(least_size, size), st.booleans()
-    found: list[Unit] = []
-    for index in range(draw(st.integers(1, most))):
-        form = draw(st.sampled_from(["single", "single", "stack", "heads"]))
-        kind, d_in = draw(st.sampled_from(KINDS)), draw(sizes)
-        if form == "heads":
-            groups, repeat, dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(2, 6))
-            value = MatrixShape(f"{index}.v", "v_proj", index, groups * dim, max(d_in, 2 * dim), draw(flags))
-            output = MatrixShape(f"{index}.o", "o_proj", index, draw(sizes), groups * repeat * dim, draw(flags))
-            found.append(HeadUnit((value, output), storage, adds_bias, heads=groups * repeat, groups=groups, head_dim=dim))
-        else:
-            count = draw(st.integers(2, 3)) if form == "stack" else 1
-            members = (MatrixShape(f"{index}.{i}", kind, index, draw(sizes), d_in, draw(flags)) for i in range(count))
-            found.append(Unit(tuple(members), storage, adds_bias))
-    return tuple(found)
-
-
-def following(unit: Unit, rank: int) -> int | None:
-    return rank + 1 if rank < unit.break_even_rank else None
-
-
-def cheapest_step(units: Sequence[Unit], ranks: dict[str, int | None]) -> int | None:
-    """Return the cheapest single step that is left: a rank more, or dense."""
-    steps = [unit.parameters(following(unit, rank)) - unit.parameters(rank) for unit in units if (rank := ranks.get(unit.name)) is not None]
-    return min(steps, default=None)
-
-
-def locked(unit: Unit, keep: set[str]) -> bool:
-    return any(member.name in keep for member in unit.members) or unit.break_even_rank == 0
-
 
 # --- by multipliers: uniform, lord_manual, and the points of a search ------------------------------------------------
 
@@ -85,7 +39,7 @@ def test_a_projection_meets_the_budget_exactly(units: tuple[Unit, ...], ratio: f
     wishes = {unit.name: data.draw(st.floats(0.2, 1.0)) for unit in units}
     problem = AllocationProblem(units, ratio, frozenset(keep))
     budget = budget_for_ratio(units, ratio)
-    least = sum(unit.dense_parameters if locked(unit, keep) else unit.parameters(1) for unit in units)
+    least = sum(unit.dense_parameters if kept_dense(unit, keep) else unit.parameters(1) for unit in units)
     if least > budget:
         with pytest.raises(BudgetError, match="can't be met"):
             project(problem, wishes)
@@ -93,7 +47,7 @@ def test_a_projection_meets_the_budget_exactly(units: tuple[Unit, ...], ratio: f
     ranks = project(problem, wishes)
     spent = allocated_parameters(units, ranks)
     assert spent <= budget
-    assert all(ranks[unit.name] is None for unit in units if locked(unit, keep))
+    assert all(ranks[unit.name] is None for unit in units if kept_dense(unit, keep))
     assert all(rank is None or 1 <= rank <= unit.break_even_rank for unit in units for rank in [ranks[unit.name]])
     step = cheapest_step(units, ranks)
     assert step is None or spent + step > budget
@@ -171,11 +125,13 @@ def test_a_wish_above_its_share_ends_dense():
     assert ranks["b"] is not None
 
 
-def test_multipliers_can_not_choose_between_alternatives():
+@pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != "marginal"])
+def test_rules_can_not_choose_between_alternatives(name: str):
     q, k = single("q"), single("k")
     units = (q, k, Unit((q.members[0], k.members[0])))
+    curves = {unit.name: decaying(unit, 0.9) for unit in units}
     with pytest.raises(ConfigError, match=r"stands alone and in a stack.*Allocate by `marginal`"):
-        allocate("uniform", units, 0.3)
+        allocate(name, units, 0.3, curves=curves, influence=[0.1])
 
 
 def test_a_ratio_out_of_reach_says_what_is_possible():
@@ -183,63 +139,25 @@ def test_a_ratio_out_of_reach_says_what_is_possible():
     curves = {"v": np.linspace(1, 0, 65), "q": np.linspace(1, 0, 65)}
     for name in ALLOCATORS:
         with pytest.raises(BudgetError, match=r"0\.7 can't be met.*remove only 0\.48.*Lower the ratio"):
-            allocate(name, units, 0.7, keep_dense=["v"], curves=curves)
+            allocate(name, units, 0.7, keep_dense=["v"], curves=curves, influence=[0.1])
 
 
 def test_where_everything_is_kept_only_a_ratio_of_zero_can_be_met():
     units = [single("v", kind="v_proj")]
     for name in ALLOCATORS:
         with pytest.raises(BudgetError, match=r"remove only 0\.000"):
-            allocate(name, units, 0.1, keep_dense=["v"], curves={"v": np.linspace(1, 0, 65)})
-        assert allocate(name, units, 0.0, keep_dense=["v"], curves={"v": np.linspace(1, 0, 65)}).ranks == {"v": None}
+            allocate(name, units, 0.1, keep_dense=["v"], curves={"v": np.linspace(1, 0, 65)}, influence=[0.1])
+        assert allocate(name, units, 0.0, keep_dense=["v"], curves={"v": np.linspace(1, 0, 65)}, influence=[0.1]).ranks == {"v": None}
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
 def test_a_ratio_of_zero_keeps_everything_dense(name: str):
     units = [single("a"), single("b", 30, 90)]
     curves = {"a": np.linspace(1, 0, 65), "b": np.geomspace(1, 1e-3, 31)}
-    assert allocate(name, units, 0.0, curves=curves).ranks == {"a": None, "b": None}
+    assert allocate(name, units, 0.0, curves=curves, influence=[0.1]).ranks == {"a": None, "b": None}
 
 
 # --- marginal --------------------------------------------------------------------------------------------------------
-
-
-def decaying(unit: Unit, rate: float, scale: float = 1.0) -> Curve:
-    curve: Curve = scale * rate ** np.arange(unit.max_rank + 1, dtype=np.float64)
-    curve[-1] = 0.0
-    return curve
-
-
-def falling(unit: Unit, seed: int, scale: float = 1.0) -> Curve:
-    """Return the tail sums of random energies in descending order: as spectra are."""
-    energies = np.sort(np.random.default_rng(seed).exponential(size=unit.max_rank) ** 3)[::-1]
-    return np.append(energies[::-1].cumsum()[::-1], 0.0) * scale
-
-
-def choices(unit: Unit, curve: Curve) -> list[tuple[int, float]]:
-    """Return (cost, error) of every rank below break-even, and of dense."""
-    ranks = range(1, unit.break_even_rank + 1)
-    return [(unit.parameters(rank), float(curve[rank])) for rank in ranks] + [(unit.dense_parameters, 0.0)]
-
-
-def error_of(units: Sequence[Unit], curves: ErrorCurves, ranks: dict[str, int | None]) -> float:
-    return sum(float(curves[unit.name][rank]) for unit in units if (rank := ranks.get(unit.name)) is not None)
-
-
-def brute_force(units: Sequence[Unit], curves: ErrorCurves, budget: float) -> float:
-    """Return the least error that any choice within the budget leaves; infinite where none fits."""
-    every = itertools.product(*(choices(unit, curves[unit.name]) for unit in units))
-    return min((sum(e for _, e in picked) for picked in every if sum(c for c, _ in picked) <= budget), default=float("inf"))
-
-
-def hull_steps(unit: Unit, curve: Curve) -> list[int]:
-    """Return the costs of the steps between points on the lower hull of a curve."""
-    hull: list[tuple[int, float]] = []
-    for cost, error in choices(unit, curve):
-        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (cost - hull[-2][0]) >= (error - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
-            hull.pop()
-        hull.append((cost, error))
-    return [after - before for (before, _), (after, _) in itertools.pairwise(hull)]
 
 
 def marginal(units: Sequence[Unit], curves: ErrorCurves, budget: float) -> RankAllocation:
@@ -253,14 +171,14 @@ def test_marginal_meets_the_budget_and_leaves_no_step_that_fits(units: tuple[Uni
     keep = {member.name for unit in units for member in unit.members if data.draw(st.integers(0, 3)) == 0}
     curves = {unit.name: falling(unit, seed + index, 10.0 ** (index % 4)) for index, unit in enumerate(units)}
     budget = budget_for_ratio(units, ratio)
-    least = sum(unit.dense_parameters if locked(unit, keep) else unit.parameters(1) for unit in units)
+    least = sum(unit.dense_parameters if kept_dense(unit, keep) else unit.parameters(1) for unit in units)
     if least > budget:
         with pytest.raises(BudgetError, match="can't be met"):
             allocate("marginal", units, ratio, keep_dense=keep, curves=curves)
         return
     found = allocate("marginal", units, ratio, keep_dense=keep, curves=curves)
     assert found.parameters == allocated_parameters(units, found.ranks) <= budget
-    assert all(found.ranks.get(unit.name) is None for unit in units if locked(unit, keep))
+    assert all(found.ranks.get(unit.name) is None for unit in units if kept_dense(unit, keep))
     step = cheapest_step(units, dict(found.ranks))
     assert step is None or found.parameters + step > budget
 
@@ -412,9 +330,10 @@ def test_marginal_works_where_nothing_is_lost():
     assert found.parameters <= budget_for_ratio(units, 0.5)
 
 
-def test_marginal_without_errors_is_refused():
-    with pytest.raises(ConfigError, match="works from the errors of the bases; factorise first"):
-        allocate("marginal", [single("a")], 0.3)
+@pytest.mark.parametrize("name", [name for name, method in ALLOCATORS.items() if method.needs_curves])
+def test_rules_without_the_errors_that_they_need_are_refused(name: str):
+    with pytest.raises(ConfigError, match=f"{name} works from the errors of the bases; factorise first"):
+        allocate(name, [single("a")], 0.3)
 
 
 # --- allocators, rounding and files ----------------------------------------------------------------------------------
@@ -425,11 +344,13 @@ def test_every_allocator_says_where_it_comes_from():
         assert name == method.name
         assert method.label
         assert method.reference
-    assert {name for name, method in ALLOCATORS.items() if method.needs_curves} == {"marginal"}
+    assert {name for name, method in ALLOCATORS.items() if method.needs_curves} == {"energy", "threshold", "svd_llm_v2", "marginal"}
+    assert {name for name, method in ALLOCATORS.items() if method.needs_influence} == {"block_influence"}
+    assert {name for name, method in ALLOCATORS.items() if method.trades_errors} == {"marginal"}
 
 
 def test_unknown_allocators_list_the_known_ones():
-    with pytest.raises(ConfigError, match="uniform, lord_manual, marginal"):
+    with pytest.raises(ConfigError, match="uniform, lord_manual, energy, threshold, svd_llm_v2, block_influence, marginal"):
         allocate("best", [single("a")], 0.1)
     with pytest.raises(ConfigError, match="got 'best'"):
         allocator_named("best")
@@ -459,24 +380,6 @@ def test_q_and_k_share_a_group_and_unknown_types_are_their_own():
     assert module_group("q_proj") == module_group("k_proj") == "qk"
     assert module_group("c_attn") == "c_attn"
     assert module_group("q_proj+k_proj+v_proj") == "qk+v"
-
-
-def test_ranks_survive_a_file(tmp_path: Path):
-    units = [single("a"), Unit((single("b").members[0], single("c").members[0])), single("d", 4, 4)]
-    found = allocate("uniform", units, 0.3)
-    path = tmp_path / "ranks.json"
-    path.write_text(found.to_json())
-    assert read_ranks(path) == found.ranks
-    path.write_text(json.dumps(dict(found.ranks)))
-    assert allocation_from_ranks("manual", units, read_ranks(path)).parameters == found.parameters
-
-
-@pytest.mark.parametrize("body", ["[1]", '{"a": "x"}', '{"a": 1.5}', '{"a": true}', "not json"])
-def test_a_file_of_anything_else_is_refused(tmp_path: Path, body: str):
-    path = tmp_path / "ranks.json"
-    path.write_text(body)
-    with pytest.raises(ConfigError, match="ranks"):
-        read_ranks(path)
 
 
 def test_given_ranks_are_checked():

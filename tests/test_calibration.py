@@ -15,6 +15,7 @@ from lowrank_core.calibration import cached_statistics, collect_statistics, load
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import Cancelled, ConfigError, ModelError, NumericalError
 from lowrank_core.models import ModelHandle
+from lowrank_core.models.handle import blocks_of
 from lowrank_core.moments import InputStatistics
 from lowrank_core.statistics_store import exclusive
 from lowrank_core.text import WindowSet
@@ -152,7 +153,9 @@ def test_an_interrupted_calibration_goes_on_with_the_same_bits(
     statistics, cached = cached_statistics(any_handle, windows, CONFIG, tmp_path, progress=lambda done, total: seen.append(done))
     assert not cached
     assert seen == list(range(finished * 8 + 1, 17))
-    assert equal(statistics.inputs, collect_statistics(any_handle, windows, CONFIG).inputs)
+    whole = collect_statistics(any_handle, windows, CONFIG)
+    assert equal(statistics.inputs, whole.inputs)
+    assert statistics.influence == whole.influence
     assert not list(folder.glob("hidden-*"))
 
 
@@ -201,7 +204,11 @@ def test_a_killed_calibration_goes_on_with_the_same_bits(
     assert len(list(store.glob("*/inputs/*"))) == 1
     statistics, cached = cached_statistics(llama, windows, CONFIG, store)
     assert not cached
-    assert equal(statistics.inputs, collect_statistics(llama, windows, CONFIG).inputs)
+    whole = collect_statistics(llama, windows, CONFIG)
+    assert equal(statistics.inputs, whole.inputs)
+    assert statistics.influence == whole.influence
+    assert load_statistics(store / statistics_key(llama, windows, CONFIG), CONFIG) is not None
+    assert cached_statistics(llama, windows, CONFIG, store)[0].influence == whole.influence
 
 
 def test_two_at_once_measure_once(llama: ModelHandle, windows: WindowSet, tmp_path: Path) -> None:
@@ -295,6 +302,52 @@ def test_a_bad_activation_names_the_layer(llama: ModelHandle, windows: WindowSet
     module = type(llama.module)(llama.module.config).eval().requires_grad_(False)
     module.model.layers[1].input_layernorm.weight.fill_(torch.nan)
     with pytest.raises(NumericalError, match=r"model\.layers\.1\.self_attn\.q_proj: its input holds NaN or Inf"):
+        collect_statistics(replace(llama, module=module), windows, CONFIG)
+
+
+def block_states(handle: ModelHandle, windows: WindowSet) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return the hidden states before and after each block in one plain pass: the two-pass way."""
+    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def see(_: torch.nn.Module, arguments: tuple[torch.Tensor, ...], output: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+        seen.append((arguments[0].double(), (output[0] if isinstance(output, tuple) else output).double()))
+
+    _, blocks = blocks_of(handle.module)
+    hooks = [block.register_forward_hook(see) for block in blocks]
+    with torch.inference_mode():
+        handle.module(input_ids=windows.ids, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def test_the_influence_of_a_block_is_how_far_it_turns_the_hidden_states(any_handle: ModelHandle, windows: WindowSet) -> None:
+    found = collect_statistics(any_handle, windows, CONFIG).influence
+    expected = [1 - torch.cosine_similarity(before, after, dim=-1).mean().item() for before, after in block_states(any_handle, windows)]
+    assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)  # batches of another size: float32 rounding
+    assert all(0 < value < 2 for value in found)
+
+
+def test_a_block_that_passes_on_what_it_is_given_has_no_influence(llama: ModelHandle, windows: WindowSet) -> None:
+    module = type(llama.module)(llama.module.config).eval().requires_grad_(False)
+    for projection in (module.model.layers[1].self_attn.o_proj, module.model.layers[1].mlp.down_proj):
+        projection.weight.zero_()
+    first, second = collect_statistics(replace(llama, module=module), windows, CONFIG).influence
+    assert first > 0
+    assert second == pytest.approx(0, abs=1e-12)
+
+
+def test_blocks_that_are_not_run_have_no_influence(llama: ModelHandle, windows: WindowSet, tmp_path: Path) -> None:
+    first = replace(llama, layers=tuple(layer for layer in llama.layers if layer.shape.depth == 0))
+    whole = collect_statistics(llama, windows, CONFIG).influence
+    assert collect_statistics(first, windows, CONFIG).influence == whole[:1]
+    assert cached_statistics(first, windows, CONFIG, tmp_path)[0].influence == whole[:1]
+
+
+def test_a_bad_hidden_state_names_the_block(llama: ModelHandle, windows: WindowSet) -> None:
+    module = type(llama.module)(llama.module.config).eval().requires_grad_(False)
+    module.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan  # after the last input that is looked at
+    with pytest.raises(NumericalError, match=r"model\.layers\.1: its hidden states hold NaN or Inf"):
         collect_statistics(replace(llama, module=module), windows, CONFIG)
 
 

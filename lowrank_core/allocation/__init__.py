@@ -1,26 +1,24 @@
 """Allocators: rules that turn a parameter budget into a rank for each unit. Torch-free."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from lowrank_core.accounting import Unit
-from lowrank_core.allocation.base import (
-    AllocationProblem,
-    Allocator,
-    ErrorCurves,
-    RankAllocation,
-    Ranks,
-    allocation_from_ranks,
-    module_group,
-    read_ranks,
-)
+from lowrank_core.allocation.base import ErrorCurves, RankAllocation, Ranks, allocation_from_ranks, module_group
+from lowrank_core.allocation.block_influence import BLOCK_INFLUENCE
+from lowrank_core.allocation.energy import ENERGY
+from lowrank_core.allocation.files import AllocationFile, parse_allocation, read_allocation, read_ranks
 from lowrank_core.allocation.lord_manual import LORD_MANUAL
 from lowrank_core.allocation.marginal import MARGINAL
+from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import ByMultipliers, kept_fractions, project
+from lowrank_core.allocation.svd_llm_v2 import SVD_LLM_V2
+from lowrank_core.allocation.threshold import THRESHOLD
 from lowrank_core.allocation.uniform import UNIFORM
 from lowrank_core.errors import ConfigError
 
 __all__ = [
     "ALLOCATORS",
+    "AllocationFile",
     "AllocationProblem",
     "Allocator",
     "ByMultipliers",
@@ -33,12 +31,16 @@ __all__ = [
     "floored",
     "kept_fractions",
     "module_group",
+    "parse_allocation",
     "project",
+    "read_allocation",
     "read_ranks",
     "rounded_down",
 ]
 
-ALLOCATORS: dict[str, Allocator] = {method.name: method for method in (UNIFORM, LORD_MANUAL, MARGINAL)}
+_METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, MARGINAL)
+
+ALLOCATORS: dict[str, Allocator] = {method.name: method for method in _METHODS}
 
 
 def allocator_named(name: str) -> Allocator:
@@ -53,20 +55,34 @@ def allocator_named(name: str) -> Allocator:
 
 
 def allocate(
-    name: str, units: Sequence[Unit], ratio: float, *, keep_dense: Collection[str] = (), curves: ErrorCurves | None = None
+    name: str,
+    units: Sequence[Unit],
+    ratio: float,
+    *,
+    keep_dense: Collection[str] = (),
+    curves: ErrorCurves | None = None,
+    fixed: Ranks | None = None,
+    weights: Mapping[str, float] | None = None,
+    influence: Sequence[float] = (),
 ) -> RankAllocation:
     """Spend the budget of compression ratio ``ratio`` by the allocator ``name``.
 
     Args:
         keep_dense: names of matrices that stay as they are.
         curves: errors by unit, for an allocator that needs them.
+        fixed: ranks by unit that the user chose; the result has them unchanged, as ``locked``.
+        weights: positive, on the errors of units, for an allocator that trades errors; 1 where there is none.
+        influence: of each block, by depth, for an allocator that needs it.
 
     Raises:
-        ConfigError: no such allocator, or it needs errors and there are none.
+        ConfigError: no such allocator, it needs errors or influences and there are none, or it can't choose between alternatives; or
+            ``fixed`` or ``weights`` are not those of the units.
+        RankError: a fixed rank outside its limits.
         BudgetError: the ratio can't be met.
     """
-    problem = AllocationProblem(tuple(units), ratio, frozenset(keep_dense), curves)
-    return allocation_from_ranks(name, units, allocator_named(name).ranks(problem))
+    rule = allocator_named(name)
+    problem = AllocationProblem(tuple(units), ratio, frozenset(keep_dense), curves, fixed or {}, weights or {}, influence)
+    return allocation_from_ranks(name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed)
 
 
 def floored(rank: int, multiple: int) -> int:
@@ -75,8 +91,9 @@ def floored(rank: int, multiple: int) -> int:
 
 
 def rounded_down(allocation: RankAllocation, units: Sequence[Unit], multiple: int) -> RankAllocation:
-    """Return ``allocation`` with every rank ``floored``."""
+    """Return ``allocation`` with every rank ``floored`` that is not locked."""
     if multiple == 1:
         return allocation
-    ranks = {name: None if rank is None else floored(rank, multiple) for name, rank in allocation.ranks.items()}
-    return allocation_from_ranks(allocation.allocator, units, ranks)
+    locked = allocation.locked
+    ranks = {n: rank if rank is None or n in locked else floored(rank, multiple) for n, rank in allocation.ranks.items()}
+    return allocation_from_ranks(allocation.allocator, units, ranks, locked=locked)

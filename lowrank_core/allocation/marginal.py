@@ -3,8 +3,9 @@
 Notation::
 
     c_u(j), e_u(j)   cost and error of unit u at its j-th choice: rank 1, 2, …, break-even, and dense
-    λ                price of a parameter in units of the error
-    L_u(λ)           min_j e_u(j) + λ c_u(j)
+    w_u              weight of its errors: what one of them costs the loss
+    λ                price of a parameter in units of the weighted error
+    L_u(λ)           min_j w_u e_u(j) + λ c_u(j)
     site             matrices that some units cover together in more than one way; a cover takes each matrix once
 
 For a price λ each unit takes the choice that attains L_u(λ), and each site the cover with the least Σ L_u(λ). What is spent falls
@@ -21,8 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.accounting import Unit
-from lowrank_core.allocation.base import AllocationProblem, ErrorCurves, Ranks, unreachable
-from lowrank_core.errors import ConfigError
+from lowrank_core.allocation.base import Ranks
+from lowrank_core.allocation.problem import AllocationProblem, unreachable
 
 __all__ = ["MARGINAL", "Marginal"]
 
@@ -33,28 +34,28 @@ _BISECTION_STEPS = 80  # of the logarithm of λ, over 60 decades: to the last bi
 
 @dataclass(frozen=True)
 class Marginal:
-    """Minimise Σ e_i(r_i) subject to Σ cost_i(r_i) <= budget. METHODS §5; equal slopes as in reverse water-filling."""
+    """Minimise Σ w_i e_i(r_i) subject to Σ cost_i(r_i) <= budget. METHODS §5; equal slopes as in reverse water-filling."""
 
     name: str = "marginal"
     label: str = "Marginal (equal slopes)"
     reference: str = "Lagrangian allocation; Everett 1963, Shoham & Gersho 1988"
     needs_curves: bool = True
+    needs_influence: bool = False
+    trades_errors: bool = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
-        if problem.curves is None:
-            raise ConfigError("the allocation marginal works from the errors of the bases; factorise first.")
         free = problem.free
         if not free:
             if problem.available < 0:
                 raise unreachable(problem, 0)
             return {}
-        market = _Market.of(free, problem.curves)
+        market = _Market.of(problem, self.name)
         return {free[unit].name: market.rank(unit, choice) for unit, choice in market.choices(problem).items()}
 
 
 @dataclass(frozen=True)
 class _Market:
-    """Costs and errors of every choice (units, choices), padded with infinity, and the covers of every site."""
+    """Costs and weighted errors of every choice (units, choices), padded with infinity, and the covers of every site."""
 
     units: Sequence[Unit]
     costs: Table
@@ -62,14 +63,15 @@ class _Market:
     sites: tuple[tuple[tuple[int, ...], ...], ...]
 
     @classmethod
-    def of(cls, units: Sequence[Unit], curves: ErrorCurves) -> _Market:
+    def of(cls, problem: AllocationProblem, allocator: str) -> _Market:
+        units, curves = problem.free, problem.known_curves(allocator)
         width = max(unit.break_even_rank for unit in units) + 1
         costs = np.full((len(units), width), np.inf)
         errors = np.full((len(units), width), np.inf)
         for row, unit in enumerate(units):
             last = unit.break_even_rank
-            costs[row, :last] = [unit.parameters(rank) for rank in range(1, last + 1)]
-            errors[row, :last] = curves[unit.name][1 : last + 1]
+            costs[row, :last] = unit.prices
+            errors[row, :last] = problem.weights.get(unit.name, 1.0) * curves[unit.name][1 : last + 1]
             costs[row, last], errors[row, last] = unit.dense_parameters, 0.0
         return cls(units, costs, errors, tuple(_sites(units)))
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import heapq
 from abc import ABC, abstractmethod
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from lowrank_core.accounting import Unit
-from lowrank_core.allocation.base import AllocationProblem, Ranks, unreachable
-from lowrank_core.errors import ConfigError
+from lowrank_core.allocation.base import Ranks
+from lowrank_core.allocation.problem import AllocationProblem, unreachable
 
 __all__ = ["ByMultipliers", "kept_fractions", "project"]
 
@@ -27,6 +26,8 @@ class ByMultipliers(ABC):
     """An allocator that needs no errors: it says how much each unit keeps, in proportion."""
 
     needs_curves: bool = False
+    needs_influence: bool = False
+    trades_errors: bool = False
 
     @abstractmethod
     def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:
@@ -37,7 +38,7 @@ class ByMultipliers(ABC):
 
 
 def project(problem: AllocationProblem, multipliers: Mapping[str, float]) -> dict[str, int | None]:
-    """Spend the budget in proportion to ``multipliers`` (positive, by name).
+    """Spend the budget in proportion to ``multipliers`` (positive, by name of a free unit); what is fixed stays as it is.
 
     The result never costs more than the budget, and less by under the cheapest step that is left.
 
@@ -45,32 +46,23 @@ def project(problem: AllocationProblem, multipliers: Mapping[str, float]) -> dic
         BudgetError: even rank 1 everywhere costs more than the budget.
         ConfigError: units are alternatives of each other; only their errors could tell which to take.
     """
-    free, available = problem.free, problem.available
-    _check_no_alternatives(problem.units)
+    free, available = problem.without_alternatives(), problem.available
     least = sum(unit.parameters(1) for unit in free)
     if available < least:
         raise unreachable(problem, least)
     wishes = _scaled_wishes(free, multipliers, available)
-    ranks: dict[str, int | None] = {unit.name: None for unit in problem.units}
-    ranks.update({unit.name: unit.rank_for_parameters(wishes[unit.name]) for unit in free})
+    ranks = {unit.name: unit.rank_for_parameters(wishes[unit.name]) for unit in free}
     _shrink_to_fit(free, ranks, wishes, available)
     _spend_remainder(free, ranks, wishes, available)
-    return ranks
+    return problem.completed(ranks)
 
 
 def kept_fractions(problem: AllocationProblem, multipliers: Mapping[str, float]) -> dict[str, float]:
-    """Return the kept fraction of each unit if ranks were continuous; 1 for what stays dense."""
+    """Return the kept fraction of each unit if ranks were continuous: as chosen where it is fixed, 1 for what stays dense."""
     wishes = _scaled_wishes(problem.free, multipliers, problem.available)
-    return {unit.name: wishes[unit.name] / unit.dense_parameters if unit.name in wishes else 1.0 for unit in problem.units}
-
-
-def _check_no_alternatives(units: Sequence[Unit]) -> None:
-    counts = Counter(member.name for unit in units for member in unit.members)
-    name, count = counts.most_common(1)[0]
-    if count > 1:
-        raise ConfigError(
-            f"{name} stands alone and in a stack; this allocation can't choose. Allocate by `marginal`, or offer no alternatives."
-        )
+    for unit in problem.units:
+        wishes.setdefault(unit.name, min(unit.dense_parameters, unit.parameters(problem.fixed.get(unit.name))))
+    return {unit.name: wishes[unit.name] / unit.dense_parameters for unit in problem.units}
 
 
 def _scaled_wishes(free: Sequence[Unit], multipliers: Mapping[str, float], available: int) -> dict[str, float]:

@@ -1,0 +1,176 @@
+"""What an allocator is given: units and their prices, a budget, and what a user has decided already."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+from lowrank_core.accounting import Unit, budget_for_ratio, compression_ratio, dense_parameters
+from lowrank_core.allocation.base import ErrorCurves, Ranks, units_by_name
+from lowrank_core.errors import BudgetError, ConfigError
+
+__all__ = ["AllocationProblem", "Allocator", "unreachable"]
+
+_LOCKS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class AllocationProblem:
+    """What is to be shared out, and among whom.
+
+    Attributes:
+        units: every unit, alternatives and what stays dense included: the ratio counts each of their matrices once.
+        compression_ratio: fraction of the parameters to remove, in [0, 1).
+        keep_dense: names of matrices that stay as they are, unless a unit of ``fixed`` holds them.
+        curves: errors by unit, where they are known.
+        fixed: ranks that the user chose (None: dense), by unit. Units that share a matrix with one of these are not offered; a rank
+            that would cost as much as the matrices is stored dense.
+        weights: w_u > 0 on the errors of a unit, 1 where there is none; for allocators that trade errors.
+        influence: of each block, by depth (``LayerStatistics.influence``); empty where it was not measured.
+
+    Raises:
+        ConfigError: ``fixed`` or ``weights`` name no unit, a weight is not positive, or two fixed units hold the same matrix.
+        RankError: a fixed rank outside its limits.
+    """
+
+    units: tuple[Unit, ...]
+    compression_ratio: float
+    keep_dense: frozenset[str] = frozenset()
+    curves: ErrorCurves | None = None
+    fixed: Ranks = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=dict)
+    influence: Sequence[float] = ()
+
+    def __post_init__(self) -> None:
+        known = units_by_name(self.units, self.fixed, "locked ranks")
+        for name, rank in self.fixed.items():
+            known[name].parameters(rank)  # checks the rank
+        counts = Counter(member.name for name in self.fixed for member in known[name].members)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise ConfigError(f"locked ranks: {twice[0]} is locked twice, alone and in a stack. Unlock one of the two.")
+        units_by_name(self.units, self.weights, "weights")
+        for name, weight in self.weights.items():
+            if not (weight > 0 and math.isfinite(weight)):
+                raise ConfigError(f"weights: {name} must have a positive, finite weight, got {weight:g}. Leave it out for a weight of 1.")
+
+    @cached_property
+    def _fixed_units(self) -> tuple[Unit, ...]:
+        return tuple(unit for unit in self.units if unit.name in self.fixed)
+
+    @cached_property
+    def free(self) -> tuple[Unit, ...]:
+        """Units that may be compressed, at a gain, and whose ranks nobody chose yet."""
+        taken = self.keep_dense.union(member.name for unit in self._fixed_units for member in unit.members)
+        return tuple(u for u in self.units if u.break_even_rank > 0 and not any(m.name in taken for m in u.members))
+
+    @property
+    def committed(self) -> int:
+        """Parameters of the matrices that no free unit covers: dense, or at their fixed ranks."""
+        saved = sum(max(0, unit.dense_parameters - unit.parameters(self.fixed[unit.name])) for unit in self._fixed_units)
+        return dense_parameters(self.units) - dense_parameters(self.free) - saved
+
+    @property
+    def available(self) -> int:
+        """Parameters for the matrices of the free units: the budget without what the others cost."""
+        return budget_for_ratio(self.units, self.compression_ratio) - self.committed
+
+    @property
+    def kept_share(self) -> float:
+        """The fraction of the free units' parameters that the budget leaves, at most 1."""
+        return min(1.0, self.available / max(1, dense_parameters(self.free)))
+
+    def without_alternatives(self) -> tuple[Unit, ...]:
+        """Return the free units of a problem in which each matrix is in one of them.
+
+        Raises:
+            ConfigError: units are alternatives of each other; only their errors could tell which to take.
+        """
+        counts = Counter(member.name for unit in self.free for member in unit.members)
+        twice = [name for name, count in counts.items() if count > 1]
+        if twice:
+            raise ConfigError(
+                f"{twice[0]} stands alone and in a stack; this allocation can't choose. Allocate by `marginal`, or offer no alternatives."
+            )
+        return self.free
+
+    def known_curves(self, allocator: str) -> ErrorCurves:
+        """Return the errors of the units.
+
+        Raises:
+            ConfigError: they are not known.
+        """
+        if self.curves is None:
+            raise ConfigError(f"the allocation {allocator} works from the errors of the bases; factorise first.")
+        return self.curves
+
+    def completed(self, ranks: Ranks) -> dict[str, int | None]:
+        """Return ``ranks`` of free units together with the fixed ones, and None for units that hold none of their matrices."""
+        found = {**ranks, **self.fixed}
+        covered = {member.name for unit in self.units if unit.name in found for member in unit.members}
+        for unit in sorted(self.units, key=lambda unit: len(unit.members)):
+            names = {member.name for member in unit.members}
+            if not names & covered:
+                found[unit.name] = None
+                covered |= names
+        return found
+
+
+class Allocator(Protocol):
+    """A rule that spends a budget: never over it, and under it by less than the cheapest step that is left."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def label(self) -> str: ...
+    @property
+    def reference(self) -> str: ...
+    @property
+    def needs_curves(self) -> bool:
+        """Whether it works from the errors of the bases."""
+
+    @property
+    def needs_influence(self) -> bool:
+        """Whether it works from the influence of the blocks."""
+
+    @property
+    def trades_errors(self) -> bool:
+        """Whether it gives up error in one matrix for error in another: they must then be in one unit, or weighted."""
+
+    def ranks(self, problem: AllocationProblem) -> Ranks:
+        """Return the rank of each free unit that is used, None where it stays dense; ``problem.completed`` adds the rest.
+
+        Raises:
+            BudgetError: the ratio can't be met.
+            ConfigError: it needs errors or influences and there are none, or it can't choose between alternatives.
+        """
+
+
+def unreachable(problem: AllocationProblem, least: int) -> BudgetError:
+    """Return the error for a budget below ``least``, what the free units cost at rank 1."""
+    dense = dense_parameters(problem.units)
+    most = compression_ratio(dense, problem.committed + least)
+    start = f"compression ratio {problem.compression_ratio:g} can't be met: the matrices that stay dense"
+    if not problem.fixed:
+        return BudgetError(
+            f"{start}, with rank 1 everywhere else, remove only {most:.3f}. Lower the ratio, or compress the value projections too."
+        )
+    locks = f"the {len(problem.fixed)} locked ranks" if len(problem.fixed) > 1 else "the locked rank"
+    loosen = _heaviest_locks(problem)
+    return BudgetError(
+        f"{start} and {locks}, with rank 1 everywhere else, remove only {most:.3f}. "
+        f"Lower the ratio to at most {math.floor(most * 1000) / 1000:g}{f', or loosen a lock: {loosen}' if loosen else ''}."
+    )
+
+
+def _heaviest_locks(problem: AllocationProblem) -> str:
+    """Return the locks that hold most parameters above rank 1, in words."""
+    costs = {u: min(u.dense_parameters, u.parameters(problem.fixed[u.name])) for u in problem.units if u.name in problem.fixed}
+    spare = {u: cost - u.parameters(1) for u, cost in costs.items() if cost > u.parameters(1)}
+    heaviest = sorted(spare, key=spare.__getitem__, reverse=True)[:_LOCKS_SHOWN]
+    words = {u: "dense" if costs[u] == u.dense_parameters else f"rank {problem.fixed[u.name]}" for u in heaviest}
+    return ", ".join(f"{u.name} ({words[u]}, {costs[u]:,} parameters)" for u in heaviest)
