@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_core.errors import ModelError, NumericalError, TextError
+from lowrank_core.errors import ConfigError, ModelError, NumericalError, TextError
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
 
@@ -50,37 +50,72 @@ class DenseReference:
         batches: probabilities p (B, T - 1, vocabulary) where there are entropies, else log-probabilities; float32.
         entropies: Σ p log p of each token (B, T - 1), float64: with them KL = log Σ exp z - p·z + Σ p log p takes two passes over the
             logits z. None where the reverse KL divergence is wanted, too.
+        indices: the k likeliest tokens (B, T - 1, k), int32, whose log-probabilities ``batches`` then holds (B, T - 1, k + 1), all the
+            others together last: a lower bound of KL (by the log-sum inequality) that rises with k. Empty: the whole vocabulary.
     """
 
     batches: tuple[Tensor, ...]
     entropies: tuple[Tensor, ...] | None = None
+    indices: tuple[Tensor, ...] = ()
 
     @classmethod
     def compute(
-        cls, handle: ModelHandle, windows: WindowSet, *, batch_size: int, reverse: bool = False, progress: Progress | None = None
+        cls,
+        handle: ModelHandle,
+        windows: WindowSet,
+        *,
+        batch_size: int,
+        reverse: bool = False,
+        top_k: int = 0,
+        progress: Progress | None = None,
     ) -> DenseReference:
-        """Run the dense model over ``windows``; ``reverse`` keeps what the reverse KL divergence needs.
+        """Run the dense model over ``windows``.
+
+        Args:
+            reverse: keep what the reverse KL divergence needs.
+            top_k: keep the k likeliest tokens alone; 0 keeps all.
 
         Raises:
+            ConfigError: the reverse KL divergence on some tokens alone.
             TextError: the probabilities would not fit in memory.
         """
-        size = windows.predicted_tokens * int(handle.module.config.vocab_size) * 4
+        if top_k and reverse:
+            raise ConfigError("the reverse KL divergence needs every token's probability; leave top-k at 0.")
+        vocabulary = int(handle.module.config.vocab_size)
+        kept = min(top_k, vocabulary)
+        size = windows.predicted_tokens * (8 * kept + 4 if kept else 4 * vocabulary)
         if size > _CACHE_LIMIT_BYTES:
+            gib = size / 2**30
             raise TextError(
-                f"{windows.windows} windows of {windows.context} tokens over this vocabulary need {size / 2**30:.1f} GiB to compare with. "
-                f"Lower --validation-windows or --context (the limit is {_CACHE_LIMIT_BYTES / 2**30:.0f} GiB)."
+                f"{windows.windows} windows of {windows.context} tokens over this vocabulary need {gib:.1f} GiB to compare with. "
+                "Keep the likeliest tokens alone (--top-k 128), lower --context, or take fewer windows "
+                f"(the limit is {_CACHE_LIMIT_BYTES / 2**30:.0f} GiB)."
             )
-        batches, entropies = [], []
+        batches, entropies, indices = [], [], []
         for done, ids in _batches(windows, batch_size, handle.device):
             found = _log_probabilities(handle.module, ids)
-            if not reverse:
+            if kept:
+                likeliest = found.topk(kept, dim=-1).indices
+                indices.append(likeliest.to(torch.int32))
+                found = _coarse(found, likeliest)
+            elif not reverse:
                 probabilities = found.exp()
                 entropies.append(-torch.special.entr(probabilities.double()).sum(-1))
                 found = probabilities
             batches.append(found)
             if progress is not None:
                 progress(done, windows.windows)
-        return cls(tuple(batches), None if reverse else tuple(entropies))
+        return cls(tuple(batches), tuple(entropies) or None, tuple(indices))
+
+
+@torch.no_grad()
+def _coarse(values: Tensor, indices: Tensor) -> Tensor:
+    """Return logits or log-probabilities (…, k + 1): those at ``indices`` (…, k), and the logarithm of all others' sum.
+
+    The others are summed by themselves: 1 - Σ of the k would cancel.
+    """
+    rest = values.scatter(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([values.gather(-1, indices), rest], dim=-1)
 
 
 def _batches(windows: WindowSet, batch_size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -111,6 +146,17 @@ def _score_logits(logits: Tensor, ids: Tensor, probabilities: Tensor, entropies:
 
 
 @torch.no_grad()
+def _score_coarse(logits: Tensor, ids: Tensor, dense: Tensor, indices: Tensor) -> WindowScores:
+    """Return NLL, and KL over k + 1 outcomes: ``dense`` (B, T - 1, k + 1) log-probabilities, the rest's last."""
+    total = torch.logsumexp(logits, dim=-1).double()
+    chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1).double()
+    found = _coarse(logits, indices.long()).double() - total[..., None]
+    dense = dense.double()
+    terms = torch.where(dense == -math.inf, 0.0, dense.exp() * (dense - found))
+    return WindowScores((total - chosen).mean(1).cpu(), terms.sum(-1).mean(1).cpu())
+
+
+@torch.no_grad()
 def _score_batch(found: Tensor, ids: Tensor, dense: Tensor | None) -> WindowScores:
     nll = -found.gather(-1, ids[:, 1:, None]).squeeze(-1).double().mean(1)
     if dense is None:
@@ -128,37 +174,54 @@ def score_windows(
     *,
     batch_size: int = 8,
     dense: DenseReference | ModelHandle | None = None,
+    autocast: bool = False,
+    on_batch: Callable[[WindowScores], None] | None = None,
     progress: Progress | None = None,
 ) -> tuple[WindowScores, WindowScores | None]:
     """Return the scores of ``handle`` in every window, and those of ``dense`` where it is a model.
 
-    A reference with entropies gives NLL and KL alone: a trial needs no more.
+    A reference with entropies, or with the likeliest tokens alone, gives NLL and KL: a trial needs no more.
+
+    Args:
+        autocast: run ``handle`` in bfloat16 where torch holds that to be safe; its logits are compared in float32.
+        on_batch: is given the scores of every batch, in order; what it raises ends the pass.
 
     Raises:
         NumericalError: a window's loss is NaN or Inf; it is never skipped.
     """
     found, references = [], []
     for index, (done, ids) in enumerate(_batches(windows, batch_size, handle.device)):
-        other = None
         if isinstance(dense, ModelHandle):
             other = _log_probabilities(dense.module, ids.to(dense.device)).to(handle.device)
             references.append(_score_batch(other, ids, None))
-        elif dense is not None:
-            other = dense.batches[index]
-        if isinstance(dense, DenseReference) and dense.entropies is not None:
-            found.append(_score_logits(_logits(handle.module, ids), ids, dense.batches[index], dense.entropies[index]))
-        else:
             found.append(_score_batch(_log_probabilities(handle.module, ids), ids, other))
+        else:
+            with torch.autocast(handle.device.type, torch.bfloat16, enabled=autocast):
+                logits = _logits(handle.module, ids)
+            found.append(_score(logits, ids, dense, index))
+        _check_finite(found[-1], done - len(ids), windows)
+        if on_batch is not None:
+            on_batch(found[-1])
         if progress is not None:
             progress(done, windows.windows)
-    scores = _joined(found)
+    return _joined(found), _joined(references) if references else None
+
+
+def _score(logits: Tensor, ids: Tensor, dense: DenseReference | None, index: int) -> WindowScores:
+    if dense is not None and dense.indices:
+        return _score_coarse(logits, ids, dense.batches[index], dense.indices[index])
+    if dense is not None and dense.entropies is not None:
+        return _score_logits(logits, ids, dense.batches[index], dense.entropies[index])
+    return _score_batch(torch.log_softmax(logits, dim=-1), ids, None if dense is None else dense.batches[index])
+
+
+def _check_finite(scores: WindowScores, first: int, windows: WindowSet) -> None:
     bad = torch.nonzero(~torch.isfinite(scores.nll)).flatten().tolist()
     if bad:
         raise NumericalError(
-            f"the loss of {len(bad)} of {windows.windows} windows is not finite (first: window {bad[0]}). "
+            f"the loss of window {first + bad[0]} (of {windows.windows}) is not finite. "
             "The model diverged: keep more ranks, calibrate on more text, or run in float32."
         )
-    return scores, _joined(references) if references else None
 
 
 def _joined(parts: Iterable[WindowScores]) -> WindowScores:

@@ -1,14 +1,16 @@
+import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from checkpoints import VOCABULARY
 from torch.nn import functional
 
 from lowrank_core.calibration import collect_statistics
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
-from lowrank_core.errors import ModelError, NumericalError, TextError
+from lowrank_core.errors import ConfigError, ModelError, NumericalError, TextError
 from lowrank_core.evaluation import DenseReference, WindowScores, _bootstrap, evaluate, score_windows
 from lowrank_core.generation import continue_prompt
 from lowrank_core.models import ModelHandle, load_model
@@ -102,7 +104,7 @@ def test_a_trial_s_short_way_gives_the_same_nll_and_kl_to_rounding(llama: ModelH
 def test_a_window_that_diverged_is_never_skipped(llama_checkpoint: str, windows: WindowSet) -> None:
     handle = load_model(ModelSource(str(llama_checkpoint)))
     handle.module.get_input_embeddings().weight.data[int(windows.ids[3, 2])] = float("nan")
-    with pytest.raises(NumericalError, match=r"windows is not finite \(first: window"):
+    with pytest.raises(NumericalError, match=r"the loss of window \d+ \(of 40\) is not finite"):
         evaluate(handle, windows)
 
 
@@ -121,8 +123,96 @@ def test_models_of_different_vocabularies_are_not_compared(llama: ModelHandle, w
 
 def test_a_reference_that_would_not_fit_says_what_to_lower(llama: ModelHandle, monkeypatch: pytest.MonkeyPatch, windows: WindowSet) -> None:
     monkeypatch.setattr("lowrank_core.evaluation._CACHE_LIMIT_BYTES", 1000)
-    with pytest.raises(TextError, match="Lower"):
+    with pytest.raises(TextError, match=r"--top-k 128.*lower --context"):
         DenseReference.compute(llama, windows, batch_size=8)
+
+
+# --- cheaper trials --------------------------------------------------------------------------------------------------
+
+
+def _kl(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, top_k: int) -> np.ndarray:
+    dense = DenseReference.compute(llama, windows, batch_size=8, top_k=top_k)
+    scores, _ = score_windows(smaller, windows, batch_size=8, dense=dense)
+    assert scores.kl is not None
+    return scores.kl.numpy()
+
+
+def test_kl_on_the_likeliest_tokens_is_a_lower_bound_that_rises_to_the_whole(
+    smaller: ModelHandle, llama: ModelHandle, windows: WindowSet
+) -> None:
+    whole = _kl(smaller, llama, windows, 0)
+    found = [_kl(smaller, llama, windows, k) for k in (1, 4, 16, 64, VOCABULARY)]
+    for lower, higher in itertools.pairwise(found):
+        assert (lower <= higher + 1e-7).all()
+    assert (found[0] >= -1e-7).all()
+    np.testing.assert_allclose(found[-1], whole, atol=1e-6)
+    np.testing.assert_allclose(_kl(smaller, llama, windows, 10 * VOCABULARY), whole, atol=1e-6)
+    assert found[0].mean() < 0.9 * whole.mean()
+
+
+def test_the_likeliest_tokens_take_the_memory_of_so_many(llama: ModelHandle, windows: WindowSet, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = DenseReference.compute(llama, windows, batch_size=8, top_k=4)
+    assert {batch.shape[-1] for batch in dense.batches} == {5}
+    assert {(batch.shape[-1], batch.dtype) for batch in dense.indices} == {(4, torch.int32)}
+    np.testing.assert_allclose(torch.cat(dense.batches).double().exp().sum(-1), 1, atol=1e-5)
+    monkeypatch.setattr("lowrank_core.evaluation._CACHE_LIMIT_BYTES", windows.predicted_tokens * 4 * VOCABULARY - 1)
+    DenseReference.compute(llama, windows, batch_size=8, top_k=4)
+    with pytest.raises(TextError):
+        DenseReference.compute(llama, windows, batch_size=8)
+
+
+def test_the_reverse_divergence_takes_every_token(llama: ModelHandle, windows: WindowSet) -> None:
+    with pytest.raises(ConfigError, match="leave top-k at 0"):
+        DenseReference.compute(llama, windows, batch_size=8, top_k=4, reverse=True)
+
+
+@pytest.mark.parametrize("top_k", [0, 16])
+def test_nll_does_not_depend_on_the_reference_nor_on_the_batches(
+    smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, top_k: int
+) -> None:
+    plain, _ = score_windows(smaller, windows, batch_size=8)
+    for size in (3, 8):
+        dense = DenseReference.compute(llama, windows, batch_size=size, top_k=top_k)
+        scores, _ = score_windows(smaller, windows, batch_size=size, dense=dense)
+        np.testing.assert_allclose(scores.nll, plain.nll, rtol=1e-5)
+
+
+def test_every_batch_is_told_in_order_and_may_end_the_pass(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet) -> None:
+    dense = DenseReference.compute(llama, windows, batch_size=16)
+    told: list[WindowScores] = []
+    scores, _ = score_windows(smaller, windows, batch_size=16, dense=dense, on_batch=told.append)
+    assert [len(batch.nll) for batch in told] == [16, 16, 8]
+    assert torch.equal(torch.cat([batch.kl for batch in told if batch.kl is not None]), scores.kl)  # type: ignore[arg-type]
+
+    def refuse(_: WindowScores) -> None:
+        raise StopIteration
+
+    with pytest.raises(StopIteration):
+        score_windows(smaller, windows, batch_size=16, dense=dense, on_batch=refuse)
+
+
+def test_a_window_that_diverged_is_not_told(llama_checkpoint: str, windows: WindowSet) -> None:
+    handle = load_model(ModelSource(str(llama_checkpoint)))
+    rare = next(token for token in windows.ids[20].tolist() if not (windows.ids[:20] == token).any())
+    handle.module.get_input_embeddings().weight.data[rare] = float("nan")
+    handle.module.get_output_embeddings().weight = torch.nn.Parameter(handle.module.get_output_embeddings().weight.nan_to_num())
+    told: list[WindowScores] = []
+    with pytest.raises(NumericalError, match=r"the loss of window \d+ \(of 40\)"):
+        score_windows(handle, windows, batch_size=4, on_batch=told.append)
+    assert all(torch.isfinite(batch.nll).all() for batch in told)
+    assert len(told) == 5
+
+
+def test_in_bfloat16_scores_are_near_and_the_model_is_left_alone(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet) -> None:
+    dense = DenseReference.compute(llama, windows, batch_size=8)
+    before = {name: value.clone() for name, value in smaller.module.state_dict().items()}
+    whole, _ = score_windows(smaller, windows, batch_size=8, dense=dense)
+    cheap, _ = score_windows(smaller, windows, batch_size=8, dense=dense, autocast=True)
+    assert not torch.equal(cheap.nll, whole.nll)
+    np.testing.assert_allclose(cheap.nll, whole.nll, rtol=0.02)
+    assert all(
+        torch.equal(before[name], value) and before[name].dtype == value.dtype for name, value in smaller.module.state_dict().items()
+    )
 
 
 def test_bootstrap_intervals_cover() -> None:
