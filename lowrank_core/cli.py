@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lowrank_core import __version__
 from lowrank_core.accounting import STORAGES
@@ -19,9 +19,11 @@ from lowrank_core.bases import BASES
 from lowrank_core.catalogue import methods
 from lowrank_core.config import (
     OBJECTIVES,
+    PRUNERS,
     ROBUST_RULES,
     SAMPLERS,
     SPACES,
+    VARIABLES,
     CalibrationConfig,
     CompressionConfig,
     CompressRequest,
@@ -31,6 +33,9 @@ from lowrank_core.config import (
 )
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError, NumericalError
 from lowrank_core.presets import DEFAULT_PRESET, PRESETS, Preset, preset_named
+
+if TYPE_CHECKING:
+    from lowrank_core.search_commands import SearchPlace
 
 __all__ = ["main"]
 
@@ -76,9 +81,38 @@ def _compression_options(parser: argparse.ArgumentParser, default: str) -> None:
         action=argparse.BooleanOptionalAction,
         help="compress the value projections too; the paper keeps them dense",
     )
+    slopes = "weigh errors by what they cost the model, measured unit by unit (for marginal, where a basis' errors are not comparable)"
+    parser.add_argument("--slopes", action="store_true", default=None, help=slopes)
     for name, meaning in _NUMBERS.items():
         usual = getattr(CompressionConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{meaning} (default: {usual:g})")
+
+
+def _search_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--most-ratio", type=float, metavar="R", help="search every ratio up to this one: the answer is a Pareto front")
+    parser.add_argument("--space", help=f"one of {', '.join(SPACES)}, or `types x N` with N depth groups (default: {_SEARCH.space})")
+    parser.add_argument(
+        "--variables", help=f"what a variable multiplies: {' or '.join(VARIABLES)} (default: the preset's, or {_SEARCH.variables})"
+    )
+    parser.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: {_SEARCH.sampler})")
+    parser.add_argument("--objective", help=f"one of {', '.join(OBJECTIVES)} (default: {_SEARCH.objective}, or the preset's)")
+    parser.add_argument("--trials", type=int, metavar="N", help=f"trials, baselines included (default: {_SEARCH.trials}, or the preset's)")
+    parser.add_argument("--startup-trials", type=int, metavar="N", help=f"before a sampler's model (default: {_SEARCH.startup_trials})")
+    parser.add_argument("--pruner", help=f"stop bad trials early: {' or '.join(PRUNERS)} (default: {_SEARCH.pruner})")
+    parser.add_argument("--top-k", type=int, metavar="K", help="KL on the dense model's K likeliest tokens and the rest (default: 0, all)")
+    parser.add_argument("--autocast", action="store_true", default=None, help="run trials in bfloat16")
+    parser.add_argument("--confirmed", type=int, metavar="N", help=f"best trials measured on test text (default: {_SEARCH.confirmed})")
+    parser.add_argument("--ranks", type=Path, metavar="FILE", help="a hand-picked allocation, measured first")
+    parser.add_argument("--complete", metavar="A", help="complete a partial --ranks within the budget by an allocation")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: %(default)s)")
+    parser.add_argument("--storage-url", metavar="URL", help="keep the study in a database, where workers of other machines join it")
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="new folder for the run")
+
+
+_SEARCH_FIELDS = (
+    *("most_ratio", "space", "variables", "slopes", "sampler", "objective", "trials", "startup_trials"),
+    *("pruner", "top_k", "autocast", "confirmed"),
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     compress.add_argument("--allocation", metavar="A", help=f"one of {', '.join(ALLOCATORS)} (default: the preset's, or uniform)")
     compress.add_argument("--tune", action="store_true", help="choose the gradient damping and a drift-aware basis's β on validation text")
     compress.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
+    compress.add_argument("--complete", metavar="A", help="keep the locked ranks of the file, and spend the rest of the budget by A")
     compress.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
 
     evaluate = command("evaluate", "Measure perplexity, and what changed against the dense model.")
@@ -119,18 +154,28 @@ def _parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--compression-ratio", type=float, required=True, metavar="R", help="fraction of the linears' parameters to remove, in (0, 1)"
     )
-    _compression_options(search, "none: the basis pooled_feature, factored, value projections dense")
-    search.add_argument("--space", help=f"one of {', '.join(SPACES)} (default: {_SEARCH.space})")
-    search.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: {_SEARCH.sampler})")
-    search.add_argument("--objective", help=f"one of {', '.join(OBJECTIVES)} (default: {_SEARCH.objective}, or the preset's)")
-    search.add_argument("--trials", type=int, metavar="N", help=f"trials, baselines included (default: {_SEARCH.trials}, or the preset's)")
-    search.add_argument("--run", required=True, type=Path, metavar="DIR", help="new folder for the run")
+    _compression_options(search, f"{DEFAULT_PRESET.name}, unless you choose basis or storage yourself")
+    _search_options(search)
 
-    worker = command("worker", "Do what is left to do in a run: start, resume, answer the dashboard.")
-    worker.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of the run")
+    worker = command("worker", "Do what is left to do in a run: start, resume, answer the dashboard; or help with its trials.")
+    worker.add_argument("--run", type=Path, metavar="DIR", help="folder of the run")
     worker.add_argument("--warm", type=float, default=0.0, metavar="SECONDS", help="stay and answer requests for so long (default: 0)")
     worker.add_argument("--keep-paused", action="store_true", help="leave a stopped search stopped, and only answer requests")
+    worker.add_argument("--more-trials", type=int, metavar="N", help="extend the search by N trials")
+    worker.add_argument("--sampler", help=f"go on with another one of {', '.join(SAMPLERS)}")
+    worker.add_argument("--join", action="store_true", help="help the worker that holds the run with its trials")
+    worker.add_argument("--storage-url", metavar="URL", help="help with a study in a database, from any machine that has the model")
+    worker.add_argument("--study", metavar="NAME", help="name of the study there: that of the run's folder")
+    worker.add_argument("--model", metavar="M", help="with --storage-url: where the model is on this machine, if elsewhere")
+    worker.add_argument("--text", metavar="T", help="with --storage-url: where the text is on this machine, if elsewhere")
+    worker.add_argument("--device", help="with --storage-url: auto, cpu, cuda or cuda:N")
     worker.add_argument("--json", action="store_true", help="print one JSON object on stdout")
+
+    enqueue = command("enqueue", "Put a hand-picked allocation in line: the run's worker measures it next.")
+    enqueue.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of the run")
+    enqueue.add_argument("--ranks", required=True, type=Path, metavar="FILE", help="JSON of layer name to rank or null (dense)")
+    enqueue.add_argument("--complete", metavar="A", help=f"complete a partial choice within the budget: {', '.join(ALLOCATORS)}")
+    enqueue.add_argument("--json", action="store_true", help="print one JSON object on stdout")
 
     export = command("export", "Write the compressed model of a trial as a folder.")
     export.add_argument("--run", required=True, type=Path, metavar="DIR", help="folder of the run")
@@ -175,6 +220,12 @@ def _add_benchmarks(parser: argparse.ArgumentParser, defaults: TextConfig) -> No
     quality.add_argument("--search", action="store_true", help="also the paper's search, as published (50 trials for each ratio)")
     quality.add_argument("--plot", type=Path, metavar="FILE", help="write the figure as a self-contained HTML file")
     kind("speed", "Time ratios: calibration and a trial against forward passes, factored and pivoted layers against dense ones.")
+    search = kind("search", "How fast searches come down: as published, random, and ours, several seeds; and what a cheaper trial changes.")
+    ratios(search, 0.4)
+    search.add_argument("--seeds", type=int, default=5, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
+    search.add_argument("--trials", type=int, default=50, metavar="N", help="trials of each search (default: %(default)s)")
+    search.add_argument("--schemes", nargs="+", metavar="S", help="some of what is compared (default: all)")
+    search.add_argument("--plot", type=Path, metavar="FILE", help="write the curves as a self-contained HTML file")
     allocation = kind("allocation", "The paper's basis with uniform, fixed and searched ranks on test text.")
     ratios(allocation, 0.2, 0.3)
     allocation.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
@@ -207,17 +258,40 @@ def _dashboard(arguments: argparse.Namespace) -> int:
 
 def _handlers() -> dict[str, Callable[[argparse.Namespace], Result]]:
     """Import what needs torch only when a command does: ``--help`` answers at once."""
-    from lowrank_core import commands
+    from lowrank_core import commands, search_commands
 
     return {
         "analyze": lambda a: commands.analyze(_source(a), _text(a), _calibration(a)),
         "compress": lambda a: commands.compress_to(_source(a), _text(a), _compress_request(a)),
         "evaluate": lambda a: commands.evaluate_on(_source(a), _text(a, "test_windows"), a.split, a.windows, a.against),
-        "search": lambda a: commands.search_in(_source(a), _text(a), _calibration(a), _search_config(a), a.run),
-        "worker": lambda a: commands.work(a.run, a.warm, keep_paused=a.keep_paused),
-        "export": lambda a: commands.export_from(a.run, a.trial, a.out),
+        "search": lambda a: search_commands.search_in(_source(a), _text(a), _calibration(a), _search_config(a), _place(a)),
+        "worker": _worker,
+        "enqueue": lambda a: search_commands.enqueue(a.run, a.ranks, a.complete),
+        "export": lambda a: search_commands.export_from(a.run, a.trial, a.out),
         "benchmark": _benchmark,
     }
+
+
+def _place(arguments: argparse.Namespace) -> SearchPlace:
+    from lowrank_core.search_commands import SearchPlace
+
+    return SearchPlace(arguments.run, arguments.storage_url, arguments.workers, arguments.ranks, arguments.complete)
+
+
+def _worker(arguments: argparse.Namespace) -> Result:
+    from lowrank_core import search_commands
+
+    if (arguments.storage_url is None) != (arguments.study is None):
+        raise ConfigError("a study in a database has two names: give --storage-url and --study together.")
+    if (arguments.run is None) == (arguments.storage_url is None):
+        raise ConfigError("say what to work on: either --run DIR, or --storage-url URL and --study NAME.")
+    if arguments.storage_url is not None:
+        where = {"model": arguments.model, "text": arguments.text, "device": arguments.device}
+        return search_commands.join_study(arguments.storage_url, arguments.study, arguments.warm, **where)
+    if arguments.join:
+        return search_commands.join(arguments.run, arguments.warm)
+    changes = {name: value for name in ("more_trials", "sampler") if (value := getattr(arguments, name)) is not None}
+    return search_commands.work(arguments.run, arguments.warm, keep_paused=arguments.keep_paused, changes=changes)
 
 
 def _benchmark(arguments: argparse.Namespace) -> Result:
@@ -231,12 +305,23 @@ def _benchmark(arguments: argparse.Namespace) -> Result:
     plot: Path | None = arguments.plot
     if plot is not None and not (plot.parent.is_dir() and os.access(plot.parent, os.W_OK)):
         raise ConfigError(f"can't write {plot}: {plot.parent} is no folder that you can write to. Give another file with --plot.")
-    result = commands.benchmark_quality(source, text, arguments.compression_ratio, variants=arguments.variants, search=arguments.search)
+    ratios = arguments.compression_ratio
+    if arguments.benchmark == "search":
+        result = commands.benchmark_search(source, text, ratios, seeds=arguments.seeds, trials=arguments.trials, schemes=arguments.schemes)
+    else:
+        result = commands.benchmark_quality(source, text, ratios, variants=arguments.variants, search=arguments.search)
     if plot is not None:
-        from lowrank_core.figures.quality import quality_figure
-
-        quality_figure(result["rows"]).write_html(plot, include_plotlyjs=True)  # type: ignore[arg-type]
+        _drawn(arguments.benchmark, result).write_html(plot, include_plotlyjs=True)
     return result
+
+
+def _drawn(benchmark: str, result: Result) -> Any:
+    from lowrank_core.figures.convergence import convergence_figure
+    from lowrank_core.figures.quality import quality_figure
+
+    if benchmark == "search":
+        return convergence_figure(result["curves"], str(result["protocol"]))  # type: ignore[arg-type]
+    return quality_figure(result["rows"])  # type: ignore[arg-type]
 
 
 def _compress_request(arguments: argparse.Namespace) -> CompressRequest:
@@ -251,6 +336,8 @@ def _compress_request(arguments: argparse.Namespace) -> CompressRequest:
         allocation=arguments.allocation or (preset.allocation if preset else "uniform"),
         ranks=arguments.ranks,
         out=arguments.out,
+        complete=arguments.complete,
+        slopes=bool(arguments.slopes),
     )
 
 
@@ -263,8 +350,9 @@ def _compression(arguments: argparse.Namespace, preset: Preset | None) -> Compre
 
 
 def _search_config(arguments: argparse.Namespace) -> SearchConfig:
-    preset = preset_named(arguments.preset) if arguments.preset else None
-    given = {name: value for name in ("space", "sampler", "objective", "trials") if (value := getattr(arguments, name)) is not None}
+    own = any(getattr(arguments, name) is not None for name in ("basis", "storage", "compress_value"))
+    preset = preset_named(arguments.preset) if arguments.preset else None if own else DEFAULT_PRESET
+    given = {name: value for name in _SEARCH_FIELDS if (value := getattr(arguments, name)) is not None}
     return replace(
         _SEARCH,
         compression_ratio=arguments.compression_ratio,

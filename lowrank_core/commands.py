@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from lowrank_core.accounting import Unit
-from lowrank_core.allocation import RankAllocation, allocation_from_ranks, allocator_named, read_ranks
+from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, allocator_named, read_allocation, read_ranks
 from lowrank_core.analysis import spectra_of
 from lowrank_core.bases import basis_named
 from lowrank_core.benchmarks import allocation as allocation_benchmark
 from lowrank_core.benchmarks import quality as quality_benchmark
+from lowrank_core.benchmarks import search as search_benchmark
 from lowrank_core.benchmarks import speed as speed_benchmark
 from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.config import (
@@ -21,23 +20,19 @@ from lowrank_core.config import (
     CompressionConfig,
     CompressRequest,
     ModelSource,
-    RunConfig,
-    SearchConfig,
     TextConfig,
     check_ratio,
     to_mapping,
 )
 from lowrank_core.decomposition import units_of
-from lowrank_core.errors import BudgetError, Cancelled, ConfigError, LowRankError
-from lowrank_core.evaluation import evaluate
+from lowrank_core.errors import BudgetError
+from lowrank_core.evaluation import DenseReference, evaluate
 from lowrank_core.export import check_free, export
 from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, describe, load_model, max_context
-from lowrank_core.recipe import decompose
-from lowrank_core.runs import Run, create_run, home, open_run
-from lowrank_core.search.records import TrialRecord, best_trial, read_trials
-from lowrank_core.search.requests import complete_trial, export_trial
-from lowrank_core.search.worker import run_worker
+from lowrank_core.recipe import Decomposed, decompose
+from lowrank_core.runs import home
+from lowrank_core.slopes import measured_slopes
 from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.text import WindowSet, load_text, load_windows
 from lowrank_core.tuning import TuningPoint, tune
@@ -47,19 +42,19 @@ __all__ = [
     "analyze",
     "benchmark_allocation",
     "benchmark_quality",
+    "benchmark_search",
     "benchmark_speed",
     "compress_to",
     "evaluate_on",
-    "export_from",
+    "calibrated",
     "fitting_context",
-    "search_in",
-    "work",
+    "progress_line",
 ]
 
 Result = dict[str, object]
 
 
-def _progress(label: str) -> Callable[[int, int], None]:
+def progress_line(label: str) -> Callable[[int, int], None]:
     """Return a callback that keeps one line on a terminal, and is silent elsewhere."""
 
     def show(done: int, total: int) -> None:
@@ -75,11 +70,13 @@ def fitting_context(source: ModelSource) -> int:
     return min(TextConfig().context, max_context(source.reference) or TextConfig().context)
 
 
-def _calibrated(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, gradients: bool = False) -> LayerStatistics:
+def calibrated(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, gradients: bool = False) -> LayerStatistics:
     store = home() / "statistics"
-    statistics, _ = cached_statistics(handle, windows, config, store, progress=_progress("Calibrating"))
+    statistics, _ = cached_statistics(handle, windows, config, store, progress=progress_line("Calibrating"))
     if gradients:
-        statistics = statistics.with_outputs(cached_gradients(handle, windows, config, store, progress=_progress("Measuring gradients")))
+        statistics = statistics.with_outputs(
+            cached_gradients(handle, windows, config, store, progress=progress_line("Measuring gradients"))
+        )
     for warning in statistics.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     return statistics
@@ -110,8 +107,8 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
     """Calibrate, and return the figures of every compressible layer."""
     handle = load_model(source)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
-    statistics = _calibrated(handle, windows, calibration)
-    spectra = spectra_of(handle, statistics, progress=_progress("Spectra"))
+    statistics = calibrated(handle, windows, calibration)
+    spectra = spectra_of(handle, statistics, progress=progress_line("Spectra"))
     rows = [_spectrum_row(spectrum) for spectrum in spectra]
     lines = [f"{'layer':42} {'shape':>12} {'break-even':>10} {'eff. rank W':>12} {'eff. rank y':>12} {'90 % of y':>10} {'99 % of y':>10}"]
     for spectrum, row in zip(spectra, rows, strict=True):
@@ -127,9 +124,9 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
 
 
 def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation | None:
-    """Return the allocation of a file of ranks, if one was given."""
+    """Return the allocation of a file of ranks, if one was given that is not to be completed."""
     ratio = request.compression_ratio
-    if request.ranks is None:
+    if request.ranks is None or request.complete is not None:
         return None
     found = allocation_from_ranks("manual", units, read_ranks(request.ranks))
     if ratio is not None and found.compression_ratio < ratio:
@@ -152,12 +149,29 @@ def _tuned(
         load_text(text, handle.tokenizer),
         allocator=request.allocation,
         compression_ratio=request.compression_ratio,
-        progress=_progress("Tuning"),
+        progress=progress_line("Tuning"),
     )
     for point in points:
         kl = "diverged" if point.kl is None else f"KL {point.kl:.6f} on validation text"
         print(f"gradient damping {point.gradient_damping:g}, beta {point.drift_beta:g}: {kl}", file=sys.stderr)
     return config, points
+
+
+def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, fixed: Ranks) -> dict[str, float]:
+    """Measure what the error of every unit costs, on validation text."""
+    assert request.compression_ratio is not None
+    handle = decomposed.handle
+    windows = load_windows(text, handle.tokenizer, "validation", count=text.validation_windows)
+    dense = DenseReference.compute(handle, windows, batch_size=request.calibration.batch_size)
+    return measured_slopes(
+        decomposed,
+        windows,
+        dense,
+        compression_ratio=request.compression_ratio,
+        batch_size=request.calibration.batch_size,
+        fixed=fixed,
+        progress=progress_line("Measuring slopes"),
+    )
 
 
 def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
@@ -166,6 +180,9 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     check_free(request.out)
     basis = basis_named(request.compression.basis)  # bad names, like a bad file, are told before anything is loaded
     allocator_named(request.allocation)
+    fixed = read_allocation(request.ranks).fixed if request.ranks is not None and request.complete is not None else {}
+    if request.complete is not None:
+        allocator_named(request.complete)
     if request.ranks is not None:
         read_ranks(request.ranks)
     handle = load_model(source)
@@ -174,21 +191,23 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     if request.compression_ratio is not None:
         check_reachable(units, request.compression_ratio, request.compression)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
-    statistics = _calibrated(handle, windows, request.calibration, gradients=basis.needs_gradients)
+    statistics = calibrated(handle, windows, request.calibration, gradients=basis.needs_gradients)
     compression, tuning = _tuned(handle, statistics, request, text) if request.tune else (request.compression, ())
-    decomposed = decompose(handle, statistics, compression, progress=_progress("Factorising"))
+    decomposed = decompose(handle, statistics, compression, progress=progress_line("Factorising"))
     if allocation is None:
         assert request.compression_ratio is not None
-        allocation = decomposed.allocate(request.allocation, request.compression_ratio)
-    doubts = decomposed.warnings(allocation.allocator)
+        weights = _slopes(decomposed, text, request, fixed) if request.slopes else None
+        allocation = decomposed.allocate(request.complete or request.allocation, request.compression_ratio, fixed=fixed, weights=weights)
+    doubts = decomposed.warnings(allocation.allocator, weighted=request.slopes)
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
-    model = decomposed.compress(allocation, windows, progress=_progress("Fitting block by block"))
+    model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
     provenance = {
         "preset": request.preset,
         "allocation": allocation.allocator,
         "text": text.reference,
         "seed": text.seed,
+        "slopes": request.slopes,
         **to_mapping(compression),
         "tuning": [to_mapping(point) for point in tuning],
     }
@@ -232,7 +251,7 @@ def evaluate_on(source: ModelSource, text: TextConfig, split: str, count: int | 
     if count is None and split != "all":
         count = text.test_windows
     windows = load_windows(text, handle.tokenizer, split, count=count)
-    report = evaluate(handle, windows, against=dense, progress=_progress("Evaluating"))
+    report = evaluate(handle, windows, against=dense, progress=progress_line("Evaluating"))
     low, high = report.perplexity_interval
     lines = [f"perplexity {report.perplexity:.3f}  (95 % interval {low:.3f} to {high:.3f})", report.protocol]
     if report.kl is not None and report.top1_agreement is not None:
@@ -240,97 +259,6 @@ def evaluate_on(source: ModelSource, text: TextConfig, split: str, count: int | 
             1, f"dense      {report.dense_perplexity:.3f}; KL {report.kl:.4f} nats per token, top-1 agreement {report.top1_agreement:.1%}"
         )
     return {**report.to_mapping(), "model": source.reference, "text": "\n".join(lines)}
-
-
-def _trial_figures(trial: TrialRecord) -> Result:
-    return {"trial": trial.number, "label": trial.label, "value": trial.value, "kl": trial.kl, "perplexity": trial.perplexity}
-
-
-def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, config: SearchConfig, folder: Path) -> Result:
-    """Make a run in ``folder``, work through it here, and export its best trial."""
-    basis_named(config.compression.basis)
-    run = create_run(RunConfig(model=source, text=text, calibration=calibration, search=config), path=folder)
-    try:
-        session, bench = run_worker(run, verbose=sys.stderr.isatty())
-    except LowRankError as error:
-        if not isinstance(error, Cancelled) and not run.journal.exists():
-            shutil.rmtree(run.path)  # bad input: no trial was begun, and the folder was empty or not there
-        raise
-    assert bench is not None
-    trials = read_trials(run)
-    best = best_trial(trials)
-    outside = sum(trial.state == "infeasible" for trial in trials)
-    if best is None and outside:
-        raise ConfigError(
-            f"none of the {outside} trials removed between {config.compression_ratio:g} and a tenth more, as the published search asks. "
-            f"Give it more --trials, or search without --preset: then every trial meets the ratio."
-        )
-    if best is None:
-        raise ConfigError(
-            f"the search in {run.path} was stopped before a trial was complete. Go on with `lowrank worker --run {run.path}`."
-        )
-    path = export_trial(run, session, bench, best.number)
-    baselines = {trial.label: _trial_figures(trial) for trial in trials if trial.label != "sampled"}
-    complete = sum(trial.finished for trial in trials)
-    lines = [f"{name}: {config.objective} {figures['value']:.5f}" for name, figures in baselines.items()]
-    lines.append(f"best of {complete} trials: trial {best.number} ({best.label}), {config.objective} {best.value:.5f}, on validation text")
-    lines.append(f"exported to {path}")
-    return {
-        **_trial_figures(best),
-        "objective": config.objective,
-        "compression_ratio": best.compression_ratio,
-        "ranks": dict(best.ranks),
-        "export": path,
-        "run": str(run.path),
-        "trials": complete,
-        "baselines": baselines,
-        "text": "\n".join(lines),
-    }
-
-
-def work(folder: Path, warm_seconds: float, *, keep_paused: bool = False) -> Result:
-    """Do what is left to do in a run, also in one that was stopped, unless it shall stay so and only requests be answered."""
-    run = open_run(folder)
-    if not keep_paused:
-        run.pause_marker.unlink(missing_ok=True)
-    run_worker(run, warm_seconds=warm_seconds)
-    complete = sum(trial.finished for trial in read_trials(run))
-    state = run.status().state
-    return {"run": str(run.path), "state": state, "trials": complete, "text": f"{run.path}: {state}, {complete} trials complete"}
-
-
-def _trial_number(trial: str) -> int | None:
-    if trial == "best":
-        return None
-    if not trial.isdigit():
-        raise ConfigError(f"--trial must be `best` or a number, got {trial!r}.")
-    return int(trial)
-
-
-def export_from(folder: Path, trial: str, out: Path) -> Result:
-    """Write the compressed model of a trial; a worker may be busy with the run meanwhile."""
-    run: Run = open_run(folder)
-    check_free(out)
-    search = run.config.search
-    if search is None:
-        raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
-    record = complete_trial(run, _trial_number(trial))
-    handle = load_model(run.config.model)
-    windows = load_windows(run.config.text, handle.tokenizer, "calibration", count=run.config.text.calibration_windows)
-    gradients = basis_named(search.compression.basis).needs_gradients
-    statistics = _calibrated(handle, windows, run.config.calibration, gradients=gradients)
-    decomposed = decompose(handle, statistics, search.compression.without_alternatives, progress=_progress("Factorising"))
-    allocation = allocation_from_ranks(f"trial {record.number}", decomposed.units, record.ranks)
-    model = decomposed.compress(allocation, windows, progress=_progress("Fitting block by block"))
-    export(model, out, provenance={"run": run.id, "basis": search.compression.basis, "allocation": allocation.allocator})
-    return {
-        "out": str(out),
-        "trial": record.number,
-        "compression_ratio": model.report.compression_ratio,
-        "model_compression_ratio": model.report.model_compression_ratio,
-        "ranks": dict(allocation.ranks),
-        "text": f"Wrote trial {record.number} to {out}: {model.report.compression_ratio:.1%} of the linears' parameters removed.",
-    }
 
 
 def benchmark_allocation(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int) -> Result:
@@ -345,6 +273,26 @@ def benchmark_quality(source: ModelSource, text: TextConfig, ratios: Sequence[fl
         check_ratio(ratio)
     rows = quality_benchmark.quality_table(source, text, ratios, variants=variants, search=search)
     return {"model": source.reference, "rows": [row.to_mapping() for row in rows], "text": quality_benchmark.as_markdown(rows)}
+
+
+def benchmark_search(
+    source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int, schemes: Sequence[str] | None = None
+) -> Result:
+    """Run searches side by side, and measure what a cheaper trial changes."""
+    for ratio in ratios:
+        check_ratio(ratio)
+    chosen = schemes or search_benchmark.SCHEMES
+    curves = search_benchmark.search_curves(source, text, ratios, seeds=seeds, trials=trials, schemes=chosen)
+    cheaper = search_benchmark.cheaper_trials(source, text, ratios)
+    windows = load_windows(text, load_model(source).tokenizer, "validation", count=text.validation_windows)
+    protocol = f"KL to the dense model, nats per token, seeds 0 to {seeds - 1}; {windows.protocol}."
+    return {
+        "model": source.reference,
+        "curves": [curve.to_mapping() for curve in curves],
+        "cheaper": [row.to_mapping() for row in cheaper],
+        "protocol": protocol,
+        "text": search_benchmark.as_markdown(curves, cheaper, protocol),
+    }
 
 
 def benchmark_speed(source: ModelSource, text: TextConfig) -> Result:

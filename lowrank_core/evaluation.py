@@ -30,6 +30,8 @@ Progress = Callable[[int, int], None]
 
 _CACHE_LIMIT_BYTES = 6 * 2**30
 _BOOTSTRAP_SAMPLES = 2000
+_FEW_TOKENS = 128
+"""What the error about memory proposes to keep of the vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ class DenseReference:
         entropies: Σ p log p of each token (B, T - 1), float64: with them KL = log Σ exp z - p·z + Σ p log p takes two passes over the
             logits z. None where the reverse KL divergence is wanted, too.
         indices: the k likeliest tokens (B, T - 1, k), int32, whose log-probabilities ``batches`` then holds (B, T - 1, k + 1), all the
-            others together last: a lower bound of KL (by the log-sum inequality) that rises with k. Empty: the whole vocabulary.
+            others together last: KL over these k + 1 outcomes is a lower bound of KL (by the log-sum inequality) that rises with k and
+            is KL itself at the size of the vocabulary. Empty: every token is an outcome.
     """
 
     batches: tuple[Tensor, ...]
@@ -72,50 +75,62 @@ class DenseReference:
         """Run the dense model over ``windows``.
 
         Args:
+            batch_size: windows in a forward pass, here and in every comparison.
             reverse: keep what the reverse KL divergence needs.
-            top_k: keep the k likeliest tokens alone; 0 keeps all.
+            top_k: keep the k likeliest tokens and the mass of all others: the memory of k tokens instead of the vocabulary's. 0 keeps
+                every token; a k beyond the vocabulary is the vocabulary.
 
         Raises:
-            ConfigError: the reverse KL divergence on some tokens alone.
+            ConfigError: the reverse KL divergence on some tokens alone, or a negative k.
             TextError: the probabilities would not fit in memory.
         """
+        if top_k < 0:
+            raise ConfigError(f"top-k must be at least 0, got {top_k}; 0 keeps every token.")
         if top_k and reverse:
-            raise ConfigError("the reverse KL divergence needs every token's probability; leave top-k at 0.")
-        vocabulary = int(handle.module.config.vocab_size)
-        kept = min(top_k, vocabulary)
-        size = windows.predicted_tokens * (8 * kept + 4 if kept else 4 * vocabulary)
-        if size > _CACHE_LIMIT_BYTES:
-            gib = size / 2**30
-            raise TextError(
-                f"{windows.windows} windows of {windows.context} tokens over this vocabulary need {gib:.1f} GiB to compare with. "
-                "Keep the likeliest tokens alone (--top-k 128), lower --context, or take fewer windows "
-                f"(the limit is {_CACHE_LIMIT_BYTES / 2**30:.0f} GiB)."
-            )
+            raise ConfigError("the reverse KL divergence needs every token's probability; leave top-k at 0, or choose the objective kl.")
+        kept = min(top_k, int(handle.module.config.vocab_size))
+        _check_fits(handle, windows, kept, reverse)
         batches, entropies, indices = [], [], []
         for done, ids in _batches(windows, batch_size, handle.device):
-            found = _log_probabilities(handle.module, ids)
+            logits = _logits(handle.module, ids)
             if kept:
-                likeliest = found.topk(kept, dim=-1).indices
+                likeliest = logits.topk(kept, dim=-1).indices
                 indices.append(likeliest.to(torch.int32))
-                found = _coarse(found, likeliest)
-            elif not reverse:
-                probabilities = found.exp()
-                entropies.append(-torch.special.entr(probabilities.double()).sum(-1))
-                found = probabilities
-            batches.append(found)
+                batches.append(torch.log_softmax(_outcomes(logits, likeliest), dim=-1).float())
+            elif reverse:
+                batches.append(torch.log_softmax(logits, dim=-1))
+            else:  # in float64: what a float32 softmax misses of Σ p = 1 would be multiplied by the logits, and bias KL
+                probabilities = torch.softmax(logits.double(), dim=-1)
+                entropies.append(-torch.special.entr(probabilities).sum(-1))
+                batches.append(probabilities.float())
             if progress is not None:
                 progress(done, windows.windows)
         return cls(tuple(batches), tuple(entropies) or None, tuple(indices))
 
 
-@torch.no_grad()
-def _coarse(values: Tensor, indices: Tensor) -> Tensor:
-    """Return logits or log-probabilities (…, k + 1): those at ``indices`` (…, k), and the logarithm of all others' sum.
+def _check_fits(handle: ModelHandle, windows: WindowSet, kept: int, reverse: bool) -> None:
+    vocabulary = int(handle.module.config.vocab_size)
+    size = windows.predicted_tokens * (8 * kept + 4 if kept else 4 * vocabulary)
+    if size <= _CACHE_LIMIT_BYTES:
+        return
+    helps = not (reverse or 0 < kept <= _FEW_TOKENS)
+    take = f"Keep the likeliest tokens alone (--top-k {_FEW_TOKENS}), or take" if helps else "Take"
+    over = f"{kept} tokens of the vocabulary" if kept else "this vocabulary"
+    raise TextError(
+        f"{windows.windows} windows of {windows.context} tokens over {over} need {size / 2**30:.1f} GiB to compare with. "
+        f"{take} fewer windows (--validation-windows), or lower --context (the limit is {_CACHE_LIMIT_BYTES / 2**30:.0f} GiB)."
+    )
 
-    The others are summed by themselves: 1 - Σ of the k would cancel.
+
+@torch.no_grad()
+def _outcomes(logits: Tensor, indices: Tensor) -> Tensor:
+    """Return the logits (…, k + 1) at ``indices`` (…, k) and, last, log Σ exp of all others; float64. It overwrites ``logits``.
+
+    The others are summed by themselves: 1 - Σ of the k would cancel. A copy to strike the k out of would cost more than that sum.
     """
-    rest = values.scatter(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
-    return torch.cat([values.gather(-1, indices), rest], dim=-1)
+    kept = logits.gather(-1, indices)
+    rest = logits.scatter_(-1, indices, -math.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([kept, rest], dim=-1).double()
 
 
 def _batches(windows: WindowSet, batch_size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:
@@ -147,11 +162,11 @@ def _score_logits(logits: Tensor, ids: Tensor, probabilities: Tensor, entropies:
 
 @torch.no_grad()
 def _score_coarse(logits: Tensor, ids: Tensor, dense: Tensor, indices: Tensor) -> WindowScores:
-    """Return NLL, and KL over k + 1 outcomes: ``dense`` (B, T - 1, k + 1) log-probabilities, the rest's last."""
-    total = torch.logsumexp(logits, dim=-1).double()
+    """Return NLL, and KL over k + 1 outcomes: ``dense`` (B, T - 1, k + 1) log-probabilities, the rest's last. It overwrites ``logits``."""
     chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1).double()
-    found = _coarse(logits, indices.long()).double() - total[..., None]
-    dense = dense.double()
+    outcomes = _outcomes(logits, indices.long())
+    total = outcomes.logsumexp(-1)  # of k + 1, equal to that over the vocabulary: one pass over the logits gives both
+    found, dense = outcomes - total[..., None], dense.double()
     terms = torch.where(dense == -math.inf, 0.0, dense.exp() * (dense - found))
     return WindowScores((total - chosen).mean(1).cpu(), terms.sum(-1).mean(1).cpu())
 
@@ -183,22 +198,28 @@ def score_windows(
     A reference with entropies, or with the likeliest tokens alone, gives NLL and KL: a trial needs no more.
 
     Args:
-        autocast: run ``handle`` in bfloat16 where torch holds that to be safe; its logits are compared in float32.
-        on_batch: is given the scores of every batch, in order; what it raises ends the pass.
+        batch_size: windows in a forward pass; that of the reference, where one is given.
+        autocast: run ``handle``, and never ``dense``, in bfloat16 where torch holds that to be safe; its logits are compared in float32.
+        on_batch: is given the scores of every batch's windows, in order; what it raises ends the pass.
 
     Raises:
-        NumericalError: a window's loss is NaN or Inf; it is never skipped.
+        ConfigError: the reference was computed on other batches.
+        NumericalError: a window's loss or KL divergence is NaN or Inf; it is never skipped, nor given to ``on_batch``.
     """
+    if isinstance(dense, DenseReference):
+        _check_batches(dense, windows, batch_size)
     found, references = [], []
     for index, (done, ids) in enumerate(_batches(windows, batch_size, handle.device)):
+        other: Tensor | None = None
         if isinstance(dense, ModelHandle):
             other = _log_probabilities(dense.module, ids.to(dense.device)).to(handle.device)
             references.append(_score_batch(other, ids, None))
-            found.append(_score_batch(_log_probabilities(handle.module, ids), ids, other))
+        with torch.autocast(handle.device.type, torch.bfloat16, enabled=autocast):
+            logits = _logits(handle.module, ids)
+        if isinstance(dense, DenseReference):
+            found.append(_score_beside(dense, index, logits, ids))
         else:
-            with torch.autocast(handle.device.type, torch.bfloat16, enabled=autocast):
-                logits = _logits(handle.module, ids)
-            found.append(_score(logits, ids, dense, index))
+            found.append(_score_batch(torch.log_softmax(logits, dim=-1), ids, other))
         _check_finite(found[-1], done - len(ids), windows)
         if on_batch is not None:
             on_batch(found[-1])
@@ -207,16 +228,28 @@ def score_windows(
     return _joined(found), _joined(references) if references else None
 
 
-def _score(logits: Tensor, ids: Tensor, dense: DenseReference | None, index: int) -> WindowScores:
-    if dense is not None and dense.indices:
+def _score_beside(dense: DenseReference, index: int, logits: Tensor, ids: Tensor) -> WindowScores:
+    if dense.indices:
         return _score_coarse(logits, ids, dense.batches[index], dense.indices[index])
-    if dense is not None and dense.entropies is not None:
+    if dense.entropies is not None:
         return _score_logits(logits, ids, dense.batches[index], dense.entropies[index])
-    return _score_batch(torch.log_softmax(logits, dim=-1), ids, None if dense is None else dense.batches[index])
+    return _score_batch(torch.log_softmax(logits, dim=-1), ids, dense.batches[index])
+
+
+def _check_batches(dense: DenseReference, windows: WindowSet, batch_size: int) -> None:
+    """Refuse a reference of other batches: a batch of one window would be compared with all of another."""
+    expected = [min(batch_size, windows.windows - start) for start in range(0, windows.windows, batch_size)]
+    held = [len(batch) for batch in dense.batches]
+    if held != expected:
+        raise ConfigError(
+            f"the dense reference holds {sum(held)} windows, {max(held, default=0)} in a batch; asked for were {windows.windows} "
+            f"in batches of {batch_size}. Compute it on the same windows, with the same batch_size."
+        )
 
 
 def _check_finite(scores: WindowScores, first: int, windows: WindowSet) -> None:
-    bad = torch.nonzero(~torch.isfinite(scores.nll)).flatten().tolist()
+    losses = scores.nll if scores.kl is None else scores.nll + scores.kl
+    bad = torch.nonzero(~torch.isfinite(losses)).flatten().tolist()
     if bad:
         raise NumericalError(
             f"the loss of window {first + bad[0]} (of {windows.windows}) is not finite. "

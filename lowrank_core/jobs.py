@@ -16,7 +16,7 @@ import psutil
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, RunStatus, read_json, write_json
 
-__all__ = ["ask", "pending_requests", "request_stop", "result_of", "start_worker", "terminate"]
+__all__ = ["add_worker", "ask", "pending_requests", "request_stop", "result_of", "start_worker", "terminate"]
 
 TEMPERATURE = 0.5
 """Of a prompt's continuation, unless a request says another."""
@@ -37,10 +37,26 @@ def start_worker(run: Run) -> None:
     _launch(run)
 
 
+def add_worker(run: Run, *, warm_seconds: float = WARM_SECONDS) -> None:
+    """Start one more detached worker that takes trials of ``run``; it loads the model once more.
+
+    Raises:
+        RunError: the run is a recorded one, nobody works on it, or the process can't be started.
+    """
+    run.refuse_if_recorded()
+    if not run.worker_alive():
+        raise RunError("nobody works on this run, so there is nothing to help with. Start or resume it first.")
+    _spawn(run, warm_seconds, "--join")
+
+
 def _launch(run: Run) -> None:
     if run.worker_alive():
         return
     run.write_status(RunStatus(state="queued", stage="Starting the worker"))
+    _spawn(run, WARM_SECONDS, "--keep-paused")
+
+
+def _spawn(run: Run, warm_seconds: float, *options: str) -> None:
     package_root = str(Path(__file__).resolve().parents[1])
     environment = dict(os.environ)
     # The dashboard may run from a checkout that is not installed: the worker must find the same package.
@@ -49,7 +65,7 @@ def _launch(run: Run) -> None:
     try:
         with (run.path / "worker.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "lowrank_core", "worker", "--run", str(run.path), "--warm", str(WARM_SECONDS), "--keep-paused"],
+                [sys.executable, "-m", "lowrank_core", "worker", "--run", str(run.path), "--warm", str(warm_seconds), *options],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -68,11 +84,12 @@ def request_stop(run: Run) -> None:
 
 
 def terminate(run: Run) -> None:
-    """End the worker's process at once; the trial in flight is lost, nothing else."""
-    status = run.status()
-    if status.pid is not None and run.worker_alive():
-        with contextlib.suppress(psutil.Error):
-            psutil.Process(status.pid).kill()
+    """End the processes of all its workers on this machine at once; trials in flight are measured again on resume."""
+    workers = [*run.further_workers().values(), *([run.status()] if run.worker_alive() else [])]
+    for worker in workers:
+        if worker.pid is not None:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(worker.pid).kill()
 
 
 def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str:
@@ -81,7 +98,8 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     A search that was stopped or interrupted stays so: the worker only answers.
 
     Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, temperature, seed),
-    ``export`` (trial).
+    ``export`` (trial), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a partial choice): the allocation is
+    put in line, and becomes a trial of the study.
 
     Raises:
         RunError: as ``start_worker``.

@@ -37,7 +37,7 @@ def _plain(basis: str, storage: str = "factored") -> CompressionConfig:
 _STUDIO = CompressionConfig(basis="drift_aware:two_sided", storage="pivoted", value_dense=False, stacks=True, heads=True)
 
 _PRESETS = (
-    Preset("studio", "Studio (ours)", "this project", _STUDIO, allocation="marginal"),
+    Preset("studio", "Studio (ours)", "this project", _STUDIO, allocation="marginal", search={"variables": "errors"}),
     Preset(
         "bolaco",
         "Bolaco, as published, fixed ratios",
@@ -51,6 +51,8 @@ _PRESETS = (
     Preset("asvd", "ASVD", "arXiv 2312.05821", _plain("activation_scaled")),
     Preset("svd_llm", "SVD-LLM", "arXiv 2403.07378", _plain("whitened")),
     Preset("pifa", "SVD-LLM in PIFA's storage", "arXiv 2501.19090", _plain("whitened", "pivoted")),
+    Preset("svd_llm_v2", "SVD-LLM V2's ratios", "arXiv 2503.12340", _plain("whitened"), allocation="svd_llm_v2"),
+    Preset("welore", "WeLore's threshold", "arXiv 2407.11239", _plain("weight_svd"), allocation="threshold"),
     Preset("io_svd", "IO-SVD", "arXiv 2605.15626", _plain("two_sided_half")),
     Preset("aa_svd", "AA-SVD", "arXiv 2604.02119", _plain("drift_aware")),
     Preset("basis_sharing", "Basis Sharing", "arXiv 2410.03765", _plain("cross_layer")),
@@ -69,6 +71,8 @@ _VARIANTS = (
     _variant("singles", "without stacks and per-head factors", stacks=False, heads=False),
     _variant("factored", "plain factors, single matrices", storage="factored", stacks=False, heads=False),
     _variant("uniform", "uniform ranks, single matrices", "uniform", stacks=False, heads=False),
+    _variant("energy", "equal retained energy, single matrices", "energy", stacks=False, heads=False),
+    _variant("influence", "ranks by block influence, single matrices", "block_influence", stacks=False, heads=False),
     _variant("half", "γ = ½", basis="drift_aware:two_sided_half"),
     _variant("whitened", "one-sided: raw output errors traded", basis="drift_aware"),
     _variant("less damping", "gradient damping 0.001", gradient_damping=1e-3),

@@ -4,7 +4,8 @@
 
     $LOWRANK_HOME (default ~/.cache/lowrank)
     ├── runs/<id>/
-    │   ├── run.json         config, name, time, versions; written once
+    │   ├── run.json         config, name, time, versions; a search that is extended is changed here
+    │   ├── storage.json     where the study is, if not here; may hold a password, so only its owner reads it
     │   ├── status.json      state, stage, progress, heartbeat; replaced atomically by the worker
     │   ├── model.json       what the model is made of              ─┐
     │   ├── text.json        splits, windows, tokens, hashes         │ written by the worker,
@@ -12,6 +13,7 @@
     │   ├── spectra.npz      singular values and eigenvalues         │
     │   ├── study.journal    the Optuna study                       ─┘
     │   ├── events.jsonl     what happened, in order
+    │   ├── workers/         what each further worker says of itself
     │   ├── paused           while it is there, no trial is started
     │   ├── requests/        what users ask of the worker (one JSON file each)
     │   ├── results/         its answers, under the same names
@@ -37,7 +39,7 @@ from typing import Any
 
 import psutil
 
-from lowrank_core.config import RunConfig, from_mapping, to_mapping
+from lowrank_core.config import RunConfig, SearchConfig, from_mapping, to_mapping
 from lowrank_core.errors import ConfigError, LowRankError, RunError
 
 __all__ = [
@@ -92,8 +94,10 @@ def read_json(path: Path) -> JsonMapping | None:
     return body
 
 
-def write_json(path: Path, body: Mapping[str, object]) -> None:
+def write_json(path: Path, body: Mapping[str, object], *, private: bool = False) -> None:
     """Replace ``path`` atomically: a reader sees the old object or the new one, never half of one.
+
+    ``private`` leaves it to its owner alone.
 
     Raises:
         RunError: the disk is full or read-only.
@@ -104,7 +108,8 @@ def write_json(path: Path, body: Mapping[str, object]) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 json.dump(body, stream, indent=1, allow_nan=False)
-            Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide a shared run from the rest of a team
+            if not private:
+                Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide a shared run from the rest of a team
             Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -163,6 +168,18 @@ def process_started(pid: int) -> float | None:
         return None
 
 
+def _status_from(body: JsonMapping, path: Path) -> RunStatus:
+    try:
+        return RunStatus(**{**body, "warnings": tuple(body.get("warnings", ()))})
+    except TypeError as error:
+        raise RunError(f"{path} is damaged: {error}. Delete the file, or the run.") from error
+
+
+def _is_alive(status: RunStatus) -> bool:
+    started = None if status.pid is None else process_started(status.pid)
+    return started is not None and status.pid_started is not None and abs(started - status.pid_started) < 1
+
+
 @dataclass(frozen=True)
 class Run:
     """A run directory. Reading never changes it."""
@@ -204,13 +221,41 @@ class Run:
                 "this run is a recording that ships with the package. Start a search of your own to go on, to measure and to export."
             )
 
+    def change_search(self, **changes: object) -> SearchConfig:
+        """Change the search of this run (how many trials, which sampler); a worker that is at it sees it before its next trial.
+
+        Raises:
+            RunError: the run is a recorded one, has no search, or can't be written.
+            ConfigError: such a search can't be.
+        """
+        self.refuse_if_recorded()
+        config = self.config
+        if config.search is None:
+            raise RunError("this run only analyses a model; it has no search to change. Start a search.")
+        search = replace(config.search, **changes)  # type: ignore[arg-type]
+        write_json(self.path / "run.json", {**self.record, "config": to_mapping(replace(config, search=search))})
+        self.add_event("changed", **changes)
+        return search
+
     @property
     def journal(self) -> Path:
         return self.path / "study.journal"
 
     @property
+    def storage_url(self) -> str | None:
+        """URL of the database that holds the study; None where it is in the journal."""
+        body = read_json(self.path / "storage.json")
+        return None if body is None else str(body.get("url"))
+
+    @property
     def study_name(self) -> str:
-        return _STUDY
+        """Name of the study: in a database that other runs share, that of the run."""
+        body = read_json(self.path / "storage.json")
+        return _STUDY if body is None else str(body.get("study"))
+
+    def keep_study_at(self, url: str, study: str) -> None:
+        """Have the study in a database instead of the journal; before the search begins."""
+        write_json(self.path / "storage.json", {"url": url, "study": study}, private=True)
 
     def part(self, name: str) -> JsonMapping | None:
         """Return model.json, text.json or calibration.json (by stem) once its stage is done."""
@@ -222,11 +267,9 @@ class Run:
         return self.path / "paused"
 
     def _written_status(self) -> RunStatus:
-        body = read_json(self.path / "status.json")
-        try:
-            return RunStatus() if body is None else RunStatus(**{**body, "warnings": tuple(body.get("warnings", ()))})
-        except TypeError as error:
-            raise RunError(f"{self.path / 'status.json'} is damaged: {error}. Delete the file, or the run.") from error
+        path = self.path / "status.json"
+        body = read_json(path)
+        return RunStatus() if body is None else _status_from(body, path)
 
     def status(self) -> RunStatus:
         """Return the worker's last word, corrected if its process is dead."""
@@ -245,11 +288,27 @@ class Run:
         if status.pid is None:
             # The starter has written the record, and the worker not yet taken over.
             return status.state == "queued" and time.time() - status.heartbeat < _START_GRACE_SECONDS
-        started = process_started(status.pid)
-        return started is not None and status.pid_started is not None and abs(started - status.pid_started) < 1
+        return _is_alive(status)
 
-    def write_status(self, status: RunStatus) -> None:
-        write_json(self.path / "status.json", {**asdict(status), "heartbeat": time.time()})
+    def write_status(self, status: RunStatus, path: Path | None = None) -> None:
+        """Write the status of the worker that holds this run, or at ``path`` that of another one."""
+        write_json(path or self.path / "status.json", {**asdict(status), "heartbeat": time.time()})
+
+    @property
+    def workers_folder(self) -> Path:
+        return self.path / "workers"
+
+    def further_workers(self) -> dict[str, RunStatus]:
+        """Return id -> last word of the workers beside the one that holds this run, on this machine, that are alive."""
+        found = {}
+        for path in sorted(self.workers_folder.glob("[0-9]*.json")):
+            try:
+                status = _status_from(read_json(path) or {}, path)
+            except RunError:
+                continue  # it has just ended
+            if _is_alive(status):
+                found[path.stem] = status
+        return found
 
     def add_event(self, kind: str, **details: object) -> None:
         """Append to events.jsonl."""

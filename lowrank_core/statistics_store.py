@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank_core.errors import ModelError, NumericalError
+from lowrank_core.errors import ModelError, NumericalError, RunError
 from lowrank_core.moments import InputStatistics, OutputStatistics
 
 __all__ = ["HiddenStates", "Progress", "StoredStatistics", "block_path", "exclusive", "finish", "is_finished", "write_block"]
@@ -141,19 +141,29 @@ def _width(file: Any, name: str, kind: type[InputStatistics] | type[OutputStatis
 
 @contextmanager
 def exclusive(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """Hold ``folder`` for this process; ``waiting`` is called twice a second while another has it, and may raise ``Cancelled``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / "lock")
-    while True:
-        try:
-            lock.acquire(timeout=_POLL_SECONDS)
-            break
-        except Timeout:
-            waiting()
+    """Hold ``folder`` for this process, to write there; ``waiting`` is called twice a second while another has it, and may raise.
+
+    Raises:
+        RunError: it can't be written to, or the disk is full.
+    """
     try:
-        yield
-    finally:
-        lock.release()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
+        while True:
+            try:
+                lock.acquire(timeout=_POLL_SECONDS)
+                break
+            except Timeout:
+                waiting()
+        try:
+            yield
+        finally:
+            lock.release()
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(
+            f"can't write in {folder}: {reason}. Free some space, or set LOWRANK_HOME to a folder that you can write to."
+        ) from error
 
 
 class HiddenStates:

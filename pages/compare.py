@@ -19,8 +19,9 @@ with boundary():
         text = "A comparison needs an allocation. Start a search; its baselines are there within a minute."
         layout.empty("Nothing to compare yet", text, icon=":material/balance:", page=navigation.SEARCH, label="Start a search")
         st.stop()
-    trials = read_trials(run) if run.config.search is not None else []
-    candidates = asking.candidates(trials)
+    search = run.config.search
+    trials = read_trials(run) if search is not None else []
+    candidates = asking.candidates(trials, search) if search is not None else {}
     if not candidates:
         text = "This run has no complete trial. Start a search, or wait for its first trial."
         layout.empty("No allocation in this run", text, icon=":material/balance:", page=navigation.SEARCH, label="Go to the rank search")

@@ -8,7 +8,7 @@ from lowrank_core.config import RunConfig
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.runs import is_busy
 from lowrank_core.views.sources import check_model
-from pages.components import layout, study
+from pages.components import allocation_form, confirmed, layout, steering, study
 from pages.components.boundary import boundary, live
 from pages.components.search_form import search_form
 
@@ -23,11 +23,14 @@ with boundary():
         st.caption(
             f"Model **{config.model.reference}**, text **{config.text.reference}**: taken from the run on screen, with its calibration."
         )
-        search_form(config, facts.matrices if facts else ())
+        search_form(config, facts)
 
     if run is not None and config.search is not None:
+        steering.show(run, config.search, facts)
         # The live part draws itself anew every second while a worker is at it, and only then.
         live(lambda: study.show(run), 1.0 if is_busy(run) else None)
+        confirmed.show(run)
+        allocation_form.show(run, config.search, facts)
     elif run is not None:
         st.info(
             "The run on screen measured spectra only. Start a search above: it takes over the calibration, so trials begin at once.",

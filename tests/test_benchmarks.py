@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from lowrank_core.benchmarks import allocation, quality, speed
+from lowrank_core.benchmarks import allocation, quality, search, speed
 from lowrank_core.cli import main
 from lowrank_core.config import ModelSource, TextConfig
+from lowrank_core.errors import ConfigError
+from lowrank_core.figures.convergence import convergence_figure
 from lowrank_core.figures.quality import quality_figure
 from lowrank_core.presets import PRESETS, VARIANTS
 
@@ -20,14 +23,14 @@ def text(text_file: Path) -> TextConfig:
 
 def test_the_allocation_table_measures_each_allocation_at_equal_parameters(llama_checkpoint: Path, text: TextConfig) -> None:
     rows = allocation.allocation_table(ModelSource(str(llama_checkpoint)), text, [0.3], seeds=2, trials=3)
-    assert [(row.seed, row.allocation) for row in rows] == [
-        (seed, name) for seed in (0, 1) for name in ("uniform", "lord_manual", "search's best")
-    ]
+    names = ("uniform", "lord_manual", "marginal", "search's best")
+    assert [(row.seed, row.allocation) for row in rows] == [(seed, name) for seed in (0, 1) for name in names]
     for seed in (0, 1):
-        uniform, lord, best = (row for row in rows if row.seed == seed)
-        assert best.search_value <= min(uniform.search_value, lord.search_value)
-        assert max(row.parameters for row in (uniform, lord, best)) - min(row.parameters for row in (uniform, lord, best)) < 112
-        assert uniform.dense_perplexity == lord.dense_perplexity == best.dense_perplexity
+        *baselines, best = (row for row in rows if row.seed == seed)
+        assert best.search_value <= min(row.search_value for row in baselines)
+        counts = [row.parameters for row in (*baselines, best)]
+        assert max(counts) - min(counts) < 112
+        assert len({row.dense_perplexity for row in (*baselines, best)}) == 1
     assert "test split" in rows[0].protocol
 
 
@@ -99,3 +102,63 @@ def test_speed_is_a_ratio_of_two_things_measured_in_turns() -> None:
     assert row.low <= row.ratio <= row.high
     assert len(fast) >= row.turns
     assert "| more | less | sums |" in speed.as_markdown([row])
+
+
+# --- searches side by side -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def curves(llama_checkpoint: Path, text: TextConfig, tmp_path_factory: pytest.TempPathFactory) -> list[search.Curve]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRANK_HOME", str(tmp_path_factory.mktemp("home")))
+        return search.search_curves(ModelSource(str(llama_checkpoint)), text, [0.3], seeds=2, trials=6)
+
+
+def test_every_scheme_is_run_with_every_seed(curves: list[search.Curve]) -> None:
+    schemes = list(dict.fromkeys(curve.scheme for curve in curves))
+    assert tuple(schemes) == search.SCHEMES
+    assert [(curve.scheme, curve.seed) for curve in curves] == [(scheme, seed) for scheme in schemes for seed in (0, 1)]
+    assert {len(curve.best) for curve in curves} == {6}
+
+
+def test_a_curve_never_rises_and_seeds_share_their_baselines(curves: list[search.Curve]) -> None:
+    for curve in curves:
+        found = [value for value in curve.best if value is not None]
+        assert found == sorted(found, reverse=True)
+        assert curve.best == (None,) * (6 - len(found)) + tuple(found)
+    for first, second in zip(curves[::2], curves[1::2], strict=True):
+        assert first.best[:2] == second.best[:2]
+    projected = [curve for curve in curves if not curve.scheme.startswith("published")]
+    assert all(curve.best[0] is not None for curve in projected)
+
+
+def test_the_table_and_the_curves_show_every_scheme(curves: list[search.Curve]) -> None:
+    table = search.as_markdown(curves, [], "protocol")
+    figure = convergence_figure([curve.to_mapping() for curve in curves], "protocol")
+    for curve in curves:
+        assert f"| {curve.label} |" in table
+        drawn = [trace for trace in figure.data if trace.name == curve.label]
+        assert len(drawn) == 3  # two seeds and their median
+    assert table.endswith("protocol")
+    assert "| 1 | 3 | 5 trials |" in table
+
+
+def test_unknown_schemes_are_told(text: TextConfig) -> None:
+    with pytest.raises(ConfigError, match=r"schemes must be among published, .*got 'best'"):
+        search.search_curves(ModelSource(), text, [0.3], seeds=1, trials=1, schemes=["best"])
+
+
+def test_missing_values_are_told() -> None:
+    curve = search.Curve("a", "A", 0.3, 0, (None, 0.5, 0.25), 3.0, 1)
+    table = search.as_markdown([curve, replace(curve, seed=1, best=(0.125, 0.125, 0.125))], [], "")
+    assert "| A | – in 1 of 2 | 0.1875 (0.125 to 0.25) | 1.00 | 1 |" in table
+
+
+def test_cheaper_trials_are_compared_with_whole_ones(llama_checkpoint: Path, text: TextConfig) -> None:
+    rows = search.cheaper_trials(ModelSource(str(llama_checkpoint)), text, [0.3])
+    assert [row.what for row in rows] == ["KL on the 16 likeliest tokens", "KL on the 64 likeliest tokens", "bfloat16"]
+    for row in rows:
+        assert row.time_ratio > 0
+        assert -1 <= row.agreement <= 1
+        assert f"| {row.what} | 30% |" in search.as_markdown([], rows, "")
+    assert rows[1].largest_change < rows[0].largest_change

@@ -29,7 +29,7 @@ from lowrank_core.presets import PRESETS
 from lowrank_core.runs import open_run
 from lowrank_core.search.records import read_trials
 
-COMMANDS = ("analyze", "compress", "evaluate", "search", "worker", "export", "methods", "dashboard", "benchmark")
+COMMANDS = ("analyze", "compress", "evaluate", "search", "worker", "enqueue", "export", "methods", "dashboard", "benchmark")
 QUERY = "model.layers.0.self_attn.q_proj"
 
 
@@ -266,7 +266,9 @@ def test_search_gives_the_promised_keys(searched: tuple[Places, Path, dict[str, 
     places, run, body = searched
     assert {"value", "ranks", "compression_ratio", "export", "trials", "baselines"} <= set(body)
     assert body["trials"] == 4
-    assert set(body["baselines"]) == {"uniform", "lord_manual"}
+    assert set(body["baselines"]) == {"uniform", "lord_manual", "marginal"}
+    assert len(body["confirmed"]) == 3
+    assert {row["protocol"].split(",")[1] for row in body["confirmed"]} == {" test split: 91 non-overlapping windows of 32 tokens"}
     assert all(body["value"] <= baseline["value"] for baseline in body["baselines"].values())
     assert body["compression_ratio"] >= 0.2
     assert Path(body["export"]).is_relative_to(run)
@@ -326,6 +328,46 @@ def test_an_interrupted_search_says_how_to_go_on(places: Places, monkeypatch: py
     monkeypatch.undo()
     monkeypatch.setenv("LOWRANK_HOME", str(places.folder / "home"))
     assert _lowrank("worker", "--run", places.out, "--json").body["trials"] == 3
+
+
+def test_a_partial_choice_is_completed(places: Places):
+    ranks = places.file("ranks.json", json.dumps({QUERY: 5, "model.layers.1.mlp.down_proj": None}))
+    options = ["--ranks", ranks, "--complete", "marginal", "--compression-ratio", 0.4, "--out", places.out]
+    body = _lowrank("compress", *places.source, *options, "--json").body
+    assert body["ranks"][QUERY] == 5
+    assert body["ranks"]["model.layers.1.mlp.down_proj"] is None
+    assert 0.4 <= body["compression_ratio"] < 0.45
+    assert len([rank for rank in body["ranks"].values() if rank is not None]) > 3
+
+
+def test_a_search_over_ratios_prints_its_front(places: Places):
+    options = ["--compression-ratio", 0.2, "--most-ratio", 0.5, "--trials", 10, "--confirmed", 1, "--run", places.out]
+    outcome = _lowrank("search", *places.source, *options)
+    assert outcome.out.startswith("Pareto front, on validation text:")
+    assert f"lowrank export --run {places.out} --trial N" in outcome.out
+    refused = _lowrank("export", "--run", places.out, "--out", places.folder / "best")
+    assert refused.status == 2
+    assert "no single best trial" in refused.err
+
+
+def test_a_hand_picked_allocation_waits_for_its_worker(searched: tuple[Places, Path, dict[str, Any]], tmp_path: Path):
+    _, run, best = searched
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    ranks = tmp_path / "ranks.json"
+    ranks.write_text(json.dumps({"ranks": best["ranks"]}))
+    said = _lowrank("enqueue", "--run", copy, "--ranks", ranks).out
+    assert f"`lowrank worker --run {copy}` will measure it" in said
+    _lowrank("worker", "--run", copy, "--json")
+    mine = read_trials(open_run(copy))[-1]
+    assert (mine.label, mine.state, mine.kl) == ("manual", "complete", pytest.approx(best["kl"]))
+
+
+def test_a_search_is_extended_with_another_sampler(searched: tuple[Places, Path, dict[str, Any]], tmp_path: Path):
+    _, run, _ = searched
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    body = _lowrank("worker", "--run", copy, "--more-trials", 2, "--sampler", "tpe", "--json").body
+    assert (body["state"], body["trials"]) == ("finished", 6)
+    assert open_run(copy).config.search.sampler == "tpe"  # type: ignore[union-attr]
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -404,8 +446,8 @@ BAD_INPUT: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "missing text": (lambda p: [*_evaluate(p), "--text", f"file:{p.folder / 'none.txt'}"], "there is no file"),
     "unknown text": (lambda p: [*_evaluate(p), "--text", "gutenberg"], "is none of python-stdlib"),
     "rank above the limit": (_ranks({QUERY: 33}), r"q_proj: rank must be in \[1, 32\], got 33"),
-    "rank of zero": (_ranks({QUERY: 0}), r"rank must be in \[1, 32\], got 0"),
-    "rank that is no number": (_ranks({QUERY: "many"}), "must hold a JSON object that maps"),
+    "rank of zero": (_ranks({QUERY: 0}), r"the rank 0\. Write at least 1"),
+    "rank that is no number": (_ranks({QUERY: "many"}), 'the rank "many"\\. Write a whole number'),
     "ranks of an unknown layer": (_ranks({"brain": 3}), "'brain' is no compressible layer"),
     "ranks in a list": (_ranks([3]), "must hold a JSON object"),
     "ranks that are no JSON": (lambda p: _compress(p, "--ranks", p.file("r.json", "{")), r"r\.json"),
@@ -421,6 +463,36 @@ BAD_INPUT: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "unknown space": (lambda p: _search(p, "--compression-ratio", 0.2, "--space", "9x9"), "space must be one of 5x1"),
     "unknown sampler": (lambda p: _search(p, "--compression-ratio", 0.2, "--sampler", "x"), "sampler must be one of gp"),
     "unknown objective": (lambda p: _search(p, "--compression-ratio", 0.2, "--objective", "x"), "objective must be one of kl"),
+    "compress: nothing to complete": (
+        lambda p: _compress(p, "--compression-ratio", 0.2, "--complete", "marginal"),
+        "--complete completes a file of ranks",
+    ),
+    "search: nothing to complete": (lambda p: _search(p, "--compression-ratio", 0.2, "--complete", "uniform"), "give one with --ranks"),
+    "search: no workers": (lambda p: _search(p, "--compression-ratio", 0.2, "--workers", 0), "--workers must be at least 1"),
+    "search: a range backwards": (lambda p: _search(p, "--compression-ratio", 0.4, "--most-ratio", 0.3), "must lie above"),
+    "search: two objectives for CMA-ES": (
+        lambda p: _search(p, "--compression-ratio", 0.2, "--most-ratio", 0.3, "--sampler", "cmaes"),
+        "CMA-ES has one objective",
+    ),
+    "search: two objectives stopped early": (
+        lambda p: _search(p, "--compression-ratio", 0.2, "--most-ratio", 0.3, "--pruner", "wilcoxon"),
+        "leave the pruner out",
+    ),
+    "search: more groups than blocks": (lambda p: _search(p, "--compression-ratio", 0.2, "--space", "5x4"), "the model has 2 blocks"),
+    "search: stacks by kept fractions": (
+        lambda p: _search(p, "--compression-ratio", 0.2, "--preset", "studio", "--variables", "kept"),
+        "choose variables `errors`",
+    ),
+    "search: top-k for the paper's objective": (
+        lambda p: _search(p, "--compression-ratio", 0.2, "--objective", "bolaco", "--top-k", 8),
+        "leave top-k at 0",
+    ),
+    "search: a database that is not there": (
+        lambda p: _search(p, "--compression-ratio", 0.2, "--storage-url", "postgresql+psycopg://u:pw@127.0.0.1:9/x"),
+        r"u:\*\*\*@127.0.0.1:9/x",
+    ),
+    "worker: nothing said": (lambda p: ["worker"], "either --run DIR, or --storage-url"),
+    "worker: half a study": (lambda p: ["worker", "--study", "x"], "give --storage-url and --study together"),
     "no trials": (lambda p: [*_search(p, "--compression-ratio", 0.2), "--trials", 0], "trials must be at least 1"),
     "windows of zero": (lambda p: [*_evaluate(p), "--windows", 0], "windows must be at least 1"),
     "context beyond the model": (lambda p: [*_evaluate(p), "--context", 65], "takes 64. Lower --context"),

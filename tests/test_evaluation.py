@@ -11,7 +11,7 @@ from torch.nn import functional
 from lowrank_core.calibration import collect_statistics
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ConfigError, ModelError, NumericalError, TextError
-from lowrank_core.evaluation import DenseReference, WindowScores, _bootstrap, evaluate, score_windows
+from lowrank_core.evaluation import DenseReference, WindowScores, _bootstrap, _score_coarse, evaluate, score_windows
 from lowrank_core.generation import continue_prompt
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.recipe import decompose
@@ -101,6 +101,18 @@ def test_a_trial_s_short_way_gives_the_same_nll_and_kl_to_rounding(llama: ModelH
     assert float(same.kl.abs().max()) < 1e-6
 
 
+def test_a_trial_s_short_way_is_not_biased_by_rounding(llama: ModelHandle, smaller: ModelHandle, windows: WindowSet) -> None:
+    """Logits enter KL times Σ p - 1: what a float32 softmax misses of 1 would show in the fifth digit of a trial's value."""
+    dense = DenseReference.compute(llama, windows, batch_size=8)
+    missing = torch.cat(dense.batches).double().sum(-1) - 1
+    assert float(missing.abs().mean()) < 2e-8
+    assert dense.entropies is not None
+    with torch.no_grad():
+        logits = llama.module(windows.ids, use_cache=False).logits[:, :-1].double()
+    expected = -torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(torch.cat(dense.entropies), expected, rtol=1e-6, atol=0)
+
+
 def test_a_window_that_diverged_is_never_skipped(llama_checkpoint: str, windows: WindowSet) -> None:
     handle = load_model(ModelSource(str(llama_checkpoint)))
     handle.module.get_input_embeddings().weight.data[int(windows.ids[3, 2])] = float("nan")
@@ -123,17 +135,18 @@ def test_models_of_different_vocabularies_are_not_compared(llama: ModelHandle, w
 
 def test_a_reference_that_would_not_fit_says_what_to_lower(llama: ModelHandle, monkeypatch: pytest.MonkeyPatch, windows: WindowSet) -> None:
     monkeypatch.setattr("lowrank_core.evaluation._CACHE_LIMIT_BYTES", 1000)
-    with pytest.raises(TextError, match=r"--top-k 128.*lower --context"):
+    with pytest.raises(TextError, match=r"--top-k 128.*take fewer windows.*lower --context"):
         DenseReference.compute(llama, windows, batch_size=8)
+    for options in ({"reverse": True}, {"top_k": 4}):  # what can't be had, or is had already, is not proposed
+        with pytest.raises(TextError, match=r"compare with. Take fewer windows \(--validation-windows\), or lower"):
+            DenseReference.compute(llama, windows, batch_size=8, **options)  # type: ignore[arg-type]
 
 
-# --- cheaper trials --------------------------------------------------------------------------------------------------
-
-
-def _kl(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, top_k: int) -> np.ndarray:
-    dense = DenseReference.compute(llama, windows, batch_size=8, top_k=top_k)
-    scores, _ = score_windows(smaller, windows, batch_size=8, dense=dense)
+def _kl(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, top_k: int, batch_size: int = 8) -> np.ndarray:
+    dense = DenseReference.compute(llama, windows, batch_size=batch_size, top_k=top_k)
+    scores, _ = score_windows(smaller, windows, batch_size=batch_size, dense=dense)
     assert scores.kl is not None
+    assert scores.kl.dtype == scores.nll.dtype == torch.float64
     return scores.kl.numpy()
 
 
@@ -146,8 +159,51 @@ def test_kl_on_the_likeliest_tokens_is_a_lower_bound_that_rises_to_the_whole(
         assert (lower <= higher + 1e-7).all()
     assert (found[0] >= -1e-7).all()
     np.testing.assert_allclose(found[-1], whole, atol=1e-6)
-    np.testing.assert_allclose(_kl(smaller, llama, windows, 10 * VOCABULARY), whole, atol=1e-6)
+    np.testing.assert_array_equal(_kl(smaller, llama, windows, 10 * VOCABULARY), found[-1])
     assert found[0].mean() < 0.9 * whole.mean()
+
+
+def test_kl_on_the_likeliest_tokens_is_that_of_k_and_the_rest(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet) -> None:
+    with torch.no_grad():
+        p, q = (torch.softmax(m.module(windows.ids, use_cache=False).logits[:, :-1].double(), -1) for m in (llama, smaller))
+    kept = p.topk(5, -1).indices
+    p, q = p.gather(-1, kept), q.gather(-1, kept)
+    others, theirs = 1 - p.sum(-1), 1 - q.sum(-1)
+    by_hand = (p * (p / q).log()).sum(-1) + others * (others / theirs).log()
+    np.testing.assert_allclose(_kl(smaller, llama, windows, 5), by_hand.mean(1), rtol=1e-4, atol=1e-7)
+
+
+def test_a_rest_too_small_for_a_float_keeps_its_logarithm() -> None:
+    """The rest has e^-200 of the dense mass and e^-150 of the other's: 1 - Σ would be 0, and its logarithm no number."""
+    ids = torch.zeros(1, 2, dtype=torch.int64)
+    dense = torch.tensor([[[0.0, -200.0]]])
+    indices = torch.zeros(1, 1, 1, dtype=torch.int32)
+    scores = _score_coarse(torch.tensor([[[0.0, -150.0, -160.0]]]), ids, dense, indices)
+    assert scores.kl is not None
+    assert float(scores.kl) == pytest.approx(0, abs=1e-12)
+    swapped = _score_coarse(torch.tensor([[[-150.0, 0.0, -1.0]]]), ids, dense, indices)
+    assert swapped.kl is not None
+    assert float(swapped.kl) == pytest.approx(150 + math.log1p(math.exp(-1)))
+    assert float(swapped.nll) == float(swapped.kl)
+
+
+def test_a_model_beside_its_own_likeliest_tokens_differs_by_nothing(any_handle: ModelHandle, windows: WindowSet) -> None:
+    assert abs(_kl(any_handle, any_handle, windows, 16)).max() < 1e-6
+
+
+@pytest.mark.parametrize("top_k", [0, 16])
+def test_scores_do_not_depend_on_the_batches(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, top_k: int) -> None:
+    expected = _kl(smaller, llama, windows, top_k, 64)
+    for size in (1, 7):
+        np.testing.assert_allclose(_kl(smaller, llama, windows, top_k, size), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_reference_of_other_batches_is_refused(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet) -> None:
+    dense = DenseReference.compute(llama, windows, batch_size=8, top_k=4)
+    with pytest.raises(ConfigError, match=r"holds 40 windows, 8 in a batch; asked for were 40 in batches of 1\."):
+        score_windows(smaller, windows, batch_size=1, dense=dense)
+    with pytest.raises(ConfigError, match="asked for were 8 in batches of 8"):
+        score_windows(smaller, windows.first(8), batch_size=8, dense=dense)
 
 
 def test_the_likeliest_tokens_take_the_memory_of_so_many(llama: ModelHandle, windows: WindowSet, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,8 +218,10 @@ def test_the_likeliest_tokens_take_the_memory_of_so_many(llama: ModelHandle, win
 
 
 def test_the_reverse_divergence_takes_every_token(llama: ModelHandle, windows: WindowSet) -> None:
-    with pytest.raises(ConfigError, match="leave top-k at 0"):
+    with pytest.raises(ConfigError, match="leave top-k at 0, or choose the objective kl"):
         DenseReference.compute(llama, windows, batch_size=8, top_k=4, reverse=True)
+    with pytest.raises(ConfigError, match="at least 0, got -1"):
+        DenseReference.compute(llama, windows, batch_size=8, top_k=-1)
 
 
 @pytest.mark.parametrize("top_k", [0, 16])
@@ -177,42 +235,80 @@ def test_nll_does_not_depend_on_the_reference_nor_on_the_batches(
         np.testing.assert_allclose(scores.nll, plain.nll, rtol=1e-5)
 
 
-def test_every_batch_is_told_in_order_and_may_end_the_pass(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet) -> None:
-    dense = DenseReference.compute(llama, windows, batch_size=16)
+@pytest.mark.parametrize("top_k", [0, 16])
+def test_every_batch_is_told_in_order(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, top_k: int) -> None:
+    dense = DenseReference.compute(llama, windows, batch_size=16, top_k=top_k)
     told: list[WindowScores] = []
     scores, _ = score_windows(smaller, windows, batch_size=16, dense=dense, on_batch=told.append)
     assert [len(batch.nll) for batch in told] == [16, 16, 8]
-    assert torch.equal(torch.cat([batch.kl for batch in told if batch.kl is not None]), scores.kl)  # type: ignore[arg-type]
-
-    def refuse(_: WindowScores) -> None:
-        raise StopIteration
-
-    with pytest.raises(StopIteration):
-        score_windows(smaller, windows, batch_size=16, dense=dense, on_batch=refuse)
+    assert scores.kl is not None
+    assert torch.equal(torch.cat([batch.kl for batch in told if batch.kl is not None]), scores.kl)
+    assert torch.equal(torch.cat([batch.nll for batch in told]), scores.nll)
 
 
-def test_a_window_that_diverged_is_not_told(llama_checkpoint: str, windows: WindowSet) -> None:
-    handle = load_model(ModelSource(str(llama_checkpoint)))
-    rare = next(token for token in windows.ids[20].tolist() if not (windows.ids[:20] == token).any())
-    handle.module.get_input_embeddings().weight.data[rare] = float("nan")
-    handle.module.get_output_embeddings().weight = torch.nn.Parameter(handle.module.get_output_embeddings().weight.nan_to_num())
+def test_who_is_told_may_end_the_pass(smaller: ModelHandle, windows: WindowSet) -> None:
     told: list[WindowScores] = []
-    with pytest.raises(NumericalError, match=r"the loss of window \d+ \(of 40\)"):
-        score_windows(handle, windows, batch_size=4, on_batch=told.append)
-    assert all(torch.isfinite(batch.nll).all() for batch in told)
+
+    def stop(scores: WindowScores) -> None:
+        told.append(scores)
+        if len(told) == 2:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        score_windows(smaller, windows, batch_size=8, on_batch=stop)
+    assert len(told) == 2
+
+
+class _Poisoned(torch.nn.Module):
+    """Logits of ``module``, of which one is not finite from a given window on."""
+
+    def __init__(self, module: torch.nn.Module, window: int, value: float) -> None:
+        super().__init__()
+        self.module, self._left, self._value = module, window, value
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
+        found = self.module(input_ids=input_ids, use_cache=use_cache)
+        found.logits[max(self._left, 0) :, 2, 5] = self._value
+        self._left -= len(input_ids)
+        return found
+
+
+@pytest.mark.parametrize(("top_k", "value"), [(0, math.nan), (16, math.nan), (0, math.inf), (16, math.inf), (VOCABULARY, -math.inf)])
+def test_a_window_that_diverged_is_named_and_never_told(llama: ModelHandle, windows: WindowSet, top_k: int, value: float) -> None:
+    dense = DenseReference.compute(llama, windows, batch_size=4, top_k=top_k)
+    broken = replace(llama, module=_Poisoned(llama.module, 22, value))  # type: ignore[arg-type]
+    told: list[WindowScores] = []
+    with pytest.raises(NumericalError, match=r"the loss of window 22 \(of 40\) is not finite"):
+        score_windows(broken, windows, batch_size=4, dense=dense, on_batch=told.append)
     assert len(told) == 5
 
 
-def test_in_bfloat16_scores_are_near_and_the_model_is_left_alone(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet) -> None:
-    dense = DenseReference.compute(llama, windows, batch_size=8)
+@pytest.mark.parametrize("top_k", [0, 16])
+def test_in_bfloat16_scores_are_near_and_the_model_is_left_alone(
+    smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, top_k: int
+) -> None:
+    dense = DenseReference.compute(llama, windows, batch_size=8, top_k=top_k)
     before = {name: value.clone() for name, value in smaller.module.state_dict().items()}
     whole, _ = score_windows(smaller, windows, batch_size=8, dense=dense)
     cheap, _ = score_windows(smaller, windows, batch_size=8, dense=dense, autocast=True)
+    assert whole.kl is not None
+    assert cheap.kl is not None
     assert not torch.equal(cheap.nll, whole.nll)
-    np.testing.assert_allclose(cheap.nll, whole.nll, rtol=0.02)
+    np.testing.assert_allclose(cheap.nll, whole.nll, rtol=2**-7)
+    np.testing.assert_allclose(cheap.kl, whole.kl, rtol=0.1, atol=1e-4)
+    assert cheap.nll.dtype == cheap.kl.dtype == torch.float64
     assert all(
         torch.equal(before[name], value) and before[name].dtype == value.dtype for name, value in smaller.module.state_dict().items()
     )
+
+
+def test_bfloat16_is_for_the_model_and_not_for_the_one_beside_it(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet) -> None:
+    whole, first = score_windows(smaller, windows, dense=llama)
+    cheap, second = score_windows(smaller, windows, dense=llama, autocast=True)
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first.nll, second.nll)
+    assert not torch.equal(whole.nll, cheap.nll)
 
 
 def test_bootstrap_intervals_cover() -> None:

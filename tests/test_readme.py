@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core.catalogue import as_markdown, basis_table, preset_table
+from lowrank_core.catalogue import allocator_table, as_markdown, basis_table, preset_table
 from lowrank_core.cli import _parser
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
@@ -25,6 +25,7 @@ def test_the_command_line_takes_every_command_shown(line: str) -> None:
 
 def test_the_tables_of_methods_are_those_of_the_registries() -> None:
     assert as_markdown(basis_table()) in README
+    assert as_markdown(allocator_table()) in README
     assert as_markdown(preset_table()) in README
 
 

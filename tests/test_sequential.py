@@ -55,7 +55,7 @@ def at_once(handle: ModelHandle, statistics: LayerStatistics, config: Compressio
 
 
 def uniform(handle: ModelHandle, config: CompressionConfig, ratio: float = 0.5) -> RankAllocation:
-    return allocate("uniform", units_of(handle, config.without_alternatives), ratio)
+    return allocate("uniform", units_of(handle, replace(config, stacks=False, heads=False)), ratio)
 
 
 def hidden_states(handle: ModelHandle, windows: WindowSet) -> Tensor:

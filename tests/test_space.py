@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_core.accounting import MatrixShape, Unit, budget_for_ratio
 from lowrank_core.allocation import allocate, allocation_from_ranks, module_group
-from lowrank_core.config import CompressionConfig
+from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.errors import BudgetError, ConfigError
-from lowrank_core.search.space import BASELINES, LEAST, PUBLISHED_MARGIN, SearchSpace
+from lowrank_core.search.space import BASELINES, LEAST, PUBLISHED_MARGIN, RATIO, SPREAD, SearchSpace
 from lowrank_core.units import plan_units, value_layers
 
 KINDS = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64), "gate_proj": (160, 64), "up_proj": (160, 64)}
@@ -41,13 +44,17 @@ def test_the_bounds_are_the_paper_s():
     assert {(d.low, d.high) for d in distributions.values()} == {(0.2, 1.0)}  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("name", BASELINES)
+RULES = ("uniform", "lord_manual")
+"""Baselines that are points of a space of kept fractions."""
+
+
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("units", [LLAMA, PIVOTED, STACKED], ids=["factored", "pivoted", "stacked"])
 def test_a_baseline_s_point_gives_the_baseline_s_ranks(name: str, keep: bool, units: tuple[Unit, ...]):
     kept = VALUES if keep else ()
     space = SearchSpace(units, 0.3, kept)
-    point = space.baseline(name)
+    point = space.point_of(name, space.compression_ratio)
     assert set(point) == set(space.groups)
     assert space.allocation(point).ranks == allocate(name, units, 0.3, keep_dense=kept).ranks
 
@@ -129,11 +136,11 @@ def test_the_bounds_of_feasibility_are_the_ratio_and_a_tenth_more():
         assert (max(found.values()) <= 0) == (0.3 <= uniform.compression_ratio <= 0.4)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", RULES)
 @pytest.mark.parametrize("ratio", [0.2, 0.4])
 def test_a_published_baseline_is_feasible_up_to_rounding_and_within_the_bounds(name: str, ratio: float):
     space = SearchSpace(LLAMA, ratio, VALUES, projected=False)
-    point = space.baseline(name)
+    point = space.point_of(name, space.compression_ratio)
     assert set(point) == set(space.groups)
     assert all(LEAST <= value <= 1 for value in point.values())
     found = space.allocation(point)
@@ -143,11 +150,162 @@ def test_a_published_baseline_is_feasible_up_to_rounding_and_within_the_bounds(n
         assert point["qk"] / point["o"] == pytest.approx(0.7 / 0.8)
 
 
-@pytest.mark.parametrize("name", BASELINES)
+@pytest.mark.parametrize("name", RULES)
 def test_a_published_baseline_stays_within_the_bounds_of_its_variables(name: str):
     """At a ratio where its kept fractions would fall below the least that may be sampled."""
     space = SearchSpace(LLAMA, 0.85, projected=False)
-    assert min(space.baseline(name).values()) == LEAST
+    assert min(space.point_of(name, 0.85).values()) == LEAST
+
+
+# --- weights of errors -----------------------------------------------------------------------------------------------
+
+ALTERNATIVES = plan_units(SHAPES, CompressionConfig(basis="two_sided", storage="pivoted", stacks=True, value_dense=False))
+
+
+def curves_of(units: tuple[Unit, ...], seed: int = 0) -> dict[str, np.ndarray]:
+    """Convex curves down to 0 at full rank, of different heights."""
+    generator = np.random.default_rng(seed)
+    found = {}
+    for unit in units:
+        energies = np.sort(generator.exponential(size=unit.max_rank) * generator.uniform(0.1, 10))[::-1]
+        found[unit.name] = np.append(energies[::-1].cumsum()[::-1], 0.0)
+    return found
+
+
+def weighted(units: tuple[Unit, ...], ratio: float = 0.3, **changes: object) -> SearchSpace:
+    return SearchSpace(units, ratio, variables="errors", curves=curves_of(units), **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("units", [LLAMA, ALTERNATIVES], ids=["single", "with stacks"])
+@pytest.mark.parametrize("ratio", [0.2, 0.5])
+def test_at_weights_of_one_a_point_is_marginals_own(units: tuple[Unit, ...], ratio: float):
+    space = weighted(units, ratio)
+    point = space.point_of("marginal", ratio)
+    assert set(point) == set(space.distributions())
+    assert set(point.values()) == {1.0}
+    assert space.allocation(point).ranks == allocate("marginal", units, ratio, curves=space.curves).ranks
+
+
+def test_the_largest_group_has_no_variable():
+    assert set(weighted(LLAMA).groups) - set(weighted(LLAMA).distributions()) == {"gate"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([LLAMA, ALTERNATIVES]), st.floats(0.1, 0.7), st.lists(st.floats(1 / SPREAD, SPREAD), min_size=5, max_size=5))
+def test_every_point_of_weights_spends_the_budget(units: tuple[Unit, ...], ratio: float, values: list[float]):
+    space = weighted(units, ratio)
+    found = space.allocation(dict(zip(space.distributions(), values, strict=True)))
+    budget = budget_for_ratio(units, ratio)
+    assert budget - max(unit.parameters(1) for unit in units) < found.parameters <= budget
+
+
+def test_a_heavier_group_keeps_more():
+    space = weighted(LLAMA, 0.4)
+    ones = space.point_of("marginal", 0.4)
+
+    def kept(point: dict[str, float]) -> int:
+        ranks = space.allocation(point).ranks
+        return sum(unit.parameters(ranks[unit.name]) for unit in LLAMA if unit.kind == "down_proj")
+
+    assert kept({**ones, "down": 1 / SPREAD}) < kept(ones) < kept({**ones, "down": SPREAD})
+
+
+def test_the_weight_of_a_stack_lies_between_those_of_its_members():
+    space = weighted(ALTERNATIVES)
+    weights = dict(space._weights({**space.point_of("marginal", 0.3), "qk": 16.0}))
+    q, k, v = (f"layers.0.{kind}" for kind in ("q_proj", "k_proj", "v_proj"))
+    assert (weights[q], weights[k], weights[v]) == pytest.approx((16, 16, 1))
+    assert weights[f"{q}+{k}+{v}"] == pytest.approx(8)  # three quarters of its parameters: 16^¾
+
+
+# --- groups of blocks ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, ("qk",)), (2, ("qk 0-1", "qk 2-2")), (3, ("qk 0-0", "qk 1-1", "qk 2-2"))])
+def test_blocks_are_grouped_in_their_order(count: int, expected: tuple[str, ...]):
+    space = SearchSpace(LLAMA, 0.3, VALUES, depth_groups=count)
+    assert tuple(group for group in space.groups if group.startswith("qk")) == expected
+    assert len(space.groups) == 5 * count
+
+
+@pytest.mark.parametrize("variables", ["kept", "errors"])
+@pytest.mark.parametrize("depth_groups", [1, 3, None])
+def test_every_group_moves_its_own_matrices_alone(variables: str, depth_groups: int | None):
+    space = SearchSpace(LLAMA, 0.3, VALUES, variables=variables, depth_groups=depth_groups, curves=curves_of(LLAMA))
+    point = space.point_of("marginal" if variables == "errors" else "uniform", 0.3)
+    covered = [space.group_of(unit) for unit in LLAMA if unit.name not in VALUES]
+    assert set(covered) == set(space.groups)
+    if depth_groups is None:
+        assert set(space.groups) == {unit.name for unit in LLAMA} - set(VALUES)
+    group = next(iter(point))
+    before, after = space.allocation(point).ranks, space.allocation({**point, group: point[group] / 3}).ranks
+    lost = {unit.name: (_size(before, unit) - _size(after, unit)) / unit.parameters(1) for unit in LLAMA}
+    own = {unit.name for unit in LLAMA if space.group_of(unit) == group}
+    assert max(lost, key=lost.__getitem__) in own  # others may lose a little: the remainder goes elsewhere
+
+
+def _size(ranks: Mapping[str, int | None], unit: Unit) -> int:
+    return unit.parameters(ranks[unit.name])
+
+
+def test_more_groups_than_blocks_are_told():
+    with pytest.raises(ConfigError, match="the model has 3 blocks"):
+        SearchSpace.of(LLAMA, SearchConfig(space="types x 4"), VALUES, None)
+
+
+def test_more_variables_than_a_gaussian_process_takes_are_told():
+    deep = tuple(Unit((replace(shape, name=f"{n}.{shape.name}"),)) for n in range(2) for shape in SHAPES)
+    with pytest.raises(ConfigError, match=r"has 42 variables here, and a Gaussian process works up to 30\. Choose the sampler tpe"):
+        SearchSpace.of(deep, SearchConfig(space="per-layer"), (), None)
+    assert len(SearchSpace.of(deep, SearchConfig(space="per-layer", sampler="tpe"), (), None).groups) == 42
+
+
+# --- a range of ratios -----------------------------------------------------------------------------------------------
+
+
+def test_the_ratio_is_a_variable_of_a_search_over_ratios():
+    space = weighted(LLAMA, 0.2, most_ratio=0.6)
+    bounds = space.distributions()[RATIO]
+    assert (bounds.low, bounds.high) == (0.2, 0.6)
+    for ratio in (0.2, 0.4, 0.6):
+        found = space.allocation({**space.point_of("marginal", ratio), RATIO: ratio})
+        assert found.ranks == allocate("marginal", LLAMA, ratio, curves=space.curves).ranks
+
+
+@pytest.mark.parametrize("variables", ["kept", "errors"])
+def test_baselines_span_the_range(variables: str):
+    space = SearchSpace(LLAMA, 0.2, variables=variables, most_ratio=0.6, curves=curves_of(LLAMA))
+    own = "marginal" if variables == "errors" else "uniform"
+    found = [baseline for baseline in space.baselines() if baseline.label == own]
+    assert [round(baseline.compression_ratio, 6) for baseline in found] == [0.2, 0.3, 0.4, 0.5, 0.6]
+    assert all(baseline.point[RATIO] == baseline.compression_ratio and baseline.ranks is None for baseline in found)
+
+
+# --- baselines -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variables", ["kept", "errors"])
+@pytest.mark.parametrize("units", [LLAMA, ALTERNATIVES], ids=["single", "with stacks"])
+def test_each_baseline_is_what_its_allocator_does(variables: str, units: tuple[Unit, ...]):
+    if variables == "kept" and units is ALTERNATIVES:
+        pytest.skip("kept fractions can't choose between alternatives")
+    space = SearchSpace(units, 0.3, variables=variables, curves=curves_of(units))
+    found = {baseline.label: baseline for baseline in space.baselines()}
+    assert tuple(found) == BASELINES
+    for name, baseline in found.items():
+        rest = units if name == "marginal" else tuple(unit for unit in units if len(unit.members) == 1)
+        expected = allocate(name, rest, 0.3, curves=space.curves)
+        measured = space.allocation(baseline.point) if baseline.ranks is None else allocation_from_ranks(name, units, baseline.ranks)
+        assert (measured.ranks, measured.parameters) == (expected.ranks, expected.parameters)
+
+
+def test_without_errors_there_is_no_marginal_baseline():
+    assert [baseline.label for baseline in SearchSpace(LLAMA, 0.3).baselines()] == list(RULES)
+
+
+def test_as_published_the_baselines_are_the_papers():
+    space = SearchSpace(LLAMA, 0.3, VALUES, projected=False, curves=curves_of(LLAMA))
+    assert [baseline.label for baseline in space.baselines()] == list(RULES)
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -162,4 +320,4 @@ def test_nothing_to_search_over_is_told():
 def test_a_ratio_out_of_reach_is_told():
     space = SearchSpace(LLAMA, 0.99, VALUES)
     with pytest.raises(BudgetError, match="can't be met"):
-        space.allocation(space.baseline("uniform"))
+        space.allocation(space.point_of("uniform", 0.99))

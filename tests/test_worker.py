@@ -13,12 +13,13 @@ import psutil
 import pytest
 
 from lowrank_core import jobs
-from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
-from lowrank_core.errors import BudgetError, Cancelled, ModelError, RunError
+from lowrank_core.config import SAMPLERS, VARIABLES, CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError, RunError
 from lowrank_core.models import load_model
 from lowrank_core.runs import Run, create_run
-from lowrank_core.search.records import TrialRecord, best_trial, read_trials
+from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
+from lowrank_core.search.requests import complete_trial
 from lowrank_core.search.space import BASELINES
 from lowrank_core.search.study import open_study
 from lowrank_core.search.worker import run_worker
@@ -88,7 +89,8 @@ def test_a_search_is_stopped_asked_and_resumed(config: RunConfig, started: Calla
     assert run.status().state == "queued"
     _until(run, lambda: len(_complete(run)) >= 3, "complete three trials")
     status = run.status()
-    assert (status.state, status.stage, status.total) == ("running", "Searching", 24)
+    assert (status.state, status.total) == ("running", 24)
+    assert status.stage in ("Searching (random start)", "Searching (Gaussian process)")
     assert status.pid is not None
     assert psutil.Process(status.pid).create_time() == status.pid_started
     assert {"Loading the model", "Reading the text", "Calibrating"} <= set(status.timings or {})
@@ -155,7 +157,7 @@ def test_a_killed_worker_loses_one_trial(config: RunConfig, started: Callable[[R
     assert [trial for trial in trials if trial.number in {t.number for t in before}] == before
     assert len(_complete(run)) == 16
     assert [trial.state for trial in trials if trial.state != "complete"] == ["failed"]
-    assert [sum(trial.label == name for trial in _complete(run)) for name in BASELINES] == [1, 1]
+    assert [sum(trial.label == name for trial in _complete(run)) for name in BASELINES] == [1, 1, 1]
     assert len({trial.number for trial in trials}) == len(trials)
 
 
@@ -195,21 +197,23 @@ def test_the_same_seed_gives_the_same_trials(config: RunConfig):
     _, first = _searched(_search(config, trials=8))
     _, second = _searched(_search(config, trials=8))
     assert _figures(first) == _figures(second)  # bit for bit
-    assert len({tuple(trial.params.values()) for trial in first}) == 8
+    assert len({tuple(trial.ranks.values()) for trial in first}) == 8
 
 
 def test_another_seed_gives_other_trials(config: RunConfig):
-    _, first = _searched(_search(config, trials=4))
-    _, second = _searched(_search(config, trials=4, seed=1))
-    assert _figures(first)[:2] == _figures(second)[:2]  # the baselines do not depend on it
-    assert _figures(first)[2:] != _figures(second)[2:]
+    _, first = _searched(_search(config, trials=5))
+    _, second = _searched(_search(config, trials=5, seed=1))
+    assert _figures(first)[:3] == _figures(second)[:3]  # the baselines do not depend on it
+    assert _figures(first)[3:] != _figures(second)[3:]
 
 
 @pytest.mark.parametrize("objective", ["kl", "perplexity", "bolaco"])
-@pytest.mark.parametrize("sampler", ["gp", "random"])
-def test_every_objective_and_sampler_searches_within_the_budget(config: RunConfig, objective: str, sampler: str):
-    _, trials = _searched(_search(config, trials=3, startup_trials=1, objective=objective, sampler=sampler))
-    assert [trial.label for trial in trials] == ["uniform", "lord_manual", "sampled"]
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("variables", VARIABLES)
+def test_every_objective_sampler_and_variable_searches_within_the_budget(config: RunConfig, objective: str, sampler: str, variables: str):
+    _, trials = _searched(_search(config, trials=5, startup_trials=1, objective=objective, sampler=sampler, variables=variables))
+    assert [trial.label for trial in trials] == [*BASELINES, "sampled", "sampled"]
+    assert len({tuple(trial.params.values()) for trial in trials[3:]}) == 2
     assert all(trial.compression_ratio is not None and trial.compression_ratio >= 0.3 for trial in trials)
     best = best_trial(trials)
     assert best is not None
@@ -283,22 +287,21 @@ def test_a_baseline_lost_in_flight_is_measured_once_more(config: RunConfig):
     _, bench = run_worker(run, verbose=False)
     assert bench is not None
     study = open_study(run, config.search, bench.space)
-    lost = study.ask(bench.space.distributions())  # and its worker dies
+    lost = study.ask(dict(bench.space.distributions()))  # and its worker dies
     assert lost.user_attrs["label"] == "lord_manual"
     for _ in range(2):  # opening twice enqueues once
         open_study(run, config.search, bench.space)
     states = [(trial.label, trial.state) for trial in read_trials(run)]
-    assert states == [("uniform", "complete"), ("lord_manual", "failed"), ("lord_manual", "waiting")]
+    waiting = [("marginal", "waiting"), ("lord_manual", "waiting")]
+    assert states == [("uniform", "complete"), ("lord_manual", "failed"), *waiting]
 
 
 def test_what_a_kill_leaves_in_the_journal_is_cleared(config: RunConfig):
     run, before = _searched(_search(config, trials=3))
-    Path(f"{run.journal}.lock").symlink_to(run.journal)
+    Path(f"{run.journal}.lock").symlink_to(run.journal)  # Optuna's
     whole = run.journal.read_bytes()
     run.journal.write_bytes(whole + b'{"op_code": 8, "wor')
-    record = run.record
-    record["config"]["search"]["trials"] = 5
-    (run.path / "run.json").write_text(json.dumps(record))
+    run.change_search(trials=5)
     began = time.monotonic()
     run_worker(run, verbose=False)
     assert time.monotonic() - began < 25  # Optuna would wait 30 s for the lock
@@ -334,3 +337,123 @@ def test_values_can_be_compressed_too(config: RunConfig):
     _, trials = _searched(_search(config, trials=1, compression=CompressionConfig(value_dense=False)))
     assert any(rank is not None for name, rank in trials[0].ranks.items() if name.endswith("v_proj"))
     assert "v" in trials[0].params
+
+
+# --- the sampler's part ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_that_was_stopped_goes_on_as_if_it_had_not_been(config: RunConfig, sampler: str):
+    """Bit for bit: what is proposed depends on the seed, the trial's number and the trials before."""
+    _, whole = _searched(_search(config, trials=10, startup_trials=4, sampler=sampler))
+    run, _ = _searched(_search(config, trials=6, startup_trials=4, sampler=sampler))
+    run.change_search(trials=10)
+    run_worker(run, verbose=False)
+    assert _figures(read_trials(run)) == _figures(whole)
+
+
+def test_the_sampler_can_be_changed_in_between(config: RunConfig):
+    run, before = _searched(_search(config, trials=6))
+    run.change_search(trials=9, sampler="tpe")
+    run_worker(run, verbose=False)
+    after = read_trials(run)
+    assert after[:6] == before
+    assert len(_complete(run)) == 9
+    _, other = _searched(_search(config, trials=9))
+    assert _figures(after)[6:] != _figures(other)[6:]
+
+
+def test_hand_picked_allocations_are_measured_and_hidden_from_the_sampler(config: RunConfig):
+    _, alone = _searched(_search(config, trials=8))
+    run = create_run(_search(config, trials=8))
+    ranks = {name: 5 for name in alone[0].ranks if alone[0].ranks[name] is not None}
+    request = jobs.ask(run, "measure", launch=False, ranks=ranks)
+    run_worker(run, verbose=False)
+    trials = read_trials(run)
+    answer = jobs.result_of(run, request)
+    assert answer is not None
+    assert answer["ok"]
+    mine = [trial for trial in trials if trial.label == MANUAL]
+    assert [(trial.state, {n: r for n, r in trial.ranks.items() if r is not None}) for trial in mine] == [("complete", ranks)]
+    assert [trial.label for trial in trials if trial.label != "sampled"] == [*BASELINES, MANUAL]
+    assert len(trials) == 9  # it comes on top
+    assert {trial.label for trial in trials if trial.params} == {"uniform", "lord_manual", "sampled"}
+
+
+def test_a_hand_picked_allocation_over_the_budget_is_measured_and_never_the_best(config: RunConfig):
+    run, _ = _searched(_search(config, trials=3))
+    jobs.ask(run, "measure", launch=False, ranks={})  # everything dense
+    run_worker(run, verbose=False)
+    mine = read_trials(run)[-1]
+    assert (mine.label, mine.state, mine.compression_ratio) == (MANUAL, "infeasible", 0)
+    assert mine.kl == pytest.approx(0, abs=1e-6)
+    best = best_trial(read_trials(run))
+    assert best is not None
+    assert best.number < 3
+
+
+def test_a_partial_choice_is_completed_within_the_budget(config: RunConfig):
+    run, trials = _searched(_search(config, trials=3))
+    name = next(iter(trials[0].ranks))
+    request = jobs.ask(run, "measure", launch=False, ranks={name: 3}, complete="uniform")
+    bad = jobs.ask(run, "measure", launch=False, ranks={"nowhere": 3}, complete="uniform")
+    worse = jobs.ask(run, "measure", launch=False, ranks={name: 2.5})
+    run_worker(run, verbose=False)
+    answers = [jobs.result_of(run, asked) for asked in (request, bad, worse)]
+    assert [answer["ok"] for answer in answers] == [True, False, False]  # type: ignore[index]
+    assert "nowhere" in str(answers[1])
+    assert "whole ranks" in str(answers[2])
+    mine = read_trials(run)[-1]
+    assert mine.ranks[name] == 3
+    assert mine.state == "complete"
+    assert mine.compression_ratio == pytest.approx(0.3, abs=0.02)
+
+
+def test_the_best_trials_are_measured_on_test_text_once(config: RunConfig):
+    run, _ = _searched(_search(config, trials=6, confirmed=2))
+    best = sorted(_complete(run), key=lambda trial: trial.value or 0.0)
+
+    def confirmed() -> list[object]:
+        return [json.loads(path.read_text()) for path in sorted((run.path / "results").iterdir())]
+
+    first = confirmed()
+    assert [answer["trial"] for answer in first] == [trial.number for trial in best[:2]]  # type: ignore[index,call-overload]
+    assert {answer["report"]["split"] for answer in first} == {"test"}  # type: ignore[index,call-overload]
+    run_worker(run, verbose=False)
+    assert confirmed() == first
+
+
+def test_a_search_over_ratios_has_a_front(config: RunConfig):
+    run, trials = _searched(_search(config, trials=14, most_ratio=0.6, variables="errors", startup_trials=3, confirmed=2))
+    front = pareto_front(trials)
+    assert len(front) >= 3
+    ratios, values = [t.compression_ratio for t in front], [t.value for t in front]
+    assert ratios == sorted(set(ratios))  # type: ignore[type-var]
+    assert values == sorted(set(values))  # type: ignore[type-var]
+    for trial in trials:
+        assert any(f.value <= trial.value and f.compression_ratio >= trial.compression_ratio for f in front)  # type: ignore[operator]
+    assert all(0.2 < trial.compression_ratio < 0.62 for trial in trials)  # type: ignore[operator]
+    assert len(list((run.path / "results").iterdir())) == 2
+    with pytest.raises(ConfigError, match=r"no single best trial\. Choose one of its Pareto front"):
+        complete_trial(run, None)
+
+
+def test_windows_are_reported_and_bad_trials_stopped(config: RunConfig):
+    text = replace(config.text, validation_windows=24)
+    calibration = replace(config.calibration, batch_size=6)
+    _, trials = _searched(
+        _search(replace(config, text=text, calibration=calibration), trials=16, pruner="wilcoxon", sampler="random", seed=3)
+    )
+    complete, pruned = ([t for t in trials if t.state == state] for state in ("complete", "pruned"))
+    assert len(complete) + len(pruned) == 16
+    assert pruned
+    for trial in complete:
+        assert list(trial.windows) == list(range(24))
+        assert trial.kl == pytest.approx(sum(trial.windows.values()) / 24)
+    best = best_trial(trials)
+    assert best is not None
+    for trial in pruned:
+        assert 6 <= len(trial.windows) < 24
+        assert trial.value is None
+        assert sum(trial.windows.values()) > sum(best.windows[w] for w in trial.windows)
+    assert {trial.state for trial in trials[:3]} == {"complete"}  # baselines are measured whole

@@ -45,7 +45,9 @@ def allocation_table(source: ModelSource, text: TextConfig, ratios: Sequence[flo
     with tempfile.TemporaryDirectory() as folder:
         for ratio in ratios:
             for seed in range(seeds):
-                config = RunConfig(source, replace(text, seed=seed), search=SearchConfig(compression_ratio=ratio, trials=trials, seed=seed))
+                config = RunConfig(
+                    source, replace(text, seed=seed), search=SearchConfig(compression_ratio=ratio, trials=trials, seed=seed, confirmed=0)
+                )
                 run = create_run(config, path=Path(folder) / f"{ratio}-{seed}")
                 session, bench = run_worker(run)
                 assert bench is not None

@@ -135,7 +135,7 @@ def quality_table(
 
 def _searched(table: _Table, source: ModelSource, text: TextConfig, ratio: float) -> QualityRow:
     preset = PRESETS["bolaco"]
-    config = search_by(preset, ratio)
+    config = replace(search_by(preset, ratio), confirmed=0)
     row = QualityRow("bolaco search", f"Bolaco, its search ({config.trials} trials)", preset.reference, ratio)
     began = time.perf_counter()
     try:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 import optuna
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.exceptions import StorageInternalError
+from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run
+from lowrank_core.search.storage import open_database, open_journal
 
-__all__ = ["TrialRecord", "best_trial", "open_storage", "read_trials"]
+__all__ = ["MANUAL", "TrialRecord", "best_trial", "pareto_front", "read_trials", "records_of"]
 
-optuna.logging.set_verbosity(optuna.logging.WARNING)
+MANUAL = "manual"
+"""Label of a hand-picked allocation."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +31,16 @@ class TrialRecord:
     Attributes:
         number: from 0, in the order of asking.
         state: ``complete``, ``infeasible`` (measured, and outside the budget of a published search), ``running``, ``failed``,
-            ``pruned`` or ``waiting``.
-        label: ``uniform``, ``lord_manual``… for an enqueued baseline, else ``sampled``.
+            ``pruned`` (stopped early: its windows were worse than the best trial's) or ``waiting``.
+        label: ``uniform``, ``lord_manual``… for an enqueued baseline, ``manual`` for a hand-picked allocation, else ``sampled``.
         value: the objective on search-validation text; None unless complete or infeasible.
-        params: variable of the space -> multiplier, as sampled.
+        params: variable of the space -> its value; empty where the ranks were given.
         ranks: unit -> rank, or None for dense; empty until the trial began.
         compression_ratio, kl, perplexity, tokens, seconds: as measured in the trial; None until then.
+        windows: window -> its loss, as far as it was measured: KL, or NLL where the objective is another.
+        started: seconds since the epoch; None while it waits.
+        worker: ``host:pid`` that measured it, or empty.
+        error: why it failed, or empty.
     """
 
     number: int
@@ -47,6 +54,10 @@ class TrialRecord:
     perplexity: float | None
     tokens: int | None
     seconds: float | None
+    windows: Mapping[int, float] = field(default_factory=dict)
+    started: float | None = None
+    worker: str = ""
+    error: str = ""
 
     @property
     def finished(self) -> bool:
@@ -70,7 +81,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         number=trial.number,
         state="infeasible" if complete and any(excess > 0 for excess in trial.constraints.values()) else _STATES[trial.state],
         label=attributes.get("label", "sampled"),
-        value=trial.value if complete else None,
+        value=trial.values[-1] if complete else None,
         params=dict(trial.params),
         ranks=json.loads(attributes.get("ranks", "{}")),
         compression_ratio=attributes.get("compression_ratio"),
@@ -78,41 +89,69 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         perplexity=attributes.get("perplexity"),
         tokens=attributes.get("tokens"),
         seconds=attributes.get("seconds"),
+        windows=dict(trial.intermediate_values),
+        started=trial.datetime_start.timestamp() if trial.datetime_start else None,
+        worker=attributes.get("worker", "").rsplit(":", 1)[0],
+        error=attributes.get("error", ""),
     )
 
 
-def open_storage(journal: Path) -> JournalStorage:
-    """Return the storage on the file ``journal``, made if it does not exist."""
-    return JournalStorage(JournalFileBackend(str(journal)))
-
-
 @lru_cache(maxsize=16)
-def _reader(journal: Path, inode: int) -> JournalStorage:
+def _reader(journal: Path, inode: int) -> BaseStorage:
     # Kept between ticks: the storage reads only what was appended since. The inode tells a new file at an old path.
-    return open_storage(journal)
+    return open_journal(journal)
+
+
+def _storage(run: Run) -> BaseStorage | None:
+    url = run.storage_url
+    if url is not None:
+        return open_database(url)
+    try:
+        return _reader(run.journal, run.journal.stat().st_ino)
+    except FileNotFoundError:
+        return None
 
 
 def read_trials(run: Run) -> list[TrialRecord]:
     """Return the trials of ``run`` by number; none if its search has not begun. Never writes.
 
     Raises:
-        RunError: the journal is damaged.
+        RunError: the journal is damaged, or the database has gone.
+        ConfigError: the database that holds the study can't be reached.
     """
-    try:
-        inode = run.journal.stat().st_ino
-    except FileNotFoundError:
+    storage = _storage(run)
+    if storage is None:
         return []
     try:
-        storage = _reader(run.journal, inode)
         study_id = storage.get_study_id_from_name(run.study_name)
         return [_record(trial) for trial in storage.get_all_trials(study_id, deepcopy=False)]
     except KeyError:
         return []
     except ValueError as error:
         raise RunError(f"{run.journal} is damaged: {error}. Start a new search.") from error
+    except (StorageInternalError, SQLAlchemyError) as error:
+        raise RunError(f"the database of this run's study does not answer: {str(error).splitlines()[0]}. Is the server up?") from error
+
+
+def records_of(study: optuna.Study) -> list[TrialRecord]:
+    """Return the trials of ``study`` by number."""
+    return [_record(trial) for trial in study.get_trials(deepcopy=False)]
 
 
 def best_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:
     """Return the complete trial of least value (the earliest of equals), or None."""
     complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
     return min(complete, key=lambda trial: (trial.value, trial.number), default=None)
+
+
+def pareto_front(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+    """Return the complete trials that no other beats: none removes as much at less loss, nor more at the same. By ratio removed.
+
+    The earliest of equals.
+    """
+    complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None and trial.compression_ratio is not None]
+    front: list[TrialRecord] = []
+    for trial in sorted(complete, key=lambda t: (-(t.compression_ratio or 0.0), t.value or 0.0, t.number)):
+        if not front or (trial.value or 0.0) < (front[-1].value or 0.0):
+            front.append(trial)
+    return front[::-1]

@@ -20,10 +20,14 @@ _HEARTBEAT_SECONDS = 2.0
 
 
 class Reporter:
-    """Writes status.json for one worker, from its work and from a heartbeat thread."""
+    """Writes the status of one worker, from its work and from a heartbeat thread.
 
-    def __init__(self, run: Run, *, verbose: bool = True) -> None:
+    The one that ``leads`` writes the run's status; another a file of its own among the run's workers, gone when it ends.
+    """
+
+    def __init__(self, run: Run, *, verbose: bool = True, leads: bool = True) -> None:
         self._run = run
+        self._own = None if leads else run.workers_folder / f"{os.getpid()}.json"
         self._verbose = verbose
         self._lock = threading.Lock()
         self._done = threading.Event()
@@ -42,7 +46,7 @@ class Reporter:
 
     def _write(self) -> None:
         with self._lock:
-            self._run.write_status(replace(self._status, timings=dict(self._timings)))
+            self._run.write_status(replace(self._status, timings=dict(self._timings)), self._own)
             self._written = time.monotonic()
 
     def say(self, **changes: object) -> None:
@@ -93,5 +97,8 @@ class Reporter:
         """Write the last word."""
         self._done.set()
         self._thread.join()
+        if self._own is not None:
+            self._own.unlink(missing_ok=True)
+            return
         self.say(state=state, stage="", done=0, total=0, eta_seconds=None, message=message)
         self._run.add_event(state, message=message)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
 from lowrank_core.analysis import spectra_of
 from lowrank_core.bases import basis_named
-from lowrank_core.calibration import LayerStatistics, cached_statistics
+from lowrank_core.calibration import LayerStatistics, cached_statistics, statistics_key
 from lowrank_core.config import SearchConfig
-from lowrank_core.decomposition import units_of
+from lowrank_core.decomposition import error_curves, units_of
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, describe, load_model
+from lowrank_core.models.attention import head_units
 from lowrank_core.recipe import decompose
 from lowrank_core.runs import Run, home, write_json
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.space import SearchSpace
 from lowrank_core.search.study import TrialBench
+from lowrank_core.slopes import measured_slopes
 from lowrank_core.spectra import load_spectra, save_spectra
 from lowrank_core.text import TokenWindows, load_text
-from lowrank_core.units import value_layers
+from lowrank_core.units import check_reachable, value_layers
 
-__all__ = ["Session", "prepare", "search_bench"]
+__all__ = ["Session", "fingerprint", "prepare", "search_bench"]
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Session:
     statistics: LayerStatistics
 
 
-def prepare(run: Run, reporter: Reporter) -> Session:
-    """Load model and text, calibrate, compute spectra; each writes its part of the run directory when it is done.
+def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
+    """Load model and text, calibrate, compute spectra; for who ``leads``, each writes its part of the run directory when it is done.
 
     Raises:
         LowRankError: bad input, or a numerical failure.
@@ -43,22 +46,30 @@ def prepare(run: Run, reporter: Reporter) -> Session:
     config = run.config
     with reporter.stage("Loading the model"):
         handle = load_model(config.model)
-        write_json(run.path / "model.json", describe(handle))
     with reporter.stage("Reading the text"):
         handle.check_context(config.text.context)
         windows = load_text(config.text, handle.tokenizer)
-        write_json(run.path / "text.json", windows.describe(config.text.seed))
+        if leads:
+            write_json(run.path / "model.json", {**describe(handle), "heads": [unit.describe() for unit in head_units(handle)]})
+            write_json(run.path / "text.json", windows.describe(config.text.seed))
     with reporter.stage("Calibrating", windows.calibration.windows) as progress:
         store = home() / "statistics"
         statistics, cached = cached_statistics(handle, windows.calibration, config.calibration, store, progress=progress)
-    spectra_path = run.path / "spectra.npz"
-    if not spectra_path.exists():
-        with reporter.stage("Computing spectra", len(handle.layers)) as progress:
-            save_spectra(spectra_path, spectra_of(handle, statistics, progress=progress))
-    figures = statistics.describe(load_spectra(spectra_path), handle.layers)
-    write_json(run.path / "calibration.json", {**figures, "windows": windows.calibration.windows, "cached": cached})
+    session = Session(handle, windows, statistics)
+    if leads:
+        _describe(run, session, reporter, cached)
     reporter.say(warnings=statistics.warnings())
-    return Session(handle, windows, statistics)
+    return session
+
+
+def _describe(run: Run, session: Session, reporter: Reporter, cached: bool) -> None:
+    """Write spectra and the figures of the calibration."""
+    path, handle = run.path / "spectra.npz", session.handle
+    if not path.exists():
+        with reporter.stage("Computing spectra", len(handle.layers)) as progress:
+            save_spectra(path, spectra_of(handle, session.statistics, progress=progress))
+    figures = session.statistics.describe(load_spectra(path), handle.layers)
+    write_json(run.path / "calibration.json", {**figures, "windows": session.windows.calibration.windows, "cached": cached})
 
 
 def search_bench(session: Session, config: SearchConfig, batch_size: int, reporter: Reporter) -> TrialBench:
@@ -67,12 +78,12 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
     Raises:
         LowRankError: the ratio can't be met, or a numerical failure.
     """
-    handle = session.handle
-    compression = config.compression.without_alternatives
+    handle, compression = session.handle, config.compression
     units = units_of(handle, compression)
     dense = value_layers(handle.shapes) if compression.value_dense else ()
-    space = SearchSpace(units, config.compression_ratio, dense, config.projected, compression.rank_multiple)
-    space.allocation(space.baseline("uniform"))  # an unreachable ratio is told before minutes of work
+    SearchSpace.of(units, config, dense, None)  # what can't be searched, like an unreachable ratio, is told before minutes of work
+    for ratio in filter(None, (config.compression_ratio, config.most_ratio)):
+        check_reachable(units, ratio, compression)
     statistics = session.statistics
     if basis_named(compression.basis).needs_gradients:
         calibration = session.windows.calibration
@@ -81,9 +92,30 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
             statistics = statistics.with_outputs(cached_gradients(handle, calibration, statistics.config, store, progress=progress))
     with reporter.stage("Factorising", len(units)) as progress:
         decomposed = decompose(handle, statistics, compression, progress=progress)
-    reporter.say(warnings=(*statistics.warnings(), *decomposed.warnings("")))
+    allocator = "marginal" if config.variables == "errors" else ""
+    reporter.say(warnings=(*statistics.warnings(), *decomposed.warnings(allocator, weighted=config.slopes)))
     windows = session.windows.validation
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
         reverse = config.objective == "bolaco"
-        reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, progress=progress)
+        reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
+    curves = error_curves(decomposed.bases)
+    if config.slopes:
+        with reporter.stage("Measuring slopes", len(units)) as progress:
+            ratio = config.compression_ratio
+            slopes = measured_slopes(decomposed, windows, reference, compression_ratio=ratio, batch_size=batch_size, progress=progress)
+        curves = {name: curve * slopes.get(name, 1.0) for name, curve in curves.items()}
+    space = SearchSpace.of(units, config, dense, curves)
     return TrialBench(decomposed, windows, reference, space, batch_size)
+
+
+def fingerprint(session: Session, bench: TrialBench) -> dict[str, object]:
+    """Return what two workers must share for their trials to be of one study: hashes, and the energy that the bases trade."""
+    calibration = session.windows.calibration
+    text = hashlib.sha256((calibration.sha256 + bench.windows.sha256).encode()).hexdigest()[:32]
+    curves = error_curves(bench.decomposed.bases)
+    return {
+        "model": session.handle.fingerprint,
+        "text": text,
+        "statistics": statistics_key(session.handle, calibration, session.statistics.config),
+        "energy": float(sum(curve[0] for curve in curves.values())),
+    }

@@ -4,32 +4,53 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import optuna
-import torch
-from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, GPSampler, RandomSampler
-from optuna.trial import FrozenTrial, TrialState
+from optuna.exceptions import ExperimentalWarning, TrialPruned
+from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
+from lowrank_core.accounting import budget_for_ratio
+from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks
 from lowrank_core.compression import low_rank_layers, swapped
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError
-from lowrank_core.evaluation import DenseReference, score_windows
+from lowrank_core.evaluation import DenseReference, WindowScores, score_windows
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.recipe import Decomposed
-from lowrank_core.runs import Run
+from lowrank_core.runs import Run, process_started
 from lowrank_core.search.objective import objective_value
-from lowrank_core.search.records import open_storage
-from lowrank_core.search.space import BASELINES, SearchSpace
+from lowrank_core.search.records import MANUAL
+from lowrank_core.search.samplers import GIVEN, PointSampler
+from lowrank_core.search.space import SearchSpace
+from lowrank_core.search.storage import open_storage
 from lowrank_core.text.windows import WindowSet
 
-__all__ = ["TrialBench", "completed_trials", "open_study", "run_trial"]
+__all__ = [
+    "TrialBench",
+    "completed_trials",
+    "enqueue_allocation",
+    "equip",
+    "open_study",
+    "requeue_lost",
+    "run_trial",
+    "running_trials",
+    "study_in_memory",
+    "waiting_trials",
+]
+
+_SIGNIFICANCE = 0.05
+_LEAST_WINDOWS = 6
+"""Of a trial before it may be stopped: fewer pairs can't reach the significance in a signed-rank test."""
+_FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+_UNKNOWN_SECONDS = 60.0
+_MOST_RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -55,87 +76,225 @@ class TrialBench:
         return self.decomposed.handle
 
 
-def _sampler(config: SearchConfig, finished: int) -> BaseSampler:
-    # A resumed search draws on, not the same points again; an uninterrupted one depends on the seed alone.
-    seed = (config.seed + 1_000_003 * finished) % 2**32
-    if config.sampler == "random":
-        return RandomSampler(seed=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # `deterministic_objective`: ours is, bit for bit
-        return GPSampler(seed=seed, n_startup_trials=config.startup_trials, deterministic_objective=True)
-
-
 def open_study(run: Run, config: SearchConfig, space: SearchSpace) -> optuna.Study:
-    """Return the run's study with its baselines enqueued; what a dead worker left in flight is cleared up and marked failed.
+    """Return the run's study with its baselines enqueued, and what a dead worker left in flight in line again.
 
-    The caller holds the run: nobody else writes to its journal.
+    Raises:
+        ConfigError: the database that holds it can't be reached.
+        RunError: the run directory can't be written to.
     """
-    _clear_leftovers(run.journal)
-    storage = open_storage(run.journal)
-    study = optuna.create_study(storage=storage, study_name=run.study_name, direction="minimize", load_if_exists=True)
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-    study.sampler = _sampler(config, completed_trials(study))
-    kept = (TrialState.COMPLETE, TrialState.WAITING)
-    present = {trial.user_attrs.get("label") for trial in study.get_trials(deepcopy=False, states=kept)}
-    for label in BASELINES:
-        if label not in present:
-            study.enqueue_trial(space.baseline(label), user_attrs={"label": label})
+    lower, higher = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
+    directions = [lower] if config.most_ratio is None else [higher, lower]
+    storage = open_storage(run)
+    study = optuna.create_study(storage=storage, study_name=run.study_name, directions=directions, load_if_exists=True)
+    equip(study, config, space)
+    requeue_lost(run, study)
+    _enqueue_baselines(study, space)
     return study
 
 
-def _clear_leftovers(journal: Path) -> None:
-    """Remove the lock and the unfinished line of a worker that was killed while it wrote."""
-    # Optuna would wait half a minute for the lock, and refuse the journal once something follows the torn line.
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if not journal.exists():
+def study_in_memory(config: SearchConfig, space: SearchSpace, *, baselines: bool = True) -> optuna.Study:
+    """Return a study with one objective that leaves nothing behind, its baselines enqueued if wanted."""
+    study = optuna.create_study(direction=StudyDirection.MINIMIZE)
+    equip(study, config, space)
+    if baselines:
+        _enqueue_baselines(study, space)
+    return study
+
+
+def equip(study: optuna.Study, config: SearchConfig, space: SearchSpace) -> None:
+    """Give ``study`` the sampler and the pruner of ``config``, which may have changed since the last trial."""
+    study.sampler = PointSampler(config, space.distributions())
+    study.pruner = _pruner(config)
+
+
+def _pruner(config: SearchConfig) -> BasePruner:
+    if config.pruner == "none":
+        return NopPruner()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return WilcoxonPruner(p_threshold=_SIGNIFICANCE, n_startup_steps=_LEAST_WINDOWS)
+
+
+def _enqueue_baselines(study: optuna.Study, space: SearchSpace) -> None:
+    present = {t.user_attrs.get("baseline") for t in study.get_trials(deepcopy=False) if not _was_lost(t)}
+    for baseline in space.baselines():
+        key = f"{baseline.label} {baseline.compression_ratio:.6f}"
+        if key in present:
+            continue
+        attributes = {"label": baseline.label, "baseline": key}
+        if baseline.ranks is None:
+            study.enqueue_trial(dict(baseline.point), user_attrs=attributes)
+        else:
+            enqueue_allocation(study, baseline.ranks, **attributes)
+
+
+def enqueue_allocation(study: optuna.Study, ranks: Ranks, *, label: str = MANUAL, **attributes: str) -> None:
+    """Put an allocation in line: the next free worker measures it, whatever the sampler proposes."""
+    given = {"label": label, GIVEN: True, "ranks": json.dumps(dict(ranks)), **attributes}
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=given))
+
+
+def _was_lost(trial: FrozenTrial) -> bool:
+    """Return whether a trial ended without an answer: its worker was killed or interrupted."""
+    return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
+
+
+def requeue_lost(run: Run, study: optuna.Study) -> None:
+    """Fail the trials whose worker is dead, and put them in line again, three times at most.
+
+    A study in a database tells by heartbeats who is (``search.storage``), one in a journal by the processes of this machine.
+    """
+    if run.storage_url is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)
         return
-    body = journal.read_bytes()
-    whole = body.rfind(b"\n") + 1
-    if whole < len(body):
-        os.truncate(journal, whole)
+    trials = study.get_trials(deepcopy=False)
+    again = {trial.user_attrs.get("retry_of") for trial in trials}
+    others = bool(run.further_workers())
+    for trial in trials:
+        if trial.state == TrialState.RUNNING and not _has_worker(trial, others):
+            study.tell(trial.number, state=TrialState.FAIL)
+        elif not _was_lost(trial):
+            continue
+        retries = trial.user_attrs.get("retries", 0)
+        if trial.number not in again and retries < _MOST_RETRIES:
+            _add_again(study, trial, retries + 1)
+
+
+def _add_again(study: optuna.Study, trial: FrozenTrial, retries: int) -> None:
+    kept = {name: value for name, value in trial.user_attrs.items() if name in ("label", "baseline", "request", "name", GIVEN)}
+    if trial.user_attrs.get(GIVEN):
+        kept["ranks"] = trial.user_attrs["ranks"]
+    attributes = {**kept, "retry_of": trial.number, "retries": retries}
+    params = trial.params or trial.system_attrs.get("fixed_params", {})
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes, system_attrs={"fixed_params": dict(params)}))
+
+
+def _has_worker(trial: FrozenTrial, others: bool) -> bool:
+    """Return whether the worker of a running trial lives; before it has said its name, it may be one of ``others``."""
+    host, _, process = trial.user_attrs.get("worker", "").partition(":")
+    if not host:
+        age = time.time() - (trial.datetime_start.timestamp() if trial.datetime_start else 0.0)
+        return others and age < _UNKNOWN_SECONDS
+    if host != socket.gethostname():
+        return True
+    pid, _, started = process.partition(":")
+    found = process_started(int(pid))
+    return found is not None and abs(found - float(started)) < 1
+
+
+def _me() -> str:
+    pid = os.getpid()
+    return f"{socket.gethostname()}:{pid}:{process_started(pid)}"
+
+
+def _counted(study: optuna.Study, states: Sequence[TrialState]) -> int:
+    return sum(trial.user_attrs.get("label") != MANUAL for trial in study.get_trials(deepcopy=False, states=tuple(states)))
 
 
 def completed_trials(study: optuna.Study) -> int:
-    """Return how many trials are complete."""
-    return len(study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
+    """Return how many trials are complete or were stopped early; hand-picked ones come on top."""
+    return _counted(study, _FINISHED)
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The Gaussian process works on matrices of a few dozen rows: threads only slow it down and make it less repeatable."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def running_trials(study: optuna.Study) -> int:
+    """Return how many are measured now, by whatever worker; hand-picked ones left out."""
+    return _counted(study, (TrialState.RUNNING,))
+
+
+def waiting_trials(study: optuna.Study) -> int:
+    """Return how many trials wait to be measured whatever the number of trials: hand-picked ones, and those that lost their worker."""
+
+    def owed(trial: FrozenTrial) -> bool:
+        return trial.user_attrs.get("label") == MANUAL or "retry_of" in trial.user_attrs or "retry_history" in trial.system_attrs
+
+    return sum(owed(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
 
 def run_trial(study: optuna.Study, bench: TrialBench, config: SearchConfig) -> FrozenTrial:
-    """Ask for a point, measure it, tell the study; a diverged model makes a failed trial.
+    """Take what waits, or else a point of the sampler's; measure it, tell the study. A diverged model makes a failed trial.
 
     Raises:
         BudgetError: the ratio can't be met at any point.
     """
-    with _one_thread():
-        trial = study.ask(bench.space.distributions())
-    began = time.perf_counter()
-    allocation = bench.space.allocation(trial.params, trial.user_attrs.get("label", "sampled"))
-    trial.set_user_attr("ranks", json.dumps(dict(allocation.ranks)))
-    trial.set_user_attr("compression_ratio", allocation.compression_ratio)
-    for name, excess in bench.space.constraints(allocation).items():
-        trial.set_constraint(name, excess)
-    try:
-        with swapped(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
-            scores, _ = score_windows(bench.handle, bench.windows, batch_size=bench.batch_size, dense=bench.dense)
-        value = objective_value(config.objective, scores, bench.windows.predicted_tokens)
-        assert scores.kl is not None
-        measured = {"kl": float(scores.kl.mean()), "perplexity": objective_value("perplexity", scores, 0)}
-    except NumericalError as error:
-        trial.set_user_attr("error", str(error))
-        return study.tell(trial, state=TrialState.FAIL)
-    measured |= {"tokens": bench.windows.predicted_tokens, "seconds": time.perf_counter() - began}
-    for name, figure in measured.items():
-        trial.set_user_attr(name, figure)
-    return study.tell(trial, value)
+    numbers: list[int] = []
+
+    def measure(trial: Trial) -> float | tuple[float, float]:
+        numbers.append(trial.number)
+        return _Measurement(trial, bench, config).run()
+
+    study.optimize(measure, n_trials=1, catch=(NumericalError,))  # one at a time: heartbeats come with it
+    return next(trial for trial in study.get_trials(deepcopy=False) if trial.number == numbers[0])
+
+
+class _Measurement:
+    """One trial."""
+
+    def __init__(self, trial: Trial, bench: TrialBench, config: SearchConfig) -> None:
+        self._trial, self._bench, self._config = trial, bench, config
+        self._label = trial.user_attrs.get("label", "sampled")
+        self._windows = 0
+
+    def run(self) -> float | tuple[float, float]:
+        trial, bench, config = self._trial, self._bench, self._config
+        trial.set_user_attr("worker", _me())
+        began = time.perf_counter()
+        allocation = self._allocation()
+        self._note({"ranks": json.dumps(dict(allocation.ranks)), "compression_ratio": allocation.compression_ratio})
+        for name, excess in self._constraints(allocation).items():
+            trial.set_constraint(name, excess)
+        try:
+            with swapped(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
+                scores, _ = score_windows(
+                    bench.handle,
+                    bench.windows,
+                    batch_size=bench.batch_size,
+                    dense=bench.dense,
+                    on_batch=self._report,
+                    autocast=config.autocast,
+                )
+            value = objective_value(config.objective, scores, bench.windows.predicted_tokens)
+            assert scores.kl is not None
+            measured = {"kl": float(scores.kl.mean()), "perplexity": objective_value("perplexity", scores, 0)}
+        except NumericalError as error:
+            trial.set_user_attr("error", str(error))
+            raise
+        finally:
+            self._note({"tokens": self._windows * (bench.windows.context - 1), "seconds": time.perf_counter() - began})
+        self._note(measured)
+        return value if config.most_ratio is None else (allocation.compression_ratio, value)
+
+    def _note(self, attributes: Mapping[str, object]) -> None:
+        for name, value in attributes.items():
+            self._trial.set_user_attr(name, value)
+
+    def _allocation(self) -> RankAllocation:
+        trial, space = self._trial, self._bench.space
+        if trial.user_attrs.get(GIVEN):
+            return allocation_from_ranks(self._label, space.units, json.loads(trial.user_attrs["ranks"]))
+        for name, bounds in space.distributions().items():
+            trial.suggest_float(name, bounds.low, bounds.high, log=bounds.log)
+        return space.allocation(trial.params, self._label)
+
+    def _constraints(self, allocation: RankAllocation) -> dict[str, float]:
+        """Return by how much each bound is missed; a hand-picked allocation over the budget is measured, and never the best."""
+        found = self._bench.space.constraints(allocation)
+        if self._label == MANUAL and not found and self._config.most_ratio is None:
+            budget = budget_for_ratio(self._bench.space.units, self._config.compression_ratio)
+            found = {"keeps too much": max(0, allocation.parameters - budget) / allocation.dense_parameters}
+        return found
+
+    def _report(self, scores: WindowScores) -> None:
+        """Tell the study the loss of every window of a batch, and stop here if it can't become the best."""
+        losses = scores.kl if self._config.objective == "kl" else scores.nll
+        assert losses is not None
+        single = self._config.most_ratio is None
+        for loss in losses.tolist():
+            if single:  # Optuna takes no intermediate values of two objectives
+                self._trial.report(loss, self._windows)
+            self._windows += 1
+        sampled = self._label == "sampled" and self._windows < self._bench.windows.windows
+        if single and sampled and self._trial.should_prune():
+            raise TrialPruned

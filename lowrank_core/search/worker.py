@@ -1,7 +1,11 @@
-"""The worker: one process that prepares a run, runs its trials and answers requests, and can be killed at any moment."""
+"""The worker: one process that prepares a run, runs its trials and answers requests, and can be killed at any moment.
+
+Further workers, on this machine or on others, join it for the trials alone (``search.joining``).
+"""
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -10,15 +14,26 @@ from contextlib import contextmanager
 import optuna
 from filelock import FileLock, Timeout
 
-from lowrank_core.config import SearchConfig
+from lowrank_core import jobs
+from lowrank_core.config import SearchConfig, to_mapping
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError, RunError
 from lowrank_core.runs import Run
 from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.requests import answer_requests
-from lowrank_core.search.session import Session, prepare, search_bench
-from lowrank_core.search.study import TrialBench, completed_trials, open_study, run_trial
+from lowrank_core.search.requests import Desk, answer_requests, confirm
+from lowrank_core.search.samplers import phase
+from lowrank_core.search.session import Session, fingerprint, prepare, search_bench
+from lowrank_core.search.study import (
+    TrialBench,
+    completed_trials,
+    equip,
+    open_study,
+    requeue_lost,
+    run_trial,
+    running_trials,
+    waiting_trials,
+)
 
-__all__ = ["run_worker"]
+__all__ = ["Failures", "log_trial", "run_worker"]
 
 _POLL_SECONDS = 0.3
 _MOST_FAILURES = 5
@@ -31,7 +46,10 @@ def _sole_worker(run: Run) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise RunError(f"another worker holds {run.path}. Stop it first, or start a second search in a folder of its own.") from error
+        raise RunError(
+            f"another worker holds {run.path}. Stop it first, help it with `lowrank worker --run {run.path} --join`, "
+            "or start a second search in a folder of its own."
+        ) from error
     except OSError as error:
         raise RunError(f"can't write in {run.path}: {error.strerror}. Give a folder that you can write to.") from error
     try:
@@ -40,8 +58,10 @@ def _sole_worker(run: Run) -> Iterator[None]:
         lock.release()  # the system releases it too, if this process is killed
 
 
-def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> tuple[Session, TrialBench | None]:
+def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, helpers: int = 0) -> tuple[Session, TrialBench | None]:
     """Do everything that is left to do in ``run``, then answer requests for ``warm_seconds`` without one.
+
+    ``helpers`` further processes on this machine take trials, too; they end with the search.
 
     Returns what it holds, for a caller in the same process. A stop by the user is not an error: the state tells.
     ``verbose`` writes a line for each stage to stderr: the log of a detached worker.
@@ -57,11 +77,15 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> 
             session = prepare(run, reporter)
             search = run.config.search
             if search is None:
-                _serve(run, session, None, reporter, warm_seconds)
+                _serve(Desk(run, session, reporter), warm_seconds)
                 reporter.close("finished")
                 return session, None
             bench = search_bench(session, search, run.config.calibration.batch_size, reporter)
-            complete = _search(run, session, bench, search, reporter, warm_seconds)
+            study = open_study(run, search, bench.space)
+            _sign(run, study, session, bench)
+            for _ in range(helpers):
+                jobs.add_worker(run, warm_seconds=0.0)
+            complete = _search(Desk(run, session, reporter, bench, study), warm_seconds)
             reporter.close("finished" if complete else "stopped")
             return session, bench
         except (Cancelled, KeyboardInterrupt):
@@ -70,64 +94,135 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> 
         except LowRankError as error:
             reporter.close("failed", str(error))
             raise
+        except OSError as error:
+            failure = RunError(
+                f"can't write in {run.path}: {error.strerror or error}. Free some space, then resume: what is complete is kept."
+            )
+            reporter.close("failed", str(failure))
+            raise failure from error
         except BaseException as error:
             reporter.close("failed", f"{type(error).__name__}: {error}. The log has the details.")
             raise
 
 
-def _search(run: Run, session: Session, bench: TrialBench, config: SearchConfig, reporter: Reporter, warm_seconds: float) -> bool:
+def _sign(run: Run, study: optuna.Study, session: Session, bench: TrialBench) -> None:
+    """Leave in the study what another worker needs to join, and to see whether it may."""
+    study.set_user_attr("run", json.dumps(to_mapping(run.config)))
+    study.set_user_attr("fingerprint", json.dumps(fingerprint(session, bench)))
+
+
+class _Orders:
+    """What the run's user wants, as it changes: the search's config for this worker, and the study's copy of it for further ones."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._published: tuple[SearchConfig, bool] | None = None
+
+    def read(self) -> SearchConfig:
+        """Return the search as it is wanted now; the study samples and prunes accordingly."""
+        bench, study, config = self._desk.search
+        now = config, self._desk.reporter.paused
+        if now != self._published:
+            equip(study, config, bench.space)
+            study.set_user_attr("search", json.dumps(to_mapping(config)))
+            study.set_user_attr("paused", now[1])
+            self._published = now
+        return config
+
+
+def _search(desk: Desk, warm_seconds: float) -> bool:
     """Run trials until all are complete or the user stops; between trials, answer requests. Return whether all are complete."""
-    study = open_study(run, config, bench.space)
+    _, study, _ = desk.search
+    orders = _Orders(desk)
     while True:
-        if completed_trials(study) < config.trials and not reporter.paused:
-            _run_trials(run, session, bench, config, reporter, study)
-        complete = completed_trials(study) >= config.trials
-        if not _serve(run, session, bench, reporter, warm_seconds, until_resumed=not complete):
+        if completed_trials(study) < orders.read().trials and not desk.reporter.paused:
+            _run_trials(desk, orders)
+        complete = completed_trials(study) >= orders.read().trials
+        if complete:
+            confirm(desk)
+        if not _serve(desk, warm_seconds, orders):
             return complete
 
 
-def _run_trials(run: Run, session: Session, bench: TrialBench, config: SearchConfig, reporter: Reporter, study: optuna.Study) -> None:
-    failures = 0
+class Failures:
+    """Counts failed trials in a row."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def count(self, trial: optuna.trial.FrozenTrial) -> None:
+        """Take notice of a trial.
+
+        Raises:
+            NumericalError: it was one failure too many.
+        """
+        self._count = self._count + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
+        if self._count == _MOST_FAILURES:
+            reason = trial.user_attrs.get("error", "")
+            raise NumericalError(f"{self._count} trials in a row failed. {reason} Lower the compression ratio.")
+
+
+def _run_trials(desk: Desk, orders: _Orders) -> None:
+    bench, study, _ = desk.search
+    failures = Failures()
     seconds: list[float] = []
-    while (done := completed_trials(study)) < config.trials and not reporter.paused:
-        answer_requests(run, session, bench, reporter)
-        eta = sum(seconds) / len(seconds) * (config.trials - done) if seconds else None
-        reporter.say(state="running", stage="Searching", done=done, total=config.trials, eta_seconds=eta)
+    while not desk.reporter.paused:
+        done, config = completed_trials(study), orders.read()
+        if done >= config.trials and not running_trials(study):
+            return
+        answer_requests(desk)
+        requeue_lost(desk.run, study)
+        helpers = len(desk.run.further_workers())
+        eta = sum(seconds) / len(seconds) * (config.trials - done) / (1 + helpers) if seconds else None
+        stage = f"Searching ({phase(config, done)})"
+        desk.reporter.say(state="running", stage=stage, done=done, total=config.trials, eta_seconds=eta)
+        if done + running_trials(study) >= config.trials and not waiting_trials(study):
+            time.sleep(_POLL_SECONDS)  # the last ones are with other workers
+            continue
         began = time.perf_counter()
         trial = run_trial(study, bench, config)
         seconds.append(time.perf_counter() - began)
-        _log_trial(study, trial)
-        failures = failures + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
-        if failures == _MOST_FAILURES:
-            raise NumericalError(f"{failures} trials in a row failed. {trial.user_attrs.get('error', '')} Lower the compression ratio.")
+        log_trial(study, trial)
+        failures.count(trial)
 
 
-def _log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
-    found = "failed" if trial.value is None else f"{trial.value:.6g}"
-    feasible = [
-        other.value
-        for other in study.get_trials(deepcopy=False)
-        if other.value is not None and all(excess <= 0 for excess in other.constraints.values())
-    ]
-    best = f", best {min(feasible):.6g}" if feasible else ""
+def log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Write a line for a finished trial to stderr."""
+    found = trial.state.name.lower() if trial.values is None else " ".join(f"{value:.6g}" for value in trial.values)
+    best = ""
+    if len(study.directions) == 1:
+        others = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+        feasible = [other.value for other in others if other.value is not None and all(e <= 0 for e in other.constraints.values())]
+        best = f", best {min(feasible):.6g}" if feasible else ""
     print(f"trial {trial.number} ({trial.user_attrs.get('label', 'sampled')}): {found}{best}", file=sys.stderr, flush=True)
 
 
-def _serve(
-    run: Run, session: Session, bench: TrialBench | None, reporter: Reporter, warm_seconds: float, *, until_resumed: bool = False
-) -> bool:
-    """Answer requests until none has come for ``warm_seconds``; return True as soon as a paused search is resumed."""
-    state = "stopped" if until_resumed else "idle"
-    last = time.monotonic()
+def _serve(desk: Desk, warm_seconds: float, orders: _Orders | None = None) -> bool:
+    """Answer requests until none has come for ``warm_seconds``; return True as soon as there are trials to run again."""
+    reporter = desk.reporter
     reporter.serve()
-    reporter.say(state=state, stage="", done=0, total=0, eta_seconds=None)
+    last = time.monotonic()
+    told: bool | None = None
     while True:
-        if answer_requests(run, session, bench, reporter):
-            last = time.monotonic()
-            reporter.say(state=state, stage="", done=0, total=0, eta_seconds=None)
-        if until_resumed and not reporter.paused:
+        wanted = orders is not None and desk.study is not None and completed_trials(desk.study) < orders.read().trials
+        if wanted and not reporter.paused:
             return True
-        stopped = reporter.paused and not until_resumed
-        if stopped or time.monotonic() - last > warm_seconds:
+        if told != wanted:
+            told = wanted
+            reporter.say(state="stopped" if wanted else "idle", stage="", done=0, total=0, eta_seconds=None)
+        answered = answer_requests(desk)
+        if _measure_waiting(desk) or answered:
+            last, told = time.monotonic(), None
+        if (reporter.paused and not wanted) or time.monotonic() - last > warm_seconds:
             return False
         time.sleep(_POLL_SECONDS)
+
+
+def _measure_waiting(desk: Desk) -> bool:
+    """Measure hand-picked allocations, whether the search is stopped or done; return whether there was one."""
+    if desk.study is None or not waiting_trials(desk.study):
+        return False
+    bench, study, config = desk.search
+    desk.reporter.say(state="running", stage="Measuring a hand-picked allocation", done=0, total=0, eta_seconds=None)
+    log_trial(study, run_trial(study, bench, config))
+    return True

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.runs import JsonMapping, Run, read_json
-from lowrank_core.search.records import TrialRecord
+from lowrank_core.search.records import MANUAL, TrialRecord
 from lowrank_core.views.records import build
+from lowrank_core.views.trials import trial_label
 
 __all__ = [
     "Comparison",
+    "Confirmed",
     "Continuation",
     "Export",
     "Failure",
+    "Measured",
     "answers",
     "comparison_table",
     "comparisons",
+    "confirmed",
     "continuations",
     "exports",
     "label_of",
     "last_failure",
+    "last_measured",
 ]
 
 
@@ -32,9 +37,10 @@ class Comparison:
     """One allocation measured on test text, the original beside it; intervals are of 95 %.
 
     Attributes:
-        label: ``uniform``, ``lord_manual`` or ``trial N``.
+        label: an allocator's name or ``trial N``.
         perplexity_interval, dense_perplexity_interval: of the compressed and the original model, bootstrap over windows.
         perplexity_difference_interval: of compressed - original, paired by window.
+        kl_interval: of the KL divergence, bootstrap over windows.
         compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model.
     """
 
@@ -64,6 +70,7 @@ class Comparison:
     perplexity_interval: tuple[float, ...] = ()
     dense_perplexity_interval: tuple[float, ...] = ()
     perplexity_difference_interval: tuple[float, ...] = ()
+    kl_interval: tuple[float, ...] = ()
 
     @property
     def name(self) -> str:
@@ -126,9 +133,15 @@ def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
     return [body for body in bodies if body.get("ok") and body.get("kind") == kind]
 
 
+def _filed(body: JsonMapping) -> str:
+    """Return under which name an answer is filed: hand-picked trials have one label for all, so theirs is the number."""
+    label, trial = str(body.get("label")), body.get("trial")
+    return f"trial {trial}" if label == MANUAL and type(trial) is int else label
+
+
 def comparisons(bodies: Sequence[JsonMapping]) -> list[Comparison]:
     """Return the newest measurement of each allocation, the least perplexity first."""
-    newest = {str(body.get("label")): body for body in _of_kind(bodies, "compare")}
+    newest = {_filed(body): body for body in _of_kind(bodies, "compare")}
     found = [
         build(Comparison, body.get("report", {}), "a comparison", label=label, time=float(body.get("time", 0)))
         for label, body in newest.items()
@@ -146,11 +159,72 @@ def exports(bodies: Sequence[JsonMapping]) -> list[Export]:
     return [build(Export, body, "an export") for body in reversed(_of_kind(bodies, "export"))]
 
 
-def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
-    """Return the newest answer if it is a failure."""
-    if not bodies or bodies[-1].get("ok"):
+@dataclass(frozen=True)
+class Confirmed:
+    """Trials of a search, measured on test text.
+
+    Attributes:
+        protocol: how, in words.
+        frame: columns trial, name, value (on search-validation text), perplexity, low, high, kl, kl_low, kl_high; the original first,
+            then by value.
+    """
+
+    protocol: str
+    frame: pd.DataFrame
+
+
+def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> Confirmed | None:
+    """Return the trials that were measured on test text, each as it was measured last; None without any."""
+    known = {trial.number: trial for trial in trials}
+    newest = {body["trial"]: body for body in _of_kind(bodies, "compare") if type(body.get("trial")) is int and body["trial"] in known}
+    if not newest:
         return None
-    return build(Failure, {"kind": "request", "error": "no reason given", **bodies[-1]}, "an answer")
+    found = {
+        number: build(Comparison, body.get("report", {}), "a comparison", label=str(body.get("label")), time=float(body.get("time", 0)))
+        for number, body in newest.items()
+    }
+    first = next(iter(found.values()))
+    ordered = sorted(found, key=lambda number: (known[number].value is None, known[number].value or 0.0, number))
+    rows = [_ends({"name": "Original", "perplexity": first.dense_perplexity}, first.dense_perplexity_interval, ())]
+    for number in ordered:
+        report, trial = found[number], known[number]
+        row = {"trial": number, "name": trial_label(trial), "value": trial.value, "perplexity": report.perplexity, "kl": report.kl}
+        rows.append(_ends(row, report.perplexity_interval, report.kl_interval))
+    frame = pd.DataFrame(rows, columns=["trial", "name", "value", "perplexity", "low", "high", "kl", "kl_low", "kl_high"])
+    return Confirmed(first.protocol, frame.astype({"trial": "Int64"}))
+
+
+def _ends(row: dict[str, object], perplexity: Sequence[float], kl: Sequence[float]) -> dict[str, object]:
+    low, high = perplexity or (None, None)
+    kl_low, kl_high = kl or (None, None)
+    return {**row, "low": low, "high": high, "kl_low": kl_low, "kl_high": kl_high}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the worker said to a hand-picked allocation: its ranks as they were put in line, or why not."""
+
+    ranks: Mapping[str, int | None]
+    compression_ratio: float | None
+    error: str = ""
+
+
+def last_measured(bodies: Sequence[JsonMapping]) -> Measured | None:
+    """Return the newest answer to a request to measure an allocation."""
+    body = next((body for body in reversed(bodies) if body.get("kind") == "measure"), None)
+    if body is None:
+        return None
+    if not body.get("ok"):
+        return Measured({}, None, str(body.get("error") or "no reason given"))
+    return Measured(dict(body.get("ranks", {})), body.get("compression_ratio"))
+
+
+def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
+    """Return the newest answer if it is a failure; what was said to a hand-picked allocation is told where it was picked."""
+    told = [body for body in bodies if body.get("kind") != "measure"]
+    if not told or told[-1].get("ok"):
+        return None
+    return build(Failure, {"kind": "request", "error": "no reason given", **told[-1]}, "an answer")
 
 
 def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 
-__all__ = ["DASH", "age", "count", "duration", "interval", "kind_label", "number", "percent", "size", "timestamp"]
+__all__ = ["DASH", "age", "count", "duration", "interval", "kind_label", "number", "percent", "short_duration", "size", "timestamp"]
 
 DASH = "–"
 _COUNTS = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from, unit, suffix
@@ -63,6 +63,11 @@ def duration(seconds: float | None) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def short_duration(seconds: float | None) -> str:
+    """Return seconds as ``duration`` does, below ten with a decimal: ``0.92 s``."""
+    return f"{number(seconds, 2)} s" if seconds is not None and 0 <= seconds < 10 else duration(seconds)
 
 
 def interval(low: float | None, high: float | None) -> str:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 import psutil
 
-from lowrank_core.accounting import MatrixShape
+from lowrank_core.accounting import HeadUnit, MatrixShape
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.views.formatting import kind_label
 from lowrank_core.views.records import build
@@ -27,6 +27,7 @@ class ModelFacts:
         bytes: of the checkpoint as held.
         matrices: the compressible linears in the order of the model.
         input_widths: width of each distinct input (q, k and v share theirs).
+        head_units: value and output projections that can be compressed by heads.
     """
 
     reference: str
@@ -42,6 +43,7 @@ class ModelFacts:
     tied_embeddings: bool
     matrices: tuple[MatrixShape, ...]
     input_widths: Mapping[str, int]
+    head_units: tuple[HeadUnit, ...] = ()
     device: str = ""
     fingerprint: str = ""
 
@@ -65,6 +67,15 @@ class _Layer:
     input_group: str
 
 
+@dataclass(frozen=True)
+class _Heads:
+    value: str
+    output: str
+    heads: int
+    groups: int
+    head_dim: int
+
+
 def model_facts(run: Run) -> ModelFacts | None:
     """Return the facts in model.json, or None before the model was read.
 
@@ -77,12 +88,17 @@ def model_facts(run: Run) -> ModelFacts | None:
 
 def _facts(body: JsonMapping) -> ModelFacts:
     layers = [build(_Layer, layer, "model.json") for layer in body.get("layers", [])]
+    matrices = {layer.name: MatrixShape(**asdict(layer)) for layer in layers}
+    heads = [build(_Heads, entry, "model.json") for entry in body.get("heads", [])]
     return build(
         ModelFacts,
         body,
         "model.json",
-        matrices=tuple(MatrixShape(**asdict(layer)) for layer in layers),
+        matrices=tuple(matrices.values()),
         input_widths={layer.input_group: layer.d_in for layer in layers},
+        head_units=tuple(
+            HeadUnit((matrices[h.value], matrices[h.output]), heads=h.heads, groups=h.groups, head_dim=h.head_dim) for h in heads
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from lowrank_core.jobs import pending_requests
 from lowrank_core.runs import Run, RunStatus, list_runs, recorded_run
 from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.views.formatting import duration, timestamp
+from lowrank_core.views.trials import counted, ratio_words
 
 __all__ = [
     "PARTS",
@@ -101,7 +102,7 @@ def run_labels(runs: Sequence[Run]) -> dict[str, str]:
 def _label(run: Run) -> str:
     config = run.config
     model = re.split(r"[\\/]", config.model.reference.rstrip("\\/"))[-1]
-    what = f"−{config.search.compression_ratio:.0%}" if config.search else "spectra"
+    what = f"−{ratio_words(config.search)}" if config.search else "spectra"
     return f"{model} {what} · {'recorded' if run.recorded else timestamp(float(run.record['created']))}"
 
 
@@ -143,13 +144,13 @@ def _row(run: Run) -> dict[str, object]:
         trials = read_trials(run)
     except LowRankError:
         trials = []
-    best = best_trial(trials)
+    best = best_trial(trials) if config.search is not None and config.search.most_ratio is None else None
     return {
         "id": run.id,
         "name": record["name"],
         "state": "recorded" if run.recorded else STATE_WORDS.get(run.status().state, "unknown"),
-        "ratio": config.search.compression_ratio if config.search else None,
-        "trials": sum(1 for trial in trials if trial.finished) if config.search else None,
+        "ratio": ratio_words(config.search) if config.search else None,
+        "trials": counted(trials) if config.search else None,
         "best": best.value if best else None,
         "created": pd.Timestamp(float(record["created"]), unit="s"),
     }

@@ -1,33 +1,28 @@
-"""A rank search as it streams in: history, baselines, best so far, and the allocation of a trial."""
+"""A rank search as it streams in: history, baselines, best so far, and the trials as a table."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_core.accounting import MatrixShape, Unit
-from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocate, allocation_from_ranks
-from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
-from lowrank_core.search.records import TrialRecord, best_trial
-from lowrank_core.units import plan_units, value_layers
-from lowrank_core.views.formatting import number, percent
-from lowrank_core.views.layermap import LayerMap, layer_map
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.config import SearchConfig
+from lowrank_core.search.records import MANUAL, TrialRecord, best_trial
+from lowrank_core.search.space import RATIO
+from lowrank_core.views.trials import answers_of, counted, kind_of, partial_value, trial_label, trial_note, unit_label
 
 __all__ = [
     "OBJECTIVE_LABELS",
     "SAMPLER_LABELS",
     "History",
     "Progress",
-    "allocation_map",
-    "allocation_of",
-    "search_params",
-    "check_budget",
+    "Variable",
     "history",
     "progress",
-    "search_units",
-    "trial_label",
+    "search_variables",
     "trial_table",
 ]
 
@@ -37,13 +32,14 @@ OBJECTIVE_LABELS = {
     "perplexity": "Perplexity",
     "bolaco": "Bolaco: perplexity + weighted KL",
 }
-SAMPLER_LABELS = {"gp": "Gaussian process", "random": "Random"}
-
-
-def trial_label(trial: TrialRecord) -> str:
-    """Return ``trial 7``, or the baseline's name with its number."""
-    name = ALLOCATORS[trial.label].label if trial.label in ALLOCATORS else ""
-    return f"{name} (trial {trial.number})" if name else f"Trial {trial.number}"
+SAMPLER_LABELS = {
+    "gp": "Gaussian process",
+    "tpe": "TPE (tree-structured Parzen estimator)",
+    "cmaes": "CMA-ES",
+    "qmc": "Quasi-random (Sobol)",
+    "random": "Random",
+}
+_COLUMNS = ("trial", "state", "kind", "value", "perplexity", "kl", "removed", "seconds", "worker", "started")
 
 
 @dataclass(frozen=True)
@@ -52,7 +48,8 @@ class History:
 
     Attributes:
         objective: label of the value, with its unit.
-        trials: columns number, state, label, value (NaN without one), best (least value so far), note.
+        trials: columns number, state, kind (one of ``KINDS``), value (NaN without one), partial (of what was stopped early: the mean
+            over the windows it saw, where the objective is one), best (least value so far), note.
         baselines: label -> value of the enqueued baselines that are complete.
     """
 
@@ -63,33 +60,35 @@ class History:
 
 def history(trials: Sequence[TrialRecord], objective: str) -> History:
     """Return the history of ``trials`` by number."""
+    stopped = [partial_value(trial) if trial.state == "pruned" and objective == "kl" else None for trial in trials]
     frame = pd.DataFrame(
         {
             "number": [trial.number for trial in trials],
             "state": [trial.state for trial in trials],
-            "label": [trial.label for trial in trials],
+            "kind": [kind_of(trial) for trial in trials],
             "value": pd.Series([trial.value for trial in trials], dtype=float),
-            "note": [_note(trial) for trial in trials],
+            "partial": pd.Series(stopped, dtype=float),
+            "note": [trial_note(trial) for trial in trials],
         }
     )
     frame["best"] = frame["value"].where(frame["state"] == "complete").cummin().ffill()
-    baselines = {
-        ALLOCATORS[t.label].label: t.value for t in trials if t.label in ALLOCATORS and t.state == "complete" and t.value is not None
-    }
-    return History(OBJECTIVE_LABELS[objective], frame, baselines)
+    return History(OBJECTIVE_LABELS[objective], frame, _baselines(trials))
 
 
-def _note(trial: TrialRecord) -> str:
-    measured = f"value {number(trial.value, 4)}, perplexity {number(trial.perplexity)}, {percent(trial.compression_ratio)} removed"
-    return f"{trial_label(trial)}, {trial.state}: {measured}"
+def _baselines(trials: Sequence[TrialRecord]) -> dict[str, float]:
+    complete = [trial for trial in trials if trial.label in ALLOCATORS and trial.state == "complete"]
+    return {ALLOCATORS[trial.label].label: trial.value for trial in complete if trial.value is not None}
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Best so far against the uniform baseline, on search-validation text.
+    """How far a search is, and its best so far against the uniform baseline, on search-validation text.
 
     Attributes:
-        gain: fraction by which the best value lies below the uniform one; None without both.
+        complete: trials of the search that are done, stopped early or not; hand-picked ones left out.
+        best: None without one, and for a search over a range of ratios.
+        seconds: median time of a trial that was measured to the end.
+        pruned, over, by_hand: trials that were stopped early, are outside the budget, were picked by hand.
     """
 
     complete: int
@@ -97,9 +96,14 @@ class Progress:
     best: TrialRecord | None
     uniform_value: float | None
     uniform_perplexity: float | None
+    seconds: float | None = None
+    pruned: int = 0
+    over: int = 0
+    by_hand: int = 0
 
     @property
     def gain(self) -> float | None:
+        """The fraction by which the best value lies below the uniform one; None without both."""
         if self.best is None or self.best.value is None or not self.uniform_value:
             return None
         return 1 - self.best.value / self.uniform_value
@@ -108,75 +112,68 @@ class Progress:
 def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
     """Return how far a search is."""
     uniform = next((trial for trial in trials if trial.label == "uniform" and trial.state == "complete"), None)
+    times = [trial.seconds for trial in trials if trial.finished and trial.seconds is not None]
     return Progress(
-        complete=sum(1 for trial in trials if trial.finished),
+        complete=counted(trials),
         wanted=search.trials,
-        best=best_trial(trials),
+        best=best_trial(trials) if search.most_ratio is None else None,
         uniform_value=uniform.value if uniform else None,
         uniform_perplexity=uniform.perplexity if uniform else None,
+        seconds=statistics.median(times) if times else None,
+        pruned=sum(trial.state == "pruned" for trial in trials),
+        over=sum(trial.state == "infeasible" for trial in trials),
+        by_hand=sum(trial.label == MANUAL for trial in trials),
     )
 
 
-def trial_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
+def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:
     """Return a row for each trial, by number, with a column for each variable of the space."""
-    best = best_trial(trials)
+    chosen = {trial.number for trial in answers_of(trials, search)}
+    mark = " ★ best" if search.most_ratio is None else " ★ front"
     rows = [
         {
             "trial": trial.number,
-            "state": trial.state,
-            "kind": (ALLOCATORS[trial.label].label if trial.label in ALLOCATORS else trial.label) + (" ★ best" if trial is best else ""),
+            "state": kind_of(trial) if trial.state in ("pruned", "infeasible") else trial.state,
+            "kind": _kind(trial) + (mark if trial.number in chosen else ""),
             "value": trial.value,
             "perplexity": trial.perplexity,
             "kl": trial.kl,
             "removed": trial.compression_ratio,
             "seconds": trial.seconds,
+            "worker": trial.worker or None,
+            "started": None if trial.started is None else pd.Timestamp(trial.started, unit="s"),
             **trial.params,
         }
         for trial in trials
     ]
-    return pd.DataFrame(rows, columns=None if rows else ["trial", "state", "kind", "value", "perplexity", "kl", "removed", "seconds"])
+    return pd.DataFrame(rows, columns=None if rows else list(_COLUMNS))
 
 
-def search_params(trials: Sequence[TrialRecord]) -> list[str]:
+def _kind(trial: TrialRecord) -> str:
+    return trial_label(trial).split(" (trial")[0] if trial.label != "sampled" else "sampled"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of the search space: its name in the study, the head of its column, and what its values mean."""
+
+    name: str
+    label: str
+    meaning: str
+
+
+def search_variables(trials: Sequence[TrialRecord], search: SearchConfig) -> list[Variable]:
     """Return the variables of the space, in the order of the study."""
-    return list(dict.fromkeys(name for trial in trials for name in trial.params))
+    names = dict.fromkeys(name for trial in trials for name in trial.params)
+    return [_variable(name, search) for name in names]
 
 
-def search_units(matrices: Sequence[MatrixShape], compression: CompressionConfig) -> tuple[Unit, ...]:
-    """Return what a search with ``compression`` gives ranks to."""
-    return plan_units(matrices, compression.without_alternatives)
-
-
-def allocation_of(trial: TrialRecord, units: Sequence[Unit]) -> RankAllocation:
-    """Return what a trial allocated.
-
-    Raises:
-        ConfigError: its ranks do not fit ``units``.
-    """
-    return allocation_from_ranks(f"trial {trial.number}", units, trial.ranks)
-
-
-def allocation_map(allocation: RankAllocation, units: Sequence[Unit]) -> LayerMap:
-    """Return the kept fraction of each matrix's parameters, 1 where it stays dense, that of its stack where it is in one."""
-    known = {unit.name: unit for unit in units}
-    matrices, ranks, kept = [], [], []
-    for name, rank in allocation.ranks.items():
-        for member in known[name].members:
-            matrices.append(member)
-            ranks.append(rank)
-            kept.append(known[name].parameters(rank) / known[name].dense_parameters)
-    labels = ["dense" if rank is None else f"rank {rank}, {percent(share, 0)} kept" for rank, share in zip(ranks, kept, strict=True)]
-    return layer_map(matrices, kept, labels, "Parameters kept", percent=True, full_scale=True)
-
-
-def check_budget(config: RunConfig, matrices: Sequence[MatrixShape]) -> RankAllocation | None:
-    """Return the uniform allocation of a search that is about to start; None if it only analyses.
-
-    Raises:
-        BudgetError: the ratio can't be met by the matrices that may be compressed.
-    """
-    if config.search is None:
-        return None
-    compression = config.search.compression
-    dense = value_layers(matrices) if compression.value_dense else ()
-    return allocate("uniform", search_units(matrices, compression), config.search.compression_ratio, keep_dense=dense)
+def _variable(name: str, search: SearchConfig) -> Variable:
+    if name == RATIO:
+        return Variable(name, "Ratio asked for", "Fraction of parameters to remove, as the sampler proposed it.")
+    group = unit_label(name) if "." in name else {"qk": "q, k"}.get(name, name)
+    if search.variables == "errors":
+        return Variable(name, f"Weight of {group}", "On the errors of these matrices when they are traded; 1 is the allocation `marginal`.")
+    if search.projected:
+        return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, before all are scaled onto the budget.")
+    return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, as published: not scaled onto the budget.")

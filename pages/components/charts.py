@@ -7,8 +7,8 @@ from collections.abc import Callable
 import plotly.graph_objects as go
 import streamlit as st
 
-from lowrank_core.figures.search import PICKED, ZOOM, VegaChart
 from lowrank_core.figures.style import CONFIG
+from lowrank_core.figures.vega import PICKED, ZOOM, VegaChart
 
 __all__ = ["chart"]
 
@@ -25,7 +25,8 @@ def chart(figure: go.Figure | VegaChart, *, key: str, title: str, how: str, alt:
         st.markdown(f"**{title}**")
         st.caption(f"How to read this: {how}")
     if isinstance(figure, VegaChart):
-        st.vega_lite_chart(figure.data, figure.spec, key=key, alt=alt, on_select=on_pick or "ignore", selection_mode=[PICKED, ZOOM])
+        picking = {"on_select": on_pick, "selection_mode": [PICKED, ZOOM]} if on_pick is not None else {}
+        st.vega_lite_chart(figure.data, figure.spec, key=key, alt=alt, **picking)  # type: ignore[call-overload]
     elif on_pick is None:
         st.plotly_chart(figure, key=key, config=CONFIG, alt=alt)
     else:

@@ -128,7 +128,7 @@ def runs_section(runs: Sequence[Run]) -> None:
     columns = {
         "name": tables.text("Name", width="large"),
         "state": tables.text("State"),
-        "ratio": tables.share("Removed", "Compression ratio that the search aims at."),
+        "ratio": tables.text("Removed", "Compression ratio that the search aims at, or its range."),
         "trials": tables.whole("Trials complete"),
         "best": tables.figure("Best value"),
         "created": st.column_config.DatetimeColumn("Started", format="distance"),

@@ -8,6 +8,7 @@ from lowrank_core.runs import Run
 from lowrank_core.views.formatting import count
 from lowrank_core.views.runs import is_working, status_words
 from lowrank_core.views.text import text_facts
+from lowrank_core.views.trials import ratio_words
 from pages.components import navigation, state
 
 __all__ = ["empty", "figures_row", "header", "needs_calibration", "page_run"]
@@ -39,7 +40,7 @@ def page_run() -> Run | None:
         calibration = next((split for split in text.splits if split.name == "calibration"), None) if text else None
         facts = [f"model **{config.model.reference}**", f"text **{config.text.reference}**", f"context {config.text.context}"]
         facts += [f"{count(calibration.tokens)} calibration tokens"] if calibration else []
-        facts += [f"{config.search.compression_ratio:.0%} removed by the search"] if config.search else []
+        facts += [f"{ratio_words(config.search)} removed by the search"] if config.search else []
         st.caption(" · ".join(facts), width="content")
     return run
 

@@ -8,12 +8,14 @@ import streamlit as st
 
 from lowrank_core import jobs
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.config import SearchConfig
 from lowrank_core.jobs import TEMPERATURE
 from lowrank_core.runs import Run
-from lowrank_core.search.records import TrialRecord, best_trial
-from lowrank_core.views.formatting import number
+from lowrank_core.search.records import TrialRecord
+from lowrank_core.search.space import BASELINES
+from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.runs import is_working, status_words
-from lowrank_core.views.search import trial_label
+from lowrank_core.views.trials import answers_of, trial_label
 from pages.components import state
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
@@ -24,22 +26,36 @@ Trial = int | str
 """A trial's number, or an allocator's name."""
 
 _PICKER = "allocation_picker"
-_WORDS = {"compare": "Measuring on test text", "generate": "Continuing the prompt", "export": "Writing the model"}
+_WORDS = {
+    "compare": "Measuring on test text",
+    "generate": "Continuing the prompt",
+    "export": "Writing the model",
+    "measure": "Putting an allocation in line",
+}
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
 _PROMPT = "def mean(values):\n    "
 
 
-def candidates(trials: Sequence[TrialRecord]) -> dict[Trial, str]:
-    """Return what can be measured: the best trial first, the one picked by the user, then the baselines."""
-    best = best_trial(trials)
-    if best is None:
+def candidates(trials: Sequence[TrialRecord], search: SearchConfig) -> dict[Trial, str]:
+    """Return what can be measured: the best trial (or the Pareto front), the one picked by the user, then what allocators choose."""
+    answers = answers_of(trials, search)
+    if not answers:
         return {}
-    found: dict[Trial, str] = {best.number: f"Best: {trial_label(best)}, value {number(best.value, 4)}"}
+    found: dict[Trial, str] = {trial.number: _answer_label(trial, search) for trial in answers}
     picked = next((t for t in trials if t.number == state.selection().trial and t.state == "complete"), None)
-    if picked is not None and picked.number != best.number:
+    if picked is not None and picked.number not in found:
         found[picked.number] = f"Chosen: {trial_label(picked)}, value {number(picked.value, 4)}"
-    baselines: dict[Trial, str] = {name: f"Baseline: {method.label}" for name, method in ALLOCATORS.items()}
-    return found | baselines
+    at = "" if search.most_ratio is None else f" at {percent(search.compression_ratio, 0)} removed"
+    rules: dict[Trial, str] = {
+        name: f"{'Baseline' if name in BASELINES else 'Allocator'}: {method.label}{at}" for name, method in ALLOCATORS.items()
+    }
+    return found | rules
+
+
+def _answer_label(trial: TrialRecord, search: SearchConfig) -> str:
+    if search.most_ratio is None:
+        return f"Best: {trial_label(trial)}, value {number(trial.value, 4)}"
+    return f"Front: {trial_label(trial)}, {percent(trial.compression_ratio)} removed, value {number(trial.value, 4)}"
 
 
 def measure_form(run: Run, found: Mapping[Trial, str]) -> Trial:
@@ -60,12 +76,15 @@ def measure_form(run: Run, found: Mapping[Trial, str]) -> Trial:
             help=_RECORDED if run.recorded else None,
         )
         several = st.button(
-            "Best and baselines", key="measure_all", disabled=run.recorded, help="Measures the best trial and every baseline."
+            "This and the baselines",
+            key="measure_all",
+            disabled=run.recorded,
+            help=_RECORDED if run.recorded else "Measures the chosen allocation and every baseline.",
         )
     if one:
         _ask(run, "compare", [trial])
     if several:
-        _ask(run, "compare", [options[0], *ALLOCATORS])
+        _ask(run, "compare", list(dict.fromkeys([trial, *BASELINES])))
     return trial
 
 

@@ -2,49 +2,121 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import streamlit as st
 
-from lowrank_core.accounting import STORAGES, MatrixShape
-from lowrank_core.bases import BASES
-from lowrank_core.config import OBJECTIVES, SAMPLERS, CompressionConfig, RunConfig, SearchConfig
+from lowrank_core.config import OBJECTIVES, RunConfig, SearchConfig
 from lowrank_core.presets import PRESETS, search_by
-from lowrank_core.views.formatting import count, percent
-from lowrank_core.views.search import OBJECTIVE_LABELS, SAMPLER_LABELS, check_budget
+from lowrank_core.views.formatting import count, duration, percent
+from lowrank_core.views.model import ModelFacts
+from lowrank_core.views.plan import Plan, check_budget, estimated_seconds
+from lowrank_core.views.search import OBJECTIVE_LABELS
+from pages.components import search_options
 from pages.components.boundary import boundary
 from pages.components.start import start
 
 __all__ = ["search_form"]
 
 _DEFAULT = SearchConfig()
+_RECIPES = {"studio": "Ours", "bolaco": "The paper's, as published", "own": "My own"}
+_ABOUT = {
+    "studio": "Factors fitted block by block and weighed by what they do to the output; stacks and per-head factors as alternatives; "
+    "the search starts at the allocation that trades errors best, and tunes its weights.",
+    "bolaco": "Bolaco to the letter: pooled feature covariances, perplexity plus KL as the objective, a Gaussian process after 3 initial "
+    "points, kept fractions that are not scaled onto the budget (a trial outside it does not count), ranks in eights, value projections "
+    "dense.",
+    "own": "Choose basis, storage and variables under Advanced.",
+}
 
 
-def search_form(base: RunConfig, matrices: Sequence[MatrixShape]) -> None:
+def search_form(base: RunConfig, facts: ModelFacts | None) -> None:
     """Draw the form; a press on its button starts a search of its own run, and selects it.
 
     Args:
-        matrices: the compressible linears, to check the budget; empty where they are not known yet.
+        facts: of the model, to check the budget; None where they are not known yet.
     """
-    search = _inputs()
-    config = replace(base, search=search)
+    config: RunConfig | None = None
+    with boundary():
+        config = replace(base, search=_inputs())
+    feasible = config is not None and _budget_line(config, facts)
     with st.container(horizontal=True, vertical_alignment="center"):
-        pressed = st.button("Start search", key="start_search", type="primary", icon=":material/play_arrow:")
-        feasible = _budget_line(config, matrices)
-    text, batch = config.text, config.text.validation_windows * config.text.context
+        pressed = st.button("Start search", key="start_search", type="primary", icon=":material/play_arrow:", disabled=config is None)
+        _time_line(config)
+    text, batch = base.text, base.text.validation_windows * base.text.context
+    space = config.search.space if config is not None and config.search is not None else _DEFAULT.space
     st.caption(
         f"Each trial is judged on {text.validation_windows} search-validation windows of {text.context} tokens ({batch:,} tokens), "
-        f"in the space {search.space}; statistics come from {text.calibration_windows} calibration windows."
+        f"in the space {space}; statistics come from {text.calibration_windows} calibration windows."
     )
-    if pressed and feasible:
+    if pressed and feasible and config is not None:
         with boundary():
             start(config)
 
 
 def _inputs() -> SearchConfig:
+    """Draw the inputs and return what they ask for.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    recipe = st.segmented_control(
+        "Recipe",
+        list(_RECIPES),
+        default="studio",
+        required=True,
+        key="search_recipe",
+        format_func=_RECIPES.__getitem__,
+        help="How the matrices are factorised and what the search varies.",
+        persist_state="session",
+    )
+    recipe = str(recipe)
+    st.caption(_ABOUT[recipe])
+    least, most, trials, objective = _simple(published=recipe == "bolaco")
+    if recipe == "bolaco":
+        seed = search_options.seed_alone()
+        return replace(search_by(PRESETS["bolaco"], least, seed=seed), trials=trials)
+    options = search_options.advanced(own=recipe == "own", ranged=most is not None, objective=objective)
+    chosen = {"compression_ratio": least, "most_ratio": most, "objective": objective, "trials": trials}
+    return replace(search_by(PRESETS["studio"], least), **{**options, **chosen})  # type: ignore[arg-type]
+
+
+def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
+    """Draw what everybody should look at; return the ratio, the end of its range or None, the trials and the objective."""
+    far = st.toggle(
+        "How far can I go?",
+        key="search_far",
+        disabled=published,
+        help="Search a range of ratios at once, for the least loss at each. The answer is a front instead of one best trial; give it more "
+        "trials. The paper's search has one ratio.",
+        persist_state="session",
+    )
     left, right = st.columns(2, gap="large")
-    ratio = left.slider(
+    with left:
+        least, most = _range() if far and not published else (_ratio(), None)
+    trials = right.slider(
+        "Trials",
+        2,
+        200,
+        _DEFAULT.trials,
+        key="search_trials",
+        help="The baselines included. A search can be extended later.",
+        persist_state="session",
+    )
+    objective = left.selectbox(
+        "Objective",
+        OBJECTIVES,
+        key="search_objective",
+        format_func=OBJECTIVE_LABELS.__getitem__,
+        disabled=published,
+        help="What a trial is judged by, on search-validation text that is neither calibration nor test. As published, it is Bolaco's.",
+        persist_state="session",
+    )
+    return least, most, trials, objective
+
+
+def _ratio() -> float:
+    ratio = st.slider(
         "Compression ratio (parameters removed)",
         5,
         80,
@@ -54,68 +126,51 @@ def _inputs() -> SearchConfig:
         help="Fraction of the compressible linears' parameters to remove.",
         persist_state="session",
     )
-    trials = right.slider(
-        "Trials", 2, 200, _DEFAULT.trials, key="search_trials", help="The two baselines included.", persist_state="session"
-    )
-    objective = left.selectbox(
-        "Objective",
-        OBJECTIVES,
-        key="search_objective",
-        format_func=OBJECTIVE_LABELS.__getitem__,
-        help="What a trial is judged by, on search-validation text that is neither calibration nor test.",
-        persist_state="session",
-    )
-    basis = right.selectbox(
-        "Basis",
-        list(BASES),
-        key="search_basis",
-        format_func=lambda name: BASES[name].label,
-        help="How the error of a matrix is weighed, and so which directions are kept.",
-        persist_state="session",
-    )
-    with st.expander("Advanced"):
-        first, second, third = st.columns(3)
-        sampler = first.selectbox("Sampler", SAMPLERS, key="search_sampler", format_func=SAMPLER_LABELS.__getitem__)
-        storage = second.selectbox(
-            "Storage",
-            list(STORAGES),
-            key="search_storage",
-            help="factored: two factors. pivoted: the same matrix without the numbers that the others tell; higher ranks for a budget.",
-        )
-        seed = third.number_input("Seed", min_value=0, value=_DEFAULT.seed, key="search_seed")
-        with st.container(horizontal=True, gap="large"):
-            dense = st.toggle(
-                "Keep value projections dense", value=CompressionConfig().value_dense, key="search_value_dense", help="As the paper does."
-            )
-            published = st.toggle(
-                "As published",
-                key="search_published",
-                help="Bolaco to the letter: its basis and objective, 3 initial points, kept fractions that are not scaled onto the budget "
-                "(a trial outside it does not count), ranks in eights, value projections dense. Overrides the choices around it.",
-            )
-    if published:
-        return replace(search_by(PRESETS["bolaco"], ratio / 100, seed=int(seed)), trials=trials)
-    compression = CompressionConfig(basis=basis, storage=storage, value_dense=dense)
-    return SearchConfig(
-        compression_ratio=ratio / 100, sampler=sampler, objective=objective, trials=trials, seed=int(seed), compression=compression
-    )
+    return float(ratio / 100)
 
 
-def _budget_line(config: RunConfig, matrices: Sequence[MatrixShape]) -> bool:
+def _range() -> tuple[float, float]:
+    low, high = st.slider(
+        "Compression ratios (parameters removed)",
+        5,
+        80,
+        (20, 60),
+        format="%d %%",
+        key="search_ratios",
+        help="Every trial removes a fraction of its own between these two.",
+        persist_state="session",
+    )
+    return low / 100, high / 100
+
+
+def _budget_line(config: RunConfig, facts: ModelFacts | None) -> bool:
     """Say what the budget is; return whether it can be met."""
-    if not matrices:
-        st.caption("The budget is counted once the model was read.", width="content")
+    if facts is None or not facts.matrices:
+        st.caption("The budget is counted once the model was read.")
         return True
     with boundary():
-        uniform = check_budget(config, matrices)
-        if uniform is not None:
-            spends = (
-                "every trial spends this budget" if config.search and config.search.projected else "trials within a tenth below it count"
-            )
-            st.caption(
-                f"Keeps **{count(uniform.parameters)}** of {count(uniform.dense_parameters)} parameters in {len(matrices)} linear layers "
-                f"({percent(uniform.compression_ratio)} removed); {spends}.",
-                width="content",
-            )
+        plan = check_budget(config, facts.matrices, facts.head_units)
+        if plan is not None and config.search is not None:
+            st.caption(_budget_words(plan, config.search, len(facts.matrices)))
         return True
     return False
+
+
+def _budget_words(plan: Plan, search: SearchConfig, layers: int) -> str:
+    variables = f"{len(plan.variables)} variables"
+    if search.most_ratio is not None:
+        return (
+            f"Keeps **{count(plan.allowed)}** ({percent(search.compression_ratio)} removed) down to **{count(plan.least)}** "
+            f"({percent(search.most_ratio)} removed) of {count(plan.dense)} parameters in {layers} linear layers; {variables}."
+        )
+    spends = "every trial spends this budget" if search.projected else "trials within a tenth below it count"
+    return (
+        f"Keeps **{count(plan.allowed)}** of {count(plan.dense)} parameters in {layers} linear layers "
+        f"({percent(search.compression_ratio)} removed); {spends}; {variables}."
+    )
+
+
+def _time_line(config: RunConfig | None) -> None:
+    seconds = None if config is None else estimated_seconds(config)
+    if seconds is not None:
+        st.caption(f"Estimate: about **{duration(seconds)}** for the trials, going by earlier ones on this model.", width="content")

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import streamlit as st
 
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import RunError
-from lowrank_core.figures.layermap import map_figure
-from lowrank_core.figures.search import PICKED, history_chart
 from lowrank_core.runs import Run, RunStatus
 from lowrank_core.search.records import TrialRecord, best_trial, read_trials
-from lowrank_core.views.formatting import duration, number, percent
-from lowrank_core.views.model import model_facts
+from lowrank_core.views.formatting import number, percent, short_duration
+from lowrank_core.views.front import front_table
 from lowrank_core.views.runs import STATE_WORDS, is_working, status_words
-from lowrank_core.views.search import (
-    OBJECTIVE_LABELS,
-    allocation_map,
-    allocation_of,
-    history,
-    progress,
-    search_params,
-    search_units,
-    trial_label,
-    trial_table,
-)
-from pages.components import navigation, state, tables
-from pages.components.charts import chart
+from lowrank_core.views.search import OBJECTIVE_LABELS, Progress, progress
+from lowrank_core.views.trials import ratio_words, trial_label
+from lowrank_core.views.workers import living_workers, worker_table
+from pages.components import state, study_charts, tables
 from pages.components.layout import figures_row
 
 __all__ = ["show"]
@@ -43,49 +33,58 @@ def show(run: Run) -> None:
     if search is None:
         raise RunError("this run has no search.")
     trials, status = read_trials(run), run.status()
-    chosen = _chosen(trials)
-    _stage(run, status, trials, search)
+    now = progress(trials, search)
+    _stage(run, status, now)
     if not trials:
         return
-    _figures(trials, search)
-    chart(
-        history_chart(history(trials, search.objective), chosen.number if chosen else None),
-        key="history",
-        title="Every trial on search-validation text",
-        how="lower is better; the green steps are the best so far, dashed lines the baselines. Click a point for its allocation; "
-        "drag moves, Ctrl + wheel zooms, a double click resets.",
-        alt="Objective of each trial in the order of asking, with baselines and the best so far",
-        on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),
-    )
+    chosen = _chosen(trials, search)
+    if search.most_ratio is None:
+        _figures(now, search)
+        study_charts.history(trials, search, chosen)
+        study_charts.windows(trials, search, chosen)
+    else:
+        _front_figures(trials, now, search)
+        study_charts.front(trials, search, chosen)
     if chosen is not None and chosen.ranks:
-        _allocation(run, chosen, search)
-    _table(run, trials, search)
+        study_charts.allocation(run, chosen, search)
+    study_charts.table(run, trials, search)
+    _workers(run, trials)
 
 
-def _chosen(trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """Return the trial that the user picked, else the best."""
+def _chosen(trials: Sequence[TrialRecord], search: SearchConfig) -> TrialRecord | None:
+    """Return the trial that the user picked, else the best; over a range of ratios there is none."""
     picked = next((trial for trial in trials if trial.number == state.selection().trial), None)
-    return picked or best_trial(trials)
+    return picked or (best_trial(trials) if search.most_ratio is None else None)
 
 
-def _stage(run: Run, status: RunStatus, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
-    complete = sum(1 for trial in trials if trial.finished)
+def _stage(run: Run, status: RunStatus, now: Progress) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.markdown(f"**{complete} of {search.trials} trials complete**", width="content")
-        now = f"{status.stage} · {status_words(status)}".strip(" ·") if is_working(status) else STATE_WORDS.get(status.state, "")
-        st.caption("recorded" if run.recorded else now, width="content")
-    if not run.recorded and (is_working(status) or complete < search.trials):
-        st.progress(min(1.0, complete / search.trials) if trials else status.fraction or 0.0)
-    if status.state in ("stopped", "interrupted") and complete < search.trials:
+        st.markdown(f"**{now.complete} of {now.wanted} trials complete**", width="content")
+        doing = f"{status.stage} · {status_words(status)}".strip(" ·") if is_working(status) else STATE_WORDS.get(status.state, "")
+        st.caption("recorded" if run.recorded else doing, width="content")
+    st.caption(_counts(now, 0 if run.recorded else len(living_workers(run))) or " ")
+    if not run.recorded and (is_working(status) or now.complete < now.wanted):
+        st.progress(min(1.0, now.complete / now.wanted) if now.complete else status.fraction or 0.0)
+    if status.state in ("stopped", "interrupted") and now.complete < now.wanted:
         st.caption("Resume in the sidebar: complete trials are kept.")
 
 
-def _figures(trials: Sequence[TrialRecord], search: SearchConfig) -> None:
-    now = progress(trials, search)
+def _counts(now: Progress, workers: int) -> str:
+    words = [
+        f"{short_duration(now.seconds)} per trial (median)" if now.seconds is not None else "",
+        f"{now.pruned} stopped early" if now.pruned else "",
+        f"{now.over} outside the budget, measured and never the best" if now.over else "",
+        f"{now.by_hand} picked by hand, on top" if now.by_hand else "",
+        f"{workers} workers" if workers > 1 else "1 worker" if workers else "",
+    ]
+    return " · ".join(word for word in words if word)
+
+
+def _figures(now: Progress, search: SearchConfig) -> None:
     best = now.best
     figures_row(
         {
-            "Best trial": (trial_label(best) if best else "–", "The least value so far."),
+            "Best trial": (f"Trial {best.number}" if best else "–", f"The least value so far: {trial_label(best)}." if best else ""),
             "Best value": (number(best.value, 4) if best else "–", OBJECTIVE_LABELS[search.objective]),
             "Its perplexity": (
                 number(best.perplexity) if best else "–",
@@ -93,66 +92,37 @@ def _figures(trials: Sequence[TrialRecord], search: SearchConfig) -> None:
             ),
             "Below uniform": (percent(now.gain), "How far the best value lies below that of the uniform baseline."),
             "Removed": (percent(best.compression_ratio) if best else "–", "Of the compressible linears' parameters, as counted."),
-            "Time per trial": (duration(best.seconds) if best else "–", "Of the best trial."),
         }
     )
 
 
-def _allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
-    facts = model_facts(run)
-    if facts is None:
+def _front_figures(trials: Sequence[TrialRecord], now: Progress, search: SearchConfig) -> None:
+    found = front_table(trials)
+    least, most = (found.iloc[0], found.iloc[-1]) if len(found) else (None, None)
+    figures_row(
+        {
+            "Ratios": (ratio_words(search), "Every trial removes a fraction of its own within this range."),
+            "On the front": (f"{len(found)} trials", "No other trial removes as much at less loss."),
+            "Least removed": (
+                f"{percent(least['removed'], 0)} at {number(least['value'], 3)}" if least is not None else "–",
+                OBJECTIVE_LABELS[search.objective],
+            ),
+            "Most removed": (
+                f"{percent(most['removed'], 0)} at {number(most['value'], 3)}" if most is not None else "–",
+                OBJECTIVE_LABELS[search.objective],
+            ),
+        }
+    )
+
+
+def _workers(run: Run, trials: Sequence[TrialRecord]) -> None:
+    frame = worker_table(trials, {} if run.recorded else living_workers(run), time.time())
+    if frame.empty:
         return
-    units = search_units(facts.matrices, search.compression)
-    allocation = allocation_of(trial, units)
-    chart(
-        map_figure(allocation_map(allocation, units), state.selection().module),
-        key="allocation_map",
-        title=f"Where {trial_label(trial)} keeps its parameters",
-        how=f"bright cells keep most of their parameters, 100 % is dense; {percent(allocation.compression_ratio)} are removed in all.",
-        alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}",
-        on_pick=state.pick_from_chart("module", "allocation_map"),
-    )
-    with st.container(horizontal=True, vertical_alignment="center"):
-        name = f"{run.id}-trial-{trial.number}.json"
-        st.download_button(
-            "Allocation (JSON)",
-            allocation.to_json(),
-            name,
-            "application/json",
-            key="download_allocation",
-            icon=":material/download:",
-            help="Valid for `lowrank compress --ranks`.",
-            on_click="ignore",
-        )
-        st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")
-
-
-def _table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
-    frame = trial_table(trials)
-    columns = {
-        "trial": tables.whole("Trial"),
-        "state": tables.text("State"),
-        "kind": tables.text("Kind"),
-        "value": tables.figure("Value", "The objective."),
-        "perplexity": tables.number("Perplexity", 2),
-        "kl": tables.figure("KL (nats/token)"),
-        "removed": tables.share("Removed"),
-        "seconds": tables.number("Seconds", 1),
-        **{
-            name: tables.number(f"× {name}", 3, "Multiplier of this module type, before the projection onto the budget.")
-            for name in search_params(trials)
-        },
-    }
-    columns.pop(search.objective, None)  # it is the value
-    st.markdown("**Trials**")
-    pick = state.pick_from_table("trial", "trial_table", list(frame["trial"]))
-    tables.table(frame, columns, key="trial_table", height=300, on_pick=pick, alt="Trials of the search")
-    st.download_button(
-        "Trials (CSV)",
-        frame.to_csv(index=False),
-        f"{run.id}-trials.csv",
-        "text/csv",
-        key="download_trials",
-        icon=":material/download:",
-        on_click="ignore",
-    )
+    with st.expander("Workers", key="workers_panel", icon=":material/group:"):
+        columns = {
+            "worker": tables.text("Worker", "Machine and process."),
+            "measured": tables.whole("Trials measured"),
+            "now": tables.text("Now", width="large"),
+        }
+        tables.table(frame, columns, key="worker_table", alt="Workers of this search")

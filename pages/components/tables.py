@@ -16,9 +16,9 @@ def number(label: str, digits: int = 3, meaning: str | None = None) -> object:
     return st.column_config.NumberColumn(label, format=f"%.{digits}f", help=meaning)
 
 
-def figure(label: str, meaning: str | None = None) -> object:
+def figure(label: str, meaning: str | None = None, width: int | None = None) -> object:
     """A number with four significant digits, however small."""
-    return st.column_config.NumberColumn(label, format="%.4g", help=meaning)
+    return st.column_config.NumberColumn(label, format="%.4g", help=meaning, width=width)
 
 
 def whole(label: str, meaning: str | None = None) -> object:
@@ -30,7 +30,7 @@ def share(label: str, meaning: str | None = None) -> object:
     return st.column_config.NumberColumn(label, format="percent", help=meaning)
 
 
-def text(label: str, meaning: str | None = None, width: str | None = None) -> object:
+def text(label: str, meaning: str | None = None, width: str | int | None = None) -> object:
     return st.column_config.TextColumn(label, help=meaning, width=width)  # type: ignore[arg-type]
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +15,10 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from lowrank_core.accounting import MatrixShape, Unit, budget_for_ratio
-from lowrank_core.allocation import AllocationProblem, allocate, allocation_from_ranks, module_group, project
+from lowrank_core.allocation import AllocationProblem, RankAllocation, allocate, allocation_from_ranks, module_group, project
 from lowrank_core.config import ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.runs import Run, RunStatus, create_run, process_started, write_json
-from lowrank_core.search.records import open_storage
+from lowrank_core.search.storage import open_journal
 from lowrank_core.spectra import LayerSpectrum, save_spectra
 
 BLOCKS, HIDDEN, FFN, VALUES = 3, 24, 48, 12
@@ -145,7 +147,7 @@ def calibration_json(tokens: int = 1280) -> dict[str, object]:
 
 def write_study(run: Run, *, running: bool = False) -> None:
     """Write the journal that the worker would: two baselines, sampled trials, one failed, one in flight if ``running``."""
-    study = optuna.create_study(storage=open_storage(run.journal), study_name=run.study_name, direction="minimize", load_if_exists=True)
+    study = optuna.create_study(storage=open_journal(run.journal), study_name=run.study_name, direction="minimize", load_if_exists=True)
     shapes = priced_units()
     dense = {m.name for m in shapes if module_group(m.kind) == "v"}
     generator = np.random.default_rng(1)
@@ -173,6 +175,74 @@ def write_study(run: Run, *, running: bool = False) -> None:
         )
     if running:
         study.ask({name: FloatDistribution(0.1, 1.0) for name in VARIABLES})
+
+
+WINDOWS = 8
+
+
+def _windows(mean: float, seen: int = WINDOWS) -> dict[int, float]:
+    return {window: mean * (0.8 + 0.4 * window / (WINDOWS - 1)) for window in range(seen)}
+
+
+def _journal(run: Run, directions: tuple[str, ...] = ("minimize",)) -> optuna.Study:
+    storage = open_journal(run.journal)
+    return optuna.create_study(storage=storage, study_name=run.study_name, directions=list(directions), load_if_exists=True)
+
+
+def _attributes(allocation: RankAllocation, label: str, loss: float | None) -> dict[str, object]:
+    found: dict[str, object] = {"label": label, "ranks": json.dumps(dict(allocation.ranks)), "worker": f"elsewhere:77:{0.5}"}
+    found["compression_ratio"] = allocation.compression_ratio
+    if loss is not None:
+        found |= {"kl": loss, "perplexity": float(np.exp(DENSE_NLL + loss)), "tokens": 124, "seconds": 2.0}
+    return found
+
+
+def write_rich_study(run: Run) -> None:
+    """Write a trial of every kind: three baselines, sampled, stopped early, by hand (within, over the budget, waiting), failed, running."""
+    study, shapes = _journal(run), priced_units()
+    dense = {m.name for m in shapes if module_group(m.kind) == "v"}
+    uniform = allocate("uniform", shapes, RATIO, keep_dense=dense)
+    generous = allocation_from_ranks("manual", shapes, {shapes[0].name: 3})
+    params = dict.fromkeys(VARIABLES, 0.5)
+    space = {name: FloatDistribution(0.1, 1.0) for name in VARIABLES}
+    point = {"params": params, "distributions": space}
+    complete, given = TrialState.COMPLETE, {"given": True}
+    for label, loss in (("uniform", 0.41), ("lord_manual", 0.44), ("marginal", 0.36), ("sampled", 0.33)):
+        own = point if label == "sampled" else {}
+        found = _attributes(uniform, label, loss)
+        study.add_trial(create_trial(state=complete, value=loss, user_attrs=found, intermediate_values=_windows(loss), **own))
+    stopped = {**_attributes(uniform, "sampled", None), "seconds": 0.7}
+    study.add_trial(create_trial(state=TrialState.PRUNED, user_attrs=stopped, intermediate_values=_windows(0.9, 6), **point))
+    by_hand = _attributes(uniform, "manual", 0.35) | given
+    study.add_trial(create_trial(state=complete, value=0.35, user_attrs=by_hand, intermediate_values=_windows(0.35)))
+    over = _attributes(generous, "manual", 0.1) | given
+    study.add_trial(create_trial(state=complete, value=0.1, user_attrs=over, constraints={"keeps too much": 0.2}))
+    failed = _attributes(uniform, "sampled", None) | {"error": "the objective kl is not finite at this allocation"}
+    study.add_trial(create_trial(state=TrialState.FAIL, user_attrs=failed, **point))
+    running = study.ask(space)
+    me = f"{socket.gethostname()}:{os.getpid()}:{process_started(os.getpid())}"
+    for name, value in (_attributes(uniform, "sampled", None) | {"worker": me}).items():
+        running.set_user_attr(name, value)
+    for window, loss in _windows(0.34, 4).items():
+        running.report(loss, window)
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"label": "manual", "ranks": "{}", **given}))
+
+
+FRONT = ((0.2, 0.1), (0.4, 0.3), (0.3, 0.35), (0.6, 0.9), (0.5, 0.6))
+"""Ratio asked for and objective by trial of ``write_front``: the third is beaten by the second; the first two are uniform."""
+
+
+def write_front(run: Run) -> None:
+    """Write the study of a search over a range of ratios."""
+    study, shapes = _journal(run, ("maximize", "minimize")), priced_units()
+    space = {"qk": FloatDistribution(0.2, 1.0), "compression_ratio": FloatDistribution(0.2, 0.6)}
+    for number, (ratio, loss) in enumerate(FRONT):
+        allocation = allocate("uniform", shapes, ratio)
+        found = _attributes(allocation, "uniform" if number < 2 else "sampled", loss)
+        values = [allocation.compression_ratio, loss]
+        params = {"qk": 0.5, "compression_ratio": ratio}
+        study.add_trial(create_trial(state=TrialState.COMPLETE, values=values, params=params, distributions=space, user_attrs=found))
+    study.ask(space)
 
 
 def comparison(label: str, trial: int | str, nll: float) -> dict[str, object]:
@@ -209,6 +279,7 @@ def comparison(label: str, trial: int | str, nll: float) -> dict[str, object]:
         "top1_agreement": 0.81,
         "compression_ratio": 1 - kept / dense,
         "model_compression_ratio": (dense - kept) / (dense + rest),
+        "kl_interval": [0.3, 0.4],
         "dense_window_nll": windows,
     }
     return {
@@ -244,12 +315,20 @@ def running_status(stage: str = "Searching", done: int = 5, total: int = 30, *, 
     )
 
 
-def make_run(*, search: bool = True, state: str = "finished", parts: bool = True, path: Path | None = None) -> Run:
-    """Write a run under the home: ``parts`` says whether its stages before the search are done."""
+def make_run(
+    *,
+    search: bool = True,
+    state: str = "finished",
+    parts: bool = True,
+    path: Path | None = None,
+    config: SearchConfig | None = None,
+    study: Callable[[Run], None] | None = None,
+) -> Run:
+    """Write a run under the home: ``parts`` says whether its stages before the search are done, ``study`` writes its trials."""
     config = RunConfig(
         ModelSource("demo"),
         TextConfig("python-stdlib", context=32, calibration_windows=40),
-        search=SearchConfig(RATIO, trials=6) if search else None,
+        search=(config or SearchConfig(RATIO, trials=6)) if search else None,
     )
     run = create_run(config, path=path)
     if parts:
@@ -257,7 +336,9 @@ def make_run(*, search: bool = True, state: str = "finished", parts: bool = True
         write_json(run.path / "text.json", text_json())
         write_json(run.path / "calibration.json", calibration_json())
         save_spectra(run.path / "spectra.npz", spectra())
-    if search and parts:
+    if search and parts and study is not None:
+        study(run)
+    elif search and parts:
         write_study(run, running=state == "running")
     message = "model: the loss of layer 3 is not finite." if state == "failed" else ""
     run.write_status(running_status() if state == "running" else RunStatus(state=state, message=message))

@@ -8,23 +8,30 @@ from dataclasses import replace
 import numpy as np
 import plotly.graph_objects as go
 import pytest
-from synthetic import make_run, matrices, priced_units, spectra, write_answers
+from synthetic import make_run, matrices, priced_units, spectra, write_answers, write_front, write_rich_study
 
 from lowrank_core.accounting import MatrixShape
 from lowrank_core.figures.compare import perplexity_figure
 from lowrank_core.figures.energy import groups_figure, left_figure, pooling_figure, retained_figure
+from lowrank_core.figures.front import front_chart
 from lowrank_core.figures.layermap import map_figure
-from lowrank_core.figures.search import VegaChart, history_chart
+from lowrank_core.figures.search import history_chart
 from lowrank_core.figures.spectra import scree_figure
 from lowrank_core.figures.style import CONFIG
+from lowrank_core.figures.vega import VegaChart
+from lowrank_core.figures.windows import window_chart
 from lowrank_core.search.records import read_trials
 from lowrank_core.spectra import LayerSpectrum
+from lowrank_core.views.allocation import allocation_map, allocation_of
 from lowrank_core.views.calibration import calibration_facts, group_table
 from lowrank_core.views.compare import answers, comparisons
 from lowrank_core.views.energy import energy_curves, pooling_curves
+from lowrank_core.views.front import front
 from lowrank_core.views.layermap import layer_map
-from lowrank_core.views.search import allocation_map, allocation_of, history
+from lowrank_core.views.search import history
 from lowrank_core.views.spectrum import atlas, scree_curves
+from lowrank_core.views.trials import KINDS
+from lowrank_core.views.windows import window_losses
 
 MEGABYTE = 1_000_000
 
@@ -148,9 +155,48 @@ def test_states_of_trials_differ_without_colour():
     chart = history_chart(history(read_trials(make_run(state="running")), "kl"), 3)
     shape = layers(chart, "point")[0]["encoding"]["shape"]["scale"]
     assert len(set(shape["range"])) == len(shape["domain"])
-    shown = chart.data.loc[chart.data["row"] == "trial", "what"]
+    assert set(shape["domain"]) == set(KINDS)
+    shown = chart.data.loc[chart.data["row"] == "trial", "kind"]
     assert list(shown) == ["baseline", "baseline", "sampled", "sampled", "failed", "sampled", "running"]
     assert set(shown) <= set(shape["domain"])
+
+
+def test_a_trial_that_was_stopped_is_hollow_and_stands_at_the_loss_it_showed():
+    chart = history_chart(history(read_trials(make_run(state="running", study=write_rich_study)), "kl"))
+    fill = layers(chart, "point")[0]["encoding"]["fill"]["scale"]
+    hollow = [kind for kind, colour in zip(fill["domain"], fill["range"], strict=True) if colour == "transparent"]
+    assert hollow == ["stopped early"]
+    rows = chart.data[chart.data["row"] == "trial"].set_index("kind")
+    assert rows.loc["stopped early", "value"] == pytest.approx(0.9 * (0.8 + 0.4 * 2.5 / 7))
+    assert rows.loc["running", "value"] > rows.loc["stopped early", "value"]
+
+
+def test_three_baselines_are_named_on_different_sides():
+    data = history_chart(history(read_trials(make_run(state="running", study=write_rich_study)), "kl")).data
+    assert list(data.loc[data["row"] != "trial", "row"]) == ["below", "below left", "above"]
+
+
+def test_the_front_is_drawn_in_steps_with_baselines_joined():
+    trials = read_trials(make_run(state="running", study=write_front))
+    chart = front_chart(front(trials, "kl"), 1)
+    rows = chart.data.groupby("row").size()
+    assert dict(rows) == {"baseline": 2, "front": 4, "name above": 1, "trial": 5}
+    assert list(chart.data.loc[chart.data["chosen"].eq(True), "number"]) == [1]
+    assert layers(chart, "line")[1]["mark"]["interpolate"] == "step-before"
+    assert front_chart(front(trials[:1], "kl")).spec == chart.spec
+
+
+def test_a_front_without_trials_can_be_drawn():
+    assert front_chart(front([], "kl")).data.empty
+
+
+def test_windows_stream_into_the_same_chart():
+    trials = read_trials(make_run(state="running", study=write_rich_study))
+    running, done = (window_chart(window_losses(found, None, "kl")) for found in (trials, trials[:4]))
+    assert running.spec == done.spec
+    shapes = {layer["mark"]["shape"] for layer in layers(running, "point")}
+    assert shapes == {"circle", "stroke"}
+    assert running.data["shown"].notna().sum() == 4
 
 
 def test_trials_without_a_value_are_drawn_above_all_others():
@@ -183,7 +229,7 @@ def test_more_trials_change_the_data_and_nothing_else():
 def test_a_history_with_nothing_complete_can_be_drawn():
     last = read_trials(make_run(state="running"))[-1]
     data = history_chart(history([last], "perplexity")).data
-    assert list(data["what"]) == ["running"]
+    assert list(data["kind"]) == ["running"]
     assert data["value"].notna().all()
 
 

@@ -225,6 +225,7 @@ def test_starting_a_search_takes_over_what_the_run_on_screen_had(app):
 def test_every_basis_of_the_registry_can_be_searched_with_and_storage_chosen(app):
     base = make_run(search=False)
     test = app("search")
+    test.segmented_control(key="search_recipe").set_value("own").run()
     assert test.selectbox(key="search_basis").options == [basis.label for basis in BASES.values()]
     test.selectbox(key="search_basis").set_value("two_sided")
     test.selectbox(key="search_storage").set_value("pivoted")
@@ -239,7 +240,7 @@ def test_a_search_as_published_overrides_the_choices_around_it(app):
     base = make_run(search=False)
     test = app("search")
     test.slider(key="search_trials").set_value(40)
-    test.toggle(key="search_published").set_value(True).run()
+    test.segmented_control(key="search_recipe").set_value("bolaco").run()
     assert "trials within a tenth below it count" in " ".join(caption.value for caption in test.caption)
     test.button(key="start_search").click().run()
     assert sound(test)
@@ -281,6 +282,7 @@ def test_a_ratio_that_can_not_be_met_is_refused_before_anything_starts(app):
     model = model_json()
     write_json(run.path / "model.json", {**model, "layers": [layer for layer in model["layers"] if layer["kind"] in ("q_proj", "v_proj")]})
     test = app("search")
+    test.segmented_control(key="search_recipe").set_value("bolaco").run()
     test.slider(key="search_ratio").set_value(80)
     test.button(key="start_search").click().run()
     assert "can't be met" in test.error[0].value

@@ -18,12 +18,12 @@ from synthetic import (
     write_answers,
 )
 
-from lowrank_core.accounting import allocated_parameters
+from lowrank_core.accounting import allocated_parameters, budget_for_ratio
 from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.errors import BudgetError
 from lowrank_core.runs import RunStatus, write_json
 from lowrank_core.search.records import read_trials
-from lowrank_core.views import compare, runs, search
+from lowrank_core.views import allocation, compare, plan, runs, search
 
 
 def test_the_history_keeps_the_best_so_far_over_a_failed_trial():
@@ -61,24 +61,24 @@ def test_progress_is_told_against_uniform():
 
 def test_the_trial_table_marks_the_best_and_has_a_column_for_each_variable():
     trials = read_trials(make_run())
-    table = search.trial_table(trials)
+    table = search.trial_table(trials, SearchConfig())
     assert list(table["trial"]) == list(range(6))
     assert table["kind"][3] == "sampled ★ best"
     assert table["kind"][0] == "Uniform"
-    assert set(search.search_params(trials)) <= set(table.columns)
-    assert search.trial_table([]).empty
+    assert {found.name for found in search.search_variables(trials, SearchConfig())} <= set(table.columns)
+    assert search.trial_table([], SearchConfig()).empty
 
 
 def test_the_allocation_map_spends_what_the_allocation_counts():
     trial = read_trials(make_run())[3]
-    units = search.search_units(matrices(), CompressionConfig())
+    units = allocation.search_units(matrices(), CompressionConfig())
     assert list(units) == priced_units()
-    allocation = search.allocation_of(trial, units)
-    view = search.allocation_map(allocation, units)
+    found = allocation.allocation_of(trial, units)
+    view = allocation.allocation_map(found, units)
     spent = sum(value * unit.dense_parameters for value, unit in zip(view.frame["value"], units, strict=True))
     assert spent == pytest.approx(allocated_parameters(units, trial.ranks))
     assert (view.frame.loc[view.frame["kind"] == "v_proj", "label"] == "dense").all()
-    assert allocation.compression_ratio >= RATIO
+    assert found.compression_ratio >= RATIO
 
 
 def test_the_allocation_that_is_downloaded_can_be_read_again(tmp_path):
@@ -86,17 +86,18 @@ def test_the_allocation_that_is_downloaded_can_be_read_again(tmp_path):
 
     trial = read_trials(make_run())[3]
     path = tmp_path / "allocation.json"
-    path.write_text(search.allocation_of(trial, priced_units()).to_json())
+    path.write_text(allocation.allocation_of(trial, priced_units()).to_json())
     assert read_ranks(path) == dict(trial.ranks)
 
 
 def test_a_ratio_that_can_not_be_met_is_told_before_the_start():
     shapes = [m for m in matrices() if m.kind in ("q_proj", "v_proj")]
     with pytest.raises(BudgetError, match="can't be met"):
-        search.check_budget(RunConfig(search=SearchConfig(compression_ratio=0.8)), shapes)
-    assert search.check_budget(RunConfig(), shapes) is None
-    kept = search.check_budget(RunConfig(search=SearchConfig(compression_ratio=RATIO)), matrices())
-    assert kept.ranks["model.layers.0.self_attn.v_proj"] is None
+        plan.check_budget(RunConfig(search=SearchConfig(compression_ratio=0.8)), shapes)
+    assert plan.check_budget(RunConfig(), shapes) is None
+    found = plan.check_budget(RunConfig(search=SearchConfig(compression_ratio=RATIO)), matrices())
+    assert found.allowed == found.least == budget_for_ratio(priced_units(), RATIO)
+    assert found.variables == ("qk", "o", "gate", "up", "down")
 
 
 # comparisons
@@ -164,7 +165,7 @@ def test_labels_differ_and_last():
 def test_the_run_table_counts_complete_trials():
     run = make_run()
     table = runs.run_table([run])
-    assert (table["trials"][0], table["best"][0], table["ratio"][0]) == (5, 0.35, RATIO)
+    assert (table["trials"][0], table["best"][0], table["ratio"][0]) == (5, 0.35, "30%")
 
 
 def test_a_resumed_warm_worker_counts_as_busy_before_it_says_so():

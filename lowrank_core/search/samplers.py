@@ -1,0 +1,121 @@
+"""Which sampler proposes the next point, and on what it may look.
+
+Every trial is drawn by a sampler of its own, seeded by the search's seed and the trial's number: what a search proposes depends on the
+seed and on the finished trials alone, so a search that was stopped and resumed proposes what it would have proposed anyway.
+Allocations that are no points of the space (hand-picked ones, some baselines) are hidden from it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any, cast
+
+import optuna
+import torch
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.exceptions import ExperimentalWarning
+from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.trial import FrozenTrial, TrialState
+
+from lowrank_core.config import SearchConfig
+
+__all__ = ["GIVEN", "PointSampler", "phase"]
+
+GIVEN = "given"
+"""User attribute of a trial whose ranks were given instead of drawn."""
+
+_STRIDE = 1_000_003  # a prime: seeds of one search don't meet those of the next
+
+
+def _gp(config: SearchConfig, seed: int) -> BaseSampler:
+    return GPSampler(seed=seed, n_startup_trials=config.startup_trials, deterministic_objective=True)
+
+
+def _tpe(config: SearchConfig, seed: int) -> BaseSampler:
+    return TPESampler(seed=seed, n_startup_trials=config.startup_trials, multivariate=True, constant_liar=True)
+
+
+def _cmaes(config: SearchConfig, seed: int) -> BaseSampler:
+    return CmaEsSampler(seed=seed)  # from the middle of the space: weights of 1, in theirs
+
+
+def _qmc(config: SearchConfig, seed: int) -> BaseSampler:
+    return QMCSampler(seed=config.seed, scramble=True)  # one sequence: its place in it is kept in the study
+
+
+def _random(config: SearchConfig, seed: int) -> BaseSampler:
+    return RandomSampler(seed=seed)
+
+
+_SAMPLERS: Mapping[str, Callable[[SearchConfig, int], BaseSampler]] = MappingProxyType(
+    {"gp": _gp, "tpe": _tpe, "cmaes": _cmaes, "qmc": _qmc, "random": _random}
+)
+_WITH_A_MODEL = ("gp", "tpe")
+
+
+def phase(config: SearchConfig, complete: int) -> str:
+    """Return what the sampler does after ``complete`` points, in words."""
+    if config.sampler in _WITH_A_MODEL and complete < config.startup_trials:
+        return "random start"
+    return {"gp": "Gaussian process", "tpe": "TPE", "cmaes": "CMA-ES", "qmc": "quasi-random", "random": "random"}[config.sampler]
+
+
+class _Points:
+    """A study without the trials that are no points of the space."""
+
+    def __init__(self, study: optuna.Study) -> None:
+        self._study = study
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
+        # As Optuna's own HyperbandPruner shows its pruner a part of a study.
+        found = self._study._get_trials(deepcopy=deepcopy, states=states, use_cache=use_cache)
+        return [trial for trial in found if not trial.user_attrs.get(GIVEN)]
+
+    get_trials = _get_trials
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """The Gaussian process works on matrices of a few dozen rows: threads only slow it down and make it less repeatable."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class PointSampler(BaseSampler):
+    """Draws points of a fixed space by the sampler of a search, from the trials that are points."""
+
+    def __init__(self, config: SearchConfig, space: Mapping[str, FloatDistribution]) -> None:
+        self._config = config
+        self._space: dict[str, BaseDistribution] = dict(space)
+
+    def _inner(self, number: int) -> BaseSampler:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # `deterministic_objective`: ours is, bit for bit; and TPE's options
+            return _SAMPLERS[self._config.sampler](self._config, (self._config.seed * _STRIDE + number) % 2**32)
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return self._space
+
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]) -> dict[str, Any]:
+        fixed = trial.system_attrs.get("fixed_params", {})
+        if trial.user_attrs.get(GIVEN) or search_space.keys() <= fixed.keys():
+            return {}
+        points = cast(optuna.Study, _Points(study))
+        with _one_thread():
+            return self._inner(trial.number).sample_relative(points, trial, search_space)
+
+    def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
+        # A sampler of its own for each variable would draw the same number for all of them.
+        order = list(self._space).index(param_name)
+        seed = (self._config.seed * _STRIDE + trial.number) * len(self._space) + order
+        return RandomSampler(seed=seed % 2**32).sample_independent(study, trial, param_name, param_distribution)

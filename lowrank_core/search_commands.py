@@ -1,0 +1,248 @@
+"""What the commands of ``lowrank`` around a search do: start it, work on it, put an allocation in line, export a trial."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lowrank_core import jobs
+from lowrank_core.allocation import allocation_from_ranks, allocator_named, read_allocation
+from lowrank_core.bases import basis_named
+from lowrank_core.commands import calibrated, progress_line
+from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.errors import Cancelled, ConfigError, LowRankError
+from lowrank_core.export import check_free, export
+from lowrank_core.models import load_model
+from lowrank_core.recipe import decompose
+from lowrank_core.runs import JsonMapping, Run, create_run, open_run, read_json
+from lowrank_core.search.joining import join_run, run_of_study
+from lowrank_core.search.records import TrialRecord, best_trial, pareto_front, read_trials
+from lowrank_core.search.requests import complete_trial, export_trial
+from lowrank_core.search.storage import open_database
+from lowrank_core.search.worker import run_worker
+from lowrank_core.text import load_windows
+
+__all__ = ["SearchPlace", "enqueue", "export_from", "join", "join_study", "search_in", "work"]
+
+Result = dict[str, object]
+
+
+@dataclass(frozen=True)
+class SearchPlace:
+    """Where a search lives, and who works on it.
+
+    Attributes:
+        folder: new folder for the run.
+        storage_url: of a database that other machines reach; None keeps the study in the folder.
+        workers: processes on this machine.
+        ranks: file of a hand-picked allocation that is measured first.
+        complete: allocator that completes it.
+    """
+
+    folder: Path
+    storage_url: str | None = None
+    workers: int = 1
+    ranks: Path | None = None
+    complete: str | None = None
+
+
+def _figures(trial: TrialRecord) -> Result:
+    figures = {"trial": trial.number, "label": trial.label, "value": trial.value, "kl": trial.kl, "perplexity": trial.perplexity}
+    return {**figures, "compression_ratio": trial.compression_ratio}
+
+
+def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, config: SearchConfig, place: SearchPlace) -> Result:
+    """Make a run, work through it here, and export its best trial."""
+    basis_named(config.compression.basis)
+    if place.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {place.workers}.")
+    given = _read_given(place.ranks, place.complete)
+    run = create_run(RunConfig(model=source, text=text, calibration=calibration, search=config), path=place.folder)
+    try:
+        if place.storage_url is not None:
+            open_database(place.storage_url)  # told before minutes of work
+            run.keep_study_at(place.storage_url, run.id)
+        if given is not None:
+            jobs.ask(run, "measure", launch=False, **given)
+        session, bench = run_worker(run, verbose=sys.stderr.isatty(), helpers=place.workers - 1)
+    except LowRankError as error:
+        if not isinstance(error, Cancelled) and not run.journal.exists():
+            shutil.rmtree(run.path)  # bad input: no trial was begun, and the folder was empty or not there
+        raise
+    assert bench is not None
+    if config.most_ratio is not None:
+        return _front_found(run, config)
+    trials = read_trials(run)
+    best = _best_found(run, trials, config)
+    path = export_trial(run, session, bench, best.number)
+    baselines = {trial.label: _figures(trial) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
+    complete = sum(trial.finished for trial in trials)
+    lines = [f"{name}: {config.objective} {figures['value']:.5f}" for name, figures in baselines.items()]
+    lines.append(f"best of {complete} trials: trial {best.number} ({best.label}), {config.objective} {best.value:.5f}, on validation text")
+    return {
+        **_figures(best),
+        "objective": config.objective,
+        "ranks": dict(best.ranks),
+        "export": path,
+        "run": str(run.path),
+        "trials": complete,
+        "pruned": sum(trial.state == "pruned" for trial in trials),
+        "baselines": baselines,
+        "confirmed": (confirmed := _confirmed(run)),
+        "text": "\n".join([*lines, *_confirmed_lines(confirmed), f"exported to {path}"]),
+    }
+
+
+def _best_found(run: Run, trials: list[TrialRecord], config: SearchConfig) -> TrialRecord:
+    best = best_trial(trials)
+    outside = sum(trial.state == "infeasible" for trial in trials)
+    if best is None and outside:
+        raise ConfigError(
+            f"none of the {outside} trials removed between {config.compression_ratio:g} and a tenth more, as the published search asks. "
+            f"Give it more --trials, or search without --preset: then every trial meets the ratio."
+        )
+    if best is None:
+        raise ConfigError(
+            f"the search in {run.path} was stopped before a trial was complete. Go on with `lowrank worker --run {run.path}`."
+        )
+    return best
+
+
+def _front_found(run: Run, config: SearchConfig) -> Result:
+    trials = read_trials(run)
+    front = pareto_front(trials)
+    if not front:
+        raise ConfigError(f"the search in {run.path} has no complete trial. Go on with `lowrank worker --run {run.path}`.")
+    take = f"Take one of them with `lowrank export --run {run.path} --trial N --out DIR`."
+    lines = [f"{t.compression_ratio:.1%} removed: {config.objective} {t.value:.5f} (trial {t.number}, {t.label})" for t in front]
+    return {
+        "objective": config.objective,
+        "run": str(run.path),
+        "trials": sum(trial.finished for trial in trials),
+        "front": [_figures(trial) for trial in front],
+        "confirmed": (confirmed := _confirmed(run)),
+        "text": "\n".join(["Pareto front, on validation text:", *lines, *_confirmed_lines(confirmed), take]),
+    }
+
+
+def _confirmed(run: Run) -> list[JsonMapping]:
+    """Return what was measured on test text, the least KL first."""
+    bodies = (read_json(path) or {} for path in sorted((run.path / "results").glob("[0-9]*.json")))
+    found = []
+    for body in bodies:
+        if body.get("kind") == "compare" and body.get("ok"):
+            report = body["report"]
+            names = ("perplexity", "perplexity_difference_interval", "dense_perplexity", "kl", "compression_ratio", "protocol")
+            found.append({"trial": body.get("trial"), "label": body.get("label"), **{name: report.get(name) for name in names}})
+    return sorted(found, key=lambda row: float(row["kl"]))
+
+
+def _confirmed_lines(confirmed: list[JsonMapping]) -> list[str]:
+    if not confirmed:
+        return []
+    rows = [
+        f"  {row['label']}: perplexity {row['perplexity']:.3f} (dense {row['dense_perplexity']:.3f}), KL {row['kl']:.5f}"
+        for row in confirmed
+    ]
+    return ["measured again on test text, which no trial saw:", *rows, f"  {confirmed[0]['protocol']}"]
+
+
+def _read_given(ranks: Path | None, complete: str | None) -> Result | None:
+    """Return the arguments of a request to measure a file's allocation."""
+    if complete is not None:
+        allocator_named(complete)
+    if ranks is None:
+        if complete is not None:
+            raise ConfigError("--complete completes a file of ranks; give one with --ranks.")
+        return None
+    file = read_allocation(ranks)
+    return {"ranks": dict(file.ranks)} if complete is None else {"ranks": dict(file.fixed), "complete": complete}
+
+
+def enqueue(folder: Path, ranks: Path, complete: str | None) -> Result:
+    """Leave an allocation for a run's worker, which measures it next; without a worker it waits for one."""
+    run = open_run(folder)
+    given = _read_given(ranks, complete)
+    assert given is not None
+    config = run.config
+    if config.search is None:
+        raise ConfigError(f"{run.path} only analyses a model; it measures no allocations. Run `lowrank search`.")
+    request = jobs.ask(run, "measure", launch=False, **given)
+    next_step = "its worker measures it next" if run.status().active else f"`lowrank worker --run {run.path}` will measure it"
+    return {"run": str(run.path), "request": request, "text": f"{ranks} is in line: {next_step}."}
+
+
+def work(folder: Path, warm_seconds: float, *, keep_paused: bool = False, changes: Mapping[str, object] | None = None) -> Result:
+    """Do what is left to do in a run, also in one that was stopped, unless it shall stay so and only requests be answered.
+
+    ``changes``: of the search: ``more_trials``, and fields of ``SearchConfig``.
+    """
+    run = open_run(folder)
+    _change(run, dict(changes or {}))
+    if not keep_paused:
+        run.pause_marker.unlink(missing_ok=True)
+    run_worker(run, warm_seconds=warm_seconds)
+    complete = sum(trial.finished for trial in read_trials(run))
+    state = run.status().state
+    return {"run": str(run.path), "state": state, "trials": complete, "text": f"{run.path}: {state}, {complete} trials complete"}
+
+
+def _change(run: Run, changes: Result) -> None:
+    more = changes.pop("more_trials", None)
+    search = run.config.search
+    if more is not None and search is not None:
+        changes["trials"] = search.trials + int(str(more))
+    if changes:
+        run.change_search(**changes)
+
+
+def join(folder: Path, warm_seconds: float) -> Result:
+    """Help a run's worker with its trials."""
+    return _joined(open_run(folder), warm_seconds)
+
+
+def join_study(url: str, study: str, warm_seconds: float, *, model: str | None, text: str | None, device: str | None) -> Result:
+    """Help with the trials of a study in a database, from any machine that has the model."""
+    return _joined(run_of_study(url, study, model=model, text=text, device=device), warm_seconds)
+
+
+def _joined(run: Run, warm_seconds: float) -> Result:
+    measured = join_run(run, warm_seconds=warm_seconds)
+    return {"run": str(run.path), "measured": measured, "text": f"{run.study_name}: measured {measured} trials here"}
+
+
+def _trial_number(trial: str) -> int | None:
+    if trial == "best":
+        return None
+    if not trial.isdigit():
+        raise ConfigError(f"--trial must be `best` or a number, got {trial!r}.")
+    return int(trial)
+
+
+def export_from(folder: Path, trial: str, out: Path) -> Result:
+    """Write the compressed model of a trial; a worker may be busy with the run meanwhile."""
+    run: Run = open_run(folder)
+    check_free(out)
+    search = run.config.search
+    if search is None:
+        raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
+    record = complete_trial(run, _trial_number(trial))
+    handle = load_model(run.config.model)
+    windows = load_windows(run.config.text, handle.tokenizer, "calibration", count=run.config.text.calibration_windows)
+    gradients = basis_named(search.compression.basis).needs_gradients
+    statistics = calibrated(handle, windows, run.config.calibration, gradients=gradients)
+    decomposed = decompose(handle, statistics, search.compression, progress=progress_line("Factorising"))
+    allocation = allocation_from_ranks(f"trial {record.number}", decomposed.units, record.ranks)
+    model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
+    export(model, out, provenance={"run": run.id, "basis": search.compression.basis, "allocation": allocation.allocator})
+    return {
+        "out": str(out),
+        "trial": record.number,
+        "compression_ratio": model.report.compression_ratio,
+        "model_compression_ratio": model.report.model_compression_ratio,
+        "ranks": dict(allocation.ranks),
+        "text": f"Wrote trial {record.number} to {out}: {model.report.compression_ratio:.1%} of the linears' parameters removed.",
+    }

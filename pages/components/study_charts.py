@@ -1,0 +1,143 @@
+"""Charts and tables of a search: its trials, one trial's windows, one trial's allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from lowrank_core.config import SearchConfig
+from lowrank_core.figures.front import front_chart
+from lowrank_core.figures.layermap import map_figure
+from lowrank_core.figures.search import history_chart
+from lowrank_core.figures.vega import PICKED
+from lowrank_core.figures.windows import window_chart
+from lowrank_core.runs import Run
+from lowrank_core.search.records import TrialRecord
+from lowrank_core.views import front as fronts
+from lowrank_core.views.allocation import allocation_map, allocation_of, search_units
+from lowrank_core.views.formatting import number, percent
+from lowrank_core.views.model import model_facts
+from lowrank_core.views.search import history as history_of
+from lowrank_core.views.search import search_variables, trial_table
+from lowrank_core.views.trials import state_words, trial_label
+from lowrank_core.views.windows import window_losses
+from pages.components import navigation, state, tables
+from pages.components.charts import chart
+
+__all__ = ["allocation", "front", "history", "table", "windows"]
+
+
+def history(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw the objective of every trial."""
+    chart(
+        history_chart(history_of(trials, search.objective), chosen.number if chosen else None),
+        key="history",
+        title="Every trial on search-validation text",
+        how="lower is better; the green steps are the best so far, dashed lines the baselines. Click a point for its allocation; "
+        "drag moves, Ctrl + wheel zooms, a double click resets.",
+        alt="Objective of each trial in the order of asking, with baselines and the best so far",
+        on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),
+    )
+
+
+def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw the losses of the running (or chosen) trial window by window; nothing where none were recorded."""
+    view = window_losses(trials, chosen.number if chosen else None, search.objective)
+    if view is None:
+        return
+    who = f"{view.shown}, running now" if view.running else view.shown
+    chart(
+        window_chart(view),
+        key="windows",
+        title=f"{who}, window by window" if view.shown == view.other else f"{who}, against {view.other} window by window",
+        how=f"dots are {view.shown}, green bars {view.other}; a dot below its bar is better there. On the {view.measured} windows that "
+        f"both have seen: {number(view.shown_mean, 4)} against {number(view.other_mean, 4)}.",
+        alt=f"Loss of {view.shown} on each search-validation window, beside {view.other}",
+    )
+
+
+def front(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw what is removed against what is lost, and the trials that no other beats."""
+    chart(
+        front_chart(fronts.front(trials, search.objective), chosen.number if chosen else None),
+        key="front",
+        title="How much can be removed at which loss, on search-validation text",
+        how="lower is better, and so is further right. The green steps are the Pareto front: to remove at least so much, this is the least "
+        "loss found. Dashed lines join the points of a baseline. Click a point for its allocation.",
+        alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front",
+        on_pick=state.pick_from_vega("trial", "front", PICKED, "number"),
+    )
+    frame = fronts.front_table(trials)
+    columns = {
+        "name": tables.text("On the front"),
+        "removed": tables.share("Removed"),
+        "value": tables.figure("Value", "The objective."),
+        "perplexity": tables.number("Perplexity", 2),
+        "kl": tables.figure("KL (nats/token)"),
+    }
+    columns.pop(search.objective, None)
+    pick = state.pick_from_table("trial", "front_table", list(frame["trial"]))
+    tables.table(frame, columns, key="front_table", height=230, on_pick=pick, alt="Trials of the Pareto front")
+
+
+def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
+    """Draw where a trial keeps its parameters, and offer it as a file."""
+    facts = model_facts(run)
+    if facts is None:
+        return
+    units = search_units(facts.matrices, search.compression, facts.head_units)
+    found = allocation_of(trial, units)
+    if trial.state not in ("complete", "running"):
+        st.caption(f"{trial_label(trial)}: {state_words(trial)}.")
+    chart(
+        map_figure(allocation_map(found, units), state.selection().module),
+        key="allocation_map",
+        title=f"Where {trial_label(trial)} keeps its parameters",
+        how=f"bright cells keep most of their parameters, 100 % is dense; {percent(found.compression_ratio)} are removed in all.",
+        alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}",
+        on_pick=state.pick_from_chart("module", "allocation_map"),
+    )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.download_button(
+            "Allocation (JSON)",
+            found.to_json(),
+            f"{run.id}-trial-{trial.number}.json",
+            "application/json",
+            key="download_allocation",
+            icon=":material/download:",
+            help="Valid for `lowrank compress --ranks`, and for “Measure an allocation of your own” below.",
+            on_click="ignore",
+        )
+        st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")
+
+
+def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
+    """Draw every trial as a row, and offer them as a file."""
+    frame = trial_table(trials, search)
+    columns = {
+        "trial": tables.whole("Trial"),
+        "state": tables.text("State"),
+        "kind": tables.text("Kind", width=220),
+        "value": tables.figure("Value", "The objective.", width=90),
+        "perplexity": tables.number("Perplexity", 2),
+        "kl": tables.figure("KL (nats/token)"),
+        "removed": tables.share("Removed"),
+        "seconds": tables.number("Seconds", 1),
+        **{found.name: tables.number(found.label, 3, found.meaning) for found in search_variables(trials, search)},
+        "worker": tables.text("Worker", "Machine and process that measured it."),
+        "started": st.column_config.DatetimeColumn("Started", format="D MMM, HH:mm:ss"),
+    }
+    columns.pop(search.objective, None)  # it is the value
+    st.markdown("**Trials**")
+    pick = state.pick_from_table("trial", "trial_table", list(frame["trial"]))
+    tables.table(frame, columns, key="trial_table", height=300, on_pick=pick, alt="Trials of the search")
+    st.download_button(
+        "Trials (CSV)",
+        frame.to_csv(index=False),
+        f"{run.id}-trials.csv",
+        "text/csv",
+        key="download_trials",
+        icon=":material/download:",
+        on_click="ignore",
+    )

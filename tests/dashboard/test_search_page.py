@@ -1,0 +1,343 @@
+"""The Rank search page as a user meets it: every kind of trial, a range of ratios, steering, and allocations by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from synthetic import RATIO, make_run, model_json, priced_units, running_status, write_answers, write_front, write_rich_study
+from test_pages import charts, sound, words
+
+from lowrank_core.allocation import allocation_from_ranks
+from lowrank_core.config import CompressionConfig, SearchConfig
+from lowrank_core.jobs import pending_requests
+from lowrank_core.presets import PRESETS, search_by
+from lowrank_core.runs import Run, list_runs, write_json
+
+RICH = SearchConfig(RATIO, trials=12, pruner="wilcoxon")
+RANGE = SearchConfig(0.2, most_ratio=0.6, trials=9)
+
+
+@pytest.fixture
+def rich() -> Run:
+    return make_run(state="running", config=RICH, study=write_rich_study)
+
+
+def started(base: Run | None = None) -> SearchConfig:
+    """Return the search of the run that was started beside ``base``."""
+    (run,) = [run for run in list_runs() if base is None or run.id != base.id]
+    found = run.config.search
+    assert found is not None
+    return found
+
+
+# the form
+
+
+def test_our_recipe_is_the_default(app):
+    base = make_run(search=False)
+    test = app("search")
+    test.slider(key="search_ratio").set_value(40)
+    test.button(key="start_search").click().run()
+    assert sound(test)
+    assert started(base) == search_by(PRESETS["studio"], 0.4)
+
+
+def test_everything_under_advanced_reaches_the_search(app):
+    base = make_run(search=False)
+    test = app("search")
+    test.selectbox(key="search_space").set_value("types").run()
+    test.number_input(key="search_depth_groups").set_value(3)
+    test.selectbox(key="search_sampler").set_value("cmaes")
+    test.selectbox(key="search_pruner").set_value("wilcoxon")
+    test.number_input(key="search_seed").set_value(7)
+    test.number_input(key="search_top_k").set_value(64)
+    test.number_input(key="search_confirmed").set_value(1)
+    test.toggle(key="search_autocast").set_value(True)
+    test.button(key="start_search").click().run()
+    assert sound(test)
+    wanted = {"space": "types x 3", "sampler": "cmaes", "pruner": "wilcoxon", "seed": 7, "top_k": 64, "confirmed": 1, "autocast": True}
+    assert started(base) == replace(search_by(PRESETS["studio"], 0.2), **wanted)
+
+
+def test_ones_own_recipe_may_trade_errors_with_alternatives(app):
+    base = make_run(search=False)
+    test = app("search")
+    test.segmented_control(key="search_recipe").set_value("own").run()
+    assert test.toggle(key="search_stacks").disabled
+    test.selectbox(key="search_variables").set_value("errors")
+    test.toggle(key="search_value_dense").set_value(False).run()
+    test.toggle(key="search_stacks").set_value(True)
+    test.toggle(key="search_heads").set_value(True)
+    test.button(key="start_search").click().run()
+    assert sound(test)
+    found = started(base)
+    assert found.variables == "errors"
+    assert found.compression == CompressionConfig(value_dense=False, stacks=True, heads=True)
+
+
+def test_a_range_of_ratios_is_asked_for_with_one_toggle(app):
+    base = make_run(search=False)
+    test = app("search")
+    test.toggle(key="search_far").set_value(True).run()
+    assert test.selectbox(key="search_pruner").disabled
+    assert "down to" in words(test)
+    test.slider(key="search_ratios").set_value((30, 50))
+    test.button(key="start_search").click().run()
+    assert sound(test)
+    found = started(base)
+    assert (found.compression_ratio, found.most_ratio) == (0.3, 0.5)
+
+
+def test_choices_that_do_not_go_together_are_explained_and_nothing_starts(app):
+    base = make_run(search=False)
+    test = app("search")
+    test.toggle(key="search_far").set_value(True)
+    test.selectbox(key="search_sampler").set_value("cmaes").run()
+    assert not test.exception
+    assert "CMA-ES has one objective" in test.error[0].value
+    assert test.button(key="start_search").disabled
+    assert [run.id for run in list_runs()] == [base.id]
+
+
+def test_too_many_depth_groups_are_refused_before_anything_starts(app):
+    make_run(search=False)
+    test = app("search")
+    test.selectbox(key="search_space").set_value("types").run()
+    test.number_input(key="search_depth_groups").set_value(9)
+    test.button(key="start_search").click().run()
+    assert "3 blocks" in test.error[0].value
+    assert len(list_runs()) == 1
+
+
+def test_the_time_is_estimated_only_where_trials_were_measured(app):
+    make_run(search=False)
+    assert "Estimate" not in words(app("search"))
+    make_run(config=RICH, study=write_rich_study)
+    assert "Estimate: about **6 min 00 s** for the trials" in words(app("search"))
+
+
+# the live part
+
+
+def test_every_kind_of_trial_is_on_the_page(app, rich):
+    test = app("search")
+    assert sound(test)
+    shown = words(test)
+    assert "5 of 12 trials complete" in shown
+    assert "2.0 s per trial (median) · 1 stopped early · 1 outside the budget, measured and never the best · 3 picked by hand" in shown
+    assert "Best trial Trial 3" in shown
+    assert "Trial 8, running now, against Trial 3 window by window" in shown
+    assert len(charts(test)) == 3
+
+
+@pytest.mark.parametrize(("trial", "said"), [("4", "stopped early after 6 windows"), ("6", "over the budget"), ("7", "not finite")])
+def test_a_trial_that_did_not_count_says_why(app, rich, trial, said):
+    test = app("search", trial=trial)
+    assert sound(test)
+    assert said in words(test)
+
+
+def test_workers_are_listed(app, rich):
+    tables = [frame.value for frame in app("search").dataframe]
+    (workers,) = [frame for frame in tables if "now" in frame.columns]
+    assert list(workers["measured"]) == [0, 7]
+    assert workers["now"][0].startswith("Trial 8")
+
+
+@pytest.mark.parametrize("page", ["overview", "search", "compare"])
+def test_a_range_of_ratios_has_a_front_instead_of_a_best_trial(app, page):
+    run = make_run(state="running", config=RANGE, study=write_front)
+    test = app(page, run=run.id)
+    assert sound(test)
+    assert "20% to 60%" in words(test) or page != "search"
+    assert "Best" not in words(test)
+    if page == "search":
+        assert "On the front 4 trials" in words(test)
+        assert "How much can be removed at which loss" in words(test)
+    if page == "compare":
+        options = test.selectbox[-1].options if len(test.selectbox) == 1 else [o for box in test.selectbox for o in box.options]
+        assert sum(option.startswith("Front: ") for option in options) == 4
+
+
+def test_a_trial_of_the_front_can_be_chosen(app):
+    make_run(config=RANGE, study=write_front)
+    test = app("search", trial="4")
+    assert sound(test)
+    assert "Where Trial 4 keeps its parameters" in words(test)
+
+
+def test_a_search_by_our_recipe_is_drawn_with_its_stacks_and_heads(app):
+    def study(run: Run) -> None:
+        body = model_json()
+        heads = [
+            {"value": f"model.layers.{d}.self_attn.v_proj", "output": f"model.layers.{d}.self_attn.o_proj", "heads": 2, "groups": 1}
+            for d in range(3)
+        ]
+        write_json(run.path / "model.json", {**body, "heads": [{**entry, "head_dim": 12} for entry in heads]})
+        write_rich_study(run)
+
+    make_run(config=replace(search_by(PRESETS["studio"], RATIO), trials=6), study=study)
+    test = app("search")
+    assert sound(test)
+    assert "Where Trial 3 keeps its parameters" in words(test)
+
+
+def test_confirmed_trials_are_shown_with_their_text(app):
+    write_answers(make_run())
+    shown = words(app("search"))
+    assert "Confirmed on test text" in shown
+    assert "No trial saw this text" in shown
+
+
+def test_a_failed_search_says_why_and_can_be_resumed(app):
+    make_run(state="failed")
+    test = app("search")
+    assert sound(test) or [error.value for error in test.error] == ["model: the loss of layer 3 is not finite."]
+    assert not test.exception
+    assert any(button.label == "Resume" for button in test.button)
+
+
+# steering
+
+
+def test_extending_changes_the_run_and_goes_on(app):
+    run = make_run()
+    run.pause_marker.touch()
+    test = app("search")
+    test.number_input(key="extend_by").set_value(7)
+    test.button(key="extend").click().run()
+    assert sound(test)
+    assert run.config.search.trials == 13
+    assert not run.pause_marker.exists()
+    assert run.status().state == "queued"
+
+
+def test_the_sampler_is_changed_from_the_next_trial_on(app, rich):
+    test = app("search")
+    assert test.button(key="use_sampler").disabled
+    test.selectbox(key=f"sampler_now_{rich.id}").set_value("tpe").run()
+    test.button(key="use_sampler").click().run()
+    assert sound(test)
+    assert rich.config.search.sampler == "tpe"
+
+
+def test_a_sampler_that_the_search_can_not_have_is_refused(app):
+    run = make_run(config=RANGE, study=write_front)
+    test = app("search")
+    test.selectbox(key=f"sampler_now_{run.id}").set_value("cmaes").run()
+    test.button(key="use_sampler").click().run()
+    assert "CMA-ES has one objective" in test.error[0].value
+    assert not test.exception
+    assert run.config.search.sampler == "gp"
+
+
+def test_a_worker_is_added_where_one_works(app, rich, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lowrank_core.jobs._spawn", lambda run, warm, *options: asked.append(options))
+    test = app("search")
+    test.button(key="add_worker").click().run()
+    assert sound(test)
+    assert asked == [("--join",)]
+
+
+def test_nobody_can_be_added_to_a_search_without_a_worker(app):
+    make_run()
+    assert app("search").button(key="add_worker").disabled
+
+
+def test_the_command_of_optunas_dashboard_is_given(app):
+    run = make_run()
+    assert any(f"optuna-dashboard {run.journal}" in code.value for code in app("search").code)
+
+
+def test_a_recorded_run_can_not_be_steered(app, tmp_path, monkeypatch):
+    run = make_run(path=tmp_path / "recorded-run")
+    write_json(run.path / "run.json", {**run.record, "recorded": True})
+    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
+    test = app("search")
+    assert sound(test)
+    assert not {"extend", "use_sampler", "add_worker", "measure_hand"} & {button.key for button in test.button}
+    assert "start a search of your own to measure" in words(test)
+
+
+# allocations by hand
+
+
+def upload(test, run: Run, content: bytes, name: str = "mine.json"):
+    return test.file_uploader(key=f"hand_file_{run.id}").upload(name, content).run()
+
+
+def test_the_ranks_of_a_trial_are_measured_as_they_stand(app, rich):
+    test = app("search", trial="1")
+    test.button(key="measure_hand").click().run()
+    assert sound(test)
+    (request,) = pending_requests(rich)
+    assert request["kind"] == "measure"
+    assert "complete" not in request["arguments"]
+    assert set(request["arguments"]["ranks"]) == {unit.name for unit in priced_units()}
+    assert "1 allocation waits for the worker" in words(test)
+
+
+def test_the_chosen_trial_is_taken_as_a_start(app, rich):
+    test = app("search", trial="6")
+    assert test.number_input(key=f"hand_trial_{rich.id}").value == 3
+    test.button(key="hand_take").click().run()
+    assert test.number_input(key=f"hand_trial_{rich.id}").value == 6
+    assert "Over the budget of 30.0 % removed" in words(test)
+
+
+def test_a_trial_that_is_not_there_is_told(app, rich):
+    test = app("search")
+    test.number_input(key=f"hand_trial_{rich.id}").set_value(99).run()
+    assert "there is no trial 99" in test.error[0].value
+    assert not test.exception
+
+
+def test_an_uploaded_file_is_completed_by_an_allocator(app, rich):
+    units = priced_units()
+    mine = allocation_from_ranks("manual", units, {units[0].name: 2}, locked=[units[0].name])
+    test = upload(app("search"), rich, mine.to_json().encode())
+    test.selectbox(key="hand_complete").set_value("uniform").run()
+    assert sound(test)
+    test.button(key="measure_hand").click().run()
+    (request,) = pending_requests(rich)
+    assert request["arguments"] == {"ranks": {units[0].name: 2}, "complete": "uniform"}
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "is not JSON"),
+        (b"\xff\xfe", "is not UTF-8"),
+        (b"[1]", "must hold a JSON object"),
+        (json.dumps({"model.layers.0.self_attn.q_proj": 2.5}).encode(), "Write a whole number"),
+        (json.dumps({"model.layers.0.self_attn.q_proj": 9999}).encode(), "rank must be in"),
+        (json.dumps({"lm_head": 3}).encode(), "no compressible layer"),
+        (b'{"ranks": {}, "locked": ["x"]}', "locks 'x'"),
+    ],
+)
+def test_a_bad_file_becomes_a_message(app, rich, content, said):
+    test = upload(app("search"), rich, content)
+    assert not test.exception
+    assert said in test.error[0].value
+    assert not pending_requests(rich)
+
+
+def test_what_the_worker_said_is_shown(app, rich):
+    answer = {"ok": False, "kind": "measure", "error": "compression ratio 0.3 can't be met", "arguments": {}, "time": 1.0}
+    write_json(rich.path / "results" / "1-a.json", answer)
+    assert "The worker refused the last allocation: compression ratio 0.3 can't be met" in words(app("search"))
+    ranks = dict.fromkeys(("a", "b"), 2)
+    write_json(rich.path / "results" / "2-a.json", {"ok": True, "kind": "measure", "ranks": ranks, "compression_ratio": 0.31, "time": 2.0})
+    test = app("search")
+    assert [found.value for found in test.success] == ["The last allocation was accepted: 31.0 % removed; it is the next trial."]
+
+
+def test_an_allocation_can_not_be_measured_before_a_trial_began(app):
+    run = make_run(config=RICH, study=lambda run: None)
+    run.write_status(running_status("Factorising"))
+    test = app("search")
+    assert sound(test)
+    assert "No trial has begun yet" in words(test)
