@@ -11,11 +11,13 @@ import os
 import shutil
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lowrank_core.config import RunConfig, SearchConfig
+from lowrank_core.config import RunConfig
 from lowrank_core.jobs import ask
+from lowrank_core.presets import DEFAULT_PRESET, search_by
 from lowrank_core.runs import create_run, write_json
 from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.search.space import BASELINES
@@ -23,19 +25,19 @@ from lowrank_core.search.worker import run_worker
 
 RATIO = 0.4
 PROMPT = "def read_lines(path):\n"
-LEFT_OUT = ("worker.log", "worker.lock", "requests", "exports", "paused")
+LEFT_OUT = ("worker.log", "worker.lock", "study.lock", "workers", "requests", "exports", "paused")
 
 
 def main() -> None:
     target = Path(__file__).resolve().parent / "recorded-run"
     with tempfile.TemporaryDirectory() as home:
         os.environ["LOWRANK_HOME"] = home
-        config = RunConfig(search=SearchConfig(compression_ratio=RATIO, trials=30))
+        config = RunConfig(search=replace(search_by(DEFAULT_PRESET, RATIO), trials=30))
         run = create_run(config, name=f"demo on python-stdlib, {RATIO:.0%} removed (recorded)", path=Path(home) / "runs" / "recorded-run")
         run_worker(run)
         best = best_trial(read_trials(run))
         assert best is not None
-        for trial in (best.number, *BASELINES):
+        for trial in BASELINES:  # the best trials were measured when the search was done
             ask(run, "compare", launch=False, trial=trial)
         ask(run, "generate", launch=False, trial=best.number, prompt=PROMPT, tokens=64, seed=0)
         run_worker(run)  # nothing is left to search: it answers the requests

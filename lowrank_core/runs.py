@@ -373,7 +373,9 @@ def _default_name(config: RunConfig) -> str:
     text = re.split(r"[\\/]", config.text.reference)[-1]
     if config.search is None:
         return f"{model} on {text}"
-    return f"{model} on {text}, {config.search.compression_ratio:.0%} removed"
+    most = config.search.most_ratio
+    ratios = f"{config.search.compression_ratio:.0%}" + (f" to {most:.0%}" if most is not None else "")
+    return f"{model} on {text}, {ratios} removed"
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:

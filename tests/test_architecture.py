@@ -32,6 +32,8 @@ TORCH_FREE = (
     "lowrank_core.presets",
     "lowrank_core.units",
     "lowrank_core.search.records",
+    "lowrank_core.search.space",
+    "lowrank_core.search.storage",
 )
 """What the dashboard's process is made of."""
 

@@ -139,6 +139,7 @@ def _frozen_in_a_trial(run: Run, process: psutil.Process) -> int:
     raise AssertionError("it was not seen in a trial")
 
 
+@pytest.mark.slow
 def test_three_workers_of_which_one_is_killed(
     server: str, machines: Callable[[], Machine], llama_checkpoint: Path, text_file: Path, tmp_path: Path
 ):
@@ -177,6 +178,7 @@ def begun(server: str, machines: Callable[[], Machine], llama_checkpoint: Path, 
     return open_run(folder)
 
 
+@pytest.mark.slow
 def test_who_has_another_model_or_text_may_not_join(
     server: str, begun: Run, machines: Callable[[], Machine], qwen2_checkpoint: Path, text_file: Path, tmp_path: Path
 ):

@@ -55,7 +55,7 @@ def test_the_recorded_run_is_real_and_small() -> None:
     assert best is not None
     assert sum(trial.state == "complete" for trial in trials) == run.config.search.trials
     baselines = [trial.value for trial in trials if trial.label != "sampled"]
-    assert len(baselines) == 2
+    assert len(baselines) == 3
     assert all(best.value <= value for value in baselines if value is not None)
     assert sum(path.stat().st_size for path in run.path.rglob("*") if path.is_file()) < 2e6
     assert not list(run.path.rglob("*.safetensors"))

@@ -207,9 +207,14 @@ def test_another_seed_gives_other_trials(config: RunConfig):
     assert _figures(first)[3:] != _figures(second)[3:]
 
 
-@pytest.mark.parametrize("objective", ["kl", "perplexity", "bolaco"])
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("variables", VARIABLES)
+@pytest.mark.parametrize(
+    ("objective", "sampler", "variables"),
+    [
+        *(("kl", sampler, variables) for sampler in SAMPLERS for variables in VARIABLES),
+        ("perplexity", "gp", "kept"),
+        ("bolaco", "gp", "kept"),
+    ],
+)
 def test_every_objective_sampler_and_variable_searches_within_the_budget(config: RunConfig, objective: str, sampler: str, variables: str):
     _, trials = _searched(_search(config, trials=5, startup_trials=1, objective=objective, sampler=sampler, variables=variables))
     assert [trial.label for trial in trials] == [*BASELINES, "sampled", "sampled"]
@@ -431,7 +436,7 @@ def test_a_search_over_ratios_has_a_front(config: RunConfig):
     assert ratios == sorted(set(ratios))  # type: ignore[type-var]
     assert values == sorted(set(values))  # type: ignore[type-var]
     for trial in trials:
-        assert any(f.value <= trial.value and f.compression_ratio >= trial.compression_ratio for f in front)  # type: ignore[operator]
+        assert any(f.value <= trial.value and f.compression_ratio >= trial.compression_ratio - 1e-3 for f in front)  # type: ignore[operator]
     assert all(0.2 < trial.compression_ratio < 0.62 for trial in trials)  # type: ignore[operator]
     assert len(list((run.path / "results").iterdir())) == 2
     with pytest.raises(ConfigError, match=r"no single best trial\. Choose one of its Pareto front"):

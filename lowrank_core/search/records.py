@@ -147,11 +147,11 @@ def best_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:
 def pareto_front(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Return the complete trials that no other beats: none removes as much at less loss, nor more at the same. By ratio removed.
 
-    The earliest of equals.
+    Ratios within a thousandth are equal: whole ranks don't meet one more closely.
     """
     complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None and trial.compression_ratio is not None]
     front: list[TrialRecord] = []
-    for trial in sorted(complete, key=lambda t: (-(t.compression_ratio or 0.0), t.value or 0.0, t.number)):
+    for trial in sorted(complete, key=lambda t: (-round(t.compression_ratio or 0.0, 3), t.value or 0.0, t.number)):
         if not front or (trial.value or 0.0) < (front[-1].value or 0.0):
             front.append(trial)
     return front[::-1]

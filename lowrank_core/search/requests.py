@@ -89,7 +89,10 @@ def _chosen_allocation(run: Run, bench: TrialBench, trial: object) -> RankAlloca
     if trial is not None and trial != "best" and type(trial) is not int:
         raise ConfigError(f"trial must be a number, `best` or one of {', '.join(ALLOCATORS)}; got {trial!r}.")
     record = complete_trial(run, trial if type(trial) is int else None)
-    label = f"trial {record.number}" if record.label == "sampled" else record.label
+    config = run.config.search
+    single = config is not None and config.most_ratio is None
+    # Only a rule at the one ratio of the search is known by its name; a second hand-picked trial would pass for the first.
+    label = record.label if single and record.label in ALLOCATORS else f"trial {record.number}"
     return allocation_from_ranks(label, bench.space.units, record.ranks)
 
 

@@ -7,6 +7,8 @@ Allocations that are no points of the space (hand-picked ones, some baselines) a
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
@@ -22,11 +24,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 from lowrank_core.config import SearchConfig
 
-__all__ = ["GIVEN", "PointSampler", "phase"]
+__all__ = ["ESTIMATE", "GIVEN", "PointSampler", "phase"]
 
 GIVEN = "given"
 """User attribute of a trial whose ranks were given instead of drawn."""
 
+ESTIMATE = "estimate"
+"""User attribute of a trial that was stopped early: the value it would have had, by the best trial's on the same windows."""
+
+_LEAST_LOSS = 1e-9
 _STRIDE = 1_000_003  # a prime: seeds of one search don't meet those of the next
 
 
@@ -64,20 +70,37 @@ def phase(config: SearchConfig, complete: int) -> str:
 
 
 class _Points:
-    """A study without the trials that are no points of the space."""
+    """A study as a sampler sees it: without trials that are no points of the space, and with a value for those stopped early.
 
-    def __init__(self, study: optuna.Study) -> None:
-        self._study = study
+    Over a range of ratios losses span decades: there it models their logarithms. (At one ratio that gained nothing.)
+    """
+
+    def __init__(self, study: optuna.Study, *, logarithms: bool) -> None:
+        self._study, self._logarithms = study, logarithms
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
 
     def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
         # As Optuna's own HyperbandPruner shows its pruner a part of a study.
-        found = self._study._get_trials(deepcopy=deepcopy, states=states, use_cache=use_cache)
-        return [trial for trial in found if not trial.user_attrs.get(GIVEN)]
+        found = self._study._get_trials(deepcopy=deepcopy, use_cache=use_cache)
+        seen = [self._seen(trial) for trial in found if not trial.user_attrs.get(GIVEN)]
+        return [trial for trial in seen if states is None or trial.state in states]
 
     get_trials = _get_trials
+
+    def _seen(self, trial: FrozenTrial) -> FrozenTrial:
+        values: list[float] | None = trial.values if trial.state == TrialState.COMPLETE else None
+        if trial.state == TrialState.PRUNED and ESTIMATE in trial.user_attrs:
+            values = [float(trial.user_attrs[ESTIMATE])]
+        if values is None:
+            return trial
+        shown = copy.copy(trial)
+        shown.state, shown.values = TrialState.COMPLETE, [*values[:-1], self._modelled(values[-1])]
+        return shown
+
+    def _modelled(self, loss: float) -> float:
+        return math.log(max(loss, _LEAST_LOSS)) if self._logarithms else loss
 
 
 @contextmanager
@@ -110,7 +133,7 @@ class PointSampler(BaseSampler):
         fixed = trial.system_attrs.get("fixed_params", {})
         if trial.user_attrs.get(GIVEN) or search_space.keys() <= fixed.keys():
             return {}
-        points = cast(optuna.Study, _Points(study))
+        points = cast(optuna.Study, _Points(study, logarithms=self._config.most_ratio is not None))
         with _one_thread():
             return self._inner(trial.number).sample_relative(points, trial, search_space)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -27,7 +28,7 @@ from lowrank_core.recipe import Decomposed
 from lowrank_core.runs import Run, process_started
 from lowrank_core.search.objective import objective_value
 from lowrank_core.search.records import MANUAL
-from lowrank_core.search.samplers import GIVEN, PointSampler
+from lowrank_core.search.samplers import ESTIMATE, GIVEN, PointSampler
 from lowrank_core.search.space import SearchSpace
 from lowrank_core.search.storage import open_storage
 from lowrank_core.text.windows import WindowSet
@@ -235,7 +236,7 @@ class _Measurement:
     def __init__(self, trial: Trial, bench: TrialBench, config: SearchConfig) -> None:
         self._trial, self._bench, self._config = trial, bench, config
         self._label = trial.user_attrs.get("label", "sampled")
-        self._windows = 0
+        self._losses: list[float] = []
 
     def run(self) -> float | tuple[float, float]:
         trial, bench, config = self._trial, self._bench, self._config
@@ -262,7 +263,7 @@ class _Measurement:
             trial.set_user_attr("error", str(error))
             raise
         finally:
-            self._note({"tokens": self._windows * (bench.windows.context - 1), "seconds": time.perf_counter() - began})
+            self._note({"tokens": len(self._losses) * (bench.windows.context - 1), "seconds": time.perf_counter() - began})
         self._note(measured)
         return value if config.most_ratio is None else (allocation.compression_ratio, value)
 
@@ -293,8 +294,16 @@ class _Measurement:
         single = self._config.most_ratio is None
         for loss in losses.tolist():
             if single:  # Optuna takes no intermediate values of two objectives
-                self._trial.report(loss, self._windows)
-            self._windows += 1
-        sampled = self._label == "sampled" and self._windows < self._bench.windows.windows
+                self._trial.report(loss, len(self._losses))
+            self._losses.append(loss)
+        sampled = self._label == "sampled" and len(self._losses) < self._bench.windows.windows
         if single and sampled and self._trial.should_prune():
+            self._trial.set_user_attr(ESTIMATE, self._estimate())
             raise TrialPruned
+
+    def _estimate(self) -> float:
+        """Return the value that this trial would have: the best one's, moved by how much worse this one is on the same windows."""
+        best = self._trial.study.best_trial
+        worse = sum(loss - best.intermediate_values[window] for window, loss in enumerate(self._losses)) / len(self._losses)
+        assert best.value is not None
+        return best.value + worse if self._config.objective == "kl" else best.value * math.exp(worse)
