@@ -17,6 +17,7 @@ from lowrank_core.config import SAMPLERS, VARIABLES, CalibrationConfig, Compress
 from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError, RunError
 from lowrank_core.models import load_model
 from lowrank_core.runs import Run, create_run
+from lowrank_core.search.joining import join_run
 from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.requests import complete_trial
@@ -177,6 +178,43 @@ def test_a_worker_that_can_not_start_says_why(config: RunConfig, started: Callab
     _until(run, lambda: run.status().state == "failed", "fail")
     assert "there is no folder" in run.status().message
     assert "Traceback" not in run.log_tail()
+
+
+def test_a_further_worker_takes_trials(config: RunConfig, started: Callable[[RunConfig], Run]):
+    run = started(_search(config, trials=4000, sampler="random", confirmed=0))
+    _until(run, lambda: len(_complete(run)) >= 1, "complete a trial")
+    jobs.add_worker(run)
+    _until(run, lambda: len({trial.worker for trial in _complete(run)}) == 2, "have two workers")
+    assert [worker.stage.split(" (")[0] for worker in run.further_workers().values()] == ["Searching"]
+    run.change_search(trials=len(_complete(run)) + 5)
+    _until(run, lambda: run.status().state == "idle", "finish")
+    trials = read_trials(run)
+    assert [trial.number for trial in trials] == list(range(len(trials)))
+    assert {trial.state for trial in trials} == {"complete"}
+    wanted = run.config.search.trials  # type: ignore[union-attr]
+    assert wanted <= len(trials) <= wanted + 1  # both may have begun the last one
+    assert "Traceback" not in run.log_tail(1000)
+
+
+def test_nobody_joins_where_nobody_works(config: RunConfig):
+    run = create_run(config)
+    with pytest.raises(RunError, match="nobody works on"):
+        jobs.add_worker(run)
+    with pytest.raises(RunError, match="there is nothing to join"):
+        join_run(run, verbose=False)
+    assert list(run.workers_folder.iterdir()) == []
+
+
+def test_who_has_other_text_may_not_join(config: RunConfig, text_file: Path, tmp_path: Path):
+    run, before = _searched(_search(config, trials=3))
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
+    record = run.record
+    record["config"]["text"]["reference"] = f"file:{other}"
+    (run.path / "run.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="the tokens of its calibration or validation text differ from the study's"):
+        join_run(run, verbose=False)
+    assert read_trials(run) == before
 
 
 # --- in this process -------------------------------------------------------------------------------------------------
