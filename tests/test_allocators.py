@@ -404,9 +404,12 @@ def removed(units: Sequence[Unit], found: RankAllocation) -> Mapping[str, float]
 
 def test_what_svd_llm_v2_removes_is_inverse_to_the_logarithm_of_the_loss():
     units = [single(f"{index}", 500, 500, kind="up_proj") for index in range(4)]
-    losses = np.array([1.0, 2.0, 5.0, 30.0])
-    curves = {unit.name: loss**2 * np.linspace(3, 0, 501) for unit, loss in zip(units, losses, strict=True)}
-    expected = 1 / (1 + np.log(losses / losses.min()))
+    losses = np.array([10.0, 20.0, 50.0, 3000.0])  # over the 524,288 tokens of the paper's calibration
+    rank = units[0].rank_for_parameters(0.7 * 250_000)
+    assert rank is not None
+    line = np.linspace(1, 0, 501)
+    curves = {unit.name: loss**2 / 524_288 * line / line[rank] for unit, loss in zip(units, losses, strict=True)}
+    expected = 1 / np.log(losses)
     found = removed(units, allocate("svd_llm_v2", units, 0.3, curves=curves))
     np.testing.assert_allclose(list(found.values()), 0.3 * expected / expected.mean(), atol=0.005)
     assert np.mean(list(found.values())) == pytest.approx(0.3, abs=0.001)
@@ -415,20 +418,23 @@ def test_what_svd_llm_v2_removes_is_inverse_to_the_logarithm_of_the_loss():
 def test_svd_llm_v2_compares_matrices_of_one_type_only():
     units = [single(f"{kind}{index}", 300, 200, kind=kind) for kind in ("q_proj", "up_proj") for index in range(3)]
     curves = {unit.name: (1.0 + index) * decaying(unit, 0.97) for index, unit in enumerate(units)}
-    louder = {name: 1e6 * curve if name.startswith("up") else curve for name, curve in curves.items()}
+    louder = {name: 9.0 * curve if name.startswith("up") else curve for name, curve in curves.items()}
     found = allocate("svd_llm_v2", units, 0.4, curves=curves)
-    assert allocate("svd_llm_v2", units, 0.4, curves=louder).ranks == found.ranks
+    quiet = [unit for unit in units if unit.kind == "q_proj"]
+    before, after = (removed(quiet, allocate("svd_llm_v2", units, 0.4, curves=each)) for each in (curves, louder))
+    np.testing.assert_allclose(list(before.values()), list(after.values()), atol=0.01)  # up to the remainder
     for kind in ("q_proj", "up_proj"):
         mine = [share for name, share in removed(units, found).items() if name.startswith(kind)]
         assert mine == sorted(mine, reverse=True)
         assert np.mean(mine) == pytest.approx(0.4, abs=0.01)
 
 
-@settings(max_examples=100, deadline=None)
-@given(models(), st.floats(0.05, 0.9), st.integers(0, 1000), st.integers(-30, 30))
-def test_the_unit_of_all_losses_does_not_matter(units: tuple[Unit, ...], ratio: float, seed: int, power: int):
-    curves = curves_of(units, seed)
-    assert same("svd_llm_v2", units, ratio, curves, {name: curve * 4.0**power for name, curve in curves.items()})
+def test_the_unit_of_small_losses_moves_little():
+    """The logarithm of a large loss changes slowly: ten times the loss moves no share by more than a tenth of the ratio."""
+    units = [single(f"{index}", 300, 200, kind="up_proj") for index in range(4)]
+    curves = {unit.name: (1.0 + index) * decaying(unit, 0.99) for index, unit in enumerate(units)}
+    one, other = (removed(units, allocate("svd_llm_v2", units, 0.4, curves={n: c * f for n, c in curves.items()})) for f in (1.0, 100.0))
+    np.testing.assert_allclose(list(one.values()), list(other.values()), atol=0.04)
 
 
 def test_svd_llm_v2_with_equal_losses_or_none_is_uniform():

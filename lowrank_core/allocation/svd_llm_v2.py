@@ -3,7 +3,8 @@
 Notation::
 
     R     fraction of the free units' parameters to remove
-    L_u   √e_u at the rank that a uniform allocation gives u: the theoretical truncation loss (Frobenius, in the basis' metric)
+    L_u   √(T e_u) at the rank that a uniform allocation gives u: the theoretical truncation loss (Frobenius, in the basis' metric,
+          over the T tokens of the paper's calibration; e is a mean over tokens)
     G     the units of one type
     R_u   |G| · R · a_u / Σ_G a,  a_u = 1 / log L_u in the paper: its mean over G is R
 """
@@ -24,16 +25,16 @@ __all__ = ["SVD_LLM_V2", "SvdLlmV2"]
 _LEAST_KEPT = 0.01
 """Of the parameters, where the formula asks for less, or for nothing at all."""
 
-_LEAST_LOSS = 1e-8
-"""Relative to the largest loss of the type: what counts as no loss in float64."""
+_TOKENS = 256 * 2048
+"""Of the paper's calibration: the logarithm of a loss that is a sum depends on how many were summed."""
 
 
 @dataclass(frozen=True)
 class SvdLlmV2:
     """Within a type, the fraction removed from a matrix is in proportion to 1 / log of its truncation loss. arXiv 2503.12340, §3.2.
 
-    An adaptation: the paper's log L_u depends on the unit of L, and is of no use at L <= 1. Here a_u = 1 / log(e · L_u / min_G L), which
-    is at most 1 and the same in any unit. What is kept is clipped to (0, 1] and scaled onto the budget.
+    The paper's log L_u depends on the unit of L, and has no use at L <= 1: a loss below e counts as e. What is kept is clipped to (0, 1]
+    and scaled onto the budget.
     """
 
     name: str = "svd_llm_v2"
@@ -57,14 +58,12 @@ class SvdLlmV2:
 
 def _loss(unit: Unit, curves: ErrorCurves, kept: float) -> float:
     rank = unit.rank_for_parameters(kept * unit.dense_parameters)
-    return 0.0 if rank is None else math.sqrt(max(0.0, float(curves[unit.name][rank])))
+    return 0.0 if rank is None else math.sqrt(_TOKENS * max(0.0, float(curves[unit.name][rank])))
 
 
 def _shares(losses: Sequence[float]) -> list[float]:
     """Return a_u of each loss over their mean."""
-    floor = max(losses) * _LEAST_LOSS or 1.0
-    least = max(floor, min(losses))
-    inverse = [1 / (1 + math.log(max(floor, loss) / least)) for loss in losses]
+    inverse = [1 / math.log(max(math.e, loss)) for loss in losses]
     mean = sum(inverse) / len(inverse)
     return [value / mean for value in inverse]
 
