@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from dataclasses import replace
@@ -46,6 +47,7 @@ def main() -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write_json(run.path / "run.json", run.record | {"recorded": True})
         write_json(run.path / "text.json", (run.part("text") or {}) | {"preview": ""})  # no text of others in the repository
+        run.journal.write_text(run.journal.read_text().replace(f'"{socket.gethostname()}:', '"recorder:'))  # no name of a machine
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(run.path, target)
     print(f"wrote {target}")
