@@ -285,12 +285,14 @@ def _worker(arguments: argparse.Namespace) -> Result:
         raise ConfigError("a study in a database has two names: give --storage-url and --study together.")
     if (arguments.run is None) == (arguments.storage_url is None):
         raise ConfigError("say what to work on: either --run DIR, or --storage-url URL and --study NAME.")
+    changes = {name: value for name in ("more_trials", "sampler") if (value := getattr(arguments, name)) is not None}
+    if changes and (arguments.join or arguments.storage_url is not None):
+        raise ConfigError("--more-trials and --sampler change the search; a worker that joins takes it as it is. Leave them out.")
     if arguments.storage_url is not None:
         where = {"model": arguments.model, "text": arguments.text, "device": arguments.device}
         return search_commands.join_study(arguments.storage_url, arguments.study, arguments.warm, **where)
     if arguments.join:
         return search_commands.join(arguments.run, arguments.warm)
-    changes = {name: value for name in ("more_trials", "sampler") if (value := getattr(arguments, name)) is not None}
     return search_commands.work(arguments.run, arguments.warm, keep_paused=arguments.keep_paused, changes=changes)
 
 

@@ -69,7 +69,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
             jobs.ask(run, "measure", launch=False, **given)
         session, bench = run_worker(run, verbose=sys.stderr.isatty(), helpers=place.workers - 1)
     except LowRankError as error:
-        if not isinstance(error, Cancelled) and not run.journal.exists():
+        if not isinstance(error, Cancelled) and not _has_begun(run):
             shutil.rmtree(run.path)  # bad input: no trial was begun, and the folder was empty or not there
         raise
     assert bench is not None
@@ -94,6 +94,16 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "confirmed": (confirmed := _confirmed(run)),
         "text": "\n".join([*lines, *_confirmed_lines(confirmed), f"exported to {path}"]),
     }
+
+
+def _has_begun(run: Run) -> bool:
+    """Return whether a study is there, or may be: a database that does not answer keeps what it has."""
+    if run.storage_url is None:
+        return run.journal.exists()
+    try:
+        return bool(read_trials(run))
+    except LowRankError:
+        return True
 
 
 def _best_found(run: Run, trials: list[TrialRecord], config: SearchConfig) -> TrialRecord:
@@ -193,6 +203,8 @@ def work(folder: Path, warm_seconds: float, *, keep_paused: bool = False, change
 def _change(run: Run, changes: Result) -> None:
     more = changes.pop("more_trials", None)
     search = run.config.search
+    if more is not None and int(str(more)) < 1:
+        raise ConfigError(f"--more-trials must be at least 1, got {more}.")
     if more is not None and search is not None:
         changes["trials"] = search.trials + int(str(more))
     if changes:

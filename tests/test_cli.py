@@ -370,6 +370,12 @@ def test_a_search_is_extended_with_another_sampler(searched: tuple[Places, Path,
     assert open_run(copy).config.search.sampler == "tpe"  # type: ignore[union-attr]
 
 
+def test_a_search_is_not_extended_by_nothing(searched: tuple[Places, Path, dict[str, Any]]):
+    outcome = _lowrank("worker", "--run", searched[1], "--more-trials", 0)
+    assert outcome.status == 2
+    assert "--more-trials must be at least 1" in outcome.err
+
+
 # --- bad input -------------------------------------------------------------------------------------------------------
 
 
@@ -492,6 +498,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Places], list[object]], str]] = {
         r"u:\*\*\*@127.0.0.1:9/x",
     ),
     "worker: nothing said": (lambda p: ["worker"], "either --run DIR, or --storage-url"),
+    "worker: joins and changes": (lambda p: ["worker", "--run", p.out, "--join", "--more-trials", 3], "Leave them out"),
     "worker: half a study": (lambda p: ["worker", "--study", "x"], "give --storage-url and --study together"),
     "no trials": (lambda p: [*_search(p, "--compression-ratio", 0.2), "--trials", 0], "trials must be at least 1"),
     "windows of zero": (lambda p: [*_evaluate(p), "--windows", 0], "windows must be at least 1"),

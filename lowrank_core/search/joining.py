@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -58,7 +59,7 @@ def run_of_study(url: str, study_name: str, *, model: str | None = None, text: s
         ) from error
     source = replace(config.model, reference=model or config.model.reference, device=device or config.model.device)
     config = replace(config, model=source, text=replace(config.text, reference=text or config.text.reference))
-    run = Run(home() / "joined" / study_name)
+    run = Run(home() / "joined" / re.sub(r"[^\w.-]|^\.+", "_", study_name))
     record = {"id": study_name, "name": study_name, "kind": "search", "created": time.time(), "config": to_mapping(config)}
     write_json(run.path / "run.json", {**record, "versions": {}, "recorded": False})
     run.keep_study_at(url, study_name)
