@@ -188,7 +188,8 @@ def _run_trials(desk: Desk, orders: _Orders) -> None:
 
 def log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Write a line for a finished trial to stderr."""
-    found = trial.state.name.lower() if trial.values is None else " ".join(f"{value:.6g}" for value in trial.values)
+    complete = trial.state == optuna.trial.TrialState.COMPLETE
+    found = " ".join(f"{value:.6g}" for value in trial.values) if complete else trial.state.name.lower()
     best = ""
     if len(study.directions) == 1:
         others = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
