@@ -80,8 +80,8 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
     path = export_trial(run, session, bench, best.number)
     baselines = {trial.label: _figures(trial) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
     complete = sum(trial.finished for trial in trials)
-    lines = [f"{name}: {config.objective} {figures['value']:.5f}" for name, figures in baselines.items()]
-    lines.append(f"best of {complete} trials: trial {best.number} ({best.label}), {config.objective} {best.value:.5f}, on validation text")
+    lines = [f"{name}: {config.objective} {figures['value']:.4g}" for name, figures in baselines.items()]
+    lines.append(f"best of {complete} trials: trial {best.number} ({best.label}), {config.objective} {best.value:.4g}, on validation text")
     return {
         **_figures(best),
         "objective": config.objective,
@@ -127,7 +127,7 @@ def _front_found(run: Run, config: SearchConfig) -> Result:
     if not front:
         raise ConfigError(f"the search in {run.path} has no complete trial. Go on with `lowrank worker --run {run.path}`.")
     take = f"Take one of them with `lowrank export --run {run.path} --trial N --out DIR`."
-    lines = [f"{t.compression_ratio:.1%} removed: {config.objective} {t.value:.5f} (trial {t.number}, {t.label})" for t in front]
+    lines = [f"{t.compression_ratio:.1%} removed: {config.objective} {t.value:.4g} (trial {t.number}, {t.label})" for t in front]
     return {
         "objective": config.objective,
         "run": str(run.path),
@@ -154,7 +154,7 @@ def _confirmed_lines(confirmed: list[JsonMapping]) -> list[str]:
     if not confirmed:
         return []
     rows = [
-        f"  {row['label']}: perplexity {row['perplexity']:.3f} (dense {row['dense_perplexity']:.3f}), KL {row['kl']:.5f}"
+        f"  {row['label']}: perplexity {row['perplexity']:.3f} (dense {row['dense_perplexity']:.3f}), KL {row['kl']:.3g}"
         for row in confirmed
     ]
     return ["measured again on test text, which no trial saw:", *rows, f"  {confirmed[0]['protocol']}"]
