@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_core.catalogue import allocator_table, as_markdown, basis_table, preset_table
-from lowrank_core.cli import _parser
+from lowrank_core.cli import parser
 
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^lowrank .*$", README, flags=re.MULTILINE)
@@ -19,7 +19,7 @@ def test_there_are_commands_to_check() -> None:
 
 @pytest.mark.parametrize("line", COMMANDS)
 def test_the_command_line_takes_every_command_shown(line: str) -> None:
-    arguments = _parser().parse_args(shlex.split(line, comments=True)[1:])
+    arguments = parser().parse_args(shlex.split(line, comments=True)[1:])
     assert arguments.command in line
 
 

@@ -1,0 +1,62 @@
+"""``lowrank``: parse, call, print. Exit status 0; 2 for bad input (one line on stderr); 1 for a failure.
+
+A command is a module here: ``add`` declares it, and what it runs imports torch only then, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from lowrank_core import __version__
+from lowrank_core.cli import analyze, benchmark, compress, evaluate, export, search, studio
+from lowrank_core.cli.options import Parser
+from lowrank_core.errors import Cancelled, LowRankError, NumericalError
+
+__all__ = ["main", "parser"]
+
+COMMANDS = (analyze, compress, evaluate, search, export, studio, benchmark)
+"""In the order of ``--help``."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; each leaves in ``run`` what it does."""
+    found = Parser(prog="lowrank", description="See where a language model is low-rank, search for ranks, keep a smaller model.")
+    found.add_argument("--version", action="version", version=f"lowrank {__version__}")
+    commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    for module in COMMANDS:
+        module.add(lambda name, summary: commands.add_parser(name, help=summary, description=summary))
+    return found
+
+
+def _how_to_go_on(arguments: argparse.Namespace) -> str:
+    return f" Go on with `lowrank worker --run {arguments.folder}`." if arguments.command in ("search", "worker") else ""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status."""
+    # Idle threads that spin starve the busy ones as soon as anything else runs on the machine; read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    arguments = parser().parse_args(argv)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints: stdout carries the result alone
+            result = arguments.run(arguments)
+    except Cancelled:
+        print(f"lowrank: stopped.{_how_to_go_on(arguments)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"lowrank: interrupted.{_how_to_go_on(arguments)}", file=sys.stderr)
+        return 130
+    except NumericalError as error:
+        print(f"lowrank: {error}", file=sys.stderr)
+        return 1
+    except LowRankError as error:
+        print(f"lowrank: {error}", file=sys.stderr)
+        return 2
+    text = result.pop("text", "")
+    print(json.dumps(result, allow_nan=False) if arguments.json else text)
+    return 0

@@ -1,0 +1,23 @@
+"""``lowrank analyze``."""
+
+from __future__ import annotations
+
+import argparse
+
+from lowrank_core.cli.options import Command, Result, calibration_of, calibration_options, model_options, source_of, text_of, text_options
+
+__all__ = ["add"]
+
+
+def add(command: Command) -> None:
+    parser = command("analyze", "Measure spectra and feature covariances of every compressible layer.")
+    model_options(parser)
+    text_options(parser)
+    calibration_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    from lowrank_core.commands import analyze
+
+    return analyze(source_of(arguments), text_of(arguments), calibration_of(arguments))

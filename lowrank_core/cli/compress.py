@@ -1,0 +1,62 @@
+"""``lowrank compress``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.cli.options import (
+    Command,
+    Result,
+    calibration_of,
+    calibration_options,
+    chosen_preset,
+    compression_of,
+    compression_options,
+    model_options,
+    source_of,
+    text_of,
+    text_options,
+)
+from lowrank_core.config import CompressRequest
+from lowrank_core.presets import DEFAULT_PRESET
+
+__all__ = ["add"]
+
+
+def add(command: Command) -> None:
+    parser = command("compress", "Compress a model at a ratio (or at given ranks) and write it as a folder.")
+    model_options(parser)
+    text_options(parser)
+    calibration_options(parser)
+    parser.add_argument("--compression-ratio", type=float, metavar="R", help="fraction of the linears' parameters to remove, in (0, 1)")
+    compression_options(parser, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
+    parser.add_argument("--allocation", metavar="A", help=f"one of {', '.join(ALLOCATORS)} (default: the preset's, or uniform)")
+    parser.add_argument("--tune", action="store_true", help="choose the gradient damping and a drift-aware basis's β on validation text")
+    parser.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
+    parser.add_argument("--complete", metavar="A", help="keep the locked ranks of the file, and spend the rest of the budget by A")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    from lowrank_core.commands import compress_to
+
+    return compress_to(source_of(arguments), text_of(arguments), _request(arguments))
+
+
+def _request(arguments: argparse.Namespace) -> CompressRequest:
+    preset = chosen_preset(arguments, "basis", "storage", "allocation", "compress_value")
+    return CompressRequest(
+        compression_ratio=arguments.compression_ratio,
+        preset=preset.name if preset else "",
+        tune=arguments.tune,
+        calibration=calibration_of(arguments),
+        compression=compression_of(arguments, preset),
+        allocation=arguments.allocation or (preset.allocation if preset else "uniform"),
+        ranks=arguments.ranks,
+        out=arguments.out,
+        complete=arguments.complete,
+        slopes=bool(arguments.slopes),
+    )

@@ -1,0 +1,30 @@
+"""``lowrank methods`` and ``lowrank dashboard``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from lowrank_core.catalogue import methods
+from lowrank_core.cli.options import Command, Result, json_option
+
+__all__ = ["add"]
+
+
+def add(command: Command) -> None:
+    listed = command("methods", "List bases, allocations and presets, with their sources.")
+    json_option(listed)
+    listed.set_defaults(run=lambda arguments: methods())
+    dashboard = command("dashboard", "Start the dashboard in the browser.")
+    dashboard.add_argument("--port", type=int, default=8501, metavar="P", help="port on this machine (default: %(default)s)")
+    dashboard.set_defaults(run=run_dashboard)
+
+
+def run_dashboard(arguments: argparse.Namespace) -> Result:
+    """Become Streamlit: this process is replaced, and nothing is returned."""
+    from lowrank_core.runs import bundled_path
+
+    app = bundled_path("app.py")
+    os.chdir(app.parent)  # Streamlit reads its configuration from the working directory
+    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(app), "--server.port", str(arguments.port)])
