@@ -56,7 +56,7 @@ class CompressionReport:
     """Exact counts, before and after; ``compression_ratio`` over the compressible linears, ``model_…`` over all.
 
     FLOPs are those of weights for one token: ``linear_…`` of the compressible linears, ``model_…`` with the output head. Attention
-    scores, which grow with the context, are in neither.
+    scores, which grow with the context, are in neither. ``quantization`` is empty where the factors are floats.
     """
 
     parameters_before: int
@@ -71,6 +71,7 @@ class CompressionReport:
     model_flops_after: int
     ranks: Ranks
     units: tuple[UnitCount, ...]
+    quantization: str = ""
 
     @property
     def compression_ratio(self) -> float:

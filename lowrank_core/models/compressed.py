@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NoReturn
+from typing import ClassVar, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_core.errors import ModelError
+from lowrank_core.models.quantized import Factor, Int8Matrix
 from lowrank_core.pivoting import gather_order
 
 __all__ = ["CompressedModule", "Entry", "PivotIndex", "parameter_like"]
@@ -44,6 +45,10 @@ class Entry:
             self.refuse(key, f"{value!r}; true or false are possible")
         return value
 
+    def given(self, key: str) -> bool:
+        """Return whether the flag is there, and true; raises ModelError if it is no flag."""
+        return key in self.values and self.flag(key)
+
     def text(self, key: str, default: str | None = None) -> str | None:
         """Return a string, or the default where there is none; raises ModelError for anything else."""
         value = self.values.get(key, default)
@@ -62,11 +67,13 @@ class CompressedModule(nn.Module):
 
     Attributes:
         form: its name in ``config.json``.
+        factors: names of the attributes that hold its factors; one that a leader holds is None.
         in_features, out_features: of the matrix that it stands for.
         rank: of that matrix, or of each of its heads.
     """
 
     form: ClassVar[str]
+    factors: ClassVar[tuple[str, ...]]
     in_features: int
     out_features: int
     rank: int
@@ -91,6 +98,35 @@ class CompressedModule(nn.Module):
         Raises:
             ModelError: a value is missing, of the wrong type, or impossible.
         """
+
+    @property
+    def int8(self) -> bool:
+        """Whether its factors are stored in 8 bits."""
+        return any(isinstance(factor, Int8Matrix) for _, factor in self.stored_factors())
+
+    def stored_factors(self) -> Iterator[tuple[str, Factor]]:
+        """Yield name and value of each factor that this module holds itself."""
+        for name in self.factors:
+            factor = getattr(self, name)
+            if factor is not None:
+                yield name, factor
+
+    def quantize(self, stored_dtype: torch.dtype) -> None:
+        """Store the factors in 8 bits, with scales that are exact in ``stored_dtype``; biases and indices stay as they are."""
+        for name, factor in list(self.stored_factors()):
+            if not isinstance(factor, Int8Matrix):
+                delattr(self, name)
+                setattr(self, name, Int8Matrix.of(factor, stored_dtype))
+
+    def _int8_entry(self) -> dict[str, object]:
+        """Return what ``config.json`` says of the factors' width; nothing where they are floats."""
+        return {"int8": True} if self.int8 else {}
+
+    def _as_told(self, entry: Entry) -> Self:
+        """Return this empty module, with factors in 8 bits if the entry says so."""
+        if entry.given("int8"):
+            self.quantize(torch.float32)
+        return self
 
     def settle(self, name: str) -> None:
         """Derive what isn't stored from what was loaded.

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_core.accounting import INDEX_BYTES, MatrixShape
 from lowrank_core.errors import ModelError
 from lowrank_core.models.compressed import CompressedModule, PivotIndex
+from lowrank_core.models.quantized import Int8Matrix
 
 __all__ = ["LayerSpec", "ModelHandle", "bias_of", "blocks_of", "describe", "find_layers", "positions_of", "weight_of"]
 
@@ -100,14 +101,15 @@ class ModelHandle:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model, tied ones once, and the indices of pivoted layers, which are stored too."""
+        """Parameters of the whole model, tied ones once; indices of pivoted layers and scales of int8 factors are stored, too, and count."""
         counts: list[int] = [p.numel() for p in self.module.parameters()]
-        return sum(counts) + self._indices
+        return sum(counts) + self._indices + self._int8 + self._scales
 
     @property
     def linear_parameters(self) -> int:
         """Parameters of the blocks' linear maps, dense and low-rank: what ``compression ratio`` counts."""
-        return sum(p.numel() for _, _, linear in _linears(self.module) for p in linear.parameters()) + self._indices
+        counts: list[int] = [p.numel() for _, _, linear in _linears(self.module) for p in linear.parameters()]
+        return sum(counts) + self._indices + self._int8 + self._scales
 
     @property
     def _indices(self) -> int:
@@ -115,9 +117,18 @@ class ModelHandle:
         return sum(counts)
 
     @property
+    def _int8(self) -> int:
+        return sum(int(child.values.numel()) for child in self.module.modules() if isinstance(child, Int8Matrix))
+
+    @property
+    def _scales(self) -> int:
+        return sum(int(child.scales.numel()) for child in self.module.modules() if isinstance(child, Int8Matrix))
+
+    @property
     def bytes(self) -> int:
         """Bytes of the weights and indices as they are stored on disk."""
-        return (self.parameters - self._indices) * self.stored_dtype.itemsize + self._indices * INDEX_BYTES
+        floats = self.parameters - self._indices - self._int8
+        return floats * self.stored_dtype.itemsize + self._indices * INDEX_BYTES + self._int8
 
     @property
     def max_context(self) -> int | None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_core.models.compressed import CompressedModule, Entry, PivotIndex, parameter_like
+from lowrank_core.models.quantized import Factor, applied, dense_of
 from lowrank_core.pivoting import GaugedHeads, gather_order
 
 __all__ = ["OutputHeads", "ValueHeads"]
@@ -33,6 +34,8 @@ class ValueHeads(PivotIndex):
     """
 
     form: ClassVar[str] = "value_heads"
+    factors: ClassVar[tuple[str, ...]] = ("rest",)
+    rest: Factor
     biases: nn.Parameter | None
 
     def __init__(self, in_features: int, groups: int, head_dim: int, rank: int, *, bias: bool) -> None:
@@ -58,11 +61,11 @@ class ValueHeads(PivotIndex):
     def from_spec(cls, entry: Entry, shape: tuple[int, int], leader: CompressedModule | None) -> ValueHeads:
         groups, head_dim = _heads(entry, "groups", shape[0])
         rank = entry.integer("rank", 1, min(head_dim, shape[1]))
-        return cls(shape[1], groups, head_dim, rank, bias=entry.flag("bias"))
+        return cls(shape[1], groups, head_dim, rank, bias=entry.flag("bias"))._as_told(entry)
 
     def spec(self, names: Mapping[nn.Module, str]) -> dict[str, object]:
         shape = {"groups": self.groups, "head_dim": self.head_dim}
-        return {"form": self.form, "rank": self.rank, "bias": self.biases is not None, **shape}
+        return {"form": self.form, "rank": self.rank, "bias": self.biases is not None, **shape, **self._int8_entry()}
 
     @property
     def weight(self) -> Tensor:
@@ -76,8 +79,9 @@ class ValueHeads(PivotIndex):
 
     def _matrix(self, order: Tensor) -> Tensor:
         """Return (groups, r, n)."""
-        eye = torch.eye(self.rank, dtype=self.rest.dtype, device=self.rest.device).expand(self.groups, -1, -1)
-        return torch.cat([eye, self.rest], dim=-1).gather(-1, order[:, None, :].expand(-1, self.rank, -1))
+        rest = dense_of(self.rest)
+        eye = torch.eye(self.rank, dtype=rest.dtype, device=rest.device).expand(self.groups, -1, -1)
+        return torch.cat([eye, rest], dim=-1).gather(-1, order[:, None, :].expand(-1, self.rank, -1))
 
     def forward(self, input: Tensor) -> Tensor:
         biases = None if self.biases is None else self.biases.flatten()
@@ -93,6 +97,8 @@ class OutputHeads(CompressedModule):
     """Maps (..., heads · head_dim) to (..., d): reads the first r dimensions of each head by ``outputs`` (d, heads · r)."""
 
     form: ClassVar[str] = "output_heads"
+    factors: ClassVar[tuple[str, ...]] = ("outputs",)
+    outputs: Factor
     bias: nn.Parameter | None
 
     def __init__(self, out_features: int, heads: int, head_dim: int, rank: int, *, bias: bool) -> None:
@@ -115,20 +121,27 @@ class OutputHeads(CompressedModule):
     @classmethod
     def from_spec(cls, entry: Entry, shape: tuple[int, int], leader: CompressedModule | None) -> OutputHeads:
         heads, head_dim = _heads(entry, "heads", shape[1])
-        return cls(shape[0], heads, head_dim, entry.integer("rank", 1, head_dim), bias=entry.flag("bias"))
+        return cls(shape[0], heads, head_dim, entry.integer("rank", 1, head_dim), bias=entry.flag("bias"))._as_told(entry)
 
     def spec(self, names: Mapping[nn.Module, str]) -> dict[str, object]:
         shape = {"heads": self.heads, "head_dim": self.head_dim}
-        return {"form": self.form, "rank": self.rank, "bias": self.bias is not None, **shape}
+        return {"form": self.form, "rank": self.rank, "bias": self.bias is not None, **shape, **self._int8_entry()}
 
     @property
     def weight(self) -> Tensor:
-        per_head = self.outputs.reshape(self.out_features, self.heads, self.rank)
+        per_head = dense_of(self.outputs).reshape(self.out_features, self.heads, self.rank)
         return functional.pad(per_head, (0, self.head_dim - self.rank)).flatten(1)
 
     def forward(self, input: Tensor) -> Tensor:
-        carried = input.reshape(*input.shape[:-1], self.heads, self.head_dim)[..., : self.rank].flatten(-2)
-        return functional.linear(carried, self.outputs, self.bias)
+        return applied(self.outputs, self.reduced(input), self.bias)
+
+    def reduced(self, input: Tensor) -> Tensor:
+        """Return (..., heads · r): what the heads carry."""
+        return input.reshape(*input.shape[:-1], self.heads, self.head_dim)[..., : self.rank].flatten(-2)
+
+    def expanded(self, reduced: Tensor) -> Tensor:
+        """Return (..., d) from ``reduced``, without the bias."""
+        return applied(self.outputs, reduced)
 
     def extra_repr(self) -> str:
         bias = self.bias is not None

@@ -7,9 +7,9 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lowrank_core.models.compressed import CompressedModule, Entry, parameter_like
+from lowrank_core.models.quantized import Factor, applied, dense_of
 from lowrank_core.models.stacking import StackedLinear
 
 __all__ = ["LowRankLinear"]
@@ -23,6 +23,8 @@ class LowRankLinear(StackedLinear):
     """
 
     form: ClassVar[str] = "factored"
+    factors: ClassVar[tuple[str, ...]] = ("down", "up")
+    up: Factor
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, leader: LowRankLinear | None = None) -> None:
         super().__init__(in_features, out_features, rank, bias=bias, leader=leader)
@@ -51,11 +53,15 @@ class LowRankLinear(StackedLinear):
     @classmethod
     def from_spec(cls, entry: Entry, shape: tuple[int, int], leader: CompressedModule | None) -> LowRankLinear:
         rank = cls._rank_of(entry, shape, leader)
-        return cls(shape[1], shape[0], rank, bias=entry.flag("bias"), leader=cast(LowRankLinear | None, leader))
+        layer = cls(shape[1], shape[0], rank, bias=entry.flag("bias"), leader=cast(LowRankLinear | None, leader))
+        return layer._as_told(entry)
 
     @property
     def weight(self) -> Tensor:
-        return self.up @ self.shared_down
+        return dense_of(self.up) @ self.shared_down
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(self._project(input), self.up, self.bias)
+        return applied(self.up, self.reduced(input), self.bias)
+
+    def expanded(self, reduced: Tensor) -> Tensor:
+        return applied(self.up, reduced)

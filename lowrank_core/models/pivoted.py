@@ -7,9 +7,9 @@ from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lowrank_core.models.compressed import CompressedModule, Entry, PivotIndex, parameter_like
+from lowrank_core.models.quantized import Factor, applied, dense_of
 from lowrank_core.models.stacking import StackedLinear
 from lowrank_core.pivoting import PivotedFactors, gather_order
 
@@ -25,6 +25,8 @@ class PivotedLinear(StackedLinear, PivotIndex):
     """
 
     form: ClassVar[str] = "pivoted"
+    factors: ClassVar[tuple[str, ...]] = ("down", "coefficients")
+    coefficients: Factor
 
     def __init__(
         self,
@@ -66,7 +68,7 @@ class PivotedLinear(StackedLinear, PivotIndex):
         own = entry.integer("own", 0, min(rank, shape[0]))
         offset = entry.integer("offset", 0, rank - own)
         known = cast(PivotedLinear | None, leader)
-        return cls(shape[1], shape[0], rank, bias=entry.flag("bias"), own=own, offset=offset, leader=known)
+        return cls(shape[1], shape[0], rank, bias=entry.flag("bias"), own=own, offset=offset, leader=known)._as_told(entry)
 
     def spec(self, names: Mapping[nn.Module, str]) -> dict[str, object]:
         return super().spec(names) | {"own": self.own, "offset": self.offset}
@@ -74,19 +76,22 @@ class PivotedLinear(StackedLinear, PivotIndex):
     @property
     def largest_coefficient(self) -> float:
         """max |coefficient|: by how much rounding of the pivot rows can grow."""
-        return float(self.coefficients.detach().abs().max()) if self.coefficients.numel() else 0.0
+        coefficients = dense_of(self.coefficients).detach()
+        return float(coefficients.abs().max()) if coefficients.numel() else 0.0
 
     @property
     def weight(self) -> Tensor:
         rows = self.shared_down[self.offset : self.offset + self.own]
         order = gather_order(self.pivots, self.out_features)  # the cached one may not be loaded yet
-        return torch.cat([rows, self.coefficients @ self.shared_down]).index_select(0, order)
+        return torch.cat([rows, dense_of(self.coefficients) @ self.shared_down]).index_select(0, order)
 
     def forward(self, input: Tensor) -> Tensor:
-        pivots = self._project(input)
-        own = pivots[..., self.offset : self.offset + self.own]
-        outputs = torch.cat([own, functional.linear(pivots, self.coefficients)], dim=-1).index_select(-1, self.order)
+        outputs = self.expanded(self.reduced(input))
         return outputs if self.bias is None else outputs + self.bias.to(outputs.dtype)
+
+    def expanded(self, reduced: Tensor) -> Tensor:
+        own = reduced[..., self.offset : self.offset + self.own]
+        return torch.cat([own, applied(self.coefficients, reduced)], dim=-1).index_select(-1, self.order)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, own={self.own}, offset={self.offset}"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import weakref
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from lowrank_core.errors import ModelError
 from lowrank_core.models.compressed import CompressedModule, Entry
+from lowrank_core.models.quantized import Factor, Int8Matrix, applied, dense_of
 
 __all__ = ["ProductMemory", "StackedLinear"]
 
@@ -91,7 +92,7 @@ class StackedLinear(CompressedModule):
     once, where no gradients are recorded; moving or casting a follower alone leaves its leader where it is.
     """
 
-    down: nn.Parameter | None
+    down: Factor | None
     bias: nn.Parameter | None
 
     def __init__(self, in_features: int, out_features: int, rank: int, *, bias: bool, leader: StackedLinear | None = None) -> None:
@@ -111,25 +112,34 @@ class StackedLinear(CompressedModule):
         return self._leader[0] if self._leader else self
 
     @property
-    def shared_down(self) -> Tensor:
-        """``down`` (rank, in_features) of the leader."""
+    def _shared(self) -> Factor:
         down = self.leader.down
         assert down is not None
         return down
 
-    def _project(self, input: Tensor) -> Tensor:
+    @property
+    def shared_down(self) -> Tensor:
+        """``down`` (rank, in_features) of the leader."""
+        return dense_of(self._shared)
+
+    def reduced(self, input: Tensor) -> Tensor:
         """Return z = down x (..., rank), from the leader's memory if it has just been made."""
-        down = self.shared_down
+        down = self._shared
         if torch.compiler.is_compiling():
-            return functional.linear(input, down)
+            return applied(down, input)
+        stored = down.values if isinstance(down, Int8Matrix) else down
         if self._leader:
-            remembered = self.leader._memory.take(input, down) if _may_share(input) else None
-            return functional.linear(input, down) if remembered is None else remembered
+            remembered = self.leader._memory.take(input, stored) if _may_share(input) else None
+            return applied(down, input) if remembered is None else remembered
         self._memory.forget()
-        value = functional.linear(input, down)
+        value = applied(down, input)
         if self._followers and _may_share(input):
-            self._memory.keep(input, down, value, readers=self._followers)
+            self._memory.keep(input, stored, value, readers=self._followers)
         return value
+
+    @abstractmethod
+    def expanded(self, reduced: Tensor) -> Tensor:
+        """Return W x without the bias (..., out_features) from z = down x (..., rank)."""
 
     def spec(self, names: Mapping[nn.Module, str]) -> dict[str, object]:
         """As ``CompressedModule.spec``.
@@ -137,7 +147,7 @@ class StackedLinear(CompressedModule):
         Raises:
             ModelError: the leader is not part of the model.
         """
-        entry: dict[str, object] = {"form": self.form, "rank": self.rank, "bias": self.bias is not None}
+        entry: dict[str, object] = {"form": self.form, "rank": self.rank, "bias": self.bias is not None, **self._int8_entry()}
         if self._leader:
             if self.leader not in names:
                 raise ModelError(
