@@ -11,9 +11,14 @@ The stages, each a function from a value to a value, are imported from their mod
     from lowrank_core.evaluation import evaluate
     from lowrank_core.export import export
 
-Importing this package alone imports neither torch nor transformers: the dashboard depends on that.
+Importing this package alone imports neither torch nor transformers: the dashboard depends on that. It is enough for
+``AutoModelForCausalLM.from_pretrained`` to read the folders that ``export`` writes.
 """
+
+from lowrank_core.registration import announce
 
 __all__ = ["__version__"]
 
 __version__ = "0.1.0"
+
+announce()

@@ -25,9 +25,9 @@ from lowrank_core.config import (
     to_mapping,
 )
 from lowrank_core.decomposition import units_of
-from lowrank_core.errors import BudgetError
+from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference, evaluate
-from lowrank_core.export import check_free, export
+from lowrank_core.export import HeldOut, check_free, export, held_out
 from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, describe, load_model, max_context
 from lowrank_core.recipe import Decomposed, decompose
@@ -174,6 +174,14 @@ def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, 
     )
 
 
+def _test_text(handle: ModelHandle, text: TextConfig) -> tuple[HeldOut | None, tuple[str, ...]]:
+    """Return what the written folder is measured on; without it, why not."""
+    try:
+        return held_out(handle, text), ()
+    except TextError as error:
+        return None, (f"what is written is not measured: {error}",)
+
+
 def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
     """Calibrate, factorise, allocate, compress and write."""
     began = time.perf_counter()
@@ -191,6 +199,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     if request.compression_ratio is not None:
         check_reachable(units, request.compression_ratio, request.compression)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
+    test, lacks = _test_text(handle, text)
     statistics = calibrated(handle, windows, request.calibration, gradients=basis.needs_gradients)
     compression, tuning = _tuned(handle, statistics, request, text) if request.tune else (request.compression, ())
     decomposed = decompose(handle, statistics, compression, progress=progress_line("Factorising"))
@@ -198,7 +207,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         assert request.compression_ratio is not None
         weights = _slopes(decomposed, text, request, fixed) if request.slopes else None
         allocation = decomposed.allocate(request.complete or request.allocation, request.compression_ratio, fixed=fixed, weights=weights)
-    doubts = decomposed.warnings(allocation.allocator, weighted=request.slopes)
+    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.slopes), *lacks)
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
     model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
@@ -210,8 +219,9 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "slopes": request.slopes,
         **to_mapping(compression),
         "tuning": [to_mapping(point) for point in tuning],
+        "command": request.command,
     }
-    export(model, request.out, provenance=provenance)
+    written = export(model, request.out, provenance=provenance, config=request.export, test=test)
     report = model.report
     result = {
         "out": str(request.out),
@@ -233,6 +243,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "ranks": dict(report.ranks),
         "linear_flops_before": report.linear_flops_before,
         "linear_flops_after": report.linear_flops_after,
+        "perplexity": None if written.measured is None else written.measured.perplexity,
         "warnings": [*statistics.warnings(), *doubts],
         "seconds": time.perf_counter() - began,
     }

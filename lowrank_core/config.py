@@ -19,6 +19,7 @@ __all__ = [
     "CalibrationConfig",
     "CompressRequest",
     "CompressionConfig",
+    "ExportConfig",
     "ModelSource",
     "RunConfig",
     "SearchConfig",
@@ -39,6 +40,8 @@ SPACES = ("5x1", "5x4", "per-layer")
 BOS_RULES = ("auto", "window", "none")
 GROUP_WEIGHTS = ("equal", "dof")
 ROBUST_RULES = ("none", "trimmed", "downweighted")
+EXPORT_FORMS = ("compressed", "dense")
+EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 TOKENS_PER_DIMENSION = 8
 """Below this many tokens per input dimension a covariance says little about small eigenvalues (METHODS §1)."""
@@ -200,11 +203,36 @@ class CompressionConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """How a compressed model is written as a folder.
+
+    Attributes:
+        form: ``compressed``, the factors; ``dense``, their products in the plain architecture: for any runtime, and not smaller.
+        with_code: write our code beside the weights, so that the folder loads with ``trust_remote_code`` without this package.
+        dtype: ``auto`` (that of the checkpoint that the model was made from), ``float32``, ``bfloat16`` or ``float16``.
+        max_shard_size: of one weight file, such as ``2GB`` (units KB to TB, of 1000); a larger matrix has a file of its own.
+    """
+
+    form: str = "compressed"
+    with_code: bool = False
+    dtype: str = "auto"
+    max_shard_size: str = "50GB"
+
+    def __post_init__(self) -> None:
+        _check_choice("form", self.form, EXPORT_FORMS)
+        _check_choice("dtype", self.dtype, EXPORT_DTYPES)
+        if self.form == "dense" and self.with_code:
+            raise ConfigError("a dense folder loads without any code of ours; leave --with-code out.")
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", self.max_shard_size.upper()):
+            raise ConfigError(f"max shard size must be a number with a unit from KB to TB, got {self.max_shard_size!r}. Try 2GB.")
+
+
+@dataclass(frozen=True)
 class CompressRequest:
     """What `lowrank compress` was asked for: a ratio and an allocator, or a file of ranks; ``preset`` is empty if there was none.
 
     ``complete`` names the allocator that spends on the others what the locked ranks of the file leave of the budget; with ``slopes``
-    errors are weighed by what they cost the model, measured on validation text.
+    errors are weighed by what they cost the model, measured on validation text. ``command`` is for the model card.
     """
 
     compression_ratio: float | None
@@ -217,6 +245,8 @@ class CompressRequest:
     out: Path
     complete: str | None = None
     slopes: bool = False
+    export: ExportConfig = field(default_factory=ExportConfig)
+    command: str = ""
 
     def __post_init__(self) -> None:
         if self.compression_ratio is None and self.ranks is None:

@@ -12,15 +12,15 @@ from lowrank_core import jobs
 from lowrank_core.allocation import allocation_from_ranks, allocator_named, read_allocation
 from lowrank_core.bases import basis_named
 from lowrank_core.commands import calibrated, progress_line
-from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
-from lowrank_core.export import check_free, export
+from lowrank_core.export import check_free, export, held_out
 from lowrank_core.models import load_model
 from lowrank_core.recipe import decompose
 from lowrank_core.runs import JsonMapping, Run, create_run, open_run, read_json
 from lowrank_core.search.joining import join_run, run_of_study
 from lowrank_core.search.records import TrialRecord, best_trial, pareto_front, read_trials
-from lowrank_core.search.requests import complete_trial, export_trial
+from lowrank_core.search.requests import complete_trial, export_trial, figures_of_trial, provenance_of
 from lowrank_core.search.storage import open_database
 from lowrank_core.search.worker import run_worker
 from lowrank_core.text import load_windows
@@ -234,7 +234,7 @@ def _trial_number(trial: str) -> int | None:
     return int(trial)
 
 
-def export_from(folder: Path, trial: str, out: Path) -> Result:
+def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None = None, *, command: str = "") -> Result:
     """Write the compressed model of a trial; a worker may be busy with the run meanwhile."""
     run: Run = open_run(folder)
     check_free(out)
@@ -249,12 +249,16 @@ def export_from(folder: Path, trial: str, out: Path) -> Result:
     decomposed = decompose(handle, statistics, search.compression, progress=progress_line("Factorising"))
     allocation = allocation_from_ranks(f"trial {record.number}", decomposed.units, record.ranks)
     model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
-    export(model, out, provenance={"run": run.id, "basis": search.compression.basis, "allocation": allocation.allocator})
+    provenance = {**provenance_of(run, allocation), "command": command}
+    test, figures = held_out(handle, run.config.text), figures_of_trial(run, record.number)
+    written = export(model, out, provenance=provenance, config=config, figures=figures, test=test)
     return {
         "out": str(out),
         "trial": record.number,
         "compression_ratio": model.report.compression_ratio,
         "model_compression_ratio": model.report.model_compression_ratio,
         "ranks": dict(allocation.ranks),
+        "form": written.form,
+        "perplexity": None if written.measured is None else written.measured.perplexity,
         "text": f"Wrote trial {record.number} to {out}: {model.report.compression_ratio:.1%} of the linears' parameters removed.",
     }

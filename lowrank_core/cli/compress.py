@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.cli.export import export_config_of, export_options
 from lowrank_core.cli.options import (
     Command,
     Result,
@@ -37,6 +38,7 @@ def add(command: Command) -> None:
     parser.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
     parser.add_argument("--complete", metavar="A", help="keep the locked ranks of the file, and spend the rest of the budget by A")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
+    export_options(parser)
     parser.set_defaults(run=run)
 
 
@@ -59,4 +61,6 @@ def _request(arguments: argparse.Namespace) -> CompressRequest:
         out=arguments.out,
         complete=arguments.complete,
         slopes=bool(arguments.slopes),
+        export=export_config_of(arguments),
+        command=arguments.line,
     )

@@ -68,10 +68,10 @@ def source_of(arguments: argparse.Namespace) -> ModelSource:
     return ModelSource(arguments.model, arguments.device, arguments.dtype)
 
 
-def text_options(parser: argparse.ArgumentParser, windows: str = "calibration_windows") -> None:
+def text_options(parser: argparse.ArgumentParser, windows: str = "calibration_windows", *, required: bool = True) -> None:
     """Add the options of a text; ``windows`` is the field of ``TextConfig`` that --windows stands for."""
     defaults = TextConfig()
-    parser.add_argument("--text", required=True, metavar="T", help=_TEXT_HELP)
+    parser.add_argument("--text", required=required, metavar="T", help=_TEXT_HELP)
     parser.add_argument("--windows", type=int, metavar="N", help=f"{windows.replace('_', ' ')} (default: {getattr(defaults, windows)})")
     parser.add_argument(
         "--context", type=int, metavar="L", help=f"tokens in a window (default: {defaults.context}, or what the model takes if less)"

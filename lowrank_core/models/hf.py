@@ -1,34 +1,48 @@
-"""The compressed format as transformers sees it: after ``import lowrank_core.models``, ``from_pretrained`` reads it.
+"""The compressed format as transformers sees it: after ``import lowrank_core``, ``from_pretrained`` reads it.
 
 A compressed checkpoint is a usual one whose ``config.json`` says, under ``quantization_config``, which linear layers
 were replaced, in which form and at which rank. transformers calls the quantizer below to swap them before it loads the
-weights, and to check what it loaded. Nothing in the file is trusted.
+weights, and to check what it loaded. Nothing in the file is trusted. This module and those that it imports are also what
+a folder written with its code carries along (``export.code``).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_core.errors import ModelError
 from lowrank_core.models.compressed import CompressedModule, Entry
 from lowrank_core.models.handle import weight_of
+from lowrank_core.models.integrity import check_weights
 from lowrank_core.models.storage import FORMS
 
-__all__ = ["METHOD", "LowRankQuantizationConfig", "LowRankQuantizer", "mark_compressed", "replace_module"]
+__all__ = [
+    "CODE",
+    "METHOD",
+    "LowRankQuantizationConfig",
+    "LowRankQuantizer",
+    "compressed_modules",
+    "mark_compressed",
+    "register",
+    "replace_module",
+]
 
 METHOD = "lowrank"
+CODE = "modeling_lowrank"
+"""Module of a folder that was written with our code: it imports this one."""
 
 
-@register_quantization_config(METHOD)
 class LowRankQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Layer name -> the ``spec`` of the module that replaces it, and how they came about (free text).
 
@@ -46,13 +60,15 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.provenance = dict(provenance) if isinstance(provenance, Mapping) else {}
 
 
-@register_quantizer(METHOD)
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     """Swaps linear layers for compressed ones before the weights are read; nothing is quantised."""
 
     requires_calibration = True  # only checkpoints that are compressed already
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        check_weights([Path(file) for file in checkpoint_files or ()])
         layers: dict[str, dict[str, Any]] = self.quantization_config.layers
         shapes = {name: _dense_shape(model, name) for name in layers}
         stack_rows: Counter[str] = Counter()
@@ -68,8 +84,11 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name, module in _compressed(model):
+        for name, module in compressed_modules(model):
+            _check_place(name, module)
             module.settle(name)
+        if not model.is_remote_code():  # what `save_pretrained` writes then comes without the code
+            _forget_code(model)
         return model
 
     @property
@@ -93,15 +112,37 @@ def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> No
         ModelError: a layer belongs to a stack whose leader is not part of the model.
     """
     names = {child: name for name, child in model.named_modules()}
-    config = LowRankQuantizationConfig({name: child.spec(names) for name, child in _compressed(model)}, provenance)
+    config = LowRankQuantizationConfig({name: child.spec(names) for name, child in compressed_modules(model)}, provenance)
     model.config.quantization_config = config
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)
 
 
-def _compressed(model: nn.Module) -> Iterator[tuple[str, CompressedModule]]:
+def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule]]:
+    """Yield dotted path and module of each compressed layer."""
     for name, child in model.named_modules():
         if isinstance(child, CompressedModule):
             yield name, child
+
+
+def _forget_code(model: PreTrainedModel) -> None:
+    named = getattr(model.config, "auto_map", None) or {}
+    if any(str(value).split("--")[-1].startswith(f"{CODE}.") for value in named.values()):
+        del model.config.auto_map
+
+
+def _check_place(name: str, module: CompressedModule) -> None:
+    """Refuse what ``device_map`` may have done to a layer: a follower reads its leader's factor without its hooks.
+
+    Raises:
+        ModelError: the layer was offloaded, or its stack lies on several devices.
+    """
+    leader = getattr(module, "leader", module)
+    places = {tensor.device for part in (module, leader) for tensor in part.state_dict().values()}
+    if len(places) > 1 or any(place.type == "meta" for place in places):
+        raise ModelError(
+            f"model: device_map offloads the compressed layer {name!r}, or puts its stack on several devices. "
+            'Give a device_map that keeps the model on one device, such as "cuda:0" or "cpu".'
+        )
 
 
 def _dense_shape(model: nn.Module, name: str) -> tuple[int, int]:
@@ -132,3 +173,14 @@ def _leader_of(entry: Entry, layers: Mapping[str, Mapping[str, Any]], made: Mapp
     if "source" in layers[source]:
         entry.refuse("source", f"{source!r} has a source itself")
     return made[source]
+
+
+def register() -> None:
+    """Tell transformers of the format. A copy that came along with a folder leaves it to the package where that is imported."""
+    known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD)
+    if __name__.startswith("lowrank_core.") or known is None or not known.__module__.startswith("lowrank_core."):
+        AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LowRankQuantizationConfig
+        AUTO_QUANTIZER_MAPPING[METHOD] = LowRankQuantizer
+
+
+register()

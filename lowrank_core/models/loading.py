@@ -18,6 +18,7 @@ from lowrank_core.config import ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.handle import ModelHandle, find_layers, positions_of
+from lowrank_core.models.integrity import check_folder
 from lowrank_core.runs import bundled_path
 
 __all__ = ["load_model", "max_context", "resolve_reference"]
@@ -70,7 +71,10 @@ def load_model(source: ModelSource) -> ModelHandle:
     """
     place = resolve_reference(source.reference)
     device = _device(source.device)
-    stored = _checked_config(place, source.reference).dtype
+    config = _checked_config(place, source.reference)
+    stored = config.dtype
+    if getattr(config, "quantization_config", None) is None:  # else the quantizer looks: one reading of the files is enough
+        check_folder(Path(place))
     dtype: Any = "auto" if source.dtype == "auto" and device.type != "cpu" else getattr(torch, source.dtype, torch.float32)
     module = _load_module(place, source.reference, dtype)
     tokenizer = _load_tokenizer(place, source.reference)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from types import MappingProxyType
 
 import optuna
@@ -12,10 +14,10 @@ import torch
 
 from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks
 from lowrank_core.compression import CompressedModel
-from lowrank_core.config import SearchConfig
+from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.export import export
+from lowrank_core.export import HeldOut, export, figures_of, verify
 from lowrank_core.generation import continue_prompt
 from lowrank_core.jobs import TEMPERATURE, pending_requests
 from lowrank_core.runs import Run, read_json, write_json
@@ -24,7 +26,7 @@ from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench, enqueue_allocation
 
-__all__ = ["Desk", "answer_requests", "chosen_model", "complete_trial", "confirm", "export_trial"]
+__all__ = ["Desk", "answer_requests", "chosen_model", "complete_trial", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
 
 Answer = dict[str, object]
 
@@ -147,30 +149,64 @@ def _measure(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     return {"ranks": dict(found.ranks), "compression_ratio": found.compression_ratio}
 
 
-def export_trial(run: Run, session: Session, bench: TrialBench, trial: object) -> str:
+def export_trial(run: Run, session: Session, bench: TrialBench, trial: object, config: ExportConfig | None = None) -> str:
     """Write the compressed model of ``trial`` under the run's exports, and return its folder; one that is there is kept."""
+    config = config or ExportConfig()
     allocation = _chosen_allocation(run, bench, trial)
-    folder = run.path / "exports" / allocation.allocator.replace(" ", "-")
+    words = [allocation.allocator, *(value for value, usual in _choices(config) if value != usual)]
+    folder = run.path / "exports" / "-".join(words).replace(" ", "-")
     if not folder.exists():
         model = bench.decomposed.compress(allocation, session.windows.calibration)
-        export(model, folder, provenance={"run": run.id, "basis": _basis(run), "allocation": allocation.allocator})
+        number = complete_trial(run, trial if type(trial) is int else None).number if trial not in ALLOCATORS else None
+        command = shlex.join(["lowrank", "export", "--run", str(run.path), "--trial", str(number), "--out", folder.name])
+        provenance = provenance_of(run, allocation) | ({} if number is None else {"command": command})
+        figures = {} if number is None else figures_of_trial(run, number)
+        test = HeldOut(run.config.text, session.windows.test)
+        export(model, folder, provenance=provenance, config=config, figures=figures, test=test)
     return str(folder)
 
 
-def _basis(run: Run) -> str:
-    search = run.config.search
-    return search.compression.basis if search else ""
+def _choices(config: ExportConfig) -> list[tuple[str, str]]:
+    """Return what tells the folders of one trial apart, beside what is usual."""
+    return [(config.form, "compressed"), ("with-code" if config.with_code else "", ""), (config.dtype, "auto")]
+
+
+def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
+    """Return how a trial's model was made, for its folder."""
+    config = run.config
+    assert config.search is not None
+    made = {"run": run.id, "allocation": allocation.allocator, "text": config.text.reference, "seed": config.text.seed}
+    return {**made, **asdict(config.search.compression)}
+
+
+def figures_of_trial(run: Run, number: int) -> dict[str, object]:
+    """Return what was measured of a trial on test text, if it was: for its folder's card."""
+    bodies = [read_json(path) or {} for path in sorted((run.path / "results").glob("[0-9]*.json"))]
+    found = [body["report"] for body in bodies if body.get("kind") == "compare" and body.get("ok") and body.get("trial") == number]
+    return figures_of(found[-1]) if found else {}
 
 
 def _export(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     bench, _, _ = desk.search
+    config = from_mapping(ExportConfig, {f.name: arguments[f.name] for f in fields(ExportConfig) if f.name in arguments})
     with desk.reporter.stage("Writing the compressed model"):
-        path = export_trial(desk.run, desk.session, bench, arguments.get("trial"))
+        path = export_trial(desk.run, desk.session, bench, arguments.get("trial"), config)
     return {"trial": arguments.get("trial"), "path": path}
 
 
+def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+    """Check an export of this run, and measure it again in a fresh process."""
+    exports = desk.run.path / "exports"
+    folder = exports / Path(str(arguments.get("path", ""))).name
+    if folder == exports or not folder.is_dir():
+        raise ConfigError(f"this run has no export {folder.name!r}. Export a trial first.")
+    with desk.reporter.stage("Measuring the exported folder again"):
+        found = verify(folder, device=desk.run.config.model.device)
+    return {"path": str(folder), "verification": asdict(found)}
+
+
 _KINDS: Mapping[str, Callable[[Desk, Mapping[str, object]], Answer]] = MappingProxyType(
-    {"compare": _compare, "generate": _generate, "export": _export, "measure": _measure}
+    {"compare": _compare, "generate": _generate, "export": _export, "measure": _measure, "verify": _verify}
 )
 
 

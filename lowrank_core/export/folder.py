@@ -1,20 +1,16 @@
-"""Writing the smaller model: a folder that ``from_pretrained`` and every command of ours read."""
+"""Folders that are written whole, or not at all."""
 
 from __future__ import annotations
 
-import copy
-import json
 import os
 import shutil
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from lowrank_core.compression import CompressedModel
 from lowrank_core.errors import RunError
-from lowrank_core.models.hf import mark_compressed
 
-__all__ = ["check_free", "export"]
+__all__ = ["check_free", "whole_folder"]
 
 
 def check_free(folder: Path) -> None:
@@ -32,10 +28,9 @@ def check_free(folder: Path) -> None:
         raise RunError(f"can't write {folder}: {parent} is no folder that you can write to. Give another folder with --out.")
 
 
-def export(model: CompressedModel, folder: Path, *, provenance: Mapping[str, object]) -> None:
-    """Write model, tokenizer and ``lowrank.json`` (counts, ranks, how it was made): whole, or not at all.
-
-    Weights are written in the dtype of the checkpoint that they came from, so that the folder is never larger than it was.
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """Give a folder to write into that becomes ``folder`` at the end; of one that fails, nothing is left.
 
     Raises:
         RunError: the folder is taken, or the disk is full or read-only.
@@ -43,18 +38,9 @@ def export(model: CompressedModel, folder: Path, *, provenance: Mapping[str, obj
     folder = folder.absolute()
     check_free(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    report = asdict(model.report) | {
-        "compression_ratio": model.report.compression_ratio,
-        "model_compression_ratio": model.report.model_compression_ratio,
-    }
     try:
         temporary.mkdir(parents=True)
-        module = copy.deepcopy(model.handle.module).to(model.handle.stored_dtype)
-        mark_compressed(module, provenance)
-        module.save_pretrained(temporary)
-        model.handle.tokenizer.save_pretrained(temporary)
-        manifest = {"made_from": model.handle.reference, **provenance, **report}
-        (temporary / "lowrank.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        yield temporary
         for path in filter(Path.is_file, temporary.rglob("*")):
             path.chmod(0o644)  # safetensors writes 0600, which hides a shared export from the rest of a team
         if folder.exists():

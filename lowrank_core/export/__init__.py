@@ -1,0 +1,21 @@
+"""Taking the smaller model away: a folder of its factors or of their products, its card, and the proof that it is what was measured."""
+
+from lowrank_core.export.folder import check_free
+from lowrank_core.export.manifest import ExportManifest, Measurement, Protocol, read_manifest
+from lowrank_core.export.measuring import HeldOut, figures_of, held_out
+from lowrank_core.export.verification import Verification, verify
+from lowrank_core.export.writing import export
+
+__all__ = [
+    "ExportManifest",
+    "Measurement",
+    "Protocol",
+    "HeldOut",
+    "Verification",
+    "check_free",
+    "export",
+    "figures_of",
+    "held_out",
+    "read_manifest",
+    "verify",
+]

@@ -1,0 +1,135 @@
+"""The model card of an export: what was done to which model, what is left, what was measured, and how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from statistics import median
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from lowrank_core.compression import CompressionReport
+from lowrank_core.export.base_model import BaseModel
+from lowrank_core.export.manifest import ExportManifest
+
+__all__ = ["model_card", "rank_rows"]
+
+
+def model_card(manifest: ExportManifest, report: CompressionReport, base: BaseModel) -> str:
+    """Return README.md: metadata that the hub reads, and a text for people."""
+    tags = ["low-rank", "compression", "lowrank-studio", *_words(manifest.details, "preset", "basis")]
+    carried: dict[str, Any] = {"pipeline_tag": "text-generation", **base.metadata}
+    data = ModelCardData(base_model=base.repository, library_name="transformers", tags=tags, **carried)
+    sections = (_head(manifest, base), _sizes(manifest, report), _ranks(report), _figures(manifest), _made(manifest), _loading(manifest))
+    body = "\n\n".join([*filter(None, sections), _licence(base)])
+    return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
+
+
+def _words(details: Mapping[str, object], *names: str) -> list[str]:
+    return [str(details[name]) for name in names if details.get(name)]
+
+
+def _head(manifest: ExportManifest, base: BaseModel) -> str:
+    method = ", ".join(
+        f"{name} `{manifest.details[name]}`"
+        for name in ("preset", "basis", "storage", "quantization", "allocation")
+        if manifest.details.get(name)
+    )
+    form = {
+        "compressed": "Linear layers are stored as low-rank factors.",
+        "dense": "The low-rank factors are multiplied out into the plain architecture: any runtime reads it, and **it is not smaller**.",
+    }[manifest.form]
+    return f"# {base.reference}, compressed\n\nMade from `{base.reference}` by lowrank-studio{f' ({method})' if method else ''}. {form}"
+
+
+def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
+    rows = [
+        ("parameters of the compressible linears", report.linear_parameters_before, report.linear_parameters_after),
+        ("parameters of the model", report.parameters_before, report.parameters_after),
+        ("bytes of the weights, as the base model stores them", report.bytes_before, report.bytes_after),
+    ]
+    lines = [f"| {name} | {before:,} | {after:,} | {1 - after / before:.1%} |" for name, before, after in rows]
+    table = _table(("", "before", "after", "removed"), lines)
+    files = f"The files here hold {manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes ({manifest.stored_dtype})."
+    if manifest.form == "dense":
+        files += f" Stored as factors they would be {report.parameters_after:,}: the dense form is for runtimes that read no other."
+    return f"## Size\n\n{table}\n\n{files}"
+
+
+def rank_rows(report: CompressionReport) -> list[tuple[str, int, int, float, int]]:
+    """Return module type, how many are compressed, and the least, the median and the largest rank, in the order of the model."""
+    found: dict[str, list[int]] = {}
+    for name, rank in report.ranks.items():
+        if rank is not None:
+            found.setdefault(_kind(name), []).append(rank)
+    return [(kind, len(ranks), min(ranks), median(ranks), max(ranks)) for kind, ranks in found.items()]
+
+
+def _kind(unit: str) -> str:
+    """Return the type of a unit's modules: their paths within a block."""
+    return " + ".join(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", member) for member in unit.split("+")))
+
+
+def _ranks(report: CompressionReport) -> str:
+    rows = [f"| {kind} | {count} | {least} | {middle:g} | {most} |" for kind, count, least, middle, most in rank_rows(report)]
+    table = _table(("module type", "compressed", "least rank", "median", "largest"), rows)
+    dense = sum(rank is None for rank in report.ranks.values())
+    kept = f" {dense} others stay dense." if dense else ""
+    return f"## Ranks\n\n{table}\n\nEvery rank is in `lowrank.json`.{kept}"
+
+
+def _figures(manifest: ExportManifest) -> str:
+    parts = []
+    rows = manifest.figures.get("perplexity")
+    if isinstance(rows, Mapping):
+        lines = [f"| {name} | {row['perplexity']:.3f} | {_interval(row.get('interval'))} |" for name, row in rows.items()]
+        parts.append(f"{_table(('', 'perplexity', '95 % interval'), lines)}\n\nProtocol: {manifest.figures.get('protocol')}.")
+    found = manifest.measured
+    if found is not None:
+        low_high = _interval(found.perplexity_interval)
+        parts.append(
+            f"This folder, loaded and run in {found.protocol.dtype}: perplexity {found.perplexity:.3f} (95 % interval {low_high}). "
+            f"Protocol: {found.protocol.line}. `lowrank verify --model .` measures it again."
+        )
+    return "## Perplexity\n\n" + "\n\n".join(parts or ["Not measured when this was written."])
+
+
+def _interval(interval: Sequence[float] | None) -> str:
+    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+
+
+def _made(manifest: ExportManifest) -> str:
+    used = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+    command = manifest.details.get("command")
+    text = f"## How it was made\n\nVersions: {used}. Settings and seeds are in `lowrank.json`."
+    return f"{text}\n\n```bash\n{command}\n```" if command else text
+
+
+def _loading(manifest: ExportManifest) -> str:
+    ways = []
+    if manifest.form == "dense":
+        ways.append(("With transformers, or any runtime that reads its checkpoints", "", ""))
+    else:
+        ways.append(("With lowrank-studio installed", "import lowrank_core  # tells transformers of the format\n", ""))
+    if manifest.with_code:
+        ways.append(("Without it, by the code in this folder", "", ", trust_remote_code=True"))
+    text = "\n\n".join(
+        f"{title}:\n\n```python\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{option})\n'
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
+        for title, first, option in ways
+    )
+    warning = "\n\nLoaded in any other way, transformers warns of a quantization type that it does not know, and leaves layers untrained."
+    return f"## Loading\n\n{text}{warning if manifest.form != 'dense' else ''}"
+
+
+def _licence(base: BaseModel) -> str:
+    copied = ", ".join(f"`{path.name}`" for path in base.licences)
+    files = f" Its files are copied here: {copied}." if copied else ""
+    return f"## Licence\n\nThat of the base model goes with what was made of it: {base.licence}.{files}"
+
+
+def _table(head: Iterable[str], rows: Iterable[str]) -> str:
+    names = list(head)
+    return "\n".join([f"| {' | '.join(names)} |", "| --- " + "| ---: " * (len(names) - 1) + "|", *rows])

@@ -1,0 +1,143 @@
+"""Is a folder what was exported? Its hashes, and its perplexity measured again by a process that knows nothing of this one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from lowrank_core.config import ModelSource, TextConfig, from_mapping, to_mapping
+from lowrank_core.errors import ConfigError, LowRankError, ModelError
+from lowrank_core.export.manifest import Measurement, measurement_from, read_manifest
+from lowrank_core.export.measuring import HeldOut, measured
+from lowrank_core.models.integrity import check_folder
+from lowrank_core.models.loading import load_model
+from lowrank_core.text import load_windows
+
+__all__ = ["Verification", "tolerance_of", "verify"]
+
+_LOGIT = 16
+"""Size of a large logit: its rounding bounds what rounding does to a loss."""
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What a folder said of itself, and what was found.
+
+    Attributes:
+        ok: every file is as listed, and the perplexities agree to rounding; where nothing comparable is recorded, the files alone.
+        files: how many were checked.
+        recorded: perplexity in ``lowrank.json``; None if none is recorded, or it was measured on other windows.
+        measured: perplexity now. difference: measured - recorded. tolerance: in perplexity, see ``tolerance_of``.
+        protocol: of the measurement, in a line.
+    """
+
+    ok: bool
+    files: int
+    recorded: float | None
+    measured: float
+    difference: float | None
+    tolerance: float | None
+    protocol: str
+
+
+def tolerance_of(dtype: str) -> float:
+    """Return by how much rounding may move a mean NLL (nats), for a model that runs in ``dtype``.
+
+    A logit of 16 is rounded by at most half the distance of its neighbours, 8 eps; the mean over many tokens moves by less. It is eps of
+    the dtype that the model *runs* in: weights that are stored in bfloat16 are read exactly, and on a CPU run in float32 (1e-6 nats);
+    run in bfloat16 the bound is 0.06.
+    """
+    eps: float = torch.finfo(getattr(torch, dtype)).eps
+    return _LOGIT * eps / 2
+
+
+def verify(folder: Path, *, text: TextConfig | None = None, split: str = "test", device: str = "auto") -> Verification:
+    """Check the files of an export and measure its perplexity again in a fresh process.
+
+    Args:
+        text: measured on instead of what the manifest recorded: ``test_windows`` of ``split``.
+
+    Raises:
+        ModelError: a file is damaged or altered, or the folder is no export.
+        ConfigError: nothing is recorded, and no text is given; or the recorded text has changed.
+    """
+    manifest = read_manifest(folder)
+    files = check_folder(folder)
+    recorded = manifest.measured
+    if text is None and recorded is None:
+        raise ConfigError(f"{folder} has no recorded perplexity to compare with. Give a text to measure it on (--text).")
+    config, part, dtype = _asked(recorded, text, split)
+    found = _in_fresh_process(ModelSource(str(folder), device, dtype), config, part)
+    if recorded is not None and text is None and found.protocol.sha256 != recorded.protocol.sha256:
+        raise ConfigError(
+            f"the text {config.reference} has changed since the export: its windows are other tokens. Restore it, or give one with --text."
+        )
+    return _compared(files, recorded, found)
+
+
+def _asked(recorded: Measurement | None, text: TextConfig | None, split: str) -> tuple[TextConfig, str, str]:
+    """Return on what to measure, which split of it, and in which dtype."""
+    dtype = "auto" if recorded is None else recorded.protocol.dtype
+    dtype = dtype if dtype in ("float32", "bfloat16") else "auto"
+    if text is not None:
+        return text, split, dtype
+    assert recorded is not None
+    return recorded.protocol.config, recorded.protocol.split, dtype
+
+
+def _compared(files: int, recorded: Measurement | None, found: Measurement) -> Verification:
+    same = recorded is not None and recorded.protocol.sha256 == found.protocol.sha256
+    if recorded is None or not same:
+        return Verification(True, files, None, found.perplexity, None, None, found.protocol.line)
+    limit = max(tolerance_of(recorded.protocol.dtype), tolerance_of(found.protocol.dtype))
+    return Verification(
+        ok=abs(found.nll - recorded.nll) <= limit,
+        files=files,
+        recorded=recorded.perplexity,
+        measured=found.perplexity,
+        difference=found.perplexity - recorded.perplexity,
+        tolerance=recorded.perplexity * limit,
+        protocol=found.protocol.line,
+    )
+
+
+def _in_fresh_process(source: ModelSource, config: TextConfig, split: str) -> Measurement:
+    """Measure in a new interpreter: nothing of this one's models, caches or registrations is there.
+
+    Raises:
+        ModelError: it failed; with what it said.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    request = json.dumps({"source": to_mapping(source), "text": to_mapping(config), "split": split})
+    done = subprocess.run(
+        [sys.executable, "-c", "from lowrank_core.export.verification import _answer; _answer()"],
+        input=request,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": paths},
+    )
+    body = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
+    if "error" in body or done.returncode != 0:
+        said = body.get("error") or (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise ModelError(str(said))
+    return measurement_from(body)
+
+
+def _answer() -> None:
+    """Read a request on stdin, and print the measurement, or the error, as one line of JSON."""
+    request = json.loads(sys.stdin.read())
+    source, config = from_mapping(ModelSource, request["source"]), from_mapping(TextConfig, request["text"])
+    try:
+        handle = load_model(source)
+        windows = load_windows(config, handle.tokenizer, request["split"], count=config.test_windows)
+        print(json.dumps(asdict(measured(handle, HeldOut(config, windows)))))
+    except LowRankError as error:
+        print(json.dumps({"error": str(error)}))

@@ -1,0 +1,105 @@
+"""Writing the smaller model: a folder that ``from_pretrained`` and every command of ours read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from lowrank_core.compression import CompressedModel
+from lowrank_core.config import ExportConfig
+from lowrank_core.errors import NumericalError
+from lowrank_core.export.base_model import BaseModel, base_model_of
+from lowrank_core.export.card import model_card
+from lowrank_core.export.code import auto_map, write_code
+from lowrank_core.export.dense import merged
+from lowrank_core.export.folder import whole_folder
+from lowrank_core.export.manifest import ExportManifest, listed_files, versions
+from lowrank_core.export.measuring import HeldOut, loaded_like, measured
+from lowrank_core.models.hf import mark_compressed
+
+__all__ = ["export"]
+
+
+def export(
+    model: CompressedModel,
+    folder: Path,
+    *,
+    provenance: Mapping[str, object],
+    config: ExportConfig | None = None,
+    figures: Mapping[str, object] | None = None,
+    test: HeldOut | None = None,
+) -> ExportManifest:
+    """Write weights, tokenizer, model card and ``lowrank.json``: whole, or not at all.
+
+    Weights are written in the dtype of the checkpoint that they came from, unless ``config`` says another, so that a folder of factors
+    is never larger than the checkpoint was.
+
+    Args:
+        provenance: how the model was made; ``command`` in it is the command that makes it again.
+        figures: other figures for the card, such as ``figures_of`` gives.
+        test: text on which the folder is loaded and measured before it is in place; that is what ``verify`` measures again.
+
+    Raises:
+        RunError: the folder is taken, or the disk is full or read-only.
+        ModelError: a dense merge that the architecture has no place for.
+        NumericalError: a weight overflows in the dtype that it is written in, or a loss is not finite.
+    """
+    config = config or ExportConfig()
+    base = base_model_of(model.handle.reference)
+    with whole_folder(folder) as temporary:
+        dtype, parameters = _write_model(model, temporary, config, provenance)
+        base.copy_licence(temporary)
+        manifest = ExportManifest(
+            made_from=model.handle.reference,
+            form=config.form,
+            stored_dtype=dtype,
+            with_code=config.with_code,
+            files=listed_files(temporary),
+            written_parameters=parameters,
+            details={**provenance, **_counts(model)},
+            measured=None if test is None else measured(loaded_like(model.handle, temporary), test),
+            figures=dict(figures or {}),
+            versions=versions(),
+        )
+        _describe(temporary, manifest, model, base)
+    return manifest
+
+
+def _describe(folder: Path, manifest: ExportManifest, model: CompressedModel, base: BaseModel) -> None:
+    manifest.write(folder)
+    (folder / "README.md").write_text(model_card(manifest, model.report, base), encoding="utf-8")
+
+
+def _write_model(model: CompressedModel, folder: Path, config: ExportConfig, provenance: Mapping[str, object]) -> tuple[str, int]:
+    """Write weights, config, tokenizer and code; return the dtype that was written, and how many numbers."""
+    handle = model.handle
+    stored = handle.stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    if config.form == "dense":
+        module = merged(handle.module).to(stored)
+    else:
+        module = copy.deepcopy(handle.module).to(stored)
+        mark_compressed(module, provenance)
+    _check_finite(module)
+    if config.with_code:
+        module.config.auto_map = auto_map(module)
+        write_code(module, folder)
+    module.save_pretrained(folder, max_shard_size=config.max_shard_size)
+    handle.tokenizer.save_pretrained(folder)
+    return str(stored).removeprefix("torch."), replace(handle, module=module, layers=()).parameters
+
+
+def _check_finite(module: PreTrainedModel) -> None:
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise NumericalError(f"{name}: its values overflow in {tensor.dtype}. Write bfloat16 or float32 (--dtype).")
+
+
+def _counts(model: CompressedModel) -> dict[str, object]:
+    report = model.report
+    ratios = {"compression_ratio": report.compression_ratio, "model_compression_ratio": report.model_compression_ratio}
+    return asdict(report) | ratios

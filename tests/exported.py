@@ -1,0 +1,109 @@
+"""Tiny compressed models that hold every form there is, for tests of what is written and read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from lowrank_core.compression import CompressedModel, CompressionReport
+from lowrank_core.models import ModelHandle
+from lowrank_core.models.handle import bias_of, find_layers, weight_of
+from lowrank_core.models.hf import replace_module
+from lowrank_core.models.storage import Factors, HeadFactors, build_layers
+
+__all__ = ["IDS", "all_forms", "logits_of"]
+
+IDS = torch.tensor([range(24)])
+RANK, HEAD_RANK, HEAD_DIM = 12, 6, 8
+
+_ATTENTION = "model.layers.{}.self_attn.{}_proj".format
+_MLP = "model.layers.{}.mlp.{}_proj".format
+_BLOCK = "transformer.h.{}.{}".format
+
+Units = Mapping[str, Sequence[tuple[str, ...]]]
+_LLAMA: Units = {
+    "factored": [(_ATTENTION(0, "o"),), tuple(_ATTENTION(0, kind) for kind in "qkv"), (_MLP(0, "gate"), _MLP(1, "gate"))],
+    "pivoted": [(_MLP(0, "down"),), tuple(_ATTENTION(1, kind) for kind in "qk"), (_MLP(1, "up"), _MLP(0, "up"))],
+    "heads": [(_ATTENTION(1, "v"), _ATTENTION(1, "o"))],
+}
+_GPT2: Units = {
+    "factored": [(_BLOCK(0, "attn.c_attn"),), (_BLOCK(0, "mlp.c_fc"), _BLOCK(1, "mlp.c_fc"))],
+    "pivoted": [(_BLOCK(1, "attn.c_proj"),), (_BLOCK(1, "mlp.c_proj"), _BLOCK(0, "mlp.c_proj"))],
+}
+
+
+def logits_of(module: PreTrainedModel) -> Tensor:
+    """Return (1, 24, vocabulary), float32."""
+    with torch.inference_mode():
+        logits: Tensor = module(input_ids=IDS.to(module.device), use_cache=False).logits
+    return logits.float().cpu()
+
+
+def all_forms(handle: ModelHandle, *, centred: bool = False) -> CompressedModel:
+    """Return a copy with every form in it: single matrices, stacks within a block and across blocks, heads; some layers stay dense.
+
+    With ``centred`` every compressed layer has a bias, as after a centred basis.
+    """
+    module = copy.deepcopy(handle.module)
+    ranks: dict[str, int | None] = {layer.name: None for layer in handle.layers}
+    for storage, units in (_GPT2 if handle.module.config.model_type == "gpt2" else _LLAMA).items():
+        for names in units:
+            factors = _heads(module, names, centred) if storage == "heads" else _factors(module, names, centred)
+            likes = [weight_of(module.get_submodule(name)) for name in names]
+            for name, layer in build_layers(names, factors, "factored" if storage == "heads" else storage, likes).items():
+                replace_module(module, name, layer)
+                del ranks[name]
+            ranks["+".join(names)] = HEAD_RANK if storage == "heads" else RANK
+    module.requires_grad_(False)
+    smaller = ModelHandle(handle.reference, module.eval(), handle.tokenizer, find_layers(module), handle.stored_dtype)
+    return CompressedModel(smaller, _report(handle, smaller, ranks))
+
+
+def _bias(module: PreTrainedModel, name: str, centred: bool) -> Tensor | None:
+    """Return the bias of a layer; a centred basis moves it, or makes one."""
+    layer = module.get_submodule(name)
+    own = bias_of(layer)
+    shift = torch.linspace(-0.1, 0.1, len(weight_of(layer)), dtype=torch.float64)
+    if not centred:
+        return None if own is None else own.detach().double()
+    return shift if own is None else own.detach().double() + shift
+
+
+def _factors(module: PreTrainedModel, names: tuple[str, ...], centred: bool) -> Factors:
+    weights = [weight_of(module.get_submodule(name)).detach().double() for name in names]
+    left, values, right = torch.linalg.svd(torch.cat(weights), full_matrices=False)
+    ups = (left[:, :RANK] * values[:RANK]).split([len(weight) for weight in weights])
+    return Factors(tuple(ups), right[:RANK], tuple(_bias(module, name, centred) for name in names))
+
+
+def _heads(module: PreTrainedModel, names: tuple[str, ...], centred: bool) -> HeadFactors:
+    value, output = (module.get_submodule(name) for name in names)
+    bias = bias_of(value)
+    return HeadFactors(
+        values=value.weight.detach().double().reshape(-1, HEAD_DIM, 32)[:, :HEAD_RANK],
+        value_biases=None if bias is None else bias.detach().double().reshape(-1, HEAD_DIM)[:, :HEAD_RANK],
+        outputs=output.weight.detach().double().reshape(32, -1, HEAD_DIM).transpose(0, 1)[..., :HEAD_RANK],
+        output_bias=_bias(module, names[1], centred),
+        head_dim=HEAD_DIM,
+    )
+
+
+def _report(before: ModelHandle, after: ModelHandle, ranks: Mapping[str, int | None]) -> CompressionReport:
+    return CompressionReport(
+        parameters_before=before.parameters,
+        parameters_after=after.parameters,
+        linear_parameters_before=before.linear_parameters,
+        linear_parameters_after=after.linear_parameters,
+        bytes_before=before.bytes,
+        bytes_after=after.bytes,
+        linear_flops_before=1,
+        linear_flops_after=1,
+        model_flops_before=1,
+        model_flops_after=1,
+        ranks=dict(ranks),
+        units=(),
+    )
