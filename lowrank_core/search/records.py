@@ -119,10 +119,10 @@ def read_trials(run: Run) -> list[TrialRecord]:
         RunError: the journal is damaged, or the database has gone.
         ConfigError: the database that holds the study can't be reached.
     """
-    storage = _storage(run)
-    if storage is None:
-        return []
     try:
+        storage = _storage(run)  # reads the journal already
+        if storage is None:
+            return []
         study_id = storage.get_study_id_from_name(run.study_name)
         return [_record(trial) for trial in storage.get_all_trials(study_id, deepcopy=False)]
     except KeyError:

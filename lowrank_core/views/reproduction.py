@@ -1,0 +1,134 @@
+"""The commands that repeat a run: the exact one from its record, and the one that says the same in options where options can."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+
+from lowrank_core.config import CalibrationConfig, CompressionConfig, RunConfig, SearchConfig, TextConfig
+from lowrank_core.presets import PRESETS, Preset
+from lowrank_core.runs import JsonMapping
+
+__all__ = ["Reproduction", "export_command", "reproduction", "test_command"]
+
+_CHOICES = ("space", "variables", "sampler", "objective", "trials", "startup_trials", "pruner", "top_k", "confirmed")
+_NUMBERS = ("input_damping", "gradient_damping", "drift_beta")
+_UNSAID_TEXT = ("validation_windows", "test_windows")
+_UNSAID_CALIBRATION = ("group_size", "group_weights", "batch_size", "gradient_windows", "gradient_seed")
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """How a run is repeated.
+
+    Attributes:
+        record: text of a ``run.json`` which, alone in a folder, makes a worker repeat the run.
+        folder: name of that folder.
+        exact: command for that folder.
+        options: the command that says the same in options; empty where they can't.
+        unsaid: names of what no option says, with their values; the reason why ``options`` is empty.
+    """
+
+    record: str
+    folder: str
+    exact: str
+    options: str
+    unsaid: Mapping[str, object]
+
+
+def reproduction(record: JsonMapping, config: RunConfig) -> Reproduction:
+    """Return how the run of ``record`` (the whole of its run.json), with ``config``, is repeated."""
+    folder = f"{record.get('id') or 'run'}-again"
+    unsaid = _unsaid(config)
+    return Reproduction(
+        record=json.dumps({**record, "id": folder, "recorded": False}, indent=1),
+        folder=folder,
+        exact=_command("worker", {"run": folder}),
+        options="" if unsaid else _options(config, folder),
+        unsaid=unsaid,
+    )
+
+
+def export_command(run: str, trial: int) -> str:
+    """Return the command that writes the compressed model of ``trial``."""
+    return _command("export", {"run": run, "trial": trial, "out": f"trial-{trial}"})
+
+
+def test_command(config: RunConfig, folder: str) -> str:
+    """Return the command that measures the model in ``folder`` on test text beside the dense one."""
+    text = config.text
+    cut = {"text": text.reference, "split": "test", "windows": text.test_windows, "context": text.context, "bos": text.bos}
+    return _command("evaluate", {"model": folder, "against": config.model.reference, **cut})
+
+
+def _command(name: str, options: Mapping[str, object]) -> str:
+    """Return ``lowrank NAME`` with options; True stands for a flag, and what is None or False is left out."""
+    words = ["lowrank", name]
+    for option, value in options.items():
+        if value is not None and value is not False:
+            words += [f"--{option.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
+
+
+def _options(config: RunConfig, folder: str) -> str:
+    text, search = config.text, config.search
+    shared: dict[str, object] = {
+        "model": config.model.reference,
+        "device": config.model.device,
+        "dtype": config.model.dtype,
+        "text": text.reference,
+        "windows": text.calibration_windows,
+        "context": text.context,
+        "bos": text.bos,
+        "seed": text.seed,
+        "robust": config.calibration.robust,
+    }
+    if search is None:
+        return _command("analyze", shared)
+    base = _base_of(search)
+    assert base is not None
+    chosen = {name: getattr(search, name) for name in _CHOICES}
+    flags = {"slopes": search.slopes, "autocast": search.autocast}
+    usual = base.compression if isinstance(base, Preset) else CompressionConfig()
+    numbers = {name: value for name in _NUMBERS if (value := getattr(search.compression, name)) != getattr(usual, name)}
+    method = {"preset": base.name} if isinstance(base, Preset) else base
+    ratios = {"compression_ratio": search.compression_ratio, "most_ratio": search.most_ratio}
+    return _command("search", {**shared, **ratios, **method, **numbers, **chosen, **flags, "run": folder})
+
+
+def _base_of(search: SearchConfig) -> Preset | dict[str, object] | None:
+    """Return the preset that a command line names, or the options that say the method without one; None where neither does.
+
+    A preset alone says stacks, heads, rank multiples and whether points are projected; without one these have their defaults.
+    """
+    compression = search.compression
+    numbers = {name: getattr(compression, name) for name in _NUMBERS}
+    for preset in PRESETS.values():
+        if replace(preset.compression, **numbers) == compression and preset.search.get("projected", True) == search.projected:
+            return preset
+    own: dict[str, object] = {"basis": compression.basis, "storage": compression.storage}
+    plain = replace(CompressionConfig(), **numbers, **own, value_dense=compression.value_dense)  # type: ignore[arg-type]
+    if plain != compression or not search.projected:
+        return None
+    return own | {"no_compress_value" if compression.value_dense else "compress_value": True}
+
+
+def _unsaid(config: RunConfig) -> dict[str, object]:
+    """Return what differs from the defaults and has no option, by its dotted name."""
+    found: dict[str, object] = {}
+    for name in _UNSAID_TEXT if config.search is not None else ():  # spectra see calibration text alone
+        if (value := getattr(config.text, name)) != getattr(TextConfig(), name):
+            found[f"text.{name}"] = value
+    for name in _UNSAID_CALIBRATION:
+        if (value := getattr(config.calibration, name)) != getattr(CalibrationConfig(), name):
+            found[f"calibration.{name}"] = value
+    search = config.search
+    if search is not None and search.seed != config.text.seed:
+        found["search.seed"] = search.seed
+    if search is not None and _base_of(search) is None:
+        usual = asdict(CompressionConfig())
+        found |= {f"search.compression.{name}": value for name, value in asdict(search.compression).items() if value != usual[name]}
+        found["search.projected"] = search.projected
+    return found
