@@ -1,0 +1,108 @@
+"""``lowrank speed``."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
+
+if TYPE_CHECKING:
+    from lowrank_core.speed import SpeedComparison, SpeedReport, Spread
+
+__all__ = ["add"]
+
+
+def add(command: Command) -> None:
+    parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense beside compressed.")
+    model_options(parser)
+    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are measured in turns")
+    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="prompts at once (default: %(default)s)")
+    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="P", help="tokens of each prompt (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens written after each (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, metavar="R", help="timed generations of each model (default: %(default)s)")
+    parser.add_argument("--warmup", type=int, default=1, metavar="W", help="generations before, not timed (default: %(default)s)")
+    memory = "measure peak memory too, in a fresh process for each model"
+    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help=f"{memory} (default: yes)")
+    json_option(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> Result:
+    from lowrank_core.models import load_model
+    from lowrank_core.speed import SpeedConfig, compare_speed, measure_speed
+
+    a = arguments
+    config = SpeedConfig(a.batch_size, a.prompt_tokens, a.new_tokens, a.rounds, a.warmup)
+    source = source_of(a)
+    handle = load_model(source)
+    if a.against is None:
+        report = measure_speed(handle, config, source=source if a.memory else None)
+        return {**report.to_mapping(), "text": _alone(report)}
+    against = replace(source, reference=a.against)
+    comparison = compare_speed(load_model(against), handle, config, sources=(against, source) if a.memory else None)
+    return {**comparison.to_mapping(), "text": _beside(comparison)}
+
+
+def _rate(spread: Spread) -> str:
+    return f"{spread.median:,.1f} ({spread.low:,.1f} to {spread.high:,.1f})"
+
+
+def _milliseconds(spread: Spread) -> str:
+    return f"{1e3 * spread.median:,.1f} ({1e3 * spread.low:,.1f} to {1e3 * spread.high:,.1f})"
+
+
+def _times(spread: Spread) -> str:
+    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
+
+
+def _cells(report: SpeedReport) -> list[str]:
+    from lowrank_core.views.formatting import size
+
+    memory = report.memory
+    return [
+        _rate(report.prefill_tokens_per_second),
+        _rate(report.decode_tokens_per_second),
+        _milliseconds(report.first_token_seconds),
+        size(memory.running if memory else None),
+        size(memory.loading if memory else None),
+        f"{report.parameters:,}",
+        size(report.bytes),
+    ]
+
+
+_ROWS = ("prefill, tokens/s", "decode, tokens/s", "first token, ms", "peak memory, running", "peak memory, loading", "parameters", "stored")
+
+
+def _table(columns: list[list[str]]) -> str:
+    """Return columns, each with its heading first, as lines of text."""
+    rows = list(zip(["", *_ROWS], *columns, strict=True))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _notes(report: SpeedReport) -> str:
+    return report.protocol if report.memory is None else f"{report.protocol}\nMemory: {report.memory.measured}."
+
+
+def _alone(report: SpeedReport) -> str:
+    return f"{_table([[report.model, *_cells(report)]])}\n{_notes(report)}"
+
+
+def _beside(comparison: SpeedComparison) -> str:
+    dense, compressed = comparison.dense, comparison.compressed
+    speedups = [_times(spread) for spread in (comparison.prefill_speedup, comparison.decode_speedup, comparison.first_token_speedup)]
+    memory = "–" if comparison.memory_ratio is None else f"{comparison.memory_ratio:.2f}"
+    sizes = [f"{compressed.parameters / dense.parameters:.2f}", f"{compressed.bytes / dense.bytes:.2f}"]
+    ratios = ["times faster; size ratio", *speedups, memory, _loading(comparison), *sizes]
+    table = _table([["dense", *_cells(dense)], ["compressed", *_cells(compressed)], ratios])
+    return f"{table}\nThe two in turns; above 1 the compressed model is faster. {_notes(compressed)}"
+
+
+def _loading(comparison: SpeedComparison) -> str:
+    ours, theirs = comparison.compressed.memory, comparison.dense.memory
+    if ours is None or theirs is None or ours.loading is None or not theirs.loading:
+        return "–"
+    return f"{ours.loading / theirs.loading:.2f}"

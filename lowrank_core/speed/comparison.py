@@ -1,0 +1,81 @@
+"""Two models in turns: how much faster, and how much smaller, one is than the other."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from lowrank_core.config import ModelSource
+from lowrank_core.models import ModelHandle
+from lowrank_core.speed.memory import measure_memory
+from lowrank_core.speed.timing import Clock, SpeedConfig, SpeedReport, report_of, timed_in_turns
+from lowrank_core.speed.turns import Spread
+
+__all__ = ["SpeedComparison", "compare_speed"]
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """A dense and a compressed model, round by round.
+
+    Attributes:
+        dense, compressed: each by itself.
+        prefill_speedup, decode_speedup, first_token_speedup: time of the dense model over that of the compressed one in the same round;
+            above 1 the compressed one is faster.
+    """
+
+    dense: SpeedReport
+    compressed: SpeedReport
+    prefill_speedup: Spread
+    decode_speedup: Spread
+    first_token_speedup: Spread
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Peak memory while running, compressed over dense; None where it was not measured."""
+        ours, theirs = self.compressed.memory, self.dense.memory
+        if ours is None or theirs is None or ours.running is None or not theirs.running:
+            return None
+        return ours.running / theirs.running
+
+    def to_mapping(self) -> dict[str, object]:
+        return {
+            "dense": self.dense.to_mapping(),
+            "compressed": self.compressed.to_mapping(),
+            "prefill_speedup": self.prefill_speedup.to_mapping(),
+            "decode_speedup": self.decode_speedup.to_mapping(),
+            "first_token_speedup": self.first_token_speedup.to_mapping(),
+            "memory_ratio": self.memory_ratio,
+        }
+
+
+def compare_speed(
+    dense: ModelHandle,
+    compressed: ModelHandle,
+    config: SpeedConfig,
+    *,
+    sources: tuple[ModelSource, ModelSource] | None = None,
+    clock: Clock = time.perf_counter,
+) -> SpeedComparison:
+    """Measure both models on the same prompts, in turns, who goes first changing with every round.
+
+    Args:
+        sources: where fresh processes can load the dense and the compressed model, to measure their memory; None leaves that out.
+
+    Raises:
+        ConfigError, ModelError: as ``measure_speed``.
+    """
+    handles = (dense, compressed)
+    for handle in handles:
+        config.check_fits(handle)
+    memories = (None, None) if sources is None else tuple(measure_memory(source, config) for source in sources)
+    timings = timed_in_turns(handles, config, clock)
+    reports = [report_of(*each) for each in zip(handles, (config, config), timings, memories, strict=True)]
+    rounds = list(zip(*timings, strict=True))
+    return SpeedComparison(
+        dense=reports[0],
+        compressed=reports[1],
+        prefill_speedup=Spread.of(theirs.prefill / ours.prefill for theirs, ours in rounds),
+        decode_speedup=Spread.of(theirs.decode / ours.decode for theirs, ours in rounds),
+        first_token_speedup=Spread.of(theirs.first_token / ours.first_token for theirs, ours in rounds),
+    )

@@ -1,0 +1,216 @@
+"""How fast a model reads a prompt and writes tokens, greedily and with the key-value cache, as ``generate`` does."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from lowrank_core.config import ModelSource
+from lowrank_core.errors import ConfigError
+from lowrank_core.models import ModelHandle
+from lowrank_core.speed.memory import MemoryReport, measure_memory
+from lowrank_core.speed.turns import Spread, in_turns
+
+__all__ = [
+    "Clock",
+    "SpeedConfig",
+    "SpeedReport",
+    "Timing",
+    "measure_speed",
+    "prompt_for",
+    "report_of",
+    "timed_generation",
+    "timed_in_turns",
+]
+
+Clock = Callable[[], float]
+"""Returns seconds since some moment."""
+
+_PROMPT_SEED = 0
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """What is timed.
+
+    Attributes:
+        batch_size: prompts that are continued at once.
+        prompt_tokens: tokens of each prompt.
+        new_tokens: tokens that each is continued by; the first comes from reading the prompt, so that it takes two to time writing.
+        rounds: timed generations.
+        warmup: generations before, not timed.
+    """
+
+    batch_size: int = 1
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    rounds: int = 7
+    warmup: int = 1
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("rounds", 1), ("warmup", 1)):
+            value = getattr(self, name)
+            if value < least:
+                raise ConfigError(f"{name.replace('_', ' ')} must be at least {least}, got {value}.")
+
+    def check_fits(self, handle: ModelHandle) -> None:
+        """Raise unless prompt and continuation fit the model.
+
+        Raises:
+            ConfigError: they pass the positions that the model was made for.
+        """
+        wanted = self.prompt_tokens + self.new_tokens
+        if handle.max_context is not None and wanted > handle.max_context:
+            raise ConfigError(
+                f"{self.prompt_tokens} prompt tokens and {self.new_tokens} new ones pass the {handle.max_context} positions of "
+                f"{handle.reference}. Lower --prompt-tokens or --new-tokens."
+            )
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of one generation.
+
+    Attributes:
+        prefill: reading the prompts, up to the logits of their last token.
+        first_token: the same, up to the token that they choose.
+        decode: the tokens after the first.
+    """
+
+    prefill: float
+    first_token: float
+    decode: float
+
+
+@dataclass(frozen=True)
+class SpeedReport:
+    """What was measured of one model.
+
+    Attributes:
+        prefill_tokens_per_second: prompt tokens of all prompts over the time that reading them took.
+        decode_tokens_per_second: tokens after the first of all prompts over the time that writing them took.
+        first_token_seconds: from the prompt to the first new token.
+        memory: None where it was not measured.
+        parameters, bytes: of the model, stored.
+        protocol: how all this was measured.
+    """
+
+    model: str
+    prefill_tokens_per_second: Spread
+    decode_tokens_per_second: Spread
+    first_token_seconds: Spread
+    memory: MemoryReport | None
+    parameters: int
+    bytes: int
+    protocol: str
+
+    def to_mapping(self) -> dict[str, object]:
+        return {
+            "model": self.model,
+            "prefill_tokens_per_second": self.prefill_tokens_per_second.to_mapping(),
+            "decode_tokens_per_second": self.decode_tokens_per_second.to_mapping(),
+            "first_token_seconds": self.first_token_seconds.to_mapping(),
+            "memory": None if self.memory is None else self.memory.to_mapping(),
+            "parameters": self.parameters,
+            "bytes": self.bytes,
+            "protocol": self.protocol,
+        }
+
+
+def measure_speed(
+    handle: ModelHandle, config: SpeedConfig, *, source: ModelSource | None = None, clock: Clock = time.perf_counter
+) -> SpeedReport:
+    """Measure one model.
+
+    Args:
+        source: where a fresh process can load the same model, to measure its memory; None leaves that out.
+
+    Raises:
+        ConfigError: prompt and continuation pass the model's positions.
+        ModelError: the process that measures memory ended early.
+    """
+    config.check_fits(handle)
+    memory = None if source is None else measure_memory(source, config)
+    (timings,) = timed_in_turns([handle], config, clock)
+    return report_of(handle, config, timings, memory)
+
+
+def timed_in_turns(handles: Sequence[ModelHandle], config: SpeedConfig, clock: Clock) -> list[tuple[Timing, ...]]:
+    """Return the timings of each model, round by round, after the rounds to warm up."""
+    prompts = [prompt_for(handle, config) for handle in handles]
+    actions = [partial(timed_generation, handle, prompt, config.new_tokens, clock) for handle, prompt in zip(handles, prompts, strict=True)]
+    in_turns(actions, config.warmup)
+    rounds = in_turns(actions, config.rounds)
+    return [tuple(found[index][0] for found in rounds) for index in range(len(handles))]
+
+
+def report_of(handle: ModelHandle, config: SpeedConfig, timings: Sequence[Timing], memory: MemoryReport | None) -> SpeedReport:
+    """Return the rates that ``timings`` say."""
+    read, written = config.batch_size * config.prompt_tokens, config.batch_size * (config.new_tokens - 1)
+    return SpeedReport(
+        model=handle.reference,
+        prefill_tokens_per_second=Spread.of(read / timing.prefill for timing in timings),
+        decode_tokens_per_second=Spread.of(written / timing.decode for timing in timings),
+        first_token_seconds=Spread.of(timing.first_token for timing in timings),
+        memory=memory,
+        parameters=handle.parameters,
+        bytes=handle.bytes,
+        protocol=_protocol(handle, config),
+    )
+
+
+def prompt_for(handle: ModelHandle, config: SpeedConfig) -> Tensor:
+    """Return prompts (batch, tokens) drawn uniformly from the vocabulary, always the same."""
+    generator = torch.Generator().manual_seed(_PROMPT_SEED)
+    size = (config.batch_size, config.prompt_tokens)
+    return torch.randint(0, int(handle.module.config.vocab_size), size, generator=generator).to(handle.device)
+
+
+@torch.no_grad()
+def timed_generation(handle: ModelHandle, prompt: Tensor, new_tokens: int, clock: Clock = time.perf_counter) -> tuple[Timing, Tensor]:
+    """Continue ``prompt`` (batch, tokens) greedily; return the times and the new tokens (batch, new_tokens).
+
+    No token ends it early. Of the prompt only the last logits are computed, where the model can, as ``generate`` does.
+    """
+    module, device = handle.module, handle.device
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(module.forward).parameters else {}
+    began = _now(device, clock)
+    output = module(input_ids=prompt, use_cache=True, **last)
+    read = _now(device, clock)
+    tokens = [output.logits[:, -1].argmax(-1, keepdim=True)]
+    first = _now(device, clock)
+    cache = "cache" if "cache" in output else "past_key_values"  # what transformers calls it has changed within version 5
+    for _ in range(new_tokens - 1):
+        output = module(input_ids=tokens[-1], use_cache=True, **{cache: output[cache]})
+        tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
+    ended = _now(device, clock)
+    return Timing(read - began, first - began, ended - first), torch.cat(tokens, dim=1)
+
+
+def _now(device: torch.device, clock: Clock) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return clock()
+
+
+def _protocol(handle: ModelHandle, config: SpeedConfig) -> str:
+    """Return in a line how the rates were measured."""
+    device = handle.device
+    place = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
+    )
+    dtype = str(handle.module.dtype).removeprefix("torch.")
+    return (
+        f"batch {config.batch_size}, prompts of {config.prompt_tokens} random tokens (seed {_PROMPT_SEED}), "
+        f"{config.new_tokens} new tokens, greedy with a key-value cache; "
+        f"median of {config.rounds} rounds after {config.warmup} to warm up (smallest to largest); "
+        f"{dtype}, {place}, torch {torch.__version__}"
+    )
