@@ -20,6 +20,7 @@ TORCH_FREE = (
     "pages",
     "lowrank_core.views",
     "lowrank_core.figures",
+    "lowrank_core.report",
     "lowrank_core.jobs",
     "lowrank_core.runs",
     "lowrank_core.config",
@@ -31,6 +32,8 @@ TORCH_FREE = (
     "lowrank_core.catalogue",
     "lowrank_core.presets",
     "lowrank_core.units",
+    "lowrank_core.healing.config",
+    "lowrank_core.healing.records",
     "lowrank_core.search.records",
     "lowrank_core.search.space",
     "lowrank_core.search.storage",
@@ -38,7 +41,7 @@ TORCH_FREE = (
 """What the dashboard's process is made of."""
 
 STAGES = (
-    {"errors"},
+    {"errors", "registration"},
     {"accounting"},
     {"config"},
     {"runs", "linalg", "pivoting", "spectra", "allocation", "moments", "bases", "presets"},
@@ -49,7 +52,8 @@ STAGES = (
     {"analysis", "factorization"},
     {"head_factorization"},
     {"decomposition"},
-    {"compression", "evaluation", "generation"},
+    {"compression", "evaluation", "generation", "speed", "tasks"},
+    {"quantization", "healing"},
     {"sequential"},
     {"recipe"},
     {"tuning", "slopes"},
@@ -57,7 +61,8 @@ STAGES = (
     {"search"},
     {"benchmarks"},
     {"commands"},
-    {"search_commands"},
+    {"search_commands", "healing_commands"},
+    {"report"},
     {"cli"},
     {"__main__"},
 )
@@ -165,14 +170,14 @@ def test_plotly_is_known_to_the_figures_and_pages_alone():
 def test_the_core_knows_nothing_of_who_shows_it():
     above = ("app", "pages", "lowrank_core.views", "lowrank_core.figures")
     for name in _modules():
-        if not name.startswith((*above, "lowrank_core.cli", "lowrank_core.__main__")):  # the command line shows, too: `--plot`
+        if not name.startswith((*above, "lowrank_core.report", "lowrank_core.cli", "lowrank_core.__main__")):  # these show, too
             seen = {target for target in _arrows(name) if target.startswith(above)}
             assert not seen, f"{name} imports {seen}"
 
 
 def test_figures_and_views_know_nothing_of_the_pages():
     for name in (*_below("lowrank_core.views"), *_below("lowrank_core.figures")):
-        assert not {target for target in _arrows(name) if target.startswith(("app", "pages"))}, name
+        assert not {target for target in _arrows(name) if target.startswith(("app", "pages", "lowrank_core.report"))}, name
     for name in _below("lowrank_core.views"):
         assert not {target for target in _arrows(name) if target.startswith("lowrank_core.figures")}, name
 

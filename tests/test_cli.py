@@ -29,7 +29,22 @@ from lowrank_core.presets import PRESETS
 from lowrank_core.runs import open_run
 from lowrank_core.search.records import read_trials
 
-COMMANDS = ("analyze", "compress", "evaluate", "search", "worker", "enqueue", "export", "methods", "dashboard", "benchmark")
+COMMANDS = (
+    "analyze",
+    "compress",
+    "evaluate",
+    "search",
+    "worker",
+    "enqueue",
+    "heal",
+    "speed",
+    "export",
+    "verify",
+    "report",
+    "methods",
+    "dashboard",
+    "benchmark",
+)
 QUERY = "model.layers.0.self_attn.q_proj"
 
 

@@ -9,17 +9,18 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 
 from lowrank_core import __version__
-from lowrank_core.cli import analyze, benchmark, compress, evaluate, export, search, studio
+from lowrank_core.cli import analyze, benchmark, compress, evaluate, export, heal, report, search, speed, studio, verify
 from lowrank_core.cli.options import Parser
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError
 
 __all__ = ["main", "parser"]
 
-COMMANDS = (analyze, compress, evaluate, search, export, studio, benchmark)
+COMMANDS = (analyze, compress, evaluate, speed, search, heal, export, verify, report, studio, benchmark)
 """In the order of ``--help``."""
 
 
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Idle threads that spin starve the busy ones as soon as anything else runs on the machine; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = parser().parse_args(argv)
+    arguments.line = shlex.join(["lowrank", *(sys.argv[1:] if argv is None else argv)])  # for the card of what is made
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints: stdout carries the result alone
             result = arguments.run(arguments)
@@ -59,4 +61,4 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     text = result.pop("text", "")
     print(json.dumps(result, allow_nan=False) if arguments.json else text)
-    return 0
+    return 0 if result.get("ok", True) else 1

@@ -1,0 +1,115 @@
+"""What is known of a healing while it runs, and when it is done: written by the trainer, read by pages. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lowrank_core.errors import RunError
+from lowrank_core.runs import read_json, write_json
+
+__all__ = ["HealingPoint", "HealingReport", "read_history", "read_report", "write_history", "write_report"]
+
+_HISTORY = "history.json"
+_REPORT = "report.json"
+
+
+@dataclass(frozen=True)
+class HealingPoint:
+    """One validation.
+
+    Attributes:
+        step: of the optimiser; 0 is before the first.
+        loss: mean training loss since the point before, in nats (relative error for block-wise refinement); None at step 0.
+        kl, nll: on validation windows, per token, in nats.
+        learning_rate: of the last step.
+        tokens, seconds: trained on so far, pauses between sessions left out.
+        kept: whether it was the best until then.
+    """
+
+    step: int
+    loss: float | None
+    kl: float
+    nll: float
+    learning_rate: float
+    tokens: int
+    seconds: float
+    kept: bool
+
+
+@dataclass(frozen=True)
+class HealingReport:
+    """What a healing did; figures of the start are one-shot compression's, and all are on validation windows.
+
+    Attributes:
+        method, label, learning_rate: with what.
+        steps: that were taken; best_step: the one that was kept, 0 where nothing was better than the start.
+        stopped: ``steps`` (all were taken), ``patience`` (no better validation for so long) or ``diverged`` (a loss was not finite).
+        trained_parameters: that the optimiser changed; the size of the model is as before.
+        tokens, seconds: spent in training, up to the last step taken.
+        kl_before, kl_after, nll_before, nll_after: nats per token; ``after`` is measured on what is returned.
+        training, validation: protocol lines.
+        history: one point for each validation.
+    """
+
+    method: str
+    label: str
+    learning_rate: float
+    steps: int
+    best_step: int
+    stopped: str
+    trained_parameters: int
+    tokens: int
+    seconds: float
+    kl_before: float
+    kl_after: float
+    nll_before: float
+    nll_after: float
+    training: str
+    validation: str
+    history: tuple[HealingPoint, ...]
+
+    @property
+    def recovered(self) -> float:
+        """Fraction of the validation KL divergence that is gone."""
+        return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else 0.0
+
+
+def write_history(folder: Path, points: tuple[HealingPoint, ...], *, steps: int) -> None:
+    write_json(folder / _HISTORY, {"steps": steps, "points": [asdict(point) for point in points]})
+
+
+def read_history(folder: Path) -> tuple[HealingPoint, ...]:
+    """Return the points so far; none where training has not begun.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / _HISTORY
+    body = read_json(path)
+    points = [] if body is None else body.get("points")
+    try:
+        return tuple(HealingPoint(**point) for point in points)  # type: ignore[union-attr]
+    except TypeError as error:
+        raise RunError(f"{path} is damaged: {error}. Delete the folder, and heal again.") from error
+
+
+def write_report(folder: Path, report: HealingReport) -> None:
+    write_json(folder / _REPORT, asdict(report))
+
+
+def read_report(folder: Path) -> HealingReport | None:
+    """Return the report of a healing that is done; None while it is not.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = folder / _REPORT
+    body = read_json(path)
+    if body is None:
+        return None
+    try:
+        history = tuple(HealingPoint(**point) for point in body["history"])
+        return HealingReport(**{**body, "history": history})
+    except (TypeError, KeyError) as error:
+        raise RunError(f"{path} is damaged: {error}. Delete the folder, and heal again.") from error

@@ -1,0 +1,132 @@
+"""What ``lowrank heal`` does: train a compressed folder, write it as a new one, and measure both on test text."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+from lowrank_core.commands import progress_line
+from lowrank_core.compression import CompressedModel, CompressionReport, UnitCount
+from lowrank_core.config import ExportConfig, ModelSource, TextConfig
+from lowrank_core.errors import ModelError
+from lowrank_core.evaluation import EvaluationReport, evaluate
+from lowrank_core.export import HeldOut, check_free, export, figures_of
+from lowrank_core.export.manifest import ExportManifest, read_manifest
+from lowrank_core.healing.config import HealingConfig
+from lowrank_core.healing.records import HealingReport, read_history
+from lowrank_core.healing.trainer import heal
+from lowrank_core.models import load_model
+from lowrank_core.models.loading import resolve_reference
+from lowrank_core.text import load_windows
+
+__all__ = ["HealRequest", "heal_folder", "report_of"]
+
+Result = dict[str, object]
+
+
+@dataclass(frozen=True)
+class HealRequest:
+    """What `lowrank heal` was asked for.
+
+    Attributes:
+        out: new folder of the healed model.
+        against: the dense model; None takes the one that the folder says it was made from.
+        export: how the folder is written; command: for its model card.
+    """
+
+    healing: HealingConfig
+    out: Path
+    against: str | None = None
+    export: ExportConfig = field(default_factory=ExportConfig)
+    command: str = ""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where a healing that was killed left its state."""
+        return self.out.absolute().with_name(f".{self.out.name}.healing")
+
+
+def report_of(manifest: ExportManifest) -> CompressionReport:
+    """Return the counts that an export's ``lowrank.json`` holds.
+
+    Raises:
+        ModelError: they are not there.
+    """
+    details = dict(manifest.details)
+    try:
+        units = tuple(UnitCount(**unit) for unit in details["units"])  # type: ignore[attr-defined]
+        counts = {f.name: details[f.name] for f in fields(CompressionReport) if f.name in details}
+        return CompressionReport(**{**counts, "units": units})  # type: ignore[arg-type]
+    except (KeyError, TypeError) as error:
+        raise ModelError("model: lowrank.json doesn't hold the counts of the compression. Export the model again.") from error
+
+
+def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> Result:
+    """Train the factors of a compressed folder on the calibration split, choose on validation, measure on test, and write.
+
+    The same command goes on where it was killed.
+
+    Raises:
+        LowRankError: bad input; see ``heal`` and ``export``.
+    """
+    check_free(request.out)
+    manifest = read_manifest(Path(resolve_reference(source.reference)))
+    report = report_of(manifest)
+    compressed = load_model(source)
+    dense = load_model(replace(source, reference=request.against or manifest.made_from))
+    config = request.healing
+    tokenizer = compressed.tokenizer
+    training = load_windows(replace(text, seed=config.seed), tokenizer, "calibration", count=config.train_windows)
+    validation = load_windows(text, tokenizer, "validation", count=text.validation_windows)
+    test = load_windows(text, tokenizer, "test", count=text.test_windows)
+    begun = read_history(request.checkpoint)
+    if begun:
+        print(f"going on after step {begun[-1].step} of {config.steps}", file=sys.stderr)
+    healed = heal(compressed, dense, (training, validation), config, folder=request.checkpoint, progress=progress_line("Healing"))
+    before = evaluate(compressed, test, against=dense, progress=progress_line("Measuring one-shot"))
+    after = evaluate(healed.handle, test, against=dense, progress=progress_line("Measuring healed"))
+    model = CompressedModel(replace(healed.handle, reference=dense.reference), report)
+    summary = {name: value for name, value in asdict(healed.report).items() if name != "history"}
+    provenance = {**_how(manifest), "healing": summary, "command": request.command}
+    figures = figures_of(before.to_mapping(), healed=after.to_mapping())
+    export(model, request.out, provenance=provenance, config=request.export, figures=figures, test=HeldOut(text, test))
+    _forget(request.checkpoint)
+    return {
+        "out": str(request.out),
+        "healing": asdict(healed.report),
+        "one_shot": before.to_mapping(),
+        "healed": after.to_mapping(),
+        "text": _told(healed.report, before, after, request.out),
+    }
+
+
+def _how(manifest: ExportManifest) -> dict[str, object]:
+    """Return how the folder was made, without its counts, which are counted again."""
+    counts = {f.name for f in fields(CompressionReport)} | {"compression_ratio", "model_compression_ratio"}
+    return {name: value for name, value in manifest.details.items() if name not in counts}
+
+
+def _forget(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def _told(report: HealingReport, before: EvaluationReport, after: EvaluationReport, out: Path) -> str:
+    assert before.dense_perplexity is not None
+    lost = before.perplexity - before.dense_perplexity
+    recovered = f", {1 - (after.perplexity - before.dense_perplexity) / lost:.0%} of what one shot lost recovered" if lost > 0 else ""
+    kept = f"step {report.best_step} kept" if report.best_step else "no step was better than the start: the model is as it was"
+    ends = {"steps": "all steps taken", "patience": "validation stopped improving", "diverged": "stopped: a loss was not finite"}
+    return "\n".join(
+        [
+            f"perplexity  dense {before.dense_perplexity:.3f}  one-shot {before.perplexity:.3f}  healed {after.perplexity:.3f}{recovered}",
+            f"KL          one-shot {before.kl:.5f}  healed {after.kl:.5f} nats per token",
+            before.protocol,
+            f"{report.label}: {report.steps} steps, {report.tokens:,} tokens, {report.seconds:.0f} s, rate {report.learning_rate:.2g}; "
+            f"{ends[report.stopped]}, {kept}.",
+            f"trained on {report.training}",
+            f"Wrote {out}.",
+        ]
+    )
