@@ -28,6 +28,7 @@ from lowrank_core.decomposition import units_of
 from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference, evaluate
 from lowrank_core.export import HeldOut, check_free, export, held_out
+from lowrank_core.export.manifest import report_of
 from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, describe, load_model, max_context
 from lowrank_core.recipe import Decomposed, decompose
@@ -222,7 +223,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "command": request.command,
     }
     written = export(model, request.out, provenance=provenance, config=request.export, test=test)
-    report = model.report
+    report = report_of(written)  # of what was written: int8 factors have scales
     result = {
         "out": str(request.out),
         "preset": request.preset,
@@ -240,6 +241,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "compressible_parameters_after": report.linear_parameters_after,
         "bytes_before": report.bytes_before,
         "bytes_after": report.bytes_after,
+        "quantization": report.quantization,
         "ranks": dict(report.ranks),
         "linear_flops_before": report.linear_flops_before,
         "linear_flops_after": report.linear_flops_after,

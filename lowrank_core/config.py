@@ -42,6 +42,7 @@ GROUP_WEIGHTS = ("equal", "dof")
 ROBUST_RULES = ("none", "trimmed", "downweighted")
 EXPORT_FORMS = ("compressed", "dense")
 EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+QUANTIZATIONS = ("none", "int8")
 
 TOKENS_PER_DIMENSION = 8
 """Below this many tokens per input dimension a covariance says little about small eigenvalues (METHODS §1)."""
@@ -211,16 +212,21 @@ class ExportConfig:
         with_code: write our code beside the weights, so that the folder loads with ``trust_remote_code`` without this package.
         dtype: ``auto`` (that of the checkpoint that the model was made from), ``float32``, ``bfloat16`` or ``float16``.
         max_shard_size: of one weight file, such as ``2GB`` (units KB to TB, of 1000); a larger matrix has a file of its own.
+        quantization: of the factors: ``none``, or ``int8``, whole numbers with one scale for each row.
     """
 
     form: str = "compressed"
     with_code: bool = False
     dtype: str = "auto"
     max_shard_size: str = "50GB"
+    quantization: str = "none"
 
     def __post_init__(self) -> None:
         _check_choice("form", self.form, EXPORT_FORMS)
         _check_choice("dtype", self.dtype, EXPORT_DTYPES)
+        _check_choice("quantization", self.quantization, QUANTIZATIONS)
+        if self.form == "dense" and self.quantization != "none":
+            raise ConfigError("a dense folder holds no factors that could be in 8 bits; write the form compressed, or leave int8 out.")
         if self.form == "dense" and self.with_code:
             raise ConfigError("a dense folder loads without any code of ours; leave --with-code out.")
         if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", self.max_shard_size.upper()):

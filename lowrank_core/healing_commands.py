@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 from lowrank_core.commands import progress_line
-from lowrank_core.compression import CompressedModel, CompressionReport, UnitCount
+from lowrank_core.compression import CompressedModel, CompressionReport
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.evaluation import EvaluationReport, evaluate
 from lowrank_core.export import HeldOut, check_free, export, figures_of
-from lowrank_core.export.manifest import ExportManifest, read_manifest
+from lowrank_core.export.manifest import ExportManifest, read_manifest, report_of
 from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.records import HealingReport, read_history
 from lowrank_core.healing.trainer import heal
@@ -20,7 +20,7 @@ from lowrank_core.models import load_model
 from lowrank_core.models.loading import resolve_reference
 from lowrank_core.text import load_windows
 
-__all__ = ["HealRequest", "heal_folder", "report_of"]
+__all__ = ["HealRequest", "heal_folder"]
 
 Result = dict[str, object]
 
@@ -45,21 +45,6 @@ class HealRequest:
     def checkpoint(self) -> Path:
         """Where a healing that was killed left its state."""
         return self.out.absolute().with_name(f".{self.out.name}.healing")
-
-
-def report_of(manifest: ExportManifest) -> CompressionReport:
-    """Return the counts that an export's ``lowrank.json`` holds.
-
-    Raises:
-        ModelError: they are not there.
-    """
-    details = dict(manifest.details)
-    try:
-        units = tuple(UnitCount(**unit) for unit in details["units"])  # type: ignore[attr-defined]
-        counts = {f.name: details[f.name] for f in fields(CompressionReport) if f.name in details}
-        return CompressionReport(**{**counts, "units": units})  # type: ignore[arg-type]
-    except (KeyError, TypeError) as error:
-        raise ModelError("model: lowrank.json doesn't hold the counts of the compression. Export the model again.") from error
 
 
 def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> Result:

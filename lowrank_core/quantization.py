@@ -1,4 +1,7 @@
-"""A compressed model with its factors in 8 bits: the same ranks, a quarter to half of the bytes."""
+"""A compressed model with its factors in 8 bits: the same ranks, a quarter to half of the bytes.
+
+Each row of a factor becomes whole numbers from -127 to 127 times one scale. Biases and what stayed dense are as they were.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,7 @@ from lowrank_core.models.compressed import CompressedModule, PivotIndex
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.models.quantized import Int8Matrix
 
-__all__ = ["QUANTIZATIONS", "quantized", "quantized_handle"]
-
-QUANTIZATIONS = ("int8",)
-"""int8: each row of a factor in whole numbers from -127 to 127, times one scale. Biases and what stayed dense are as they were."""
+__all__ = ["quantized", "quantized_handle"]
 
 
 def quantized_handle(handle: ModelHandle) -> ModelHandle:
@@ -50,7 +50,7 @@ def quantized(model: CompressedModel) -> CompressedModel:
         parameters_after=handle.parameters,
         linear_parameters_after=handle.linear_parameters,
         bytes_after=handle.bytes,
-        quantization=QUANTIZATIONS[0],
+        quantization="int8",
         units=tuple(
             replace(unit, bytes=sum(stored_bytes(handle.module.get_submodule(name), handle.stored_dtype) for name in unit.name.split("+")))
             for unit in model.report.units

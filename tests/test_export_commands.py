@@ -118,3 +118,23 @@ def test_a_worker_exports_and_verifies(run: Path, capsys: pytest.CaptureFixture[
     assert found["measured"] == pytest.approx(found["recorded"])
     assert not missing["ok"]
     assert "no export 'elsewhere'" in str(missing["error"])
+
+
+def test_factors_are_written_in_8_bits(source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--preset", "pifa", "--compression-ratio", "0.3"]
+    plain = _printed(capsys, "compress", *source, *options, "--out", tmp_path / "plain")
+    small = _printed(capsys, "compress", *source, *options, "--quantize", "int8", "--with-code", "--out", tmp_path / "small")
+    assert small["quantization"] == "int8"
+    assert small["ranks"] == plain["ranks"]
+    assert float(str(small["bytes_after"])) < float(str(plain["bytes_after"]))
+    assert small["perplexity"] != plain["perplexity"]
+    verified = _printed(capsys, "verify", "--model", tmp_path / "small")
+    assert verified["ok"]
+    assert load_model(ModelSource(str(tmp_path / "small"))).bytes == small["bytes_after"]
+    assert "quantization `int8`" in (tmp_path / "small" / "README.md").read_text()
+
+
+def test_8_bits_need_factors(source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options = ["--preset", "pifa", "--compression-ratio", "0.3", "--quantize", "int8", "--form", "dense", "--out", str(tmp_path / "out")]
+    assert main(["compress", *source, *options]) == 2
+    assert "holds no factors that could be in 8 bits" in capsys.readouterr().err

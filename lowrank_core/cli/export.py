@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from lowrank_core.cli.options import Command, Result, json_option
-from lowrank_core.config import EXPORT_DTYPES, EXPORT_FORMS, ExportConfig
+from lowrank_core.config import EXPORT_DTYPES, EXPORT_FORMS, QUANTIZATIONS, ExportConfig
 
 __all__ = ["add", "export_config_of", "export_options"]
 
@@ -34,6 +34,9 @@ def export_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-shard-size", default=usual.max_shard_size, metavar="SIZE", help="of one weight file, as 2GB (default: %(default)s)"
     )
+    parser.add_argument(
+        "--quantize", default=usual.quantization, help=f"the factors: {' or '.join(QUANTIZATIONS)}, one scale a row (default: %(default)s)"
+    )
 
 
 def export_config_of(arguments: argparse.Namespace, *, dtype: str = "auto") -> ExportConfig:
@@ -42,7 +45,7 @@ def export_config_of(arguments: argparse.Namespace, *, dtype: str = "auto") -> E
     Raises:
         ConfigError: a choice that there is not.
     """
-    return ExportConfig(arguments.form, arguments.with_code, dtype, arguments.max_shard_size)
+    return ExportConfig(arguments.form, arguments.with_code, dtype, arguments.max_shard_size, arguments.quantize)
 
 
 def run(arguments: argparse.Namespace) -> Result:

@@ -11,11 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_core import __version__
+from lowrank_core.compression import CompressionReport, UnitCount
 from lowrank_core.config import TextConfig, from_mapping
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.models.integrity import MANIFEST, sha256_of
 
-__all__ = ["ExportManifest", "Measurement", "Protocol", "WeightFile", "listed_files", "measurement_from", "read_manifest", "versions"]
+__all__ = [
+    "ExportManifest",
+    "Measurement",
+    "Protocol",
+    "WeightFile",
+    "listed_files",
+    "measurement_from",
+    "read_manifest",
+    "report_of",
+    "versions",
+]
 
 _HASHED = (".safetensors", ".safetensors.index.json")
 
@@ -145,3 +156,18 @@ def measurement_from(body: Mapping[str, Any]) -> Measurement:
     low, high = body["perplexity_interval"]
     protocol = from_mapping(Protocol, body["protocol"])
     return Measurement(float(body["perplexity"]), (float(low), float(high)), float(body["nll"]), protocol)
+
+
+def report_of(manifest: ExportManifest) -> CompressionReport:
+    """Return the counts that an export's ``lowrank.json`` holds.
+
+    Raises:
+        ModelError: they are not there.
+    """
+    details: dict[str, Any] = dict(manifest.details)
+    try:
+        units = tuple(UnitCount(**unit) for unit in details["units"])
+        counts = {f.name: details[f.name] for f in fields(CompressionReport) if f.name in details}
+        return CompressionReport(**{**counts, "units": units})
+    except (KeyError, TypeError) as error:
+        raise ModelError("model: lowrank.json doesn't hold the counts of the compression. Export the model again.") from error

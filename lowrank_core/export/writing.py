@@ -21,6 +21,7 @@ from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, versions
 from lowrank_core.export.measuring import HeldOut, loaded_like, measured
 from lowrank_core.models.hf import mark_compressed
+from lowrank_core.quantization import quantized
 
 __all__ = ["export"]
 
@@ -46,10 +47,13 @@ def export(
 
     Raises:
         RunError: the folder is taken, or the disk is full or read-only.
+        ConfigError: int8 for a model without float factors.
         ModelError: a dense merge that the architecture has no place for.
         NumericalError: a weight overflows in the dtype that it is written in, or a loss is not finite.
     """
     config = config or ExportConfig()
+    if config.quantization != "none":
+        model = quantized(model)
     base = base_model_of(model.handle.reference)
     with whole_folder(folder) as temporary:
         dtype, parameters = _write_model(model, temporary, config, provenance)

@@ -168,7 +168,12 @@ def export_trial(run: Run, session: Session, bench: TrialBench, trial: object, c
 
 def _choices(config: ExportConfig) -> list[tuple[str, str]]:
     """Return what tells the folders of one trial apart, beside what is usual."""
-    return [(config.form, "compressed"), ("with-code" if config.with_code else "", ""), (config.dtype, "auto")]
+    return [
+        (config.form, "compressed"),
+        ("with-code" if config.with_code else "", ""),
+        (config.dtype, "auto"),
+        (config.quantization, "none"),
+    ]
 
 
 def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
