@@ -5,9 +5,10 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core.search.records import read_trials
-from lowrank_core.views.compare import answers, comparisons, continuations, exports, label_of, last_failure
+from lowrank_core.views.compare import answers, comparisons, continuations, label_of, last_failure
 from lowrank_core.views.runs import is_busy
-from pages.components import layout, measured, navigation
+from lowrank_core.views.summary import written_models
+from pages.components import healing, layout, measured, navigation
 from pages.components import requests as asking
 from pages.components.boundary import boundary, live
 
@@ -44,6 +45,10 @@ with boundary():
     asking.prompt_form(run, trial)
     measured.show_continuations(continuations(bodies))
 
+    st.subheader("Win some of it back", anchor=False)
+    asking.heal_form(run, trial)
+    live(lambda: healing.show(run), 2.0 if is_busy(run) else None)
+
     st.subheader("Take it away", anchor=False)
     asking.export_form(run, trial)
-    measured.show_exports(exports(bodies))
+    measured.show_exports(written_models(run, bodies), lambda name: asking.verify_button(run, name))

@@ -351,7 +351,7 @@ def test_models_on_disk_are_listed_and_those_that_went_are_said_to_be_gone():
     folder = run.path / "exports" / "trial-5"
     said = {"allocation": "trial 5", "form": "dense", "compression_ratio": 0.3, "model_compression_ratio": 0.2, "ranks": {}}
     write_json(folder / "lowrank.json", {**said, "measured": {"perplexity": 24.5}})
-    checked = {"ok": False, "kind": "verify", "path": str(folder), "recorded": 24.5, "measured": 25.5}
+    checked = {"ok": True, "kind": "verify", "path": str(folder), "verification": {"ok": False, "recorded": 24.5, "measured": 25.5}}
     write_json(run.path / "results" / "9.json", checked)
     (folder / "model.safetensors").write_bytes(b"0" * 2048)
     rows = report(run).rows("Compressed models on disk")
@@ -362,7 +362,7 @@ def test_models_on_disk_are_listed_and_those_that_went_are_said_to_be_gone():
     assert (rows[0]["Weight files"], rows[0]["Perplexity as written"], rows[1]["Perplexity as written"]) == ("2.00 KiB", "24.500", "–")
     assert rows[0]["Read again in a fresh process"] == "perplexity 25.500, recorded 24.500: NOT what was recorded"
     assert rows[1]["Read again in a fresh process"] == "–"
-    write_json(run.path / "results" / "9.json", {**checked, "ok": True, "measured": 24.5})
+    write_json(run.path / "results" / "9.json", {**checked, "verification": {"ok": True, "recorded": 24.5, "measured": 24.5}})
     assert "recorded 24.500: the same to rounding" in report(run).text
 
 

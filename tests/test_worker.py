@@ -25,6 +25,8 @@ from lowrank_core.search.space import BASELINES
 from lowrank_core.search.study import open_study
 from lowrank_core.search.worker import run_worker
 from lowrank_core.spectra import load_spectra
+from lowrank_core.views.compare import answers, comparisons
+from lowrank_core.views.healing import healings
 
 PATIENCE = 120.0
 """Seconds to wait for a process that shares the machine with others; far more than it takes alone."""
@@ -117,6 +119,60 @@ def test_a_search_is_stopped_asked_and_resumed(config: RunConfig, started: Calla
     assert len(trials) == len(_complete(run)) == 24
     assert run.status().pid == status.pid  # the same warm process
     assert "Traceback" not in run.log_tail(1000)
+
+
+def test_a_trial_is_healed_written_and_found_again(config: RunConfig, started: Callable[[RunConfig], Run]):
+    run = started(_search(config, compression_ratio=0.5, trials=3, confirmed=0))
+    _until(run, lambda: run.status().state == "idle", "finish")
+    settings = {"method": "distill", "steps": 24, "batch_size": 4, "validate_every": 4}
+    first = _answer(run, "heal", trial=1, healing=settings)
+    assert first["ok"], first
+    (healing,) = healings(run)
+    assert healing.report is not None
+    assert healing.report.kl_after < healing.report.kl_before
+    assert [point.step for point in healing.history] == [point.step for point in healing.report.history]
+    one_shot, healed = first["one_shot"], first["report"]
+    assert isinstance(one_shot, dict)
+    assert isinstance(healed, dict)
+    assert healed["dense_perplexity"] == one_shot["dense_perplexity"]
+    assert healed["compressible_parameters"] == one_shot["compressible_parameters"]
+    assert load_model(ModelSource(str(first["path"]))).linear_parameters == healed["compressible_parameters"]
+    found = {(comparison.form, comparison.perplexity) for comparison in comparisons(answers(run))}
+    assert found == {("one-shot", one_shot["perplexity"]), ("healed", healed["perplexity"])}
+
+    again = _answer(run, "heal", trial=1, healing=settings)  # nothing is trained twice
+    assert again["ok"], again
+    assert again["path"] == first["path"]
+    assert len(healings(run)) == 1
+    proven = _answer(run, "verify", path=Path(str(first["path"])).name)
+    assert proven["ok"], proven
+    assert isinstance(proven["verification"], dict)
+    assert proven["verification"]["ok"]
+    refused = _answer(run, "heal", trial=1, healing={"method": "magic"})
+    assert "healing must be one of" in str(refused["error"])
+
+
+def test_a_healing_that_is_stopped_goes_on_when_it_is_asked_for_again(config: RunConfig, started: Callable[[RunConfig], Run]):
+    run = started(_search(config, compression_ratio=0.5, trials=2, confirmed=0))
+    _until(run, lambda: run.status().state == "idle", "finish")
+    settings = {"steps": 400, "batch_size": 4, "validate_every": 10, "patience": 999}
+    request = jobs.ask(run, "heal", trial="uniform", healing=settings)
+    _until(run, lambda: healings(run) and len(healings(run)[0].history) > 2, "validate twice")
+    jobs.request_stop(run)
+    _until(run, lambda: jobs.result_of(run, request), "stop")
+    stopped = jobs.result_of(run, request)
+    assert stopped is not None
+    assert "Stopped before it was done" in str(stopped["error"])
+    _until(run, lambda: not run.worker_alive(), "end")
+    (before,) = healings(run)
+    assert before.report is None
+    jobs.start_worker(run)
+    finished = _answer(run, "heal", trial="uniform", healing=settings)
+    assert finished["ok"], finished
+    (after,) = healings(run)
+    timeless = [replace(point, seconds=0.0) for point in after.history]
+    assert timeless[: len(before.history)] == [replace(point, seconds=0.0) for point in before.history]
+    assert after.history[-1].step == 400
 
 
 def _check_answers(run: Run) -> None:

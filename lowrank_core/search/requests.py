@@ -21,6 +21,7 @@ from lowrank_core.export import HeldOut, export, figures_of, verify
 from lowrank_core.generation import continue_prompt
 from lowrank_core.jobs import TEMPERATURE, pending_requests
 from lowrank_core.runs import Run, read_json, write_json
+from lowrank_core.search.healed import heal_allocation, healing_config
 from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.session import Session
@@ -199,6 +200,14 @@ def _export(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     return {"trial": arguments.get("trial"), "path": path}
 
 
+def _heal(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+    bench, _, _ = desk.search
+    config, trial = healing_config(arguments), arguments.get("trial")
+    allocated = chosen_model(desk.run, desk.session, bench, trial)
+    how = provenance_of(desk.run, allocated[0])
+    return {"trial": trial, **heal_allocation(desk.run, desk.session, desk.reporter, allocated, config, how)}
+
+
 def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     """Check an export of this run, and measure it again in a fresh process."""
     exports = desk.run.path / "exports"
@@ -211,7 +220,7 @@ def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
 
 
 _KINDS: Mapping[str, Callable[[Desk, Mapping[str, object]], Answer]] = MappingProxyType(
-    {"compare": _compare, "generate": _generate, "export": _export, "measure": _measure, "verify": _verify}
+    {"compare": _compare, "generate": _generate, "export": _export, "measure": _measure, "verify": _verify, "heal": _heal}
 )
 
 

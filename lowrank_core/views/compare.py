@@ -37,7 +37,8 @@ class Comparison:
     """One allocation measured on test text, the original beside it; intervals are of 95 %.
 
     Attributes:
-        label: an allocator's name or ``trial N``.
+        label: an allocator's name or ``trial N``; of a healed model with the method.
+        form: ``one-shot`` or ``healed``.
         perplexity_interval, dense_perplexity_interval: of the compressed and the original model, bootstrap over windows.
         perplexity_difference_interval: of compressed - original, paired by window.
         kl_interval: of the KL divergence, bootstrap over windows.
@@ -45,6 +46,7 @@ class Comparison:
     """
 
     label: str
+    form: str
     time: float
     dataset: str
     split: str
@@ -140,11 +142,19 @@ def _filed(body: JsonMapping) -> str:
 
 
 def comparisons(bodies: Sequence[JsonMapping]) -> list[Comparison]:
-    """Return the newest measurement of each allocation, the least perplexity first."""
-    newest = {_filed(body): body for body in _of_kind(bodies, "compare")}
+    """Return the newest measurement of each allocation, one-shot and healed by themselves; the least perplexity first."""
+    newest: dict[tuple[str, str], tuple[JsonMapping, float]] = {}
+    for body in bodies:
+        when = float(body.get("time", 0))
+        if not body.get("ok"):
+            continue
+        if body.get("kind") == "compare":
+            newest["one-shot", _filed(body)] = body.get("report", {}), when
+        elif body.get("kind") == "heal":
+            newest["healed", str(body.get("label"))] = body.get("report", {}), when
+            newest.setdefault(("one-shot", str(body.get("label")).partition(", healed")[0]), (body.get("one_shot", {}), when))
     found = [
-        build(Comparison, body.get("report", {}), "a comparison", label=label, time=float(body.get("time", 0)))
-        for label, body in newest.items()
+        build(Comparison, report, "a comparison", label=label, form=form, time=when) for (form, label), (report, when) in newest.items()
     ]
     return sorted(found, key=lambda comparison: comparison.perplexity)
 
@@ -180,7 +190,14 @@ def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> C
     if not newest:
         return None
     found = {
-        number: build(Comparison, body.get("report", {}), "a comparison", label=str(body.get("label")), time=float(body.get("time", 0)))
+        number: build(
+            Comparison,
+            body.get("report", {}),
+            "a comparison",
+            label=str(body.get("label")),
+            form="one-shot",
+            time=float(body.get("time", 0)),
+        )
         for number, body in newest.items()
     }
     first = next(iter(found.values()))
@@ -235,6 +252,7 @@ def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
     rows: list[dict[str, object]] = [
         {
             "allocation": "Original",
+            "form": "dense",
             "perplexity": first.dense_perplexity,
             "low": None,
             "high": None,
@@ -259,6 +277,7 @@ def _row(comparison: Comparison) -> dict[str, object]:
     low, high = comparison.perplexity_interval or (None, None)
     return {
         "allocation": comparison.name,
+        "form": comparison.form,
         "perplexity": comparison.perplexity,
         "low": low,
         "high": high,

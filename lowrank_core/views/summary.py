@@ -80,7 +80,7 @@ def by_protocol(found: Sequence[Comparison]) -> dict[str, list[Comparison]]:
 def measured_table(found: Sequence[Comparison]) -> pd.DataFrame:
     """Return the dense model as a first row, then a row for each comparison (of one protocol), intervals of 95 % as low and high.
 
-    ``difference`` is compressed - dense perplexity, its interval paired by window; ``form`` says dense or one-shot.
+    ``difference`` is compressed - dense perplexity, its interval paired by window; ``form`` says dense, one-shot or healed.
     """
     if not found:
         return pd.DataFrame(columns=list(_MEASURED))
@@ -109,7 +109,7 @@ def _measured_row(comparison: Comparison) -> dict[str, object]:
     kl_low, kl_high = comparison.kl_interval or (None, None)
     return {
         "model": comparison.name,
-        "form": "one-shot",
+        "form": comparison.form,
         "perplexity": comparison.perplexity,
         "low": low,
         "high": high,
@@ -199,7 +199,8 @@ def written_models(run: Run, bodies: Sequence[JsonMapping]) -> list[Written]:
     known = {path.resolve() for path in inside}
     told = {Path(entry.path): entry for entry in reversed(exports(bodies))}
     elsewhere = [path for path in told if path.resolve() not in known]
-    proofs = {Path(str(body.get("path"))): _proof(body) for body in bodies if body.get("kind") == "verify" and "measured" in body}
+    verified = [body for body in bodies if body.get("kind") == "verify" and body.get("ok")]
+    proofs = {Path(str(body.get("path"))): _proof(body.get("verification", {})) for body in verified}
     return [_written(path, told.get(path), proofs.get(path, "")) for path in (*inside, *elsewhere)]
 
 

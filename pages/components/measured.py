@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import streamlit as st
 
 from lowrank_core.figures.compare import perplexity_figure
-from lowrank_core.views.compare import Comparison, Continuation, Export, comparison_table
+from lowrank_core.views.compare import Comparison, Continuation, comparison_table
 from lowrank_core.views.formatting import count, interval, number, percent, size
+from lowrank_core.views.summary import Written
 from pages.components import tables
 from pages.components.charts import chart
 
@@ -80,6 +81,7 @@ def _sizes(shown: Comparison) -> None:
 def _table(found: Sequence[Comparison]) -> None:
     columns = {
         "allocation": tables.text("Allocation"),
+        "form": tables.text("Form"),
         "perplexity": tables.number("Perplexity", 3),
         "low": tables.number("from", 3, "Lower end of the 95 % interval."),
         "high": tables.number("to", 3, "Upper end of the 95 % interval."),
@@ -110,12 +112,14 @@ def show_continuations(found: Sequence[Continuation]) -> None:
             right.code(entry.compressed_text, language=None, wrap_lines=True)
 
 
-def show_exports(found: Sequence[Export]) -> None:
-    """Say where compressed models were written and how to use them."""
+def show_exports(found: Sequence[Written], verify: Callable[[str], None]) -> None:
+    """Say which models were written and how to use them; ``verify`` draws the button that has a folder measured again, by its name."""
     if not found:
         st.caption("Writes safetensors and a config into the run's folder; the folder is a valid `--model` of the command line.")
         return
     for entry in found:
-        label = f"trial {entry.trial}" if isinstance(entry.trial, int) else str(entry.trial)
-        st.markdown(f"**{label}** was written; the folder is a valid `--model`:")
-        st.code(f"lowrank evaluate --model {entry.path} --text python-stdlib --split test", language="bash", wrap_lines=True)
+        st.markdown(f"**{entry.path.name}** was written; the folder is a valid `--model`:")
+        st.code(f"lowrank verify --model {entry.path}", language="bash", wrap_lines=True)
+        if entry.proof:
+            st.caption(entry.proof)
+        verify(entry.path.name)

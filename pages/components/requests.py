@@ -16,11 +16,11 @@ from lowrank_core.search.space import BASELINES
 from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.runs import is_working, status_words
 from lowrank_core.views.trials import answers_of, trial_label
-from pages.components import state
+from pages.components import healing, state
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
 
-__all__ = ["Trial", "candidates", "export_form", "measure_form", "prompt_form", "waiting"]
+__all__ = ["Trial", "candidates", "export_form", "heal_form", "measure_form", "prompt_form", "verify_button", "waiting"]
 
 Trial = int | str
 """A trial's number, or an allocator's name."""
@@ -31,6 +31,8 @@ _WORDS = {
     "generate": "Continuing the prompt",
     "export": "Writing the model",
     "measure": "Putting an allocation in line",
+    "heal": "Healing",
+    "verify": "Measuring the exported folder again",
 }
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
 _PROMPT = "def mean(values):\n    "
@@ -117,6 +119,19 @@ def export_form(run: Run, trial: Trial) -> None:
         "Export this allocation", key="export", icon=":material/save:", disabled=run.recorded, help=_RECORDED if run.recorded else None
     ):
         _ask(run, "export", [trial])
+
+
+def heal_form(run: Run, trial: Trial) -> None:
+    """Draw the settings of a healing and the button that has the chosen allocation healed."""
+    healing.form(run, lambda settings: _ask(run, "heal", [trial], healing=settings), why_not=_RECORDED if run.recorded else None)
+
+
+def verify_button(run: Run, name: str) -> None:
+    """Draw the button that has an export loaded in a fresh process and measured again."""
+    if st.button("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", disabled=run.recorded):
+        with boundary():
+            jobs.ask(run, "verify", path=name)
+            st.rerun()
 
 
 def waiting(run: Run) -> None:

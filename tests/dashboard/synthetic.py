@@ -17,6 +17,7 @@ from optuna.trial import TrialState, create_trial
 from lowrank_core.accounting import MatrixShape, Unit, budget_for_ratio
 from lowrank_core.allocation import AllocationProblem, RankAllocation, allocate, allocation_from_ranks, module_group, project
 from lowrank_core.config import ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.healing.records import HealingPoint, HealingReport, write_history, write_report
 from lowrank_core.runs import Run, RunStatus, create_run, process_started, write_json
 from lowrank_core.search.storage import open_journal
 from lowrank_core.spectra import LayerSpectrum, save_spectra
@@ -305,6 +306,23 @@ def write_answers(run: Run) -> None:
     ]
     for number, body in enumerate(bodies):
         write_json(run.path / "results" / f"{number + 1}.json", body)
+
+
+def write_healing(run: Run, *, done: bool = True) -> None:
+    """Write a healing of trial 3: its curve, and once it is done its report and the worker's answer."""
+    folder = run.path / "healed" / "trial-3-distill-12345678"
+    label = "trial 3, healed by distill"
+    write_json(folder / "request.json", {"label": label, "allocation": "trial 3", "healing": {"method": "distill", "steps": 40}})
+    curve = [(0, None, 0.30, 3.20), (20, 0.28, 0.25, 3.15), (40, 0.22, 0.26, 3.16)]
+    seen = curve if done else curve[:2]
+    points = tuple(HealingPoint(step, loss, kl, nll, 1e-4, 100 * step, float(step), kept=step < 40) for step, loss, kl, nll in seen)
+    write_history(folder, points, steps=40)
+    if not done:
+        return
+    words = ("distill", "Distillation of the factors", 1e-4, 40, 20, "steps", 1000, 4000, 40.0)
+    write_report(folder, HealingReport(*words, 0.30, 0.25, 3.20, 3.15, "training text", "validation text", points))
+    body = comparison(label, 3, 3.1)
+    write_json(run.path / "results" / "7.json", {**body, "kind": "heal", "one_shot": comparison("trial 3", 3, 3.2)["report"]})
 
 
 def running_status(stage: str = "Searching", done: int = 5, total: int = 30, *, pid: int | None = None) -> RunStatus:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from streamlit.testing.v1 import AppTest
-from synthetic import make_run, model_json, running_status, write_answers
+from synthetic import make_run, model_json, running_status, write_answers, write_healing
 
 from lowrank_core.bases import BASES
 from lowrank_core.config import CompressionConfig
@@ -174,6 +174,53 @@ def test_compare_shows_both_perplexities_and_the_protocol(app):
     assert "Perplexity, compressed 24.53" in shown
     assert "python-stdlib, test split, 4 windows of 32 tokens" in shown
     assert "30.0 % removed" in shown
+
+
+def test_a_healed_model_stands_beside_the_one_shot_one(app):
+    run = make_run()
+    write_healing(run)
+    test = app("compare")
+    assert sound(test)
+    table = next(frame.value for frame in test.dataframe if "form" in frame.value)
+    assert list(table["form"]) == ["dense", "healed", "one-shot"]
+    assert list(table["allocation"]) == ["Original", "trial 3, healed by distill", "trial 3"]
+    shown = words(test)
+    assert "40 steps" in shown
+    assert "the state after step 20 was kept" in shown
+    assert "17 %" in shown or "16.7 %" in shown
+
+
+def test_a_healing_that_runs_shows_how_far_it_is(app):
+    run = make_run()
+    write_healing(run, done=False)
+    test = app("compare")
+    assert sound(test)
+    assert "validated up to step 20 of 40" in words(test)
+
+
+def test_healing_is_asked_for_with_its_settings(app, monkeypatch):
+    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
+    run = make_run()
+    test = app("compare", run=run.id)
+    test.number_input(key="heal_steps").set_value(50)
+    test.selectbox(key="heal_method").set_value("diagonal")
+    test.button(key="heal").click().run()
+    assert sound(test)
+    (request,) = pending_requests(run)
+    assert request["kind"] == "heal"
+    assert request["arguments"]["healing"] == {"method": "diagonal", "steps": 50, "cross_entropy": 0.0}
+
+
+def test_an_export_can_be_measured_again(app, monkeypatch):
+    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
+    run = make_run()
+    write_answers(run)
+    (run.path / "exports" / "trial-3").mkdir(parents=True)
+    test = app("compare", run=run.id)
+    test.button(key="verify_trial-3").click().run()
+    assert sound(test)
+    (request,) = pending_requests(run)
+    assert (request["kind"], request["arguments"]["path"]) == ("verify", "trial-3")
 
 
 def test_an_answer_that_failed_is_told(app):

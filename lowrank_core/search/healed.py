@@ -1,0 +1,104 @@
+"""Healing a trial's model in a run: the folder that it leaves, and how it goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from lowrank_core.allocation import RankAllocation
+from lowrank_core.compression import CompressedModel
+from lowrank_core.config import from_mapping, to_mapping
+from lowrank_core.errors import ConfigError
+from lowrank_core.evaluation import EvaluationReport, evaluate
+from lowrank_core.export import HeldOut, export, figures_of
+from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
+from lowrank_core.healing.records import HealingReport, read_report, write_report
+from lowrank_core.healing.trainer import heal
+from lowrank_core.models import load_model
+from lowrank_core.runs import Run, write_json
+from lowrank_core.search.reporter import Reporter
+from lowrank_core.search.session import Session
+from lowrank_core.text import load_windows
+
+__all__ = ["heal_allocation", "healing_config"]
+
+
+def healing_config(arguments: Mapping[str, object]) -> HealingConfig:
+    """Return the settings of a request.
+
+    Raises:
+        ConfigError: they are no mapping of settings, or out of range.
+    """
+    given = arguments.get("healing", {})
+    if not isinstance(given, Mapping):
+        raise ConfigError("healing takes settings by name, such as method and steps.")
+    return from_mapping(HealingConfig, dict(given))
+
+
+def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path:
+    """Return where this healing is kept: the same ranks and settings find what an earlier request left."""
+    key = json.dumps([dict(allocation.ranks), to_mapping(config)], sort_keys=True)
+    words = f"{allocation.allocator}-{config.method}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    return run.path / "healed" / words.replace(" ", "-")
+
+
+def heal_allocation(
+    run: Run,
+    session: Session,
+    reporter: Reporter,
+    allocated: tuple[RankAllocation, CompressedModel],
+    config: HealingConfig,
+    how: Mapping[str, object],
+) -> dict[str, object]:
+    """Heal a compressed model, write it, and measure it on test text as it was and as it is; return what the answer says.
+
+    What is done already is not done again, and a healing that was stopped or killed goes on from its last validation.
+
+    Args:
+        allocated: the allocation and the model compressed so.
+        how: the model was made, for its folder.
+
+    Raises:
+        LowRankError: as ``heal`` and ``export``.
+        Cancelled: stopped; what was trained so far stays.
+    """
+    allocation, model = allocated
+    folder, handle = _folder(run, allocation, config), session.handle
+    label = f"{allocation.allocator}, healed by {config.method}"
+    write_json(folder / "request.json", {"label": label, "allocation": allocation.allocator, "healing": to_mapping(config)})
+    windows = load_windows(replace(run.config.text, seed=config.seed), handle.tokenizer, "calibration", count=config.train_windows)
+    report, written = read_report(folder), run.path / "exports" / folder.name
+    before = _measured(session, reporter, model, f"Measuring {allocation.allocator} on test text")
+    if report is None or not written.is_dir():
+        with reporter.stage(f"Healing {allocation.allocator}: {HEALER_LABELS[config.method]}", config.steps) as progress:
+            healed = heal(model.handle, handle, (windows, session.windows.validation), config, folder=folder, progress=progress)
+        report, smaller = healed.report, CompressedModel(healed.handle, model.report)
+        after = _measured(session, reporter, smaller, f"Measuring {label}, on test text")
+        figures = figures_of(before.to_mapping(), healed=after.to_mapping())
+        provenance = {**how, "healing": _summary(report)}
+        with reporter.stage("Writing the healed model"):
+            export(smaller, written, provenance=provenance, figures=figures, test=HeldOut(run.config.text, session.windows.test))
+        write_report(folder, report)
+    else:
+        loaded = load_model(replace(run.config.model, reference=str(written)))
+        after = _measured(session, reporter, CompressedModel(loaded, model.report), f"Measuring {label}, on test text")
+    return {
+        "label": label,
+        "path": str(written),
+        "healing": _summary(report),
+        "report": after.to_mapping(),
+        "one_shot": before.to_mapping(),
+        "folder": folder.name,
+    }
+
+
+def _measured(session: Session, reporter: Reporter, model: CompressedModel, stage: str) -> EvaluationReport:
+    with reporter.stage(stage, session.windows.test.windows) as progress:
+        return evaluate(model.handle, session.windows.test, against=session.handle, progress=progress)
+
+
+def _summary(report: HealingReport) -> dict[str, object]:
+    return {name: value for name, value in asdict(report).items() if name != "history"}

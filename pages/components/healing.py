@@ -1,0 +1,78 @@
+"""Healing on the Compare page: the form, the live curve, and what came of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import streamlit as st
+
+from lowrank_core.figures.healing import healing_figure
+from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
+from lowrank_core.runs import Run
+from lowrank_core.views.formatting import count, number, percent
+from lowrank_core.views.healing import Healing, curve_table, ends_in_words, healings
+from pages.components.charts import chart
+
+__all__ = ["form", "show"]
+
+_USUAL = HealingConfig()
+
+
+def form(run: Run, asked: Callable[[dict[str, object]], None], *, why_not: str | None) -> None:
+    """Draw the settings and the button; ``asked`` is given the settings."""
+    with st.form("heal_form"), st.container(horizontal=True, vertical_alignment="bottom"):
+        method = st.selectbox(
+            "Method",
+            list(HEALER_LABELS),
+            key="heal_method",
+            format_func=lambda name: HEALER_LABELS[name],
+            width=300,
+            help="What is trained; in the end it is part of the factors, so that the size of the model stays.",
+        )
+        steps = st.number_input("Steps, at most", 1, 100_000, _USUAL.steps, key="heal_steps", width=150)
+        entropy = st.number_input(
+            "Weight of the text's own loss",
+            0.0,
+            10.0,
+            _USUAL.cross_entropy,
+            0.1,
+            key="heal_cross_entropy",
+            width=210,
+            help="0 follows the original alone. Above, the model learns the text, too, and moves away from the original.",
+        )
+        pressed = st.form_submit_button("Heal it", key="heal", icon=":material/healing:", disabled=why_not is not None, help=why_not)
+    if pressed:
+        asked({"method": method, "steps": int(steps), "cross_entropy": float(entropy)})
+
+
+def show(run: Run) -> None:
+    """Draw the newest healing; the older ones are told in a line each."""
+    found = healings(run)
+    if not found:
+        st.caption("Trains the factors for some minutes on calibration text, chooses on validation text, and measures on test text.")
+        return
+    newest, *older = found
+    _told(newest)
+    if newest.history:
+        chart(
+            healing_figure(curve_table(newest.history), newest.steps),
+            key="healing_curve",
+            title=f"Healing {newest.label}",
+            how="each point is a validation; the starred state is what is kept, however the curve goes on.",
+            alt="Validation KL divergence over the steps of a healing",
+        )
+    for healing in older:
+        _told(healing)
+
+
+def _told(healing: Healing) -> None:
+    report = healing.report
+    if report is None:
+        done = healing.history[-1].step if healing.history else 0
+        st.caption(f"**{healing.name}**: {healing.method}, validated up to step {done:,} of {healing.steps:,}. Asked again, it goes on.")
+        return
+    st.caption(
+        f"**{healing.name}**: {report.label}, {report.steps:,} steps, {count(report.tokens)} tokens, {report.seconds:,.0f} s, rate "
+        f"{number(report.learning_rate, 2)}. KL on validation text {number(report.kl_before)} → {number(report.kl_after)} "
+        f"({percent(report.recovered)} of it gone). {ends_in_words(report)}"
+    )
