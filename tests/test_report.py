@@ -18,7 +18,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent / "dashboard"))
 
-from synthetic import comparison, make_run, matrices, spectra, write_answers, write_front, write_rich_study
+from synthetic import comparison, make_run, matrices, spectra, write_answers, write_front, write_healing, write_rich_study
 
 from lowrank_core.cli import main, parser
 from lowrank_core.cli.options import calibration_of, source_of, text_of
@@ -51,7 +51,7 @@ from lowrank_core.views.summary import (
 )
 
 EVIL = "<script>alert('x')</script><img src=https://elsewhere.example/p.png onerror=alert(1)>"
-ANCHORS = ["run", "model", "text", "calibration", "spectra", "search", "measured", "exports", "reproduction", "configuration"]
+ANCHORS = ["run", "model", "text", "calibration", "spectra", "search", "measured", "healing", "exports", "reproduction", "configuration"]
 LOADING = {"src", "srcset", "data", "action", "poster", "background", "xlink:href", "formaction"}
 
 
@@ -343,6 +343,16 @@ def test_an_answer_that_was_not_measured_is_named():
     page = report(run)
     assert "Not measured on test text: Trial 3" in page.text
     assert "The uniform baseline was not measured on test text" in page.text
+
+
+def test_healings_are_told_with_their_curve_and_a_row_of_their_own():
+    run = make_run()
+    assert "Nothing was healed" in report(run).text
+    write_healing(run)
+    page = report(run)
+    assert "40 steps on 4,000 tokens in 40 s" in page.text
+    assert "0.300 before, 0.250 after" in page.text
+    assert "trial 3, healed by distill" in page.text
 
 
 def test_models_on_disk_are_listed_and_those_that_went_are_said_to_be_gone():

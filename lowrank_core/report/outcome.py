@@ -40,8 +40,8 @@ def measured_section(run: Run) -> Section:
 
 
 _INTRODUCTION = (
-    "Every model saw the same windows. Rows are the dense original and the compressed models as they came out, without any training "
-    "afterwards (one-shot). Intervals are of 95 %, bootstrap over windows; that of the difference is paired by window."
+    "Every model saw the same windows. Rows are the dense original, the compressed models as they came out (one-shot), and those whose "
+    "factors were trained afterwards (healed). Intervals are of 95 %, bootstrap over windows; that of the difference is paired by window."
 )
 
 

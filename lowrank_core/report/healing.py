@@ -1,0 +1,51 @@
+"""Training after the compression: what was spent, and what came of it."""
+
+from __future__ import annotations
+
+from lowrank_core.figures.healing import healing_figure
+from lowrank_core.report.blocks import Block, Prose, Section, drawn
+from lowrank_core.runs import Run
+from lowrank_core.views.formatting import number, percent
+from lowrank_core.views.healing import Healing, curve_table, ends_in_words, healings
+
+__all__ = ["healing_section"]
+
+
+def healing_section(run: Run) -> Section:
+    """Raises: RunError: a file of a healing is damaged."""
+    found = healings(run)
+    blocks: list[Block] = [block for healing in found for block in (_told(healing), *_curve(healing))]
+    if not blocks:
+        blocks = [Prose("Nothing was healed: every compressed model of this run is as it came out.")]
+    return Section("healing", "Healing", "What did training the factors win back, and what did it take?", tuple(blocks))
+
+
+def _told(healing: Healing) -> Block:
+    report = healing.report
+    if report is None:
+        done = healing.history[-1].step if healing.history else 0
+        return Prose(
+            f"{healing.name}: {healing.method}, not done when this was written; validated up to step {done:,} of {healing.steps:,}."
+        )
+    return Prose(
+        f"{healing.name}: {report.label}, {report.steps:,} steps on {report.tokens:,} tokens in {report.seconds:,.0f} s, largest rate "
+        f"{number(report.learning_rate, 2)}, {report.trained_parameters:,} numbers trained. KL on validation text "
+        f"{number(report.kl_before)} before, {number(report.kl_after)} after ({percent(report.recovered)} of it gone). "
+        f"{ends_in_words(report)}"
+    )
+
+
+def _curve(healing: Healing) -> tuple[Block, ...]:
+    if not healing.history:
+        return ()
+    curve = curve_table(healing.history)
+    figure = drawn(
+        healing_figure(curve, healing.steps),
+        curve,
+        name=f"healing-{healing.folder}",
+        title=f"Healing {healing.name}",
+        how="each point is a validation; the starred state is what is kept, however the curve goes on.",
+        alt="Validation KL divergence over the steps of a healing",
+        protocol="" if healing.report is None else f"Trained on {healing.report.training}. Validated on {healing.report.validation}.",
+    )
+    return (figure,)
