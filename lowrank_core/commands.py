@@ -26,7 +26,7 @@ from lowrank_core.config import (
 )
 from lowrank_core.decomposition import units_of
 from lowrank_core.errors import BudgetError, TextError
-from lowrank_core.evaluation import DenseReference, evaluate
+from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_free, export, held_out
 from lowrank_core.export.manifest import report_of
 from lowrank_core.gradients import cached_gradients
@@ -46,7 +46,6 @@ __all__ = [
     "benchmark_search",
     "benchmark_speed",
     "compress_to",
-    "evaluate_on",
     "calibrated",
     "fitting_context",
     "progress_line",
@@ -255,23 +254,6 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         f"{report.model_compression_ratio:.1%} of the whole model."
     )
     return result
-
-
-def evaluate_on(source: ModelSource, text: TextConfig, split: str, count: int | None, against: str | None) -> Result:
-    """Measure a model on one split of a text; ``all`` takes every window unless a count is given."""
-    handle = load_model(source)
-    dense = load_model(ModelSource(against, source.device, source.dtype)) if against is not None else None
-    if count is None and split != "all":
-        count = text.test_windows
-    windows = load_windows(text, handle.tokenizer, split, count=count)
-    report = evaluate(handle, windows, against=dense, progress=progress_line("Evaluating"))
-    low, high = report.perplexity_interval
-    lines = [f"perplexity {report.perplexity:.3f}  (95 % interval {low:.3f} to {high:.3f})", report.protocol]
-    if report.kl is not None and report.top1_agreement is not None:
-        lines.insert(
-            1, f"dense      {report.dense_perplexity:.3f}; KL {report.kl:.4f} nats per token, top-1 agreement {report.top1_agreement:.1%}"
-        )
-    return {**report.to_mapping(), "model": source.reference, "text": "\n".join(lines)}
 
 
 def benchmark_allocation(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int) -> Result:

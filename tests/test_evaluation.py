@@ -11,7 +11,9 @@ from torch.nn import functional
 from lowrank_core.calibration import collect_statistics
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ConfigError, ModelError, NumericalError, TextError
-from lowrank_core.evaluation import DenseReference, WindowScores, _bootstrap, _score_coarse, evaluate, score_windows
+from lowrank_core.evaluation import DenseReference, WindowScores, evaluate, score_windows
+from lowrank_core.evaluation.intervals import bootstrap_interval
+from lowrank_core.evaluation.tokens import score_coarse
 from lowrank_core.generation import continue_prompt
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.recipe import decompose
@@ -134,7 +136,7 @@ def test_models_of_different_vocabularies_are_not_compared(llama: ModelHandle, w
 
 
 def test_a_reference_that_would_not_fit_says_what_to_lower(llama: ModelHandle, monkeypatch: pytest.MonkeyPatch, windows: WindowSet) -> None:
-    monkeypatch.setattr("lowrank_core.evaluation._CACHE_LIMIT_BYTES", 1000)
+    monkeypatch.setattr("lowrank_core.evaluation.reference._CACHE_LIMIT_BYTES", 1000)
     with pytest.raises(TextError, match=r"--top-k 128.*take fewer windows.*lower --context"):
         DenseReference.compute(llama, windows, batch_size=8)
     for options in ({"reverse": True}, {"top_k": 4}):  # what can't be had, or is had already, is not proposed
@@ -178,10 +180,10 @@ def test_a_rest_too_small_for_a_float_keeps_its_logarithm() -> None:
     ids = torch.zeros(1, 2, dtype=torch.int64)
     dense = torch.tensor([[[0.0, -200.0]]])
     indices = torch.zeros(1, 1, 1, dtype=torch.int32)
-    scores = _score_coarse(torch.tensor([[[0.0, -150.0, -160.0]]]), ids, dense, indices)
+    scores = score_coarse(torch.tensor([[[0.0, -150.0, -160.0]]]), ids, dense, indices)
     assert scores.kl is not None
     assert float(scores.kl) == pytest.approx(0, abs=1e-12)
-    swapped = _score_coarse(torch.tensor([[[-150.0, 0.0, -1.0]]]), ids, dense, indices)
+    swapped = score_coarse(torch.tensor([[[-150.0, 0.0, -1.0]]]), ids, dense, indices)
     assert swapped.kl is not None
     assert float(swapped.kl) == pytest.approx(150 + math.log1p(math.exp(-1)))
     assert float(swapped.nll) == float(swapped.kl)
@@ -211,7 +213,7 @@ def test_the_likeliest_tokens_take_the_memory_of_so_many(llama: ModelHandle, win
     assert {batch.shape[-1] for batch in dense.batches} == {5}
     assert {(batch.shape[-1], batch.dtype) for batch in dense.indices} == {(4, torch.int32)}
     np.testing.assert_allclose(torch.cat(dense.batches).double().exp().sum(-1), 1, atol=1e-5)
-    monkeypatch.setattr("lowrank_core.evaluation._CACHE_LIMIT_BYTES", windows.predicted_tokens * 4 * VOCABULARY - 1)
+    monkeypatch.setattr("lowrank_core.evaluation.reference._CACHE_LIMIT_BYTES", windows.predicted_tokens * 4 * VOCABULARY - 1)
     DenseReference.compute(llama, windows, batch_size=8, top_k=4)
     with pytest.raises(TextError):
         DenseReference.compute(llama, windows, batch_size=8)
@@ -316,7 +318,7 @@ def test_bootstrap_intervals_cover() -> None:
     generator = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
-        low, high = _bootstrap(lambda mean: mean, generator.normal(2.0, 1.0, size=60))
+        low, high = bootstrap_interval(lambda mean: mean, generator.normal(2.0, 1.0, size=60))
         hits += low <= 2.0 <= high
     assert 176 <= hits < 200
 

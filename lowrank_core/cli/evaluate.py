@@ -10,16 +10,22 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("evaluate", "Measure perplexity, and what changed against the dense model.")
+    parser = command("evaluate", "Measure perplexity, and what changed against the dense model, on one text or several.")
     model_options(parser)
-    text_options(parser, "test_windows")
+    text_options(parser, "test_windows", several=True)
     parser.add_argument("--split", choices=("validation", "test", "all"), default="test", help="part of the text (default: %(default)s)")
+    parser.add_argument(
+        "--stride", type=int, metavar="N", help="tokens from one window to the next, each token predicted once (default: no overlap)"
+    )
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, to compare with on the same windows")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.commands import evaluate_on
+    from lowrank_core.evaluation_commands import EvaluationRequest, evaluate_on, evaluate_on_texts
 
-    text = text_of(arguments, "test_windows")
-    return evaluate_on(source_of(arguments), text, arguments.split, arguments.windows, arguments.against)
+    texts = [text_of(arguments, "test_windows", reference=reference) for reference in arguments.text]
+    request = EvaluationRequest(arguments.split, arguments.windows, arguments.stride, arguments.against)
+    if len(texts) == 1:
+        return evaluate_on(source_of(arguments), texts[0], request)
+    return evaluate_on_texts(source_of(arguments), texts, request)

@@ -68,10 +68,12 @@ def source_of(arguments: argparse.Namespace) -> ModelSource:
     return ModelSource(arguments.model, arguments.device, arguments.dtype)
 
 
-def text_options(parser: argparse.ArgumentParser, windows: str = "calibration_windows", *, required: bool = True) -> None:
-    """Add the options of a text; ``windows`` is the field of ``TextConfig`` that --windows stands for."""
+def text_options(
+    parser: argparse.ArgumentParser, windows: str = "calibration_windows", *, required: bool = True, several: bool = False
+) -> None:
+    """Add the options of a text, or of ``several`` cut alike; ``windows`` is the field of ``TextConfig`` that --windows stands for."""
     defaults = TextConfig()
-    parser.add_argument("--text", required=required, metavar="T", help=_TEXT_HELP)
+    parser.add_argument("--text", required=required, metavar="T", nargs="+" if several else None, help=_TEXT_HELP)
     parser.add_argument("--windows", type=int, metavar="N", help=f"{windows.replace('_', ' ')} (default: {getattr(defaults, windows)})")
     parser.add_argument(
         "--context", type=int, metavar="L", help=f"tokens in a window (default: {defaults.context}, or what the model takes if less)"
@@ -92,7 +94,7 @@ def text_of(arguments: argparse.Namespace, windows: str = "calibration_windows",
 
     counts = {} if arguments.windows is None else {windows: arguments.windows}
     context = fitting_context(source_of(arguments)) if arguments.context is None else arguments.context
-    return TextConfig(reference or arguments.text, context=context, bos=arguments.bos, seed=arguments.seed, **counts)
+    return TextConfig(arguments.text if reference is None else reference, context=context, bos=arguments.bos, seed=arguments.seed, **counts)
 
 
 def calibration_options(parser: argparse.ArgumentParser) -> None:

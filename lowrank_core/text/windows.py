@@ -1,4 +1,11 @@
-"""Cutting a text into contiguous windows of tokens."""
+"""Cutting a text into contiguous windows of tokens.
+
+Without a stride windows do not overlap, and each one's tokens are predicted but its first. With a stride of s tokens a window begins s
+tokens after the one before, and only its last s tokens are scored, each after at least the others of its context; the first window
+is scored wholly. So every token of the text but the very first is predicted exactly once. Where BOS goes first in every window, it
+takes one place of the context and is never predicted; the very first token then is, too. In both cases the end of the text that
+fills no window (no stride) is left out.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_core.config import TextConfig
-from lowrank_core.errors import TextError
+from lowrank_core.errors import ConfigError, TextError
 from lowrank_core.text.sources import SPLITS, TextDocuments, open_text
 
 __all__ = ["TokenWindows", "WindowSet", "load_text", "load_windows"]
@@ -30,6 +37,8 @@ class WindowSet:
         ids: (windows, context) int64 tokens.
         bos: whether each window begins with BOS.
         available_tokens: tokens that the split has in all.
+        stride: tokens from one window to the next; None where windows do not overlap.
+        scored: (windows, context - 1), which of the tokens after the first count; None where all do.
     """
 
     dataset: str
@@ -37,6 +46,8 @@ class WindowSet:
     ids: Tensor
     bos: bool
     available_tokens: int
+    stride: int | None = None
+    scored: Tensor | None = None
 
     @property
     def windows(self) -> int:
@@ -48,12 +59,12 @@ class WindowSet:
 
     @property
     def predicted_tokens(self) -> int:
-        """Tokens that get a probability: all but each window's first."""
-        return self.windows * (self.context - 1)
+        """Tokens whose probability counts: all but each window's first, unless windows overlap."""
+        return self.windows * (self.context - 1) if self.scored is None else int(self.scored.sum())
 
     def first(self, windows: int) -> WindowSet:
         """Return at most the first ``windows`` of them; calibration windows are in a random order."""
-        return replace(self, ids=self.ids[:windows])
+        return replace(self, ids=self.ids[:windows], scored=None if self.scored is None else self.scored[:windows])
 
     @property
     def sha256(self) -> str:
@@ -64,9 +75,11 @@ class WindowSet:
     def protocol(self) -> str:
         """One line that a figure must carry."""
         bos = "BOS first in every window" if self.bos else "no BOS"
+        kind, once = ("non-overlapping", "") if self.stride is None else ("overlapping", " once")
+        stride = "" if self.stride is None else f", stride {self.stride}"
         return (
-            f"{self.dataset}, {self.split} split: {self.windows} non-overlapping windows of {self.context} tokens, "
-            f"{self.predicted_tokens} tokens predicted, {bos}"
+            f"{self.dataset}, {self.split} split: {self.windows} {kind} windows of {self.context} tokens{stride}, "
+            f"{self.predicted_tokens} tokens predicted{once}, {bos}"
         )
 
 
@@ -110,34 +123,69 @@ def load_text(config: TextConfig, tokenizer: PreTrainedTokenizerBase) -> TokenWi
     """
     source = open_text(config.reference)
     counts = dict(zip(SPLITS, (config.calibration_windows, config.validation_windows, config.test_windows), strict=True))
-    sets = {split: _windows(source, config, tokenizer, split, count) for split, count in counts.items()}
+    sets = {split: _windows(source, config, tokenizer, _Cut(split, count)) for split, count in counts.items()}
     return TokenWindows(**sets, preview=source.text("calibration")[:_PREVIEW_CHARACTERS])
 
 
-def load_windows(config: TextConfig, tokenizer: PreTrainedTokenizerBase, split: str, *, count: int | None = None) -> WindowSet:
+def load_windows(
+    config: TextConfig, tokenizer: PreTrainedTokenizerBase, split: str, *, count: int | None = None, stride: int | None = None
+) -> WindowSet:
     """Return windows of one split (or ``all``), every one that fits unless ``count`` is given.
 
+    Args:
+        stride: tokens from one window to the next, at most those of text that a window holds; None: windows do not overlap. Fewer
+            windows than there are stay spread over the split: then some of its tokens are predicted once, and the others not at all.
+
     Raises:
+        ConfigError: the stride is out of range.
         TextError: as ``load_text``.
     """
-    return _windows(open_text(config.reference), config, tokenizer, split, count)
+    return _windows(open_text(config.reference), config, tokenizer, _Cut(split, count, stride))
 
 
-def _windows(source: TextDocuments, config: TextConfig, tokenizer: PreTrainedTokenizerBase, split: str, count: int | None) -> WindowSet:
-    tokens = tokenizer(source.text(split), add_special_tokens=False, verbose=False)["input_ids"]
+@dataclass(frozen=True)
+class _Cut:
+    """Which windows of a text to take."""
+
+    split: str
+    count: int | None = None
+    stride: int | None = None
+
+
+def _windows(source: TextDocuments, config: TextConfig, tokenizer: PreTrainedTokenizerBase, cut: _Cut) -> WindowSet:
     bos = _begins_with_bos(config.bos, tokenizer)
     body = config.context - bos
-    available = len(tokens) // body
-    if available == 0:
+    if cut.stride is not None:
+        _check_stride(cut.stride, body, config.context)
+    step = cut.stride or body
+    tokens = np.asarray(tokenizer(source.text(cut.split), add_special_tokens=False, verbose=False)["input_ids"], dtype=np.int64)
+    if len(tokens) < body:
         raise TextError(
-            f"text: the {split} split of {source.name} has {len(tokens)} tokens, fewer than one window of {config.context}. "
+            f"text: the {cut.split} split of {source.name} has {len(tokens)} tokens, fewer than one window of {config.context}. "
             "Give a longer text, or a shorter context."
         )
-    chosen = _choose(available, count, config.seed if split == "calibration" else None)
-    stream = np.asarray(tokens[: available * body], dtype=np.int64).reshape(available, body)[chosen]
+    available = (len(tokens) - body) // step + 1
+    chosen = np.asarray(_choose(available, cut.count, config.seed if cut.split == "calibration" else None))
+    ids = np.lib.stride_tricks.sliding_window_view(tokens, body)[chosen * step]
     if bos:
-        stream = np.concatenate([np.full((len(stream), 1), tokenizer.bos_token_id, dtype=np.int64), stream], axis=1)
-    return WindowSet(source.name, split, torch.from_numpy(np.ascontiguousarray(stream)), bos, len(tokens))
+        ids = np.concatenate([np.full((len(ids), 1), tokenizer.bos_token_id, dtype=np.int64), ids], axis=1)
+    scored = None if cut.stride is None else _last_of_each(torch.from_numpy(chosen), config.context, cut.stride)
+    return WindowSet(source.name, cut.split, torch.from_numpy(np.ascontiguousarray(ids)), bos, len(tokens), cut.stride, scored)
+
+
+def _check_stride(stride: int, body: int, context: int) -> None:
+    if not 1 <= stride <= body:
+        held = f"a window of {context} tokens holds {body} of text" + (" after BOS" if body < context else "")
+        raise ConfigError(
+            f"stride must be at least 1 and at most {body}, or tokens would be left out ({held}); got {stride}. "
+            f"Try --stride {max(1, context // 2)}, or leave it out for windows that do not overlap."
+        )
+
+
+def _last_of_each(chosen: Tensor, context: int, stride: int) -> Tensor:
+    """Return which positions (windows, context - 1) count: the last ``stride`` of each window, and all of the text's first one."""
+    last = torch.arange(context - 1) >= context - 1 - stride
+    return last[None, :] | (chosen == 0)[:, None]
 
 
 def _choose(available: int, count: int | None, seed: int | None) -> Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int64]]:

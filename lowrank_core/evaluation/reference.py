@@ -1,0 +1,121 @@
+"""What the dense model predicts, kept in memory for a search to compare every trial with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowrank_core.errors import ConfigError, TextError
+from lowrank_core.evaluation.passes import Progress, batches_of, logits_of
+from lowrank_core.evaluation.tokens import TokenScores, score_coarse, score_logits, score_probabilities
+from lowrank_core.evaluation.tokens import outcomes as outcomes_of
+from lowrank_core.models.handle import ModelHandle
+from lowrank_core.text.windows import WindowSet
+
+__all__ = ["DenseReference"]
+
+_CACHE_LIMIT_BYTES = 6 * 2**30
+_FEW_TOKENS = 128
+"""What the error about memory proposes to keep of the vocabulary."""
+
+
+@dataclass(frozen=True)
+class DenseReference:
+    """What the dense model predicts over some windows, computed once and compared with in every trial.
+
+    Attributes:
+        batches: probabilities p (B, T - 1, vocabulary) where there are entropies, else log-probabilities; float32.
+        entropies: Σ p log p of each token (B, T - 1), float64: with them KL = log Σ exp z - p·z + Σ p log p takes two passes over the
+            logits z. None where the reverse KL divergence is wanted, too.
+        indices: the k likeliest tokens (B, T - 1, k), int32, whose log-probabilities ``batches`` then holds (B, T - 1, k + 1), all the
+            others together last: KL over these k + 1 outcomes is a lower bound of KL (by the log-sum inequality) that rises with k and
+            is KL itself at the size of the vocabulary. Empty: every token is an outcome.
+    """
+
+    batches: tuple[Tensor, ...]
+    entropies: tuple[Tensor, ...] | None = None
+    indices: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def compute(
+        cls,
+        handle: ModelHandle,
+        windows: WindowSet,
+        *,
+        batch_size: int,
+        reverse: bool = False,
+        top_k: int = 0,
+        progress: Progress | None = None,
+    ) -> DenseReference:
+        """Run the dense model over ``windows``.
+
+        Args:
+            batch_size: windows in a forward pass, here and in every comparison.
+            reverse: keep what the reverse KL divergence needs.
+            top_k: keep the k likeliest tokens and the mass of all others: the memory of k tokens instead of the vocabulary's. 0 keeps
+                every token; a k beyond the vocabulary is the vocabulary.
+
+        Raises:
+            ConfigError: the reverse KL divergence on some tokens alone, or a negative k.
+            TextError: the probabilities would not fit in memory.
+        """
+        if top_k < 0:
+            raise ConfigError(f"top-k must be at least 0, got {top_k}; 0 keeps every token.")
+        if top_k and reverse:
+            raise ConfigError("the reverse KL divergence needs every token's probability; leave top-k at 0, or choose the objective kl.")
+        kept = min(top_k, int(handle.module.config.vocab_size))
+        _check_fits(handle, windows, kept, reverse)
+        batches, entropies, indices = [], [], []
+        for done, ids in batches_of(windows, batch_size, handle.device):
+            logits = logits_of(handle.module, ids).float()
+            if kept:
+                likeliest = logits.topk(kept, dim=-1).indices
+                indices.append(likeliest.to(torch.int32))
+                batches.append(torch.log_softmax(outcomes_of(logits, likeliest), dim=-1).float())
+            elif reverse:
+                batches.append(torch.log_softmax(logits, dim=-1))
+            else:  # in float64: what a float32 softmax misses of Σ p = 1 would be multiplied by the logits, and bias KL
+                probabilities = torch.softmax(logits.double(), dim=-1)
+                entropies.append(-torch.special.entr(probabilities).sum(-1))
+                batches.append(probabilities.float())
+            if progress is not None:
+                progress(done, windows.windows)
+        return cls(tuple(batches), tuple(entropies) or None, tuple(indices))
+
+    def score(self, index: int, logits: Tensor, ids: Tensor) -> TokenScores:
+        """Compare the ``index``-th batch with the float32 ``logits`` (B, T - 1, vocabulary), which may be overwritten."""
+        if self.indices:
+            return score_coarse(logits, ids, self.batches[index], self.indices[index])
+        if self.entropies is not None:
+            return score_logits(logits, ids, self.batches[index], self.entropies[index])
+        return score_probabilities(torch.log_softmax(logits, dim=-1), ids, self.batches[index])
+
+    def check_batches(self, windows: WindowSet, batch_size: int) -> None:
+        """Refuse other batches: a batch of one window would be compared with all of another.
+
+        Raises:
+            ConfigError: this was computed on other batches.
+        """
+        expected = [min(batch_size, windows.windows - start) for start in range(0, windows.windows, batch_size)]
+        held = [len(batch) for batch in self.batches]
+        if held != expected:
+            raise ConfigError(
+                f"the dense reference holds {sum(held)} windows, {max(held, default=0)} in a batch; asked for were {windows.windows} "
+                f"in batches of {batch_size}. Compute it on the same windows, with the same batch_size."
+            )
+
+
+def _check_fits(handle: ModelHandle, windows: WindowSet, kept: int, reverse: bool) -> None:
+    vocabulary = int(handle.module.config.vocab_size)
+    size = windows.windows * (windows.context - 1) * (8 * kept + 4 if kept else 4 * vocabulary)
+    if size <= _CACHE_LIMIT_BYTES:
+        return
+    helps = not (reverse or 0 < kept <= _FEW_TOKENS)
+    take = f"Keep the likeliest tokens alone (--top-k {_FEW_TOKENS}), or take" if helps else "Take"
+    over = f"{kept} tokens of the vocabulary" if kept else "this vocabulary"
+    raise TextError(
+        f"{windows.windows} windows of {windows.context} tokens over {over} need {size / 2**30:.1f} GiB to compare with. "
+        f"{take} fewer windows (--validation-windows), or lower --context (the limit is {_CACHE_LIMIT_BYTES / 2**30:.0f} GiB)."
+    )
