@@ -61,7 +61,7 @@ STAGES = (
     {"search"},
     {"benchmarks"},
     {"commands"},
-    {"search_commands", "healing_commands"},
+    {"search_commands", "healing_commands", "evaluation_commands"},
     {"report"},
     {"cli"},
     {"__main__"},

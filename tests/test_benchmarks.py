@@ -6,14 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from lowrank_core.benchmarks import allocation, quality, search, speed
+from lowrank_core.benchmarks import allocation, layer_speed, quality, search, speed
 from lowrank_core.cli import main
 from lowrank_core.config import ModelSource, TextConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.figures.convergence import convergence_figure
 from lowrank_core.figures.quality import quality_figure
 from lowrank_core.presets import PRESETS, VARIANTS
+from lowrank_core.speed import Spread
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +93,76 @@ def test_a_plot_that_can_not_be_written_is_told_before_the_work(capsys: pytest.C
     assert "/nowhere is no folder" in capsys.readouterr().err
 
 
-def test_speed_is_a_ratio_of_two_things_measured_in_turns() -> None:
-    fast, slow = [], []
+def _scripted(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[object]:
+    """Let timed actions take ``seconds``, one after the other, without running them; return what is timed as it happens."""
+    left, timed = iter(seconds), []
 
-    def work(rounds: int) -> int:
-        return sum(range(rounds))
+    def took(action: object, repeats: int) -> float:
+        timed.append(action)
+        return next(left)
 
-    row = speed.compared("more", lambda: fast.append(work(40_000)), "less", lambda: slow.append(work(4_000)), "sums")
-    assert 3 < row.ratio < 30
-    assert row.low <= row.ratio <= row.high
-    assert len(fast) >= row.turns
-    assert "| more | less | sums |" in speed.as_markdown([row])
+    monkeypatch.setattr("lowrank_core.benchmarks.speed_rows._seconds", took)
+    monkeypatch.setattr("lowrank_core.benchmarks.speed_rows.TURNS", 3)
+    return timed
+
+
+def test_speed_is_a_ratio_of_two_things_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fast() -> None: ...
+    def slow() -> None: ...
+
+    timed = _scripted(monkeypatch, 9.0, 9.0, 0.1, *(2.0, 4.0), *(4.0, 1.0), *(30.0, 40.0))  # two to warm up, one for the repeats
+    row = speed.compared("more", slow, "less", fast, "sums")
+    assert timed[3:] == [slow, fast, fast, slow, slow, fast]
+    assert (row.ratio, row.low, row.high) == (0.5, 0.25, 0.75)
+    table = speed.as_markdown([row])
+    assert "| more | less | sums | 0.50 (0.25 to 0.75) | – | – |" in table
+    assert "1 thread, torch" in table
+
+
+def test_a_layer_s_row_counts_its_flops_and_tells_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_speed, "SHAPES", (((48,), 64), ((32, 16, 16), 64)))
+    monkeypatch.setattr(layer_speed, "RATIOS", (0.4,))
+    turn = (3.0, 1.0, 2.0)
+    _scripted(monkeypatch, *([0.0] * 4 + [*turn, *turn[::-1], *turn]) * 12)
+    rows = list(layer_speed.layer_rows(torch.device("cpu"), torch.float32))
+    kinds = ("factored layer", "pivoted layer", "factored stack", "pivoted stack")
+    assert [row.what for row in rows] == [f"{kind}, {phase}" for kind in kinds for phase in ("prefill", "decode", "decode")]
+    for row in rows:
+        assert (row.ratio, row.products) == (1.5, 0.5)
+        assert row.expected is not None
+        assert 0.5 < row.expected <= 0.6
+        assert "67% of its time" in row.verdict
+    assert rows[1].detail == "48 x 64, ratio 0.4 (rank 16), 1 token"
+    assert rows[8].detail.startswith("32 + 16 + 16 x 64, ratio 0.4")
+    assert [row.expected for row in rows[::3]] == [16 * 112 / 3072, 19 * 93 / 3072, 19 * 128 / 4096, 23 * 105 / 4096]
+
+
+def test_what_a_layer_does_are_its_products_and_it_gives_what_it_stands_for() -> None:
+    for storage in ("factored", "pivoted"):
+        subject = layer_speed._Subject.made((48, 32), 64, storage, 0.4, torch.empty(0))
+        x = torch.randn(1, 5, 64)
+        counts = [sum(p.numel() for layer in subject.layers for p in layer.parameters())]
+        counts.append(subject.down.numel() + sum(second.numel() for second in subject.seconds))
+        assert counts[0] == counts[1]
+        with torch.no_grad():
+            subject.compressed(x)
+            subject.products(x)
+            subject.dense(x)
+
+
+def test_a_verdict_says_how_much_and_why() -> None:
+    def told(low: float, median: float, high: float, products: float = 0.6, storage: str = "pivoted") -> str:
+        return layer_speed.verdict(Spread(median, low, high), products, 0.6, storage)
+
+    assert told(0.7, 0.8, 0.9) == "faster"
+    assert told(0.7, 0.8, 1.3) == "faster, though not in every turn"
+    assert told(0.9, 1.01, 1.1) == "as fast as dense"
+    assert told(1.1, 1.2, 1.3) == "slower by 20%: gathering rows and calling the layer take 50% of its time"
+    assert told(0.9, 1.25, 1.3, 1.2, "factored") == (
+        "slower by 25%, though not in every turn: its products alone take 1.20 of the dense time (50% of its rate)"
+    )
+    both = told(1.1, 2.0, 3.0, 1.0, "factored")
+    assert both.endswith("1.00 of the dense time (60% of its rate), and calling the layer takes 50% of its time")
 
 
 # --- searches side by side -------------------------------------------------------------------------------------------

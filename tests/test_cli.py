@@ -33,6 +33,7 @@ COMMANDS = (
     "analyze",
     "compress",
     "evaluate",
+    "generate",
     "search",
     "worker",
     "enqueue",

@@ -33,9 +33,11 @@ PHASES = (("prefill", (1, 512)), ("decode", (1, 1)), ("decode", (8, 1)))
 """(phase, (sequences, tokens of each) that are read at once)."""
 
 RATIOS = (0.2, 0.4, 0.6)
-_REST = {"factored": "the call of the layer", "pivoted": "gathering rows and the call of the layer"}
+_REST = {"factored": "calling the layer takes", "pivoted": "gathering rows and calling the layer take"}
 _NOTABLE = 0.05
 """Shares of time below this are not told."""
+_EQUAL = 0.02
+"""Ratios within this of 1 are as fast."""
 
 
 @dataclass(frozen=True)
@@ -137,14 +139,16 @@ def verdict(ratio: Spread, products: float, expected: float, storage: str) -> st
         expected: ratio of the FLOPs.
     """
     doubt = ", though not in every turn" if ratio.low < 1 <= ratio.high else ""
+    if abs(ratio.median - 1) <= _EQUAL:
+        return "as fast as dense"
     if ratio.median < 1:
         return f"faster{doubt}"
     reasons = []
     if expected < (1 - _NOTABLE) * products:
         rate = expected / products
-        reasons.append(f"its products alone take {products:.2f} of the dense time (thinner matrices run at {rate:.0%} of the rate)")
+        reasons.append(f"its products alone take {products:.2f} of the dense time ({rate:.0%} of its rate)")
     rest = 1 - products / ratio.median
     if rest > _NOTABLE:
-        reasons.append(f"{_REST[storage]} takes {rest:.0%} of its time")
+        reasons.append(f"{_REST[storage]} {rest:.0%} of its time")
     why = f": {', and '.join(reasons)}" if reasons else ""
     return f"slower by {ratio.median - 1:.0%}{doubt}{why}"

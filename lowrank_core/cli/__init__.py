@@ -14,13 +14,13 @@ import sys
 from collections.abc import Sequence
 
 from lowrank_core import __version__
-from lowrank_core.cli import analyze, benchmark, compress, evaluate, export, heal, report, search, speed, studio, verify
+from lowrank_core.cli import analyze, benchmark, compress, evaluate, export, generate, heal, report, search, speed, studio, tasks, verify
 from lowrank_core.cli.options import Parser
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError
 
 __all__ = ["main", "parser"]
 
-COMMANDS = (analyze, compress, evaluate, speed, search, heal, export, verify, report, studio, benchmark)
+COMMANDS = (analyze, compress, evaluate, generate, tasks, speed, search, heal, export, verify, report, studio, benchmark)
 """In the order of ``--help``."""
 
 

@@ -7,6 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
+from lowrank_core.cli.tables import aligned
+from lowrank_core.views.formatting import DASH, size
 
 if TYPE_CHECKING:
     from lowrank_core.speed import SpeedComparison, SpeedReport, Spread
@@ -58,8 +60,6 @@ def _times(spread: Spread) -> str:
 
 
 def _cells(report: SpeedReport) -> list[str]:
-    from lowrank_core.views.formatting import size
-
     memory = report.memory
     return [
         _rate(report.prefill_tokens_per_second),
@@ -77,10 +77,7 @@ _ROWS = ("prefill, tokens/s", "decode, tokens/s", "first token, ms", "peak memor
 
 def _table(columns: list[list[str]]) -> str:
     """Return columns, each with its heading first, as lines of text."""
-    rows = list(zip(["", *_ROWS], *columns, strict=True))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]) for row in rows]
-    return "\n".join(line.rstrip() for line in lines)
+    return aligned(list(zip(["", *_ROWS], *columns, strict=True)))
 
 
 def _notes(report: SpeedReport) -> str:
@@ -94,7 +91,7 @@ def _alone(report: SpeedReport) -> str:
 def _beside(comparison: SpeedComparison) -> str:
     dense, compressed = comparison.dense, comparison.compressed
     speedups = [_times(spread) for spread in (comparison.prefill_speedup, comparison.decode_speedup, comparison.first_token_speedup)]
-    memory = "–" if comparison.memory_ratio is None else f"{comparison.memory_ratio:.2f}"
+    memory = DASH if comparison.memory_ratio is None else f"{comparison.memory_ratio:.2f}"
     sizes = [f"{compressed.parameters / dense.parameters:.2f}", f"{compressed.bytes / dense.bytes:.2f}"]
     ratios = ["times faster; size ratio", *speedups, memory, _loading(comparison), *sizes]
     table = _table([["dense", *_cells(dense)], ["compressed", *_cells(compressed)], ratios])
@@ -104,5 +101,5 @@ def _beside(comparison: SpeedComparison) -> str:
 def _loading(comparison: SpeedComparison) -> str:
     ours, theirs = comparison.compressed.memory, comparison.dense.memory
     if ours is None or theirs is None or ours.loading is None or not theirs.loading:
-        return "–"
+        return DASH
     return f"{ours.loading / theirs.loading:.2f}"
