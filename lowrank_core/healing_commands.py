@@ -9,7 +9,6 @@ from pathlib import Path
 from lowrank_core.commands import progress_line
 from lowrank_core.compression import CompressedModel, CompressionReport
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
-from lowrank_core.errors import ModelError
 from lowrank_core.evaluation import EvaluationReport, evaluate
 from lowrank_core.export import HeldOut, check_free, export, figures_of
 from lowrank_core.export.manifest import ExportManifest, read_manifest, report_of

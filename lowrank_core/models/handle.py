@@ -101,7 +101,7 @@ class ModelHandle:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model, tied ones once; indices of pivoted layers and scales of int8 factors are stored, too, and count."""
+        """Parameters of the whole model, tied ones once; indices of pivoted layers and scales of int8 factors count, too."""
         counts: list[int] = [p.numel() for p in self.module.parameters()]
         return sum(counts) + self._indices + self._int8 + self._scales
 
