@@ -337,7 +337,7 @@ def test_the_measured_rate_is_that_of_the_curvature():
         return 0.02 + float(moved @ torch.tensor([3.0, 1.0, -2.0])) + curvature * float(moved @ moved)
 
     rate = measured_rate(values, divergence, 0)
-    assert 3 * curvature * (10 * rate) ** 2 == pytest.approx(0.1 * 0.02, rel=0.01)  # the slope, of either sign, is averaged away
+    assert 3 * curvature * (20 * rate) ** 2 == pytest.approx(0.1 * 0.02, rel=0.01)  # the slope, of either sign, is averaged away
     assert torch.equal(values["x"], start)
 
 

@@ -50,7 +50,7 @@ class HealingConfig:
     cross_entropy: float = 0.0
     criterion: str = "kl"
     validate_every: int = 20
-    patience: int = 5
+    patience: int = 10
     train_windows: int = 4096
     lora_rank: int = 8
     seed: int = 0

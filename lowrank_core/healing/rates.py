@@ -14,13 +14,13 @@ _FIRST = 1e-4
 _ROUNDS = 4
 _SHARE = 0.1
 """Of the divergence, that a random step of the size ε adds."""
-_OF_RANDOM = 0.1
+_OF_RANDOM = 0.05
 """Rate over ε: the steps of Adam agree with each other for a while, and random ones do not. Measured on the bundled model."""
 
 
 @torch.no_grad()
 def measured_rate(trained: Mapping[str, nn.Parameter], divergence: Callable[[], float], seed: int) -> float:
-    """Return a tenth of the ε at which a step θ ± ε s with random signs s raises the KL divergence by a tenth.
+    """Return a twentieth of the ε at which a step θ ± ε s with random signs s raises the KL divergence by a tenth.
 
     The mean over both signs leaves the curvature, ΔKL ~ c ε², so that a few rounds of ε ← ε √(KL / (10 ΔKL)) find it. The size of
     Adam's steps hardly depends on the gradient: near to the dense model, a rate that suits a worse one would undo what one shot won.
