@@ -151,7 +151,8 @@ class PivotIndex(CompressedModule):
         self.register_buffer("order", gather_order(self.pivots, size), persistent=False)
 
     def _set_pivots(self, pivots: Tensor, device: torch.device) -> None:
-        self.pivots = pivots.to(device=device, dtype=torch.int32)
+        # A copy: what was loaded is a view of the mapped file, and would keep all of it resident.
+        self.pivots = pivots.to(device=device, dtype=torch.int32, copy=True)
         self.order = gather_order(self.pivots, self.indexed)
 
     def _pivots_fit(self) -> bool:
