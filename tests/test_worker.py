@@ -242,7 +242,7 @@ def test_a_further_worker_takes_trials(config: RunConfig, started: Callable[[Run
     jobs.add_worker(run)
     _until(run, lambda: len({trial.worker for trial in _complete(run)}) == 2, "have two workers")
     assert [worker.stage.split(" (")[0] for worker in run.further_workers().values()] == ["Searching"]
-    run.change_search(trials=len(_complete(run)) + 5)
+    run.change_search(trials=len(_complete(run)) + 150)  # far enough that trials of milliseconds do not run past it before it is read
     _until(run, lambda: run.status().state == "idle", "finish")
     trials = read_trials(run)
     assert [trial.number for trial in trials] == list(range(len(trials)))
