@@ -45,13 +45,11 @@ class Healer(ABC):
 
     Attributes:
         name: in ``HEALER_LABELS``; reference: where it is from.
-        unit: what the training loss is measured in.
         caution: by which a measured rate is multiplied.
     """
 
     name: ClassVar[str]
     reference: ClassVar[str]
-    unit: ClassVar[str] = "nats per token"
     caution: ClassVar[float] = 1.0
 
     @property

@@ -27,7 +27,6 @@ class BlockwiseRefinement(Healer):
 
     name: ClassVar[str] = "blockwise"
     reference: ClassVar[str] = "this project"
-    unit: ClassVar[str] = "relative squared error, mean over blocks"
 
     def student(self, module: PreTrainedModel, config: HealingConfig) -> Student:
         return Student(module, trained_factors(module), lambda: module)

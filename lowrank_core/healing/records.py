@@ -75,8 +75,8 @@ class HealingReport:
         return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else 0.0
 
 
-def write_history(folder: Path, points: tuple[HealingPoint, ...], *, steps: int) -> None:
-    write_json(folder / _HISTORY, {"steps": steps, "points": [asdict(point) for point in points]})
+def write_history(folder: Path, points: tuple[HealingPoint, ...]) -> None:
+    write_json(folder / _HISTORY, {"points": [asdict(point) for point in points]})
 
 
 def read_history(folder: Path) -> tuple[HealingPoint, ...]:

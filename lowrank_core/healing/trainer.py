@@ -196,7 +196,7 @@ class _Course:
     def _note(self, point: HealingPoint) -> None:
         self._history.append(point)
         if self._folder is not None:
-            write_history(self._folder, tuple(self._history), steps=self._config.steps)
+            write_history(self._folder, tuple(self._history))
 
     def _validated(self, handle: ModelHandle) -> tuple[float, float]:
         scores, _ = score_windows(handle, self._validation, batch_size=self._config.batch_size, dense=self._reference)

@@ -9,7 +9,7 @@ import streamlit as st
 from lowrank_core.figures.compare import perplexity_figure
 from lowrank_core.views.compare import Comparison, Continuation, comparison_table
 from lowrank_core.views.formatting import count, interval, number, percent, size
-from lowrank_core.views.summary import Written
+from lowrank_core.views.summary import Written, protocol_of
 from pages.components import tables
 from pages.components.charts import chart
 
@@ -23,7 +23,7 @@ def show(found: Sequence[Comparison], label: str) -> None:
     shown = next((comparison for comparison in found if comparison.label == label), found[0])
     _headline(shown)
     _sizes(shown)
-    st.caption(f"Protocol: {shown.protocol or protocol(shown)}. Intervals are of 95 %, over windows.")
+    st.caption(f"Protocol: {protocol_of(shown)}. Intervals are of 95 %, over windows.")
     chart(
         perplexity_figure(found),
         key="perplexity_bars",
@@ -32,11 +32,6 @@ def show(found: Sequence[Comparison], label: str) -> None:
         alt="Bars of test perplexity of the original and each measured allocation",
     )
     _table(found)
-
-
-def protocol(shown: Comparison) -> str:
-    bos = "BOS first in every window" if shown.bos == "window" else "no BOS"
-    return f"{shown.dataset}, {shown.split} split, context {shown.context}, {shown.windows} windows, {shown.tokens:,} tokens, {bos}"
 
 
 def _headline(shown: Comparison) -> None:

@@ -316,7 +316,7 @@ def write_healing(run: Run, *, done: bool = True) -> None:
     curve = [(0, None, 0.30, 3.20), (20, 0.28, 0.25, 3.15), (40, 0.22, 0.26, 3.16)]
     seen = curve if done else curve[:2]
     points = tuple(HealingPoint(step, loss, kl, nll, 1e-4, 100 * step, float(step), kept=step < 40) for step, loss, kl, nll in seen)
-    write_history(folder, points, steps=40)
+    write_history(folder, points)
     if not done:
         return
     words = ("distill", "Distillation of the factors", 1e-4, 40, 20, "steps", 1000, 4000, 40.0)
