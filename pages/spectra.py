@@ -38,12 +38,14 @@ with boundary():
 
     names = [spectrum.shape.name for spectrum in spectra]
     module = state.module_of(names)
+    view = atlas(spectra, metric, source, relative=relative)
     chart(
-        map_figure(atlas(spectra, metric, source, relative=relative), module),
+        map_figure(view, module),
         key="spectra_map",
         title=f"{METRICS[metric].label} of every module's {source}",
         how=f"{METRICS[metric].meaning}; dark cells are low-rank. Click a cell to look into that module.",
         alt=f"Map of {METRICS[metric].label.lower()} by block and module type",
+        data=view.frame,
         on_pick=state.pick_from_chart("module", "spectra_map"),
     )
     with st.expander("The same as a table"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
@@ -13,17 +14,30 @@ from lowrank_core.figures.vega import PICKED, ZOOM, VegaChart
 __all__ = ["chart"]
 
 
-def chart(figure: go.Figure | VegaChart, *, key: str, title: str, how: str, alt: str, on_pick: Callable[[], None] | None = None) -> None:
-    """Show ``figure`` under its title, with a sentence on how to read it.
+def chart(
+    figure: go.Figure | VegaChart,
+    *,
+    key: str,
+    title: str,
+    how: str,
+    alt: str,
+    data: pd.DataFrame | None = None,
+    on_pick: Callable[[], None] | None = None,
+) -> None:
+    """Show ``figure`` under its title, with a sentence on how to read it and its numbers as a file.
 
     Args:
         how: what a reader should look for.
         alt: for screen readers, what the picture shows.
+        data: the table that the figure was drawn from.
         on_pick: called after a point was picked.
     """
-    with st.container(gap="xxsmall"):
-        st.markdown(f"**{title}**")
-        st.caption(f"How to read this: {how}")
+    with st.container(horizontal=True, vertical_alignment="top", gap="small"):
+        with st.container(gap="xxsmall"):
+            st.markdown(f"**{title}**")
+            st.caption(f"How to read this: {how}")
+        if data is not None:
+            _numbers(data, key)
     if isinstance(figure, VegaChart):
         picking = {"on_select": on_pick, "selection_mode": [PICKED, ZOOM]} if on_pick is not None else {}
         st.vega_lite_chart(figure.data, figure.spec, key=key, alt=alt, **picking)  # type: ignore[call-overload]
@@ -31,3 +45,18 @@ def chart(figure: go.Figure | VegaChart, *, key: str, title: str, how: str, alt:
         st.plotly_chart(figure, key=key, config=CONFIG, alt=alt)
     else:
         st.plotly_chart(figure, key=key, config=CONFIG, alt=alt, on_select=on_pick, selection_mode="points")
+
+
+def _numbers(data: pd.DataFrame, key: str) -> None:
+    """Offer ``data`` as a file, which is written only when it is asked for."""
+    st.download_button(
+        "CSV",
+        lambda: data.to_csv(index=False).encode(),
+        f"{key}.csv",
+        "text/csv",
+        key=f"{key}_csv",
+        help="The numbers behind this figure.",
+        icon=":material/download:",
+        type="tertiary",
+        on_click="ignore",
+    )
