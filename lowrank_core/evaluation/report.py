@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 
 import numpy as np
 
-from lowrank_core.errors import ModelError, NumericalError
+from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation.intervals import Sample, sample_of
 from lowrank_core.evaluation.passes import Progress
 from lowrank_core.evaluation.positions import PositionRow, position_rows
@@ -99,7 +99,7 @@ def evaluate(
     """
     handle.check_tokens(windows.ids)
     if against is not None:
-        _check_same_vocabulary(handle, against)
+        handle.check_vocabulary(against)
     began = time.perf_counter()
     tokens = score_tokens(handle, windows, batch_size=batch_size, dense=against, progress=progress)
     nll = sample_of(tokens.nll, windows)
@@ -124,14 +124,6 @@ def evaluate(
         by_position=position_rows(tokens, windows.scored),
         **_beside_dense(handle, against, tokens, windows),  # type: ignore[arg-type]
     )
-
-
-def _check_same_vocabulary(handle: ModelHandle, against: ModelHandle) -> None:
-    ours, theirs = int(handle.module.config.vocab_size), int(against.module.config.vocab_size)
-    if ours != theirs or handle.tokenizer.get_vocab() != against.tokenizer.get_vocab():
-        raise ModelError(
-            f"{handle.reference} and {against.reference} have different vocabularies; compare a model with the one that it was made from."
-        )
 
 
 def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: TokenScores, windows: WindowSet) -> dict[str, object]:

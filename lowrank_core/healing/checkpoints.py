@@ -26,6 +26,7 @@ class Checkpoint:
 
     Attributes:
         identity: of models, text and settings; only the same healing goes on from here.
+        rate: the largest learning rate, which may have been measured.
         step: of the optimiser; best_step: of the best validation.
         history: points as mappings.
         values, best: trained tensors now and at the best step, by name.
@@ -33,6 +34,7 @@ class Checkpoint:
     """
 
     identity: str
+    rate: float
     step: int
     best_step: int
     history: tuple[Mapping[str, object], ...]
@@ -49,7 +51,7 @@ def save_checkpoint(folder: Path, state: Checkpoint) -> None:
         RunError: the disk is full or read-only.
     """
     tensors = {f"{part}/{name}": tensor.contiguous() for part in PARTS for name, tensor in getattr(state, part).items()}
-    words = {"identity": state.identity, "step": state.step, "best_step": state.best_step, "history": list(state.history)}
+    words = {name: getattr(state, name) for name in ("identity", "rate", "step", "best_step", "history")}
     temporary = folder / f".{_FILE}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -74,7 +76,7 @@ def load_checkpoint(folder: Path, identity: str, device: torch.device) -> Checkp
             words = json.loads(stored.metadata()["state"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no mapping
         parts = {part: {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")} for part in PARTS}
-        found = Checkpoint(words["identity"], words["step"], words["best_step"], tuple(words["history"]), **parts)
+        found = Checkpoint(words["identity"], words["rate"], words["step"], words["best_step"], tuple(words["history"]), **parts)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}). Delete it to heal from the start.") from error
     if found.identity != identity:

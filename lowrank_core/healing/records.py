@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from lowrank_core.errors import RunError
 from lowrank_core.runs import read_json, write_json
@@ -85,13 +88,9 @@ def read_history(folder: Path) -> tuple[HealingPoint, ...]:
     Raises:
         RunError: the file is damaged.
     """
-    path = folder / _HISTORY
-    body = read_json(path)
-    points = [] if body is None else body.get("points")
-    try:
-        return tuple(HealingPoint(**point) for point in points)  # type: ignore[union-attr]
-    except TypeError as error:
-        raise RunError(f"{path} is damaged: {error}. Delete the folder, and heal again.") from error
+    body = read_json(folder / _HISTORY)
+    with _damage_told(folder / _HISTORY):
+        return () if body is None else _points(body["points"])
 
 
 def write_report(folder: Path, report: HealingReport) -> None:
@@ -104,12 +103,19 @@ def read_report(folder: Path) -> HealingReport | None:
     Raises:
         RunError: the file is damaged.
     """
-    path = folder / _REPORT
-    body = read_json(path)
-    if body is None:
-        return None
+    body = read_json(folder / _REPORT)
+    with _damage_told(folder / _REPORT):
+        return None if body is None else HealingReport(**{**body, "history": _points(body["history"])})
+
+
+def _points(found: Iterable[Mapping[str, Any]]) -> tuple[HealingPoint, ...]:
+    return tuple(HealingPoint(**point) for point in found)
+
+
+@contextmanager
+def _damage_told(path: Path) -> Iterator[None]:
+    """Raise what goes wrong in reading ``path`` as a RunError."""
     try:
-        history = tuple(HealingPoint(**point) for point in body["history"])
-        return HealingReport(**{**body, "history": history})
+        yield
     except (TypeError, KeyError) as error:
         raise RunError(f"{path} is damaged: {error}. Delete the folder, and heal again.") from error

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lowrank_core.errors import ConfigError, ModelError, NumericalError
+from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.healing.base import Healer, Student, compressed_layers
 from lowrank_core.healing.checkpoints import Checkpoint, load_checkpoint, remove_checkpoint, save_checkpoint
@@ -80,10 +80,7 @@ def heal(
 
 
 def _check(compressed: ModelHandle, dense: ModelHandle, training: WindowSet, validation: WindowSet) -> None:
-    if int(compressed.module.config.vocab_size) != int(dense.module.config.vocab_size):
-        raise ModelError(
-            f"{compressed.reference} and {dense.reference} have different vocabularies; heal a model towards the one that it was made from."
-        )
+    compressed.check_vocabulary(dense)
     if training.sha256 == validation.sha256:
         raise ConfigError("a model can't be healed on the windows that it is validated on. Give windows of two splits.")
     for windows in (training, validation):
@@ -117,9 +114,9 @@ class _Course:
         """Validate before the first step, or go on from a checkpoint."""
         self._reference = DenseReference.compute(self._dense, self._validation, batch_size=self._config.batch_size)
         self._identity = self._identified() if self._folder is not None else ""
-        self._rate = self._config.learning_rate or self._measured_rate()
         found = None if self._folder is None else load_checkpoint(self._folder, self._identity, self._compressed.device)
         if found is None:
+            self._rate = self._config.learning_rate or self._measured_rate()
             kl, nll = self._validated(self._compressed)
             self._note(HealingPoint(0, None, kl, nll, 0.0, 0, 0.0, kept=True))
         else:
@@ -249,6 +246,7 @@ class _Course:
         states = {name: self._optimizer.state[value] for name, value in self._student.trained.items()}
         checkpoint = Checkpoint(
             identity=self._identity,
+            rate=self._rate,
             step=self.taken,
             best_step=self._best_step,
             history=tuple(asdict(point) for point in self._history),
@@ -260,6 +258,7 @@ class _Course:
         save_checkpoint(self._folder, checkpoint)
 
     def _restore(self, found: Checkpoint) -> None:
+        self._rate = found.rate
         self.taken, self._best_step, self._best = found.step, found.best_step, dict(found.best)
         self._history = [HealingPoint(**point) for point in found.history]  # type: ignore[arg-type]
         with torch.no_grad():

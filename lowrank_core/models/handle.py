@@ -159,6 +159,18 @@ class ModelHandle:
                 "Give the tokenizer that the model was trained with."
             )
 
+    def check_vocabulary(self, dense: ModelHandle) -> None:
+        """Raise unless ``dense`` shares this model's vocabulary.
+
+        Raises:
+            ModelError: it does not, so that next-token distributions can't be compared.
+        """
+        ours, theirs = int(self.module.config.vocab_size), int(dense.module.config.vocab_size)
+        if ours != theirs or self.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+            raise ModelError(
+                f"{self.reference} and {dense.reference} have different vocabularies; compare a model with the one that it was made from."
+            )
+
 
 def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the longest list of blocks: the decoder's layers."""
