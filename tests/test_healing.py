@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from lowrank_core.healing.base import distillation_loss
 from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
 from lowrank_core.healing.diagonal import DiagonalAdapter
 from lowrank_core.healing.healers import HEALERS
+from lowrank_core.healing.optimizers import adam, packed_state, soap, unpacked_state
 from lowrank_core.healing.rates import measured_rate
 from lowrank_core.healing.records import read_history, read_report, write_report
 from lowrank_core.healing.trainer import Healed, heal
@@ -326,6 +329,44 @@ def test_the_rate_rises_on_a_line_and_falls_as_a_cosine_to_nothing():
     assert all(a > b for a, b in itertools.pairwise(rates[9:]))
     assert rates[54] == pytest.approx(0.5)
     assert rates[-1] == pytest.approx(0, abs=1e-12)
+
+
+def matrix_regression(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], steps: int) -> tuple[float, torch.optim.Optimizer]:
+    """Fit a matrix whose inputs and outputs have a few large directions, none of them an axis; return the loss left, as a share."""
+    generator = torch.Generator().manual_seed(0)
+    turns = [torch.linalg.qr(torch.randn(12, 12, generator=generator))[0] for _ in range(2)]
+    inward, outward = (turn @ torch.diag(torch.logspace(0, -2, 12)) @ turn.T for turn in turns)
+    wanted = torch.randn(12, 12, generator=generator)
+    value = nn.Parameter(torch.zeros(12, 12))
+    optimizer = make([value])
+    start = float((outward @ wanted @ inward).square().sum())
+    for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / steps)
+        optimizer.zero_grad()
+        loss = (outward @ (value - wanted) @ inward).square().sum()
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach()) / start, optimizer
+
+
+def test_soap_finds_the_directions_that_adam_can_not():
+    (turned, _), (plain, _) = matrix_regression(soap, 120), matrix_regression(adam, 120)
+    assert turned < 0.2 * plain
+
+
+@pytest.mark.parametrize("make", [adam, soap])
+def test_the_state_of_an_optimiser_is_packed_and_unpacked(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]):
+    _, optimizer = matrix_regression(make, 25)
+    tensors, words = packed_state(optimizer)
+    assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
+    found = unpacked_state(tensors, json.loads(json.dumps(words)))
+    other = make([nn.Parameter(torch.zeros(12, 12))])
+    other.load_state_dict(found)  # type: ignore[arg-type]
+    again, _ = packed_state(other)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[name], value) for name, value in tensors.items())
+    with pytest.raises(KeyError):
+        unpacked_state({}, words)
 
 
 def test_the_measured_rate_is_that_of_the_curvature():

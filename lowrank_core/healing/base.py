@@ -10,16 +10,18 @@ Notation::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lowrank_core.errors import ConfigError
 from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
+from lowrank_core.healing.optimizers import adam
 from lowrank_core.models.compressed import CompressedModule
 
 __all__ = ["Healer", "Student", "compressed_layers", "distillation_loss"]
@@ -63,6 +65,10 @@ class Healer(ABC):
         Raises:
             ConfigError: it has nothing that can be trained so.
         """
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        """Return what changes the parameters; its learning rate is set before every step."""
+        return adam(parameters)
 
     def loss(self, student: PreTrainedModel, dense: PreTrainedModel, ids: Tensor, config: HealingConfig) -> Tensor:
         """Return the loss of one batch of windows (B, T), a mean over tokens."""

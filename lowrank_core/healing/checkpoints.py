@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,7 +18,8 @@ from lowrank_core.errors import RunError
 __all__ = ["Checkpoint", "load_checkpoint", "remove_checkpoint", "save_checkpoint"]
 
 _FILE = "checkpoint.safetensors"
-PARTS = ("values", "best", "averages", "squares")
+_WORDS = ("identity", "rate", "step", "best_step", "history", "optimizer")
+PARTS = ("values", "best", "moments")
 
 
 @dataclass(frozen=True)
@@ -30,18 +32,18 @@ class Checkpoint:
         step: of the optimiser; best_step: of the best validation.
         history: points as mappings.
         values, best: trained tensors now and at the best step, by name.
-        averages, squares: Adam's moments, by name.
+        moments, optimizer: the optimiser's state, its tensors by name, and the rest as what JSON can hold.
     """
 
     identity: str
     rate: float
     step: int
     best_step: int
-    history: tuple[Mapping[str, object], ...]
+    history: Sequence[Mapping[str, object]]
     values: Mapping[str, Tensor]
     best: Mapping[str, Tensor]
-    averages: Mapping[str, Tensor]
-    squares: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    optimizer: object
 
 
 def save_checkpoint(folder: Path, state: Checkpoint) -> None:
@@ -51,7 +53,7 @@ def save_checkpoint(folder: Path, state: Checkpoint) -> None:
         RunError: the disk is full or read-only.
     """
     tensors = {f"{part}/{name}": tensor.contiguous() for part in PARTS for name, tensor in getattr(state, part).items()}
-    words = {name: getattr(state, name) for name in ("identity", "rate", "step", "best_step", "history")}
+    words = {name: getattr(state, name) for name in _WORDS}
     temporary = folder / f".{_FILE}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -73,10 +75,12 @@ def load_checkpoint(folder: Path, identity: str, device: torch.device) -> Checkp
         return None
     try:
         with safe_open(path, framework="pt", device=str(device)) as stored:
-            words = json.loads(stored.metadata()["state"])
+            words: dict[str, Any] = json.loads(stored.metadata()["state"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no mapping
-        parts = {part: {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")} for part in PARTS}
-        found = Checkpoint(words["identity"], words["rate"], words["step"], words["best_step"], tuple(words["history"]), **parts)
+        parts: dict[str, Any] = {
+            part: {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")} for part in PARTS
+        }
+        found = Checkpoint(**{name: words[name] for name in _WORDS}, **parts)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}). Delete it to heal from the start.") from error
     if found.identity != identity:

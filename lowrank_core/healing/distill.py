@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import nn
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from lowrank_core.healing.base import Healer, Student, compressed_layers
 from lowrank_core.healing.config import HealingConfig
+from lowrank_core.healing.optimizers import soap
 
 __all__ = ["Distillation", "trained_factors"]
 
@@ -32,6 +35,9 @@ class Distillation(Healer):
 
     name: ClassVar[str] = "distill"
     reference: ClassVar[str] = "arXiv 1503.02531"
+
+    def optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
+        return soap(parameters)
 
     def student(self, module: PreTrainedModel, config: HealingConfig) -> Student:
         return Student(module, trained_factors(module), lambda: module)

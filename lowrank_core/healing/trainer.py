@@ -1,4 +1,4 @@
-"""The training loop that all ways to heal share: AdamW, a warm-up and a cosine, validation, checkpoints, the best state kept."""
+"""The training loop that all ways to heal share: a warm-up and a cosine, validation, checkpoints, the best state kept."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from lowrank_core.healing.base import Healer, Student, compressed_layers
 from lowrank_core.healing.checkpoints import Checkpoint, load_checkpoint, remove_checkpoint, save_checkpoint
 from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.healers import HEALERS
+from lowrank_core.healing.optimizers import packed_state, settle, unpacked_state
 from lowrank_core.healing.rates import measured_rate
 from lowrank_core.healing.records import HealingPoint, HealingReport, write_history
 from lowrank_core.models.handle import ModelHandle
@@ -29,7 +30,6 @@ __all__ = ["Healed", "heal"]
 
 Progress = Callable[[int, int], None]
 
-_BETAS = (0.9, 0.95)
 _LARGEST_GRADIENT = 1.0
 """Norm to which a step's gradient is cut."""
 
@@ -102,7 +102,7 @@ class _Course:
         self._healer, self._compressed, self._dense, self._config, self._folder = healer, compressed, dense, config, folder
         self._training, self._validation = texts
         self._student = _student(healer, compressed, config)
-        self._optimizer = torch.optim.AdamW(list(self._student.trained.values()), betas=_BETAS, weight_decay=0.0)
+        self._optimizer = healer.optimizer(list(self._student.trained.values()))
         self._losses: list[float] = []
         self._history: list[HealingPoint] = []
         self._best: dict[str, Tensor] = {}
@@ -176,6 +176,7 @@ class _Course:
         loss, self._losses = sum(self._losses) / len(self._losses), []
         self._note(HealingPoint(self.taken, loss, kl, nll, rate, tokens, time.perf_counter() - self._began, kept=kept))
         self.stopped = self._end()
+        settle(self._optimizer)
         self._save()
 
     def _end(self) -> str | None:
@@ -243,7 +244,7 @@ class _Course:
     def _save(self) -> None:
         if self._folder is None:
             return
-        states = {name: self._optimizer.state[value] for name, value in self._student.trained.items()}
+        tensors, words = packed_state(self._optimizer)
         checkpoint = Checkpoint(
             identity=self._identity,
             rate=self._rate,
@@ -252,8 +253,8 @@ class _Course:
             history=tuple(asdict(point) for point in self._history),
             values={name: value.detach() for name, value in self._student.trained.items()},
             best=self._best,
-            averages={name: state["exp_avg"] for name, state in states.items()},
-            squares={name: state["exp_avg_sq"] for name, state in states.items()},
+            moments=tensors,
+            optimizer=words,
         )
         save_checkpoint(self._folder, checkpoint)
 
@@ -264,8 +265,7 @@ class _Course:
         with torch.no_grad():
             for name, value in self._student.trained.items():
                 value.copy_(found.values[name])
-                step = torch.tensor(float(found.step))
-                self._optimizer.state[value] = {"step": step, "exp_avg": found.averages[name], "exp_avg_sq": found.squares[name]}
+        self._optimizer.load_state_dict(unpacked_state(found.moments, found.optimizer))  # type: ignore[arg-type]
         self.stopped = self._end()
 
     def _identified(self) -> str:
