@@ -44,7 +44,8 @@ def profile_figure(view: LayerMap) -> go.Figure:
     figure.update_yaxes(range=[low, high], tickformat=".0%" if view.percent else "")
     span = max(1, len(view.depths) - 1)
     first = view.depths[0] if view.depths else 0
-    figure.update_xaxes(range=[first - 0.02 * span, first + 1.01 * span], tickformat="d", nticks=16)
+    step = max(1, len(view.depths) // 16)
+    figure.update_xaxes(range=[first - 0.02 * span, first + 1.01 * span], tickvals=view.depths[::step])
     _label_ends(figure, ends, low, high)
     return figure
 

@@ -13,9 +13,10 @@ from lowrank_core.views.spectrum import RankMark, ScreeCurves, Vector
 
 __all__ = ["density_figure", "scree_figure"]
 
-_LABELLED = 0.6
-"""Names are written at ranks up to full rank to this power: further right the curves fall too steeply."""
+_LABELLED = (0.2, 0.5)
+"""Names are written at full rank to these powers: further right the curves fall too steeply."""
 
+_HEADROOM, _DEEPEST = 0.35, -9.0  # decades
 _STEP = 0.065  # of the height, between the labels of marked ranks
 _FILLS = {BLUE: "rgba(0,114,178,0.25)", VERMILLION: "rgba(213,94,0,0.25)"}
 
@@ -33,7 +34,15 @@ def scree_figure(curves: ScreeCurves) -> go.Figure:
     finished(figure, height=420, x="Rank (log scale)", y="Value relative to the first (log scale)")
     log_rank_axis(figure, curves.shape.max_rank)
     log_value_axis(figure)
+    figure.update_yaxes(range=[_least(curves), _HEADROOM])
     return figure
+
+
+def _least(curves: ScreeCurves) -> float:
+    """Return log₁₀ of where the value axis begins."""
+    drawn = np.concatenate([curves.weights, curves.features])
+    positive = drawn[np.isfinite(drawn)]
+    return max(_DEEPEST, float(np.log10(positive.min()))) - 0.2 if positive.size else -1.0
 
 
 def _curves(curves: ScreeCurves) -> tuple[tuple[str, str, Vector], ...]:
@@ -41,22 +50,20 @@ def _curves(curves: ScreeCurves) -> tuple[tuple[str, str, Vector], ...]:
 
 
 def _chance(figure: go.Figure, curves: ScreeCurves) -> None:
-    """Draw the shuffled matrix, where it was measured, and the edge of a random matrix's bulk."""
-    full = curves.shape.max_rank
+    """Draw the shuffled matrix, where it was measured, and the edge of a random matrix's bulk; their names stand above the edge."""
+    full, names = curves.shape.max_rank, []
     if curves.shuffled is not None:
         hover = "rank %{x}<br>%{y:.3g} of the first σ of W<extra>entries of W, shuffled</extra>"
         line = {"color": GREY, "width": 1.5}
         figure.add_scatter(x=curves.ranks, y=curves.shuffled, name="shuffled", mode="lines", line=line, hovertemplate=hover)
-        if curves.shuffled[0] > 0:
-            direct_label(
-                figure, "entries of W, shuffled", x=0.0, y=math.log10(curves.shuffled[0]), colour=GREY, xanchor="left", yanchor="top"
-            )
-    if curves.bulk_edge is not None:
-        line = {"color": GREY, "width": 1.5, "dash": "dash"}
-        edge = [curves.bulk_edge] * 2
-        figure.add_scatter(x=[1, full], y=edge, mode="lines", line=line, hovertemplate="%{y:.3g} of the first σ of W<extra></extra>")
-        name = "Marchenko-Pastur edge of random weights"
-        direct_label(figure, name, x=math.log10(full), y=math.log10(curves.bulk_edge), colour=GREY, xanchor="right", yanchor="bottom")
+        names.append("entries of W, shuffled (line)")
+    if curves.bulk_edge is None:
+        return
+    names.append("Marchenko-Pastur edge (dashes)")
+    line, edge = {"color": GREY, "width": 1.5, "dash": "dash"}, [curves.bulk_edge] * 2
+    figure.add_scatter(x=[1, full], y=edge, mode="lines", line=line, hovertemplate="%{y:.3g} of the first σ of W<extra></extra>")
+    x, y = math.log10(full), math.log10(curves.bulk_edge)
+    direct_label(figure, "<br>".join(names), x=x, y=y, colour=GREY, xanchor="right", yanchor="bottom")
 
 
 def _mark(figure: go.Figure, mark: RankMark, position: int, full: int) -> None:
@@ -78,17 +85,17 @@ def _mark(figure: go.Figure, mark: RankMark, position: int, full: int) -> None:
 
 
 def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
-    """Write each name where the two curves are far apart, on the outer side; nothing where one of them is all gaps."""
-    gap = np.abs(np.log10(curves.weights) - np.log10(curves.features))
-    gap[curves.ranks > curves.shape.max_rank**_LABELLED] = np.nan
-    if np.isnan(gap).all():
+    """Write each name on the outer side of its curve, the upper one further left; nothing where one of them is all gaps."""
+    if np.isnan(curves.weights).all() or np.isnan(curves.features).all():
         return
-    at = int(np.nanargmax(gap))
-    x = float(np.log10(curves.ranks[at]))
+    low, high = (int(np.searchsorted(curves.ranks, curves.shape.max_rank**power)) for power in _LABELLED)
+    above = curves.weights[high] >= curves.features[high]
     for name, colour, values in _curves(curves):
-        above = bool(values[at] == max(curves.weights[at], curves.features[at]))
-        xanchor, yanchor = ("left", "bottom") if above else ("right", "top")
-        direct_label(figure, name, x=x, y=float(np.log10(values[at])), colour=colour, xanchor=xanchor, yanchor=yanchor)
+        upper = above == (colour == BLUE)
+        at, xanchor, yanchor = (low, "left", "bottom") if upper else (high, "right", "top")
+        if values[at] > 0:
+            x, y = float(np.log10(curves.ranks[at])), float(np.log10(values[at]))
+            direct_label(figure, name, x=x, y=y, colour=colour, xanchor=xanchor, yanchor=yanchor)
 
 
 def density_figure(found: Density) -> go.Figure:
@@ -117,7 +124,7 @@ def density_figure(found: Density) -> go.Figure:
         )
     _density_notes(figure, found)
     finished(figure, height=340, x=f"{name}, over their mean (log scale)", y="Share of all, per decade")
-    figure.update_xaxes(type="log", exponentformat="power", dtick=1)
+    figure.update_xaxes(type="log", exponentformat="power", dtick=1, title={"standoff": 16})
     figure.update_yaxes(range=[0, 1.32 * top], tickformat=".0%")
     return figure
 

@@ -16,7 +16,7 @@ __all__ = ["Density", "density", "density_table"]
 
 Vector = npt.NDArray[np.float64]
 
-_BINS_PER_DECADE, _MOST_BINS = 12, 96
+_BINS_PER_DECADE = 12
 _FLOOR = 1e-6  # of the mean: what lies below is rounding, or as good as nothing
 _BULK_POINTS = 160
 
@@ -76,7 +76,7 @@ def density(spectrum: LayerSpectrum, source: str) -> Density | None:
 def _histogram(values: Vector, total: int) -> tuple[Vector, Vector]:
     """Return log-spaced edges and the share of ``total`` values per decade in each bin."""
     low, high = float(np.log10(values.min())), float(np.log10(values.max()))
-    bins = int(np.clip(round((high - low) * _BINS_PER_DECADE), 1, _MOST_BINS))
+    bins = max(1, round(min((high - low) * _BINS_PER_DECADE, 2 * values.size**0.5)))
     edges = np.linspace(low - 1e-9, high + 1e-9, bins + 1)
     counts, _ = np.histogram(np.log10(values), edges)
     return 10.0**edges, counts / total / np.diff(edges)

@@ -12,7 +12,7 @@ import pandas as pd
 from lowrank_core.accounting import MatrixShape, Unit
 from lowrank_core.search.records import TrialRecord
 from lowrank_core.spectra import LayerSpectrum, retained_energy
-from lowrank_core.views.formatting import percent
+from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.spectrum import log_ranks
 from lowrank_core.views.trials import kind_of, trial_label
 
@@ -182,18 +182,27 @@ class MeasuredLoss:
 
     Attributes:
         kept: fraction of the compressible linears' parameters that they keep.
-        distance: from the fraction that was asked for.
+        asked: the fraction that was asked for.
         frame: columns name, kept, kl (nats per token), perplexity: baselines and hand-picked allocations, and the best of the sampled
             ones; the least loss first.
     """
 
     kept: float
-    distance: float
+    asked: float
     frame: pd.DataFrame
+
+    def sentence(self) -> str:
+        """Return what the numbers are of."""
+        return (
+            f"Energy is not a loss. The factors at this rank keep {percent(self.asked)} of the module's parameters; the nearest that was "
+            f"measured are whole models that keep {percent(self.kept)} of all compressible linears', "
+            f"{number(100 * abs(self.kept - self.asked))} points away."
+        )
 
 
 def measured_loss(trials: Sequence[TrialRecord], kept: float) -> MeasuredLoss | None:
-    """Return the trials nearest to keeping ``kept`` of the parameters; None where nothing was measured yet."""
+    """Return the trials nearest to keeping ``kept`` of the parameters (above 1 counts as 1); None where nothing was measured yet."""
+    kept = min(1.0, kept)
     done = [(1 - trial.compression_ratio, trial) for trial in trials if trial.finished and trial.compression_ratio is not None]
     if not done:
         return None
@@ -211,7 +220,7 @@ def measured_loss(trials: Sequence[TrialRecord], kept: float) -> MeasuredLoss | 
         for trial in shown
     ]
     frame = pd.DataFrame(rows, columns=["name", "kept", "kl", "perplexity"]).astype({"kl": float, "perplexity": float})
-    return MeasuredLoss(nearest, abs(nearest - kept), frame)
+    return MeasuredLoss(nearest, kept, frame)
 
 
 def _loss(trial: TrialRecord) -> tuple[float, int]:

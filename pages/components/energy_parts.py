@@ -12,7 +12,7 @@ from lowrank_core.search.records import read_trials
 from lowrank_core.spectra import LayerSpectrum
 from lowrank_core.views.calibration import InputFacts, group_table
 from lowrank_core.views.energy import energy_at_rank, energy_band, energy_curves, energy_table, measured_loss, pooling_curves, pooling_table
-from lowrank_core.views.formatting import kind_label, number, percent
+from lowrank_core.views.formatting import kind_label, percent
 from lowrank_core.views.protocol import trial_protocol
 from pages.components import navigation, tables
 from pages.components.charts import chart
@@ -36,7 +36,7 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
     )
     left, right = st.columns(2, gap="large")
     if scope == "type":
-        _type(spectra, kind, scopes["type"], rank / spectrum.shape.max_rank, (left, right))
+        _type(spectra, kind, scopes["type"], energy_at_rank(spectrum, rank).share_of_full_rank, (left, right))
         return
     found, module = energy_curves(spectrum), spectrum.shape.name
     with left:
@@ -76,18 +76,14 @@ def _type(spectra: Sequence[LayerSpectrum], kind: str, name: str, rank_share: fl
 
 def loss(run: Run, spectrum: LayerSpectrum, rank: int) -> None:
     """Say what trials lost that keep about as much as the factors at ``rank``; energy alone is no loss."""
-    kept = min(1.0, energy_at_rank(spectrum, rank).parameters_kept)
     search = run.config.search
-    found = measured_loss(read_trials(run), kept) if search is not None else None
+    found = measured_loss(read_trials(run), energy_at_rank(spectrum, rank).parameters_kept) if search is not None else None
     st.markdown("**Measured loss beside it**")
     if found is None:
         st.caption("Energy is not a loss, and no loss is measured in this run yet: a rank search measures its baselines first.")
         st.page_link(navigation.SEARCH, label="Measure it in a rank search", icon=":material/query_stats:")
         return
-    st.caption(
-        f"Energy is not a loss. The factors at rank {rank} keep {percent(kept)} of this module's parameters; the nearest that was "
-        f"measured are whole models that keep {percent(found.kept)} of all compressible linears' ({number(100 * found.distance)} points away)."
-    )
+    st.caption(found.sentence())
     columns = {
         "name": tables.text("Allocation"),
         "kept": tables.share("Kept, linears"),
