@@ -46,7 +46,7 @@ def _least(curves: ScreeCurves) -> float:
 
 
 def _curves(curves: ScreeCurves) -> tuple[tuple[str, str, Vector], ...]:
-    return ("weights: σ of W", BLUE, curves.weights), ("features: √λ of the outputs", VERMILLION, curves.features)
+    return ("weights σ", BLUE, curves.weights), ("features √λ", VERMILLION, curves.features)
 
 
 def _chance(figure: go.Figure, curves: ScreeCurves) -> None:
@@ -56,10 +56,10 @@ def _chance(figure: go.Figure, curves: ScreeCurves) -> None:
         hover = "rank %{x}<br>%{y:.3g} of the first σ of W<extra>entries of W, shuffled</extra>"
         line = {"color": GREY, "width": 1.5}
         figure.add_scatter(x=curves.ranks, y=curves.shuffled, name="shuffled", mode="lines", line=line, hovertemplate=hover)
-        names.append("entries of W, shuffled (line)")
+        names.append("shuffled W (line)")
     if curves.bulk_edge is None:
         return
-    names.append("Marchenko-Pastur edge (dashes)")
+    names.append("Marchenko-Pastur (dashes)")
     line, edge = {"color": GREY, "width": 1.5, "dash": "dash"}, [curves.bulk_edge] * 2
     figure.add_scatter(x=[1, full], y=edge, mode="lines", line=line, hovertemplate="%{y:.3g} of the first σ of W<extra></extra>")
     x, y = math.log10(full), math.log10(curves.bulk_edge)
@@ -124,31 +124,29 @@ def density_figure(found: Density) -> go.Figure:
         )
     _density_notes(figure, found)
     finished(figure, height=340, x=f"{name}, over their mean (log scale)", y="Share of all, per decade")
-    figure.update_xaxes(type="log", exponentformat="power", dtick=1, title={"standoff": 16})
+    ends = math.log10(found.edges[0]), math.log10(max(found.edges[-1], found.bulk_edge or 0.0))
+    figure.update_xaxes(type="log", exponentformat="power", dtick=1, title={"standoff": 16}, range=[ends[0] - 0.1, ends[1] + 0.1])
     figure.update_yaxes(range=[0, 1.32 * top], tickformat=".0%")
     return figure
 
 
 def _density_notes(figure: go.Figure, found: Density) -> None:
-    """Write where the bulk of a random matrix ends, and where the fitted tail begins; each on a height of its own."""
+    """Mark where the bulk of a random matrix ends, and where the fitted tail begins; the names, in the lines' colours, at the top right."""
     notes: list[tuple[float, str, str]] = []
     if found.bulk_edge is not None:
         notes.append((found.bulk_edge, f"end of a random matrix's bulk · {found.beyond} beyond", GREY))
     if found.tail_from is not None:
-        notes.append((found.tail_from, found.tail.partition(",")[0] + " to the right", ORANGE))
-    low, high = math.log10(found.edges[0]), math.log10(max(found.edges[-1], found.bulk_edge or 0.0))
+        notes.append((found.tail_from, found.tail.partition(",")[0] + " from here on", ORANGE))
     for position, (x, text, colour) in enumerate(notes):
-        at = math.log10(x)
-        left = at > (low + high) / 2
         figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
         figure.add_annotation(
             text=text,
-            x=at,
+            x=1,
+            xref="paper",
             y=1 - 0.08 * position,
             yref="paper",
             showarrow=False,
-            xanchor="right" if left else "left",
+            xanchor="right",
             yanchor="top",
-            xshift=-4 if left else 4,
             font={"size": 11, "color": colour},
         )

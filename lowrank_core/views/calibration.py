@@ -50,6 +50,11 @@ class InputFacts:
     group_traces: tuple[float, ...] = ()
     pooled_to_sample: float | None = None
 
+    @property
+    def readers(self) -> str:
+        """How many modules read it, in words."""
+        return "1 module" if len(self.layers) == 1 else f"{len(self.layers)} modules"
+
 
 @dataclass(frozen=True)
 class CalibrationFacts:

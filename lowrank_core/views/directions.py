@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ class DirectionFacts:
 
     Attributes:
         protocol: on which text.
-        frame: a row for each token: direction (from 1), share (of all energy, in [0, 1]), token, context (the token between ⟦ ⟧),
-            projection (in standard deviations along the direction).
+        frame: a row for each token: direction (from 1), share (of all energy, in [0, 1]), token, context (the token between ⟦ ⟧;
+            several spaces are one), projection (in standard deviations along the direction).
     """
 
     protocol: str
@@ -92,7 +93,7 @@ def _rows(direction: _Direction) -> list[dict[str, object]]:
             "direction": direction.number,
             "share": direction.share,
             "token": _visible(hit.token),
-            "context": f"{hit.before}⟦{hit.token}⟧{hit.after}".translate(_SIGNS),
+            "context": re.sub(" +", " ", f"{hit.before}⟦{hit.token}⟧{hit.after}").translate(_SIGNS),
             "projection": hit.projection,
         }
         for hit in hits

@@ -36,7 +36,7 @@ def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> No
     chosen = _choice(facts)
     names = [spectrum.shape.name for spectrum in spectra]
     view = atlas(spectra, chosen.metric.name, chosen.source, relative=chosen.relative, facts=facts)
-    reading = "dark cells are low-rank" if chosen.metric.ranks and chosen.metric.name != "outliers" else "bright cells have more of it"
+    reading = "dark cells are low-rank" if chosen.metric.ranks and chosen.metric.name != "outliers" else "bright cells are higher"
     chart(
         map_figure(view, state.module_of(names)),
         key="spectra_map",
@@ -52,7 +52,7 @@ def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> No
         profile_figure(view),
         key="spectra_profile",
         title="The same against depth",
-        how="each line is a module type, named at its end; a line that falls gets low-rank with depth.",
+        how="each line is a module type, named at its end; a gap is where it is not defined.",
         alt=f"{chosen.title} against depth, a line for each module type",
         data=view.frame,
     )

@@ -100,7 +100,7 @@ def pooling(spectrum: LayerSpectrum, entry: InputFacts | None) -> None:
     module = spectrum.shape.name
     if entry is not None:
         st.caption(
-            f"Input `{entry.input_group}`, {entry.width} wide, read by {len(entry.layers)} modules: "
+            f"Input `{entry.input_group}`, {entry.width} wide, read by {entry.readers}: "
             f"pooling moved its covariance by {percent(entry.pooled_to_sample, 2)} (relative Frobenius distance)."
         )
     found = pooling_curves(spectrum)

@@ -42,8 +42,8 @@ def show(spectrum: LayerSpectrum, facts: RunFacts) -> None:
         scree_figure(curves),
         key="scree",
         title=f"Spectra of {module}",
-        how="the faster a curve falls, the fewer directions matter; left of a break-even rank the factors are smaller than the matrix."
-        + shuffled,
+        how="the faster a curve falls, the fewer directions matter; left of a break-even rank the factors are smaller than the matrix. "
+        "The dashes are where the singular values of a random matrix with the same variance of entries end (Marchenko-Pastur)." + shuffled,
         alt=f"Singular values of the weight and square roots of feature eigenvalues of {module}, on log axes",
         data=scree_table(curves),
     )
