@@ -17,6 +17,7 @@ _LABELLED = (0.2, 0.5)
 """Names are written at full rank to these powers: further right the curves fall too steeply."""
 
 _HEADROOM, _DEEPEST = 0.35, -9.0  # decades
+_ROOM = 0.25  # of the height of the curves
 _STEP = 0.065  # of the height, between the labels of marked ranks
 _FILLS = {BLUE: "rgba(0,114,178,0.25)", VERMILLION: "rgba(213,94,0,0.25)"}
 
@@ -39,10 +40,11 @@ def scree_figure(curves: ScreeCurves) -> go.Figure:
 
 
 def _least(curves: ScreeCurves) -> float:
-    """Return log₁₀ of where the value axis begins."""
+    """Return log₁₀ of where the value axis begins: below the curves there is room for the names of ranks."""
     drawn = np.concatenate([curves.weights, curves.features])
     positive = drawn[np.isfinite(drawn)]
-    return max(_DEEPEST, float(np.log10(positive.min()))) - 0.2 if positive.size else -1.0
+    least = max(_DEEPEST, float(np.log10(positive.min()))) if positive.size else -1.0
+    return least - _ROOM * (_HEADROOM - least)
 
 
 def _curves(curves: ScreeCurves) -> tuple[tuple[str, str, Vector], ...]:
