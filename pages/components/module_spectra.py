@@ -17,7 +17,7 @@ __all__ = ["show"]
 _DENSITIES = {
     "weights": (
         "Eigenvalue density of the weights",
-        "the dashed curve is a random matrix with the same variance of entries (Marchenko-Pastur); what lies right of its end is more than chance.",
+        "the dashed curve is a random matrix with the same variance of entries (Marchenko-Pastur); right of its end lies more than chance.",
     ),
     "features": (
         "Eigenvalue density of the features",
