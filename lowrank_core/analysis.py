@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 
 from lowrank_core.calibration import LayerStatistics
@@ -11,7 +12,9 @@ from lowrank_core.linalg import eigenvalues, square_root
 from lowrank_core.models.handle import ModelHandle, weight_of
 from lowrank_core.spectra import LayerSpectrum, Vector
 
-__all__ = ["spectra_of"]
+__all__ = ["shuffled", "spectra_of"]
+
+_SHUFFLE_SEED = 0
 
 
 def spectra_of(
@@ -40,11 +43,18 @@ def spectra_of(
                 feature_eigenvalues=_singular_values(weight @ pooled_root) ** 2,
                 feature_eigenvalues_sample=_singular_values(weight @ sample_root) ** 2,
                 input_eigenvalues=input_eigenvalues,
+                shuffled_singular_values=_singular_values(shuffled(weight.float())).astype(np.float64),
             )
         )
         if progress is not None:
             progress(done, len(handle.layers))
     return tuple(found)
+
+
+def shuffled(weight: torch.Tensor) -> torch.Tensor:
+    """Return ``weight`` (m, n) with its entries in random places, the same ones each time: no direction is left but by chance."""
+    places = torch.randperm(weight.numel(), generator=torch.Generator().manual_seed(_SHUFFLE_SEED))
+    return weight.flatten()[places].reshape(weight.shape)
 
 
 def _singular_values(matrix: torch.Tensor) -> Vector:

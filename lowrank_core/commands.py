@@ -25,6 +25,7 @@ from lowrank_core.config import (
     to_mapping,
 )
 from lowrank_core.decomposition import units_of
+from lowrank_core.directions import DirectionsConfig, top_directions
 from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_free, export, held_out
@@ -103,8 +104,9 @@ def _spectrum_row(spectrum: LayerSpectrum) -> Result:
     }
 
 
-def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfig) -> Result:
-    """Calibrate, and return the figures of every compressible layer."""
+def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, *, directions: tuple[str, str] | None = None) -> Result:
+    """Calibrate, and return the figures of every compressible layer; with ``directions`` (module, side) what its top ones mean, too."""
+    config = DirectionsConfig(*directions, batch_size=calibration.batch_size) if directions else None
     handle = load_model(source)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
     statistics = calibrated(handle, windows, calibration)
@@ -120,7 +122,12 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
     summary = describe(handle)
     del summary["layers"]
     figures = statistics.describe(spectra, handle.layers)
-    return {"model": summary, "layers": rows, "calibration": figures, "warnings": list(statistics.warnings()), "text": "\n".join(lines)}
+    result: Result = {"model": summary, "layers": rows, "calibration": figures, "warnings": list(statistics.warnings())}
+    if config is not None:
+        found = top_directions(handle, windows, statistics, config)
+        result["directions"] = found.to_mapping()
+        lines += ["", found.to_text()]
+    return {**result, "text": "\n".join(lines)}
 
 
 def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lowrank_core.errors import NumericalError
 
-__all__ = ["Root", "damped_root", "eigenvalues", "invertible", "square_root", "svd"]
+__all__ = ["Root", "damped_root", "eigenvalues", "invertible", "principal_directions", "square_root", "svd"]
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -103,6 +103,12 @@ def square_root(covariance: Tensor, name: str) -> Tensor:
     """Return the symmetric square root of a positive semi-definite (n, n) matrix; rounding below zero counts as zero."""
     values, vectors = _eigh(covariance, name)
     return (vectors * values.sqrt()) @ vectors.T
+
+
+def principal_directions(covariance: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues (n,) of a positive semi-definite (n, n) matrix, descending, and its eigenvectors as columns (n, n)."""
+    values, vectors = _eigh(covariance, name)
+    return values.flip(0), vectors.flip(1)
 
 
 def eigenvalues(covariance: Tensor, name: str) -> Tensor:

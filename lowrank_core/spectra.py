@@ -18,6 +18,7 @@ import os
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ import numpy.typing as npt
 
 from lowrank_core.accounting import MatrixShape
 from lowrank_core.errors import RunError
+from lowrank_core.heavy_tails import TailFit, fit_tail
 
 __all__ = [
     "LayerSpectrum",
@@ -50,6 +52,7 @@ class LayerSpectrum:
         feature_eigenvalues: λ of W C Wᵀ with the pooled covariance of the input, min(d_out, d_in) values.
         feature_eigenvalues_sample: the same with the plain sample covariance.
         input_eigenvalues: eigenvalues of the pooled covariance of the input itself, d_in values.
+        shuffled_singular_values: σ of a matrix with the entries of W in random places; None where it was not measured.
     """
 
     shape: MatrixShape
@@ -57,11 +60,22 @@ class LayerSpectrum:
     feature_eigenvalues: Vector
     feature_eigenvalues_sample: Vector
     input_eigenvalues: Vector
+    shuffled_singular_values: Vector | None = None
 
     @property
     def weight_energy(self) -> Vector:
         """σ², the energies of W."""
         return self.weight_singular_values**2
+
+    @cached_property
+    def weight_tail(self) -> TailFit | None:
+        """The power law of the largest σ²; None where there is none to fit."""
+        return fit_tail(self.weight_energy)
+
+    @cached_property
+    def feature_tail(self) -> TailFit | None:
+        """The power law of the largest λ; None where there is none to fit."""
+        return fit_tail(self.feature_eigenvalues)
 
 
 def _proportions(energies: Vector) -> Vector:
@@ -102,32 +116,40 @@ def rank_for_energy(energies: Vector, share: float) -> int:
     return min(int(np.searchsorted(kept, share - 1e-12)) + 1, int(energies.size))
 
 
-_ARRAYS = tuple(f.name for f in fields(LayerSpectrum) if f.name != "shape")
+_OPTIONAL = ("shuffled_singular_values",)
+_ARRAYS = tuple(f.name for f in fields(LayerSpectrum) if f.name not in ("shape", *_OPTIONAL))
+_FORMAT = 2
+"""1 (files that don't say) had no shuffled matrices. Raise it when an older reader would misread a file."""
 
 
 def save_spectra(path: str | os.PathLike[str], spectra: Sequence[LayerSpectrum]) -> None:
     """Write spectra as one compressed numpy archive (float32: these are for drawing)."""
     arrays: dict[str, npt.NDArray[np.generic]] = {
+        "format": np.array(_FORMAT),
         "names": np.array([s.shape.name for s in spectra]),
         "kinds": np.array([s.shape.kind for s in spectra]),
         "shapes": np.array([[s.shape.depth, s.shape.d_out, s.shape.d_in, s.shape.bias] for s in spectra], dtype=np.int64),
     }
     for index, spectrum in enumerate(spectra):
-        for name in _ARRAYS:
-            arrays[f"{index}.{name}"] = getattr(spectrum, name).astype(np.float32)
+        for name in (*_ARRAYS, *_OPTIONAL):
+            values = getattr(spectrum, name)
+            if values is not None:
+                arrays[f"{index}.{name}"] = values.astype(np.float32)
     temporary = Path(path).with_suffix(".tmp.npz")
     np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
     temporary.replace(path)
 
 
 def load_spectra(path: str | os.PathLike[str]) -> tuple[LayerSpectrum, ...]:
-    """Read what ``save_spectra`` wrote; nothing is unpickled.
+    """Read what ``save_spectra`` wrote, now or in an earlier version; nothing is unpickled.
 
     Raises:
-        RunError: the file is damaged.
+        RunError: the file is damaged, or of a later version.
     """
     try:
         with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
+            if "format" in archive.files and int(archive["format"]) > _FORMAT:
+                raise RunError(f"{path} was written by a later version of the studio. Update the studio, or start the calibration again.")
             return tuple(_layers(archive))
     except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise RunError(f"{path} can't be read: {error}. Start the calibration again.") from error
@@ -137,4 +159,5 @@ def _layers(archive: np.lib.npyio.NpzFile) -> Iterable[LayerSpectrum]:
     labels = zip(archive["names"], archive["kinds"], archive["shapes"], strict=True)
     for index, (name, kind, (depth, d_out, d_in, bias)) in enumerate(labels):
         shape = MatrixShape(str(name), str(kind), int(depth), int(d_out), int(d_in), bool(bias))
-        yield LayerSpectrum(shape, *(archive[f"{index}.{part}"].astype(np.float64) for part in _ARRAYS))
+        optional = {part: archive[f"{index}.{part}"].astype(np.float64) for part in _OPTIONAL if f"{index}.{part}" in archive.files}
+        yield LayerSpectrum(shape, *(archive[f"{index}.{part}"].astype(np.float64) for part in _ARRAYS), **optional)

@@ -162,9 +162,12 @@ def test_context_defaults_to_what_the_model_takes(places: Places):
 
 
 def test_analyze_lists_every_layer(places: Places):
-    body = _lowrank("analyze", *places.source, "--json").body
+    module = "model.layers.1.mlp.up_proj"
+    body = _lowrank("analyze", *places.source, "--json", "--directions", module, "--side", "output").body
     assert len(body["layers"]) == 14
     assert {"name", "break_even_rank", "weight_effective_rank", "feature_effective_rank"} <= set(body["layers"][0])
+    assert (body["directions"]["module"], body["directions"]["side"]) == (module, "output")
+    assert len(body["directions"]["directions"]) == 6
     assert body["model"]["compressible_parameters"] == sum(layer["d_out"] * layer["d_in"] for layer in body["layers"])
 
 

@@ -2,12 +2,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from lowrank_core.accounting import MatrixShape
-from lowrank_core.analysis import spectra_of
+from lowrank_core.analysis import shuffled, spectra_of
 from lowrank_core.calibration import collect_statistics
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import RunError
@@ -83,6 +84,24 @@ def test_spectra_survive_a_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.input_eigenvalues, spectrum.input_eigenvalues)
 
 
+def test_a_file_without_shuffled_matrices_is_still_read_and_a_later_one_is_refused(tmp_path: Path) -> None:
+    values = np.array([2.0, 1.0])
+    spectrum = LayerSpectrum(MatrixShape("a", "q", 0, 2, 2), values, values, values, values, shuffled_singular_values=values[::-1])
+    path = tmp_path / "spectra.npz"
+    save_spectra(path, [spectrum])
+    assert load_spectra(path)[0].shuffled_singular_values is not None
+    with np.load(path) as archive:
+        stored = dict(archive)
+    old = {name: array for name, array in stored.items() if name != "format" and "shuffled" not in name}
+    np.savez(path, **old)
+    (found,) = load_spectra(path)
+    assert found.shuffled_singular_values is None
+    np.testing.assert_array_equal(found.weight_singular_values, values)
+    np.savez(path, **{**stored, "format": np.array(99)})
+    with pytest.raises(RunError, match="written by a later version"):
+        load_spectra(path)
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 cut short", b"\x80\x04cos\nsystem\n"])
 def test_a_damaged_file_is_told_and_nothing_is_unpickled(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "spectra.npz").write_bytes(content)
@@ -100,3 +119,20 @@ def test_spectra_of_a_model_are_those_of_its_weights_and_outputs(any_handle: Mod
     sample = statistics.inputs[layer.input_group].sample
     expected = np.linalg.eigvalsh((weight @ sample @ weight.T).numpy())[::-1][: min(weight.shape)]
     np.testing.assert_allclose(spectrum.feature_eigenvalues_sample, expected, rtol=1e-7, atol=1e-10)
+
+
+def test_a_shuffled_matrix_has_the_same_entries_the_same_way_each_time() -> None:
+    weight = torch.outer(torch.arange(1.0, 41.0), torch.arange(1.0, 61.0))  # of rank one: shuffling ends that
+    mixed = shuffled(weight)
+    torch.testing.assert_close(mixed.flatten().sort().values, weight.flatten().sort().values)
+    torch.testing.assert_close(shuffled(weight), mixed)
+    assert torch.linalg.matrix_rank(mixed) == 40
+
+
+def test_the_shuffled_matrix_is_measured_with_the_spectra(llama: ModelHandle, windows: WindowSet) -> None:
+    statistics = collect_statistics(llama, windows, CalibrationConfig(group_size=8))
+    spectrum = spectra_of(llama, statistics)[0]
+    weight = weight_of(llama.module.get_submodule(llama.layers[0].name)).detach()
+    assert spectrum.shuffled_singular_values is not None
+    np.testing.assert_allclose(spectrum.shuffled_singular_values, torch.linalg.svdvals(shuffled(weight)).numpy(), rtol=1e-5)
+    assert (spectrum.shuffled_singular_values**2).sum() == pytest.approx(spectrum.weight_energy.sum(), rel=1e-5)

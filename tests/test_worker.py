@@ -26,6 +26,7 @@ from lowrank_core.search.study import open_study
 from lowrank_core.search.worker import run_worker
 from lowrank_core.spectra import load_spectra
 from lowrank_core.views.compare import answers, comparisons
+from lowrank_core.views.directions import direction_facts
 from lowrank_core.views.healing import healings
 
 PATIENCE = 120.0
@@ -556,3 +557,24 @@ def test_windows_are_reported_and_bad_trials_stopped(config: RunConfig):
         assert trial.value is None
         assert sum(trial.windows.values()) > sum(best.windows[w] for w in trial.windows)
     assert {trial.state for trial in trials[:3]} == {"complete"}  # baselines are measured whole
+
+
+def test_the_top_directions_are_read_on_request_and_a_wrong_module_is_told(config: RunConfig) -> None:
+    run = create_run(replace(config, search=None))
+    name = "model.layers.1.mlp.up_proj"
+    asked = [
+        jobs.ask(run, "directions", launch=False, module=module, side="output", directions=2, windows=4) for module in (name, "no.such")
+    ]
+    run_worker(run, verbose=False)
+    found, refused = (jobs.result_of(run, request) for request in asked)
+    assert found is not None
+    assert refused is not None
+    assert found["ok"]
+    assert (found["module"], found["side"]) == (name, "output")
+    assert [direction["number"] for direction in found["directions"]] == [1, 2]  # type: ignore[attr-defined]
+    assert "4 windows of 32 tokens" in str(found["protocol"])
+    assert not refused["ok"]
+    assert "no compressible module 'no.such'" in str(refused["error"])
+    shown = direction_facts(answers(run), name, "output")
+    assert shown is not None
+    assert len(shown.frame) == 12

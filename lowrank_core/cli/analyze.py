@@ -14,10 +14,14 @@ def add(command: Command) -> None:
     model_options(parser)
     text_options(parser)
     calibration_options(parser)
+    parser.add_argument("--directions", metavar="MODULE", help="the tokens that lie furthest along the top directions of MODULE, too")
+    parser.add_argument("--side", default="input", help="of its input or its output (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
     from lowrank_core.commands import analyze
 
-    return analyze(source_of(arguments), text_of(arguments), calibration_of(arguments))
+    calibration = calibration_of(arguments)
+    wanted = (arguments.directions, arguments.side) if arguments.directions else None
+    return analyze(source_of(arguments), text_of(arguments), calibration, directions=wanted)

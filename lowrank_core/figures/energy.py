@@ -9,8 +9,10 @@ import plotly.graph_objects as go
 from lowrank_core.figures.style import BLUE, GREEN, GREY, SKY, VERMILLION, axis_note, direct_label, finished, log_rank_axis, log_value_axis
 from lowrank_core.views.energy import EnergyCurves, PoolingCurves, Vector
 
-__all__ = ["groups_figure", "left_figure", "pooling_figure", "retained_figure"]
+__all__ = ["band_figure", "groups_figure", "left_figure", "pooling_figure", "retained_figure"]
 
+_COLOURS = {"features": VERMILLION, "weights": BLUE}
+_BANDS = {"features": "rgba(213,94,0,0.22)", "weights": "rgba(0,114,178,0.22)"}
 _FLOOR = 1e-9  # energies below are rounding of the stored float32
 
 
@@ -77,6 +79,45 @@ def left_figure(curves: EnergyCurves, rank: int) -> go.Figure:
     log_value_axis(figure)
     _rank_axes(figure, curves, rank)
     return figure
+
+
+def band_figure(band: pd.DataFrame, what: str, rank_share: float) -> go.Figure:
+    """Draw the median and the quartiles of the energy over modules of a type (``energy_band``); ``what`` is ``kept`` or ``removed``."""
+    figure, removed = go.Figure(), what == "removed"
+    middles = {}
+    for source, colour in _COLOURS.items():
+        rows = band[band["source"] == source]
+        _band(figure, rows, what, source, colour)
+        middles[source] = (float(rows[f"{what}_median"].iloc[len(rows) * 2 // 5]), float(rows["rank_share"].iloc[len(rows) * 2 // 5]))
+    upper = max(middles, key=lambda source: middles[source])
+    for source, (value, at) in middles.items():
+        left = (source == upper) != removed
+        xanchor, yanchor = "right" if left else "left", "bottom" if source == upper else "top"
+        y = float(np.log10(max(value, _FLOOR))) if removed else value
+        direct_label(figure, source, x=at, y=y, colour=_COLOURS[source], xanchor=xanchor, yanchor=yanchor)
+    axis = "Energy removed (log scale)" if removed else "Energy kept"
+    finished(figure, height=360, x="Rank, as a share of full rank", y=axis)
+    figure.update_xaxes(range=[0, 1.01], tickformat=".0%")
+    if removed:
+        log_value_axis(figure)
+    else:
+        figure.update_yaxes(tickformat=".0%", range=[0, 1.12], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
+    anchor = "left" if rank_share < 0.8 else "right"
+    note = f"{rank_share:.0%} of full rank"
+    axis_note(figure, note, x=rank_share, position=rank_share, colour=GREEN, anchor=anchor, bottom=not removed)
+    return figure
+
+
+def _band(figure: go.Figure, rows: pd.DataFrame, what: str, source: str, colour: str) -> None:
+    """Draw the quartiles as a band, and the median over it; energies that are rounding are gaps."""
+    parts = [rows[f"{what}_{part}"].to_numpy() for part in ("low", "median", "high")]
+    low, median, high = (np.where(values > _FLOOR, values, np.nan) for values in parts)
+    x = rows["rank_share"].to_numpy()
+    figure.add_scatter(x=x, y=low, mode="lines", line={"width": 0}, hoverinfo="skip")
+    figure.add_scatter(x=x, y=high, mode="lines", line={"width": 0}, fill="tonexty", fillcolor=_BANDS[source], hoverinfo="skip")
+    hover = "%{x:.0%} of full rank<br>median %{y:.3g}, quartiles %{customdata[0]:.3g} to %{customdata[1]:.3g}<extra>" + source + "</extra>"
+    line = {"color": colour, "width": 2.5}
+    figure.add_scatter(x=x, y=median, mode="lines", line=line, customdata=np.column_stack([low, high]), hovertemplate=hover)
 
 
 def pooling_figure(curves: PoolingCurves) -> go.Figure:

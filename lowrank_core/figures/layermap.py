@@ -51,6 +51,7 @@ def _word(value: float, *, percent: bool) -> str:
 def _cells(view: LayerMap) -> go.Heatmap:
     values = _grid(view)
     words = [[_word(value, percent=view.percent) for value in row] for row in values]
+    gap = 3 if len(view.depths) <= _MOST_LABELLED else 1
     return go.Heatmap(
         z=values,
         x=view.depths,
@@ -58,8 +59,8 @@ def _cells(view: LayerMap) -> go.Heatmap:
         zmin=view.low,
         zmax=view.high,
         colorscale=SEQUENTIAL,
-        xgap=3,
-        ygap=3,
+        xgap=gap,
+        ygap=gap,
         hoverinfo="skip",
         hoverongaps=False,
         text=words if len(view.depths) <= _MOST_LABELLED else None,

@@ -13,6 +13,7 @@ from lowrank_core.spectra import LayerSpectrum, load_spectra
 from lowrank_core.views.calibration import CalibrationFacts, calibration_facts, quality_table, quality_warnings
 from lowrank_core.views.formatting import DASH, count, duration, number, percent, size
 from lowrank_core.views.model import ModelFacts, model_facts, module_table
+from lowrank_core.views.protocol import bos_words, spectra_protocol
 from lowrank_core.views.spectrum import METRICS, SOURCES, atlas, atlas_table, module_facts, scree_curves
 from lowrank_core.views.summary import least_relative, type_table
 from lowrank_core.views.text import TextFacts, split_table, text_facts
@@ -20,10 +21,6 @@ from lowrank_core.views.text import TextFacts, split_table, text_facts
 __all__ = ["calibration_section", "model_section", "spectra_section", "text_section"]
 
 _METRIC = "effective_rank"
-
-
-def _bos(rule: str) -> str:
-    return "BOS first in every window" if rule == "window" else "no BOS"
 
 
 def model_section(run: Run) -> Section:
@@ -76,7 +73,7 @@ def _text_facts(facts: TextFacts) -> Facts:
         (
             ("Text", facts.reference, ""),
             ("Context", f"{facts.context} tokens", "in a window; windows do not overlap"),
-            ("Beginning of text", _bos(facts.bos), "BOS is counted in the context, and never predicted"),
+            ("Beginning of text", bos_words(facts.bos), "BOS is counted in the context, and never predicted"),
             ("Seed", str(facts.seed), "of the draw of calibration windows"),
         )
     )
@@ -138,18 +135,6 @@ def spectra_section(run: Run) -> Section:
         spectra = load_spectra(path)
         blocks = (*_maps(spectra, spectra_protocol(run)), _by_type(spectra), _scree(spectra, spectra_protocol(run)), _every_module(spectra))
     return Section("spectra", "Where the model is low-rank", "In its weights, or in its features?", blocks)
-
-
-def spectra_protocol(run: Run) -> str:
-    """Return the line under every figure of spectra: model, text, tokens, dtype."""
-    model, text_seen, calibration = model_facts(run), text_facts(run), calibration_facts(run)
-    words = [
-        f"Model {model.reference} held as {model.dtype}" if model else "",
-        f"{text_seen.reference}, calibration split, context {text_seen.context}, {_bos(text_seen.bos)}" if text_seen else "",
-        f"{calibration.tokens:,} tokens" if calibration else "",
-        "statistics in float64",
-    ]
-    return "; ".join(word for word in words if word) + "."
 
 
 def _maps(spectra: tuple[LayerSpectrum, ...], protocol: str) -> list[Block]:

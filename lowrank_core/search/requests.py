@@ -15,6 +15,7 @@ import torch
 from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks
 from lowrank_core.compression import CompressedModel
 from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
+from lowrank_core.directions import DirectionsConfig, top_directions
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import HeldOut, export, figures_of, verify
@@ -208,6 +209,17 @@ def _heal(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     return {"trial": trial, **heal_allocation(desk.run, desk.session, desk.reporter, allocated, config, how)}
 
 
+def _directions(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+    """Find the tokens that lie furthest along a module's top directions."""
+    session, calibration = desk.session, desk.run.config.calibration
+    chosen = {f.name: arguments[f.name] for f in fields(DirectionsConfig) if f.name in arguments}
+    config = from_mapping(DirectionsConfig, {"batch_size": calibration.batch_size, **chosen})
+    windows = session.windows.calibration
+    with desk.reporter.stage("Reading the top directions", windows.first(config.windows).windows) as progress:
+        found = top_directions(session.handle, windows, session.statistics, config, progress=progress)
+    return found.to_mapping()
+
+
 def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     """Check an export of this run, and measure it again in a fresh process."""
     exports = desk.run.path / "exports"
@@ -220,7 +232,15 @@ def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
 
 
 _KINDS: Mapping[str, Callable[[Desk, Mapping[str, object]], Answer]] = MappingProxyType(
-    {"compare": _compare, "generate": _generate, "export": _export, "measure": _measure, "verify": _verify, "heal": _heal}
+    {
+        "compare": _compare,
+        "directions": _directions,
+        "export": _export,
+        "generate": _generate,
+        "heal": _heal,
+        "measure": _measure,
+        "verify": _verify,
+    }
 )
 
 

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import pandas as pd
 
+from lowrank_core.accounting import MatrixShape
 from lowrank_core.config import TOKENS_PER_DIMENSION
 from lowrank_core.runs import Run
-from lowrank_core.views.formatting import number
+from lowrank_core.spectra import LayerSpectrum, Vector
+from lowrank_core.views.formatting import DASH, kind_label, number
+from lowrank_core.views.layermap import LayerMap, layer_map
 from lowrank_core.views.records import build
 
 __all__ = [
     "CalibrationFacts",
     "InputFacts",
+    "QUALITIES",
+    "Quality",
     "calibration_facts",
     "group_table",
+    "input_table",
+    "quality_map",
     "quality_table",
     "quality_warnings",
 ]
@@ -39,6 +49,11 @@ class InputFacts:
     group_tokens: tuple[int, ...] = ()
     group_traces: tuple[float, ...] = ()
     pooled_to_sample: float | None = None
+
+    @property
+    def readers(self) -> str:
+        """How many modules read it, in words."""
+        return "1 module" if len(self.layers) == 1 else f"{len(self.layers)} modules"
 
 
 @dataclass(frozen=True)
@@ -123,3 +138,99 @@ def group_table(entry: InputFacts) -> pd.DataFrame:
     mean = float(frame["trace"].mean()) if len(frame) else 0.0
     frame["relative"] = frame["trace"] / mean if mean > 0 else 0.0
     return frame
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A figure of an input, in a column of ``input_table``; ``logarithm`` shows its decimal logarithm."""
+
+    label: str
+    measure: str
+    meaning: str
+    logarithm: bool = False
+
+
+QUALITIES: Mapping[str, Quality] = MappingProxyType(
+    {
+        "tokens_per_dimension": Quality(
+            "Tokens per dimension", "Tokens per dimension", f"below {TOKENS_PER_DIMENSION}, small eigenvalues are noise"
+        ),
+        "condition": Quality(
+            "Condition number",
+            "log₁₀ of the condition number",
+            "largest over smallest eigenvalue of the pooled covariance; the larger, the less its inverse means",
+            logarithm=True,
+        ),
+        "damped_condition": Quality(
+            "Condition number after damping",
+            "log₁₀ of the condition number",
+            "the same once the damping in use is added to every eigenvalue: what a method that inverts the covariance meets",
+            logarithm=True,
+        ),
+        "pooled_to_sample": Quality(
+            "Pooled to sample distance", "Relative Frobenius distance", "how much pooling within groups changed the covariance"
+        ),
+    }
+)
+
+
+def input_table(facts: CalibrationFacts, spectra: Sequence[LayerSpectrum], damping: float | None = None) -> pd.DataFrame:
+    """Return a row for each distinct input that ``spectra`` know, with its place in the model.
+
+    Columns input, kind (module types that read it), depth, width, modules, tokens_per_dimension, condition, damped_condition (NaN
+    without ``damping``, which is relative to the mean eigenvalue), pooled_to_sample, thin (whether too few tokens were seen).
+    """
+    known = {spectrum.shape.name: spectrum for spectrum in spectra}
+    rows = []
+    for entry in facts.inputs:
+        readers = [known[layer] for layer in entry.layers if layer in known]
+        if not readers:
+            continue
+        rows.append(
+            {
+                "input": entry.input_group,
+                "kind": ", ".join(dict.fromkeys(kind_label(reader.shape.kind) for reader in readers)),
+                "depth": readers[0].shape.depth,
+                "width": entry.width,
+                "modules": len(entry.layers),
+                "tokens_per_dimension": entry.tokens_per_dimension,
+                "condition": entry.condition,
+                "damped_condition": _damped(readers[0].input_eigenvalues, damping),
+                "pooled_to_sample": entry.pooled_to_sample,
+                "thin": entry.tokens_per_dimension < TOKENS_PER_DIMENSION,
+            }
+        )
+    columns = ["input", "kind", "depth", "width", "modules", *QUALITIES, "thin"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(QUALITIES, float))
+
+
+def _damped(values: Vector, damping: float | None) -> float | None:
+    """Return (λ_1 + δ) / (λ_n + δ), δ = damping times the mean eigenvalue; None where that is not finite."""
+    if damping is None or not values.size:
+        return None
+    added = damping * float(values.mean())
+    least = float(values[-1]) + added
+    return (float(values[0]) + added) / least if least > 0 else None
+
+
+def quality_map(facts: CalibrationFacts, table: pd.DataFrame, name: str, chosen: str) -> LayerMap:
+    """Return one of QUALITIES over depth and inputs (``input_table``); an input stands for ``chosen`` where that reads it."""
+    quality = QUALITIES[name]
+    readers = {entry.input_group: entry.layers for entry in facts.inputs}
+    values = [_shown(value, logarithm=quality.logarithm) for value in table[name]]
+    labels = [
+        f"{number(value)}, {width} wide, read by {kind}" if math.isfinite(value) else f"{DASH} not finite"
+        for value, width, kind in zip(table[name], table["width"], table["kind"], strict=True)
+    ]
+    shapes = [
+        MatrixShape(chosen if chosen in readers[group] else readers[group][0], str(kind), int(depth), int(width), int(width))
+        for group, kind, depth, width in zip(table["input"], table["kind"], table["depth"], table["width"], strict=True)
+    ]
+    view = layer_map(shapes, values, labels, quality.measure)
+    return replace(view, low=min([0.0, *(value for value in values if math.isfinite(value))]))
+
+
+def _shown(value: float, *, logarithm: bool) -> float:
+    if not math.isfinite(value) or (logarithm and value <= 0):
+        return math.nan
+    return math.log10(value) if logarithm else value

@@ -112,6 +112,10 @@ class Failure:
     time: float = 0.0
 
 
+_ELSEWHERE = ("measure", "directions")
+"""Requests of other pages."""
+
+
 def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
     """Return the label under which the worker files ``trial``, a number or an allocator's name."""
     record = next((record for record in trials if record.number == trial), None)
@@ -237,8 +241,8 @@ def last_measured(bodies: Sequence[JsonMapping]) -> Measured | None:
 
 
 def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
-    """Return the newest answer if it is a failure; what was said to a hand-picked allocation is told where it was picked."""
-    told = [body for body in bodies if body.get("kind") != "measure"]
+    """Return the newest answer if it is a failure; what other pages asked for is told there."""
+    told = [body for body in bodies if body.get("kind") not in _ELSEWHERE]
     if not told or told[-1].get("ok"):
         return None
     return build(Failure, {"kind": "request", "error": "no reason given", **told[-1]}, "an answer")

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 
 from lowrank_core.accounting import MatrixShape, Unit
+from lowrank_core.search.records import TrialRecord
 from lowrank_core.spectra import LayerSpectrum, retained_energy
-from lowrank_core.views.formatting import percent
+from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.spectrum import log_ranks
+from lowrank_core.views.trials import kind_of, trial_label
 
-__all__ = ["EnergyAtRank", "EnergyCurves", "PoolingCurves", "energy_at_rank", "energy_curves", "pooling_curves"]
+__all__ = [
+    "EnergyAtRank",
+    "EnergyCurves",
+    "MeasuredLoss",
+    "PoolingCurves",
+    "energy_at_rank",
+    "energy_band",
+    "energy_curves",
+    "energy_table",
+    "measured_loss",
+    "pooling_curves",
+    "pooling_table",
+]
 
 Vector = npt.NDArray[np.float64]
+
+_BAND_POINTS = 100
+_ALIKE = 0.01
+"""Kept fractions this close are one and the same: whole ranks don't meet a ratio exactly."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,45 @@ def energy_curves(spectrum: LayerSpectrum) -> EnergyCurves:
         _left(features)[ranks - 1],
         _left(weights)[ranks - 1],
     )
+
+
+def energy_table(curves: EnergyCurves) -> pd.DataFrame:
+    """Return a row for each rank that is drawn: energy kept and removed, of features and of weights."""
+    return pd.DataFrame(
+        {
+            "rank": curves.ranks,
+            "features_kept": curves.features,
+            "weights_kept": curves.weights,
+            "features_removed": curves.features_left,
+            "weights_removed": curves.weights_left,
+        }
+    )
+
+
+def energy_band(spectra: Sequence[LayerSpectrum], kind: str) -> pd.DataFrame:
+    """Return the quartiles of the energy over all modules of type ``kind``, at hundredths of their full rank.
+
+    Columns rank_share (in (0, 1]), source (``features`` or ``weights``), then low, median and high (quartiles) of ``kept`` and of
+    ``removed``: kept_low, kept_median, …
+    """
+    alike = [spectrum for spectrum in spectra if spectrum.shape.kind == kind]
+    shares = np.arange(1, _BAND_POINTS + 1) / _BAND_POINTS
+    frames = []
+    for source in ("features", "weights"):
+        kept, left = zip(*(_at_shares(spectrum, source, shares) for spectrum in alike), strict=True)
+        columns: dict[str, object] = {"rank_share": shares, "source": source}
+        for name, rows in (("kept", kept), ("removed", left)):
+            low, median, high = np.quantile(np.stack(rows), (0.25, 0.5, 0.75), axis=0)
+            columns |= {f"{name}_low": low, f"{name}_median": median, f"{name}_high": high}
+        frames.append(pd.DataFrame(columns))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _at_shares(spectrum: LayerSpectrum, source: str, shares: Vector) -> tuple[Vector, Vector]:
+    """Return energy kept and left at shares of full rank, the rank rounded up."""
+    energies = np.maximum(spectrum.feature_eigenvalues, 0.0) if source == "features" else spectrum.weight_energy
+    ranks = np.ceil(shares * spectrum.shape.max_rank - 1e-9).astype(np.int64)
+    return retained_energy(energies)[ranks - 1], _left(energies)[ranks - 1]
 
 
 @dataclass(frozen=True)
@@ -110,3 +169,59 @@ def pooling_curves(spectrum: LayerSpectrum) -> PoolingCurves:
         return np.where(roots > 0, roots / first, np.nan) if first > 0 else np.full(ranks.size, np.nan)
 
     return PoolingCurves(ranks, scaled(spectrum.feature_eigenvalues), scaled(spectrum.feature_eigenvalues_sample))
+
+
+def pooling_table(curves: PoolingCurves) -> pd.DataFrame:
+    """Return a row for each rank that is drawn: √ eigenvalues, pooled and sample."""
+    return pd.DataFrame({"rank": curves.ranks, "pooled": curves.pooled, "sample": curves.sample})
+
+
+@dataclass(frozen=True)
+class MeasuredLoss:
+    """What trials of the whole model measured at the kept fraction nearest to one that was asked for.
+
+    Attributes:
+        kept: fraction of the compressible linears' parameters that they keep.
+        asked: the fraction that was asked for.
+        frame: columns name, kept, kl (nats per token), perplexity: baselines and hand-picked allocations, and the best of the sampled
+            ones; the least loss first.
+    """
+
+    kept: float
+    asked: float
+    frame: pd.DataFrame
+
+    def sentence(self) -> str:
+        """Return what the numbers are of."""
+        return (
+            f"Energy is not a loss. The factors at this rank keep {percent(self.asked)} of the module's parameters; the nearest that was "
+            f"measured are whole models that keep {percent(self.kept)} of all compressible linears', "
+            f"{number(100 * abs(self.kept - self.asked))} points away."
+        )
+
+
+def measured_loss(trials: Sequence[TrialRecord], kept: float) -> MeasuredLoss | None:
+    """Return the trials nearest to keeping ``kept`` of the parameters (above 1 counts as 1); None where nothing was measured yet."""
+    kept = min(1.0, kept)
+    done = [(1 - trial.compression_ratio, trial) for trial in trials if trial.finished and trial.compression_ratio is not None]
+    if not done:
+        return None
+    nearest = min((share for share, _ in done), key=lambda share: (abs(share - kept), share))
+    near = sorted((trial for share, trial in done if abs(share - nearest) <= _ALIKE), key=_loss)
+    sampled = [trial for trial in near if kind_of(trial) not in ("baseline", "by hand")]
+    shown = [trial for trial in near if trial not in sampled[1:]]
+    rows = [
+        {
+            "name": trial_label(trial),
+            "kept": 1 - (trial.compression_ratio or 0.0),
+            "kl": trial.kl,
+            "perplexity": trial.perplexity,
+        }
+        for trial in shown
+    ]
+    frame = pd.DataFrame(rows, columns=["name", "kept", "kl", "perplexity"]).astype({"kl": float, "perplexity": float})
+    return MeasuredLoss(nearest, kept, frame)
+
+
+def _loss(trial: TrialRecord) -> tuple[float, int]:
+    return trial.value if trial.value is not None else float("inf"), trial.number

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lowrank_core.accounting import MatrixShape
-from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
-from lowrank_core.views.formatting import number, percent
+from lowrank_core.accounting import MatrixShape, Unit
+from lowrank_core.heavy_tails import bulk_edges, entry_variance
+from lowrank_core.spectra import LayerSpectrum, effective_rank, rank_for_energy
+from lowrank_core.views.choices import RunFacts
+from lowrank_core.views.formatting import DASH, number
 from lowrank_core.views.layermap import LayerMap, layer_map
+from lowrank_core.views.metrics import METRICS, SOURCES, Metric, Reading
 
 __all__ = [
     "METRICS",
     "SOURCES",
-    "Metric",
+    "RankMark",
     "ScreeCurves",
     "atlas",
     "atlas_table",
     "log_ranks",
     "module_facts",
+    "rank_marks",
     "scree_curves",
+    "scree_table",
     "spectrum_named",
 ]
 
@@ -31,85 +37,60 @@ Vector = npt.NDArray[np.float64]
 
 ALWAYS_DRAWN = 32  # the ranks where spectra fall fastest
 CURVE_POINTS = 200
+_NOTHING = RunFacts()
+_ITS_OWN = "value"
 
 
-@dataclass(frozen=True)
-class Metric:
-    """A figure of a descending vector of energies, in ranks."""
-
-    name: str
-    label: str
-    meaning: str
-    of: Callable[[Vector], float]
+def _readings(spectra: Sequence[LayerSpectrum], metric: Metric, source: str, facts: RunFacts) -> list[Reading | None]:
+    return [metric.read(spectrum, source, facts) for spectrum in spectra]
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("effective_rank", "Effective rank", "exp of the entropy of the energies", effective_rank),
-        Metric("stable_rank", "Stable rank", "all energy over the largest", stable_rank),
-        Metric(
-            "participation_ratio", "Participation ratio", "squared sum of the energies over the sum of their squares", participation_ratio
-        ),
-        Metric(
-            "rank_90",
-            "Rank for 90 % energy",
-            "the smallest rank that retains 90 %",
-            lambda energies: float(rank_for_energy(energies, 0.90)),
-        ),
-        Metric(
-            "rank_95",
-            "Rank for 95 % energy",
-            "the smallest rank that retains 95 %",
-            lambda energies: float(rank_for_energy(energies, 0.95)),
-        ),
-        Metric(
-            "rank_99",
-            "Rank for 99 % energy",
-            "the smallest rank that retains 99 %",
-            lambda energies: float(rank_for_energy(energies, 0.99)),
-        ),
+def _columns(metric: Metric) -> dict[str, str]:
+    """Return column -> source of a metric."""
+    return {source: source for source in metric.sources} or {_ITS_OWN: ""}
+
+
+def atlas_table(spectra: Sequence[LayerSpectrum], metric: str, facts: RunFacts = _NOTHING) -> pd.DataFrame:
+    """Return a row for each module: the metric of each source (``features``, ``weights``), or of the module itself (``value``).
+
+    Metrics that count ranks are there as a share of full rank, too (``features_relative``). NaN where a metric is not defined.
+    """
+    found = METRICS[metric]
+    table = pd.DataFrame(
+        {
+            "module": [spectrum.shape.name for spectrum in spectra],
+            "kind": [spectrum.shape.kind for spectrum in spectra],
+            "depth": [spectrum.shape.depth for spectrum in spectra],
+            "shape": [f"{spectrum.shape.d_out} × {spectrum.shape.d_in}" for spectrum in spectra],
+            "full_rank": [spectrum.shape.max_rank for spectrum in spectra],
+            "break_even": [spectrum.shape.break_even_rank for spectrum in spectra],
+        }
     )
-}
-
-SOURCES: dict[str, str] = {"features": "Features (outputs)", "weights": "Weights"}
-
-
-def _energies(spectrum: LayerSpectrum, source: str) -> Vector:
-    return spectrum.feature_eigenvalues if source == "features" else spectrum.weight_energy
-
-
-def atlas_table(spectra: Sequence[LayerSpectrum], metric: str) -> pd.DataFrame:
-    """Return a row for each module: the metric of features and weights, in ranks and relative to full rank."""
-    rows = []
-    for spectrum in spectra:
-        shape = spectrum.shape
-        values = {source: METRICS[metric].of(_energies(spectrum, source)) for source in SOURCES}
-        rows.append(
-            {
-                "module": shape.name,
-                "kind": shape.kind,
-                "depth": shape.depth,
-                "shape": f"{shape.d_out} × {shape.d_in}",
-                "full_rank": shape.max_rank,
-                "break_even": shape.break_even_rank,
-                **values,
-                **{f"{source}_relative": value / shape.max_rank for source, value in values.items()},
-            }
-        )
-    return pd.DataFrame(rows)
+    for column, source in _columns(found).items():
+        readings = _readings(spectra, found, source, facts)
+        table[column] = [math.nan if reading is None else reading.value for reading in readings]
+    for column in _columns(found) if found.ranks else ():
+        table[f"{column}_relative"] = table[column] / table["full_rank"]
+    return table
 
 
-def atlas(spectra: Sequence[LayerSpectrum], metric: str, source: str, *, relative: bool) -> LayerMap:
-    """Return the map of ``metric`` (a name in METRICS) of ``source`` (a name in SOURCES)."""
-    table = atlas_table(spectra, metric)
-    values = table[f"{source}_relative" if relative else source]
-    measure = "Share of full rank" if relative else "Ranks"
-    labels = [
-        f"{number(ranks)} of {full} ranks ({percent(share, 0)})"
-        for ranks, full, share in zip(table[source], table["full_rank"], table[f"{source}_relative"], strict=True)
+def atlas(spectra: Sequence[LayerSpectrum], metric: str, source: str, *, relative: bool, facts: RunFacts = _NOTHING) -> LayerMap:
+    """Return the map of ``metric`` (a name in METRICS) of ``source`` (one of the metric's, if it has any).
+
+    ``relative`` shows ranks as a share of full rank. What is not defined is NaN, and says why.
+    """
+    found = METRICS[metric]
+    readings = _readings(spectra, found, source, facts)
+    relative = relative and found.ranks
+    values = [
+        math.nan if reading is None else reading.value / (spectrum.shape.max_rank if relative else 1)
+        for spectrum, reading in zip(spectra, readings, strict=True)
     ]
-    return layer_map([spectrum.shape for spectrum in spectra], list(values), labels, measure, percent=relative)
+    labels = [f"{DASH} {found.missing}" if reading is None else reading.words for reading in readings]
+    measure = "Share of full rank" if relative else found.measure
+    view = layer_map([spectrum.shape for spectrum in spectra], values, labels, measure, percent=relative or found.share)
+    finite = [value for value in values if math.isfinite(value)]
+    return view if found.from_zero or not finite else replace(view, low=min(finite))
 
 
 def spectrum_named(spectra: Sequence[LayerSpectrum], module: str) -> LayerSpectrum:
@@ -124,29 +105,86 @@ def log_ranks(full: int, points: int = CURVE_POINTS) -> npt.NDArray[np.int64]:
     return np.unique(np.concatenate([np.arange(1, ALWAYS_DRAWN + 1), spaced]))
 
 
-def _normalised(values: Vector, ranks: npt.NDArray[np.int64]) -> Vector:
-    """Return values over the first; NaN (a gap) where nothing is left, as a log axis has no zero."""
-    if not values.size or not values[0] > 0:
+def _normalised(values: Vector, ranks: npt.NDArray[np.int64], by: float | None = None) -> Vector:
+    """Return values over the first, or ``by``; NaN (a gap) where nothing is left, as a log axis has no zero."""
+    by = by if by is not None else float(values[0]) if values.size else 0.0
+    if not by > 0:
         return np.full(ranks.size, np.nan)
-    chosen = values[ranks - 1] / values[0]
+    chosen = values[ranks - 1] / by
     return np.where(chosen > 0, chosen, np.nan)
 
 
 @dataclass(frozen=True)
+class RankMark:
+    """A rank to be marked, and what it is."""
+
+    rank: int
+    label: str
+
+
+def rank_marks(shape: MatrixShape, facts: RunFacts = _NOTHING) -> tuple[RankMark, ...]:
+    """Return the break-even rank of two plain factors and of pivoted ones, and the rank that the chosen trial gives; by rank."""
+    pivoted = Unit((shape,), storage="pivoted").break_even_rank
+    choice = facts.choices.get(shape.name)
+    marks = [RankMark(shape.break_even_rank, "break-even rank"), RankMark(pivoted, "pivoted break-even rank")]
+    if choice is not None and choice.rank is not None:
+        marks.append(RankMark(choice.rank, f"{facts.trial}: rank"))
+    return tuple(sorted((mark for mark in marks if mark.rank > 0), key=lambda mark: mark.rank))
+
+
+@dataclass(frozen=True)
 class ScreeCurves:
-    """Singular values of W and √ feature eigenvalues over their first, at ``ranks``."""
+    """Singular values of W and √ feature eigenvalues over their first, at ``ranks``.
+
+    Attributes:
+        shuffled: singular values of W with its entries in random places, over the first of W; None where they were not measured.
+        bulk_edge: √x₊ N s² of the Marchenko-Pastur law, over the first of W; None for a matrix of zeros.
+        marks: ranks to be marked.
+    """
 
     shape: MatrixShape
     ranks: npt.NDArray[np.int64]
     weights: Vector
     features: Vector
+    shuffled: Vector | None = None
+    bulk_edge: float | None = None
+    marks: tuple[RankMark, ...] = ()
 
 
-def scree_curves(spectrum: LayerSpectrum) -> ScreeCurves:
-    """Return both spectra of a module on one scale."""
-    ranks = log_ranks(spectrum.shape.max_rank)
+def scree_curves(spectrum: LayerSpectrum, facts: RunFacts = _NOTHING) -> ScreeCurves:
+    """Return both spectra of a module on one scale, with what chance would give and the ranks that matter."""
+    shape, weights = spectrum.shape, spectrum.weight_singular_values
+    ranks = log_ranks(shape.max_rank)
     features = np.sqrt(np.maximum(spectrum.feature_eigenvalues, 0.0))
-    return ScreeCurves(spectrum.shape, ranks, _normalised(spectrum.weight_singular_values, ranks), _normalised(features, ranks))
+    first = float(weights[0]) if weights.size else 0.0
+    shuffled = spectrum.shuffled_singular_values
+    return ScreeCurves(
+        shape,
+        ranks,
+        _normalised(weights, ranks),
+        _normalised(features, ranks),
+        _normalised(shuffled, ranks, first) if shuffled is not None else None,
+        _bulk_edge(spectrum) / first if first > 0 else None,
+        rank_marks(shape, facts),
+    )
+
+
+def _bulk_edge(spectrum: LayerSpectrum) -> float:
+    """Return √(x₊ N s²), the largest singular value of a large random matrix with the variance of W's entries."""
+    shape = spectrum.shape
+    least, most = shape.max_rank, max(shape.d_out, shape.d_in)
+    variance = entry_variance(spectrum.weight_energy, shape.d_out, shape.d_in)
+    return math.sqrt(bulk_edges(least / most)[1] * most * variance)
+
+
+def scree_table(curves: ScreeCurves) -> pd.DataFrame:
+    """Return a row for each rank that is drawn; columns that were not measured are left out."""
+    frame = pd.DataFrame({"rank": curves.ranks, "weights": curves.weights, "features": curves.features})
+    if curves.shuffled is not None:
+        frame["shuffled_weights"] = curves.shuffled
+    if curves.bulk_edge is not None:
+        frame["bulk_edge"] = curves.bulk_edge
+    return frame
 
 
 def module_facts(spectrum: LayerSpectrum) -> dict[str, tuple[str, str]]:

@@ -32,6 +32,7 @@ _WORDS = {
     "export": "Writing the model",
     "measure": "Putting an allocation in line",
     "heal": "Healing",
+    "directions": "Reading the top directions",
     "verify": "Measuring the exported folder again",
 }
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."

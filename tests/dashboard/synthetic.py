@@ -66,11 +66,9 @@ def spectra(seed: int = 0) -> list[LayerSpectrum]:
         def eigenvalues(covariance: np.ndarray, weight: np.ndarray = weight, count: int = shape.max_rank) -> np.ndarray:
             return np.maximum(np.linalg.eigvalsh(weight @ covariance @ weight.T)[::-1][:count], 0.0)
 
-        found.append(
-            LayerSpectrum(
-                shape, np.linalg.svd(weight, compute_uv=False), eigenvalues(pooled), eigenvalues(sample), np.sort(np.diag(pooled))[::-1]
-            )
-        )
+        values = np.linalg.svd(weight, compute_uv=False)
+        mixed = np.linalg.svd(np.random.default_rng(seed + 1).permutation(weight.ravel()).reshape(weight.shape), compute_uv=False)
+        found.append(LayerSpectrum(shape, values, eigenvalues(pooled), eigenvalues(sample), np.sort(np.diag(pooled))[::-1], mixed))
     return found
 
 
@@ -306,6 +304,17 @@ def write_answers(run: Run) -> None:
     ]
     for number, body in enumerate(bodies):
         write_json(run.path / "results" / f"{number + 1}.json", body)
+
+
+def directions(module: str, side: str = "input") -> dict[str, object]:
+    """An answer to a request for the top directions of a module."""
+    hits = [
+        {"token": " def", "before": "\n", "after": " mean(", "projection": 7.5},
+        {"token": "\n", "before": "x = 1", "after": "y", "projection": -3.25},
+    ]
+    found = [{"number": number, "share": share, "tokens": hits} for number, share in ((1, 0.5), (2, 0.125))]
+    body = {"module": module, "side": side, "protocol": "python-stdlib, calibration split: 4 windows of 32 tokens", "directions": found}
+    return {"ok": True, "kind": "directions", "arguments": {"module": module, "side": side}, "time": 1.0, **body}
 
 
 def write_healing(run: Run, *, done: bool = True) -> None:

@@ -12,11 +12,12 @@ from synthetic import make_run, matrices, priced_units, spectra, write_answers, 
 
 from lowrank_core.accounting import MatrixShape
 from lowrank_core.figures.compare import perplexity_figure
-from lowrank_core.figures.energy import groups_figure, left_figure, pooling_figure, retained_figure
+from lowrank_core.figures.energy import band_figure, groups_figure, left_figure, pooling_figure, retained_figure
 from lowrank_core.figures.front import front_chart
 from lowrank_core.figures.layermap import map_figure
+from lowrank_core.figures.profile import profile_figure
 from lowrank_core.figures.search import history_chart
-from lowrank_core.figures.spectra import scree_figure
+from lowrank_core.figures.spectra import density_figure, scree_figure
 from lowrank_core.figures.style import CONFIG
 from lowrank_core.figures.vega import VegaChart
 from lowrank_core.figures.windows import window_chart
@@ -24,8 +25,10 @@ from lowrank_core.search.records import read_trials
 from lowrank_core.spectra import LayerSpectrum
 from lowrank_core.views.allocation import allocation_map, allocation_of
 from lowrank_core.views.calibration import calibration_facts, group_table
+from lowrank_core.views.choices import Choice, RunFacts
 from lowrank_core.views.compare import answers, comparisons
-from lowrank_core.views.energy import energy_curves, pooling_curves
+from lowrank_core.views.density import density
+from lowrank_core.views.energy import energy_band, energy_curves, pooling_curves
 from lowrank_core.views.front import front
 from lowrank_core.views.layermap import layer_map
 from lowrank_core.views.search import history
@@ -46,6 +49,11 @@ def figures() -> dict[str, go.Figure]:
     return {
         "atlas": map_figure(atlas(spectra(), "stable_rank", "features", relative=False), layer.shape.name),
         "scree": scree_figure(scree_curves(layer)),
+        "density of weights": density_figure(density(layer, "weights")),
+        "density of features": density_figure(density(layer, "features")),
+        "profile": profile_figure(atlas(spectra(), "alpha", "features", relative=False)),
+        "band": band_figure(energy_band(spectra(), "q_proj"), "kept", 0.25),
+        "band removed": band_figure(energy_band(spectra(), "q_proj"), "removed", 0.25),
         "retained": retained_figure(energy_curves(layer), 5),
         "left": left_figure(energy_curves(layer), 5),
         "pooling": pooling_figure(pooling_curves(layer)),
@@ -91,8 +99,11 @@ def test_no_figure_of_an_80_layer_model_is_above_a_megabyte():
     found = big_model(80, 4096)
     view = atlas(found, "rank_95", "features", relative=True)
     assert len(map_figure(view).to_json()) < MEGABYTE
+    assert len(profile_figure(view).to_json()) < MEGABYTE
     for figure in (
         scree_figure(scree_curves(found[0])),
+        density_figure(density(found[0], "weights")),
+        band_figure(energy_band(found[:14], "q_proj"), "kept", 0.5),
         retained_figure(energy_curves(found[0]), 64),
         pooling_figure(pooling_curves(found[0])),
     ):
@@ -128,6 +139,43 @@ def test_the_scree_is_on_log_axes_with_the_break_even_rank():
     assert f"break-even rank {layer.shape.break_even_rank}" in words(figure)
     assert "weights" in words(figure)
     assert "features" in words(figure)
+
+
+def test_marked_ranks_are_named_on_heights_of_their_own():
+    layer = spectra()[0]
+    facts = RunFacts("Trial 7", {layer.shape.name: Choice(0.4, 5, "rank 5")})
+    figure = scree_figure(scree_curves(layer, facts))
+    marks = [note for note in figure.layout.annotations if "rank" in note.text]
+    assert len(marks) == 3
+    assert len({note.y for note in marks}) == 3
+    assert "Trial 7: rank 5" in words(figure)
+
+
+def test_old_spectra_have_no_shuffled_curve_and_nothing_is_said_of_it():
+    layer = spectra()[0]
+    with_it, without = scree_figure(scree_curves(layer)), scree_figure(scree_curves(replace(layer, shuffled_singular_values=None)))
+    assert len(with_it.data) == len(without.data) + 1
+    assert "shuffled" in words(with_it)
+    assert "shuffled" not in words(without)
+    assert "Marchenko-Pastur" in words(without)
+
+
+def test_lines_of_the_depth_profile_end_in_names_that_do_not_meet():
+    view = layer_map(matrices(), [0.5] * len(matrices()), [""] * len(matrices()), "share", percent=True)
+    figure = profile_figure(view)
+    heights = sorted(note.y for note in figure.layout.annotations)
+    assert len(heights) == 7
+    assert min(np.diff(heights)) > 0.05
+    assert {trace.line.color for trace in figure.data} == {note.font.color for note in figure.layout.annotations}
+
+
+def test_a_value_that_is_not_there_is_a_gap_of_the_depth_profile():
+    values = [0.5] * len(matrices())
+    values[7] = math.nan  # q of block 1
+    figure = profile_figure(layer_map(matrices(), values, [""] * len(values), "share"))
+    assert math.isnan(figure.data[0].y[1])
+    nothing = profile_figure(layer_map(matrices(), [math.nan] * len(values), [""] * len(values), "share"))
+    assert not nothing.layout.annotations
 
 
 def test_a_module_without_energy_can_still_be_drawn():

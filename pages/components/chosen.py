@@ -1,0 +1,25 @@
+"""What the trial that the user looks at, else the best one, decided for each module."""
+
+from __future__ import annotations
+
+from lowrank_core.runs import Run
+from lowrank_core.search.records import read_trials
+from lowrank_core.views.allocation import search_units
+from lowrank_core.views.choices import RunFacts, chosen_trial, facts_of_trial
+from lowrank_core.views.model import model_facts
+from pages.components import state
+
+__all__ = ["run_facts"]
+
+
+def run_facts(run: Run) -> RunFacts:
+    """Return what ``run`` knows of its modules beyond their spectra.
+
+    Raises:
+        RunError: a file of the run is damaged.
+    """
+    search, model = run.config.search, model_facts(run)
+    if search is None or model is None:
+        return RunFacts()
+    trial = chosen_trial(read_trials(run), search, state.selection().trial)
+    return RunFacts() if trial is None else facts_of_trial(trial, search_units(model.matrices, search.compression, model.head_units))
