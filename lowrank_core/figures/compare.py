@@ -92,9 +92,9 @@ def _with_ends(table: pd.DataFrame, value: str, low: str, high: str) -> tuple[np
     return middle, least, most
 
 
-def _whiskers(value: np.ndarray, low: np.ndarray, high: np.ndarray) -> dict[str, object]:
+def _whiskers(value: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str = GREY) -> dict[str, object]:
     ends = {"array": high - value, "arrayminus": value - low}
-    return {"type": "data", "symmetric": False, **ends, "thickness": 1.5, "width": 5}
+    return {"type": "data", "symmetric": False, **ends, "thickness": 1.5, "width": 5, "color": colour}
 
 
 def _placed(values: np.ndarray, unit: float | None) -> np.ndarray:
@@ -133,7 +133,7 @@ def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
                 name=text,
                 mode="markers",
                 marker={"size": 11, "color": colour, "symbol": symbol},
-                error_x=_whiskers(ratio, low, high),
+                error_x=_whiskers(ratio, low, high, colour),
                 hovertemplate=f"<b>%{{y}}</b><br>{text}: %{{x:.4g}} times the original's<extra></extra>",
             )
         )
@@ -156,11 +156,13 @@ def speedup_figure(table: pd.DataFrame) -> go.Figure:
         mode="markers+text",
         text=[f"{value:.2f}×" for value in median],
         textposition="top center",
+        cliponaxis=False,
         marker={"size": 10, "color": [colours[measure] for measure in table["measure"]]},
         error_x=_whiskers(median, low, high),
         hovertemplate="<b>%{y}</b><br>%{x:.3g} times as fast<extra></extra>",
     )
     figure = go.Figure(dots)
-    finished(figure, height=_FRAME + _ROW * len(table), x="Times as fast as the original (above 1 is faster)", y="", top=28)
+    finished(figure, height=_FRAME + _ROW * len(table), x="Times as fast as the original (above 1 is faster)", y="", top=40)
     _zero(figure, 1.0, "Original")
+    figure.layout.annotations[0].update(yshift=12)
     return figure

@@ -103,10 +103,10 @@ class Comparison:
 
 def name_of(label: str) -> str:
     """Return what an answer's label is called on screen."""
-    if label in ALLOCATORS:
-        return ALLOCATORS[label].label
-    preset = PRESETS.get(label.removeprefix(PRESET)) if label.startswith(PRESET) else None
-    return f"Preset: {preset.label}" if preset else label
+    if label.removeprefix(PRESET) in PRESETS and label.startswith(PRESET):
+        return f"Preset: {PRESETS[label.removeprefix(PRESET)].label}"
+    before, comma, how = label.partition(",")
+    return f"{ALLOCATORS[before].label}{comma}{how}" if before in ALLOCATORS else label
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,25 @@ import pandas as pd
 
 from lowrank_core.errors import RunError
 from lowrank_core.views.compare import Comparison
-from lowrank_core.views.formatting import number
+from lowrank_core.views.formatting import interval, number
 from lowrank_core.views.records import build
 
 __all__ = ["LOST", "SAVED", "WindowTable", "comparison_table", "difference_table", "position_table", "window_table"]
 
 LOST = (
-    *("allocation", "form", "perplexity", "low", "high", "difference", "difference_low", "difference_high"),
-    *("kl", "kl_low", "kl_high", "reverse_kl", "agreement", "top5"),
+    *("allocation", "form", "perplexity", "interval", "difference", "difference_interval"),
+    *("kl", "reverse_kl", "agreement", "top5", "kl_interval"),
 )
 SAVED = ("allocation", "form", "removed", "model_removed", "linears", "parameters", "bytes", "flops")
 """Columns of ``comparison_table`` that say what was lost, and what was saved."""
 
+_ENDS = ("low", "high", "difference_low", "difference_high", "kl_low", "kl_high")
 _WHOLE = ("linears", "parameters", "bytes", "flops")
 
 
 def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
-    """Return the original as a first row, then a row for each measured model; ``low`` and ``high`` are 95 % intervals.
+    """Return the original as a first row, then a row for each measured model; ``low`` and ``high`` are 95 % intervals, and
+    ``…interval`` the same in words.
 
     ``difference`` is perplexity above the original's, its interval paired by window; ``flops`` those of weights for one token.
     """
@@ -37,14 +39,18 @@ def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
     dense = {"allocation": "Original", "form": "dense", "perplexity": first.dense_perplexity, "low": low, "high": high}
     dense |= {"removed": 0.0, "model_removed": 0.0, "parameters": first.dense_parameters, "linears": first.dense_compressible_parameters}
     dense |= {"bytes": first.dense_bytes, "flops": next((each.dense_flops for each in found if each.dense_flops is not None), None)}
-    columns = list(dict.fromkeys([*LOST, *SAVED]))
+    columns = [name for name in dict.fromkeys([*LOST, *SAVED, *_ENDS]) if "interval" not in name]
     frame = pd.DataFrame([dense, *(_row(comparison) for comparison in found)], columns=columns)
     numbers = [name for name in columns if name not in ("allocation", "form", *_WHOLE)]
-    return frame.astype({**dict.fromkeys(numbers, float), **dict.fromkeys(_WHOLE, "Int64")})
+    frame = frame.astype({**dict.fromkeys(numbers, float), **dict.fromkeys(_WHOLE, "Int64")})
+    for prefix in ("", "difference_", "kl_"):
+        ends = zip(frame[f"{prefix}low"], frame[f"{prefix}high"], strict=True)
+        frame[f"{prefix}interval"] = [interval(least, most) for least, most in ends]
+    return frame
 
 
-def _ends(interval: Sequence[float]) -> tuple[float | None, float | None]:
-    return (interval[0], interval[1]) if len(interval) == 2 else (None, None)
+def _ends(found: Sequence[float]) -> tuple[float | None, float | None]:
+    return (found[0], found[1]) if len(found) == 2 else (None, None)
 
 
 def _row(comparison: Comparison) -> dict[str, object]:
@@ -57,8 +63,8 @@ def _row(comparison: Comparison) -> dict[str, object]:
         "difference_": comparison.perplexity_difference_interval,
         "kl_": comparison.kl_interval,
     }
-    for prefix, interval in intervals.items():
-        row[f"{prefix}low"], row[f"{prefix}high"] = _ends(interval)
+    for prefix, found in intervals.items():
+        row[f"{prefix}low"], row[f"{prefix}high"] = _ends(found)
     return row | {
         "removed": comparison.compression_ratio,
         "model_removed": comparison.model_compression_ratio,

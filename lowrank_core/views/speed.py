@@ -36,6 +36,9 @@ class _Side:
     first_token: _Spread
     running: int | None
     loading: int | None
+    parameters: int | None
+    stored: int | None
+    flops: int | None
 
 
 @dataclass(frozen=True)
@@ -86,21 +89,20 @@ def _speed(body: JsonMapping) -> Speed:
         name=name_of(str(body.get("label"))),
         protocol=str(compressed.get("protocol", "")),
         memory=str(_part(compressed, "memory").get("measured", "")),
-        dense=_side(_part(body, "dense")),
-        compressed=_side(compressed),
+        dense=_side(_part(body, "dense"), body.get("dense_flops")),
+        compressed=_side(compressed, body.get("flops")),
         speedups={name: _spread(body, name) for name in _MEASURES},
     )
 
 
-def _side(body: Mapping[str, object]) -> _Side:
+def _side(body: Mapping[str, object], flops: object) -> _Side:
     memory = _part(body, "memory")
-    running, loading = memory.get("running"), memory.get("loading")
+    counts = (memory.get("running"), memory.get("loading"), body.get("parameters"), body.get("bytes"), flops)
     return _Side(
         _spread(body, "prefill_tokens_per_second"),
         _spread(body, "decode_tokens_per_second"),
         _spread(body, "first_token_seconds"),
-        running if isinstance(running, int) else None,
-        loading if isinstance(loading, int) else None,
+        *(count if isinstance(count, int) else None for count in counts),
     )
 
 
@@ -118,6 +120,12 @@ def speed_table(speed: Speed) -> pd.DataFrame:
             ("Peak memory, running", size(dense.running), size(ours.running), _share(ours.running, dense.running)),
             ("Peak memory, loading", size(dense.loading), size(ours.loading), _share(ours.loading, dense.loading)),
         ]
+    counts = (
+        ("Parameters", dense.parameters, ours.parameters, "{:,}".format),
+        ("Stored", dense.stored, ours.stored, size),
+        ("FLOPs per token, of weights", dense.flops, ours.flops, "{:,}".format),
+    )
+    rows += [(name, words(a), words(b), _share(b, a)) for name, a, b, words in counts if a is not None and b is not None]
     return pd.DataFrame(rows, columns=["measure", "original", "compressed", "faster"])
 
 

@@ -61,11 +61,11 @@ def _answer_label(trial: TrialRecord, search: SearchConfig) -> str:
     return f"Front: {trial_label(trial)}, {percent(trial.compression_ratio)} removed, value {number(trial.value, 4)}"
 
 
-def usual_choice(found: Mapping[Subject, str], picked: int | None) -> list[Subject]:
-    """Return what is chosen before the user chooses: the picked trial or the first of all, and the baselines."""
+def usual_choice(found: Mapping[Subject, str], trials: Sequence[TrialRecord], picked: int | None) -> list[Subject]:
+    """Return what is chosen before the user chooses: the picked trial or the first of all, and the baselines that it is not."""
     first = picked if picked in found else next(iter(found))
     assert first is not None
-    return list(dict.fromkeys([first, *(name for name in BASELINES if name in found)]))
+    return [first, *(name for name in BASELINES if name in found and name != label_of(first, trials))]
 
 
 def healable(found: Mapping[Subject, str]) -> dict[Subject, str]:

@@ -24,7 +24,7 @@ def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecor
     chosen = st.multiselect(
         "Compressed models",
         list(options),
-        default=usual_choice(options, picked),
+        default=usual_choice(options, trials, picked),
         key=f"subjects_{run.id}_{picked}",
         format_func=lambda key: options.get(key, str(key)),
         placeholder="Choose trials, baselines, healed models or presets",

@@ -35,7 +35,7 @@ def show(run: Run, chosen: Sequence[Subject], found: Sequence[Speed]) -> None:
         "measure": tables.text("Median (least to most)", width="medium"),
         "original": tables.text("Original"),
         "compressed": tables.text("Compressed"),
-        "faster": tables.text("Times as fast", "Round by round; of memory, the share."),
+        "faster": tables.text("Times as fast", "Round by round; of memory and counts, the share that is left."),
     }
     for index, speed in enumerate(found):
         st.markdown(f"**{speed.name}**")

@@ -33,7 +33,7 @@ def show(run: Run, chosen: Mapping[Subject, str], found: Sequence[TokenStrip], w
     st.caption(f"{strip.name}. {strip.words}")
     with st.container(border=True, height=360 if len(strip.frame) > 150 else "content", key="token_strip"):
         st.html(strip_html(strip))
-    st.caption(f"Hover over a token for its figures. {strip.protocol}.")
+    st.caption(f"Hover over a token for its figures. Protocol: {strip.protocol}.")
     columns = {
         "before": tables.text("After", "The text in front of it; ␣ is a blank, ⏎ a line break.", width="medium"),
         "piece": tables.text("Token"),

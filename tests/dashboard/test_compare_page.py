@@ -5,17 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-from synthetic import (
-    comparison,
-    detailed,
-    make_run,
-    on_other_text,
-    running_status,
-    speed_answer,
-    tokens_answer,
-    write_answers,
-    write_healing,
-)
+from synthetic import comparison, make_run, running_status, write_answers, write_healing
+from synthetic_answers import detailed, on_other_text, speed_answer, tokens_answer
 from test_pages import charts, sound, words
 
 from lowrank_core import jobs

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 import pytest
-from synthetic import comparison, detailed, on_other_text, speed_answer, tokens_answer
+from synthetic import comparison
+from synthetic_answers import detailed, on_other_text, speed_answer, tokens_answer
 
 from lowrank_core.figures.compare import difference_figure, ratio_figure, speedup_figure
 from lowrank_core.figures.losses import histogram_figure, position_figure, scatter_figure

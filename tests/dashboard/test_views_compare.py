@@ -6,7 +6,8 @@ import math
 
 import pandas as pd
 import pytest
-from synthetic import DENSE_NLL, PIECES, comparison, detailed, make_run, on_other_text, speed_answer, tokens_answer, write_healing
+from synthetic import DENSE_NLL, comparison, make_run, write_healing
+from synthetic_answers import PIECES, detailed, on_other_text, speed_answer, tokens_answer
 
 from lowrank_core.errors import RunError
 from lowrank_core.presets import PRESETS
@@ -33,10 +34,13 @@ def test_everything_that_can_be_measured_has_a_name_of_its_own():
 
 def test_the_usual_choice_is_the_best_trial_and_the_baselines():
     run = make_run()
-    found = subjects.candidates(read_trials(run), run.config.search, picked=2)
-    assert subjects.usual_choice(found, None) == [3, "uniform", "lord_manual", "marginal"]
-    assert subjects.usual_choice(found, 2)[0] == 2
-    assert subjects.usual_choice(found, 99)[0] == 3
+    trials = read_trials(run)
+    found = subjects.candidates(trials, run.config.search, picked=2)
+    assert subjects.usual_choice(found, trials, None) == [3, "uniform", "lord_manual", "marginal"]
+    assert subjects.usual_choice(found, trials, 2)[0] == 2
+    assert subjects.usual_choice(found, trials, 99)[0] == 3
+    uniform = subjects.candidates(trials, run.config.search, picked=0)
+    assert subjects.usual_choice(uniform, trials, 0) == [0, "lord_manual", "marginal"]  # trial 0 is the uniform baseline
 
 
 def test_what_is_measured_or_asked_for_is_not_missing():
@@ -100,7 +104,8 @@ def test_differences_are_from_the_original_with_paired_intervals_the_least_first
 def test_the_table_has_every_figure_and_dashes_where_an_older_worker_measured_less():
     found = compare.comparisons([detailed(comparison("trial 3", 3, 3.2)), comparison("uniform", "uniform", 3.4)])
     table = losses.comparison_table(found)
-    assert set(table.columns) == {*losses.LOST, *losses.SAVED}
+    assert set(table.columns) >= {*losses.LOST, *losses.SAVED}
+    assert list(table["difference_interval"]) == ["–", "1.00 to 3.00", "1.00 to 3.00"]
     assert list(table["allocation"]) == ["Original", "trial 3", "Uniform"]
     assert list(table["flops"].fillna(-1)) == [1200, 900, -1]
     assert table["reverse_kl"][1] == 0.4
@@ -207,7 +212,15 @@ def test_speed_is_told_with_spread_and_protocol():
     table = speed.speed_table(found[0])
     assert list(table["original"][:2]) == ["1,000 (900 to 1,100)", "50 (45 to 55)"]
     assert list(table["faster"]) == ["1.00 (0.90 to 1.10)", "2.00 (1.80 to 2.20)", "1.00 (0.90 to 1.10)", "0.50 of it", "0.50 of it"]
-    assert len(speed.speed_table(found[1])) == 3  # memory was not measured
+    assert len(speed.speed_table(found[1])) == 3  # memory was not measured, nor anything counted
+    counted = {"parameters": 100, "bytes": 2048}
+    body = speed_answer() | {"dense_flops": 1200, "flops": 900}
+    for name, factor in (("dense", 2), ("compressed", 1)):
+        body[name] |= {key: factor * value for key, value in counted.items()}
+    rows = speed.speed_table(speed.speeds([body])[0]).set_index("measure")
+    assert list(rows.loc["Parameters"]) == ["200", "100", "0.50 of it"]
+    assert list(rows.loc["Stored"]) == ["4.00 KiB", "2.00 KiB", "0.50 of it"]
+    assert list(rows.loc["FLOPs per token, of weights"]) == ["1,200", "900", "0.75 of it"]
     ups = speed.speedup_table(found)
     assert list(ups["median"]) == [1.0, 2.0, 1.0] * 2
     numbers = speed.speed_numbers(found)
