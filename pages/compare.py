@@ -56,6 +56,8 @@ with boundary():
     else:
         st.info("Nothing measured yet. Press “Measure on test text”: original and compressed see the same windows.", icon=":material/info:")
     measured.show_refusals(refusals(bodies))
+    others = other_texts(bodies)
+    second_text.say(found, others)
 
     st.subheader("Look closer", anchor=False)
     look = st.segmented_control(
@@ -76,7 +78,7 @@ with boundary():
         worst = next((window_table(comparison) for comparison in found if comparison.key == first), None)
         token_strip.show(run, {subject: options[subject] for subject in subjects}, strips(bodies), worst)
     elif look == "text":
-        second_text.show(run, subjects, trials, found, other_texts(bodies))
+        second_text.show(run, subjects, trials, found, others)
     elif look == "prompt":
         prompt.show(run, subjects, prompts(bodies))
     elif look == "speed":

@@ -63,7 +63,7 @@ def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure
     finished(figure, height=_FRAME + _ROW * len(table), x="", y="", top=28)
     scale = ", logarithmic away from zero" if unit is not None else ""
     _zero(figure, 0.0, f"Original, {dense_perplexity:.4g}")
-    figure.update_xaxes(title={"text": f"Perplexity above the original's (lower is better){scale}"})
+    figure.update_xaxes(title={"text": f"Perplexity above the original{scale}"})
     if unit is not None:
         _signed_log_axis(figure, table, unit)
     return figure

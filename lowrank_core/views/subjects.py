@@ -37,15 +37,21 @@ _KINDS = {
 def candidates(
     trials: Sequence[TrialRecord], search: SearchConfig, healings: Sequence[Healing] = (), picked: int | None = None
 ) -> dict[Subject, str]:
-    """Return what can be measured: the best trial (or the Pareto front), the one that is ``picked``, healed models, what allocators
-    choose, and presets. Empty without a complete trial; a label never changes while its model is there."""
+    """Return what can be measured: complete trials (the best one first, or the Pareto front), healed models, what allocators choose,
+    and presets. Empty without a complete trial.
+
+    A label stays the same while its model is there: Streamlit knows an option by it. Trials that a rule chose go by the rule's name,
+    but for those of the answer and the one that is ``picked``.
+    """
     answers = answers_of(trials, search)
     if not answers:
         return {}
-    found: dict[Subject, str] = {trial.number: _answer_label(trial, search) for trial in answers}
-    chosen = next((trial for trial in trials if trial.number == picked and trial.state == "complete"), None)
-    if chosen is not None and chosen.number not in found:
-        found[chosen.number] = f"Chosen: {trial_label(chosen)}, value {number(chosen.value, 4)}"
+    first = [trial.number for trial in answers]
+    complete = sorted((trial for trial in trials if trial.state == "complete"), key=lambda trial: (trial.value or 0.0, trial.number))
+    others = [trial for trial in complete if trial.number == picked or search.most_ratio is not None or trial.label not in ALLOCATORS]
+    found: dict[Subject, str] = {
+        trial.number: _trial_label(trial, search) for trial in (*answers, *(trial for trial in others if trial.number not in first))
+    }
     at = "" if search.most_ratio is None else f" at {percent(search.compression_ratio, 0)} removed"
     healed: dict[Subject, str] = {f"{HEALED}{each.folder}": f"Healed: {each.name}" for each in healings if each.report is not None}
     rules: dict[Subject, str] = {
@@ -55,10 +61,9 @@ def candidates(
     return found | healed | rules | presets
 
 
-def _answer_label(trial: TrialRecord, search: SearchConfig) -> str:
-    if search.most_ratio is None:
-        return f"Best: {trial_label(trial)}, value {number(trial.value, 4)}"
-    return f"Front: {trial_label(trial)}, {percent(trial.compression_ratio)} removed, value {number(trial.value, 4)}"
+def _trial_label(trial: TrialRecord, search: SearchConfig) -> str:
+    removed = "" if search.most_ratio is None else f"{percent(trial.compression_ratio)} removed, "
+    return f"{trial_label(trial)}, {removed}value {number(trial.value, 4)}"
 
 
 def usual_choice(found: Mapping[Subject, str], trials: Sequence[TrialRecord], picked: int | None) -> list[Subject]:

@@ -27,6 +27,7 @@ def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecor
         default=usual_choice(options, trials, picked),
         key=f"subjects_{run.id}_{picked}",
         format_func=lambda key: options.get(key, str(key)),
+        help=f"Trials by their value, then healed models, rules and presets. First in the list: {next(iter(options.values()))}.",
         placeholder="Choose trials, baselines, healed models or presets",
         persist_state="session",
     )

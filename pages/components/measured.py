@@ -27,7 +27,7 @@ def show_all(found: Sequence[Comparison]) -> None:
         difference_figure(table, found[0].dense_perplexity),
         key="perplexity_differences",
         title="Perplexity above the original's, on the same test windows",
-        how="at the dotted line nothing is lost; whiskers are 95 % intervals of the difference, paired by window. "
+        how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
         "Circles were searched for, squares are rules and presets, stars were healed.",
         alt="Dots with intervals: test perplexity of each measured model less that of the original",
         data=table,

@@ -19,9 +19,16 @@ from pages.components.asking import ask_all, why_not
 from pages.components.boundary import boundary
 from pages.components.charts import chart
 
-__all__ = ["show"]
+__all__ = ["say", "show"]
 
 _RATIO = "Compressed over original; 1 is no loss."
+
+
+def say(own: Sequence[Comparison], others: Mapping[str, Sequence[Comparison]]) -> None:
+    """Say in a line what the second text that was measured last showed; nothing without one."""
+    view = other_text(own, next(iter(others.values()), ()))
+    if view is not None:
+        st.caption(f":material/compare_arrows: Second text. {view.words}")
 
 
 def show(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+import optuna
 import pytest
+from optuna.trial import create_trial
 from synthetic import comparison, make_run, running_status, write_answers, write_healing
 from synthetic_answers import detailed, on_other_text, speed_answer, tokens_answer
 from test_pages import charts, sound, words
@@ -13,6 +15,7 @@ from lowrank_core import jobs
 from lowrank_core.jobs import pending_requests
 from lowrank_core.presets import PRESETS
 from lowrank_core.runs import write_json
+from lowrank_core.search.storage import open_journal
 
 LOOKS = ("windows", "positions", "tokens", "text", "prompt", "speed")
 
@@ -30,6 +33,10 @@ def full_run():
     for number, body in enumerate(bodies, start=10):
         write_json(run.path / "results" / f"{number}.json", body)
     return run
+
+
+def open_study(run):
+    return optuna.load_study(study_name=run.study_name, storage=open_journal(run.journal))
 
 
 def asked(run):
@@ -213,6 +220,27 @@ def test_a_healed_model_can_be_chosen_like_any_other(app, dead_worker):
     assert test.button(key="measure").disabled  # its healing measured it
     test.button(key="continue").click().run()
     assert [(kind, arguments["trial"]) for kind, arguments in asked(run)] == [("generate", key)]
+
+
+def test_the_choice_survives_a_better_trial_and_another_page(app):
+    run = make_run(state="running")
+    test = app("compare", run=run.id)
+    test.multiselect[0].set_value([3, "uniform"]).run()
+    study = open_study(run)
+    better = study.trials[3]
+    study.add_trial(create_trial(value=0.1, user_attrs=better.user_attrs, state=better.state))
+    test.run()
+    assert sound(test)
+    assert test.multiselect[0].value == [3, "uniform"]  # though trial 3 is the best no more
+    test.multiselect[0].set_value(["marginal"]).run()
+    test.switch_page("pages/search.py").run()
+    test.switch_page("pages/compare.py").run()
+    assert test.multiselect[0].value == ["marginal"]
+
+
+def test_a_gap_between_texts_is_told_without_looking_closer(app):
+    full_run()
+    assert "Second text. Largest gap: trial 3 has 1.221 times" in words(app("compare"))
 
 
 def test_nothing_chosen_is_not_an_error(app):

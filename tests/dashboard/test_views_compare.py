@@ -23,7 +23,8 @@ def test_everything_that_can_be_measured_has_a_name_of_its_own():
     search, trials = run.config.search, read_trials(run)
     found = subjects.candidates(trials, search, healing.healings(run), picked=0)
     assert next(iter(found)) == 3
-    assert found[0] == "Chosen: Uniform (trial 0), value 0.4100"
+    assert found[0] == "Uniform (trial 0), value 0.4100"
+    assert list(found)[:4] == [3, 5, 0, 2]  # by value; trial 1 goes by its rule's name, trial 4 failed
     assert found["healed:trial-3-distill-12345678"] == "Healed: trial 3, healed by distill (5678)"
     assert found["uniform"] == "Baseline: Uniform"
     assert [key for key in found if str(key).startswith("preset:")] == [f"preset:{name}" for name in PRESETS] == list(subjects.PRESET_KEYS)
