@@ -23,13 +23,19 @@ from lowrank_core.runs import create_run, write_json
 from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.search.space import BASELINES
 from lowrank_core.search.worker import run_worker
+from lowrank_core.views.subjects import PRESET_KEYS
 
 RATIO = 0.4
 PROMPT = "def read_lines(path):\n"
+SOURCE = PROMPT + "    with open(path) as lines:\n        return [line.strip() for line in lines if line]\n"
+"""Read token by token: of our own, as no text of others is in the repository."""
+OTHER_TEXT = "file:README.md"
+COMPARED = ("uniform", "preset:svd_llm")
 LEFT_OUT = ("worker.log", "worker.lock", "study.lock", "workers", "requests", "exports", "paused")
 
 
 def main() -> None:
+    os.chdir(Path(__file__).resolve().parents[1])  # so that the second text has a name, and no path of this machine
     target = Path(__file__).resolve().parent / "recorded-run"
     with tempfile.TemporaryDirectory() as home:
         os.environ["LOWRANK_HOME"] = home
@@ -38,9 +44,13 @@ def main() -> None:
         run_worker(run)
         best = best_trial(read_trials(run))
         assert best is not None
-        for trial in BASELINES:  # the best trials were measured when the search was done
+        for trial in (*BASELINES, *PRESET_KEYS):  # the best trials were measured when the search was done
             ask(run, "compare", launch=False, trial=trial)
-        ask(run, "generate", launch=False, trial=best.number, prompt=PROMPT, tokens=64, seed=0)
+        for trial in (best.number, *COMPARED):
+            ask(run, "other_text", launch=False, trial=trial, text=OTHER_TEXT)
+            ask(run, "generate", launch=False, trial=trial, prompt=PROMPT, tokens=64, seed=0)
+            ask(run, "tokens", launch=False, trial=trial, text=SOURCE)
+        ask(run, "speed", launch=False, trial=best.number)
         run_worker(run)  # nothing is left to search: it answers the requests
         for name in LEFT_OUT:
             path = run.path / name

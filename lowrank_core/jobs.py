@@ -16,7 +16,7 @@ import psutil
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, RunStatus, read_json, write_json
 
-__all__ = ["add_worker", "ask", "pending_requests", "request_stop", "result_of", "start_worker", "terminate"]
+__all__ = ["add_worker", "ask", "pending_requests", "request_path", "request_stop", "result_of", "start_worker", "terminate", "withdraw"]
 
 TEMPERATURE = 0.5
 """Of a prompt's continuation, unless a request says another."""
@@ -97,7 +97,9 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
 
     A search that was stopped or interrupted stays so: the worker only answers.
 
-    Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, temperature, seed),
+    Kinds: ``compare`` (trial: a number, an allocator's name, ``preset:NAME`` or ``healed:FOLDER``; also in the next four),
+    ``other_text`` (trial, text: a text's reference), ``tokens`` (trial, and text or window: a test window's number), ``generate``
+    (trial, prompt, tokens, temperature, seed), ``speed`` (trial, memory, and fields of ``SpeedConfig``),
     ``export`` (trial, and fields of ``ExportConfig``), ``verify`` (path: an export's name), ``heal`` (trial, and fields of
     ``HealingConfig`` under ``healing``), ``directions`` (fields of ``DirectionsConfig``), ``measure`` (ranks, and an allocator's name
     under ``complete`` to complete a partial choice): the allocation is put in line, and becomes a trial of the study.
@@ -109,10 +111,21 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     if not run.worker_alive() and run.status().state in ("interrupted", "failed"):
         run.pause_marker.touch()
     request = f"{time.time_ns()}-{secrets.token_hex(2)}"
-    write_json(run.path / "requests" / f"{request}.json", {"id": request, "kind": kind, "arguments": arguments})
+    write_json(request_path(run, request), {"id": request, "kind": kind, "arguments": arguments})
     if launch:
         _launch(run)
     return request
+
+
+def request_path(run: Run, request: str) -> Path:
+    """Return where a request lies until its user withdraws it."""
+    return run.path / "requests" / f"{request}.json"
+
+
+def withdraw(run: Run, *requests: str) -> None:
+    """Take back requests: those that wait are never begun, and the worker leaves the one in hand at its next step."""
+    for request in requests:
+        request_path(run, Path(request).name).unlink(missing_ok=True)
 
 
 def pending_requests(run: Run) -> list[dict[str, object]]:

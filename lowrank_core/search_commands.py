@@ -18,9 +18,10 @@ from lowrank_core.export import check_free, export, held_out
 from lowrank_core.models import load_model
 from lowrank_core.recipe import decompose
 from lowrank_core.runs import JsonMapping, Run, create_run, open_run, read_json
+from lowrank_core.search.desk import complete_trial
 from lowrank_core.search.joining import join_run, run_of_study
 from lowrank_core.search.records import TrialRecord, best_trial, pareto_front, read_trials
-from lowrank_core.search.requests import complete_trial, export_trial, figures_of_trial, provenance_of
+from lowrank_core.search.requests import export_trial, figures_of_trial, provenance_of
 from lowrank_core.search.storage import open_database
 from lowrank_core.search.worker import run_worker
 from lowrank_core.text import load_windows

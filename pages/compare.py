@@ -5,12 +5,28 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core.search.records import read_trials
-from lowrank_core.views.compare import answers, comparisons, continuations, label_of, last_failure
+from lowrank_core.views.compare import answers, comparisons, label_of, last_failure, other_texts, refusals
+from lowrank_core.views.healing import healings
+from lowrank_core.views.losses import window_table
+from lowrank_core.views.prompts import prompts
 from lowrank_core.views.runs import is_busy
+from lowrank_core.views.speed import speeds
+from lowrank_core.views.subjects import candidates, healable
 from lowrank_core.views.summary import written_models
-from pages.components import healing, layout, measured, navigation
-from pages.components import requests as asking
+from lowrank_core.views.token_losses import strips
+from pages.components import asking, closer, healing, layout, measured, navigation, prompt, second_text, state, subjects, token_strip
+from pages.components import requests as leaving
+from pages.components import speeds as timing
 from pages.components.boundary import boundary, live
+
+LOOKS = {
+    "windows": "Windows",
+    "positions": "Positions",
+    "tokens": "Token by token",
+    "text": "Second text",
+    "prompt": "Same prompt",
+    "speed": "Speed and memory",
+}
 
 layout.header("Compare", "What does the compressed model lose, measured on text that nothing was chosen on?")
 
@@ -22,33 +38,58 @@ with boundary():
         st.stop()
     search = run.config.search
     trials = read_trials(run) if search is not None else []
-    candidates = asking.candidates(trials, search) if search is not None else {}
-    if not candidates:
+    options = candidates(trials, search, healings(run), state.selection().trial) if search is not None else {}
+    if not options:
         text = "This run has no complete trial. Start a search, or wait for its first trial."
         layout.empty("No allocation in this run", text, icon=":material/balance:", page=navigation.SEARCH, label="Go to the rank search")
         st.stop()
 
-    trial = asking.measure_form(run, candidates)
-    live(lambda: asking.waiting(run), 1.0 if is_busy(run) else None)
-
     bodies = answers(run)
+    found = comparisons(bodies)
+    picked = subjects.choose(run, options, trials, found)
+    live(lambda: asking.waiting(run), 1.0 if is_busy(run) else None)
     failure = last_failure(bodies)
     if failure is not None:
         st.error(f"The last request ({failure.kind}) failed: {failure.error}", icon=":material/error:")
-    found = comparisons(bodies)
     if found:
-        measured.show(found, label_of(trial, trials))
+        measured.show_all(found)
     else:
         st.info("Nothing measured yet. Press “Measure on test text”: original and compressed see the same windows.", icon=":material/info:")
+    measured.show_refusals(refusals(bodies))
+    others = other_texts(bodies)
+    second_text.say(found, others)
 
-    st.subheader("The same prompt, continued by both", anchor=False)
-    asking.prompt_form(run, trial)
-    measured.show_continuations(continuations(bodies))
+    st.subheader("Look closer", anchor=False)
+    look = st.segmented_control(
+        "Look closer at",
+        list(LOOKS),
+        key="compare_look",
+        default="windows",
+        required=True,
+        format_func=LOOKS.__getitem__,
+        label_visibility="collapsed",
+        persist_state="session",
+    )
+    first = label_of(picked[0], trials) if picked else ""
+    if look in ("windows", "positions") and found:
+        one = closer.one_model(found, first)
+        (closer.windows if look == "windows" else closer.positions)(one)
+    elif look == "tokens":
+        worst = next((window_table(comparison) for comparison in found if comparison.key == first), None)
+        token_strip.show(run, {subject: options[subject] for subject in picked}, strips(bodies), worst)
+    elif look == "text":
+        second_text.show(run, picked, trials, found, others)
+    elif look == "prompt":
+        prompt.show(run, picked, prompts(bodies))
+    elif look == "speed":
+        timing.show(run, picked, speeds(bodies))
 
+    made = healable(options)
+    trial = next((subject for subject in picked if subject in made), next(iter(made)))
     st.subheader("Win some of it back", anchor=False)
-    asking.heal_form(run, trial)
+    leaving.heal_form(run, made, trial)
     live(lambda: healing.show(run), 2.0 if is_busy(run) else None)
 
     st.subheader("Take it away", anchor=False)
-    asking.export_form(run, trial)
-    measured.show_exports(written_models(run, bodies), lambda name: asking.verify_button(run, name))
+    leaving.export_form(run, trial)
+    measured.show_exports(written_models(run, bodies), lambda name: leaving.verify_button(run, name))

@@ -8,8 +8,8 @@ from lowrank_core.views.protocol import spectra_protocol
 from lowrank_core.views.spectrum import spectrum_named
 from pages.components import atlas, directions, layout, module_spectra, pickers
 from pages.components.boundary import boundary
-from pages.components.chosen import run_facts
 from pages.components.loading import spectra_of
+from pages.components.module_facts import run_facts
 
 layout.header("Spectra", "Where is the model low-rank: in its weights, or in its features?")
 

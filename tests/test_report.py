@@ -33,9 +33,10 @@ from lowrank_core.runs import Run, RunStatus, create_run, open_run, recorded_run
 from lowrank_core.search.records import read_trials
 from lowrank_core.search.worker import run_worker
 from lowrank_core.views.calibration import calibration_facts
-from lowrank_core.views.compare import answers, comparison_table, comparisons
+from lowrank_core.views.compare import answers, comparisons
 from lowrank_core.views.formatting import number
 from lowrank_core.views.front import front
+from lowrank_core.views.losses import comparison_table
 from lowrank_core.views.reproduction import reproduction
 from lowrank_core.views.search import history, progress
 from lowrank_core.views.summary import (

@@ -17,10 +17,10 @@ from lowrank_core.config import SAMPLERS, VARIABLES, CalibrationConfig, Compress
 from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError, RunError
 from lowrank_core.models import load_model
 from lowrank_core.runs import Run, create_run
+from lowrank_core.search.desk import complete_trial
 from lowrank_core.search.joining import join_run
 from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.requests import complete_trial
 from lowrank_core.search.space import BASELINES
 from lowrank_core.search.study import open_study
 from lowrank_core.search.worker import run_worker

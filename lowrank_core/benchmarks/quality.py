@@ -21,8 +21,8 @@ from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets import PRESETS, VARIANTS, Preset, search_by
 from lowrank_core.recipe import decompose
 from lowrank_core.runs import create_run, home
+from lowrank_core.search.desk import chosen_model
 from lowrank_core.search.records import best_trial, read_trials
-from lowrank_core.search.requests import chosen_model
 from lowrank_core.search.worker import run_worker
 from lowrank_core.text import TokenWindows, load_text
 

@@ -6,7 +6,7 @@
     tokens       logits -> scores of every token          reference    what a search compares every trial with
     scoring      windows -> scores of tokens or windows
     intervals    scores -> means with intervals           positions    scores -> means by position in the context
-    report       all of it: ``evaluate``
+    report       all of it: ``evaluate``            texts        one piece of text, token by token
 """
 
 from lowrank_core.evaluation.positions import PositionRow

@@ -36,6 +36,7 @@ class EvaluationReport:
 
     Attributes:
         perplexity_difference_interval: of the difference to the dense model on the same windows (paired).
+        perplexity_ratio_interval: of compressed / dense perplexity, drawn the same way: two texts can be held against each other.
         kl, reverse_kl: Σ p log(p / q) and Σ q log(q / p) per token, in nats.
         top1_agreement: share of tokens where both models have the same likeliest next token.
         top5_agreement: mean share |A ∩ B| / 5 that the two models' five likeliest next tokens A and B have in common.
@@ -78,6 +79,7 @@ class EvaluationReport:
     top5_agreement: float | None = None
     stride: int | None = None
     by_position: tuple[PositionRow, ...] | None = None
+    perplexity_ratio_interval: tuple[float, float] | None = None
 
     def to_mapping(self) -> dict[str, object]:
         """Return the report ready for JSON, without the figures beside a dense model if there was none."""
@@ -147,6 +149,7 @@ def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: Toke
         "top1_agreement": top1.mean,
         "top5_agreement": top5.mean,
         "perplexity_difference_interval": ours.beside(theirs).interval(lambda pair: np.exp(pair[..., 0]) - np.exp(pair[..., 1])),
+        "perplexity_ratio_interval": ours.beside(theirs).interval(lambda pair: np.exp(pair[..., 0] - pair[..., 1])),
         "dense_window_nll": tuple(WindowScores.of(TokenScores(tokens.dense_nll), windows.scored).nll.tolist()),
     }
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.figures.compare import perplexity_figure
 from lowrank_core.report.blocks import Block, Code, Folded, Note, Prose, Section, drawn, json_link, share, sized, table, text, value, whole
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.views.compare import Comparison, Confirmed, answers, comparisons, confirmed, continuations
+from lowrank_core.views.compare import Comparison, Confirmed, answers, comparisons, confirmed
 from lowrank_core.views.formatting import DASH, number
+from lowrank_core.views.prompts import prompts
 from lowrank_core.views.reproduction import export_command, reproduction, test_command
 from lowrank_core.views.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table, written_models
 from lowrank_core.views.trials import answers_of, trial_label
@@ -114,8 +114,8 @@ def _verdicts(found: Sequence[Comparison]) -> list[Block]:
     """Say where a baseline did at least as well as every trial that was searched for: a table sorted by perplexity hides it."""
     notes: list[Block] = []
     for alike in by_protocol(found).values():
-        searched = [comparison for comparison in alike if comparison.label not in ALLOCATORS]
-        rules = [comparison for comparison in alike if comparison.label in ALLOCATORS]
+        searched = [comparison for comparison in alike if not comparison.given]
+        rules = [comparison for comparison in alike if comparison.given]
         best = min(searched, key=lambda comparison: comparison.perplexity, default=None)
         better = [rule for rule in rules if best is not None and rule.perplexity <= best.perplexity]
         if best is not None and better:
@@ -158,11 +158,11 @@ def _failures(bodies: Sequence[JsonMapping]) -> list[Block]:
 
 def _continued(bodies: Sequence[JsonMapping]) -> list[Block]:
     blocks: list[Block] = []
-    for entry in continuations(bodies):
-        label = f"trial {entry.trial}" if isinstance(entry.trial, int) else str(entry.trial)
+    for entry in prompts(bodies):
         how = f"{entry.tokens} tokens, temperature {entry.temperature:g}, seed {entry.seed}"
-        pair = (Code("Original", entry.dense_text), Code(f"Compressed, {label}", entry.compressed_text))
-        blocks.append(Folded(f"The same prompt, continued by both ({label}; {how})", pair))
+        compressed = (Code(f"Compressed, {name}", text) for name, text in entry.texts)
+        names = ", ".join(name for name, _ in entry.texts)
+        blocks.append(Folded(f"The same prompt, continued by both ({names}; {how})", (Code("Original", entry.original), *compressed)))
     return blocks
 
 

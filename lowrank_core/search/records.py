@@ -18,10 +18,12 @@ from lowrank_core.errors import RunError
 from lowrank_core.runs import Run
 from lowrank_core.search.storage import open_database, open_journal
 
-__all__ = ["MANUAL", "TrialRecord", "best_trial", "pareto_front", "read_trials", "records_of"]
+__all__ = ["HEALED", "MANUAL", "PRESET", "TrialRecord", "best_trial", "pareto_front", "read_trials", "records_of"]
 
 MANUAL = "manual"
 """Label of a hand-picked allocation."""
+PRESET, HEALED = "preset:", "healed:"
+"""What a request puts before the name of a preset, or of a healed model's folder, in place of a trial."""
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from lowrank_core.errors import Cancelled
 from lowrank_core.runs import Run, RunStatus, process_started
@@ -36,6 +37,7 @@ class Reporter:
         pid = os.getpid()
         self._status = RunStatus(state="running", stage="Starting", pid=pid, pid_started=process_started(pid))
         self._written = 0.0
+        self._request: Path | None = None
         self._write()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
@@ -64,8 +66,19 @@ class Reporter:
         """From now on only requests are answered: a stop that is standing does not concern them."""
         self._serving = True
 
+    def heed(self, request: Path | None) -> None:
+        """From now on work for ``request``, and stop when its user has withdrawn it."""
+        self._request = request
+
+    @property
+    def withdrawn(self) -> bool:
+        """Whether the request in hand is wanted no more."""
+        return self._request is not None and not self._request.exists()
+
     def check_stop(self) -> None:
-        """Raise ``Cancelled`` if a user asked to stop since this worker started."""
+        """Raise ``Cancelled`` if a user asked to stop since this worker started, or withdrew the request in hand."""
+        if self.withdrawn:
+            raise Cancelled
         if not self.paused:
             self._serving = False
         elif not self._serving:

@@ -1,138 +1,33 @@
-"""Answers to what users ask of a worker: measure a trial on test text or an allocation of their own, continue a prompt, export."""
+"""Answers to what users ask of a worker: what it measures (``search.measuring``), an allocation of their own, an export, a healing."""
 
 from __future__ import annotations
 
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from types import MappingProxyType
 
-import optuna
 import torch
 
 from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks
-from lowrank_core.compression import CompressedModel
 from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
 from lowrank_core.directions import DirectionsConfig, top_directions
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
-from lowrank_core.evaluation import evaluate
 from lowrank_core.export import HeldOut, export, figures_of, verify
-from lowrank_core.generation import continue_prompt
-from lowrank_core.jobs import TEMPERATURE, pending_requests
+from lowrank_core.jobs import pending_requests, request_path
 from lowrank_core.runs import Run, read_json, write_json
+from lowrank_core.search import measuring
+from lowrank_core.search.desk import Desk, chosen_allocation, chosen_model, complete_trial
 from lowrank_core.search.healed import heal_allocation, healing_config
-from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
-from lowrank_core.search.reporter import Reporter
+from lowrank_core.search.records import MANUAL, TrialRecord, pareto_front, read_trials
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench, enqueue_allocation
 
-__all__ = ["Desk", "answer_requests", "chosen_model", "complete_trial", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
+__all__ = ["answer_requests", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
 
 Answer = dict[str, object]
-
-
-@dataclass(frozen=True)
-class Desk:
-    """What a worker answers with: the run and what it holds ready; ``bench`` and ``study`` are None where nothing is searched."""
-
-    run: Run
-    session: Session
-    reporter: Reporter
-    bench: TrialBench | None = None
-    study: optuna.Study | None = None
-
-    @property
-    def search(self) -> tuple[TrialBench, optuna.Study, SearchConfig]:
-        """Return what a search has.
-
-        Raises:
-            ConfigError: nothing is searched.
-        """
-        config = self.run.config.search
-        if self.bench is None or self.study is None or config is None:
-            raise ConfigError("this run only analyses the model. Start a rank search first.")
-        return self.bench, self.study, config
-
-
-def complete_trial(run: Run, number: int | None) -> TrialRecord:
-    """Return trial ``number``, or the best one.
-
-    Raises:
-        ConfigError: it is not complete.
-    """
-    trials = read_trials(run)
-    search = run.config.search
-    if number is None and search is not None and search.most_ratio is not None:
-        front = ", ".join(str(trial.number) for trial in pareto_front(trials))
-        raise ConfigError(
-            f"a search over a range of ratios has no single best trial. Choose one of its Pareto front: {front or 'none yet'}."
-        )
-    if number is None:
-        best = best_trial(trials)
-        if best is None:
-            raise ConfigError("no trial of this run is complete yet. Wait for one, or resume the search.")
-        return best
-    chosen = next((trial for trial in trials if trial.number == number), None)
-    if chosen is None or chosen.state != "complete":
-        raise ConfigError(
-            f"trial {number} of this run is not complete; it has {sum(t.state == 'complete' for t in trials)} complete trials."
-        )
-    return chosen
-
-
-def _chosen_allocation(run: Run, bench: TrialBench, trial: object) -> RankAllocation:
-    """Return the allocation of ``trial``: a number, None or ``best``, or an allocator's name.
-
-    Raises:
-        ConfigError: there is no such trial.
-    """
-    if isinstance(trial, str) and trial in ALLOCATORS:
-        return bench.space.by_allocator(trial, bench.space.compression_ratio, influence=bench.decomposed.statistics.influence)
-    if trial is not None and trial != "best" and type(trial) is not int:
-        raise ConfigError(f"trial must be a number, `best` or one of {', '.join(ALLOCATORS)}; got {trial!r}.")
-    record = complete_trial(run, trial if type(trial) is int else None)
-    config = run.config.search
-    single = config is not None and config.most_ratio is None
-    # Only a rule at the one ratio of the search is known by its name; a second hand-picked trial would pass for the first.
-    label = record.label if single and record.label in ALLOCATORS else f"trial {record.number}"
-    return allocation_from_ranks(label, bench.space.units, record.ranks)
-
-
-def chosen_model(run: Run, session: Session, bench: TrialBench, trial: object) -> tuple[RankAllocation, CompressedModel]:
-    """Return what ``trial`` (a number, None or ``best``, or an allocator's name) allocates, and the model compressed so.
-
-    Raises:
-        ConfigError: there is no such trial.
-    """
-    allocation = _chosen_allocation(run, bench, trial)
-    return allocation, bench.decomposed.compress(allocation, session.windows.calibration)
-
-
-def _compare(desk: Desk, arguments: Mapping[str, object]) -> Answer:
-    bench, _, _ = desk.search
-    session, trial = desk.session, arguments.get("trial")
-    allocation, model = chosen_model(desk.run, session, bench, trial)
-    test = session.windows.test
-    with desk.reporter.stage(f"Measuring {allocation.allocator} on test text", test.windows) as progress:
-        report = evaluate(model.handle, test, against=session.handle, batch_size=bench.batch_size, progress=progress)
-    return {"trial": trial, "label": allocation.allocator, "ranks": dict(allocation.ranks), "report": report.to_mapping()}
-
-
-def _generate(desk: Desk, arguments: Mapping[str, object]) -> Answer:
-    bench, _, _ = desk.search
-    session, trial, prompt = desk.session, arguments.get("trial"), str(arguments.get("prompt", ""))
-    tokens, seed = int(str(arguments.get("tokens", 64))), int(str(arguments.get("seed", 0)))
-    temperature = float(str(arguments.get("temperature", TEMPERATURE)))
-    allocation, model = chosen_model(desk.run, session, bench, trial)
-    with desk.reporter.stage("Continuing the prompt"):
-        texts = {
-            "dense_text": continue_prompt(session.handle, prompt, tokens=tokens, seed=seed, temperature=temperature),
-            "compressed_text": continue_prompt(model.handle, prompt, tokens=tokens, seed=seed, temperature=temperature),
-        }
-    chosen = {"prompt": prompt, "tokens": tokens, "seed": seed, "temperature": temperature}
-    return {"trial": trial, "label": allocation.allocator, **chosen, **texts}
 
 
 def _measure(desk: Desk, arguments: Mapping[str, object]) -> Answer:
@@ -154,7 +49,7 @@ def _measure(desk: Desk, arguments: Mapping[str, object]) -> Answer:
 def export_trial(run: Run, session: Session, bench: TrialBench, trial: object, config: ExportConfig | None = None) -> str:
     """Write the compressed model of ``trial`` under the run's exports, and return its folder; one that is there is kept."""
     config = config or ExportConfig()
-    allocation = _chosen_allocation(run, bench, trial)
+    allocation = chosen_allocation(run, bench, trial)
     words = [allocation.allocator, *(value for value, usual in _choices(config) if value != usual)]
     folder = run.path / "exports" / "-".join(words).replace(" ", "-")
     if not folder.exists():
@@ -232,24 +127,22 @@ def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
 
 
 _KINDS: Mapping[str, Callable[[Desk, Mapping[str, object]], Answer]] = MappingProxyType(
-    {
-        "compare": _compare,
-        "directions": _directions,
-        "export": _export,
-        "generate": _generate,
-        "heal": _heal,
-        "measure": _measure,
-        "verify": _verify,
-    }
+    {**measuring.KINDS, "directions": _directions, "export": _export, "heal": _heal, "measure": _measure, "verify": _verify}
 )
 
 
 def answer_requests(desk: Desk) -> bool:
-    """Answer every waiting request, errors included; return whether there was one."""
+    """Answer every waiting request, errors included; return whether there was one. What is withdrawn meanwhile gets no answer."""
     waiting = pending_requests(desk.run)
-    for request in waiting:
-        arguments = request.get("arguments")
-        _answer(desk, str(request["id"]), str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {})
+    try:
+        for request in waiting:
+            path, arguments = request_path(desk.run, str(request["id"])), request.get("arguments")
+            if path.exists():
+                desk.reporter.heed(path)
+                _answer(desk, str(request["id"]), str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {})
+    finally:
+        desk.reporter.heed(None)
+        desk.shelf.clear()
     return bool(waiting)
 
 
@@ -259,6 +152,8 @@ def _answer(desk: Desk, request: str, kind: str, arguments: Mapping[str, object]
             raise ConfigError(f"no request is called {kind!r}; there are {', '.join(_KINDS)}.")
         answer: Answer = {"ok": True, **_KINDS[kind](desk, {**arguments, "id": request})}
     except Cancelled:
+        if desk.reporter.withdrawn:
+            return
         answer = {"ok": False, "error": "Stopped before it was done. Ask again."}
     except (LowRankError, torch.OutOfMemoryError, ValueError) as error:
         answer = {"ok": False, "error": str(error) or type(error).__name__}

@@ -18,8 +18,9 @@ from lowrank_core import jobs
 from lowrank_core.config import SearchConfig, to_mapping
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError, RunError
 from lowrank_core.runs import Run
+from lowrank_core.search.desk import Desk
 from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.requests import Desk, answer_requests, confirm
+from lowrank_core.search.requests import answer_requests, confirm
 from lowrank_core.search.samplers import phase
 from lowrank_core.search.session import Session, fingerprint, prepare, search_bench
 from lowrank_core.search.study import (

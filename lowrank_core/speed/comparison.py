@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowrank_core.config import ModelSource
@@ -56,11 +57,13 @@ def compare_speed(
     *,
     sources: tuple[ModelSource, ModelSource] | None = None,
     clock: Clock = time.perf_counter,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SpeedComparison:
     """Measure both models on the same prompts, in turns, who goes first changing with every round.
 
     Args:
         sources: where fresh processes can load the dense and the compressed model, to measure their memory; None leaves that out.
+        progress: is told after each generation how many are done, and of how many.
 
     Raises:
         ConfigError, ModelError: as ``measure_speed``.
@@ -69,7 +72,7 @@ def compare_speed(
     for handle in handles:
         config.check_fits(handle)
     memories = (None, None) if sources is None else tuple(measure_memory(source, config) for source in sources)
-    timings = timed_in_turns(handles, config, clock)
+    timings = timed_in_turns(handles, config, clock, progress)
     reports = [report_of(*each) for each in zip(handles, (config, config), timings, memories, strict=True)]
     rounds = list(zip(*timings, strict=True))
     return SpeedComparison(

@@ -141,10 +141,22 @@ def measure_speed(
     return report_of(handle, config, timings, memory)
 
 
-def timed_in_turns(handles: Sequence[ModelHandle], config: SpeedConfig, clock: Clock) -> list[tuple[Timing, ...]]:
-    """Return the timings of each model, round by round, after the rounds to warm up."""
+def timed_in_turns(
+    handles: Sequence[ModelHandle], config: SpeedConfig, clock: Clock, progress: Callable[[int, int], None] | None = None
+) -> list[tuple[Timing, ...]]:
+    """Return the timings of each model, round by round, after the rounds to warm up; ``progress`` counts generations of all models."""
     prompts = [prompt_for(handle, config) for handle in handles]
-    actions = [partial(timed_generation, handle, prompt, config.new_tokens, clock) for handle, prompt in zip(handles, prompts, strict=True)]
+    done, total = 0, len(handles) * (config.warmup + config.rounds)
+
+    def timed(handle: ModelHandle, prompt: Tensor) -> tuple[Timing, Tensor]:
+        nonlocal done
+        found = timed_generation(handle, prompt, config.new_tokens, clock)
+        done += 1
+        if progress is not None:
+            progress(done, total)
+        return found
+
+    actions = [partial(timed, handle, prompt) for handle, prompt in zip(handles, prompts, strict=True)]
     in_turns(actions, config.warmup)
     rounds = in_turns(actions, config.rounds)
     return [tuple(found[index][0] for found in rounds) for index in range(len(handles))]

@@ -3,46 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.presets import PRESETS
 from lowrank_core.runs import JsonMapping, Run, read_json
-from lowrank_core.search.records import MANUAL, TrialRecord
+from lowrank_core.search.records import HEALED, MANUAL, PRESET, TrialRecord
 from lowrank_core.views.records import build
 from lowrank_core.views.trials import trial_label
 
 __all__ = [
     "Comparison",
     "Confirmed",
-    "Continuation",
     "Export",
     "Failure",
     "Measured",
     "answers",
-    "comparison_table",
     "comparisons",
     "confirmed",
-    "continuations",
     "exports",
     "label_of",
+    "name_of",
     "last_failure",
     "last_measured",
+    "other_texts",
+    "refusals",
 ]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One allocation measured on test text, the original beside it; intervals are of 95 %.
+    """One compressed model measured on a text, the original beside it; intervals are of 95 %.
 
     Attributes:
-        label: an allocator's name or ``trial N``; of a healed model with the method.
+        label: an allocator's name, ``trial N`` or ``preset:NAME``; of a healed model with the method.
         form: ``one-shot`` or ``healed``.
         perplexity_interval, dense_perplexity_interval: of the compressed and the original model, bootstrap over windows.
         perplexity_difference_interval: of compressed - original, paired by window.
         kl_interval: of the KL divergence, bootstrap over windows.
+        perplexity_ratio_interval: of compressed / original, paired by window.
+        window_nll, dense_window_nll: mean of each window, in nats per token.
+        by_position: figures over ranges of positions, as ``views.losses`` reads them.
+        flops, dense_flops: of weights for one token; None where they were not counted.
         compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model.
+        key: what a request calls the model, but for the number of a trial that a rule chose; see ``label_of``.
     """
 
     label: str
@@ -73,25 +79,34 @@ class Comparison:
     dense_perplexity_interval: tuple[float, ...] = ()
     perplexity_difference_interval: tuple[float, ...] = ()
     kl_interval: tuple[float, ...] = ()
+    reverse_kl: float | None = None
+    reverse_kl_interval: tuple[float, ...] = ()
+    top5_agreement: float | None = None
+    perplexity_ratio_interval: tuple[float, ...] = ()
+    window_nll: tuple[float, ...] = ()
+    dense_window_nll: tuple[float, ...] = ()
+    by_position: tuple[object, ...] = ()
+    flops: int | None = None
+    dense_flops: int | None = None
+    key: str = ""
 
     @property
     def name(self) -> str:
         """The label as it is shown."""
-        return ALLOCATORS[self.label].label if self.label in ALLOCATORS else self.label
+        return name_of(self.label)
+
+    @property
+    def given(self) -> bool:
+        """Whether a rule or a published recipe made it, not a search."""
+        return self.label in ALLOCATORS or self.label.startswith(PRESET)
 
 
-@dataclass(frozen=True)
-class Continuation:
-    """The same prompt continued by both models."""
-
-    prompt: str
-    dense_text: str
-    compressed_text: str
-    trial: object
-    tokens: int
-    seed: int = 0
-    temperature: float = 0.0
-    time: float = 0.0
+def name_of(label: str) -> str:
+    """Return what an answer's label is called on screen."""
+    if label.removeprefix(PRESET) in PRESETS and label.startswith(PRESET):
+        return f"Preset: {PRESETS[label.removeprefix(PRESET)].label}"
+    before, comma, how = label.partition(",")
+    return f"{ALLOCATORS[before].label}{comma}{how}" if before in ALLOCATORS else label
 
 
 @dataclass(frozen=True)
@@ -145,27 +160,69 @@ def _filed(body: JsonMapping) -> str:
     return f"trial {trial}" if label == MANUAL and type(trial) is int else label
 
 
+def _key(body: JsonMapping) -> str:
+    trial = body.get("trial")
+    return trial if isinstance(trial, str) and trial.startswith(HEALED) else _filed(body)
+
+
 def comparisons(bodies: Sequence[JsonMapping]) -> list[Comparison]:
-    """Return the newest measurement of each allocation, one-shot and healed by themselves; the least perplexity first."""
-    newest: dict[tuple[str, str], tuple[JsonMapping, float]] = {}
+    """Return the newest measurement of each model on the run's test text, one-shot and healed by themselves; the least perplexity first."""
+    newest: dict[str, Comparison] = {}
     for body in bodies:
-        when = float(body.get("time", 0))
         if not body.get("ok"):
             continue
         if body.get("kind") == "compare":
-            newest["one-shot", _filed(body)] = body.get("report", {}), when
+            key = _key(body)
+            newest[key] = _comparison(body, key)
         elif body.get("kind") == "heal":
-            newest["healed", str(body.get("label"))] = body.get("report", {}), when
-            newest.setdefault(("one-shot", str(body.get("label")).partition(", healed")[0]), (body.get("one_shot", {}), when))
-    found = [
-        build(Comparison, report, "a comparison", label=label, form=form, time=when) for (form, label), (report, when) in newest.items()
+            key = f"{HEALED}{body.get('folder') or body.get('label')}"
+            newest[key] = _comparison(body, key)
+            before = str(body.get("label")).partition(", healed")[0]
+            newest.setdefault(before, _comparison(body, before, "one_shot"))
+    return sorted(_with_flops(_told_apart(list(newest.values()))), key=lambda comparison: comparison.perplexity)
+
+
+def _comparison(body: JsonMapping, key: str, report: str = "report") -> Comparison:
+    healed = key.startswith(HEALED)
+    return build(
+        Comparison,
+        body.get(report, {}),
+        "a comparison",
+        label=str(body.get("label")) if healed else key,
+        form="healed" if healed else "one-shot",
+        time=float(body.get("time", 0)),
+        key=key,
+    )
+
+
+def _told_apart(found: list[Comparison]) -> list[Comparison]:
+    """Return the same, healings of one model by one method with the end of their folder's name."""
+    labels = [comparison.label for comparison in found]
+    return [
+        replace(each, label=f"{each.label} ({each.key[-4:]})") if each.form == "healed" and labels.count(each.label) > 1 else each
+        for each in found
     ]
-    return sorted(found, key=lambda comparison: comparison.perplexity)
 
 
-def continuations(bodies: Sequence[JsonMapping]) -> list[Continuation]:
-    """Return the continuations, the newest first."""
-    return [build(Continuation, body, "a continuation") for body in reversed(_of_kind(bodies, "generate"))]
+def _with_flops(found: list[Comparison]) -> list[Comparison]:
+    """Return the same, a healed model with the FLOPs of what it was made from: it has the same ranks."""
+    counted = {each.label: each for each in found if each.flops is not None}
+    return [
+        replace(each, flops=before.flops, dense_flops=before.dense_flops)
+        if each.flops is None and (before := counted.get(each.label.partition(", healed")[0])) is not None
+        else each
+        for each in found
+    ]
+
+
+def other_texts(bodies: Sequence[JsonMapping]) -> dict[str, list[Comparison]]:
+    """Return the newest measurement of each model on each second text, by the text's reference; the text that was asked for last first."""
+    newest: dict[str, dict[str, Comparison]] = {}
+    for body in _of_kind(bodies, "other_text"):
+        found = newest.pop(str(body.get("text")), {})
+        found[_key(body)] = _comparison(body, _key(body))
+        newest[str(body.get("text"))] = found
+    return {text: _told_apart(list(found.values())) for text, found in reversed(newest.items())}
 
 
 def exports(bodies: Sequence[JsonMapping]) -> list[Export]:
@@ -241,55 +298,19 @@ def last_measured(bodies: Sequence[JsonMapping]) -> Measured | None:
 
 
 def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
-    """Return the newest answer if it is a failure; what other pages asked for is told there."""
-    told = [body for body in bodies if body.get("kind") not in _ELSEWHERE]
+    """Return the newest answer if it is a failure; what is told elsewhere is left out, and so is what was said of a preset."""
+    told = [body for body in bodies if body.get("kind") not in _ELSEWHERE and not _is_preset(body)]
     if not told or told[-1].get("ok"):
         return None
     return build(Failure, {"kind": "request", "error": "no reason given", **told[-1]}, "an answer")
 
 
-def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
-    """Return the original as a first row, then a row for each measured allocation."""
-    if not found:
-        return pd.DataFrame()
-    first = found[0]
-    rows: list[dict[str, object]] = [
-        {
-            "allocation": "Original",
-            "form": "dense",
-            "perplexity": first.dense_perplexity,
-            "low": None,
-            "high": None,
-            "kl": None,
-            "agreement": None,
-            "removed": 0.0,
-        }
-        | {
-            "model_removed": 0.0,
-            "parameters": first.dense_parameters,
-            "linears": first.dense_compressible_parameters,
-            "bytes": first.dense_bytes,
-        }
-    ]
-    if first.dense_perplexity_interval:
-        rows[0]["low"], rows[0]["high"] = first.dense_perplexity_interval
-    rows += [_row(comparison) for comparison in found]
-    return pd.DataFrame(rows).astype({"low": float, "high": float, "kl": float, "agreement": float})
+def _is_preset(body: JsonMapping) -> bool:
+    arguments = body.get("arguments")
+    return isinstance(arguments, dict) and str(arguments.get("trial")).startswith(PRESET)
 
 
-def _row(comparison: Comparison) -> dict[str, object]:
-    low, high = comparison.perplexity_interval or (None, None)
-    return {
-        "allocation": comparison.name,
-        "form": comparison.form,
-        "perplexity": comparison.perplexity,
-        "low": low,
-        "high": high,
-        "kl": comparison.kl,
-        "agreement": comparison.top1_agreement,
-        "removed": comparison.compression_ratio,
-        "model_removed": comparison.model_compression_ratio,
-        "parameters": comparison.parameters,
-        "linears": comparison.compressible_parameters,
-        "bytes": comparison.bytes,
-    }
+def refusals(bodies: Sequence[JsonMapping]) -> dict[str, str]:
+    """Return why presets could not be measured, by their names on screen: of those whose newest answer says so."""
+    newest = {str(body["arguments"]["trial"]): body for body in bodies if body.get("kind") == "compare" and _is_preset(body)}
+    return {name_of(key): str(body.get("error") or "no reason given") for key, body in newest.items() if not body.get("ok")}

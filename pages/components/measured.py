@@ -2,40 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import streamlit as st
 
-from lowrank_core.figures.compare import perplexity_figure
-from lowrank_core.views.compare import Comparison, Continuation, comparison_table
+from lowrank_core.figures.compare import difference_figure
+from lowrank_core.views.compare import Comparison
 from lowrank_core.views.formatting import count, interval, number, percent, size
+from lowrank_core.views.losses import LOST, SAVED, comparison_table, difference_table
 from lowrank_core.views.summary import Written, protocol_of
 from pages.components import tables
 from pages.components.charts import chart
 
-__all__ = ["show", "show_continuations", "show_exports"]
+__all__ = ["headline", "show_all", "show_exports", "show_refusals"]
 
 _WIDTHS = [1.2, 1.2, 0.9, 1.1, 1.1]  # of the cards: the longest labels fit at 1280 pixels
+_TABLES = {"lost": "What is lost", "saved": "What is saved"}
 
 
-def show(found: Sequence[Comparison], label: str) -> None:
-    """Draw the comparison called ``label`` if it was measured (else the best measured), and all of them side by side."""
-    shown = next((comparison for comparison in found if comparison.label == label), found[0])
-    _headline(shown)
-    _sizes(shown)
-    st.caption(f"Protocol: {protocol_of(shown)}. Intervals are of 95 %, over windows.")
+def show_all(found: Sequence[Comparison]) -> None:
+    """Draw everything that was measured in this run, beside the original."""
+    table = difference_table(found)
     chart(
-        perplexity_figure(found),
-        key="perplexity_bars",
-        title="Perplexity of everything measured in this run",
-        how="shorter is better; the whiskers are intervals over test windows, which all models share.",
-        alt="Bars of test perplexity of the original and each measured allocation",
+        difference_figure(table, found[0].dense_perplexity),
+        key="perplexity_differences",
+        title="Perplexity above the original's, on the same test windows",
+        how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
+        "Circles were searched for, squares are rules and presets, stars were healed.",
+        alt="Dots with intervals: test perplexity of each measured model less that of the original",
+        data=table,
     )
     _table(found)
+    st.caption(f"Protocol: {protocol_of(found[0])}. Intervals are of 95 %, bootstrap over windows.")
 
 
-def _headline(shown: Comparison) -> None:
-    st.subheader(f"Original against {shown.name}", anchor=False)
+def show_refusals(reasons: Mapping[str, str]) -> None:
+    """Say which presets could not be measured, and why."""
+    for name, reason in reasons.items():
+        st.caption(f":material/block: **{name}** was not measured: {reason}")
+
+
+def headline(shown: Comparison) -> None:
+    """Draw one model's figures as cards: what it loses, and what it saves."""
     change = shown.perplexity - shown.dense_perplexity
     cards = (
         ("Perplexity, original", number(shown.dense_perplexity, 4), _interval(shown.dense_perplexity_interval), None),
@@ -47,6 +55,7 @@ def _headline(shown: Comparison) -> None:
     for column, card in zip(st.columns(_WIDTHS, gap="small"), cards, strict=True):
         with column:
             _card(*card)
+    _sizes(shown)
 
 
 def _card(label: str, value: str, below: str, meaning: str | None = None) -> None:
@@ -74,37 +83,42 @@ def _sizes(shown: Comparison) -> None:
 
 
 def _table(found: Sequence[Comparison]) -> None:
+    shown = st.segmented_control(
+        "Table",
+        list(_TABLES),
+        key="comparison_columns",
+        default="lost",
+        required=True,
+        format_func=_TABLES.__getitem__,
+        label_visibility="collapsed",
+        persist_state="session",
+    )
     columns = {
-        "allocation": tables.text("Allocation"),
+        "allocation": tables.text("Model", width="medium"),
         "form": tables.text("Form"),
         "perplexity": tables.number("Perplexity", 3),
-        "low": tables.number("from", 3, "Lower end of the 95 % interval."),
-        "high": tables.number("to", 3, "Upper end of the 95 % interval."),
-        "kl": tables.figure("KL (nats/token)"),
-        "agreement": tables.share("Top-1 agreement"),
+        "interval": tables.text("95 %", "Of each perplexity by itself."),
+        "difference": tables.figure("Difference", "Perplexity above the original's."),
+        "difference_interval": tables.text("95 %, paired", "Of the difference, paired by window."),
+        "kl": tables.figure("KL", "Of the compressed from the original, nats per token."),
+        "reverse_kl": tables.figure("Reverse KL", "Of the original from the compressed, nats per token."),
+        "agreement": tables.share("Top-1", "Tokens where both models rank the same one first."),
+        "top5": tables.share("Top-5", "Share that the five likeliest tokens of both have in common."),
+        "kl_interval": tables.text("KL, 95 %"),
         "removed": tables.share("Removed, linears"),
         "model_removed": tables.share("Removed, model"),
         "linears": tables.whole("Parameters, linears"),
         "parameters": tables.whole("Parameters, model"),
         "bytes": st.column_config.NumberColumn("Size", format="bytes"),
+        "flops": tables.whole("FLOPs per token", "Of weights, multiply-adds as two; attention scores are left out."),
     }
-    tables.table(comparison_table(found), columns, key="comparison_table", alt="All measured allocations")
-
-
-def show_continuations(found: Sequence[Continuation]) -> None:
-    """Draw the newest continuation side by side, the older ones folded away."""
-    for position, entry in enumerate(found):
-        label = f"trial {entry.trial}" if isinstance(entry.trial, int) else str(entry.trial)
-        with st.expander(
-            f"{entry.prompt.strip().splitlines()[0][:60]}  ({label}, {entry.tokens} tokens, "
-            f"temperature {entry.temperature:g}, seed {entry.seed})",
-            expanded=position == 0,
-        ):
-            left, right = st.columns(2)
-            left.caption("Original")
-            left.code(entry.dense_text, language=None, wrap_lines=True)
-            right.caption(f"Compressed, {label}")
-            right.code(entry.compressed_text, language=None, wrap_lines=True)
+    wanted = LOST if shown == "lost" else SAVED
+    tables.table(
+        comparison_table(found),
+        {name: columns[name] for name in wanted},
+        key=f"comparison_table_{shown}",
+        alt="All measured models beside the original",
+    )
 
 
 def show_exports(found: Sequence[Written], verify: Callable[[str], None]) -> None:

@@ -16,4 +16,4 @@ def test_an_opening_without_any_run_shows_the_recorded_one(address, page):
         page.wait_for_timeout(1500)
         assert_sound(page)
     assert console_errors(page) == []
-    page.get_by_text("The same prompt, continued by both").wait_for()
+    page.get_by_text("Perplexity above the original's").first.wait_for()

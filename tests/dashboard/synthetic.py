@@ -331,7 +331,10 @@ def write_healing(run: Run, *, done: bool = True) -> None:
     words = ("distill", "Distillation of the factors", 1e-4, 40, 20, "steps", 1000, 4000, 40.0)
     write_report(folder, HealingReport(*words, 0.30, 0.25, 3.20, 3.15, "training text", "validation text", points))
     body = comparison(label, 3, 3.1)
-    write_json(run.path / "results" / "7.json", {**body, "kind": "heal", "one_shot": comparison("trial 3", 3, 3.2)["report"]})
+    write_json(
+        run.path / "results" / "7.json",
+        {**body, "kind": "heal", "folder": folder.name, "one_shot": comparison("trial 3", 3, 3.2)["report"]},
+    )
 
 
 def running_status(stage: str = "Searching", done: int = 5, total: int = 30, *, pid: int | None = None) -> RunStatus:

@@ -344,20 +344,22 @@ def test_stop_leaves_the_request_that_the_worker_reads(app):
     assert "stopping" in " ".join(str(element.value) for element in test.sidebar.markdown)
 
 
-def test_measuring_leaves_a_request_for_the_best_trial(app, monkeypatch):
+def test_measuring_leaves_a_request_for_the_best_trial_and_each_baseline(app, monkeypatch):
     monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)  # as if it had died at once
     run = make_run()
     test = app("compare")
     test.button(key="measure").click().run()
     assert sound(test)
-    (request,) = run.path.joinpath("requests").glob("*.json")
-    assert '"trial": 3' in request.read_text()
+    asked = [(request["kind"], request["arguments"]) for request in pending_requests(run)]
+    assert asked == [("compare", {"trial": trial}) for trial in (3, "uniform", "lord_manual", "marginal")]
     assert "wait for a worker" in words(test)
 
 
 def test_a_prompt_is_asked_for_with_everything_that_decides_the_text(app):
     run = make_run()
     test = app("compare", run=run.id)
+    test.segmented_control(key="compare_look").set_value("prompt").run()
+    test.multiselect[0].set_value([3]).run()
     test.number_input(key="prompt_temperature").set_value(0.7)
     test.number_input(key="prompt_seed").set_value(3)
     test.button(key="continue").click().run()

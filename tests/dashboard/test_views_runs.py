@@ -23,7 +23,7 @@ from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.errors import BudgetError
 from lowrank_core.runs import RunStatus, write_json
 from lowrank_core.search.records import read_trials
-from lowrank_core.views import allocation, compare, plan, runs, search
+from lowrank_core.views import allocation, compare, losses, plan, prompts, runs, search
 
 
 def test_the_history_keeps_the_best_so_far_over_a_failed_trial():
@@ -114,12 +114,12 @@ def test_the_comparison_table_begins_with_the_original():
     run = make_run()
     write_answers(run)
     bodies = compare.answers(run)
-    table = compare.comparison_table(compare.comparisons(bodies))
+    table = losses.comparison_table(compare.comparisons(bodies))
     assert list(table["allocation"]) == ["Original", "trial 3", "Uniform"]
     assert table["perplexity"][0] == pytest.approx(math.exp(DENSE_NLL))
     assert table["removed"][0] == 0.0
     assert table["low"][0] < table["perplexity"][0] < table["high"][0]
-    assert [c.compressed_text for c in compare.continuations(bodies)] == ["self):"]
+    assert [prompt.texts for prompt in prompts.prompts(bodies)] == [(("trial 3", "self):"),)]
     assert compare.exports(bodies)[0].path.endswith("trial-3")
     assert compare.last_failure(bodies) is None
 

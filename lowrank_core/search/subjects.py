@@ -1,0 +1,111 @@
+"""Which compressed model a request is about: a trial, what an allocator chooses, a whole preset, or a healed model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lowrank_core.allocation import RankAllocation, Ranks
+from lowrank_core.bases import basis_named
+from lowrank_core.calibration import LayerStatistics
+from lowrank_core.compression import CompressedModel, CompressionReport
+from lowrank_core.config import CompressionConfig
+from lowrank_core.decomposition import units_of
+from lowrank_core.errors import ConfigError
+from lowrank_core.gradients import cached_gradients
+from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.presets import Preset, preset_named
+from lowrank_core.recipe import Decomposed, decompose
+from lowrank_core.runs import home, read_json
+from lowrank_core.search.desk import Desk, chosen_allocation
+from lowrank_core.search.records import HEALED, PRESET
+from lowrank_core.units import check_reachable
+
+__all__ = ["Subject", "subject_of"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A compressed model, ready to be measured.
+
+    Attributes:
+        label: what its measurements are filed under.
+        handle: the model.
+        ranks: by unit; empty for a healed one.
+        report: what was counted while it was made; None for one that was loaded.
+        folder: where it lies on disk; None for one that was built.
+    """
+
+    label: str
+    handle: ModelHandle
+    ranks: Ranks
+    report: CompressionReport | None = None
+    folder: Path | None = None
+
+
+def subject_of(desk: Desk, trial: object) -> Subject:
+    """Return the model that ``trial`` names: a number, None or ``best``, an allocator, ``preset:NAME`` or ``healed:FOLDER``.
+
+    Requests in a row for the same one share it.
+
+    Raises:
+        ConfigError: there is no such trial, preset or folder, or nothing is searched.
+        BudgetError: the preset can't meet the run's ratio.
+        NumericalError: a decomposition failed; names the layer.
+        Cancelled: stopped or withdrawn.
+    """
+    found = desk.shelf.take(trial, lambda: _built(desk, trial))
+    assert isinstance(found, Subject)
+    return found
+
+
+def _built(desk: Desk, trial: object) -> Subject:
+    if isinstance(trial, str) and trial.startswith(PRESET):
+        return _by_preset(desk, preset_named(trial.removeprefix(PRESET)))
+    if isinstance(trial, str) and trial.startswith(HEALED):
+        return _healed(desk, trial.removeprefix(HEALED))
+    bench, _, _ = desk.search
+    allocation = chosen_allocation(desk.run, bench, trial)
+    return _compressed(desk, bench.decomposed, allocation, allocation.allocator)
+
+
+def _compressed(desk: Desk, decomposed: Decomposed, allocation: RankAllocation, label: str) -> Subject:
+    with desk.reporter.stage(f"Compressing by {label}") as progress:
+        model: CompressedModel = decomposed.compress(allocation, desk.session.windows.calibration, progress=progress)
+    return Subject(label, model.handle, dict(allocation.ranks), model.report)
+
+
+def _by_preset(desk: Desk, preset: Preset) -> Subject:
+    """Compress by the preset's own basis, storage and allocation, on the run's calibration and at its ratio."""
+    bench, _, _ = desk.search
+    ratio, label = bench.space.compression_ratio, f"{PRESET}{preset.name}"
+    decomposed = bench.decomposed
+    if preset.compression != decomposed.config:
+        handle, compression = desk.session.handle, preset.compression
+        units = units_of(handle, compression)
+        check_reachable(units, ratio, compression)  # told before minutes of work
+        statistics = _statistics(desk, compression)
+        with desk.reporter.stage(f"Factorising by {preset.label}", len(units)) as progress:
+            decomposed = decompose(handle, statistics, compression, progress=progress)
+    return _compressed(desk, decomposed, decomposed.allocate(preset.allocation, ratio), label)
+
+
+def _statistics(desk: Desk, compression: CompressionConfig) -> LayerStatistics:
+    """Return the run's statistics, with gradients where the basis weighs by them: measured once, then read from the store."""
+    statistics = desk.session.statistics
+    if not basis_named(compression.basis).needs_gradients:
+        return statistics
+    calibration = desk.session.windows.calibration
+    with desk.reporter.stage("Measuring gradients", calibration.windows) as progress:
+        found = cached_gradients(desk.session.handle, calibration, statistics.config, home() / "statistics", progress=progress)
+    return statistics.with_outputs(found)
+
+
+def _healed(desk: Desk, name: str) -> Subject:
+    folder = desk.run.path / "exports" / Path(name).name
+    request = read_json(desk.run.path / "healed" / Path(name).name / "request.json")
+    if not name or request is None or not folder.is_dir():
+        raise ConfigError(f"this run has no healed model {name!r}. Heal an allocation first.")
+    with desk.reporter.stage(f"Loading {request.get('label')}"):
+        handle = load_model(replace(desk.run.config.model, reference=str(folder)))
+    return Subject(str(request.get("label")), handle, {}, folder=folder)

@@ -1,0 +1,264 @@
+"""The Compare page: what it shows in every state, and what it asks of the worker."""
+
+from __future__ import annotations
+
+import json
+
+import optuna
+import pytest
+from optuna.trial import create_trial
+from synthetic import comparison, make_run, running_status, write_answers, write_healing
+from synthetic_answers import detailed, on_other_text, speed_answer, tokens_answer
+from test_pages import charts, sound, words
+
+from lowrank_core import jobs
+from lowrank_core.jobs import pending_requests
+from lowrank_core.presets import PRESETS
+from lowrank_core.runs import write_json
+from lowrank_core.search.storage import open_journal
+
+LOOKS = ("windows", "positions", "tokens", "text", "prompt", "speed")
+
+
+@pytest.fixture
+def dead_worker(monkeypatch):
+    """As if every worker died at once: requests stay where they are."""
+    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
+
+
+def full_run():
+    run = make_run()
+    write_answers(run)
+    bodies = [detailed(comparison("trial 3", 3, 3.2)), on_other_text("trial 3", 3, 4.0), tokens_answer(), speed_answer()]
+    for number, body in enumerate(bodies, start=10):
+        write_json(run.path / "results" / f"{number}.json", body)
+    return run
+
+
+def open_study(run):
+    return optuna.load_study(study_name=run.study_name, storage=open_journal(run.journal))
+
+
+def asked(run):
+    return [(request["kind"], request["arguments"]) for request in pending_requests(run)]
+
+
+def look(app, name, **query):
+    test = app("compare", **query)
+    return test.segmented_control(key="compare_look").set_value(name).run()
+
+
+@pytest.mark.parametrize(
+    ("name", "said", "drawn"),
+    [
+        ("windows", "better than the original on 0 % of 4 windows", 3),
+        ("positions", "What is lost, by the tokens of context", 2),
+        ("tokens", "half of all that is lost lies in 1 of 4 tokens", 1),
+        ("text", "Largest gap: trial 3", 2),
+        ("prompt", "Compressed, trial 3", 1),
+        ("speed", "batch 1, prompts of 8 random tokens", 2),
+    ],
+)
+def test_each_look_shows_what_was_measured(app, name, said, drawn):
+    full_run()
+    test = look(app, name)
+    assert sound(test)
+    assert said in words(test)
+    assert len(charts(test)) == drawn
+    assert "nan" not in words(test).lower().split()
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_each_look_without_anything_measured_says_what_to_do(app, name):
+    make_run()
+    test = look(app, name)
+    assert sound(test)
+    assert "Nothing measured yet" in words(test)
+    assert not charts(test)
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_each_look_of_a_recorded_run_shows_results_and_asks_for_nothing(app, name, tmp_path, monkeypatch):
+    run = full_run()
+    write_json(run.path / "run.json", {**run.record, "recorded": True})
+    test = look(app, name)
+    assert sound(test)
+    buttons = [button for button in test.button if button.key in ("measure", "measure_presets", "measure_second", "read_tokens", "heal")]
+    assert buttons
+    assert all(button.disabled for button in buttons)
+
+
+def test_an_older_answer_without_windows_or_positions_is_told(app):
+    run = make_run()
+    write_answers(run)
+    test = look(app, "positions", run=run.id)
+    assert sound(test)
+    assert "was measured before this was recorded" in words(test)
+
+
+def test_only_what_is_missing_is_asked_for(app, dead_worker):
+    run = make_run()
+    write_answers(run)  # trial 3 and uniform
+    test = app("compare")
+    assert "2 of 4 measured or asked for" in words(test)
+    test.button(key="measure").click().run()
+    assert sound(test)
+    assert asked(run) == [("compare", {"trial": "lord_manual"}), ("compare", {"trial": "marginal"})]
+    assert test.button(key="measure").disabled
+    assert "4 of 4 measured or asked for" in words(test)
+
+
+def test_one_press_asks_for_every_preset(app, dead_worker):
+    run = make_run()
+    test = app("compare")
+    test.button(key="measure_presets").click().run()
+    assert [arguments["trial"] for _, arguments in asked(run)] == [f"preset:{name}" for name in PRESETS]
+    assert test.button(key="measure_presets").disabled
+
+
+def test_requests_can_be_withdrawn_one_by_one_or_all(app, dead_worker):
+    run = make_run()
+    names = [jobs.ask(run, "compare", trial=trial) for trial in (3, "uniform", "marginal")]
+    test = app("compare", run=run.id)
+    assert "3 requests wait for a worker" in words(test)
+    assert "Uniform: measuring on test text" in words(test)
+    test.button(key=f"withdraw_{names[1]}").click().run()
+    assert [arguments["trial"] for _, arguments in asked(run)] == [3, "marginal"]
+    test.button(key="withdraw_all").click().run()
+    assert asked(run) == []
+    assert "wait for a worker" not in words(test)
+
+
+def test_a_worker_at_work_shows_stage_and_time_left(app):
+    run = make_run(state="running")
+    jobs.ask(run, "compare", trial="preset:svd")
+    run.write_status(running_status("Factorising by Weight SVD", 3, 40))
+    test = app("compare", run=run.id)
+    assert sound(test)
+    shown = " ".join(element.proto.text for element in test.get("progress"))
+    assert "Factorising by Weight SVD · 3 of 40 · about 12 s left" in shown
+
+
+def test_a_preset_that_could_not_be_measured_is_told_with_its_reason(app):
+    run = make_run()
+    write_answers(run)
+    body = {"ok": False, "error": "0.9 can't be met", "kind": "compare", "arguments": {"trial": "preset:bolaco"}, "time": 1.0}
+    write_json(run.path / "results" / "9.json", body)
+    test = app("compare")
+    assert sound(test)
+    assert "Bolaco, as published, fixed ratios** was not measured: 0.9 can't be met" in words(test)
+
+
+def test_a_second_text_is_asked_for_with_what_is_missing_on_the_first(app, dead_worker, tmp_path):
+    run = make_run()
+    write_answers(run)
+    notes = tmp_path / "notes.txt"
+    notes.write_text("some words")
+    test = look(app, "text")
+    test.multiselect[0].set_value([3, "marginal"]).run()
+    test.text_input(key="second_text_path").set_value(str(notes)).run()
+    test.button(key="measure_second").click().run()
+    assert sound(test)
+    text = f"file:{notes}"
+    expected = [("other_text", {"trial": 3, "text": text}), ("compare", {"trial": "marginal"})]
+    assert asked(run) == [*expected, ("other_text", {"trial": "marginal", "text": text})]
+
+
+def test_a_second_text_that_is_not_there_is_refused_before_it_is_asked_for(app, dead_worker):
+    run = make_run()
+    test = look(app, "text")
+    test.text_input(key="second_text_path").set_value("/no/such.txt").run()
+    test.button(key="measure_second").click().run()
+    assert "There is no file /no/such.txt" in test.error[0].value
+    assert asked(run) == []
+
+
+def test_a_window_or_a_text_is_read_token_by_token(app, dead_worker):
+    run = make_run()
+    write_answers(run)
+    test = look(app, "tokens")
+    test.number_input(key=f"token_window_{run.id}").set_value(3).run()
+    test.button(key="read_tokens").click().run()
+    test.segmented_control(key="token_source").set_value("text").run()
+    test.text_area(key="token_text").set_value("<b>mine</b>").run()
+    test.button(key="read_tokens").click().run()
+    assert sound(test)
+    assert asked(run) == [("tokens", {"trial": 3, "window": 3}), ("tokens", {"trial": 3, "text": "<b>mine</b>"})]
+    test.text_area(key="token_text").set_value("  ").run()
+    test.button(key="read_tokens").click().run()
+    assert "The text is empty" in test.warning[-1].value
+
+
+def test_tokens_of_hostile_text_reach_the_page_as_text(app):
+    run = make_run()
+    body = tokens_answer(pieces=["a", "<img src=x onerror=alert(1)>", "&", " b", "c"])
+    write_json(run.path / "results" / "1.json", body)
+    test = look(app, "tokens")
+    assert sound(test)
+    (strip,) = [element.proto.body for element in test.get("html") if "onerror" in element.proto.body]
+    assert "<img" not in strip
+
+
+def test_prompts_and_timings_are_asked_of_every_chosen_model(app, dead_worker):
+    run = make_run()
+    test = look(app, "speed")
+    test.multiselect[0].set_value([3, "preset:svd_llm"]).run()
+    test.number_input(key="speed_rounds").set_value(3)
+    test.checkbox(key="speed_memory").set_value(False)
+    test.button(key="time_models").click().run()
+    assert sound(test)
+    sizes = {"batch_size": 1, "prompt_tokens": 128, "new_tokens": 64, "rounds": 3}
+    assert asked(run) == [("speed", {"trial": trial, "memory": False, **sizes}) for trial in (3, "preset:svd_llm")]
+
+
+def test_a_healed_model_can_be_chosen_like_any_other(app, dead_worker):
+    run = make_run()
+    write_healing(run)
+    test = look(app, "prompt")
+    key = "healed:trial-3-distill-12345678"
+    test.multiselect[0].set_value([key]).run()
+    assert test.button(key="measure").disabled  # its healing measured it
+    test.button(key="continue").click().run()
+    assert [(kind, arguments["trial"]) for kind, arguments in asked(run)] == [("generate", key)]
+
+
+def test_the_choice_survives_a_better_trial_and_another_page(app):
+    run = make_run(state="running")
+    test = app("compare", run=run.id)
+    test.multiselect[0].set_value([3, "uniform"]).run()
+    study = open_study(run)
+    better = study.trials[3]
+    study.add_trial(create_trial(value=0.1, user_attrs=better.user_attrs, state=better.state))
+    test.run()
+    assert sound(test)
+    assert test.multiselect[0].value == [3, "uniform"]  # though trial 3 is the best no more
+    test.multiselect[0].set_value(["marginal"]).run()
+    test.switch_page("pages/search.py").run()
+    test.switch_page("pages/compare.py").run()
+    assert test.multiselect[0].value == ["marginal"]
+
+
+def test_a_gap_between_texts_is_told_without_looking_closer(app):
+    full_run()
+    assert "Second text. Largest gap: trial 3 has 1.221 times" in words(app("compare"))
+
+
+def test_nothing_chosen_is_not_an_error(app):
+    run = make_run()
+    write_answers(run)
+    test = app("compare", run=run.id)
+    test.multiselect[0].set_value([]).run()
+    for name in LOOKS:
+        test.segmented_control(key="compare_look").set_value(name).run()
+        assert sound(test), name
+    assert test.button(key="measure").disabled
+
+
+def test_a_damaged_answer_becomes_a_message(app):
+    run = make_run()
+    body = comparison("trial 3", 3, 3.2)
+    del body["report"]["kl"]
+    write_json(run.path / "results" / "1.json", json.loads(json.dumps(body)))
+    test = app("compare")
+    assert not test.exception
+    assert "a comparison has no 'kl'" in test.error[0].value
