@@ -38,7 +38,7 @@ FORMS = {
     "centred": CompressionConfig(basis="pooled_feature", storage="pivoted", value_dense=False),
     "stacks": CompressionConfig(basis="shared_input:whitened", storage="pivoted", value_dense=False),
 }
-QUICK = HealingConfig(steps=12, batch_size=4, validate_every=4, learning_rate=1e-3)
+QUICK = HealingConfig(steps=12, batch_size=4, validate_every=4, learning_rate=1e-3, cross_entropy=0.0)
 
 
 def compressed(handle: ModelHandle, windows: WindowSet, form: str = "pivoted", ratio: float = 0.5) -> CompressedModel:
@@ -213,6 +213,16 @@ def test_a_training_that_diverges_says_so_and_loses_nothing(small: ModelHandle, 
     healed = heal(small, llama, texts, replace(QUICK, learning_rate=1e30, patience=50))
     assert healed.report.stopped == "diverged"
     assert healed.report.kl_after <= healed.report.kl_before
+
+
+def test_validation_chooses_by_the_objective(small: ModelHandle, llama: ModelHandle, texts: tuple[WindowSet, WindowSet]):
+    config = replace(QUICK, cross_entropy=0.5)
+    assert config.figure(0.2, 3.0) == pytest.approx(1.7)
+    assert replace(config, criterion="kl").figure(0.2, 3.0) == 0.2
+    report = heal(small, llama, texts, config).report
+    best = min(report.history, key=lambda point: point.kl + 0.5 * point.nll)
+    assert report.best_step == best.step
+    assert (report.kl_after, report.nll_after) == pytest.approx((best.kl, best.nll), rel=1e-4)
 
 
 def test_perplexity_can_be_the_criterion(small: ModelHandle, llama: ModelHandle, texts: tuple[WindowSet, WindowSet]):

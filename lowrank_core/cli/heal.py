@@ -36,7 +36,9 @@ def add(command: Command) -> None:
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model (default: the one that the folder was made from)")
     parser.add_argument("--method", default=_USUAL.method, help=f"one of {', '.join(HEALER_LABELS)} (default: %(default)s)")
     parser.add_argument(
-        "--criterion", default=_USUAL.criterion, help=f"that validation chooses by: {' or '.join(CRITERIA)} (default: %(default)s)"
+        "--criterion",
+        default=_USUAL.criterion,
+        help=f"that validation chooses by, of {', '.join(CRITERIA)} (default: %(default)s, KL + X NLL)",
     )
     for name, meaning in _NUMBERS.items():
         usual = getattr(_USUAL, name)

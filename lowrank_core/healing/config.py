@@ -17,7 +17,8 @@ HEALER_LABELS = {
 }
 """Name -> what people call it; ``healing.healers`` has one of each."""
 
-CRITERIA = ("kl", "perplexity")
+CRITERIA = ("objective", "kl", "perplexity")
+"""What validation may choose by: KL + α NLL, as distillation is trained, or one of the two alone."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class HealingConfig:
         learning_rate: largest, after the warm-up; None measures one (``rates``).
         warmup: fraction of the steps in which the rate rises; from there it falls as a cosine to 0.
         temperature: τ of the distributions that are compared: τ² KL(dense^(1/τ) ‖ compressed^(1/τ)).
-        cross_entropy: α, weight of the loss on the text itself beside the divergence.
-        criterion: what validation chooses by, ``kl`` (to the dense model) or ``perplexity``: what is kept is never worse in it than the
-            start was.
+        cross_entropy: α, weight of the loss on the text itself beside the divergence. A little of it steers what the factors can't
+            hold towards what the text needs; with much of it they learn the text, and leave the dense model.
+        criterion: what validation chooses by, one of ``CRITERIA``: what is kept is never worse in it than the start was.
         validate_every: steps between two validations, which are also checkpoints.
         patience: validations without a better one after which training ends.
         train_windows: of the text's calibration split, at most, drawn at random.
@@ -42,13 +43,13 @@ class HealingConfig:
     """
 
     method: str = "distill"
-    steps: int = 400
+    steps: int = 200
     batch_size: int = 8
     learning_rate: float | None = None
     warmup: float = 0.05
     temperature: float = 1.0
-    cross_entropy: float = 0.0
-    criterion: str = "kl"
+    cross_entropy: float = 0.02
+    criterion: str = "objective"
     validate_every: int = 20
     patience: int = 10
     train_windows: int = 4096
@@ -73,6 +74,10 @@ class HealingConfig:
             raise ConfigError(f"the warm-up is a fraction of the steps, in [0, 1); got {self.warmup:g}. Try 0.05.")
         if self.seed < 0:
             raise ConfigError(f"seed must be at least 0, got {self.seed}.")
+
+    def figure(self, kl: float, nll: float) -> float:
+        """Return what validation chooses by, in nats per token: less is better."""
+        return {"objective": kl + self.cross_entropy * nll, "kl": kl, "perplexity": nll}[self.criterion]
 
     def rate_at(self, step: int) -> float:
         """Return the fraction of the largest rate in ``step``, from 1: a line up, then a cosine to 0."""

@@ -35,6 +35,7 @@ class Distillation(Healer):
 
     name: ClassVar[str] = "distill"
     reference: ClassVar[str] = "arXiv 1503.02531"
+    caution: ClassVar[float] = 4.0  # steps of SOAP go less astray than those of Adam, for which rates are measured
 
     def optimizer(self, parameters: Sequence[nn.Parameter]) -> Optimizer:
         return soap(parameters)

@@ -189,7 +189,7 @@ class _Course:
     def _better(self, kl: float, nll: float) -> bool:
         """Whether these figures are the best so far by the criterion."""
         best = next(point for point in self._history if point.step == self._best_step)
-        return kl < best.kl if self._config.criterion == "kl" else nll < best.nll
+        return self._config.figure(kl, nll) < self._config.figure(best.kl, best.nll)
 
     def _note(self, point: HealingPoint) -> None:
         self._history.append(point)
@@ -208,7 +208,7 @@ class _Course:
         if self._best_step:
             folded = self._folded()
             kl, nll = self._validated(folded)
-            if (kl <= start.kl) if self._config.criterion == "kl" else (nll <= start.nll):
+            if self._config.figure(kl, nll) <= self._config.figure(start.kl, start.nll):
                 healed = folded
             else:  # rounding in the model's own dtype ate what training had won
                 self._best_step, kl, nll = 0, start.kl, start.nll

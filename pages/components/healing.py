@@ -35,10 +35,10 @@ def form(run: Run, asked: Callable[[dict[str, object]], None], *, why_not: str |
             0.0,
             10.0,
             _USUAL.cross_entropy,
-            0.1,
+            0.01,
             key="heal_cross_entropy",
             width=210,
-            help="0 follows the original alone. Above, the model learns the text, too, and moves away from the original.",
+            help="0 follows the original alone. A little helps the perplexity; with more the model learns the text instead.",
         )
         pressed = st.form_submit_button("Heal it", key="heal", icon=":material/healing:", disabled=why_not is not None, help=why_not)
     if pressed:

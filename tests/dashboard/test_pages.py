@@ -208,7 +208,7 @@ def test_healing_is_asked_for_with_its_settings(app, monkeypatch):
     assert sound(test)
     (request,) = pending_requests(run)
     assert request["kind"] == "heal"
-    assert request["arguments"]["healing"] == {"method": "diagonal", "steps": 50, "cross_entropy": 0.0}
+    assert request["arguments"]["healing"] == {"method": "diagonal", "steps": 50, "cross_entropy": 0.02}
 
 
 def test_an_export_can_be_measured_again(app, monkeypatch):
