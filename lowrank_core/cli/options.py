@@ -73,7 +73,10 @@ def text_options(
 ) -> None:
     """Add the options of a text, or of ``several`` cut alike; ``windows`` is the field of ``TextConfig`` that --windows stands for."""
     defaults = TextConfig()
-    parser.add_argument("--text", required=required, metavar="T", nargs="+" if several else None, help=_TEXT_HELP)
+    if several:
+        parser.add_argument("--text", required=required, metavar="T", nargs="+", action="extend", help=_TEXT_HELP)
+    else:
+        parser.add_argument("--text", required=required, metavar="T", help=_TEXT_HELP)
     parser.add_argument("--windows", type=int, metavar="N", help=f"{windows.replace('_', ' ')} (default: {getattr(defaults, windows)})")
     parser.add_argument(
         "--context", type=int, metavar="L", help=f"tokens in a window (default: {defaults.context}, or what the model takes if less)"
