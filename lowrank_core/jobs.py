@@ -16,7 +16,7 @@ import psutil
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, RunStatus, read_json, write_json
 
-__all__ = ["add_worker", "ask", "pending_requests", "request_stop", "result_of", "start_worker", "terminate"]
+__all__ = ["add_worker", "ask", "pending_requests", "request_path", "request_stop", "result_of", "start_worker", "terminate", "withdraw"]
 
 TEMPERATURE = 0.5
 """Of a prompt's continuation, unless a request says another."""
@@ -98,8 +98,9 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     A search that was stopped or interrupted stays so: the worker only answers.
 
     Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, temperature, seed),
-    ``export`` (trial, and fields of ``ExportConfig``), ``verify`` (path: an export's name), ``heal`` (trial, and fields of
-    ``HealingConfig`` under ``healing``), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a partial choice): the
+    ``export`` (trial, or under ``healed`` the folder of a healed model, and fields of ``ExportConfig``),
+    ``verify`` (path: an export's name), ``heal`` (trial, and fields of ``HealingConfig`` under ``healing``),
+    ``measure`` (ranks, and an allocator's name under ``complete`` to complete a partial choice): the
     allocation is put in line, and becomes a trial of the study.
 
     Raises:
@@ -109,10 +110,20 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     if not run.worker_alive() and run.status().state in ("interrupted", "failed"):
         run.pause_marker.touch()
     request = f"{time.time_ns()}-{secrets.token_hex(2)}"
-    write_json(run.path / "requests" / f"{request}.json", {"id": request, "kind": kind, "arguments": arguments})
+    write_json(request_path(run, request), {"id": request, "kind": kind, "arguments": arguments})
     if launch:
         _launch(run)
     return request
+
+
+def request_path(run: Run, request: str) -> Path:
+    """Return the file of a request, which is there until it is withdrawn."""
+    return run.path / "requests" / f"{request}.json"
+
+
+def withdraw(run: Run, request: str) -> None:
+    """Take back a request: one that waits is not begun, one in hand ends with its step, without an answer."""
+    request_path(run, request).unlink(missing_ok=True)
 
 
 def pending_requests(run: Run) -> list[dict[str, object]]:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from lowrank_core.errors import Cancelled
 from lowrank_core.runs import Run, RunStatus, process_started
@@ -32,6 +33,7 @@ class Reporter:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._timings: dict[str, float] = {}
+        self._request: Path | None = None
         self._serving = run.pause_marker.exists()  # started only to answer requests: the old stop is not for us
         pid = os.getpid()
         self._status = RunStatus(state="running", stage="Starting", pid=pid, pid_started=process_started(pid))
@@ -65,11 +67,22 @@ class Reporter:
         self._serving = True
 
     def check_stop(self) -> None:
-        """Raise ``Cancelled`` if a user asked to stop since this worker started."""
+        """Raise ``Cancelled`` if a user asked to stop since this worker started, or withdrew the request in hand."""
+        if self._request is not None and not self._request.exists():
+            raise Cancelled
         if not self.paused:
             self._serving = False
         elif not self._serving:
             raise Cancelled
+
+    @contextmanager
+    def attending(self, request: Path) -> Iterator[None]:
+        """Work on a request for a while: without its file it is not wanted any more."""
+        self._request = request
+        try:
+            yield
+        finally:
+            self._request = None
 
     @contextmanager
     def stage(self, name: str, total: int = 0) -> Iterator[Callable[[int, int], None]]:
