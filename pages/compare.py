@@ -7,7 +7,6 @@ import streamlit as st
 from lowrank_core.search.records import read_trials
 from lowrank_core.views.compare import answers, comparisons, continuations, label_of, last_failure
 from lowrank_core.views.runs import is_busy
-from lowrank_core.views.summary import written_models
 from pages.components import healing, layout, measured, navigation
 from pages.components import requests as asking
 from pages.components.boundary import boundary, live
@@ -49,6 +48,4 @@ with boundary():
     asking.heal_form(run, trial)
     live(lambda: healing.show(run), 2.0 if is_busy(run) else None)
 
-    st.subheader("Take it away", anchor=False)
-    asking.export_form(run, trial)
-    measured.show_exports(written_models(run, bodies), lambda name: asking.verify_button(run, name))
+    st.page_link(navigation.EXPORT, label="Take it away: the Export page writes the model and proves it", icon=":material/save:")

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import streamlit as st
 
 from lowrank_core.figures.compare import perplexity_figure
 from lowrank_core.views.compare import Comparison, Continuation, comparison_table
 from lowrank_core.views.formatting import count, interval, number, percent, size
-from lowrank_core.views.summary import Written, protocol_of
+from lowrank_core.views.summary import protocol_of
 from pages.components import tables
 from pages.components.charts import chart
 
-__all__ = ["show", "show_continuations", "show_exports"]
+__all__ = ["show", "show_continuations"]
 
 _WIDTHS = [1.2, 1.2, 0.9, 1.1, 1.1]  # of the cards: the longest labels fit at 1280 pixels
 
@@ -105,16 +105,3 @@ def show_continuations(found: Sequence[Continuation]) -> None:
             left.code(entry.dense_text, language=None, wrap_lines=True)
             right.caption(f"Compressed, {label}")
             right.code(entry.compressed_text, language=None, wrap_lines=True)
-
-
-def show_exports(found: Sequence[Written], verify: Callable[[str], None]) -> None:
-    """Say which models were written and how to use them; ``verify`` draws the button that has a folder measured again, by its name."""
-    if not found:
-        st.caption("Writes safetensors and a config into the run's folder; the folder is a valid `--model` of the command line.")
-        return
-    for entry in found:
-        st.markdown(f"**{entry.path.name}** was written; the folder is a valid `--model`:")
-        st.code(f"lowrank verify --model {entry.path}", language="bash", wrap_lines=True)
-        if entry.proof:
-            st.caption(entry.proof)
-        verify(entry.path.name)

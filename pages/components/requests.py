@@ -20,7 +20,7 @@ from pages.components import healing, state
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
 
-__all__ = ["Trial", "candidates", "export_form", "heal_form", "measure_form", "prompt_form", "verify_button", "waiting"]
+__all__ = ["Trial", "candidates", "heal_form", "measure_form", "prompt_form", "waiting"]
 
 Trial = int | str
 """A trial's number, or an allocator's name."""
@@ -113,25 +113,9 @@ def prompt_form(run: Run, trial: Trial) -> None:
         _ask(run, "generate", [trial], prompt=prompt, tokens=int(tokens), temperature=float(temperature), seed=int(seed))
 
 
-def export_form(run: Run, trial: Trial) -> None:
-    """Draw the button that has the compressed model written."""
-    if st.button(
-        "Export this allocation", key="export", icon=":material/save:", disabled=run.recorded, help=_RECORDED if run.recorded else None
-    ):
-        _ask(run, "export", [trial])
-
-
 def heal_form(run: Run, trial: Trial) -> None:
     """Draw the settings of a healing and the button that has the chosen allocation healed."""
     healing.form(run, lambda settings: _ask(run, "heal", [trial], healing=settings), why_not=_RECORDED if run.recorded else None)
-
-
-def verify_button(run: Run, name: str) -> None:
-    """Draw the button that has an export loaded in a fresh process and measured again."""
-    if st.button("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", disabled=run.recorded):
-        with boundary():
-            jobs.ask(run, "verify", path=name)
-            st.rerun()
 
 
 def waiting(run: Run) -> None:
@@ -147,9 +131,16 @@ def waiting(run: Run) -> None:
             status.fraction or 0.0,
             text=f"{_WORDS.get(kind, kind)}{more} · {status.stage} {status_words(status) if is_working(status) else ''}",
         )
+        _cancel_button(run, str(open_requests[0]["id"]))
         return
     st.warning(f"{len(open_requests)} requests wait for a worker, which is not running.", icon=":material/pause:")
     resume_button(run, key="resume_requests", width="content")
+
+
+def _cancel_button(run: Run, request: str) -> None:
+    if st.button("Cancel", key="cancel_request", icon=":material/close:", help="Ends with the step in hand; nothing half done is left."):
+        jobs.withdraw(run, request)
+        st.rerun()
 
 
 def _ask(run: Run, kind: str, trials: Sequence[Trial], **arguments: object) -> None:
