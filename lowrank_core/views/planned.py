@@ -181,8 +181,8 @@ def _form_words(config: ExportConfig) -> str:
 def _row(form: str, found: Planned, original: int, *, chosen: bool) -> dict[str, object]:
     share = found.bytes / original if original else None
     words = form if found.exact else f"{form}, at most"
-    counts = {"parameters": found.parameters, "bytes": found.bytes, "share": share, "exact": found.exact}
-    return {"chosen": "→" if chosen else "", "form": words, "dtype": found.dtype} | counts
+    row: dict[str, object] = {"chosen": "→" if chosen else "", "form": words, "dtype": found.dtype}
+    return row | {"parameters": found.parameters, "bytes": found.bytes, "share": share, "exact": found.exact}
 
 
 def files_of(found: Planned, config: ExportConfig) -> list[tuple[str, str]]:

@@ -164,13 +164,11 @@ def _bounded(words: str, found: Planned) -> str:
 def _sizes(frame: object) -> None:
     columns = {
         "chosen": tables.text("", "The form that is chosen.", 30),
-        "form": tables.text("Form", "“At most” where the exact count is known only once it is built."),
-        "dtype": tables.text("Floats"),
+        "form": tables.text("Form", "“At most” where the exact count is known only once it is built.", 150),
+        "dtype": tables.text("Floats", width=75),
         "parameters": tables.whole("Parameters", "Numbers in the files: biases, indices and scales counted."),
-        "bytes": st.column_config.NumberColumn(
-            "Bytes", format="localized", help="Of the tensors; a header of some kilobytes comes on top."
-        ),
-        "share": tables.share("Of the original"),
+        "bytes": tables.whole("Bytes", "Of the tensors; a header of some kilobytes comes on top."),
+        "share": tables.share("Share", "Of the original's bytes."),
     }
     tables.table(frame, columns, key="export_sizes", alt="Bytes of each form")  # type: ignore[arg-type]
     st.caption("Counted from the ranks, not measured. The original is the checkpoint as it is stored.")

@@ -50,7 +50,9 @@ def _arguments(request: dict[str, object]) -> dict[str, object]:
 
 def _entry(run: Run, entry: Written, *, waits: bool) -> None:
     name = entry.path.name
-    st.markdown(f"**{name}**" + (f" · healed ({entry.healed})" if entry.healed else ""))
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown(f"**{name}**" + (f" · healed ({entry.healed})" if entry.healed else ""), width="content")
+        _badge(entry.proof)
     if entry.damage:
         st.error(f"{entry.damage} Delete the folder, and write the model again.", icon=":material/error:")
         return
@@ -64,6 +66,15 @@ def _entry(run: Run, entry: Written, *, waits: bool) -> None:
         _folder_button(entry)
         _card_button(entry)
     _details(entry)
+
+
+def _badge(proof: Proof | None) -> None:
+    if proof is None:
+        st.badge("Not proven yet", icon=":material/help:", color="gray")
+    elif proof.ok:
+        st.badge("Proven", icon=":material/verified:", color="green")
+    else:
+        st.badge("Failed", icon=":material/cancel:", color="red")
 
 
 def _facts(entry: Written) -> None:
@@ -85,8 +96,8 @@ def _proof(entry: Written, *, waits: bool) -> None:
         st.caption("Being loaded and measured again in a fresh process…")
         return
     if found is None:
-        measured = f" As it was written: perplexity {number(entry.perplexity, 5)}." if entry.perplexity is not None else ""
-        st.caption(f"Not proven yet.{measured} {entry.protocol}")
+        if entry.perplexity is not None:
+            st.caption(f"As it was written: perplexity {number(entry.perplexity, 5)}. {entry.protocol}")
         return
     if found.error:
         st.error(f"{found.verdict}. {found.error}", icon=":material/cancel:")
