@@ -212,16 +212,16 @@ def runtimes(config: ExportConfig) -> pd.DataFrame:
     dense = config.form == "dense"
     code = config.with_code
     rows = [
-        ("This studio and `lowrank`", True, "--model FOLDER"),
+        ("This studio and `lowrank`", True, "`--model FOLDER`"),
         (
             "transformers, with this package installed",
             True,
-            "as any model" if dense else "import lowrank_core, then from_pretrained",
+            "as any model" if dense else "after `import lowrank_core`",
         ),
         (
             "transformers alone",
             dense or code,
-            "as any model" if dense else "trust_remote_code=True" if code else "write it with our code, or merged",
+            "as any model" if dense else "with `trust_remote_code=True`" if code else "write it with our code, or merged",
         ),
         ("vLLM, llama.cpp's converter and others", dense, "as the base model" if dense else "these know no factors: write it merged"),
     ]

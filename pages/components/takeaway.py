@@ -27,7 +27,7 @@ from pages.components.boundary import boundary
 __all__ = ["show"]
 
 _FORMS = {"compressed": "Factors", "dense": "Dense merge"}
-_DTYPES = {"auto": "As the checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_DTYPES = {"auto": "As checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 _RECORDED = "A recorded run has no worker: start a search of your own to write a model. Everything that can be downloaded is below."
 
 
@@ -149,8 +149,8 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
         st.caption(f"A new folder, `{folder}`:")
         st.markdown("\n".join(f"* `{name}`: {meaning}" for name, meaning in files_of(found, config)))
     with who:
-        columns = {"runtime": tables.text("Runtime"), "loads": tables.text("Loads it", width="small"), "how": tables.text("How")}
-        tables.table(runtimes(config), columns, key="export_runtimes", alt="Which runtimes can load the folder")
+        rows = runtimes(config).itertuples(index=False)
+        st.markdown("\n".join(f"* {row.runtime}: **{row.loads}**, {row.how}" for row in rows))
     with again:
         _command(run, source, config)
     with python:
