@@ -183,6 +183,21 @@ class Unit:
         indices = 0 if rank is None else self.stored(rank)[1]
         return (self.parameters(rank) - indices) * itemsize + indices * INDEX_BYTES
 
+    def scales(self, rank: int | None) -> int:
+        """Return how many rows the factors have: each has one scale where they are stored in 8 bits."""
+        return 0 if rank is None else self._rows(rank)
+
+    def _rows(self, rank: int) -> int:
+        return self.d_out if self.storage == "pivoted" else self.d_out + rank  # r pivot rows are not stored again
+
+    def int8_bytes(self, rank: int | None, itemsize: int) -> int:
+        """Return bytes at ``rank`` with a byte for each number of a factor; scales and biases take ``itemsize``."""
+        if rank is None:
+            return self.bytes(None, itemsize)
+        weights, indices = self.stored(rank)
+        floats = self.parameters(rank) - weights - indices + self.scales(rank)
+        return weights + floats * itemsize + indices * INDEX_BYTES
+
     def flops_per_token(self, rank: int | None) -> int:
         """Return multiply-adds counted as two operations, biases left out; a stack's shared factor is applied once for each input."""
         if rank is None:
@@ -224,6 +239,9 @@ class HeadUnit(Unit):
     def bias_parameters(self) -> int:
         output = self.members[1]
         return output.d_out * (output.bias or self.adds_bias)
+
+    def _rows(self, rank: int) -> int:
+        return self.groups * rank + self.members[1].d_out
 
     def _price(self, rank: int) -> int:
         return super()._price(rank) + self.groups * rank * self.members[0].bias

@@ -232,6 +232,32 @@ class ExportConfig:
         if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", self.max_shard_size.upper()):
             raise ConfigError(f"max shard size must be a number with a unit from KB to TB, got {self.max_shard_size!r}. Try 2GB.")
 
+    @property
+    def shard_bytes(self) -> int:
+        """``max_shard_size`` in bytes."""
+        amount, unit = self.max_shard_size[:-2], self.max_shard_size[-2:].upper()
+        return int(float(amount) * 1000 ** (1 + "KMGT".index(unit[0])))
+
+    def folder_name(self, name: str) -> str:
+        """Return the name of the folder for the model ``name``: with a word for each choice that is not the usual one."""
+        usual = ExportConfig()
+        words = (
+            (self.form, self.form != usual.form),
+            ("with-code", self.with_code),
+            (self.dtype, self.dtype != usual.dtype),
+            (self.quantization, self.quantization != usual.quantization),
+            (f"shards-of-{self.max_shard_size.upper()}", self.shard_bytes != usual.shard_bytes),
+        )
+        return "-".join([name, *(word for word, said in words if said)]).replace(" ", "-")
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Options of the command line that say the same, by name; True is a flag. What is usual is left out."""
+        usual = ExportConfig()
+        found = {"form": self.form, "with_code": self.with_code, "dtype": self.dtype, "max_shard_size": self.max_shard_size}
+        said: dict[str, object] = {name: value for name, value in found.items() if value != getattr(usual, name)}
+        return said | ({} if self.quantization == usual.quantization else {"quantize": self.quantization})
+
 
 @dataclass(frozen=True)
 class CompressRequest:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from lowrank_core.commands import progress_line
-from lowrank_core.compression import CompressedModel, CompressionReport
+from lowrank_core.compression import CompressedModel
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.evaluation import EvaluationReport, evaluate
 from lowrank_core.export import HeldOut, check_free, export, figures_of
-from lowrank_core.export.manifest import ExportManifest, read_manifest, report_of
+from lowrank_core.export.manifest import read_manifest, report_of
 from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.records import HealingReport, read_history
 from lowrank_core.healing.trainer import heal
@@ -72,7 +72,7 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
     after = evaluate(healed.handle, test, against=dense, progress=progress_line("Measuring healed"))
     model = CompressedModel(replace(healed.handle, reference=dense.reference), report)
     summary = {name: value for name, value in asdict(healed.report).items() if name != "history"}
-    provenance = {**_how(manifest), "healing": summary, "command": request.command}
+    provenance = {**manifest.provenance, "healing": summary, "command": request.command}
     figures = figures_of(before.to_mapping(), healed=after.to_mapping())
     export(model, request.out, provenance=provenance, config=request.export, figures=figures, test=HeldOut(text, test))
     _forget(request.checkpoint)
@@ -83,12 +83,6 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
         "healed": after.to_mapping(),
         "text": _told(healed.report, before, after, request.out),
     }
-
-
-def _how(manifest: ExportManifest) -> dict[str, object]:
-    """Return how the folder was made, without its counts, which are counted again."""
-    counts = {f.name for f in fields(CompressionReport)} | {"compression_ratio", "model_compression_ratio"}
-    return {name: value for name, value in manifest.details.items() if name not in counts}
 
 
 def _forget(folder: Path) -> None:

@@ -100,9 +100,10 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     Kinds: ``compare`` (trial: a number, an allocator's name, ``preset:NAME`` or ``healed:FOLDER``; also in the next four),
     ``other_text`` (trial, text: a text's reference), ``tokens`` (trial, and text or window: a test window's number), ``generate``
     (trial, prompt, tokens, temperature, seed), ``speed`` (trial, memory, and fields of ``SpeedConfig``),
-    ``export`` (trial, and fields of ``ExportConfig``), ``verify`` (path: an export's name), ``heal`` (trial, and fields of
-    ``HealingConfig`` under ``healing``), ``directions`` (fields of ``DirectionsConfig``), ``measure`` (ranks, and an allocator's name
-    under ``complete`` to complete a partial choice): the allocation is put in line, and becomes a trial of the study.
+    ``export`` (trial, or under ``healed`` the folder of a healed model, and fields of ``ExportConfig``),
+    ``verify`` (path: an export's name), ``heal`` (trial, and fields of ``HealingConfig`` under ``healing``),
+    ``directions`` (fields of ``DirectionsConfig``), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a
+    partial choice): the allocation is put in line, and becomes a trial of the study.
 
     Raises:
         RunError: as ``start_worker``.

@@ -19,8 +19,11 @@ from lowrank_core.models.quantized import Int8Matrix
 __all__ = ["quantized", "quantized_handle"]
 
 
-def quantized_handle(handle: ModelHandle) -> ModelHandle:
+def quantized_handle(handle: ModelHandle, *, scales: torch.dtype | None = None) -> ModelHandle:
     """Return a copy of a compressed model with its factors in 8 bits; what is measured on it is measured with them.
+
+    Args:
+        scales: dtype that holds the scales exactly, the one that they will be written in; that of the checkpoint unless it is given.
 
     Raises:
         ConfigError: the model has no factors, or they are in 8 bits already.
@@ -34,17 +37,17 @@ def quantized_handle(handle: ModelHandle) -> ModelHandle:
     with torch.no_grad():
         for child in module.modules():
             if isinstance(child, CompressedModule):
-                child.quantize(handle.stored_dtype)
+                child.quantize(scales or handle.stored_dtype)
     return replace(handle, module=module)
 
 
-def quantized(model: CompressedModel) -> CompressedModel:
+def quantized(model: CompressedModel, *, scales: torch.dtype | None = None) -> CompressedModel:
     """As ``quantized_handle``, with the counts of the report: scales are counted as parameters, factors as one byte each.
 
     Raises:
         ConfigError: as ``quantized_handle``.
     """
-    handle = quantized_handle(model.handle)
+    handle = quantized_handle(model.handle, scales=scales)
     report: CompressionReport = replace(
         model.report,
         parameters_after=handle.parameters,

@@ -12,10 +12,8 @@ from lowrank_core.views.prompts import prompts
 from lowrank_core.views.runs import is_busy
 from lowrank_core.views.speed import speeds
 from lowrank_core.views.subjects import candidates, healable
-from lowrank_core.views.summary import written_models
 from lowrank_core.views.token_losses import strips
 from pages.components import asking, closer, healing, layout, measured, navigation, prompt, second_text, state, subjects, token_strip
-from pages.components import requests as leaving
 from pages.components import speeds as timing
 from pages.components.boundary import boundary, live
 
@@ -87,9 +85,7 @@ with boundary():
     made = healable(options)
     trial = next((subject for subject in picked if subject in made), next(iter(made)))
     st.subheader("Win some of it back", anchor=False)
-    leaving.heal_form(run, made, trial)
+    healing.form(run, made, trial)
     live(lambda: healing.show(run), 2.0 if is_busy(run) else None)
 
-    st.subheader("Take it away", anchor=False)
-    leaving.export_form(run, trial)
-    measured.show_exports(written_models(run, bodies), lambda name: leaving.verify_button(run, name))
+    st.page_link(navigation.EXPORT, label="Take it away: the Export page writes the model and proves it", icon=":material/save:")

@@ -34,6 +34,7 @@ from lowrank_core.search.records import read_trials
 from lowrank_core.search.worker import run_worker
 from lowrank_core.views.calibration import calibration_facts
 from lowrank_core.views.compare import answers, comparisons
+from lowrank_core.views.exported import written_models
 from lowrank_core.views.formatting import number
 from lowrank_core.views.front import front
 from lowrank_core.views.losses import comparison_table
@@ -48,7 +49,6 @@ from lowrank_core.views.summary import (
     seed_table,
     type_table,
     unfinished_table,
-    written_models,
 )
 
 EVIL = "<script>alert('x')</script><img src=https://elsewhere.example/p.png onerror=alert(1)>"

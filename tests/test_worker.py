@@ -15,6 +15,7 @@ import pytest
 from lowrank_core import jobs
 from lowrank_core.config import SAMPLERS, VARIABLES, CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError, RunError
+from lowrank_core.export import read_manifest
 from lowrank_core.models import load_model
 from lowrank_core.runs import Run, create_run
 from lowrank_core.search.desk import complete_trial
@@ -28,6 +29,7 @@ from lowrank_core.spectra import load_spectra
 from lowrank_core.views.compare import answers, comparisons
 from lowrank_core.views.directions import direction_facts
 from lowrank_core.views.healing import healings
+from lowrank_core.views.planned import healed_sources
 
 PATIENCE = 120.0
 """Seconds to wait for a process that shares the machine with others; far more than it takes alone."""
@@ -149,8 +151,27 @@ def test_a_trial_is_healed_written_and_found_again(config: RunConfig, started: C
     assert proven["ok"], proven
     assert isinstance(proven["verification"], dict)
     assert proven["verification"]["ok"]
+    _check_another_form(run, Path(str(first["path"])))
     refused = _answer(run, "heal", trial=1, healing={"method": "magic"})
     assert "healing must be one of" in str(refused["error"])
+
+
+def _check_another_form(run: Run, healed: Path) -> None:
+    """A healed model is written in 8 bits from what is on disk; what was not healed is no healed model."""
+    small = _answer(run, "export", healed=healed.name, quantization="int8")
+    assert small["ok"], small
+    folder = Path(str(small["path"]))
+    assert folder.name == f"{healed.name}-int8"
+    before, after = read_manifest(healed), read_manifest(folder)
+    assert after.provenance == before.provenance
+    assert after.made_from == before.made_from
+    assert after.written_bytes < before.written_bytes
+    assert after.measured is not None
+    assert before.measured is not None
+    assert abs(after.measured.nll - before.measured.nll) < 0.05
+    assert {str(source.healed) for source in healed_sources(run)} == {healed.name}
+    for name in ("uniform", "..", ""):
+        assert not _answer(run, "export", healed=name)["ok"], name
 
 
 def test_a_healing_that_is_stopped_goes_on_when_it_is_asked_for_again(config: RunConfig, started: Callable[[RunConfig], Run]):

@@ -105,6 +105,12 @@ class ExportManifest:
     def written_bytes(self) -> int:
         return sum(file.bytes for file in self.files.values())
 
+    @property
+    def provenance(self) -> dict[str, object]:
+        """How the model was made: the details without its counts, which are counted again with every export."""
+        counts = {f.name for f in fields(CompressionReport)} | {"compression_ratio", "model_compression_ratio"}
+        return {name: value for name, value in self.details.items() if name not in counts}
+
     def to_mapping(self) -> dict[str, object]:
         """Return the manifest ready for JSON."""
         body = asdict(self)

@@ -10,6 +10,7 @@ import torch
 
 from lowrank_core.config import ModelSource, TextConfig
 from lowrank_core.evaluation import evaluate
+from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.manifest import Measurement, Protocol
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.text import WindowSet, load_windows
@@ -36,7 +37,7 @@ def loaded_like(handle: ModelHandle, folder: Path) -> ModelHandle:
     return load_model(ModelSource(str(folder), str(handle.device), _DTYPES.get(handle.module.dtype, "auto")))
 
 
-def measured(handle: ModelHandle, test: HeldOut) -> Measurement:
+def measured(handle: ModelHandle, test: HeldOut, *, progress: Progress | None = None) -> Measurement:
     """Measure a model that was loaded from the folder in question.
 
     Raises:
@@ -44,7 +45,7 @@ def measured(handle: ModelHandle, test: HeldOut) -> Measurement:
         ModelError: the windows do not fit the model.
     """
     windows, config = test.windows, test.config
-    report = evaluate(handle, windows)
+    report = evaluate(handle, windows, progress=progress)
     protocol = Protocol(
         text=config.reference,
         split=windows.split,

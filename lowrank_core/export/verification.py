@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from lowrank_core.text import load_windows
 
 __all__ = ["Verification", "tolerance_of", "verify"]
 
+_PATIENCE = 0.5  # seconds
 _LOGIT = 16
 """Size of a large logit: its rounding bounds what rounding does to a loss."""
 
@@ -57,11 +59,19 @@ def tolerance_of(dtype: str) -> float:
     return _LOGIT * eps / 2
 
 
-def verify(folder: Path, *, text: TextConfig | None = None, split: str = "test", device: str = "auto") -> Verification:
+def verify(
+    folder: Path,
+    *,
+    text: TextConfig | None = None,
+    split: str = "test",
+    device: str = "auto",
+    waiting: Callable[[], None] | None = None,
+) -> Verification:
     """Check the files of an export and measure its perplexity again in a fresh process.
 
     Args:
         text: measured on instead of what the manifest recorded: ``test_windows`` of ``split``.
+        waiting: called twice a second meanwhile; if it raises, the process is ended.
 
     Raises:
         ModelError: a file is damaged or altered, or the folder is no export.
@@ -73,7 +83,8 @@ def verify(folder: Path, *, text: TextConfig | None = None, split: str = "test",
     if text is None and recorded is None:
         raise ConfigError(f"{folder} has no recorded perplexity to compare with. Give a text to measure it on (--text).")
     config, part, dtype = _asked(recorded, text, split)
-    found = _in_fresh_process(ModelSource(str(folder), device, dtype), config, part)
+    request = {"source": to_mapping(ModelSource(str(folder), device, dtype)), "text": to_mapping(config), "split": part}
+    found = _in_fresh_process(request, waiting)
     if recorded is not None and text is None and found.protocol.sha256 != recorded.protocol.sha256:
         raise ConfigError(
             f"the text {config.reference} has changed since the export: its windows are other tokens. Restore it, or give one with --text."
@@ -107,7 +118,7 @@ def _compared(files: int, recorded: Measurement | None, found: Measurement) -> V
     )
 
 
-def _in_fresh_process(source: ModelSource, config: TextConfig, split: str) -> Measurement:
+def _in_fresh_process(request: Mapping[str, object], waiting: Callable[[], None] | None) -> Measurement:
     """Measure in a new interpreter: nothing of this one's models, caches or registrations is there.
 
     Raises:
@@ -115,20 +126,35 @@ def _in_fresh_process(source: ModelSource, config: TextConfig, split: str) -> Me
     """
     root = str(Path(__file__).resolve().parents[2])
     paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    request = json.dumps({"source": to_mapping(source), "text": to_mapping(config), "split": split})
-    done = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-c", "from lowrank_core.export.verification import _answer; _answer()"],
-        input=request,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
         env={**os.environ, "PYTHONPATH": paths},
-    )
-    body = json.loads(done.stdout.splitlines()[-1]) if done.stdout.strip() else {}
-    if "error" in body or done.returncode != 0:
-        said = body.get("error") or (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ModelError(str(said))
+    ) as process:
+        said, complained = _heard(process, json.dumps(request), waiting)
+    body = json.loads(said.splitlines()[-1]) if said.strip() else {}
+    if "error" in body or process.returncode != 0:
+        raise ModelError(str(body.get("error") or (complained.strip().splitlines() or ["no message"])[-1]))
     return measurement_from(body)
+
+
+def _heard(process: subprocess.Popen[str], request: str, waiting: Callable[[], None] | None) -> tuple[str, str]:
+    """Return what the process said on stdout and stderr once it has ended."""
+    asked: str | None = request
+    try:
+        while True:
+            try:
+                return process.communicate(asked, timeout=_PATIENCE)
+            except subprocess.TimeoutExpired:
+                asked = None  # it has it; communicate goes on where it was
+                if waiting is not None:
+                    waiting()
+    except BaseException:
+        process.kill()
+        raise
 
 
 def _answer() -> None:

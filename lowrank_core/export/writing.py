@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from lowrank_core.compression import CompressedModel
 from lowrank_core.config import ExportConfig
 from lowrank_core.errors import NumericalError
+from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.base_model import BaseModel, base_model_of
 from lowrank_core.export.card import model_card
 from lowrank_core.export.code import auto_map, write_code
@@ -34,6 +35,7 @@ def export(
     config: ExportConfig | None = None,
     figures: Mapping[str, object] | None = None,
     test: HeldOut | None = None,
+    progress: Progress | None = None,
 ) -> ExportManifest:
     """Write weights, tokenizer, model card and ``lowrank.json``: whole, or not at all.
 
@@ -44,6 +46,7 @@ def export(
         provenance: how the model was made; ``command`` in it is the command that makes it again.
         figures: other figures for the card, such as ``figures_of`` gives.
         test: text on which the folder is loaded and measured before it is in place; that is what ``verify`` measures again.
+        progress: told of the batches of that measurement; if it raises, nothing is left behind.
 
     Raises:
         RunError: the folder is taken, or the disk is full or read-only.
@@ -53,7 +56,7 @@ def export(
     """
     config = config or ExportConfig()
     if config.quantization != "none":
-        model = quantized(model)
+        model = quantized(model, scales=_stored_dtype(model, config))
     base = base_model_of(model.handle.reference)
     with whole_folder(folder) as temporary:
         dtype, parameters = _write_model(model, temporary, config, provenance)
@@ -66,7 +69,7 @@ def export(
             files=listed_files(temporary),
             written_parameters=parameters,
             details={**provenance, **_counts(model)},
-            measured=None if test is None else measured(loaded_like(model.handle, temporary), test),
+            measured=None if test is None else measured(loaded_like(model.handle, temporary), test, progress=progress),
             figures=dict(figures or {}),
             versions=versions(),
         )
@@ -82,7 +85,7 @@ def _describe(folder: Path, manifest: ExportManifest, model: CompressedModel, ba
 def _write_model(model: CompressedModel, folder: Path, config: ExportConfig, provenance: Mapping[str, object]) -> tuple[str, int]:
     """Write weights, config, tokenizer and code; return the dtype that was written, and how many numbers."""
     handle = model.handle
-    stored = handle.stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    stored = _stored_dtype(model, config)
     if config.form == "dense":
         module = merged(handle.module).to(stored)
     else:
@@ -95,6 +98,11 @@ def _write_model(model: CompressedModel, folder: Path, config: ExportConfig, pro
     module.save_pretrained(folder, max_shard_size=config.max_shard_size)
     handle.tokenizer.save_pretrained(folder)
     return str(stored).removeprefix("torch."), replace(handle, module=module, layers=()).parameters
+
+
+def _stored_dtype(model: CompressedModel, config: ExportConfig) -> torch.dtype:
+    chosen: torch.dtype = model.handle.stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    return chosen
 
 
 def _check_finite(module: PreTrainedModel) -> None:

@@ -36,8 +36,9 @@ CONFIG = {
     "displayModeBar": "hover",
     "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
     "scrollZoom": False,
+    "toImageButtonOptions": {"format": "svg", "filename": "lowrank-figure"},
 }
-"""For Plotly's ``config``."""
+"""For Plotly's ``config``; the camera of the mode bar saves what is seen as SVG, in the browser."""
 
 
 def finished(figure: go.Figure, *, height: int, x: str, y: str, right: int = 16, top: int = 12) -> go.Figure:

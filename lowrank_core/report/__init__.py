@@ -12,6 +12,8 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from markupsafe import Markup
 from lowrank_core import __version__
 from lowrank_core.errors import RunError
 from lowrank_core.figures.embedding import EMBED_CONFIG, plotly_script
-from lowrank_core.report.blocks import Facts, Note, Section
+from lowrank_core.report.blocks import Facts, Note, Section, figures_in
 from lowrank_core.report.healing import healing_section
 from lowrank_core.report.model import calibration_section, model_section, spectra_section, text_section
 from lowrank_core.report.outcome import configuration_section, exports_section, measured_section, reproduction_section
@@ -30,7 +32,7 @@ from lowrank_core.runs import Run, bundled_path, open_run
 from lowrank_core.views.formatting import duration
 from lowrank_core.views.runs import STATE_WORDS, is_working, stages, status_words
 
-__all__ = ["report_html", "write_report"]
+__all__ = ["figures_html", "report_html", "write_report"]
 
 _FOLDER = Path(__file__).resolve().parent
 _SECTIONS = (
@@ -49,8 +51,21 @@ def report_html(run: Run) -> str:
         RunError: the folder is no run, or a file in it is damaged.
         ConfigError: the ranks of a trial do not fit the model, or the database of the study can't be reached.
     """
+    return _page(run, [_beginning(run), *(section(run) for section in _SECTIONS)])
+
+
+def figures_html(run: Run) -> str:
+    """Return the figures of ``report_html`` alone, each with its data (CSV) and as a picture (SVG, PNG), drawn by the browser.
+
+    Raises:
+        RunError, ConfigError: as ``report_html``.
+    """
+    sections = [replace(found, blocks=tuple(figures_in(found.blocks))) for section in _SECTIONS if (found := section(run)).blocks]
+    return _page(run, [section for section in sections if section.blocks])
+
+
+def _page(run: Run, sections: Sequence[Section]) -> str:
     record = open_run(run.path).record
-    sections = [_beginning(run), *(section(run) for section in _SECTIONS)]
     style, script, plotly = _asset("style.css"), _asset("script.js"), plotly_script()
     return (
         _template()

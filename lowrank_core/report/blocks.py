@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -33,6 +33,7 @@ __all__ = [
     "Table",
     "csv_link",
     "drawn",
+    "figures_in",
     "json_link",
     "share",
     "sized",
@@ -205,6 +206,15 @@ class Folded:
 
 
 Block = Table | Figure | Facts | Note | Prose | Code | Download | Folded
+
+
+def figures_in(blocks: Iterable[Block]) -> Iterator[Figure]:
+    """Yield the figures among ``blocks``, the folded ones, too."""
+    for block in blocks:
+        if isinstance(block, Figure):
+            yield block
+        elif isinstance(block, Folded):
+            yield from figures_in(block.blocks)
 
 
 @dataclass(frozen=True)

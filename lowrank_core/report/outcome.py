@@ -11,10 +11,11 @@ from lowrank_core.report.blocks import Block, Code, Folded, Note, Prose, Section
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.search.records import TrialRecord, read_trials
 from lowrank_core.views.compare import Comparison, Confirmed, answers, comparisons, confirmed
+from lowrank_core.views.exported import Written, written_models
 from lowrank_core.views.formatting import DASH, number
 from lowrank_core.views.prompts import prompts
 from lowrank_core.views.reproduction import export_command, reproduction, test_command
-from lowrank_core.views.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table, written_models
+from lowrank_core.views.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table
 from lowrank_core.views.trials import answers_of, trial_label
 
 __all__ = ["configuration_section", "exports_section", "measured_section", "reproduction_section"]
@@ -167,7 +168,7 @@ def _continued(bodies: Sequence[JsonMapping]) -> list[Block]:
 
 
 def exports_section(run: Run) -> Section:
-    """Raises: RunError: an answer of the worker, or a ``lowrank.json``, is damaged."""
+    """Raises: RunError: an answer of the worker is damaged."""
     found = written_models(run, answers(run))
     blocks: tuple[Block, ...] = (Note("missing", "No compressed model was written from this run yet."),)
     if found:
@@ -178,9 +179,9 @@ def exports_section(run: Run) -> Section:
                 "removed": entry.compression_ratio,
                 "model_removed": entry.model_compression_ratio,
                 "bytes": entry.bytes,
-                "state": f"there{', merged' if entry.form == 'dense' else ''}" if entry.bytes is not None else "gone",
+                "state": _state(entry),
                 "perplexity": entry.perplexity,
-                "proof": entry.proof,
+                "proof": entry.proof_words,
             }
             for entry in found
         ]
@@ -196,6 +197,13 @@ def exports_section(run: Run) -> Section:
         )
         blocks = (table(pd.DataFrame(rows), columns, caption="Compressed models on disk, each a valid --model", file="exports"),)
     return Section("exports", "What was written", "Which compressed models are there to take away?", blocks)
+
+
+def _state(entry: Written) -> str:
+    if entry.damage:
+        return f"damaged: {entry.damage}"
+    merged = ", merged" if entry.form == "dense" else ""
+    return f"there{merged}" if entry.bytes is not None else "gone"
 
 
 def reproduction_section(run: Run) -> Section:

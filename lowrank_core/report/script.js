@@ -45,6 +45,19 @@
     drawAll();
   };
 
+  // A picture is for paper: dark ink, drawn by this browser, with nothing asked of a server.
+  const picture = { width: 900, scale: 2 };
+  const save = async (button) => {
+    const plot = document.getElementById(button.dataset.picture);
+    document.documentElement.classList.add("paper");
+    await draw(plot, picture.width);
+    document.documentElement.classList.remove("paper");
+    const asked = { format: button.dataset.format, width: picture.width, height: plot.clientHeight, filename: plot.id };
+    await Plotly.downloadImage(plot, { ...asked, scale: asked.format === "png" ? picture.scale : 1 });
+    await draw(plot);
+  };
+  document.querySelectorAll("[data-picture]").forEach((button) => button.addEventListener("click", () => save(button)));
+
   drawAll();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());
   // Before the pages are counted: a change of media comes too late, and what grew is cut off.

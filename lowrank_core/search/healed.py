@@ -10,10 +10,11 @@ from pathlib import Path
 
 from lowrank_core.allocation import RankAllocation
 from lowrank_core.compression import CompressedModel
-from lowrank_core.config import from_mapping, to_mapping
+from lowrank_core.config import ExportConfig, from_mapping, to_mapping
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import EvaluationReport, evaluate
-from lowrank_core.export import HeldOut, export, figures_of
+from lowrank_core.export import HeldOut, export, figures_of, read_manifest
+from lowrank_core.export.manifest import report_of
 from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
 from lowrank_core.healing.records import HealingReport, read_report, write_report
 from lowrank_core.healing.trainer import heal
@@ -23,7 +24,7 @@ from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.session import Session
 from lowrank_core.text import load_windows
 
-__all__ = ["heal_allocation", "healing_config"]
+__all__ = ["export_healed", "heal_allocation", "healing_config"]
 
 
 def healing_config(arguments: Mapping[str, object]) -> HealingConfig:
@@ -93,6 +94,30 @@ def heal_allocation(
         "one_shot": before.to_mapping(),
         "folder": folder.name,
     }
+
+
+def export_healed(run: Run, session: Session, reporter: Reporter, name: str, config: ExportConfig) -> str:
+    """Write a healed model of this run once more, in the form that ``config`` says, and return its folder; one that is there is kept.
+
+    It starts from what is on disk, so that what is written here is what was written there.
+
+    Raises:
+        ConfigError: the run has no healed model ``name``.
+        LowRankError: its files are damaged, or as ``export``.
+        Cancelled: stopped or withdrawn.
+    """
+    source = run.path / "exports" / Path(name).name
+    if not Path(name).name or not source.is_dir() or "healing" not in (manifest := read_manifest(source)).details:
+        raise ConfigError(f"this run has no healed model {name!r}. Heal one first.")
+    folder = run.path / "exports" / config.folder_name(source.name)
+    if not folder.exists():
+        with reporter.stage("Loading the healed model"):
+            loaded = load_model(replace(run.config.model, reference=str(source)))
+        model = CompressedModel(replace(loaded, reference=manifest.made_from), report_of(manifest))
+        test = HeldOut(run.config.text, session.windows.test)
+        with reporter.stage("Writing it, and measuring what was written") as progress:
+            export(model, folder, provenance=manifest.provenance, config=config, figures=manifest.figures, test=test, progress=progress)
+    return str(folder)
 
 
 def _measured(session: Session, reporter: Reporter, model: CompressedModel, stage: str) -> EvaluationReport:

@@ -33,11 +33,11 @@ class Reporter:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._timings: dict[str, float] = {}
+        self._request: Path | None = None
         self._serving = run.pause_marker.exists()  # started only to answer requests: the old stop is not for us
         pid = os.getpid()
         self._status = RunStatus(state="running", stage="Starting", pid=pid, pid_started=process_started(pid))
         self._written = 0.0
-        self._request: Path | None = None
         self._write()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()

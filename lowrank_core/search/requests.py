@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
 from types import MappingProxyType
@@ -15,13 +16,15 @@ from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_
 from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
 from lowrank_core.directions import DirectionsConfig, top_directions
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
+from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export import HeldOut, export, figures_of, verify
 from lowrank_core.jobs import pending_requests, request_path
 from lowrank_core.runs import Run, read_json, write_json
 from lowrank_core.search import measuring
 from lowrank_core.search.desk import Desk, chosen_allocation, chosen_model, complete_trial
-from lowrank_core.search.healed import heal_allocation, healing_config
+from lowrank_core.search.healed import export_healed, heal_allocation, healing_config
 from lowrank_core.search.records import MANUAL, TrialRecord, pareto_front, read_trials
+from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench, enqueue_allocation
 
@@ -46,31 +49,34 @@ def _measure(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     return {"ranks": dict(found.ranks), "compression_ratio": found.compression_ratio}
 
 
-def export_trial(run: Run, session: Session, bench: TrialBench, trial: object, config: ExportConfig | None = None) -> str:
+def export_trial(
+    run: Run, session: Session, bench: TrialBench, trial: object, config: ExportConfig | None = None, reporter: Reporter | None = None
+) -> str:
     """Write the compressed model of ``trial`` under the run's exports, and return its folder; one that is there is kept."""
     config = config or ExportConfig()
     allocation = chosen_allocation(run, bench, trial)
-    words = [allocation.allocator, *(value for value, usual in _choices(config) if value != usual)]
-    folder = run.path / "exports" / "-".join(words).replace(" ", "-")
+    folder = run.path / "exports" / config.folder_name(allocation.allocator)
     if not folder.exists():
-        model = bench.decomposed.compress(allocation, session.windows.calibration)
+        with _told(reporter, "Building the compressed model") as progress:
+            model = bench.decomposed.compress(allocation, session.windows.calibration, progress=progress)
         number = complete_trial(run, trial if type(trial) is int else None).number if trial not in ALLOCATORS else None
-        command = shlex.join(["lowrank", "export", "--run", str(run.path), "--trial", str(number), "--out", folder.name])
-        provenance = provenance_of(run, allocation) | ({} if number is None else {"command": command})
+        provenance = provenance_of(run, allocation) | ({} if number is None else {"command": _command(run, number, folder.name, config)})
         figures = {} if number is None else figures_of_trial(run, number)
         test = HeldOut(run.config.text, session.windows.test)
-        export(model, folder, provenance=provenance, config=config, figures=figures, test=test)
+        with _told(reporter, "Writing it, and measuring what was written") as progress:
+            export(model, folder, provenance=provenance, config=config, figures=figures, test=test, progress=progress)
     return str(folder)
 
 
-def _choices(config: ExportConfig) -> list[tuple[str, str]]:
-    """Return what tells the folders of one trial apart, beside what is usual."""
-    return [
-        (config.form, "compressed"),
-        ("with-code" if config.with_code else "", ""),
-        (config.dtype, "auto"),
-        (config.quantization, "none"),
-    ]
+def _told(reporter: Reporter | None, stage: str) -> AbstractContextManager[Progress | None]:
+    return nullcontext() if reporter is None else reporter.stage(stage)
+
+
+def _command(run: Run, number: int, out: str, config: ExportConfig) -> str:
+    words = ["lowrank", "export", "--run", str(run.path), "--trial", str(number), "--out", out]
+    for name, value in config.options.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return shlex.join(words)
 
 
 def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
@@ -91,9 +97,10 @@ def figures_of_trial(run: Run, number: int) -> dict[str, object]:
 def _export(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     bench, _, _ = desk.search
     config = from_mapping(ExportConfig, {f.name: arguments[f.name] for f in fields(ExportConfig) if f.name in arguments})
-    with desk.reporter.stage("Writing the compressed model"):
-        path = export_trial(desk.run, desk.session, bench, arguments.get("trial"), config)
-    return {"trial": arguments.get("trial"), "path": path}
+    healed, trial = arguments.get("healed"), arguments.get("trial")
+    if healed is not None:
+        return {"healed": healed, "trial": trial, "path": export_healed(desk.run, desk.session, desk.reporter, str(healed), config)}
+    return {"trial": trial, "path": export_trial(desk.run, desk.session, bench, trial, config, desk.reporter)}
 
 
 def _heal(desk: Desk, arguments: Mapping[str, object]) -> Answer:
@@ -122,7 +129,7 @@ def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     if folder == exports or not folder.is_dir():
         raise ConfigError(f"this run has no export {folder.name!r}. Export a trial first.")
     with desk.reporter.stage("Measuring the exported folder again"):
-        found = verify(folder, device=desk.run.config.model.device)
+        found = verify(folder, device=desk.run.config.model.device, waiting=desk.reporter.check_stop)
     return {"path": str(folder), "verification": asdict(found)}
 
 
@@ -147,6 +154,7 @@ def answer_requests(desk: Desk) -> bool:
 
 
 def _answer(desk: Desk, request: str, kind: str, arguments: Mapping[str, object]) -> None:
+    """Write the answer to a request; none to one that was withdrawn meanwhile."""
     try:
         if kind not in _KINDS:
             raise ConfigError(f"no request is called {kind!r}; there are {', '.join(_KINDS)}.")

@@ -7,11 +7,11 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
-from lowrank_core.config import CalibrationConfig, CompressionConfig, RunConfig, SearchConfig, TextConfig
+from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, RunConfig, SearchConfig, TextConfig
 from lowrank_core.presets import PRESETS, Preset
 from lowrank_core.runs import JsonMapping
 
-__all__ = ["Reproduction", "export_command", "reproduction", "test_command"]
+__all__ = ["Reproduction", "compress_command", "export_command", "reproduction", "test_command", "verify_command"]
 
 _CHOICES = ("space", "variables", "sampler", "objective", "trials", "startup_trials", "pruner", "top_k", "confirmed")
 _NUMBERS = ("input_damping", "gradient_damping", "drift_beta")
@@ -51,9 +51,24 @@ def reproduction(record: JsonMapping, config: RunConfig) -> Reproduction:
     )
 
 
-def export_command(run: str, trial: int) -> str:
-    """Return the command that writes the compressed model of ``trial``."""
-    return _command("export", {"run": run, "trial": trial, "out": f"trial-{trial}"})
+def export_command(run: str, trial: int, config: ExportConfig | None = None) -> str:
+    """Return the command that writes the compressed model of ``trial``, in the form that ``config`` says."""
+    chosen = config or ExportConfig()
+    return _command("export", {"run": run, "trial": trial, "out": chosen.folder_name(f"trial-{trial}"), **chosen.options})
+
+
+def compress_command(config: RunConfig, ranks: str, export: ExportConfig) -> str:
+    """Return the command that makes the model of the allocation in the file ``ranks``; empty where options can't say the same."""
+    search = config.search
+    if search is None or _unsaid(config) or export.dtype != ExportConfig().dtype:  # --dtype of that command is the one it runs in
+        return ""
+    made = {"ranks": ranks, "out": export.folder_name(ranks.removesuffix(".json")), **export.options}
+    return _command("compress", {**_shared(config), **_method(search), **made})
+
+
+def verify_command(folder: str) -> str:
+    """Return the command that measures the model in ``folder`` again in a fresh process, and compares."""
+    return _command("verify", {"model": folder})
 
 
 def test_command(config: RunConfig, folder: str) -> str:
@@ -73,8 +88,19 @@ def _command(name: str, options: Mapping[str, object]) -> str:
 
 
 def _options(config: RunConfig, folder: str) -> str:
-    text, search = config.text, config.search
-    shared: dict[str, object] = {
+    search, shared = config.search, _shared(config)
+    if search is None:
+        return _command("analyze", shared)
+    chosen = {name: getattr(search, name) for name in _CHOICES}
+    flags = {"slopes": search.slopes, "autocast": search.autocast}
+    ratios = {"compression_ratio": search.compression_ratio, "most_ratio": search.most_ratio}
+    return _command("search", {**shared, **ratios, **_method(search), **chosen, **flags, "run": folder})
+
+
+def _shared(config: RunConfig) -> dict[str, object]:
+    """Return the options of model, text and calibration, which several commands share."""
+    text = config.text
+    return {
         "model": config.model.reference,
         "device": config.model.device,
         "dtype": config.model.dtype,
@@ -85,17 +111,15 @@ def _options(config: RunConfig, folder: str) -> str:
         "seed": text.seed,
         "robust": config.calibration.robust,
     }
-    if search is None:
-        return _command("analyze", shared)
+
+
+def _method(search: SearchConfig) -> dict[str, object]:
+    """Return the options that say how factors are made; those of a preset where there is one."""
     base = _base_of(search)
     assert base is not None
-    chosen = {name: getattr(search, name) for name in _CHOICES}
-    flags = {"slopes": search.slopes, "autocast": search.autocast}
     usual = base.compression if isinstance(base, Preset) else CompressionConfig()
     numbers = {name: value for name in _NUMBERS if (value := getattr(search.compression, name)) != getattr(usual, name)}
-    method = {"preset": base.name} if isinstance(base, Preset) else base
-    ratios = {"compression_ratio": search.compression_ratio, "most_ratio": search.most_ratio}
-    return _command("search", {**shared, **ratios, **method, **numbers, **chosen, **flags, "run": folder})
+    return {**({"preset": base.name} if isinstance(base, Preset) else base), **numbers}
 
 
 def _base_of(search: SearchConfig) -> Preset | dict[str, object] | None:

@@ -1,25 +1,23 @@
-"""What a report tells beyond the pages: spectra by module type, every measurement with its intervals, what failed, what was written."""
+"""What a report tells beyond the pages: spectra by module type, every measurement with its intervals, what failed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
 
-from lowrank_core.runs import JsonMapping, Run, read_json
+from lowrank_core.runs import JsonMapping
 from lowrank_core.search.records import TrialRecord
 from lowrank_core.spectra import LayerSpectrum
-from lowrank_core.views.compare import Comparison, Export, Failure, exports
-from lowrank_core.views.formatting import kind_label, number
+from lowrank_core.views.compare import Comparison, Failure
+from lowrank_core.views.formatting import kind_label
 from lowrank_core.views.records import build
 from lowrank_core.views.spectrum import atlas_table
 from lowrank_core.views.trials import kind_of, state_words, trial_label
 
 __all__ = [
-    "Written",
     "by_protocol",
+    "comparisons_table",
     "failures",
     "flat_table",
     "least_relative",
@@ -28,7 +26,6 @@ __all__ = [
     "seed_table",
     "type_table",
     "unfinished_table",
-    "written_models",
 ]
 
 _MEASURED = (
@@ -103,6 +100,12 @@ def measured_table(found: Sequence[Comparison]) -> pd.DataFrame:
     return frame.astype({name: float for name in _MEASURED if name not in whole})
 
 
+def comparisons_table(found: Sequence[Comparison]) -> pd.DataFrame:
+    """Return the rows of ``measured_table`` for every protocol, with the protocol as a last column."""
+    parts = [measured_table(alike).assign(protocol=protocol) for protocol, alike in by_protocol(found).items()]
+    return pd.concat(parts, ignore_index=True) if parts else measured_table([])
+
+
 def _measured_row(comparison: Comparison) -> dict[str, object]:
     low, high = comparison.perplexity_interval or (None, None)
     difference_low, difference_high = comparison.perplexity_difference_interval or (None, None)
@@ -142,91 +145,6 @@ def unfinished_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
         if trial.state != "complete"
     ]
     return pd.DataFrame(rows, columns=["trial", "name", "state", "reason"])
-
-
-@dataclass(frozen=True)
-class Written:
-    """A compressed model on disk, as its ``lowrank.json`` tells it.
-
-    Attributes:
-        allocation: what it was made from, in words.
-        form: ``compressed`` or ``dense`` (merged); empty where the folder does not say.
-        compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model; None where
-            the folder does not say.
-        bytes: of its weight files; None where the folder has gone.
-        perplexity: measured on the model as it was written; None without one.
-        proof: what reading it again in a fresh process gave, in words; empty where nobody asked.
-    """
-
-    path: Path
-    allocation: str
-    form: str
-    compression_ratio: float | None
-    model_compression_ratio: float | None
-    bytes: int | None
-    perplexity: float | None
-    proof: str
-
-
-@dataclass(frozen=True)
-class _Manifest:
-    allocation: str = ""
-    form: str = ""
-    compression_ratio: float | None = None
-    model_compression_ratio: float | None = None
-
-
-@dataclass(frozen=True)
-class _Measured:
-    perplexity: float | None = None
-
-
-@dataclass(frozen=True)
-class _Proof:
-    ok: bool
-    measured: float
-    recorded: float | None = None
-
-
-def written_models(run: Run, bodies: Sequence[JsonMapping]) -> list[Written]:
-    """Return the models in the run's ``exports`` folder, then those that the worker (whose answers are ``bodies``) wrote elsewhere.
-
-    Raises:
-        RunError: a ``lowrank.json`` or an answer is damaged.
-    """
-    folder = run.path / "exports"
-    inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if folder.is_dir() else []
-    known = {path.resolve() for path in inside}
-    told = {Path(entry.path): entry for entry in reversed(exports(bodies))}
-    elsewhere = [path for path in told if path.resolve() not in known]
-    verified = [body for body in bodies if body.get("kind") == "verify" and body.get("ok")]
-    proofs = {Path(str(body.get("path"))): _proof(body.get("verification", {})) for body in verified}
-    return [_written(path, told.get(path), proofs.get(path, "")) for path in (*inside, *elsewhere)]
-
-
-def _written(path: Path, told: Export | None, proof: str) -> Written:
-    source = str(path / "lowrank.json")
-    body = read_json(path / "lowrank.json") or {}
-    manifest, measured = build(_Manifest, body, source), build(_Measured, body.get("measured") or {}, source)
-    trial = "" if told is None else f"trial {told.trial}" if isinstance(told.trial, int) else str(told.trial)
-    return Written(
-        path,
-        manifest.allocation or trial or path.name,
-        manifest.form,
-        manifest.compression_ratio,
-        manifest.model_compression_ratio,
-        bytes=sum(file.stat().st_size for file in path.glob("*.safetensors")) if path.is_dir() else None,
-        perplexity=measured.perplexity,
-        proof=proof,
-    )
-
-
-def _proof(body: JsonMapping) -> str:
-    found = build(_Proof, body, "an answer")
-    if found.recorded is None:
-        return f"perplexity {number(found.measured, 5)}; nothing was recorded to compare it with"
-    verdict = "the same to rounding" if found.ok else "NOT what was recorded"
-    return f"perplexity {number(found.measured, 5)}, recorded {number(found.recorded, 5)}: {verdict}"
 
 
 def flat_table(body: Mapping[str, object]) -> pd.DataFrame:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import streamlit as st
 
@@ -11,6 +11,8 @@ from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
 from lowrank_core.runs import Run
 from lowrank_core.views.formatting import count, number, percent
 from lowrank_core.views.healing import Healing, curve_table, ends_in_words, healings
+from lowrank_core.views.subjects import Subject
+from pages.components.asking import ask, why_not
 from pages.components.charts import chart
 
 __all__ = ["form", "show"]
@@ -18,8 +20,18 @@ __all__ = ["form", "show"]
 _USUAL = HealingConfig()
 
 
-def form(run: Run, asked: Callable[[dict[str, object]], None], *, why_not: str | None) -> None:
-    """Draw the settings and the button; ``asked`` is given the settings."""
+def form(run: Run, found: Mapping[Subject, str], first: Subject) -> None:
+    """Draw the choice of an allocation, the settings of a healing, and the button that has it healed."""
+    options = list(found)
+    index = options.index(first) if first in options else 0
+    trial = st.selectbox(
+        "Allocation to heal",
+        options,
+        index,
+        key=f"heal_trial_{run.id}_{first}",
+        format_func=lambda key: found.get(key, str(key)),
+        width=380,
+    )
     with st.form("heal_form"), st.container(horizontal=True, vertical_alignment="bottom"):
         method = st.selectbox(
             "Method",
@@ -40,9 +52,10 @@ def form(run: Run, asked: Callable[[dict[str, object]], None], *, why_not: str |
             width=210,
             help="0 follows the original alone. A little helps the perplexity; with more the model learns the text instead.",
         )
-        pressed = st.form_submit_button("Heal it", key="heal", icon=":material/healing:", disabled=why_not is not None, help=why_not)
+        pressed = st.form_submit_button("Heal it", key="heal", icon=":material/healing:", disabled=run.recorded, help=why_not(run))
     if pressed:
-        asked({"method": method, "steps": int(steps), "cross_entropy": float(entropy)})
+        settings = {"method": method, "steps": int(steps), "cross_entropy": float(entropy)}
+        ask(run, "heal", [trial], healing=settings)
 
 
 def show(run: Run) -> None:

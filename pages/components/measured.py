@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
@@ -10,11 +10,11 @@ from lowrank_core.figures.compare import difference_figure
 from lowrank_core.views.compare import Comparison
 from lowrank_core.views.formatting import count, interval, number, percent, size
 from lowrank_core.views.losses import LOST, SAVED, comparison_table, difference_table
-from lowrank_core.views.summary import Written, protocol_of
+from lowrank_core.views.summary import protocol_of
 from pages.components import tables
 from pages.components.charts import chart
 
-__all__ = ["headline", "show_all", "show_exports", "show_refusals"]
+__all__ = ["headline", "show_all", "show_refusals"]
 
 _WIDTHS = [1.2, 1.2, 0.9, 1.1, 1.1]  # of the cards: the longest labels fit at 1280 pixels
 _TABLES = {"lost": "What is lost", "saved": "What is saved"}
@@ -119,16 +119,3 @@ def _table(found: Sequence[Comparison]) -> None:
         key=f"comparison_table_{shown}",
         alt="All measured models beside the original",
     )
-
-
-def show_exports(found: Sequence[Written], verify: Callable[[str], None]) -> None:
-    """Say which models were written and how to use them; ``verify`` draws the button that has a folder measured again, by its name."""
-    if not found:
-        st.caption("Writes safetensors and a config into the run's folder; the folder is a valid `--model` of the command line.")
-        return
-    for entry in found:
-        st.markdown(f"**{entry.path.name}** was written; the folder is a valid `--model`:")
-        st.code(f"lowrank verify --model {entry.path}", language="bash", wrap_lines=True)
-        if entry.proof:
-            st.caption(entry.proof)
-        verify(entry.path.name)

@@ -9,9 +9,10 @@ import streamlit as st
 if TYPE_CHECKING:
     from streamlit.navigation.page import StreamlitPage
 
-__all__ = ["COMPARE", "ENERGY", "OVERVIEW", "SEARCH", "SPECTRA", "pages", "tab_title"]
+__all__ = ["COMPARE", "ENERGY", "EXPORT", "OVERVIEW", "SEARCH", "SPECTRA", "pages", "tab_title"]
 
 OVERVIEW, SPECTRA, ENERGY, SEARCH, COMPARE = (f"pages/{name}.py" for name in ("overview", "spectra", "energy", "search", "compare"))
+EXPORT = "pages/export.py"
 
 
 def pages() -> list[StreamlitPage]:
@@ -25,6 +26,7 @@ def pages() -> list[StreamlitPage]:
         st.Page(ENERGY, title=":material/area_chart: Feature energy", url_path="energy"),
         st.Page(SEARCH, title=":material/query_stats: Rank search", url_path="search"),
         st.Page(COMPARE, title=":material/balance: Compare", url_path="compare"),
+        st.Page(EXPORT, title=":material/save: Export", url_path="export"),
     ]
 
 

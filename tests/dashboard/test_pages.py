@@ -19,6 +19,7 @@ from lowrank_core.runs import list_runs, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"overview": "Overview", "spectra": "Spectra", "energy": "Feature energy", "search": "Rank search", "compare": "Compare"}
+PAGES["export"] = "Export"
 
 
 def words(test: AppTest) -> str:
@@ -209,18 +210,6 @@ def test_healing_is_asked_for_with_its_settings(app, monkeypatch):
     (request,) = pending_requests(run)
     assert request["kind"] == "heal"
     assert request["arguments"]["healing"] == {"method": "diagonal", "steps": 50, "cross_entropy": 0.02}
-
-
-def test_an_export_can_be_measured_again(app, monkeypatch):
-    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
-    run = make_run()
-    write_answers(run)
-    (run.path / "exports" / "trial-3").mkdir(parents=True)
-    test = app("compare", run=run.id)
-    test.button(key="verify_trial-3").click().run()
-    assert sound(test)
-    (request,) = pending_requests(run)
-    assert (request["kind"], request["arguments"]["path"]) == ("verify", "trial-3")
 
 
 def test_an_answer_that_failed_is_told(app):

@@ -1,0 +1,252 @@
+"""The Export page in every case that a user meets, and what it asks of the worker."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+from synthetic import make_run, running_status, write_answers, write_front, write_healing, write_rich_study
+from test_pages import sound, words
+
+from lowrank_core import jobs
+from lowrank_core.config import ExportConfig
+from lowrank_core.jobs import pending_requests
+from lowrank_core.runs import write_json
+
+REPORTED = {"Report (HTML)", "Figures (HTML, SVG, PNG)"}
+TABLES = {"Allocation (JSON)", "Trials (CSV)", "Comparison (CSV)"}
+
+
+@pytest.fixture(autouse=True)
+def no_worker(monkeypatch):
+    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
+
+
+def downloads(test) -> dict[str, bool]:
+    """Return label -> whether it can be pressed."""
+    return {element.proto.label: not element.proto.disabled for element in test.get("download_button")}
+
+
+def write_model(run, name="trial-3", proof=None, **changed):
+    folder = run.path / "exports" / name
+    protocol = {"line": "python-stdlib, test split, 4 windows of 32 tokens"}
+    body = {"allocation": "trial 3", "form": "compressed", "stored_dtype": "bfloat16", "compression_ratio": 0.3, "written_parameters": 9000}
+    body |= {"model_compression_ratio": 0.2, "ranks": {"model.layers.0.self_attn.q_proj": 5, "model.layers.1.mlp.up_proj": None}}
+    write_json(folder / "lowrank.json", {**body, "measured": {"perplexity": 24.5, "protocol": protocol}, **changed})
+    (folder / "model.safetensors").write_bytes(b"0" * 2048)
+    (folder / "README.md").write_text("# a card")
+    if proof is not None:
+        write_json(
+            run.path / "results" / "9.json", {"kind": "verify", "time": 1.0, "arguments": {"path": name}, "path": str(folder), **proof}
+        )
+    return folder
+
+
+def proven(**changed) -> dict[str, object]:
+    found = {"ok": True, "files": 1, "recorded": 24.5, "measured": 24.5, "difference": 0.0, "tolerance": 1e-4, "protocol": "8 windows"}
+    return {"ok": True, "verification": {**found, **changed}}
+
+
+def test_without_an_allocation_it_says_so_and_the_report_is_there(app):
+    run = make_run(search=False)
+    test = app("export", run=run.id)
+    assert sound(test)
+    assert "This run only analyses the model" in words(test)
+    assert downloads(test) == dict.fromkeys([*REPORTED, "run.json"], True)
+
+
+def test_what_will_be_written_is_told_before_and_follows_the_form(app):
+    run = make_run()
+    write_answers(run)
+    test = app("export", run=run.id)
+    assert sound(test)
+    shown = words(test)
+    assert "Weights" in shown
+    frame = next(element.value for element in test.dataframe if "share" in element.value)
+    assert list(frame["form"]) == [
+        "Original",
+        "Factors",
+        "Factors",
+        "Factors, int8",
+        "Factors, int8",
+        "Dense merge, at most",
+    ]
+    assert list(frame["chosen"]) == ["", "→", "", "", "", ""]
+    assert str(run.path / "exports" / "trial-3") in shown
+    assert all(downloads(test)[name] for name in (*REPORTED, *TABLES))
+    test.segmented_control(key="export_form").set_value("dense").run()
+    frame = next(element.value for element in test.dataframe if "share" in element.value)
+    assert frame["form"][list(frame["chosen"]).index("→")] == "Dense merge, at most"
+    assert "trial-3-dense" in words(test)
+    assert test.toggle(key="export_int8").disabled
+
+
+def test_writing_is_asked_for_with_every_choice(app):
+    run = make_run()
+    test = app("export", run=run.id)
+    test.toggle(key="export_with_code").set_value(True)
+    test.toggle(key="export_int8").set_value(True)
+    test.selectbox(key="export_dtype").set_value("bfloat16")
+    test.text_input(key="export_shard").set_value("2GB")
+    test.run()
+    test.button(key="export").click().run()
+    assert sound(test)
+    (request,) = pending_requests(run)
+    assert request["kind"] == "export"
+    assert request["arguments"] == {"trial": 3, **asdict(ExportConfig("compressed", True, "bfloat16", "2GB", "int8"))}
+
+
+def test_a_dense_merge_is_asked_for_without_what_it_can_not_have(app):
+    run = make_run()
+    test = app("export", run=run.id)
+    test.toggle(key="export_with_code").set_value(True)
+    test.toggle(key="export_int8").set_value(True).run()
+    test.segmented_control(key="export_form").set_value("dense").run()
+    test.button(key="export").click().run()
+    assert sound(test)
+    (request,) = pending_requests(run)
+    assert request["arguments"] == {"trial": 3, **asdict(ExportConfig("dense"))}
+
+
+def test_a_healed_model_is_asked_for_by_its_folder_and_is_written_as_it_is_already(app):
+    run = make_run()
+    write_healing(run)
+    name = "trial-3-distill-12345678"
+    write_model(run, name, healing={"method": "distill"}, ranks={"model.layers.0.self_attn.q_proj": 5})
+    test = app("export", run=run.id)
+    picker = next(box for box in test.selectbox if box.label == "Allocation or healed model")
+    picker.set_value(name).run()
+    assert test.button(key="export").disabled
+    assert "written already" in words(test)
+    test.toggle(key="export_int8").set_value(True).run()
+    test.button(key="export").click().run()
+    assert sound(test)
+    (request,) = pending_requests(run)
+    assert request["arguments"] == {"healed": name, **asdict(ExportConfig(quantization="int8"))}
+
+
+def test_a_size_that_is_none_is_told(app):
+    run = make_run()
+    test = app("export", run=run.id)
+    test.text_input(key="export_shard").set_value("much").run()
+    assert not test.exception
+    assert "max shard size must be a number" in test.error[0].value
+    assert "Report (HTML)" in downloads(test)
+
+
+def test_an_allocator_whose_ranks_only_the_worker_knows_has_an_upper_bound(app):
+    run = make_run()
+    test = app("export", run=run.id)
+    picker = next(box for box in test.selectbox if box.label == "Allocation or healed model")
+    picker.set_value("energy").run()
+    assert sound(test)
+    shown = words(test)
+    assert "≤ " in shown
+    assert "once the worker has built it" in shown
+    assert not downloads(test)["Allocation (JSON)"]
+
+
+def test_a_search_over_a_range_of_ratios_names_its_front(app):
+    from lowrank_core.config import SearchConfig
+
+    run = make_run(config=SearchConfig(0.2, most_ratio=0.6, trials=5), study=write_front)
+    test = app("export", run=run.id)
+    assert sound(test)
+    picker = next(box for box in test.selectbox if box.label == "Allocation or healed model")
+    assert "% removed" in picker.options[0]
+
+
+def test_a_recorded_run_can_be_downloaded_and_not_written(app, tmp_path, monkeypatch):
+    run = make_run(path=tmp_path / "recorded-run")
+    write_answers(run)
+    write_json(run.path / "run.json", {**run.record, "recorded": True})
+    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
+    test = app("export")
+    assert sound(test)
+    assert test.button(key="export").disabled
+    assert "A recorded run has no worker" in words(test)
+    assert all(downloads(test)[name] for name in (*REPORTED, *TABLES))
+
+
+@pytest.mark.parametrize(
+    ("proof", "said", "ok"),
+    [
+        (proven(), "Passed: the same to rounding", True),
+        (proven(ok=False, measured=25.5, difference=1.0), "Failed: NOT what was recorded", False),
+        ({"ok": False, "error": "model.safetensors is altered"}, "Failed: not measured. model.safetensors is altered", False),
+    ],
+)
+def test_the_proof_is_told_in_words(app, proof, said, ok):
+    run = make_run()
+    write_model(run, proof=proof)
+    test = app("export", run=run.id)
+    assert not test.exception
+    boxes = test.success if ok else test.error
+    assert any(said in box.value for box in boxes)
+    if "verification" in proof:
+        assert "Perplexity as written 24.5000" in words(test)
+        assert "8 windows" in boxes[0].value
+
+
+def test_a_written_model_is_listed_and_can_be_measured_again(app):
+    run = make_run()
+    write_model(run)
+    test = app("export", run=run.id)
+    shown = words(test)
+    for told in ("factors, bfloat16", "2.00 KiB of weights", "1 compressed, 1 dense; ranks 5 to 5", "Not proven yet", "perplexity 24.500"):
+        assert told in shown
+    assert downloads(test)["Model card"]
+    test.button(key="verify_trial-3").click().run()
+    assert sound(test)
+    (request,) = pending_requests(run)
+    assert (request["kind"], request["arguments"]["path"]) == ("verify", "trial-3")
+    assert "Being loaded and measured again" in words(test)
+    assert test.button(key="verify_trial-3").disabled
+
+
+def test_a_damaged_manifest_is_told_and_the_others_are_there(app):
+    run = make_run()
+    write_model(run, "good")
+    (write_model(run, "bad") / "lowrank.json").write_text("{")
+    test = app("export", run=run.id)
+    assert not test.exception
+    (error,) = test.error
+    assert "bad/lowrank.json can't be read" in error.value
+    assert "2.00 KiB of weights" in words(test)
+
+
+@pytest.mark.parametrize("part", ["text.json", "calibration.json", "spectra.npz", "model.json"])
+def test_a_damaged_part_is_told_before_a_report_is_asked_for(app, part):
+    run = make_run()
+    (run.path / part).write_text("{")
+    test = app("export", run=run.id)
+    assert not test.exception
+    assert any(part in error.value for error in test.error)
+    assert not any(downloads(test)[name] for name in REPORTED)
+
+
+def test_a_request_in_hand_can_be_cancelled(app):
+    run = make_run(state="running", study=write_rich_study)
+    run.write_status(running_status("Writing it, and measuring what was written", 3, 40))
+    request = jobs.ask(run, "export", trial=3)
+    test = app("export", run=run.id)
+    assert sound(test)
+    test.button(key="withdraw_all").click().run()
+    assert pending_requests(run) == []
+    assert not jobs.request_path(run, request).exists()
+
+
+def test_a_model_that_was_not_written_is_told(app):
+    run = make_run()
+    write_json(run.path / "results" / "9.json", {"ok": False, "kind": "export", "error": "the disk is full", "arguments": {}, "time": 1.0})
+    test = app("export", run=run.id)
+    assert [error.value for error in test.error] == ["The last model was not written: the disk is full"]
+
+
+def test_compare_leads_here(app):
+    run = make_run()
+    test = app("compare", run=run.id)
+    assert sound(test)
+    assert any("Export page" in link.proto.label for link in test.get("page_link"))
+    assert json.dumps([button.label for button in test.button]).find("Export this") == -1
