@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import psutil
@@ -16,10 +17,12 @@ import psutil
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, RunStatus, read_json, write_json
 
-__all__ = ["add_worker", "ask", "pending_requests", "request_stop", "result_of", "start_worker", "terminate"]
+__all__ = ["BACKGROUND", "add_worker", "ask", "pending_requests", "request_stop", "result_of", "start_worker", "terminate", "withdraw"]
 
 TEMPERATURE = 0.5
 """Of a prompt's continuation, unless a request says another."""
+BACKGROUND = ("sensitivity",)
+"""Kinds of requests that wait for everything else, trials included, and make way for it at each step."""
 WARM_SECONDS = 300
 """How long a worker without work keeps its model, to answer the next request at once."""
 
@@ -100,7 +103,7 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, temperature, seed),
     ``export`` (trial, and fields of ``ExportConfig``), ``verify`` (path: an export's name), ``heal`` (trial, and fields of
     ``HealingConfig`` under ``healing``), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a partial choice): the
-    allocation is put in line, and becomes a trial of the study.
+    allocation is put in line, and becomes a trial of the study; ``sensitivity`` (fields of ``SensitivityConfig``), in the background.
 
     Raises:
         RunError: as ``start_worker``.
@@ -116,12 +119,21 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
 
 
 def pending_requests(run: Run) -> list[dict[str, object]]:
-    """Return the requests without an answer, the oldest first."""
+    """Return the requests without an answer, the oldest first; those of the background come last."""
     folder = run.path / "requests"
     if not folder.is_dir():
         return []
     waiting = [path for path in sorted(folder.glob("[0-9]*.json")) if not (run.path / "results" / path.name).exists()]
-    return [body for path in waiting if (body := read_json(path)) is not None]
+    found = [body for path in waiting if (body := read_json(path)) is not None]
+    return sorted(found, key=lambda body: body.get("kind") in BACKGROUND)
+
+
+def withdraw(run: Run, request: Mapping[str, object]) -> None:
+    """Answer a background request that is not wanted any more; a worker that is at it ends after the step in hand."""
+    path = run.path / "results" / f"{request['id']}.json"
+    if not path.exists():
+        answer = {"ok": True, "withdrawn": True, "kind": request.get("kind"), "arguments": request.get("arguments"), "time": time.time()}
+        write_json(path, answer)
 
 
 def result_of(run: Run, request: str) -> dict[str, object] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 
@@ -19,15 +19,27 @@ from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import HeldOut, export, figures_of, verify
 from lowrank_core.generation import continue_prompt
-from lowrank_core.jobs import TEMPERATURE, pending_requests
+from lowrank_core.jobs import BACKGROUND, TEMPERATURE, pending_requests
 from lowrank_core.runs import Run, read_json, write_json
 from lowrank_core.search.healed import heal_allocation, healing_config
 from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
+from lowrank_core.search.sensitivity import SensitivityBench
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench, enqueue_allocation
 
-__all__ = ["Desk", "answer_requests", "chosen_model", "complete_trial", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
+__all__ = [
+    "Desk",
+    "Kind",
+    "answer",
+    "answer_requests",
+    "chosen_model",
+    "complete_trial",
+    "confirm",
+    "export_trial",
+    "figures_of_trial",
+    "provenance_of",
+]
 
 Answer = dict[str, object]
 
@@ -41,6 +53,10 @@ class Desk:
     reporter: Reporter
     bench: TrialBench | None = None
     study: optuna.Study | None = None
+    sensitivity: SensitivityBench = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sensitivity", SensitivityBench(self.run, self.session, self.reporter, self.bench))
 
     @property
     def search(self) -> tuple[TrialBench, optuna.Study, SearchConfig]:
@@ -219,31 +235,39 @@ def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     return {"path": str(folder), "verification": asdict(found)}
 
 
-_KINDS: Mapping[str, Callable[[Desk, Mapping[str, object]], Answer]] = MappingProxyType(
+Kind = Callable[[Desk, Mapping[str, object]], Answer]
+"""What a kind of request does with its arguments."""
+
+_KINDS: Mapping[str, Kind] = MappingProxyType(
     {"compare": _compare, "generate": _generate, "export": _export, "measure": _measure, "verify": _verify, "heal": _heal}
 )
 
 
 def answer_requests(desk: Desk) -> bool:
-    """Answer every waiting request, errors included; return whether there was one."""
-    waiting = pending_requests(desk.run)
+    """Answer every waiting request but those of the background, errors included; return whether there was one."""
+    waiting = [request for request in pending_requests(desk.run) if request.get("kind") not in BACKGROUND]
     for request in waiting:
-        arguments = request.get("arguments")
-        _answer(desk, str(request["id"]), str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {})
+        answer(desk, request)
     return bool(waiting)
 
 
-def _answer(desk: Desk, request: str, kind: str, arguments: Mapping[str, object]) -> None:
+def answer(desk: Desk, request: Mapping[str, object], kinds: Mapping[str, Kind] = _KINDS) -> None:
+    """Answer a request by what its kind does, or with the error that this met."""
+    arguments = request.get("arguments")
+    _answer(desk, str(request["id"]), str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {}, kinds)
+
+
+def _answer(desk: Desk, request: str, kind: str, arguments: Mapping[str, object], kinds: Mapping[str, Kind] = _KINDS) -> None:
     try:
-        if kind not in _KINDS:
-            raise ConfigError(f"no request is called {kind!r}; there are {', '.join(_KINDS)}.")
-        answer: Answer = {"ok": True, **_KINDS[kind](desk, {**arguments, "id": request})}
+        if kind not in kinds:
+            raise ConfigError(f"no request is called {kind!r}; there are {', '.join(kinds)}.")
+        body: Answer = {"ok": True, **kinds[kind](desk, {**arguments, "id": request})}
     except Cancelled:
-        answer = {"ok": False, "error": "Stopped before it was done. Ask again."}
+        body = {"ok": False, "error": "Stopped before it was done. Ask again."}
     except (LowRankError, torch.OutOfMemoryError, ValueError) as error:
-        answer = {"ok": False, "error": str(error) or type(error).__name__}
-    answer |= {"kind": kind, "arguments": dict(arguments), "time": time.time()}
-    write_json(desk.run.path / "results" / f"{request}.json", answer)
+        body = {"ok": False, "error": str(error) or type(error).__name__}
+    body |= {"kind": kind, "arguments": dict(arguments), "time": time.time()}
+    write_json(desk.run.path / "results" / f"{request}.json", body)
 
 
 def confirm(desk: Desk) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.jobs import BACKGROUND
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.search.records import MANUAL, TrialRecord
 from lowrank_core.views.records import build
@@ -237,8 +238,8 @@ def last_measured(bodies: Sequence[JsonMapping]) -> Measured | None:
 
 
 def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
-    """Return the newest answer if it is a failure; what was said to a hand-picked allocation is told where it was picked."""
-    told = [body for body in bodies if body.get("kind") != "measure"]
+    """Return the newest answer if it is a failure; what has a place of its own (a hand-picked allocation, sensitivities) is told there."""
+    told = [body for body in bodies if body.get("kind") not in ("measure", *BACKGROUND)]
     if not told or told[-1].get("ok"):
         return None
     return build(Failure, {"kind": "request", "error": "no reason given", **told[-1]}, "an answer")

@@ -1,0 +1,169 @@
+"""Measured divergence against kept ratio, depth and estimates."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, axis_note, direct_label, finished
+from lowrank_core.views.formatting import kind_label
+from lowrank_core.views.sensitivity import Estimate
+
+__all__ = ["depth_figure", "scatter_figure", "types_figure"]
+
+_COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY)
+_DASHES = ("solid", "dash", "dot", "dashdot")
+_LABEL_GAP = 0.055  # of the height of the axis: between the middles of two labels
+_FADE = 0.55  # of the least of several ratios
+
+
+def _style(kinds: Sequence[str], kind: str) -> tuple[str, str]:
+    """Return colour and dash of a type: dashes where there are more types than colours."""
+    index = kinds.index(kind) if kind in kinds else 0
+    return _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
+
+
+def _log_axis(figure: go.Figure, values: np.ndarray) -> tuple[float, float]:
+    """Put positive values on a log axis with short words, and return its ends as exponents."""
+    positive = values[np.isfinite(values) & (values > 0)]
+    low, high = (np.log10(positive.min()), np.log10(positive.max())) if positive.size else (-3.0, 0.0)
+    margin = max(0.1, 0.06 * (high - low))
+    figure.update_yaxes(type="log", range=[low - margin, high + margin], exponentformat="power", dtick=1 if high - low > 1.3 else "D2")
+    return float(low - margin), float(high + margin)
+
+
+def _spread(places: Sequence[float], low: float, high: float) -> list[float]:
+    """Return label positions near ``places`` that do not lie on each other, from below upwards."""
+    gap = _LABEL_GAP * (high - low)
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    found = list(places)
+    for before, index in pairwise(order):
+        found[index] = max(found[index], found[before] + gap)
+    over = max(0.0, max(found, default=high) - high)
+    for index in order:
+        found[index] -= over / 2
+    return found
+
+
+def _end_labels(figure: go.Figure, ends: Sequence[tuple[str, float, float, str]], low: float, high: float) -> None:
+    """Write (name, x, KL, colour) beside the last points, spread apart."""
+    places = _spread([float(np.log10(value)) for _, _, value, _ in ends], low, high)
+    for (name, x, _, colour), y in zip(ends, places, strict=True):
+        direct_label(figure, name, x=x, y=y, colour=colour)
+
+
+_HOVER = "%{x:.1%} kept, rank %{customdata[1]}<br>%{y:.3g} ± %{customdata[2]:.1g} nats<extra>%{customdata[0]}</extra>"
+
+
+def types_figure(types: pd.DataFrame, module: pd.DataFrame, kinds: Sequence[str]) -> go.Figure:
+    """Draw a curve for each type (``type_curves``), and the chosen module's own (``module_curve``) as a thick dashed one."""
+    figure = go.Figure()
+    ends: list[tuple[str, float, float, str]] = []
+    for kind, rows in types.groupby("kind", sort=False):
+        colour, dash = _style(kinds, str(kind))
+        _curve(figure, rows, f"all {kind_label(str(kind))}", {"color": colour, "width": 2, "dash": dash}, "circle", ends)
+    if not module.empty:
+        name, kind, depth = str(module["name"].iloc[0]), str(module["kind"].iloc[0]), int(module["depth"].iloc[0])
+        label = f"{kind_label(kind)} of block {depth}"
+        _curve(figure, module, label, {"color": _style(kinds, kind)[0], "width": 3.5, "dash": "6px,4px"}, "diamond", ends, name)
+    finished(figure, height=420, x="Kept of the parameters of what is compressed", y="KL, nats per token (log scale)", right=110)
+    low, high = _log_axis(figure, np.concatenate([types["shown"].to_numpy(float), module["shown"].to_numpy(float)]))
+    figure.update_xaxes(tickformat=".0%")
+    _end_labels(figure, ends, low, high)
+    return figure
+
+
+def _curve(
+    figure: go.Figure,
+    rows: pd.DataFrame,
+    label: str,
+    line: dict[str, object],
+    symbol: str,
+    ends: list[tuple[str, float, float, str]],
+    name: str = "",
+) -> None:
+    figure.add_scatter(
+        x=rows["kept_share"].to_numpy(),
+        y=rows["shown"].to_numpy(),
+        name=name or label,
+        mode="lines+markers",
+        line=line,
+        marker={"size": 7, "symbol": symbol},
+        customdata=np.column_stack([[name or label] * len(rows), rows["rank"], rows["kl_stderr"]]),
+        hovertemplate=_HOVER,
+    )
+    drawn = rows.dropna(subset=["shown"])
+    if not drawn.empty:
+        ends.append((label, float(drawn["kept_share"].iloc[-1]), float(drawn["shown"].iloc[-1]), str(line["color"])))
+
+
+def depth_figure(curves: pd.DataFrame, kind: str, kinds: Sequence[str], chosen: int | None) -> go.Figure:
+    """Draw a curve over depth for each kept ratio (``depth_curves``), paler where more is kept; the block ``chosen`` is marked."""
+    figure = go.Figure()
+    colour = _style(kinds, kind)[0]
+    ratios = sorted(curves["kept"].unique())
+    ends: list[tuple[str, float, float, str]] = []
+    for index, ratio in enumerate(ratios):
+        rows = curves[curves["kept"] == ratio]
+        figure.add_scatter(
+            x=rows["depth"].to_numpy(),
+            y=rows["shown"].to_numpy(),
+            name=f"{ratio:.0%} kept",
+            mode="lines+markers",
+            opacity=1 - _FADE * index / max(1, len(ratios) - 1),
+            line={"color": colour, "width": 2},
+            marker={"size": 6},
+            customdata=rows[["name", "rank", "kl_stderr"]].to_numpy(),
+            hovertemplate="%{customdata[0]}, rank %{customdata[1]}<br>%{y:.3g} ± %{customdata[2]:.1g} nats<extra>"
+            + f"{ratio:.0%} kept</extra>",
+        )
+        drawn = rows.dropna(subset=["shown"])
+        if not drawn.empty:
+            ends.append((f"{ratio:.0%} kept", float(drawn["depth"].iloc[-1]), float(drawn["shown"].iloc[-1]), GREY))
+    finished(figure, height=420, x="Block (depth, from the embedding to the head)", y="KL, nats per token (log scale)", right=84)
+    low, high = _log_axis(figure, curves["shown"].to_numpy(float))
+    figure.update_xaxes(dtick=max(1, int(curves["depth"].max()) // 12) if not curves.empty else 1)
+    if chosen is not None:
+        axis_note(figure, f"block {chosen}", x=chosen, position=chosen, anchor="left" if chosen == 0 else "right")
+    _end_labels(figure, ends, low, high)
+    return figure
+
+
+def scatter_figure(cells: pd.DataFrame, estimate: Estimate, kinds: Sequence[str], chosen: str | None) -> go.Figure:
+    """Draw measured KL against an estimate, a point for each module; the one ``chosen`` is ringed, and a prediction has its diagonal."""
+    figure = go.Figure()
+    drawn = cells[(cells["shown"] > 0) & (cells[estimate.name] > 0)]
+    for kind, rows in drawn.groupby("kind", sort=False):
+        rings = [3 if name == chosen else 0.5 for name in rows["name"]]
+        colours = [VERMILLION if name == chosen else GREY for name in rows["name"]]
+        figure.add_scatter(
+            x=rows[estimate.name].to_numpy(),
+            y=rows["shown"].to_numpy(),
+            name=kind_label(str(kind)),
+            mode="markers",
+            marker={
+                "size": [14 if name == chosen else 9 for name in rows["name"]],
+                "color": _style(kinds, str(kind))[0],
+                "symbol": ("circle", "square", "diamond", "triangle-up")[kinds.index(str(kind)) // len(_COLOURS) % 4],
+                "line": {"width": rings, "color": colours},
+            },
+            customdata=rows[["name", "rank"]].to_numpy(),
+            hovertemplate="%{customdata[0]}, rank %{customdata[1]}<br>estimate %{x:.3g}<br>measured %{y:.3g} nats<extra></extra>",
+        )
+    if estimate.predicts and not drawn.empty:
+        ends = [drawn[[estimate.name, "shown"]].to_numpy().min(), drawn[[estimate.name, "shown"]].to_numpy().max()]
+        figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": GREY, "dash": "dot", "width": 1.5}, hoverinfo="skip", name="equal")
+    unit = " (log scale), a prediction" if estimate.predicts else " (log scale)"
+    finished(figure, height=420, x=f"{estimate.label}{unit}", y="Measured KL, nats per token (log scale)")
+    _log_axis(figure, drawn["shown"].to_numpy(float))
+    figure.update_xaxes(type="log", exponentformat="power", dtick="D2" if _decades(drawn[estimate.name]) < 1.3 else 1)
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, clickmode="event+select")
+    return figure
+
+
+def _decades(values: pd.Series) -> float:  # type: ignore[type-arg]
+    return float(np.log10(values.max() / values.min())) if len(values) else 0.0
