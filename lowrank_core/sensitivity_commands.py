@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ def sensitivity_in(folder: Path | None, new: NewRun | None, config: SensitivityC
     """
     run = _run(folder, new)
     run.refuse_if_recorded()
-    if run.worker_alive():
+    if run.worker_alive() and run.status().pid != os.getpid():
         request = jobs.ask(run, "sensitivity", launch=False, **to_mapping(config))
         return {
             "run": str(run.path),

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from lowrank_core.accounting import MatrixShape
 from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, axis_note, direct_label, finished
 from lowrank_core.views.formatting import kind_label
 from lowrank_core.views.sensitivity import Estimate
@@ -17,14 +18,15 @@ __all__ = ["depth_figure", "scatter_figure", "types_figure"]
 
 _COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY)
 _DASHES = ("solid", "dash", "dot", "dashdot")
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up")
 _LABEL_GAP = 0.055  # of the height of the axis: between the middles of two labels
 _FADE = 0.55  # of the least of several ratios
 
 
-def _style(kinds: Sequence[str], kind: str) -> tuple[str, str]:
-    """Return colour and dash of a type: dashes where there are more types than colours."""
-    index = kinds.index(kind) if kind in kinds else 0
-    return _COLOURS[index % len(_COLOURS)], _DASHES[index // len(_COLOURS) % len(_DASHES)]
+def _style(kinds: Sequence[str], kind: str) -> tuple[str, str, str]:
+    """Return colour, dash and symbol of a type; the last two differ only where there are more types than colours."""
+    turn, index = divmod(kinds.index(kind), len(_COLOURS))
+    return _COLOURS[index], _DASHES[turn % len(_DASHES)], _SYMBOLS[turn % len(_SYMBOLS)]
 
 
 def _log_axis(figure: go.Figure, values: np.ndarray) -> tuple[float, float]:
@@ -64,15 +66,15 @@ def types_figure(types: pd.DataFrame, module: pd.DataFrame, kinds: Sequence[str]
     figure = go.Figure()
     ends: list[tuple[str, float, float, str]] = []
     for kind, rows in types.groupby("kind", sort=False):
-        colour, dash = _style(kinds, str(kind))
+        colour, dash, _ = _style(kinds, str(kind))
         _curve(figure, rows, f"all {kind_label(str(kind))}", {"color": colour, "width": 2, "dash": dash}, "circle", ends)
     if not module.empty:
         name, kind, depth = str(module["name"].iloc[0]), str(module["kind"].iloc[0]), int(module["depth"].iloc[0])
         label = f"{kind_label(kind)} of block {depth}"
         _curve(figure, module, label, {"color": _style(kinds, kind)[0], "width": 3.5, "dash": "6px,4px"}, "diamond", ends, name)
-    finished(figure, height=420, x="Kept of the parameters of what is compressed", y="KL, nats per token (log scale)", right=110)
+    finished(figure, height=420, x="Kept of the parameters of what is compressed", y="KL, nats per token (log scale)", right=48)
     low, high = _log_axis(figure, np.concatenate([types["shown"].to_numpy(float), module["shown"].to_numpy(float)]))
-    figure.update_xaxes(tickformat=".0%")
+    figure.update_xaxes(tickformat=".0%", dtick=0.2, range=[0, 1])
     _end_labels(figure, ends, low, high)
     return figure
 
@@ -101,10 +103,10 @@ def _curve(
         ends.append((label, float(drawn["kept_share"].iloc[-1]), float(drawn["shown"].iloc[-1]), str(line["color"])))
 
 
-def depth_figure(curves: pd.DataFrame, kind: str, kinds: Sequence[str], chosen: int | None) -> go.Figure:
-    """Draw a curve over depth for each kept ratio (``depth_curves``), paler where more is kept; the block ``chosen`` is marked."""
+def depth_figure(curves: pd.DataFrame, kinds: Sequence[str], chosen: MatrixShape, blocks: int) -> go.Figure:
+    """Draw a curve over ``blocks`` for each kept ratio (``depth_curves`` of the chosen module's type), paler where more is kept."""
     figure = go.Figure()
-    colour = _style(kinds, kind)[0]
+    colour = _style(kinds, chosen.kind)[0]
     ratios = sorted(curves["kept"].unique())
     ends: list[tuple[str, float, float, str]] = []
     for index, ratio in enumerate(ratios):
@@ -126,9 +128,9 @@ def depth_figure(curves: pd.DataFrame, kind: str, kinds: Sequence[str], chosen: 
             ends.append((f"{ratio:.0%} kept", float(drawn["depth"].iloc[-1]), float(drawn["shown"].iloc[-1]), GREY))
     finished(figure, height=420, x="Block (depth, from the embedding to the head)", y="KL, nats per token (log scale)", right=84)
     low, high = _log_axis(figure, curves["shown"].to_numpy(float))
-    figure.update_xaxes(dtick=max(1, int(curves["depth"].max()) // 12) if not curves.empty else 1)
-    if chosen is not None:
-        axis_note(figure, f"block {chosen}", x=chosen, position=chosen, anchor="left" if chosen == 0 else "right")
+    figure.update_xaxes(dtick=max(1, blocks // 12), range=[-0.3, blocks - 0.7])
+    depth = chosen.depth
+    axis_note(figure, f"block {depth}", x=depth, position=depth, anchor="left" if depth < blocks / 2 else "right")
     _end_labels(figure, ends, low, high)
     return figure
 
@@ -148,7 +150,7 @@ def scatter_figure(cells: pd.DataFrame, estimate: Estimate, kinds: Sequence[str]
             marker={
                 "size": [14 if name == chosen else 9 for name in rows["name"]],
                 "color": _style(kinds, str(kind))[0],
-                "symbol": ("circle", "square", "diamond", "triangle-up")[kinds.index(str(kind)) // len(_COLOURS) % 4],
+                "symbol": _style(kinds, str(kind))[2],
                 "line": {"width": rings, "color": colours},
             },
             customdata=rows[["name", "rank"]].to_numpy(),
@@ -157,8 +159,7 @@ def scatter_figure(cells: pd.DataFrame, estimate: Estimate, kinds: Sequence[str]
     if estimate.predicts and not drawn.empty:
         ends = [drawn[[estimate.name, "shown"]].to_numpy().min(), drawn[[estimate.name, "shown"]].to_numpy().max()]
         figure.add_scatter(x=ends, y=ends, mode="lines", line={"color": GREY, "dash": "dot", "width": 1.5}, hoverinfo="skip", name="equal")
-    unit = " (log scale), a prediction" if estimate.predicts else " (log scale)"
-    finished(figure, height=420, x=f"{estimate.label}{unit}", y="Measured KL, nats per token (log scale)")
+    finished(figure, height=420, x=f"{estimate.axis} (log scale)", y="Measured KL, nats per token (log scale)")
     _log_axis(figure, drawn["shown"].to_numpy(float))
     figure.update_xaxes(type="log", exponentformat="power", dtick="D2" if _decades(drawn[estimate.name]) < 1.3 else 1)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0}, clickmode="event+select")

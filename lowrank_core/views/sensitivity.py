@@ -52,7 +52,7 @@ class Estimate:
     """What is known of a module at a rank without measuring the model.
 
     Attributes:
-        label: with its unit; meaning: how it is found.
+        label: short; meaning: what it is.
         predicts: whether it is an estimate of the divergence itself, in nats.
     """
 
@@ -61,15 +61,22 @@ class Estimate:
     meaning: str
     predicts: bool = False
 
+    @property
+    def axis(self) -> str:
+        return f"{self.label}: predicted KL, nats per token" if self.predicts else f"{self.label}: {_AXES[self.name]}"
+
+
+_SHARE = "share of energy removed"
+_AXES = {"features_pooled": _SHARE, "features_sample": _SHARE, "weights": _SHARE, "features_absolute": "energy removed"}
 
 ESTIMATES: Mapping[str, Estimate] = {
     estimate.name: estimate
     for estimate in (
-        Estimate("features_pooled", "Feature energy removed, pooled", "share of the eigenvalues of the pooled feature covariance"),
-        Estimate("features_sample", "Feature energy removed, sample", "share of the eigenvalues of the plain sample covariance"),
-        Estimate("weights", "Weight energy removed", "share of the squared singular values of the weight"),
-        Estimate("features_absolute", "Feature error, not as a share", "sum of the removed eigenvalues of the pooled feature covariance"),
-        Estimate("predicted", "Two-sided prediction (nats)", "K-FAC's second-order estimate of the KL divergence", predicts=True),
+        Estimate("features_pooled", "Features, pooled", "removed share of the eigenvalues of the pooled feature covariance"),
+        Estimate("features_sample", "Features, sample", "removed share of the eigenvalues of the plain sample covariance"),
+        Estimate("weights", "Weights", "removed share of the squared singular values of the weight"),
+        Estimate("features_absolute", "Features, absolute", "sum of the removed eigenvalues of the pooled feature covariance"),
+        Estimate("predicted", "Two-sided (K-FAC)", "K-FAC's second-order estimate of the KL divergence", predicts=True),
     )
 }
 

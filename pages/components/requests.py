@@ -33,6 +33,7 @@ _WORDS = {
     "measure": "Putting an allocation in line",
     "heal": "Healing",
     "verify": "Measuring the exported folder again",
+    "sensitivity": "Measuring sensitivity",
 }
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
 _PROMPT = "def mean(values):\n    "
