@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import spearmanr
 from synthetic import make_run, matrices, spectra, write_sensitivity
@@ -105,6 +107,18 @@ def test_curves_are_the_cells_in_order(run: Run):
     assert len(types_figure(types, views.module_curve(cells, UP), sorted(set(types["kind"]))).data) == TYPES + 1
     chosen = next(matrix for matrix in matrices() if matrix.name == UP)
     assert [trace.name for trace in depth_figure(depth, ["up_proj"], chosen, 3).data] == ["20% kept", "50% kept", "80% kept"]
+
+
+@pytest.mark.parametrize("heights", [[1.0, 1.0, 1.0], [3.0, 1.0, 1.01, 5.0], [2.0], [1.0, 1.05, 1.1, 1.15]])
+def test_labels_keep_their_order_and_their_distance(heights: list[float]):
+    cells = pd.DataFrame({"kind": [f"t{i}" for i in range(len(heights))], "shown": [10.0**h for h in heights], "kept_share": 0.5})
+    figure = types_figure(cells.assign(rank=1, kl_stderr=0.1, name="t"), cells.iloc[:0], list(cells["kind"]))
+    written = {label.text: float(label.y) for label in figure.layout.annotations}
+    places = [written[f"<b>all t{i}</b>"] for i in range(len(heights))]
+    order = sorted(range(len(heights)), key=lambda index: heights[index])
+    low, high = figure.layout.yaxis.range
+    assert all(places[b] - places[a] > 0.05 * (high - low) for a, b in pairwise(order))
+    assert np.mean(places) == pytest.approx(np.mean(heights), abs=0.2 * (high - low))
 
 
 @pytest.mark.parametrize("ties", [False, True])
