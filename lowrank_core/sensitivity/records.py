@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, get_args, get_type_hints
 
-from lowrank_core.config import from_mapping
-from lowrank_core.errors import ConfigError, RunError
+from lowrank_core.errors import RunError
 from lowrank_core.runs import Run
 from lowrank_core.sensitivity.planning import CellKey
 
@@ -130,10 +130,23 @@ def _parsed(path: Path, lines: list[str]) -> Iterator[SensitivityCell]:
         yield _built(SensitivityCell, line, path, number)
 
 
+@cache
+def _types(kind: type[object]) -> Mapping[str, tuple[type, ...]]:
+    """Return what each field of a record may hold; looked up once, as a file has thousands of lines."""
+    options = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(kind).items()}
+    return {name: (*found, int) if float in found else found for name, found in options.items()}
+
+
 def _built(kind: type[T], line: str, path: Path, number: int) -> T:
     try:
-        return from_mapping(kind, json.loads(line))
-    except (ValueError, ConfigError) as error:
+        body, known = json.loads(line), _types(kind)
+        if not isinstance(body, dict):
+            raise TypeError("it holds no JSON object.")
+        wrong = [name for name, value in body.items() if not isinstance(value, known.get(name, ()))]
+        if wrong:
+            raise TypeError(f"{wrong[0]} can't be {body[wrong[0]]!r}.")
+        return kind(**body)
+    except (ValueError, TypeError) as error:
         raise RunError(f"{path} is damaged in line {number}: {error} {_ADVICE}") from error
 
 

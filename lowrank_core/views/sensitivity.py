@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -166,13 +167,13 @@ def at_ratio(cells: pd.DataFrame, kept: float) -> pd.DataFrame:
 
 def sensitivity_map(cells: pd.DataFrame, matrices: Sequence[MatrixShape], kept: float) -> LayerMap:
     """Return measured KL at a kept ratio over depth and module type, on a log scale; NaN where it is not measured, or below ``FLOOR``."""
-    rows = {str(row["name"]): row for _, row in at_ratio(cells, kept).iterrows()}
+    rows = {str(row["name"]): row for row in at_ratio(cells, kept).to_dict("records")}
     values = [float(rows[shape.name]["shown"]) if shape.name in rows else np.nan for shape in matrices]
     labels = [_map_label(rows.get(shape.name)) for shape in matrices]
     return layer_map(matrices, values, labels, "KL, nats per token", log=True)
 
 
-def _map_label(row: Mapping[str, object] | pd.Series | None) -> str:  # type: ignore[type-arg]
+def _map_label(row: Mapping[Hashable, Any] | None) -> str:
     if row is None:
         return "not measured"
     if np.isnan(row["kl"]):
@@ -260,9 +261,7 @@ def coverage(cells: pd.DataFrame, matrices: Sequence[MatrixShape], kept: float) 
     return ", ".join(words) + "."
 
 
-def rho_words(row: Mapping[str, object] | pd.Series) -> str:  # type: ignore[type-arg]
+def rho_words(rho: float | None, n: int) -> str:
     """Return a correlation with its number of modules, and a warning where they are few."""
-    n = int(row["n"])
     few = ": few modules, so ρ says little" if n < FEW_CELLS else ""
-    rho = DASH if row["rho"] is None or np.isnan(row["rho"]) else f"{row['rho']:.2f}"
-    return f"Spearman's ρ = {rho} over {n} modules{few}"
+    return f"Spearman's ρ = {DASH if rho is None or np.isnan(rho) else format(rho, '.2f')} over {n} modules{few}"

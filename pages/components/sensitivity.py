@@ -148,7 +148,8 @@ def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: s
             persist_state="session",
         )
         estimate = views.ESTIMATES[name if name in names else names[0]]
-        st.caption(f"{estimate.label}: {estimate.meaning}. {views.rho_words(found[found['estimate'] == estimate.name].iloc[0])}.")
+        row = found[found["estimate"] == estimate.name].iloc[0]
+        st.caption(f"{estimate.label}: {estimate.meaning}. {views.rho_words(row['rho'], int(row['n']))}.")
     here = views.at_ratio(cells, kept)
     with right:
         chart(

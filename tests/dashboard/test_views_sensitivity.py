@@ -145,8 +145,8 @@ def test_correlations_say_over_how_many(run: Run):
     assert found.loc["weights", "rho"] == pytest.approx(spearmanr(here["kl"], here["weights"]).statistic)
     assert set(found["n"]) == {MODULES}
     assert set(found["n_all"]) == {3 * MODULES}
-    assert views.rho_words({"rho": 0.5, "n": 3}) == "Spearman's ρ = 0.50 over 3 modules: few modules, so ρ says little"
-    assert views.rho_words({"rho": None, "n": 21}) == "Spearman's ρ = – over 21 modules"
+    assert views.rho_words(0.5, 3) == "Spearman's ρ = 0.50 over 3 modules: few modules, so ρ says little"
+    assert views.rho_words(None, 21) == "Spearman's ρ = – over 21 modules"
     assert list(views.correlations(views.cell_table(record_of(run), matrices()), 0.5)["estimate"]) == ["predicted"]
     figure = scatter_figure(here, views.ESTIMATES["predicted"], list(dict.fromkeys(here["kind"])), UP)
     assert sum(len(trace.x) for trace in figure.data if trace.mode == "markers") == MODULES
