@@ -45,7 +45,9 @@ def _word(value: float, view: LayerMap) -> str:
     """Return what a cell says: percent without its sign, which the colour bar's ticks carry."""
     if not math.isfinite(value):
         return DASH
-    return f"{100 * value:.0f}" if view.percent else f"{value:.1e}".replace("e-0", "e-") if view.log else number(value)
+    if view.log:
+        return f"{value:.1e}".replace("e", "<br>e").replace("e-0", "e-").replace("e+0", "e")  # two lines: cells may be narrow
+    return f"{100 * value:.0f}" if view.percent else number(value)
 
 
 def _colours(view: LayerMap, values: np.ndarray) -> dict[str, object]:

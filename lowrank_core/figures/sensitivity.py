@@ -155,7 +155,7 @@ def depth_figure(curves: pd.DataFrame, kinds: Sequence[str], chosen: MatrixShape
     figure.update_yaxes(**_log_axis(low, high))
     figure.update_xaxes(dtick=max(1, blocks // 12), range=[-0.3, blocks - 0.7])
     depth = chosen.depth
-    axis_note(figure, f"block {depth}", x=depth, position=depth, anchor="left" if depth < blocks / 2 else "right")
+    axis_note(figure, f"block {depth}", x=depth, position=depth, anchor="left" if depth < blocks / 2 else "right", bottom=True)
     _end_labels(figure, ends, low, high)
     return figure
 

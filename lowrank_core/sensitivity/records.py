@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import TypeVar, get_args, get_type_hints
 
@@ -130,16 +129,19 @@ def _parsed(path: Path, lines: list[str]) -> Iterator[SensitivityCell]:
         yield _built(SensitivityCell, line, path, number)
 
 
-@cache
 def _types(kind: type[object]) -> Mapping[str, tuple[type, ...]]:
-    """Return what each field of a record may hold; looked up once, as a file has thousands of lines."""
+    """Return what each field of a record may hold."""
     options = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(kind).items()}
     return {name: (*found, int) if float in found else found for name, found in options.items()}
 
 
+_TYPES: Mapping[type, Mapping[str, tuple[type, ...]]] = {kind: _types(kind) for kind in (SensitivitySetting, SensitivityCell)}
+"""Looked up once: a file may have thousands of lines."""
+
+
 def _built(kind: type[T], line: str, path: Path, number: int) -> T:
     try:
-        body, known = json.loads(line), _types(kind)
+        body, known = json.loads(line), _TYPES[kind]
         if not isinstance(body, dict):
             raise TypeError("it holds no JSON object.")
         wrong = [name for name, value in body.items() if not isinstance(value, known.get(name, ()))]

@@ -36,8 +36,9 @@ def show(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None:
     sensitivity_form.progress(run)
     records = read_records(run)
     if not records:
-        told = "This recorded run has no sensitivities." if run.recorded else "Nothing measured yet. Press “Measure” above."
-        st.info(f"{told} They show which modules can be compressed far, and which can't.", icon=":material/info:")
+        own = "This recorded run has no sensitivities. Calibrate a model of your own on the Overview, then measure here:"
+        told = own if run.recorded else "Nothing measured yet. Press “Measure” above:"
+        st.info(f"{told} it shows which modules can be compressed far, and which can't.", icon=":material/info:")
         return
     record = _setting(records)
     st.caption(views.protocol_words(record.setting))
