@@ -6,9 +6,8 @@ import streamlit as st
 
 from lowrank_core.sensitivity.records import read_records
 from lowrank_core.views.model import model_facts
-from lowrank_core.views.runs import is_busy
 from pages.components import layout, sensitivity, sensitivity_form
-from pages.components.boundary import boundary, live
+from pages.components.boundary import boundary
 from pages.components.loading import spectra_of
 
 layout.header("Sensitivity", "What does each module cost when it alone is compressed?")
@@ -25,5 +24,4 @@ with boundary():
         measured = bool(read_records(run))
         with st.expander("Measure", expanded=not measured, icon=":material/straighten:", key=f"measure_sensitivity_{measured}"):
             sensitivity_form.form(run, facts)
-    # Draws itself anew while cells come in, and only then.
-    live(lambda: sensitivity.show(run, facts, spectra), 2.0 if is_busy(run) else None)
+    sensitivity.watch(run, facts, spectra)

@@ -15,10 +15,14 @@ from lowrank_core.spectra import LayerSpectrum
 from lowrank_core.views import sensitivity as views
 from lowrank_core.views.formatting import kind_label, percent
 from lowrank_core.views.model import ModelFacts
+from lowrank_core.views.runs import is_busy
 from pages.components import pickers, sensitivity_form, state, tables
+from pages.components.boundary import live
 from pages.components.charts import chart
 
-__all__ = ["show"]
+__all__ = ["watch"]
+
+_TICK = 2.0  # seconds
 
 _HOW = {
     True: "On the dotted line prediction and measurement are equal.",
@@ -27,12 +31,12 @@ _HOW = {
 """Of a scatter, by whether the estimate is a prediction of the divergence itself."""
 
 
-def show(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None:
-    """Draw what is measured so far.
+def watch(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None:
+    """Draw what is measured so far; anew while cells come in, and only then."""
+    live(lambda: _show(run, facts, spectra), _TICK if is_busy(run) else None)
 
-    Raises:
-        RunError: a file of the run is damaged.
-    """
+
+def _show(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None:
     sensitivity_form.progress(run)
     records = read_records(run)
     if not records:

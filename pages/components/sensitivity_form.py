@@ -59,7 +59,7 @@ def form(run: Run, facts: ModelFacts) -> None:
             st.caption(_plan_words(plan), width="content")
     if pressed and config is not None:
         with boundary():
-            jobs.ask(run, "sensitivity", **to_mapping(config))
+            jobs.ask(run, "sensitivity", launch=True, **to_mapping(config))
             st.rerun()
 
 
