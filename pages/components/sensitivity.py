@@ -155,6 +155,7 @@ def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: s
         estimate = views.ESTIMATES[name if name in names else names[0]]
         row = found[found["estimate"] == estimate.name].iloc[0]
         st.caption(f"{estimate.label}: {estimate.meaning}. {views.rho_words(row['rho'], int(row['n']))}.")
+        st.caption("Energies are what the best truncation to that rank removes in each measure, whatever basis the factors are of.")
     here = views.at_ratio(cells, kept)
     with right:
         chart(
