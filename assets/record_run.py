@@ -16,13 +16,14 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lowrank_core.config import RunConfig
+from lowrank_core.config import RunConfig, to_mapping
 from lowrank_core.jobs import ask
 from lowrank_core.presets import DEFAULT_PRESET, search_by
 from lowrank_core.runs import create_run, write_json
 from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.search.space import BASELINES
 from lowrank_core.search.worker import run_worker
+from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.views.subjects import PRESET_KEYS
 
 RATIO = 0.4
@@ -51,7 +52,8 @@ def main() -> None:
             ask(run, "generate", launch=False, trial=trial, prompt=PROMPT, tokens=64, seed=0)
             ask(run, "tokens", launch=False, trial=trial, text=SOURCE)
         ask(run, "speed", launch=False, trial=best.number)
-        run_worker(run)  # nothing is left to search: it answers the requests
+        ask(run, "sensitivity", launch=False, **to_mapping(SensitivityConfig()))
+        run_worker(run)  # nothing is left to search: it answers the requests, then measures what each module costs
         for name in LEFT_OUT:
             path = run.path / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -16,10 +16,23 @@ import psutil
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, RunStatus, read_json, write_json
 
-__all__ = ["add_worker", "ask", "pending_requests", "request_path", "request_stop", "result_of", "start_worker", "terminate", "withdraw"]
+__all__ = [
+    "BACKGROUND",
+    "add_worker",
+    "ask",
+    "pending_requests",
+    "request_path",
+    "request_stop",
+    "result_of",
+    "start_worker",
+    "terminate",
+    "withdraw",
+]
 
 TEMPERATURE = 0.5
 """Of a prompt's continuation, unless a request says another."""
+BACKGROUND = ("sensitivity",)
+"""Kinds of requests that wait for everything else, trials included, and make way for it at each step."""
 WARM_SECONDS = 300
 """How long a worker without work keeps its model, to answer the next request at once."""
 
@@ -103,7 +116,8 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     ``export`` (trial, or under ``healed`` the folder of a healed model, and fields of ``ExportConfig``),
     ``verify`` (path: an export's name), ``heal`` (trial, and fields of ``HealingConfig`` under ``healing``),
     ``directions`` (fields of ``DirectionsConfig``), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a
-    partial choice): the allocation is put in line, and becomes a trial of the study.
+    partial choice): the allocation is put in line, and becomes a trial of the study; ``sensitivity`` (fields of
+    ``SensitivityConfig``), in the background.
 
     Raises:
         RunError: as ``start_worker``.
@@ -130,12 +144,13 @@ def withdraw(run: Run, *requests: str) -> None:
 
 
 def pending_requests(run: Run) -> list[dict[str, object]]:
-    """Return the requests without an answer, the oldest first."""
+    """Return the requests without an answer, the oldest first; those of the background come last."""
     folder = run.path / "requests"
     if not folder.is_dir():
         return []
     waiting = [path for path in sorted(folder.glob("[0-9]*.json")) if not (run.path / "results" / path.name).exists()]
-    return [body for path in waiting if (body := read_json(path)) is not None]
+    found = [body for path in waiting if (body := read_json(path)) is not None]
+    return sorted(found, key=lambda body: body.get("kind") in BACKGROUND)
 
 
 def result_of(run: Run, request: str) -> dict[str, object] | None:

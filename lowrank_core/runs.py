@@ -18,6 +18,7 @@
     │   ├── requests/        what users ask of the worker (one JSON file each)
     │   ├── results/         its answers, under the same names
     │   ├── exports/         compressed models
+    │   ├── sensitivity/     what modules cost when they alone are compressed, cell by cell
     │   └── worker.log
     └── statistics/<key>/    calibration results by content, shared by runs
 """

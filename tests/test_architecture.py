@@ -38,6 +38,9 @@ TORCH_FREE = (
     "lowrank_core.search.records",
     "lowrank_core.search.space",
     "lowrank_core.search.storage",
+    "lowrank_core.sensitivity.config",
+    "lowrank_core.sensitivity.planning",
+    "lowrank_core.sensitivity.records",
 )
 """What the dashboard's process is made of."""
 
@@ -57,12 +60,12 @@ STAGES = (
     {"quantization", "healing"},
     {"sequential"},
     {"recipe"},
-    {"tuning", "slopes"},
+    {"tuning", "slopes", "sensitivity"},
     {"export"},
     {"search"},
     {"benchmarks"},
     {"commands"},
-    {"search_commands", "healing_commands", "evaluation_commands"},
+    {"search_commands", "healing_commands", "evaluation_commands", "sensitivity_commands"},
     {"report"},
     {"cli"},
     {"__main__"},

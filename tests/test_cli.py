@@ -35,6 +35,7 @@ COMMANDS = (
     "evaluate",
     "generate",
     "search",
+    "sensitivity",
     "worker",
     "enqueue",
     "heal",

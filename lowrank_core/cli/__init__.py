@@ -14,13 +14,28 @@ import sys
 from collections.abc import Sequence
 
 from lowrank_core import __version__
-from lowrank_core.cli import analyze, benchmark, compress, evaluate, export, generate, heal, report, search, speed, studio, tasks, verify
+from lowrank_core.cli import (
+    analyze,
+    benchmark,
+    compress,
+    evaluate,
+    export,
+    generate,
+    heal,
+    report,
+    search,
+    sensitivity,
+    speed,
+    studio,
+    tasks,
+    verify,
+)
 from lowrank_core.cli.options import Parser
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError
 
 __all__ = ["main", "parser"]
 
-COMMANDS = (analyze, compress, evaluate, generate, tasks, speed, search, heal, export, verify, report, studio, benchmark)
+COMMANDS = (analyze, compress, evaluate, generate, tasks, speed, search, sensitivity, heal, export, verify, report, studio, benchmark)
 """In the order of ``--help``."""
 
 
@@ -35,6 +50,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _how_to_go_on(arguments: argparse.Namespace) -> str:
+    if arguments.command == "sensitivity" and arguments.folder is not None:
+        return f" Go on with `lowrank sensitivity --run {arguments.folder}`: what is measured is kept."
     return f" Go on with `lowrank worker --run {arguments.folder}`." if arguments.command in ("search", "worker") else ""
 
 

@@ -41,23 +41,40 @@ def _grid(view: LayerMap) -> np.ndarray:
     return cells.reindex(index=view.kinds, columns=view.depths).to_numpy(dtype=float)
 
 
-def _word(value: float, *, percent: bool) -> str:
+def _word(value: float, view: LayerMap) -> str:
     """Return what a cell says: percent without its sign, which the colour bar's ticks carry."""
     if not math.isfinite(value):
         return DASH
-    return f"{100 * value:.0f}" if percent else number(value)
+    if view.log:
+        return f"{value:.1e}".replace("e", "<br>e").replace("e-0", "e-").replace("e+0", "e")  # two lines: cells may be narrow
+    return f"{100 * value:.0f}" if view.percent else number(value)
+
+
+def _colours(view: LayerMap, values: np.ndarray) -> dict[str, object]:
+    """Return what is coloured and the ends of its scale."""
+    if not view.log:
+        return {"z": values, "zmin": view.low, "zmax": view.high}
+    low, high = math.log10(view.low), math.log10(view.high)
+    exponents = np.log10(values, out=np.full_like(values, np.nan), where=values > 0)
+    return {"z": exponents, "zmin": low, "zmax": max(high, low + 1e-3)}
+
+
+def _log_ticks(view: LayerMap) -> dict[str, object]:
+    """Return ticks of the colour bar at 1, 2 and 5 of each power of ten, at the powers alone where there are many."""
+    powers = range(math.floor(math.log10(view.low)), math.ceil(math.log10(view.high)) + 1)
+    steps = (1, 2, 5) if len(powers) < 4 else (1,)
+    values = [step * 10.0**power for power in powers for step in steps]
+    return {"tickvals": [math.log10(value) for value in values], "ticktext": [f"{value:.0e}".replace("e-0", "e-") for value in values]}
 
 
 def _cells(view: LayerMap) -> go.Heatmap:
     values = _grid(view)
-    words = [[_word(value, percent=view.percent) for value in row] for row in values]
+    words = [[_word(value, view) for value in row] for row in values]
     gap = 3 if len(view.depths) <= _MOST_LABELLED else 1
     return go.Heatmap(
-        z=values,
+        **_colours(view, values),
         x=view.depths,
         y=list(range(len(view.kinds))),
-        zmin=view.low,
-        zmax=view.high,
         colorscale=SEQUENTIAL,
         xgap=gap,
         ygap=gap,
@@ -73,6 +90,7 @@ def _cells(view: LayerMap) -> go.Heatmap:
             "tickformat": ".0%" if view.percent else "",
             "len": 1.0,
             "y": 0.5,
+            **(_log_ticks(view) if view.log else {}),
         },
     )
 

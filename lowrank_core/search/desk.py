@@ -14,6 +14,7 @@ from lowrank_core.errors import ConfigError
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
+from lowrank_core.search.sensitivity import SensitivityBench
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench
 
@@ -49,6 +50,10 @@ class Desk:
     bench: TrialBench | None = None
     study: optuna.Study | None = None
     shelf: Shelf = field(default_factory=Shelf, compare=False)
+    sensitivity: SensitivityBench = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sensitivity", SensitivityBench(self.run, self.session, self.reporter, self.bench))
 
     @property
     def search(self) -> tuple[TrialBench, optuna.Study, SearchConfig]:

@@ -18,7 +18,7 @@ from lowrank_core.directions import DirectionsConfig, top_directions
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export import HeldOut, export, figures_of, verify
-from lowrank_core.jobs import pending_requests, request_path
+from lowrank_core.jobs import BACKGROUND, pending_requests, request_path
 from lowrank_core.runs import Run, read_json, write_json
 from lowrank_core.search import measuring
 from lowrank_core.search.desk import Desk, chosen_allocation, chosen_model, complete_trial
@@ -28,7 +28,7 @@ from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench, enqueue_allocation
 
-__all__ = ["answer_requests", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
+__all__ = ["Kind", "answer", "answer_requests", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
 
 Answer = dict[str, object]
 
@@ -133,40 +133,53 @@ def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     return {"path": str(folder), "verification": asdict(found)}
 
 
-_KINDS: Mapping[str, Callable[[Desk, Mapping[str, object]], Answer]] = MappingProxyType(
+Kind = Callable[[Desk, Mapping[str, object]], Answer]
+"""What a kind of request does with its arguments."""
+
+_KINDS: Mapping[str, Kind] = MappingProxyType(
     {**measuring.KINDS, "directions": _directions, "export": _export, "heal": _heal, "measure": _measure, "verify": _verify}
 )
 
 
 def answer_requests(desk: Desk) -> bool:
-    """Answer every waiting request, errors included; return whether there was one. What is withdrawn meanwhile gets no answer."""
-    waiting = pending_requests(desk.run)
+    """Answer every waiting request but those of the background, errors included; return whether there was one."""
+    waiting = [request for request in pending_requests(desk.run) if request.get("kind") not in BACKGROUND]
     try:
         for request in waiting:
-            path, arguments = request_path(desk.run, str(request["id"])), request.get("arguments")
-            if path.exists():
-                desk.reporter.heed(path)
-                _answer(desk, str(request["id"]), str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {})
+            answer(desk, request)
     finally:
-        desk.reporter.heed(None)
         desk.shelf.clear()
     return bool(waiting)
 
 
-def _answer(desk: Desk, request: str, kind: str, arguments: Mapping[str, object]) -> None:
-    """Write the answer to a request; none to one that was withdrawn meanwhile."""
+def answer(desk: Desk, request: Mapping[str, object], kinds: Mapping[str, Kind] | None = None) -> None:
+    """Answer a request by what its kind does, or with the error that this met; one that was withdrawn gets no answer."""
+    name, arguments = str(request["id"]), request.get("arguments")
+    path = request_path(desk.run, name)
+    if not path.exists():
+        return
+    desk.reporter.heed(path)
     try:
-        if kind not in _KINDS:
-            raise ConfigError(f"no request is called {kind!r}; there are {', '.join(_KINDS)}.")
-        answer: Answer = {"ok": True, **_KINDS[kind](desk, {**arguments, "id": request})}
+        _answer(desk, name, str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {}, kinds)
+    finally:
+        desk.reporter.heed(None)
+
+
+def _answer(desk: Desk, request: str, kind: str, arguments: Mapping[str, object], kinds: Mapping[str, Kind] | None = None) -> None:
+    """Write the answer to a request; none to one that was withdrawn meanwhile."""
+    kinds = _KINDS if kinds is None else kinds
+    try:
+        if kind not in kinds:
+            raise ConfigError(f"no request is called {kind!r}; there are {', '.join(kinds)}.")
+        body: Answer = {"ok": True, **kinds[kind](desk, {**arguments, "id": request})}
     except Cancelled:
         if desk.reporter.withdrawn:
             return
-        answer = {"ok": False, "error": "Stopped before it was done. Ask again."}
+        body = {"ok": False, "error": "Stopped before it was done. Ask again."}
     except (LowRankError, torch.OutOfMemoryError, ValueError) as error:
-        answer = {"ok": False, "error": str(error) or type(error).__name__}
-    answer |= {"kind": kind, "arguments": dict(arguments), "time": time.time()}
-    write_json(desk.run.path / "results" / f"{request}.json", answer)
+        body = {"ok": False, "error": str(error) or type(error).__name__}
+    body |= {"kind": kind, "arguments": dict(arguments), "time": time.time()}
+    write_json(desk.run.path / "results" / f"{request}.json", body)
 
 
 def confirm(desk: Desk) -> None:

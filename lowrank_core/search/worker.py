@@ -18,10 +18,12 @@ from lowrank_core import jobs
 from lowrank_core.config import SearchConfig, to_mapping
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError, RunError
 from lowrank_core.runs import Run
+from lowrank_core.search.background import answer_in_background
 from lowrank_core.search.desk import Desk
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.requests import answer_requests, confirm
 from lowrank_core.search.samplers import phase
+from lowrank_core.search.sensitivity import SensitivityBench, SensitivityOutcome
 from lowrank_core.search.session import Session, fingerprint, prepare, search_bench
 from lowrank_core.search.study import (
     TrialBench,
@@ -33,8 +35,9 @@ from lowrank_core.search.study import (
     running_trials,
     waiting_trials,
 )
+from lowrank_core.sensitivity.config import SensitivityConfig
 
-__all__ = ["Failures", "log_trial", "run_worker"]
+__all__ = ["Failures", "log_trial", "measure_alone", "run_worker"]
 
 _POLL_SECONDS = 0.3
 _MOST_FAILURES = 5
@@ -72,38 +75,61 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
         Cancelled: stopped before there was anything to return.
     """
     run.refuse_if_recorded()
+    with _sole_worker(run), _reporting(run, Reporter(run, verbose=verbose)) as reporter:
+        session = prepare(run, reporter)
+        search = run.config.search
+        if search is None:
+            _serve(Desk(run, session, reporter), warm_seconds)
+            reporter.close("finished")
+            return session, None
+        bench = search_bench(session, search, run.config.calibration.batch_size, reporter)
+        study = open_study(run, search, bench.space)
+        _sign(run, study, session, bench)
+        for _ in range(helpers):
+            jobs.add_worker(run, warm_seconds=0.0)
+        complete = _search(Desk(run, session, reporter, bench, study), warm_seconds)
+        reporter.close("finished" if complete else "stopped")
+        return session, bench
+
+
+def measure_alone(run: Run, config: SensitivityConfig, *, verbose: bool = True) -> SensitivityOutcome:
+    """Measure sensitivities here, without a step of the search; the run's state is afterwards what it was.
+
+    Raises:
+        LowRankError: as ``run_worker`` and ``SensitivityBench.measure``.
+        Cancelled: the user asked to stop; measured cells are kept.
+    """
+    run.refuse_if_recorded()
     with _sole_worker(run):
+        before = run.status()
         reporter = Reporter(run, verbose=verbose)
-        try:
+        with _reporting(run, reporter):
             session = prepare(run, reporter)
-            search = run.config.search
-            if search is None:
-                _serve(Desk(run, session, reporter), warm_seconds)
-                reporter.close("finished")
-                return session, None
-            bench = search_bench(session, search, run.config.calibration.batch_size, reporter)
-            study = open_study(run, search, bench.space)
-            _sign(run, study, session, bench)
-            for _ in range(helpers):
-                jobs.add_worker(run, warm_seconds=0.0)
-            complete = _search(Desk(run, session, reporter, bench, study), warm_seconds)
-            reporter.close("finished" if complete else "stopped")
-            return session, bench
-        except (Cancelled, KeyboardInterrupt):
-            reporter.close("stopped", "Stopped. Resume to go on; finished stages and trials are kept.")
-            raise
-        except LowRankError as error:
-            reporter.close("failed", str(error))
-            raise
-        except OSError as error:
-            failure = RunError(
-                f"can't write in {run.path}: {error.strerror or error}. Free some space, then resume: what is complete is kept."
-            )
-            reporter.close("failed", str(failure))
-            raise failure from error
-        except BaseException as error:
-            reporter.close("failed", f"{type(error).__name__}: {error}. The log has the details.")
-            raise
+        try:
+            return SensitivityBench(run, session, reporter).measure(config)
+        finally:
+            unchanged = not before.active and before.state != "new"
+            reporter.close(before.state if unchanged else "finished", before.message)
+
+
+@contextmanager
+def _reporting(run: Run, reporter: Reporter) -> Iterator[Reporter]:
+    """Yield ``reporter``; if the work inside fails, its last word says why."""
+    try:
+        yield reporter
+    except (Cancelled, KeyboardInterrupt):
+        reporter.close("stopped", "Stopped. Resume to go on; finished stages and trials are kept.")
+        raise
+    except LowRankError as error:
+        reporter.close("failed", str(error))
+        raise
+    except OSError as error:
+        failure = RunError(f"can't write in {run.path}: {error.strerror or error}. Free some space, then resume: what is complete is kept.")
+        reporter.close("failed", str(failure))
+        raise failure from error
+    except BaseException as error:
+        reporter.close("failed", f"{type(error).__name__}: {error}. The log has the details.")
+        raise
 
 
 def _sign(run: Run, study: optuna.Study, session: Session, bench: TrialBench) -> None:
@@ -213,8 +239,9 @@ def _serve(desk: Desk, warm_seconds: float, orders: _Orders | None = None) -> bo
             told = wanted
             reporter.say(state="stopped" if wanted else "idle", stage="", done=0, total=0, eta_seconds=None)
         answered = answer_requests(desk)
-        if _measure_waiting(desk) or answered:
+        if _measure_waiting(desk) or answered or answer_in_background(desk):
             last, told = time.monotonic(), None
+            continue
         if (reporter.paused and not wanted) or time.monotonic() - last > warm_seconds:
             return False
         time.sleep(_POLL_SECONDS)

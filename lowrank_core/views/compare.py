@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.jobs import BACKGROUND
 from lowrank_core.presets import PRESETS
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.search.records import HEALED, MANUAL, PRESET, TrialRecord
@@ -127,7 +128,7 @@ class Failure:
     time: float = 0.0
 
 
-_ELSEWHERE = ("measure", "directions")
+_ELSEWHERE = ("measure", "directions", *BACKGROUND)
 """Requests of other pages."""
 
 

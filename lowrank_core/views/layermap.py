@@ -22,6 +22,7 @@ class LayerMap:
         frame: columns module, kind, depth, value (NaN where there is none), label (the value in words).
         percent: whether values are fractions in [0, 1], to be shown as percent.
         low, high: ends of the colour scale.
+        log: whether colours follow the logarithm; then a value that is not positive has no colour.
     """
 
     measure: str
@@ -29,6 +30,7 @@ class LayerMap:
     percent: bool = False
     low: float = 0.0
     high: float = 1.0
+    log: bool = False
 
     @property
     def kinds(self) -> list[str]:
@@ -48,8 +50,12 @@ def layer_map(
     *,
     percent: bool = False,
     full_scale: bool = False,
+    log: bool = False,
 ) -> LayerMap:
-    """Return a map of ``values``, one for each of ``shapes``; the scale begins at 0 and ends at the largest, at 1 where ``full_scale``."""
+    """Return a map of ``values``, one for each of ``shapes``; the scale begins at 0 and ends at the largest, at 1 where ``full_scale``.
+
+    A ``log`` scale begins at the smallest positive value.
+    """
     frame = pd.DataFrame(
         {
             "module": [shape.name for shape in shapes],
@@ -60,4 +66,7 @@ def layer_map(
         }
     )
     largest = max((value for value in values if math.isfinite(value)), default=1.0)
+    if log:
+        least = min((value for value in values if math.isfinite(value) and value > 0), default=largest)
+        return LayerMap(measure, frame, percent, least, largest, log=True)
     return LayerMap(measure, frame, percent, 0.0, 1.0 if full_scale else largest or 1.0)

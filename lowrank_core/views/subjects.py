@@ -31,6 +31,7 @@ _KINDS = {
     "export": "writing the model",
     "measure": "putting an allocation in line",
     "heal": "healing",
+    "sensitivity": "measuring sensitivities",
     "verify": "measuring an exported folder again",
 }
 

@@ -16,10 +16,13 @@ from optuna.trial import TrialState, create_trial
 
 from lowrank_core.accounting import MatrixShape, Unit, budget_for_ratio
 from lowrank_core.allocation import AllocationProblem, RankAllocation, allocate, allocation_from_ranks, module_group, project
-from lowrank_core.config import ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.healing.records import HealingPoint, HealingReport, write_history, write_report
 from lowrank_core.runs import Run, RunStatus, create_run, process_started, write_json
 from lowrank_core.search.storage import open_journal
+from lowrank_core.sensitivity.config import SensitivityConfig, single_compression
+from lowrank_core.sensitivity.planning import planned_cells
+from lowrank_core.sensitivity.records import SensitivityCell, SensitivitySetting, append_cell, record_path
 from lowrank_core.spectra import LayerSpectrum, save_spectra
 
 BLOCKS, HIDDEN, FFN, VALUES = 3, 24, 48, 12
@@ -335,6 +338,21 @@ def write_healing(run: Run, *, done: bool = True) -> None:
         run.path / "results" / "7.json",
         {**body, "kind": "heal", "folder": folder.name, "one_shot": comparison("trial 3", 3, 3.2)["report"]},
     )
+
+
+def write_sensitivity(run: Run, *, cells: int | None = None, windows: int = 4) -> list[SensitivityCell]:
+    """Write the first ``cells`` that a worker would measure: the divergence grows with depth, and with the square of what is removed."""
+    setting = SensitivitySetting("two_sided", "factored", 1e-6, 1e-2, windows, 31 * windows, "synthetic text", "a", "b", "float32", "c")
+    config = SensitivityConfig(kept=(0.2, 0.5, 0.8))
+    depths = {m.name: m.depth for m in matrices()}
+    compression = single_compression(CompressionConfig(basis="two_sided"), config)
+    found = []
+    for plan in planned_cells(matrices(), compression, config)[:cells]:
+        kl = 1e-3 * (1 - plan.kept) ** 2 * (1 + depths.get(plan.name, 5))
+        counts = (min(plan.ranks.values()), len(plan.ranks), plan.parameters, plan.dense_parameters)
+        found.append(SensitivityCell(plan.scope, plan.name, plan.kept, *counts, kl, kl / 10, 2 * kl, 0.5))
+        append_cell(record_path(run, setting), setting, found[-1])
+    return found
 
 
 def running_status(stage: str = "Searching", done: int = 5, total: int = 30, *, pid: int | None = None) -> RunStatus:

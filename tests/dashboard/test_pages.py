@@ -18,8 +18,15 @@ from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.runs import list_runs, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"overview": "Overview", "spectra": "Spectra", "energy": "Feature energy", "search": "Rank search", "compare": "Compare"}
-PAGES["export"] = "Export"
+PAGES = {
+    "overview": "Overview",
+    "spectra": "Spectra",
+    "energy": "Feature energy",
+    "sensitivity": "Sensitivity",
+    "search": "Rank search",
+    "compare": "Compare",
+    "export": "Export",
+}
 
 
 def words(test: AppTest) -> str:
@@ -74,7 +81,7 @@ def test_every_page_shows_a_running_run(app, page):
     assert any(button.label == "Stop" for button in test.button)
 
 
-@pytest.mark.parametrize("page", ["spectra", "energy"])
+@pytest.mark.parametrize("page", ["spectra", "energy", "sensitivity"])
 def test_a_page_that_waits_for_the_calibration_says_so(app, page):
     run = make_run(parts=False, state="running")
     run.write_status(running_status("Calibrating", 3, 40))

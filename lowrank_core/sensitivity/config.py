@@ -1,0 +1,84 @@
+"""What the user chose to measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from lowrank_core.accounting import STORAGES
+from lowrank_core.bases import basis_named
+from lowrank_core.bases.stacks import Wrapper
+from lowrank_core.config import CompressionConfig
+from lowrank_core.errors import ConfigError
+
+__all__ = ["MODULE", "SCOPES", "TYPE", "SensitivityConfig", "coarse_first", "single_compression"]
+
+MODULE, TYPE = "module", "type"
+SCOPES = (TYPE, MODULE)
+
+
+@dataclass(frozen=True)
+class SensitivityConfig:
+    """What is compressed alone, and how far.
+
+    Attributes:
+        kept: ratios of the parameters of what is compressed that are kept, biases and indices counted, each in (0, 1).
+        scopes: ``module``, each matrix alone; ``type``, all matrices of a type together.
+        kinds: module types that are measured; all where empty.
+        windows: of the search-validation split, evenly spaced; None takes all that the run has.
+        basis, storage: of the factors; empty takes the run's. Matrices are decomposed one by one, so stacks, heads and drift are left out.
+    """
+
+    kept: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65, 0.8)
+    scopes: tuple[str, ...] = SCOPES
+    kinds: tuple[str, ...] = ()
+    windows: int | None = None
+    basis: str = ""
+    storage: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("kept", "scopes", "kinds"):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple):
+                raise ConfigError(f"{name} must be a list, got {values!r}.")
+            object.__setattr__(self, name, tuple(values))  # JSON has lists
+        if not self.kept:
+            raise ConfigError("give at least one kept ratio, such as 0.5.")
+        for ratio in self.kept:
+            if isinstance(ratio, bool) or not isinstance(ratio, int | float) or not 0 < ratio < 1:
+                raise ConfigError(f"a kept ratio must lie between 0 and 1 (the fraction of parameters kept), got {ratio!r}. Try 0.5.")
+        if not self.scopes or not set(self.scopes) <= set(SCOPES):
+            raise ConfigError(f"scopes must be some of {', '.join(SCOPES)}; got {', '.join(map(str, self.scopes)) or 'none'}.")
+        if self.windows is not None and self.windows < 1:
+            raise ConfigError(f"windows must be at least 1, got {self.windows}.")
+        if self.basis:
+            basis_named(self.basis)
+        if self.storage and self.storage not in STORAGES:
+            raise ConfigError(f"storage must be one of {', '.join(STORAGES)}; got {self.storage!r}.")
+
+
+def coarse_first(ratios: Sequence[float]) -> tuple[float, ...]:
+    """Return the ratios, the middle one first, then always the one that is farthest from all before it (the smaller of two)."""
+    left = sorted(set(ratios))
+    found = [left.pop(len(left) // 2)] if left else []
+    while left:
+        # Rounded: 0.2 and 0.8 are equally far from 0.5, whatever their last bits say.
+        farthest = max(left, key=lambda ratio: (round(min(abs(ratio - other) for other in found), 9), -ratio))
+        left.remove(farthest)
+        found.append(farthest)
+    return tuple(found)
+
+
+def single_compression(base: CompressionConfig, config: SensitivityConfig) -> CompressionConfig:
+    """Return how a matrix is factorised by itself: the basis inside all wrappers, and neither stacks nor heads.
+
+    A matrix that is compressed alone has the dense model's input, so that there is no drift that a basis could correct.
+
+    Raises:
+        ConfigError: no such basis.
+    """
+    basis = basis_named(config.basis or base.basis)
+    while isinstance(basis, Wrapper):
+        basis = basis.inner
+    storage = config.storage or base.storage
+    return replace(base, basis=basis.name, storage=storage, value_dense=False, stacks=False, heads=False, rank_multiple=1)

@@ -1,0 +1,184 @@
+"""Measured cells in a run's folder: ``sensitivity/<key>.jsonl``, a line for what all cells share, then a line for each cell. Torch-free.
+
+A line is appended when its cell is measured. A process that is killed while it writes leaves at most a torn last line: it counts as not
+measured, and the next writer cuts it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TypeVar, get_args, get_type_hints
+
+from lowrank_core.errors import RunError
+from lowrank_core.runs import Run
+from lowrank_core.sensitivity.planning import CellKey
+
+__all__ = ["SensitivityCell", "SensitivityRecord", "SensitivitySetting", "append_cell", "read_record", "read_records", "record_path"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class SensitivitySetting:
+    """What the cells of one file share; cells of different settings are not compared.
+
+    Attributes:
+        basis, storage, input_damping, gradient_damping: of the factors, each matrix by itself.
+        windows, tokens: measured on; protocol: in words; text: their SHA-256.
+        model: its fingerprint; dtype: it ran in; statistics, gradients: keys of what the factors rest on, empty where they rest on none.
+        top_k: tokens that the divergence distinguishes; 0 for all.
+    """
+
+    basis: str
+    storage: str
+    input_damping: float
+    gradient_damping: float
+    windows: int
+    tokens: int
+    protocol: str
+    text: str
+    model: str
+    dtype: str
+    statistics: str
+    gradients: str = ""
+    top_k: int = 0
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class SensitivityCell:
+    """One measured cell.
+
+    Attributes:
+        scope, name, kept: as planned.
+        rank: of its matrices, the smallest where they differ; matrices: how many.
+        parameters, dense_parameters: of these matrices.
+        kl: divergence to the dense model, nats per token; None where the model diverged (``error`` says how).
+        kl_stderr: its standard error over windows; None for one window.
+        predicted: second-order estimate of kl by a basis whose errors are nats (``two_sided``), summed over the matrices; else None.
+        seconds: that it took.
+    """
+
+    scope: str
+    name: str
+    kept: float
+    rank: int
+    matrices: int
+    parameters: int
+    dense_parameters: int
+    kl: float | None
+    kl_stderr: float | None
+    predicted: float | None
+    seconds: float
+    error: str = ""
+
+    @property
+    def key(self) -> CellKey:
+        return self.scope, self.name, self.kept
+
+    @property
+    def kept_share(self) -> float:
+        """What is kept: at most what was asked for, unless rank 1 costs more."""
+        return self.parameters / self.dense_parameters
+
+
+@dataclass(frozen=True)
+class SensitivityRecord:
+    """A file: its setting, its cells in the order of measuring, and when it last changed (seconds since the epoch)."""
+
+    setting: SensitivitySetting
+    cells: tuple[SensitivityCell, ...]
+    changed: float = 0.0
+
+
+def record_path(run: Run, setting: SensitivitySetting) -> Path:
+    return run.path / "sensitivity" / f"{setting.key}.jsonl"
+
+
+def read_record(path: Path) -> SensitivityRecord | None:
+    """Return what is in ``path``; None before its first line was written.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    try:
+        content, changed = path.read_text(encoding="utf-8"), path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path} can't be read: {error}. {_ADVICE}") from error
+    first, *lines = content.split("\n")[:-1] or [""]  # what follows the last newline was never finished
+    if not first:
+        return None
+    cells = {cell.key: cell for cell in _parsed(path, lines)}
+    return SensitivityRecord(_built(SensitivitySetting, first, path, 1), tuple(cells.values()), changed)
+
+
+_ADVICE = "Delete the file to measure again; other files of the run are not affected."
+
+
+def _parsed(path: Path, lines: list[str]) -> Iterator[SensitivityCell]:
+    for number, line in enumerate(lines, start=2):
+        yield _built(SensitivityCell, line, path, number)
+
+
+def _types(kind: type[object]) -> Mapping[str, tuple[type, ...]]:
+    """Return what each field of a record may hold."""
+    options = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(kind).items()}
+    return {name: (*found, int) if float in found else found for name, found in options.items()}
+
+
+_TYPES: Mapping[type, Mapping[str, tuple[type, ...]]] = {kind: _types(kind) for kind in (SensitivitySetting, SensitivityCell)}
+"""Looked up once: a file may have thousands of lines."""
+
+
+def _built(kind: type[T], line: str, path: Path, number: int) -> T:
+    try:
+        body, known = json.loads(line), _TYPES[kind]
+        if not isinstance(body, dict):
+            raise TypeError("it holds no JSON object.")
+        wrong = [name for name, value in body.items() if not isinstance(value, known.get(name, ()))]
+        if wrong:
+            raise TypeError(f"{wrong[0]} can't be {body[wrong[0]]!r}.")
+        return kind(**body)
+    except (ValueError, TypeError) as error:
+        raise RunError(f"{path} is damaged in line {number}: {error} {_ADVICE}") from error
+
+
+def read_records(run: Run) -> list[SensitivityRecord]:
+    """Return the records of a run, the one that changed last first.
+
+    Raises:
+        RunError: a file is damaged.
+    """
+    found = [read_record(path) for path in sorted((run.path / "sensitivity").glob("*.jsonl"))]
+    return sorted((record for record in found if record is not None), key=lambda record: record.changed, reverse=True)
+
+
+def append_cell(path: Path, setting: SensitivitySetting, cell: SensitivityCell) -> None:
+    """Add a cell at the end of ``path``, which begins with the setting.
+
+    Raises:
+        RunError: the disk is full or read-only.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as stream:
+            whole = _whole_bytes(path)
+            stream.truncate(whole)
+            lines: list[SensitivitySetting | SensitivityCell] = [setting, cell] if whole == 0 else [cell]
+            stream.write("".join(json.dumps(asdict(line), allow_nan=False) + "\n" for line in lines).encode())
+    except OSError as error:
+        raise RunError(f"can't write {path}: {error.strerror}. Free some space, then measure again: what is complete is kept.") from error
+
+
+def _whole_bytes(path: Path) -> int:
+    """Return where the last finished line ends."""
+    return path.read_bytes().rfind(b"\n") + 1

@@ -1,0 +1,27 @@
+"""Sensitivity: what does each module cost when it alone is compressed?"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.sensitivity.records import read_records
+from lowrank_core.views.model import model_facts
+from pages.components import layout, sensitivity, sensitivity_form
+from pages.components.boundary import boundary
+from pages.components.loading import spectra_of
+
+layout.header("Sensitivity", "What does each module cost when it alone is compressed?")
+
+with boundary():
+    run = layout.page_run()
+    spectra = spectra_of(run) if run is not None else None
+    facts = model_facts(run) if run is not None else None
+    if run is None or spectra is None or facts is None:
+        layout.needs_calibration(run)
+        st.stop()
+
+    with boundary():
+        measured = bool(read_records(run))
+        with st.expander("Measure", expanded=not measured, icon=":material/straighten:", key=f"measure_sensitivity_{measured}"):
+            sensitivity_form.form(run, facts)
+    sensitivity.watch(run, facts, spectra)
