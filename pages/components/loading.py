@@ -8,8 +8,11 @@ import streamlit as st
 
 from lowrank_core.runs import Run
 from lowrank_core.spectra import LayerSpectrum, load_spectra
+from lowrank_core.views.checkpoint import ModelOnDisk, read_model
+from lowrank_core.views.preview import TextPreview, text_preview
+from lowrank_core.views.sources import model_folder
 
-__all__ = ["spectra_of"]
+__all__ = ["model_on_disk", "preview_of", "spectra_of"]
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -30,3 +33,36 @@ def spectra_of(run: Run) -> tuple[LayerSpectrum, ...] | None:
     except FileNotFoundError:
         return None
     return _spectra(str(path), changed)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _model(folder: str, changed: int) -> ModelOnDisk:
+    return read_model(Path(folder))
+
+
+def model_on_disk(reference: str) -> ModelOnDisk | None:
+    """Return what the headers of a model on this machine tell, None for a hub id that was not downloaded yet.
+
+    Raises:
+        ModelError: there is no such folder or hub id, or it holds no model.
+    """
+    folder = model_folder(reference)
+    if folder is None:
+        return None
+    files = [path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")]
+    return _model(str(folder), max((path.stat().st_mtime_ns for path in files), default=0))
+
+
+@st.cache_resource(max_entries=8, show_spinner="Reading the text")
+def _preview(reference: str, changed: int) -> TextPreview:
+    return text_preview(reference)
+
+
+def preview_of(reference: str) -> TextPreview:
+    """Return how a text begins and how much of it there is.
+
+    Raises:
+        TextError: it can't be read.
+    """
+    place = Path(reference.partition(":")[2]).expanduser()
+    return _preview(reference, place.stat().st_mtime_ns if place.is_file() else 0)
