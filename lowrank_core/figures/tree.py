@@ -12,8 +12,8 @@ __all__ = ["tree_html"]
 
 _STYLE = f"""<style>
 .tree {{ font-size: 0.86rem; line-height: 1.5; overflow-x: auto; }}
-.tree .row {{ display: grid; grid-template-columns: minmax(11rem, 2.2fr) 7.5rem 4rem 5rem 8.5rem minmax(9rem, 2.4fr); gap: 0.6rem;
-  min-width: 48rem; padding: 0.12rem 0.3rem; border-bottom: 1px solid rgba(128, 128, 128, 0.18); align-items: baseline; }}
+.tree .row {{ display: grid; grid-template-columns: minmax(14rem, 2.6fr) 7rem 4rem 5rem 8.5rem minmax(9rem, 2.2fr); gap: 0.6rem;
+  min-width: 50rem; padding: 0.12rem 0.3rem; border-bottom: 1px solid rgba(128, 128, 128, 0.18); align-items: baseline; }}
 .tree .head {{ opacity: 0.65; }}
 .tree .number {{ text-align: right; font-variant-numeric: tabular-nums; }}
 .tree .bar {{ display: inline-block; width: 3.6rem; height: 0.5rem; margin-right: 0.4rem; background: rgba(128, 128, 128, 0.2); }}
@@ -24,15 +24,14 @@ _STYLE = f"""<style>
 .tree summary::-webkit-details-marker {{ display: none; }}
 .tree summary .name::before {{ content: "▸"; display: inline-block; width: 1rem; opacity: 0.6; }}
 .tree details[open] > summary .name::before {{ content: "▾"; }}
-.tree .leaf .name::before {{ content: ""; display: inline-block; width: 1rem; }}
 .tree .name {{ overflow-wrap: anywhere; }}
 </style>"""
-_INDENT = 0.9  # rem for each level
+_INDENT, _MARK = 0.9, 1.0  # rem: for each level, and for the mark that folds a branch
 
 
 def tree_html(root: Node) -> str:
     """Return ``root`` as nested ``details``; its first level is open. Bars: share of the model, what is compressible of it in blue."""
-    head = _cells("Module", "Shape (as stored)", "Dtype", "Parameters", "Share of the model", "What becomes of it")
+    head = _cells("Module", "Shape", "Dtype", "Parameters", "Share of the model", "What becomes of it")
     return f'{_STYLE}<div class="tree"><div class="row head">{head}</div>{_node(root, 0)}</div>'
 
 
@@ -46,7 +45,8 @@ def _node(node: Node, level: int) -> str:
 
 def _row(node: Node, level: int) -> str:
     tensors = f' <span class="quiet">{node.tensors} {"tensor" if node.tensors == 1 else "tensors"}</span>' if node.children else ""
-    name = f'<span class="name" style="padding-left: {_INDENT * level:.1f}rem">{escape(node.label)}{tensors}</span>'
+    indent = _INDENT * level + (0.0 if node.children else _MARK)
+    name = f'<span class="name" style="padding-left: {indent:.1f}rem">{escape(node.label)}{tensors}</span>'
     bar = f'<span class="bar" aria-hidden="true"><i style="width: {100 * node.share:.2f}%">{_blue(node)}</i></span>{percent(node.share)}'
     return (
         f'{name}<span>{escape(node.shape)}</span><span>{escape(node.dtype)}</span><span class="number">{count(node.parameters)}</span>'

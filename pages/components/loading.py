@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import streamlit as st
 
 from lowrank_core.runs import Run
+from lowrank_core.search.records import TrialRecord
+from lowrank_core.search.variables import Importances, read_importances
 from lowrank_core.spectra import LayerSpectrum, load_spectra
 from lowrank_core.views.checkpoint import ModelOnDisk, read_model
 from lowrank_core.views.preview import TextPreview, text_preview
 from lowrank_core.views.sources import model_folder
 
-__all__ = ["model_on_disk", "preview_of", "spectra_of"]
+__all__ = ["importances_of", "model_on_disk", "preview_of", "spectra_of"]
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -66,3 +69,17 @@ def preview_of(reference: str) -> TextPreview:
     """
     place = Path(reference.partition(":")[2]).expanduser()
     return _preview(reference, place.stat().st_mtime_ns if place.is_file() else 0)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _importances(path: str, measured: int) -> Importances:
+    return read_importances(Run(Path(path)))
+
+
+def importances_of(run: Run, trials: Sequence[TrialRecord]) -> Importances:
+    """Return how much each variable mattered, by the ``trials`` that are measured.
+
+    Raises:
+        RunError: the study is damaged.
+    """
+    return _importances(str(run.path), sum(trial.finished for trial in trials))
