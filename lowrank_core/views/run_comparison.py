@@ -11,6 +11,7 @@ from lowrank_core.errors import LowRankError
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord, best_trial, read_trials
 from lowrank_core.views.compare import Comparison, answers, comparisons, label_of
+from lowrank_core.views.formatting import interval
 from lowrank_core.views.model import ModelFacts, model_facts
 from lowrank_core.views.search import OBJECTIVE_LABELS
 from lowrank_core.views.summary import protocol_of
@@ -21,7 +22,7 @@ __all__ = ["RunComparison", "compare_runs"]
 
 _COLUMNS = (
     *("id", "run", "model", "text", "removed", "trials", "best", "value", "value_group"),
-    *("perplexity", "low", "high", "original", "test_group"),
+    *("perplexity", "interval", "original", "test_group"),
 )
 
 
@@ -30,7 +31,7 @@ class RunComparison:
     """Runs as rows.
 
     Attributes:
-        frame: columns id, run, model, text, removed, trials, best, value, value_group, perplexity, low, high, original, test_group. Groups
+        frame: columns id, run, model, text, removed, trials, best, value, value_group, perplexity, interval, original, test_group. Groups
             are letters: numbers with one letter were measured alike. Values and perplexities are missing where they were not measured.
         notes: what can't be compared and why, and the protocols by letter; in sentences.
     """
@@ -64,7 +65,7 @@ def compare_runs(runs: Sequence[Run]) -> RunComparison:
     frame = pd.DataFrame(
         [_cells(row, value, test) for row, value, test in zip(rows, values, tests, strict=True)],
         columns=list(_COLUMNS),
-    ).astype({"trials": "Int64", **dict.fromkeys(("value", "perplexity", "low", "high", "original"), float)})
+    ).astype({"trials": "Int64", **dict.fromkeys(("value", "perplexity", "original"), float)})
     return RunComparison(frame, (*_value_notes(rows, values), *_test_notes(rows, tests)))
 
 
@@ -126,7 +127,7 @@ def _letter(index: int) -> str:
 
 
 def _cells(row: _Row, value: str | None, test: str | None) -> dict[str, object]:
-    low, high = (row.measured.perplexity_interval or (None, None)) if row.measured else (None, None)
+    ends = row.measured.perplexity_interval if row.measured else ()
     return {
         "id": row.run.id,
         "run": row.name,
@@ -138,8 +139,7 @@ def _cells(row: _Row, value: str | None, test: str | None) -> dict[str, object]:
         "value": row.best.value if row.best else None,
         "value_group": value,
         "perplexity": row.measured.perplexity if row.measured else None,
-        "low": low,
-        "high": high,
+        "interval": interval(*ends) if len(ends) == 2 else None,
         "original": row.measured.dense_perplexity if row.measured else None,
         "test_group": test,
     }

@@ -102,13 +102,9 @@ def _fit(fit: Fit) -> None:
     st.caption(f"An estimate of what calibration takes, beside Python and its libraries. GPU: {where}.")
     for place in fit.short_of:
         st.warning(f"{_PLACES[place]}: {size(fit.needed(place))} needed, {size(fit.free(place))} free.", icon=":material/memory:")
-    columns = {
-        "part": tables.text("What", width="medium"),
-        "place": tables.text("Where"),
-        "size": tables.text("Size"),
-        "how": tables.text("How it is counted", width="large"),
-    }
-    tables.table(fit_table(fit), columns, key="fit_table", alt="What a calibration takes, by line")
+    words = {"part": "What", "place": "Where", "size": "Size", "how": "How it is counted"}
+    rows = fit_table(fit)[list(words)].rename(columns=words)
+    st.table(rows, border="horizontal", hide_index=True, alt="What a calibration takes, by line")  # its cells wrap: they hold sentences
 
 
 def _preview(preview: TextPreview, config: RunConfig) -> None:

@@ -66,7 +66,7 @@ def _table(runs: Sequence[Run]) -> list[Run]:
 def _comparison(runs: Sequence[Run]) -> None:
     found = compare_runs(runs)
     columns = {
-        "run": tables.text("Run", width="medium"),
+        "run": tables.text("Run", width=180),
         "model": tables.text("Model"),
         "text": tables.text("Text"),
         "removed": tables.text("Removed"),
@@ -75,8 +75,7 @@ def _comparison(runs: Sequence[Run]) -> None:
         "value": tables.figure("Best value", "The objective, on search-validation text."),
         "value_group": tables.text("Alike", "Best values with one letter were measured alike."),
         "perplexity": tables.number("Perplexity (test)", 3, "Of the best trial, as measured on test text."),
-        "low": tables.number("from", 3, "Lower end of the 95 % interval."),
-        "high": tables.number("to", 3, "Upper end of the 95 % interval."),
+        "interval": tables.text("95 % interval", "Bootstrap over test windows."),
         "original": tables.number("Original", 3, "Perplexity of the dense model on the same windows."),
         "test_group": tables.text("Alike (test)", "Perplexities with one letter were measured alike."),
     }

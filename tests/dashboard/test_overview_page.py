@@ -30,7 +30,8 @@ def test_the_bundled_model_is_shown_before_anything_is_loaded(app):
     assert "84.6 % of them compressible" in words(test)
     assert "of memory (" in words(test)
     tables = [frame.value for frame in test.dataframe]
-    assert any("Sum of memory" in list(table.get("part", ())) for table in tables)
+    (fit,) = [table.value for table in test.table]
+    assert "Sum of memory" in list(fit["What"])
     assert any("characters" in table for table in tables)
     test.segmented_control(key="start_tree_by").set_value("type").run()
     assert "mlp.down_proj.weight" in tree_of(test)
