@@ -16,6 +16,7 @@ from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, V
 __all__ = [
     "LEGEND",
     "PICKED",
+    "PICTURED",
     "SIDES",
     "ZOOM",
     "Spec",
@@ -34,6 +35,9 @@ PICKED = "picked"
 """Name of the selection that holds the trial under a click."""
 ZOOM = "zoom"
 """Name of the selection that holds the visible part. Streamlit resets it with new data unless it is told to listen to it."""
+
+PICTURED = [{"field": "note", "type": "nominal", "title": "title"}, {"field": "picture", "type": "nominal", "title": "image"}]
+"""For ``tooltip``: words with a picture below; the two titles are those that vega-tooltip draws so."""
 
 _HOURGLASS = "M-1,-1L1,-1L-1,1L1,1Z"
 _SALTIRE = "M-1,-.6L-.6,-1L0,-.4L.6,-1L1,-.6L.4,0L1,.6L.6,1L0,.4L-.6,1L-1,.6L-.4,0Z"

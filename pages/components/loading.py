@@ -7,15 +7,20 @@ from pathlib import Path
 
 import streamlit as st
 
+from lowrank_core.accounting import Unit
+from lowrank_core.config import SearchConfig
+from lowrank_core.figures.thumbnail import thumbnail
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord
 from lowrank_core.search.variables import Importances, read_importances
 from lowrank_core.spectra import LayerSpectrum, load_spectra
+from lowrank_core.views.allocation import allocation_map, allocation_of, search_units
 from lowrank_core.views.checkpoint import ModelOnDisk, read_model
+from lowrank_core.views.model import model_facts
 from lowrank_core.views.preview import TextPreview, text_preview
 from lowrank_core.views.sources import model_folder
 
-__all__ = ["importances_of", "model_on_disk", "preview_of", "spectra_of"]
+__all__ = ["importances_of", "model_on_disk", "pictures_of", "preview_of", "spectra_of"]
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -83,3 +88,22 @@ def importances_of(run: Run, trials: Sequence[TrialRecord]) -> Importances:
         RunError: the study is damaged.
     """
     return _importances(str(run.path), sum(trial.finished for trial in trials))
+
+
+@st.cache_resource(max_entries=2000, show_spinner=False)
+def _picture(path: str, number: int, begun: float | None, _trial: TrialRecord, _units: Sequence[Unit]) -> str:
+    return thumbnail(allocation_map(allocation_of(_trial, _units), _units))
+
+
+def pictures_of(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> dict[int, str]:
+    """Return a small map of the allocation of each trial that has one, drawn once; none before the model was read.
+
+    Raises:
+        RunError: model.json is damaged.
+        ConfigError: a trial's ranks do not fit the model.
+    """
+    facts = model_facts(run)
+    if facts is None:
+        return {}
+    units = search_units(facts.matrices, search.compression, facts.head_units)
+    return {trial.number: _picture(str(run.path), trial.number, trial.started, trial, units) for trial in trials if trial.ranks}

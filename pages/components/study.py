@@ -40,7 +40,7 @@ def show(run: Run) -> None:
     chosen = _chosen(trials, search)
     if search.most_ratio is None:
         _figures(now, search)
-        study_charts.history(trials, search, chosen)
+        study_charts.history(run, trials, search, chosen)
         study_charts.windows(trials, search, chosen)
     else:
         _front_figures(trials, now, search)

@@ -32,20 +32,20 @@ from lowrank_core.views.windows import window_losses
 from lowrank_core.views.workers import living_workers
 from pages.components import navigation, state, tables
 from pages.components.charts import chart
-from pages.components.loading import importances_of
+from pages.components.loading import importances_of, pictures_of
 
 __all__ = ["allocation", "fingerprint", "front", "history", "importance", "table", "times", "windows"]
 
 
-def history(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
     """Draw the objective of every trial."""
     view = history_of(trials, search.objective)
     chart(
-        history_chart(view, chosen.number if chosen else None),
+        history_chart(view, chosen.number if chosen else None, pictures_of(run, trials, search)),
         key="history",
         title="Every trial on search-validation text",
-        how="lower is better; the green steps are the best so far, dashed lines the baselines. Click a point for its allocation; "
-        "drag moves, Ctrl + wheel zooms, a double click resets.",
+        how="lower is better; the green steps are the best so far, dashed lines the baselines. Point at a trial for a "
+        "small map of its allocation, click it for a large one; drag moves, Ctrl + wheel zooms, a double click resets.",
         alt="Objective of each trial in the order of asking, with baselines and the best so far",
         data=view.trials,
         on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),

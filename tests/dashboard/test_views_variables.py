@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import os
 import socket
 from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from synthetic import RATIO, VARIABLES, make_run, model_json, write_front, write_long_study, write_rich_study
 
+from lowrank_core.accounting import MatrixShape
 from lowrank_core.config import RunConfig, SearchConfig
 from lowrank_core.figures.fingerprint import fingerprint_chart, importance_chart
+from lowrank_core.figures.search import history_chart
+from lowrank_core.figures.thumbnail import BLANK, thumbnail
 from lowrank_core.figures.timeline import timeline_chart
 from lowrank_core.runs import RunStatus, write_json
 from lowrank_core.search.records import TrialRecord, read_frozen, read_trials
 from lowrank_core.search.variables import Importances, VariableRange, importances, read_importances, read_ranges
 from lowrank_core.views import plan
 from lowrank_core.views.fingerprint import fingerprint, importance_table, missing_words
+from lowrank_core.views.layermap import layer_map
 from lowrank_core.views.model import model_facts
+from lowrank_core.views.search import history
 from lowrank_core.views.timeline import timeline
 
 SEARCH = SearchConfig(RATIO, trials=20)
@@ -167,3 +176,39 @@ def test_a_run_that_was_shipped_is_gone_by_last_and_it_is_said(tmp_path, monkeyp
     assert plan.time_estimate(shipped.config).basis == "trials of the same model, text and windows, on another machine"
     make_run(config=SEARCH, study=write_rich_study)
     assert "another machine" not in plan.time_estimate(shipped.config).basis
+
+
+# the picture of an allocation
+
+
+def pixels(address: str) -> np.ndarray:
+    """The colours (height, width, 4) of a PNG in an address."""
+    assert address.startswith("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGBA"))
+
+
+def test_a_picture_has_a_cell_for_each_module_in_the_colours_of_the_map():
+    shapes = [MatrixShape(f"l.{depth}.{kind}", kind, depth, 4, 4) for depth in range(3) for kind in ("q", "k")]
+    shapes.pop()  # block 2 has no k
+    found = pixels(thumbnail(layer_map(shapes, [0.0, 1.0, 0.5, 0.5, 0.5], [""] * 5, "kept", percent=True, full_scale=True)))
+    height, width = found.shape[0] // 2, found.shape[1] // 3
+
+    def middle(row: int, column: int) -> tuple[int, ...]:
+        return tuple(found[height * row + height // 2, width * column + width // 2])
+
+    assert middle(0, 0) == (0, 34, 78, 255)  # cividis begins there
+    assert middle(1, 0) == (254, 232, 56, 255)
+    assert middle(1, 2)[3] == 0  # nothing there
+    assert pixels(BLANK).shape == (1, 1, 4)
+
+
+def test_the_picture_of_an_80_layer_model_is_small():
+    shapes = [MatrixShape(f"l.{depth}.{kind}", kind, depth, 4, 4) for depth in range(80) for kind in "qkvogud"]
+    kept = np.random.default_rng(0).uniform(size=len(shapes))
+    assert len(thumbnail(layer_map(shapes, list(kept), [""] * len(shapes), "kept", percent=True, full_scale=True))) < 4000
+
+
+def test_the_history_carries_a_picture_for_each_trial_that_has_one(long):
+    view = history(read_trials(long), "kl")
+    drawn = history_chart(view, None, {3: "data:image/png;base64,AAAA"})
+    assert list(drawn.data["picture"][:5]) == [BLANK, BLANK, BLANK, "data:image/png;base64,AAAA", BLANK]
