@@ -79,7 +79,8 @@ def _spec(objective: str) -> Spec:
     height = _height(objective)
     names = [_names(height, row) for row in SIDES]
     points = trial_points(_across(domain={"unionWith": [-0.5, _LEAST_TRIALS - 0.5]}), height)
-    points["encoding"]["tooltip"] = PICTURED
+    # What is read aloud are the words; the picture's address would be, too.
+    points["encoding"] |= {"tooltip": PICTURED, "description": {"field": "note"}}
     return {
         "height": 400,
         "layer": [_rules(height), *names, _best_line(height), points, trial_ring(_across(), height)],

@@ -211,4 +211,6 @@ def test_the_picture_of_an_80_layer_model_is_small():
 def test_the_history_carries_a_picture_for_each_trial_that_has_one(long):
     view = history(read_trials(long), "kl")
     drawn = history_chart(view, None, {3: "data:image/png;base64,AAAA"})
+    points = next(layer for layer in drawn.spec["layer"] if "params" in layer)
+    assert points["encoding"]["description"] == {"field": "note"}  # what is read aloud holds no picture
     assert list(drawn.data["picture"][:5]) == [BLANK, BLANK, BLANK, "data:image/png;base64,AAAA", BLANK]
