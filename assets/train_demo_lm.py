@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lowrank_core.text.stdlib import SPLIT_PERCENT, iter_modules, stdlib_documents
+from lowrank_core.documents.stdlib import SPLIT_PERCENT, iter_modules, stdlib_documents
 
 BOS = "<|endoftext|>"
 VOCABULARY = 4096

@@ -37,6 +37,7 @@ __all__ = [
     "compression_ratio",
     "dense_parameters",
     "member_ranks",
+    "module_type",
 ]
 
 FLOAT_SLACK = 1e-6
@@ -90,6 +91,16 @@ class MatrixShape:
     def break_even_rank(self) -> int:
         """The largest rank at which two plain factors cost less than the matrix; 0 if there is none."""
         return Unit((self,)).break_even_rank
+
+
+def module_type(path: str, paths: Sequence[str]) -> str:
+    """Return the shortest dotted ending of ``path`` that no other of the ``paths`` in its block has: ``q_proj``, ``attn.c_proj``."""
+    parts = path.split(".")
+    for length in range(1, len(parts) + 1):
+        ending = ".".join(parts[-length:])
+        if sum(other == ending or other.endswith("." + ending) for other in paths) == 1:
+            return ending
+    return path
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ __all__ = [
     "to_mapping",
 ]
 
+DTYPES = ("auto", "float32", "bfloat16")
 OBJECTIVES = ("kl", "perplexity", "bolaco")
 SAMPLERS = ("gp", "tpe", "cmaes", "qmc", "random")
 VARIABLES = ("kept", "errors")
@@ -97,7 +98,7 @@ class ModelSource:
     def __post_init__(self) -> None:
         if not self.reference.strip():
             raise ConfigError("model: give `demo`, a local folder, or a hub id.")
-        _check_choice("dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        _check_choice("dtype", self.dtype, DTYPES)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@
     $LOWRANK_HOME (default ~/.cache/lowrank)
     ├── runs/<id>/
     │   ├── run.json         config, name, time, versions; a search that is extended is changed here
+    │   ├── notes.json       what the user noted on it
     │   ├── storage.json     where the study is, if not here; may hold a password, so only its owner reads it
     │   ├── status.json      state, stage, progress, heartbeat; replaced atomically by the worker
     │   ├── model.json       what the model is made of              ─┐
@@ -400,7 +401,7 @@ def list_runs() -> list[Run]:
     """Return the runs under the home, the newest first; damaged ones are left out."""
     folder = home() / "runs"
     found = []
-    for path in folder.iterdir() if folder.is_dir() else ():
+    for path in folder.glob("[!.]*") if folder.is_dir() else ():  # a run that is being deleted begins with a dot
         try:
             run = open_run(path)
             found.append((float(run.record["created"]), run))

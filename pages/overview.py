@@ -8,7 +8,7 @@ from lowrank_core.views.calibration import calibration_facts
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.runs import all_runs
 from lowrank_core.views.text import text_facts
-from pages.components import facts, layout
+from pages.components import facts, layout, runs_section
 from pages.components.boundary import boundary
 from pages.components.calibration_form import calibration_form
 
@@ -32,10 +32,10 @@ with boundary():
         facts.failure(run)
         model, text, calibration = model_facts(run), text_facts(run), calibration_facts(run)
         if model is not None:
-            facts.model_section(model)
+            facts.model_section(model, run.config.model.reference)
         if text is not None:
             facts.text_section(text)
         if calibration is not None:
             facts.calibration_section(calibration)
         facts.next_steps(run)
-    facts.runs_section(all_runs())
+    runs_section.show(all_runs(), run)

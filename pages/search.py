@@ -29,6 +29,7 @@ with boundary():
         steering.show(run, config.search, facts)
         # The live part draws itself anew every second while a worker is at it, and only then.
         live(lambda: study.show(run), 1.0 if is_busy(run) else None)
+        study.show_importance(run, config.search)
         confirmed.show(run)
         allocation_form.show(run, config.search, facts)
     elif run is not None:

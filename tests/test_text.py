@@ -19,12 +19,12 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lowrank_core.config import TextConfig
+from lowrank_core.documents.stdlib import iter_modules, split_of_module, stdlib_documents
 from lowrank_core.errors import ConfigError, TextError
 from lowrank_core.models import ModelHandle
 from lowrank_core.text import SPLITS, load_text, load_windows, open_text
 from lowrank_core.text import hub as hub_module
 from lowrank_core.text.sources import FileText
-from lowrank_core.text.stdlib import iter_modules, split_of_module, stdlib_documents
 
 MODULE = "def number_{0}():\n    return {0}\n\n\n" + "# {0} is a line that makes the module long enough to be read\n" * 8
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pandas as pd
 
 from lowrank_core.figures.style import GREEN, ORANGE
-from lowrank_core.figures.vega import LEGEND, SIDES, Spec, VegaChart, name_mark, name_side, stacked, trial_points, trial_ring
+from lowrank_core.figures.thumbnail import BLANK
+from lowrank_core.figures.vega import LEGEND, PICTURED, SIDES, Spec, VegaChart, name_mark, name_side, stacked, trial_points, trial_ring
 from lowrank_core.views.search import History
 
 __all__ = ["history_chart"]
@@ -13,15 +16,17 @@ __all__ = ["history_chart"]
 _LEAST_TRIALS = 10  # room on the axis from the beginning
 
 
-def history_chart(view: History, chosen: int | None = None) -> VegaChart:
+def history_chart(view: History, chosen: int | None = None, pictures: Mapping[int, str] | None = None) -> VegaChart:
     """Draw value against trial: points by kind, the best so far as steps, baselines as dashed lines with their names.
+
+    ``pictures`` (trial -> address of a picture) are shown beside the words when the pointer is on a trial.
 
     A trial that was stopped early stands at the loss of the windows it saw; those without any (running, failed) above all others.
     """
-    return VegaChart(stacked(_trial_rows(view.trials, chosen), _baseline_rows(view)), _spec(view.objective))
+    return VegaChart(stacked(_trial_rows(view.trials, chosen, pictures or {}), _baseline_rows(view)), _spec(view.objective))
 
 
-def _trial_rows(trials: pd.DataFrame, chosen: int | None) -> pd.DataFrame:
+def _trial_rows(trials: pd.DataFrame, chosen: int | None, pictures: Mapping[int, str]) -> pd.DataFrame:
     height = trials["value"].fillna(trials["partial"])
     return pd.DataFrame(
         {
@@ -31,6 +36,7 @@ def _trial_rows(trials: pd.DataFrame, chosen: int | None) -> pd.DataFrame:
             "best": trials["best"],
             "kind": trials["kind"],
             "note": trials["note"],
+            "picture": [pictures.get(number, BLANK) for number in trials["number"]],
             "chosen": trials["number"] == (-1 if chosen is None else chosen),
         }
     )
@@ -73,6 +79,8 @@ def _spec(objective: str) -> Spec:
     height = _height(objective)
     names = [_names(height, row) for row in SIDES]
     points = trial_points(_across(domain={"unionWith": [-0.5, _LEAST_TRIALS - 0.5]}), height)
+    # What is read aloud are the words; the picture's address would be, too.
+    points["encoding"] |= {"tooltip": PICTURED, "description": {"field": "note"}}
     return {
         "height": 400,
         "layer": [_rules(height), *names, _best_line(height), points, trial_ring(_across(), height)],

@@ -13,7 +13,21 @@ import pandas as pd
 
 from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
 
-__all__ = ["LEGEND", "PICKED", "SIDES", "ZOOM", "Spec", "VegaChart", "name_mark", "name_side", "stacked", "trial_points", "trial_ring"]
+__all__ = [
+    "LEGEND",
+    "PICKED",
+    "PICTURED",
+    "SIDES",
+    "ZOOM",
+    "Spec",
+    "VegaChart",
+    "name_mark",
+    "name_side",
+    "picking",
+    "stacked",
+    "trial_points",
+    "trial_ring",
+]
 
 Spec = dict[str, Any]
 
@@ -21,6 +35,9 @@ PICKED = "picked"
 """Name of the selection that holds the trial under a click."""
 ZOOM = "zoom"
 """Name of the selection that holds the visible part. Streamlit resets it with new data unless it is told to listen to it."""
+
+PICTURED = [{"field": "note", "type": "nominal", "title": "title"}, {"field": "picture", "type": "nominal", "title": "image"}]
+"""For ``tooltip``: words with a picture below; the two titles are those that vega-tooltip draws so."""
 
 _HOURGLASS = "M-1,-1L1,-1L-1,1L1,1Z"
 _SALTIRE = "M-1,-.6L-.6,-1L0,-.4L.6,-1L1,-.6L.4,0L1,.6L.6,1L0,.4L-.6,1L-1,.6L-.4,0Z"
@@ -75,17 +92,23 @@ def name_mark(side: str) -> Spec:
     return {"type": "text", **place, "color": ORANGE, "fontSize": 12, "fontWeight": 600, "clip": True}
 
 
-def trial_points(x: Spec, y: Spec) -> Spec:
+def picking(*moved: str) -> list[Spec]:
+    """Return the selections of a chart of trials: a click picks one; the view moves along the axes ``moved`` (both if none is named)."""
+    move: Spec = {"type": "interval", "zoom": "wheel![event.ctrlKey]", **({"encodings": list(moved)} if moved else {})}
+    return [
+        {"name": PICKED, "select": {"type": "point", "fields": ["number"], "toggle": False}},
+        # Drag to move, double click to reset; the wheel alone scrolls the page.
+        {"name": ZOOM, "select": move, "bind": "scales"},
+    ]
+
+
+def trial_points(x: Spec, y: Spec, *moved: str) -> Spec:
     """Return the layer of trials that can be picked and moved: rows ``trial`` with columns number, kind and note."""
     colours = [colour for _, colour in _MARKS.values()]
     fills = ["transparent" if kind in _HOLLOW else colour for kind, (_, colour) in _MARKS.items()]
     by_kind = {"field": "kind", "type": "nominal"}
     return {
-        "params": [
-            {"name": PICKED, "select": {"type": "point", "fields": ["number"], "toggle": False}},
-            # Drag to move, double click to reset; the wheel alone scrolls the page.
-            {"name": ZOOM, "select": {"type": "interval", "zoom": "wheel![event.ctrlKey]"}, "bind": "scales"},
-        ],
+        "params": picking(*moved),
         "transform": [{"filter": "datum.row == 'trial'"}],
         "mark": {"type": "point", "size": 95, "strokeWidth": 1.8, "opacity": 1, "clip": True, "cursor": "pointer"},
         "encoding": {

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.accounting import INDEX_BYTES, MatrixShape
+from lowrank_core.accounting import INDEX_BYTES, MatrixShape, module_type
 from lowrank_core.errors import ModelError
 from lowrank_core.models.compressed import CompressedModule, PivotIndex
 from lowrank_core.models.quantized import Int8Matrix
@@ -189,16 +189,6 @@ def _linears(module: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
                 yield depth, path, child
 
 
-def _kind(path: str, paths: list[str]) -> str:
-    """Return the shortest dotted ending of ``path`` that no other path of its block has."""
-    parts = path.split(".")
-    for length in range(1, len(parts) + 1):
-        ending = ".".join(parts[-length:])
-        if sum(other == ending or other.endswith("." + ending) for other in paths) == 1:
-            return ending
-    return path
-
-
 def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
     """Return the dense linear layers of the decoder blocks, with the input that each reads.
 
@@ -222,7 +212,7 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
         name = f"{prefix}.{depth}.{path}"
         group = groups.setdefault(readers[id(child)], name)
         d_out, d_in = weight_of(child).shape
-        layers.append(LayerSpec(MatrixShape(name, _kind(path, paths[depth]), depth, d_out, d_in, bias_of(child) is not None, group)))
+        layers.append(LayerSpec(MatrixShape(name, module_type(path, paths[depth]), depth, d_out, d_in, bias_of(child) is not None, group)))
     return tuple(layers)
 
 

@@ -18,7 +18,7 @@ from lowrank_core.errors import RunError
 from lowrank_core.runs import Run
 from lowrank_core.search.storage import open_database, open_journal
 
-__all__ = ["HEALED", "MANUAL", "PRESET", "TrialRecord", "best_trial", "pareto_front", "read_trials", "records_of"]
+__all__ = ["HEALED", "MANUAL", "PRESET", "TrialRecord", "best_trial", "pareto_front", "read_frozen", "read_trials", "records_of"]
 
 MANUAL = "manual"
 """Label of a hand-picked allocation."""
@@ -40,7 +40,7 @@ class TrialRecord:
         ranks: unit -> rank, or None for dense; empty until the trial began.
         compression_ratio, kl, perplexity, tokens, seconds: as measured in the trial; None until then.
         windows: window -> its loss, as far as it was measured: KL, or NLL where the objective is another.
-        started: seconds since the epoch; None while it waits.
+        started, ended: seconds since the epoch; None while it waits, or is measured.
         worker: ``host:pid`` that measured it, or empty.
         error: why it failed, or empty.
     """
@@ -58,6 +58,7 @@ class TrialRecord:
     seconds: float | None
     windows: Mapping[int, float] = field(default_factory=dict)
     started: float | None = None
+    ended: float | None = None
     worker: str = ""
     error: str = ""
 
@@ -93,6 +94,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
         seconds=attributes.get("seconds"),
         windows=dict(trial.intermediate_values),
         started=trial.datetime_start.timestamp() if trial.datetime_start else None,
+        ended=trial.datetime_complete.timestamp() if trial.datetime_complete else None,
         worker=attributes.get("worker", "").rsplit(":", 1)[0],
         error=attributes.get("error", ""),
     )
@@ -121,12 +123,21 @@ def read_trials(run: Run) -> list[TrialRecord]:
         RunError: the journal is damaged, or the database has gone.
         ConfigError: the database that holds the study can't be reached.
     """
+    return [_record(trial) for trial in read_frozen(run)]
+
+
+def read_frozen(run: Run) -> list[FrozenTrial]:
+    """Return the trials of ``run`` as Optuna holds them, with the ranges of their variables; they must not be changed.
+
+    Raises:
+        as ``read_trials``.
+    """
     try:
         storage = _storage(run)  # reads the journal already
         if storage is None:
             return []
         study_id = storage.get_study_id_from_name(run.study_name)
-        return [_record(trial) for trial in storage.get_all_trials(study_id, deepcopy=False)]
+        return storage.get_all_trials(study_id, deepcopy=False)
     except KeyError:
         return []
     except ValueError as error:

@@ -5,7 +5,20 @@ from __future__ import annotations
 import math
 import time
 
-__all__ = ["DASH", "age", "count", "duration", "interval", "kind_label", "number", "percent", "short_duration", "size", "timestamp"]
+__all__ = [
+    "DASH",
+    "age",
+    "count",
+    "duration",
+    "interval",
+    "kind_label",
+    "number",
+    "percent",
+    "short_duration",
+    "shortened",
+    "size",
+    "timestamp",
+]
 
 DASH = "–"
 _COUNTS = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from, unit, suffix
@@ -68,6 +81,12 @@ def duration(seconds: float | None) -> str:
 def short_duration(seconds: float | None) -> str:
     """Return seconds as ``duration`` does, below ten with a decimal: ``0.92 s``."""
     return f"{number(seconds, 2)} s" if seconds is not None and 0 <= seconds < 10 else duration(seconds)
+
+
+def shortened(text: str, most: int) -> str:
+    """Return ``text`` in one line of at most ``most`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
 
 
 def interval(low: float | None, high: float | None) -> str:

@@ -1,4 +1,4 @@
-"""What a model is made of: facts from model.json, a table by module type, and the memory that a calibration takes."""
+"""What a model is made of: facts from model.json, and a table by module type."""
 
 from __future__ import annotations
 
@@ -6,17 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import pandas as pd
-import psutil
 
 from lowrank_core.accounting import HeadUnit, MatrixShape
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.views.formatting import kind_label
 from lowrank_core.views.records import build
 
-__all__ = ["MemoryEstimate", "ModelFacts", "memory_estimate", "model_facts", "module_table"]
-
-_FLOAT32, _FLOAT64 = 4, 8  # bytes
-_MOMENTS = 5  # group, total, pool, and two on the way out, as the worker checks it
+__all__ = ["ModelFacts", "model_facts", "module_table"]
 
 
 @dataclass(frozen=True)
@@ -132,29 +128,3 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
         }
     )
     return pd.DataFrame(rows).astype({"count": "Int64"})
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """What a calibration takes, roughly: weights in float32 and the moments of one block's inputs in float64.
-
-    Finished blocks and hidden states are on disk.
-    """
-
-    model_bytes: int
-    statistics_bytes: int
-    available_bytes: int
-
-    @property
-    def total_bytes(self) -> int:
-        return self.model_bytes + self.statistics_bytes
-
-    @property
-    def fits(self) -> bool:
-        return self.total_bytes < self.available_bytes
-
-
-def memory_estimate(facts: ModelFacts) -> MemoryEstimate:
-    """Return Σ d_in² · 8 bytes · 5 over the distinct inputs of one block (blocks taken as alike), beside the weights in float32."""
-    statistics = sum(width**2 for width in facts.input_widths.values()) * _FLOAT64 * _MOMENTS // max(1, facts.blocks)
-    return MemoryEstimate(facts.parameters * _FLOAT32, statistics, int(psutil.virtual_memory().available))

@@ -10,9 +10,10 @@ import pandas as pd
 
 from lowrank_core.errors import LowRankError
 from lowrank_core.jobs import pending_requests
+from lowrank_core.run_care import notes_of
 from lowrank_core.runs import Run, RunStatus, list_runs, recorded_run
 from lowrank_core.search.records import best_trial, read_trials
-from lowrank_core.views.formatting import duration, timestamp
+from lowrank_core.views.formatting import duration, shortened, timestamp
 from lowrank_core.views.trials import counted, ratio_words
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 PARTS = ("model.json", "text.json", "calibration.json", "spectra.npz", "study.journal")
+_NOTES = 80  # characters in the table
 _WORKING = ("queued", "running", "stopping")
 
 STATE_WORDS = {
@@ -135,15 +137,15 @@ def stages(status: RunStatus) -> list[Stage]:
 
 def run_table(runs: Sequence[Run]) -> pd.DataFrame:
     """Return a row for each run; a damaged study leaves its cells empty."""
-    return pd.DataFrame([_row(run) for run in runs], columns=["id", "name", "state", "ratio", "trials", "best", "created"])
+    return pd.DataFrame([_row(run) for run in runs], columns=["id", "name", "state", "ratio", "trials", "best", "created", "notes"])
 
 
 def _row(run: Run) -> dict[str, object]:
     record, config = run.record, run.config
     try:
-        trials = read_trials(run)
+        trials, notes = read_trials(run), notes_of(run)
     except LowRankError:
-        trials = []
+        trials, notes = [], ""
     best = best_trial(trials) if config.search is not None and config.search.most_ratio is None else None
     return {
         "id": run.id,
@@ -153,4 +155,5 @@ def _row(run: Run) -> dict[str, object]:
         "trials": counted(trials) if config.search else None,
         "best": best.value if best else None,
         "created": pd.Timestamp(float(record["created"]), unit="s"),
+        "notes": shortened(notes, _NOTES) or None,
     }

@@ -1,17 +1,20 @@
-"""Checks of what a user typed, before a worker is started for it."""
+"""What a user typed, checked before a worker is started for it: a model here, one to be downloaded, a text."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
+from huggingface_hub import constants
+
 from lowrank_core.config import looks_like_path
 from lowrank_core.errors import ModelError, TextError
 from lowrank_core.runs import bundled_path
-from lowrank_core.views.headers import header_facts
+from lowrank_core.views.checkpoint import read_model
+from lowrank_core.views.headers import weight_files
 from lowrank_core.views.model import ModelFacts
 
-__all__ = ["TEXTS", "check_model", "check_text", "model_folder"]
+__all__ = ["TEXTS", "check_model", "check_text", "hub_cache", "model_folder"]
 
 TEXTS = {
     "python-stdlib": "Python standard library (offline)",
@@ -26,31 +29,52 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?$")
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
+def hub_cache() -> Path:
+    """Return the folder that models of the hub are downloaded to."""
+    return Path(constants.HF_HUB_CACHE)
+
+
 def model_folder(reference: str) -> Path | None:
-    """Return the folder that ``reference`` names, or None for a hub id."""
-    if reference == "demo":
-        return bundled_path("assets", "demo-lm")
-    folder = Path(reference).expanduser()
-    return folder if looks_like_path(reference) or folder.exists() else None
-
-
-def check_model(reference: str) -> ModelFacts | None:
-    """Return the facts of a local model, None for a hub id (known once it was fetched).
+    """Return the folder that holds ``reference`` on this machine; None for a hub id that was not downloaded yet.
 
     Raises:
-        ModelError: the folder is missing or holds no model, or the name can't be a hub id.
+        ModelError: nothing is given, the folder is missing, or the name can't be a hub id.
     """
     reference = reference.strip()
     if not reference:
         raise ModelError("No model is given. Enter a local folder or a hub id, or choose the bundled model.")
-    folder = model_folder(reference)
-    if folder is None:
-        if not _HUB_ID.match(reference):
-            raise ModelError(f"{reference!r} is neither a folder nor a hub id. A hub id looks like `owner/name`.")
+    if reference == "demo":
+        return bundled_path("assets", "demo-lm")
+    folder = Path(reference).expanduser()
+    if looks_like_path(reference) or folder.exists():
+        if not folder.is_dir():
+            raise ModelError(f"There is no folder {folder}. Check the path; it must be readable on the machine that runs the dashboard.")
+        return folder
+    if not _HUB_ID.match(reference):
+        raise ModelError(f"{reference!r} is neither a folder nor a hub id. A hub id looks like `owner/name`.")
+    return _downloaded(reference)
+
+
+def _downloaded(hub_id: str) -> Path | None:
+    """Return the snapshot of ``hub_id`` in the hub's cache, if its config and all its weights are there."""
+    repository = hub_cache() / f"models--{hub_id.replace('/', '--')}"
+    try:
+        commit = (repository / "refs" / "main").read_text(encoding="utf-8").strip()
+        snapshot = repository / "snapshots" / commit
+        weight_files(snapshot)
+    except (OSError, ValueError, ModelError):  # what is missing will be downloaded
         return None
-    if not folder.is_dir():
-        raise ModelError(f"There is no folder {folder}. Check the path; it must be readable on the machine that runs the dashboard.")
-    return header_facts(folder)
+    return snapshot if commit and (snapshot / "config.json").is_file() else None
+
+
+def check_model(reference: str) -> ModelFacts | None:
+    """Return the facts of a model on this machine, None for a hub id (known once it was fetched).
+
+    Raises:
+        ModelError: as ``model_folder``, or the folder holds no model.
+    """
+    folder = model_folder(reference)
+    return None if folder is None else read_model(folder).facts
 
 
 def check_text(reference: str) -> str:

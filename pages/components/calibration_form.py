@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.config import BOS_RULES, GROUP_WEIGHTS, ROBUST_RULES, CalibrationConfig, ModelSource, RunConfig, TextConfig
-from lowrank_core.views.formatting import count, size
-from lowrank_core.views.model import ModelFacts, memory_estimate
-from lowrank_core.views.sources import TEXTS, check_model, check_text
+from lowrank_core.config import BOS_RULES, DTYPES, GROUP_WEIGHTS, ROBUST_RULES, CalibrationConfig, ModelSource, RunConfig, TextConfig
+from lowrank_core.documents import HUB_TEXTS
+from lowrank_core.views.checkpoint import ModelOnDisk
+from lowrank_core.views.preview import TextPreview
+from lowrank_core.views.sources import TEXTS
+from pages.components import before_start
 from pages.components.boundary import boundary
+from pages.components.loading import model_on_disk, preview_of
 from pages.components.start import start
 
 __all__ = ["calibration_form"]
@@ -22,19 +25,25 @@ def calibration_form() -> None:
     st.caption("Runs the model over some text and measures where its features are low-rank. What is measured is kept for searches.")
     left, right = st.columns(2, gap="large")
     with left:
-        model = _model_reference()
+        reference = _model_reference()
     with right:
         text = _text_reference()
     windows, context = _sizes()
-    text_options, calibration = _advanced()
-    facts, valid = _checked(model, text)
-    with st.container(horizontal=True, vertical_alignment="center"):
-        pressed = st.button("Start calibration", key="start_calibration", type="primary", icon=":material/play_arrow:")
-        _estimate(facts)
-    if pressed and valid:
+    text_options, calibration, dtype = _advanced()
+    model, preview, valid = _checked(reference, text)
+    config: RunConfig | None = None
+    if valid:
         with boundary():
             options = TextConfig(reference=text, context=context, calibration_windows=windows, **text_options)  # type: ignore[arg-type]
-            start(RunConfig(model=ModelSource(model), text=options, calibration=calibration))
+            config = RunConfig(model=ModelSource(reference, dtype=dtype), text=options, calibration=calibration)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        pressed = st.button("Start calibration", key="start_calibration", type="primary", icon=":material/play_arrow:")
+        if model is not None and config is not None:
+            before_start.fit_line(model, config)
+    if pressed and config is not None:
+        with boundary():
+            start(config)
+    before_start.show(reference, model, preview, config)
 
 
 def _model_reference() -> str:
@@ -63,6 +72,15 @@ def _text_reference() -> str:
             persist_state="session",
         )
         return f"file:{place}"
+    if choice in HUB_TEXTS:
+        folder = st.text_input(
+            "Folder of a local copy (else it is downloaded)",
+            key="text_folder",
+            placeholder="/data/wikitext",
+            help="In the form of the hub: .parquet or .json files with the name of the split in theirs.",
+            persist_state="session",
+        )
+        return f"{choice}:{folder}" if folder.strip() else str(choice)
     return str(choice)
 
 
@@ -89,7 +107,7 @@ def _sizes() -> tuple[int, int]:
     return int(windows), int(context)
 
 
-def _advanced() -> tuple[dict[str, object], CalibrationConfig]:
+def _advanced() -> tuple[dict[str, object], CalibrationConfig, str]:
     with st.expander("Advanced"):
         first, second, third = st.columns(3)
         group = first.number_input(
@@ -130,36 +148,27 @@ def _advanced() -> tuple[dict[str, object], CalibrationConfig]:
             help="trimmed: without the tenth of the groups with the largest, and with the smallest, variance. "
             "downweighted: tokens far longer than their window's median count less.",
         )
+        dtype = third.selectbox(
+            "Weights held as",
+            DTYPES,
+            key="model_dtype",
+            help="auto: float32 on a CPU, as stored on a GPU. bfloat16 halves the memory and rounds what is measured.",
+        )
     text = {"validation_windows": int(validation), "test_windows": int(test), "bos": bos, "seed": int(seed)}
-    return text, CalibrationConfig(group_size=int(group), group_weights=weights, batch_size=int(batch), robust=robust)
+    return text, CalibrationConfig(group_size=int(group), group_weights=weights, batch_size=int(batch), robust=robust), dtype
 
 
-def _checked(model: str, text: str) -> tuple[ModelFacts | None, bool]:
-    """Return the facts of a local model, and whether both references can be used; say what is wrong with those that can't."""
-    facts, checked = None, 0
-    if model.strip():
+def _checked(reference: str, text: str) -> tuple[ModelOnDisk | None, TextPreview | None, bool]:
+    """Return what is known of model and text, and whether both can be used; say what is wrong with those that can't."""
+    model, preview, checked = None, None, 0
+    if reference.strip():
         with boundary():
-            facts = check_model(model)
+            model = model_on_disk(reference)
             checked += 1
     if text != "file:":
         with boundary():
-            check_text(text)
+            preview = preview_of(text)
             checked += 1
-    if not model.strip() or text == "file:":
+    if not reference.strip() or text == "file:":
         st.caption("Enter the path that is missing above.")
-    return facts, checked == 2
-
-
-def _estimate(facts: ModelFacts | None) -> None:
-    if facts is None:
-        st.caption("The memory it will take is known once the model is on this machine.", width="content")
-        return
-    memory = memory_estimate(facts)
-    words = (
-        f"About **{size(memory.total_bytes)}** of memory: {size(memory.model_bytes)} for {count(facts.parameters)} parameters, "
-        f"{size(memory.statistics_bytes)} for statistics of {len(facts.input_widths)} inputs. {size(memory.available_bytes)} are free."
-    )
-    if memory.fits:
-        st.caption(words, width="content")
-    else:
-        st.warning(f"{words} It will not fit.", icon=":material/memory:")
+    return model, preview, checked == 2

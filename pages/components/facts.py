@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import streamlit as st
 
 from lowrank_core.config import TOKENS_PER_DIMENSION
@@ -11,12 +9,13 @@ from lowrank_core.runs import Run
 from lowrank_core.views.calibration import CalibrationFacts, quality_table, quality_warnings
 from lowrank_core.views.formatting import count, duration, number, percent, size
 from lowrank_core.views.model import ModelFacts, module_table
-from lowrank_core.views.runs import run_table
 from lowrank_core.views.text import TextFacts, split_table
-from pages.components import navigation, state, tables
+from pages.components import before_start, navigation, tables
+from pages.components.boundary import boundary
 from pages.components.layout import figures_row
+from pages.components.loading import model_on_disk
 
-__all__ = ["calibration_section", "failure", "model_section", "next_steps", "runs_section", "text_section"]
+__all__ = ["calibration_section", "failure", "model_section", "next_steps", "text_section"]
 
 
 def failure(run: Run) -> None:
@@ -30,7 +29,7 @@ def failure(run: Run) -> None:
         st.warning(warning, icon=":material/info:")
 
 
-def model_section(model: ModelFacts) -> None:
+def model_section(model: ModelFacts, reference: str) -> None:
     st.subheader("What the model is made of", anchor=False)
     figures_row(
         {
@@ -58,6 +57,17 @@ def model_section(model: ModelFacts) -> None:
         "share": tables.share("Share of the model"),
     }
     tables.table(module_table(model), columns, key="module_table", alt="Compressible modules by type")
+    _tree(reference)
+
+
+def _tree(reference: str) -> None:
+    """Draw every module of the checkpoint, if it is still where the run found it."""
+    with st.expander("Every module, with what is left alone and why", icon=":material/account_tree:", key="tree_panel"), boundary():
+        found = model_on_disk(reference)
+        if found is None:
+            st.caption(f"{reference} is no longer in the cache of the hub: its modules are listed once it is on this machine again.")
+        else:
+            before_start.tree(found, key="run_tree")
 
 
 def text_section(text: TextFacts) -> None:
@@ -117,27 +127,3 @@ def next_steps(run: Run) -> None:
         with st.container(horizontal=True):
             st.page_link(navigation.SPECTRA, label="See where it is low-rank", icon=":material/grid_view:")
             st.page_link(navigation.SEARCH, label="Search how to spend a budget", icon=":material/query_stats:")
-
-
-def runs_section(runs: Sequence[Run]) -> None:
-    """List the runs; picking one selects it."""
-    if not runs:
-        return
-    st.subheader("Runs", anchor=False)
-    frame = run_table(runs)
-    columns = {
-        "name": tables.text("Name", width="large"),
-        "state": tables.text("State"),
-        "ratio": tables.text("Removed", "Compression ratio that the search aims at, or its range."),
-        "trials": tables.whole("Trials complete"),
-        "best": tables.figure("Best value"),
-        "created": st.column_config.DatetimeColumn("Started", format="distance"),
-    }
-    tables.table(
-        frame,
-        columns,
-        key="runs_table",
-        on_pick=state.pick_from_table("run", "runs_table", list(frame["id"])),
-        alt="Runs, the newest first",
-    )
-    st.caption("Pick a row to look at that run on every page.")

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import streamlit as st
 
+from lowrank_core.accounting import Unit
+from lowrank_core.config import SearchConfig
+from lowrank_core.figures.thumbnail import thumbnail
 from lowrank_core.runs import Run
+from lowrank_core.search.records import TrialRecord
+from lowrank_core.search.variables import Importances, read_importances
 from lowrank_core.spectra import LayerSpectrum, load_spectra
+from lowrank_core.views.allocation import allocation_map, allocation_of, search_units
+from lowrank_core.views.checkpoint import ModelOnDisk, read_model
+from lowrank_core.views.model import model_facts
+from lowrank_core.views.preview import TextPreview, text_preview
+from lowrank_core.views.sources import model_folder
 
-__all__ = ["spectra_of"]
+__all__ = ["importances_of", "model_on_disk", "pictures_of", "preview_of", "spectra_of"]
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -30,3 +41,69 @@ def spectra_of(run: Run) -> tuple[LayerSpectrum, ...] | None:
     except FileNotFoundError:
         return None
     return _spectra(str(path), changed)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _model(folder: str, changed: int) -> ModelOnDisk:
+    return read_model(Path(folder))
+
+
+def model_on_disk(reference: str) -> ModelOnDisk | None:
+    """Return what the headers of a model on this machine tell, None for a hub id that was not downloaded yet.
+
+    Raises:
+        ModelError: there is no such folder or hub id, or it holds no model.
+    """
+    folder = model_folder(reference)
+    if folder is None:
+        return None
+    files = [path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")]
+    return _model(str(folder), max((path.stat().st_mtime_ns for path in files), default=0))
+
+
+@st.cache_resource(max_entries=8, show_spinner="Reading the text")
+def _preview(reference: str, changed: int) -> TextPreview:
+    return text_preview(reference)
+
+
+def preview_of(reference: str) -> TextPreview:
+    """Return how a text begins and how much of it there is.
+
+    Raises:
+        TextError: it can't be read.
+    """
+    place = Path(reference.partition(":")[2]).expanduser()
+    return _preview(reference, place.stat().st_mtime_ns if place.is_file() else 0)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _importances(path: str, measured: int) -> Importances:
+    return read_importances(Run(Path(path)))
+
+
+def importances_of(run: Run, trials: Sequence[TrialRecord]) -> Importances:
+    """Return how much each variable mattered, by the ``trials`` that are measured.
+
+    Raises:
+        RunError: the study is damaged.
+    """
+    return _importances(str(run.path), sum(trial.finished for trial in trials))
+
+
+@st.cache_resource(max_entries=2000, show_spinner=False)
+def _picture(path: str, number: int, begun: float | None, _trial: TrialRecord, _units: Sequence[Unit]) -> str:
+    return thumbnail(allocation_map(allocation_of(_trial, _units), _units))
+
+
+def pictures_of(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> dict[int, str]:
+    """Return a small map of the allocation of each trial that has one, drawn once; none before the model was read.
+
+    Raises:
+        RunError: model.json is damaged.
+        ConfigError: a trial's ranks do not fit the model.
+    """
+    facts = model_facts(run)
+    if facts is None:
+        return {}
+    units = search_units(facts.matrices, search.compression, facts.head_units)
+    return {trial.number: _picture(str(run.path), trial.number, trial.started, trial, units) for trial in trials if trial.ranks}

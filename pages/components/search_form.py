@@ -10,7 +10,7 @@ from lowrank_core.config import OBJECTIVES, RunConfig, SearchConfig
 from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.views.formatting import count, duration, percent
 from lowrank_core.views.model import ModelFacts
-from lowrank_core.views.plan import Plan, check_budget, estimated_seconds
+from lowrank_core.views.plan import Plan, check_budget, time_estimate
 from lowrank_core.views.search import OBJECTIVE_LABELS
 from pages.components import search_options
 from pages.components.boundary import boundary
@@ -42,7 +42,7 @@ def search_form(base: RunConfig, facts: ModelFacts | None) -> None:
     feasible = config is not None and _budget_line(config, facts)
     with st.container(horizontal=True, vertical_alignment="center"):
         pressed = st.button("Start search", key="start_search", type="primary", icon=":material/play_arrow:", disabled=config is None)
-        _time_line(config)
+        _time_line(config, facts)
     text, batch = base.text, base.text.validation_windows * base.text.context
     space = config.search.space if config is not None and config.search is not None else _DEFAULT.space
     st.caption(
@@ -170,7 +170,13 @@ def _budget_words(plan: Plan, search: SearchConfig, layers: int) -> str:
     )
 
 
-def _time_line(config: RunConfig | None) -> None:
-    seconds = None if config is None else estimated_seconds(config)
-    if seconds is not None:
-        st.caption(f"Estimate: about **{duration(seconds)}** for the trials, going by earlier ones on this model.", width="content")
+def _time_line(config: RunConfig | None, facts: ModelFacts | None) -> None:
+    """Say how long it may take, and by what that was told."""
+    if config is None:
+        return
+    found = time_estimate(config, facts)
+    if found is None:
+        st.caption("How long it takes isn't known until the first trial: nothing was measured on this machine yet.", width="content")
+        return
+    before = f", after about {duration(found.before)} until the first" if found.before is not None else ""
+    st.caption(f"Estimate: about **{duration(found.trials)}** for the trials{before}, going by {found.basis}.", width="content")

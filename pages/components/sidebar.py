@@ -7,7 +7,9 @@ from typing import Literal
 import streamlit as st
 
 from lowrank_core import jobs
+from lowrank_core.run_care import notes_of
 from lowrank_core.runs import Run, RunStatus
+from lowrank_core.views.formatting import shortened
 from lowrank_core.views.runs import STATE_WORDS, all_runs, is_busy, is_working, run_labels, signature, status_words
 from pages.components import state
 from pages.components.boundary import boundary, live
@@ -15,6 +17,7 @@ from pages.components.boundary import boundary, live
 __all__ = ["resume_button", "show"]
 
 _PICKER = "run_picker"
+_NOTES = 240  # characters of the notes; all of them are in the help
 _TICK, _WARM_TICK = 1.0, 3.0  # seconds
 _COLOURS = {
     "queued": "blue",
@@ -41,6 +44,8 @@ def show() -> None:
             "Run", list(labels), key=_PICKER, format_func=lambda key: labels.get(key, key), on_change=state.pick_from_widget("run", _PICKER)
         )
         st.caption(run.record["name"])
+        if notes := notes_of(run):
+            st.caption(f":material/sticky_note_2: {shortened(notes, _NOTES)}", help=notes)
         if run.recorded:
             st.badge(
                 "Recorded", icon=":material/inventory_2:", color="violet", help="Ships with the package: to be looked at, not continued."

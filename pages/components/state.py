@@ -28,6 +28,7 @@ __all__ = [
     "pick_from_vega",
     "pick_from_table",
     "pick_from_widget",
+    "picked_rows",
     "run",
     "selection",
 ]
@@ -112,10 +113,16 @@ def pick_from_table(field: str, key: str, values: Sequence[str | int]) -> Callab
 
     def picked() -> None:
         rows = st.session_state[key].selection.rows
-        if rows and rows[0] < len(values):
+        if len(rows) == 1 and rows[0] < len(values):
             choose(**{field: values[rows[0]]})
 
     return picked
+
+
+def picked_rows(key: str, values: Sequence[str]) -> list[str]:
+    """Return the ``values`` of the rows that are picked in the table ``key``, in their order."""
+    table = st.session_state.get(key)
+    return [values[row] for row in sorted(table.selection.rows) if row < len(values)] if table is not None else []
 
 
 def pick_from_chart(field: str, key: str) -> Callable[[], None]:

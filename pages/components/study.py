@@ -20,7 +20,7 @@ from lowrank_core.views.workers import living_workers, worker_table
 from pages.components import state, study_charts, tables
 from pages.components.layout import figures_row
 
-__all__ = ["show"]
+__all__ = ["show", "show_importance"]
 
 
 def show(run: Run) -> None:
@@ -40,15 +40,27 @@ def show(run: Run) -> None:
     chosen = _chosen(trials, search)
     if search.most_ratio is None:
         _figures(now, search)
-        study_charts.history(trials, search, chosen)
+        study_charts.history(run, trials, search, chosen)
         study_charts.windows(trials, search, chosen)
     else:
         _front_figures(trials, now, search)
         study_charts.front(trials, search, chosen)
     if chosen is not None and chosen.ranks:
         study_charts.allocation(run, chosen, search)
+    study_charts.fingerprint(run, trials, search, chosen)
     study_charts.table(run, trials, search)
-    _workers(run, trials)
+    _workers(run, trials, chosen)
+
+
+def show_importance(run: Run, search: SearchConfig) -> None:
+    """Draw which variables mattered; apart from what is live, as it takes a moment to tell and changes little from trial to trial.
+
+    Raises:
+        RunError: a file of the run is damaged.
+    """
+    trials = read_trials(run)
+    if any(trial.params for trial in trials):
+        study_charts.importance(run, trials, search)
 
 
 def _chosen(trials: Sequence[TrialRecord], search: SearchConfig) -> TrialRecord | None:
@@ -115,14 +127,14 @@ def _front_figures(trials: Sequence[TrialRecord], now: Progress, search: SearchC
     )
 
 
-def _workers(run: Run, trials: Sequence[TrialRecord]) -> None:
+def _workers(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -> None:
     frame = worker_table(trials, {} if run.recorded else living_workers(run), time.time())
-    if frame.empty:
-        return
-    with st.expander("Workers", key="workers_panel", icon=":material/group:"):
-        columns = {
-            "worker": tables.text("Worker", "Machine and process."),
-            "measured": tables.whole("Trials measured"),
-            "now": tables.text("Now", width="large"),
-        }
-        tables.table(frame, columns, key="worker_table", alt="Workers of this search")
+    columns = {
+        "worker": tables.text("Worker", "Machine and process."),
+        "measured": tables.whole("Trials measured"),
+        "now": tables.text("Now", width="large"),
+    }
+    with st.expander("Workers and timeline", key="workers_panel", icon=":material/group:"):
+        if not frame.empty:
+            tables.table(frame, columns, key="worker_table", alt="Workers of this search")
+        study_charts.times(run, trials, chosen)

@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import streamlit as st
 
 from lowrank_core.config import SearchConfig
+from lowrank_core.figures.fingerprint import fingerprint_chart, importance_chart
 from lowrank_core.figures.front import front_chart
 from lowrank_core.figures.layermap import map_figure
 from lowrank_core.figures.search import history_chart
+from lowrank_core.figures.timeline import timeline_chart
 from lowrank_core.figures.vega import PICKED
 from lowrank_core.figures.windows import window_chart
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord
+from lowrank_core.search.variables import read_ranges
 from lowrank_core.views import front as fronts
 from lowrank_core.views.allocation import allocation_map, allocation_of, search_units
+from lowrank_core.views.fingerprint import fingerprint as fingerprint_of
+from lowrank_core.views.fingerprint import importance_table, missing_words
 from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.search import history as history_of
 from lowrank_core.views.search import search_variables, trial_table
+from lowrank_core.views.timeline import timeline
 from lowrank_core.views.trials import state_words, trial_label
 from lowrank_core.views.windows import window_losses
+from lowrank_core.views.workers import living_workers
 from pages.components import navigation, state, tables
 from pages.components.charts import chart
+from pages.components.loading import importances_of, pictures_of
 
-__all__ = ["allocation", "front", "history", "table", "windows"]
+__all__ = ["allocation", "fingerprint", "front", "history", "importance", "table", "times", "windows"]
 
 
-def history(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
     """Draw the objective of every trial."""
+    view = history_of(trials, search.objective)
     chart(
-        history_chart(history_of(trials, search.objective), chosen.number if chosen else None),
+        history_chart(view, chosen.number if chosen else None, pictures_of(run, trials, search)),
         key="history",
         title="Every trial on search-validation text",
-        how="lower is better; the green steps are the best so far, dashed lines the baselines. Click a point for its allocation; "
-        "drag moves, Ctrl + wheel zooms, a double click resets.",
+        how="lower is better; the green steps are the best so far, dashed lines the baselines. Point at a trial for a "
+        "small map of its allocation, click it for a large one; drag moves, Ctrl + wheel zooms, a double click resets.",
         alt="Objective of each trial in the order of asking, with baselines and the best so far",
+        data=view.trials,
         on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),
     )
 
@@ -54,18 +65,21 @@ def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRe
         how=f"dots are {view.shown}, green bars {view.other}; a dot below its bar is better there. On the {view.measured} windows that "
         f"both have seen: {number(view.shown_mean, 4)} against {number(view.other_mean, 4)}.",
         alt=f"Loss of {view.shown} on each search-validation window, beside {view.other}",
+        data=view.frame,
     )
 
 
 def front(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
     """Draw what is removed against what is lost, and the trials that no other beats."""
+    view = fronts.front(trials, search.objective)
     chart(
-        front_chart(fronts.front(trials, search.objective), chosen.number if chosen else None),
+        front_chart(view, chosen.number if chosen else None),
         key="front",
         title="How much can be removed at which loss, on search-validation text",
         how="lower is better, and so is further right. The green steps are the Pareto front: to remove at least so much, this is the least "
         "loss found. Dashed lines join the points of a baseline. Click a point for its allocation.",
         alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front",
+        data=view.trials,
         on_pick=state.pick_from_vega("trial", "front", PICKED, "number"),
     )
     frame = fronts.front_table(trials)
@@ -90,12 +104,14 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
     found = allocation_of(trial, units)
     if trial.state not in ("complete", "running"):
         st.caption(f"{trial_label(trial)}: {state_words(trial)}.")
+    view = allocation_map(found, units)
     chart(
-        map_figure(allocation_map(found, units), state.selection().module),
+        map_figure(view, state.selection().module),
         key="allocation_map",
         title=f"Where {trial_label(trial)} keeps its parameters",
         how=f"bright cells keep most of their parameters, 100 % is dense; {percent(found.compression_ratio)} are removed in all.",
         alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}",
+        data=view.frame,
         on_pick=state.pick_from_chart("module", "allocation_map"),
     )
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -110,6 +126,61 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
             on_click="ignore",
         )
         st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")
+
+
+def fingerprint(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw which values of the variables made which trial; nothing below two measured points of the space."""
+    view = fingerprint_of(trials, search, read_ranges(run))
+    if view is None:
+        return
+    rest = ""
+    if view.trials < view.of_trials or view.variables < view.of_variables:
+        rest = f" Shown: the best {view.trials} of {view.of_trials} trials, {view.variables} of {view.of_variables} variables."
+    chart(
+        fingerprint_chart(view, chosen.number if chosen else None),
+        key="fingerprint",
+        title="What the trials were made of, the best at the left",
+        how="a column is a trial, a row a variable; where a row keeps one shade at the left and mixes at the right, good trials agree on "
+        f"that variable. Click a column for its allocation; drag moves, Ctrl + wheel zooms.{rest}",
+        alt="Value of each variable in each trial, trials ordered by their objective",
+        data=view.frame,
+        on_pick=state.pick_from_vega("trial", "fingerprint", PICKED, "number"),
+    )
+
+
+def importance(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
+    """Draw how much each variable mattered, or say how many trials are missing."""
+    found = importances_of(run, trials)
+    if found.missing:
+        st.caption(missing_words(found))
+        return
+    frame = importance_table(found, trials, search)
+    chart(
+        importance_chart(frame),
+        key="importance",
+        title="Which variables mattered",
+        how=f"an estimate (PED-ANOVA) from {found.trials} trials that the sampler chose: how differently the better half sets a variable. "
+        "The lines hold the middle 90 % over trials drawn again; where they overlap, the order says nothing.",
+        alt="Importance of each variable of the search, with intervals",
+        data=frame,
+    )
+
+
+def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -> None:
+    """Draw when each worker measured which trial."""
+    frame = timeline(trials, {} if run.recorded else living_workers(run), time.time())
+    if frame.empty:
+        return
+    chart(
+        timeline_chart(frame, chosen.number if chosen else None),
+        key="timeline",
+        title="When each worker measured which trial",
+        how="a bar is a trial, its mark says what became of it; gaps are time between trials. Click a mark for its allocation; drag moves, "
+        "Ctrl + wheel zooms, a double click resets.",
+        alt="Trials as bars from start to end, a row for each worker",
+        data=frame,
+        on_pick=state.pick_from_vega("trial", "timeline", PICKED, "number"),
+    )
 
 
 def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:

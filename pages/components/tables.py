@@ -41,11 +41,12 @@ def table(
     key: str,
     height: int | str = "auto",
     on_pick: Callable[[], None] | None = None,
+    several: bool = False,
     alt: str | None = None,
 ) -> None:
-    """Show the ``columns`` of ``frame``, in their order; a missing value is a dash."""
+    """Show the ``columns`` of ``frame``, in their order; a missing value is a dash. ``several`` rows can be picked, or one."""
     shown = [name for name in columns if name in frame.columns]
-    picking = {"on_select": on_pick, "selection_mode": "single-row"} if on_pick is not None else {}
+    picking = {"on_select": on_pick, "selection_mode": "multi-row" if several else "single-row"} if on_pick is not None else {}
     st.dataframe(
         frame, column_order=shown, column_config=columns, hide_index=True, height=height, key=key, placeholder="–", alt=alt, **picking
     )  # type: ignore[call-overload]

@@ -152,7 +152,7 @@ def test_a_click_in_the_map_picks_the_module_everywhere(finished, address, page)
 def test_a_click_on_a_trial_shows_its_allocation(finished, address, page):
     page.goto(f"{address}/search")
     page.get_by_text("Where Trial 3 keeps its parameters").wait_for()
-    point = page.locator(".st-key-history path[aria-label*='number: 2;'], .st-key-history path[aria-label*='): 2;']").first
+    point = page.locator(".st-key-history path[aria-label^='Trial 2,']").first
     point.wait_for(state="attached")
     page.wait_for_timeout(1000)
     box = point.bounding_box()

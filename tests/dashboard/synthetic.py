@@ -230,6 +230,18 @@ def write_rich_study(run: Run) -> None:
     study.add_trial(create_trial(state=TrialState.WAITING, user_attrs={"label": "manual", "ranks": "{}", **given}))
 
 
+def write_long_study(run: Run, trials: int = 20) -> None:
+    """Write sampled trials whose value is that of one variable, ``down``, alone."""
+    study = _journal(run)
+    uniform = allocate("uniform", priced_units(), RATIO)
+    generator = np.random.default_rng(2)
+    space = {name: FloatDistribution(0.1, 1.0) for name in VARIABLES}
+    for _ in range(trials):
+        params = {name: float(generator.uniform(0.1, 1.0)) for name in VARIABLES}
+        found = _attributes(uniform, "sampled", params["down"])
+        study.add_trial(create_trial(value=params["down"], params=params, distributions=space, user_attrs=found))
+
+
 FRONT = ((0.2, 0.1), (0.4, 0.3), (0.3, 0.35), (0.6, 0.9), (0.5, 0.6))
 """Ratio asked for and objective by trial of ``write_front``: the third is beaten by the second; the first two are uniform."""
 

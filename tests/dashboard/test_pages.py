@@ -239,8 +239,7 @@ def test_a_damaged_file_becomes_a_message(app, damage):
     assert damage in test.error[0].value
 
 
-def test_starting_a_calibration_makes_and_selects_a_run(app, monkeypatch):
-    monkeypatch.setattr("pages.components.calibration_form.check_model", lambda reference: None)
+def test_starting_a_calibration_makes_and_selects_a_run(app):
     test = app("overview")
     test.number_input(key="calibration_windows").set_value(64)
     test.button(key="start_calibration").click().run()

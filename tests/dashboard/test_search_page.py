@@ -6,7 +6,17 @@ import json
 from dataclasses import replace
 
 import pytest
-from synthetic import RATIO, make_run, model_json, priced_units, running_status, write_answers, write_front, write_rich_study
+from synthetic import (
+    RATIO,
+    make_run,
+    model_json,
+    priced_units,
+    running_status,
+    write_answers,
+    write_front,
+    write_long_study,
+    write_rich_study,
+)
 from test_pages import charts, sound, words
 
 from lowrank_core.allocation import allocation_from_ranks
@@ -113,9 +123,11 @@ def test_too_many_depth_groups_are_refused_before_anything_starts(app):
 
 def test_the_time_is_estimated_only_where_trials_were_measured(app):
     make_run(search=False)
-    assert "Estimate" not in words(app("search"))
+    assert "How long it takes isn't known until the first trial" in words(app("search"))
     make_run(config=RICH, study=write_rich_study)
-    assert "Estimate: about **6 min 00 s** for the trials" in words(app("search"))
+    shown = words(app("search"))
+    assert "Estimate: about **6 min 00 s** for the trials" in shown
+    assert "going by trials of the same model, text and windows" in shown
 
 
 # the live part
@@ -129,7 +141,25 @@ def test_every_kind_of_trial_is_on_the_page(app, rich):
     assert "2.0 s per trial (median) · 1 stopped early · 1 outside the budget, measured and never the best · 3 picked by hand" in shown
     assert "Best trial Trial 3" in shown
     assert "Trial 8, running now, against Trial 3 window by window" in shown
-    assert len(charts(test)) == 3
+    assert len(charts(test)) == 4  # history, windows, allocation, timeline; one trial has no fingerprint
+
+
+def test_a_search_shows_what_its_trials_were_made_of_and_what_is_missing(app):
+    make_run()
+    test = app("search")
+    assert sound(test)
+    shown = words(test)
+    assert "What the trials were made of, the best at the left" in shown
+    assert "When each worker measured which trial" in shown
+    assert "Which variable matters can't be told from 5 trials that set them all: 11 more sampled trials are needed." in shown
+
+
+def test_which_variables_mattered_is_shown_once_there_are_trials(app):
+    make_run(config=replace(RICH, trials=20), study=write_long_study)
+    test = app("search")
+    assert sound(test)
+    assert "Which variables mattered" in words(test)
+    assert "from 20 trials that the sampler chose" in words(test)
 
 
 @pytest.mark.parametrize(("trial", "said"), [("4", "stopped early after 6 windows"), ("6", "over the budget"), ("7", "not finite")])

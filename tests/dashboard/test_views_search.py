@@ -225,11 +225,11 @@ def test_what_the_sampler_can_not_take_is_told_before_the_start():
 
 def test_time_is_estimated_from_earlier_trials_of_the_same_model():
     config = RunConfig(text=TextConfig(context=63, validation_windows=4), search=SearchConfig(RATIO, trials=10))
-    assert plan.estimated_seconds(config) is None
+    assert plan.time_estimate(config) is None
     make_run(config=SEARCH, study=write_rich_study)
-    assert plan.estimated_seconds(config) == pytest.approx(10 * 2.0 / 124 * 4 * 62)
-    assert plan.estimated_seconds(replace(config, model=replace(config.model, reference="other/model"))) is None
-    assert plan.estimated_seconds(replace(config, search=None)) is None
+    assert plan.time_estimate(config).trials == pytest.approx(10 * 2.0 / 124 * 4 * 62)
+    assert plan.time_estimate(replace(config, model=replace(config.model, reference="other/model"))) is None
+    assert plan.time_estimate(replace(config, search=None)) is None
 
 
 # alternatives, and allocations by hand

@@ -1,0 +1,216 @@
+"""What trials tell of variables, of time, and of workers, as numbers."""
+
+from __future__ import annotations
+
+import base64
+import io
+import os
+import socket
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from synthetic import RATIO, VARIABLES, make_run, model_json, write_front, write_long_study, write_rich_study
+
+from lowrank_core.accounting import MatrixShape
+from lowrank_core.config import RunConfig, SearchConfig
+from lowrank_core.figures.fingerprint import fingerprint_chart, importance_chart
+from lowrank_core.figures.search import history_chart
+from lowrank_core.figures.thumbnail import BLANK, thumbnail
+from lowrank_core.figures.timeline import timeline_chart
+from lowrank_core.runs import RunStatus, write_json
+from lowrank_core.search.records import TrialRecord, read_frozen, read_trials
+from lowrank_core.search.variables import Importances, VariableRange, importances, read_importances, read_ranges
+from lowrank_core.views import plan
+from lowrank_core.views.fingerprint import fingerprint, importance_table, missing_words
+from lowrank_core.views.layermap import layer_map
+from lowrank_core.views.model import model_facts
+from lowrank_core.views.search import history
+from lowrank_core.views.timeline import timeline
+
+SEARCH = SearchConfig(RATIO, trials=20)
+
+
+@pytest.fixture
+def long():
+    return make_run(config=SEARCH, study=write_long_study)
+
+
+# importance
+
+
+def test_the_only_variable_that_matters_is_found(long):
+    found = read_importances(long)
+    assert found.found[0].name == "down"
+    assert found.found[0].share > 0.5
+    assert sum(entry.share for entry in found.found) == pytest.approx(1.0)
+    assert all(0 <= entry.low <= entry.high <= 1 for entry in found.found)
+    assert found == read_importances(long)  # the draws are seeded
+    table = importance_table(found, read_trials(long), SEARCH)
+    assert next(iter(table["variable"])) == "Kept of down"
+    assert len(importance_chart(table).data) == len(VARIABLES)
+
+
+def test_too_few_trials_tell_nothing_and_how_many_are_missing(long):
+    few = importances(read_frozen(long)[:10])
+    assert few == Importances((), 10, 6)
+    assert missing_words(few) == "Which variable matters can't be told from 10 trials that set them all: 6 more sampled trials are needed."
+    assert missing_words(replace(few, missing=0)) == ""
+    assert importances([]).missing == 16
+
+
+def test_trials_that_were_given_their_ranks_and_failed_ones_do_not_count():
+    run = make_run(config=SEARCH, study=write_rich_study)
+    assert read_importances(run).trials == 1
+
+
+def test_over_a_range_of_ratios_the_loss_is_what_matters():
+    found = importances(read_frozen(make_run(config=SearchConfig(0.2, most_ratio=0.6, trials=9), study=write_front)) * 4)
+    assert found.found[0].name == "compression_ratio"
+
+
+# the fingerprint
+
+
+def test_ranges_place_a_value():
+    assert VariableRange(0.5, 2.0, True).position(1.0) == pytest.approx(0.5)
+    assert VariableRange(0.2, 1.0, False).position(0.4) == pytest.approx(0.25)
+    assert VariableRange(0.2, 1.0, False).position(7.0) == 1.0
+    assert VariableRange(1.0, 1.0, True).position(1.0) == 0.5
+
+
+def test_the_best_trial_stands_first_and_every_variable_is_there(long):
+    trials = read_trials(long)
+    found = fingerprint(trials, SEARCH, read_ranges(long))
+    assert (found.trials, found.variables, found.of_trials, found.of_variables) == (20, 5, 20, 5)
+    first = found.frame[found.frame["place"] == 1]
+    assert set(first["number"]) == {min(trials, key=lambda trial: trial.value).number}
+    down = found.frame[found.frame["variable"] == "Kept of down"].sort_values("place")
+    assert down["position"].is_monotonic_increasing  # the value is that variable
+    drawn = fingerprint_chart(found, trials[0].number)
+    assert drawn.data["chosen"].sum() == 5
+    assert len(drawn.spec["layer"]) == 2
+
+
+def test_of_many_variables_those_that_tell_most_are_shown(long):
+    trials = read_trials(long)
+    many = [
+        replace(
+            trial, params={f"v{index:02}": (trial.value if index == 37 else (trial.number * (index + 3) % 7) / 7) for index in range(40)}
+        )
+        for trial in trials
+    ]
+    found = fingerprint(many, SEARCH, {f"v{index:02}": VariableRange(0.0, 1.0, False) for index in range(40)})
+    assert (found.variables, found.of_variables) == (24, 40)
+    assert "Kept of v37" in set(found.frame["variable"])
+    assert fingerprint(trials[:1], SEARCH, read_ranges(long)) is None
+
+
+# the timeline
+
+
+def record(number: int, **changes: object) -> TrialRecord:
+    base = TrialRecord(number, "complete", "sampled", 0.1, {}, {}, 0.3, 0.1, 9.0, 100, 2.0, started=10.0, ended=12.0, worker="here:1")
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def test_trials_stand_where_they_were_measured():
+    running = {"state": "running", "value": None, "ended": None}
+    trials = [
+        record(0),
+        record(1, started=12.0, ended=15.0, worker="there:2"),
+        record(2, **running, started=20.0),
+        record(3, **running, started=20.0, worker="gone:3"),
+        record(4, state="waiting", value=None, started=None, ended=None, worker=""),
+    ]
+    found = timeline(trials, {"here:1"}, 26.0)
+    assert list(found["seconds"]) == [2.0, 3.0, 6.0, 0.0]
+    assert list(found["worker"]) == ["here:1", "there:2", "here:1", "gone:3"]
+    assert found["start"][0] == pd.Timestamp(10, unit="s", tz="UTC")
+    assert found["note"][2] == "Trial 2, running, for 6.0 s"
+    assert "its worker is gone" in found["note"][3]
+    drawn = timeline_chart(found, 1)
+    assert drawn.spec["height"] > timeline_chart(found[:1]).spec["height"]
+    assert list(drawn.data["chosen"]) == [False, True, False, False]
+
+
+def test_the_times_of_a_study_are_read():
+    run = make_run(state="running", config=SEARCH, study=write_rich_study)
+    found = timeline(read_trials(run), {f"{socket.gethostname()}:{os.getpid()}"}, 4e9)
+    assert len(found) == 9  # all but the one that waits
+    assert found["seconds"].iloc[-1] > 1e9
+
+
+# how long it will take
+
+
+def test_the_nearest_run_tells_the_time(monkeypatch):
+    measured = make_run(config=SEARCH, study=write_rich_study)
+    measured.write_status(RunStatus("finished", timings={"Calibrating": 3.0, "Factorising": 4.0, "Measuring uniform on test text": 99.0}))
+    config = replace(measured.config, search=SearchConfig(0.4, trials=10))
+    tokens = config.text.validation_windows * (config.text.context - 1)
+    found = plan.time_estimate(config)
+    assert found.trials == pytest.approx(2.0 / 124 * tokens * 10)
+    assert found.before == 7.0
+    assert found.basis == "trials of the same model, text and windows"
+    longer = replace(config, text=replace(config.text, validation_windows=48))
+    assert plan.time_estimate(longer).trials == pytest.approx(2 * found.trials)
+    assert plan.time_estimate(longer).basis == "trials of the same model, scaled by tokens"
+    other = replace(config, model=replace(config.model, reference="other/model"))
+    assert plan.time_estimate(other) is None
+    write_json(measured.path / "model.json", model_json())
+    twice = replace(model_facts(measured), parameters=2 * model_facts(measured).parameters)
+    scaled = plan.time_estimate(other, twice)
+    assert scaled.trials == pytest.approx(2 * found.trials)
+    assert scaled.before is None
+    assert scaled.basis == "trials of another model, scaled by tokens and parameters"
+    assert plan.time_estimate(RunConfig()) is None
+
+
+def test_a_run_that_was_shipped_is_gone_by_last_and_it_is_said(tmp_path, monkeypatch):
+    shipped = make_run(path=tmp_path / "recorded-run", config=SEARCH, study=write_rich_study)
+    write_json(shipped.path / "run.json", {**shipped.record, "recorded": True})
+    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: shipped)
+    assert plan.time_estimate(shipped.config).basis == "trials of the same model, text and windows, on another machine"
+    make_run(config=SEARCH, study=write_rich_study)
+    assert "another machine" not in plan.time_estimate(shipped.config).basis
+
+
+# the picture of an allocation
+
+
+def pixels(address: str) -> np.ndarray:
+    """The colours (height, width, 4) of a PNG in an address."""
+    assert address.startswith("data:image/png;base64,")
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(address.partition(",")[2]))).convert("RGBA"))
+
+
+def test_a_picture_has_a_cell_for_each_module_in_the_colours_of_the_map():
+    shapes = [MatrixShape(f"l.{depth}.{kind}", kind, depth, 4, 4) for depth in range(3) for kind in ("q", "k")]
+    shapes.pop()  # block 2 has no k
+    found = pixels(thumbnail(layer_map(shapes, [0.0, 1.0, 0.5, 0.5, 0.5], [""] * 5, "kept", percent=True, full_scale=True)))
+    height, width = found.shape[0] // 2, found.shape[1] // 3
+
+    def middle(row: int, column: int) -> tuple[int, ...]:
+        return tuple(found[height * row + height // 2, width * column + width // 2])
+
+    assert middle(0, 0) == (0, 34, 78, 255)  # cividis begins there
+    assert middle(1, 0) == (254, 232, 56, 255)
+    assert middle(1, 2)[3] == 0  # nothing there
+    assert pixels(BLANK).shape == (1, 1, 4)
+
+
+def test_the_picture_of_an_80_layer_model_is_small():
+    shapes = [MatrixShape(f"l.{depth}.{kind}", kind, depth, 4, 4) for depth in range(80) for kind in "qkvogud"]
+    kept = np.random.default_rng(0).uniform(size=len(shapes))
+    assert len(thumbnail(layer_map(shapes, list(kept), [""] * len(shapes), "kept", percent=True, full_scale=True))) < 4000
+
+
+def test_the_history_carries_a_picture_for_each_trial_that_has_one(long):
+    view = history(read_trials(long), "kl")
+    drawn = history_chart(view, None, {3: "data:image/png;base64,AAAA"})
+    points = next(layer for layer in drawn.spec["layer"] if "params" in layer)
+    assert points["encoding"]["description"] == {"field": "note"}  # what is read aloud holds no picture
+    assert list(drawn.data["picture"][:5]) == [BLANK, BLANK, BLANK, "data:image/png;base64,AAAA", BLANK]

@@ -1,0 +1,42 @@
+"""What pages tell of a model before it is loaded, held against what the worker finds once it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lowrank_core.calibration import cached_statistics
+from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
+from lowrank_core.models import ModelHandle
+from lowrank_core.runs import home
+from lowrank_core.text import WindowSet
+from lowrank_core.views import fit
+from lowrank_core.views.checkpoint import read_model
+
+
+def test_headers_tell_what_the_worker_finds(any_handle: ModelHandle):
+    found = read_model(Path(any_handle.reference))
+    assert found.facts.matrices == any_handle.shapes
+    assert found.facts.parameters == any_handle.parameters
+    assert found.facts.compressible_parameters == any_handle.linear_parameters
+    assert found.facts.bytes == any_handle.bytes
+    assert found.facts.max_context == any_handle.max_context
+    assert sum(part.parameters for part in found.parts if part.compressible or part.why.startswith("bias")) == any_handle.linear_parameters
+
+
+def test_the_estimate_of_the_disk_is_what_a_calibration_leaves_there(llama: ModelHandle, windows: WindowSet):
+    config = RunConfig(
+        ModelSource(llama.reference),
+        TextConfig(context=windows.context, calibration_windows=windows.windows),
+        CalibrationConfig(group_size=8, batch_size=4),
+    )
+    cached_statistics(llama, windows, config.calibration, home() / "statistics")
+    found = fit.fit_of(read_model(Path(llama.reference)).facts, config, fit.this_machine())
+    estimated = next(line.bytes for line in found.lines if line.part == "Statistics kept")
+    stored = sum(path.stat().st_size for path in (home() / "statistics").rglob("*.safetensors"))
+    assert stored == pytest.approx(estimated, rel=0.1)  # means, groups and headers come on top, and are small
+    assert stored > estimated
+    weights = next(line.bytes for line in found.lines if line.part == "Weights")
+    if found.machine.gpu is None:
+        assert weights == sum(parameter.numel() * parameter.element_size() for parameter in llama.module.parameters())
