@@ -100,7 +100,7 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     Kinds: ``compare`` (trial: a number or an allocator's name), ``generate`` (trial, prompt, tokens, temperature, seed),
     ``export`` (trial, and fields of ``ExportConfig``), ``verify`` (path: an export's name), ``heal`` (trial, and fields of
     ``HealingConfig`` under ``healing``), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a partial choice): the
-    allocation is put in line, and becomes a trial of the study.
+    allocation is put in line, and becomes a trial of the study; ``curves`` (nothing): the error curves are written.
 
     Raises:
         RunError: as ``start_worker``.

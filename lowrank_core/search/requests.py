@@ -24,7 +24,7 @@ from lowrank_core.runs import Run, read_json, write_json
 from lowrank_core.search.healed import heal_allocation, healing_config
 from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.session import Session
+from lowrank_core.search.session import Session, record_curves
 from lowrank_core.search.study import TrialBench, enqueue_allocation
 
 __all__ = ["Desk", "answer_requests", "chosen_model", "complete_trial", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
@@ -219,8 +219,22 @@ def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     return {"path": str(folder), "verification": asdict(found)}
 
 
+def _curves(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+    """Write the error curves, for a run of an older version; a worker of this one has, as it began."""
+    bench, _, config = desk.search
+    return {"estimate": record_curves(desk.run, config, bench)}
+
+
 _KINDS: Mapping[str, Callable[[Desk, Mapping[str, object]], Answer]] = MappingProxyType(
-    {"compare": _compare, "generate": _generate, "export": _export, "measure": _measure, "verify": _verify, "heal": _heal}
+    {
+        "compare": _compare,
+        "generate": _generate,
+        "export": _export,
+        "measure": _measure,
+        "verify": _verify,
+        "heal": _heal,
+        "curves": _curves,
+    }
 )
 
 

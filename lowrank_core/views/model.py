@@ -28,6 +28,7 @@ class ModelFacts:
         matrices: the compressible linears in the order of the model.
         input_widths: width of each distinct input (q, k and v share theirs).
         head_units: value and output projections that can be compressed by heads.
+        stored_dtype: of the checkpoint, in which a smaller model is written; empty where it was not recorded: then it is ``dtype``.
     """
 
     reference: str
@@ -46,6 +47,7 @@ class ModelFacts:
     head_units: tuple[HeadUnit, ...] = ()
     device: str = ""
     fingerprint: str = ""
+    stored_dtype: str = ""
 
     @property
     def compressible_share(self) -> float:

@@ -33,7 +33,7 @@ __all__ = [
     "status_words",
 ]
 
-PARTS = ("model.json", "text.json", "calibration.json", "spectra.npz", "study.journal")
+PARTS = ("model.json", "text.json", "calibration.json", "spectra.npz", "curves.npz", "study.journal")
 _WORKING = ("queued", "running", "stopping")
 
 STATE_WORDS = {
