@@ -51,14 +51,14 @@ def prediction_figure(predictions: pd.DataFrame, *, now: float | None = None) ->
             text="this draft, predicted", x=math.log10(now), y=1, yref="paper", showarrow=False, yanchor="bottom", font={"size": 11}
         )
     ends = [math.log10(low), math.log10(high)]
-    figure.update_xaxes(type="log", range=ends, tickformat="~g", nticks=8)
-    figure.update_yaxes(type="log", range=ends, tickformat="~g", nticks=8)
+    figure.update_xaxes(type="log", range=ends, tickformat="~g", dtick="D2")
+    figure.update_yaxes(type="log", range=ends, tickformat="~g", dtick="D2")
     figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 0, "yanchor": "bottom"})
     return figure
 
 
 def _note(figure: go.Figure, high: float, text: str) -> None:
-    place = {"x": math.log10(high), "y": math.log10(high), "xanchor": "right", "yanchor": "bottom", "xshift": -24, "yshift": -22}
+    place = {"x": math.log10(high), "y": math.log10(high), "xanchor": "right", "yanchor": "bottom"}
     figure.add_annotation(text=text, showarrow=False, font={"color": GREY, "size": 11}, **place)
 
 

@@ -27,7 +27,7 @@ def _kind(unit: Unit) -> str:
 
 def _shape(unit: Unit) -> str:
     if isinstance(unit, HeadUnit):
-        return f"{unit.groups} × {unit.head_dim} by head"
+        return f"{unit.head_dim} per head"
     return f"{unit.d_out} × {unit.d_in}"
 
 

@@ -10,24 +10,14 @@ import pandas as pd
 
 from lowrank_core.allocation import Ranks
 from lowrank_core.bases import basis_named
-from lowrank_core.curves import CURVES_FILE, CurveRecord, load_curves
-from lowrank_core.runs import Run
+from lowrank_core.curves import CurveRecord
 from lowrank_core.search.records import MANUAL, TrialRecord
 from lowrank_core.views.formatting import number
 from lowrank_core.views.trials import kind_of, trial_label
 
-__all__ = ["Trust", "curves_of", "estimate_words", "measured_as", "predicted_kl", "trial_predictions", "trust"]
+__all__ = ["Trust", "estimate_words", "measured_as", "predicted_kl", "trial_predictions", "trust"]
 
 _LEAST_TRIALS = 3
-
-
-def curves_of(run: Run) -> CurveRecord | None:
-    """Return the error curves of ``run``; None where its worker has not written them.
-
-    Raises:
-        RunError: the file is damaged.
-    """
-    return load_curves(run.path / CURVES_FILE)
 
 
 def predicted_kl(record: CurveRecord | None, ranks: Ranks) -> float | None:

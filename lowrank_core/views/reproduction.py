@@ -11,7 +11,7 @@ from lowrank_core.config import CalibrationConfig, CompressionConfig, RunConfig,
 from lowrank_core.presets import PRESETS, Preset
 from lowrank_core.runs import JsonMapping
 
-__all__ = ["Reproduction", "export_command", "reproduction", "test_command"]
+__all__ = ["Reproduction", "compress_command", "enqueue_command", "export_command", "reproduction", "test_command"]
 
 _CHOICES = ("space", "variables", "sampler", "objective", "trials", "startup_trials", "pruner", "top_k", "confirmed")
 _NUMBERS = ("input_damping", "gradient_damping", "drift_beta")
@@ -72,9 +72,26 @@ def _command(name: str, options: Mapping[str, object]) -> str:
     return shlex.join(words)
 
 
-def _options(config: RunConfig, folder: str) -> str:
-    text, search = config.text, config.search
-    shared: dict[str, object] = {
+def compress_command(config: RunConfig, ranks: str, folder: str) -> str:
+    """Return the command that compresses the run's model at the ranks in the file ``ranks``, by the run's recipe.
+
+    Empty where no options say the recipe, or nothing is searched.
+    """
+    search = config.search
+    method = None if search is None else _method(search)
+    if method is None or _unsaid(replace(config, search=None)):
+        return ""
+    return _command("compress", {**_shared(config), **method, "ranks": ranks, "out": folder})
+
+
+def enqueue_command(run: str, ranks: str) -> str:
+    """Return the command that puts the ranks in the file ``ranks`` in line in the run at the path ``run``."""
+    return _command("enqueue", {"run": run, "ranks": ranks})
+
+
+def _shared(config: RunConfig) -> dict[str, object]:
+    text = config.text
+    return {
         "model": config.model.reference,
         "device": config.model.device,
         "dtype": config.model.dtype,
@@ -85,17 +102,28 @@ def _options(config: RunConfig, folder: str) -> str:
         "seed": text.seed,
         "robust": config.calibration.robust,
     }
-    if search is None:
-        return _command("analyze", shared)
+
+
+def _method(search: SearchConfig) -> dict[str, object] | None:
+    """Return the options of basis, storage and what goes with them; None where they can't say it."""
     base = _base_of(search)
-    assert base is not None
-    chosen = {name: getattr(search, name) for name in _CHOICES}
-    flags = {"slopes": search.slopes, "autocast": search.autocast}
+    if base is None:
+        return None
     usual = base.compression if isinstance(base, Preset) else CompressionConfig()
     numbers = {name: value for name in _NUMBERS if (value := getattr(search.compression, name)) != getattr(usual, name)}
-    method = {"preset": base.name} if isinstance(base, Preset) else base
+    return {**({"preset": base.name} if isinstance(base, Preset) else base), **numbers}
+
+
+def _options(config: RunConfig, folder: str) -> str:
+    shared, search = _shared(config), config.search
+    if search is None:
+        return _command("analyze", shared)
+    method = _method(search)
+    assert method is not None
+    chosen = {name: getattr(search, name) for name in _CHOICES}
+    flags = {"slopes": search.slopes, "autocast": search.autocast}
     ratios = {"compression_ratio": search.compression_ratio, "most_ratio": search.most_ratio}
-    return _command("search", {**shared, **ratios, **method, **numbers, **chosen, **flags, "run": folder})
+    return _command("search", {**shared, **ratios, **method, **chosen, **flags, "run": folder})
 
 
 def _base_of(search: SearchConfig) -> Preset | dict[str, object] | None:

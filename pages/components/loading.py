@@ -6,10 +6,11 @@ from pathlib import Path
 
 import streamlit as st
 
+from lowrank_core.curves import CURVES_FILE, CurveRecord, load_curves
 from lowrank_core.runs import Run
 from lowrank_core.spectra import LayerSpectrum, load_spectra
 
-__all__ = ["spectra_of"]
+__all__ = ["curves_of", "spectra_of"]
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -30,3 +31,22 @@ def spectra_of(run: Run) -> tuple[LayerSpectrum, ...] | None:
     except FileNotFoundError:
         return None
     return _spectra(str(path), changed)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _curves(path: str, changed: int) -> CurveRecord | None:
+    return load_curves(Path(path))
+
+
+def curves_of(run: Run) -> CurveRecord | None:
+    """Return the error curves of ``run``; None where its worker has not written them.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = run.path / CURVES_FILE
+    try:
+        changed = path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+    return _curves(str(path), changed)

@@ -9,9 +9,11 @@ import streamlit as st
 if TYPE_CHECKING:
     from streamlit.navigation.page import StreamlitPage
 
-__all__ = ["COMPARE", "ENERGY", "OVERVIEW", "SEARCH", "SPECTRA", "pages", "tab_title"]
+__all__ = ["COMPARE", "ENERGY", "HAND", "OVERVIEW", "SEARCH", "SPECTRA", "pages", "tab_title"]
 
-OVERVIEW, SPECTRA, ENERGY, SEARCH, COMPARE = (f"pages/{name}.py" for name in ("overview", "spectra", "energy", "search", "compare"))
+OVERVIEW, SPECTRA, ENERGY, HAND, SEARCH, COMPARE = (
+    f"pages/{name}.py" for name in ("overview", "spectra", "energy", "hand", "search", "compare")
+)
 
 
 def pages() -> list[StreamlitPage]:
@@ -23,6 +25,7 @@ def pages() -> list[StreamlitPage]:
         st.Page(OVERVIEW, title=":material/home: Overview", default=True),
         st.Page(SPECTRA, title=":material/grid_view: Spectra", url_path="spectra"),
         st.Page(ENERGY, title=":material/area_chart: Feature energy", url_path="energy"),
+        st.Page(HAND, title=":material/tune: Pick by hand", url_path="hand"),
         st.Page(SEARCH, title=":material/query_stats: Rank search", url_path="search"),
         st.Page(COMPARE, title=":material/balance: Compare", url_path="compare"),
     ]
