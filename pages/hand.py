@@ -52,7 +52,7 @@ with boundary():
     run = layout.page_run()
     search = run.config.search if run is not None else None
     if run is None or search is None:
-        text = "Ranks are picked for a search, which factorises every module once and measures what you pick."
+        text = "Ranks are picked for a search: it factorises every module once, and measures what you pick. Start a search first."
         layout.empty("No search to pick ranks for", text, icon=":material/tune:", page=navigation.SEARCH, label="Start a search")
         st.stop()
     facts = model_facts(run)

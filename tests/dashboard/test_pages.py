@@ -18,7 +18,14 @@ from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.runs import list_runs, write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"overview": "Overview", "spectra": "Spectra", "energy": "Feature energy", "search": "Rank search", "compare": "Compare"}
+PAGES = {
+    "overview": "Overview",
+    "spectra": "Spectra",
+    "energy": "Feature energy",
+    "hand": "Pick by hand",
+    "search": "Rank search",
+    "compare": "Compare",
+}
 
 
 def words(test: AppTest) -> str:
