@@ -46,8 +46,9 @@ def _slider(desk: Desk, group: RowGroup) -> None:
 
 
 def _slid(desk: Desk, key: str, group: RowGroup) -> None:
-    kept = state.held(key, 100) / 100
-    edit(desk, lambda draft: draft.scaled(group.names, kept), gesture=key)
+    kept = state.held(key, group.kept)
+    if kept != group.kept:  # when the page is left, Streamlit calls although nobody moved it
+        edit(desk, lambda draft: draft.scaled(group.names, kept / 100), gesture=key)
 
 
 def table(desk: Desk, draft: Draft) -> None:
@@ -96,6 +97,8 @@ def table(desk: Desk, draft: Draft) -> None:
 
 
 def _edited(desk: Desk, key: str, names: Sequence[str]) -> None:
+    if key != desk.key(f"table_{revision(desk)}"):  # a table that is gone
+        return
     edited: dict[str, Any] = state.held(key, {})
     edits = [RowEdit(names[int(row)], cells) for row, cells in edited.get("edited_rows", {}).items()]
     # The table goes on showing what was entered: a ratio, or a rank that became dense, has to be shown as what it came to.
