@@ -15,7 +15,7 @@ from lowrank_core.views.formatting import kind_label
 from lowrank_core.views.model import ModelFacts
 from lowrank_core.views.trials import unit_label
 
-__all__ = ["Bill", "RowEdit", "RowGroup", "bill", "draft_rows", "edited_draft", "groupings", "row_groups"]
+__all__ = ["Bill", "RowEdit", "RowGroup", "bill", "dense_words", "draft_rows", "edited_draft", "groupings", "row_groups"]
 
 _ITEMSIZES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 _DEPTH_GROUPS = 3
@@ -89,6 +89,18 @@ def edited_draft(draft: Draft, edits: Sequence[RowEdit]) -> Draft:
         if cells.get("locked") is True:
             draft = draft.with_locks([edit.name], locked=True)
     return draft
+
+
+def dense_words(units: Sequence[Unit], edit: RowEdit) -> str:
+    """Return that the rank entered is stored dense, as its factors would cost no less; empty where they do, or it is no rank of the row."""
+    unit = next((unit for unit in units if unit.name == edit.name), None)
+    rank = edit.cells.get("rank")
+    if unit is None or type(rank) is not int or not unit.break_even_rank < rank <= unit.max_rank:
+        return ""
+    return (
+        f"{unit_label(edit.name)}: rank {rank} would cost {unit.parameters(rank):,} parameters, no less than the "
+        f"{unit.dense_parameters:,} of the dense matrix, so it stays dense. Factors are smaller up to rank {unit.break_even_rank}."
+    )
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ class Trust:
         return predicted * self.median, predicted * self.low, predicted * self.high
 
     def sentence(self) -> str:
-        order = "" if self.order is None else f" Their order agrees with a rank correlation of {self.order:.2f}."
+        order = "" if self.order is None else f" The rank correlation of the two is {self.order:.2f}; 1 is the same order."
         return (
             f"Over {self.trials} measured allocations of this run, the measured KL was {number(self.low)} to {number(self.high)} times the "
             f"predicted one (80 % of them; median {number(self.median)}).{order}"

@@ -16,7 +16,7 @@ from lowrank_core.views.model import ModelFacts
 from lowrank_core.views.starts import Recipe, first_draft
 from pages.components import state
 
-__all__ = ["Desk", "edit", "history", "note", "revision", "say", "step", "take"]
+__all__ = ["Desk", "edit", "hint", "history", "note", "revision", "say", "step", "take"]
 
 
 @dataclass(frozen=True)
@@ -104,11 +104,17 @@ def revision(desk: Desk) -> int:
     return state.held(desk.key("revision"), 0)
 
 
-def say(desk: Desk, words: str) -> None:
-    """Leave a message about the last change."""
+def say(desk: Desk, words: str, *, hint: str = "") -> None:
+    """Leave a message about the last change: why it could not be made, or what is worth knowing of it."""
     state.keep(desk.key("note"), words)
+    state.keep(desk.key("hint"), hint)
 
 
 def note(desk: Desk) -> str:
     """Return why the last change could not be made; empty where it was."""
     return state.held(desk.key("note"), "")
+
+
+def hint(desk: Desk) -> str:
+    """Return what is worth knowing of the last change; empty where nothing is."""
+    return state.held(desk.key("hint"), "")

@@ -10,7 +10,7 @@ from lowrank_core.views.formatting import count, number, percent, size
 from lowrank_core.views.prediction import Trust, predicted_kl
 from lowrank_core.views.starts import rules
 from pages.components import state
-from pages.components.hand_desk import Desk, edit, note, step
+from pages.components.hand_desk import Desk, edit, hint, note, step
 from pages.components.hand_start import budget_ratio
 from pages.components.layout import figures_row
 
@@ -25,6 +25,8 @@ def meter(desk: Desk, history: DraftHistory, trusted: Trust | None) -> None:
     cost = bill(draft, desk.facts, budget_ratio(desk), run_ratio=search.compression_ratio if search.most_ratio is None else None)
     if note(desk):
         st.error(note(desk), icon=":material/error:")
+    if hint(desk):
+        st.info(hint(desk), icon=":material/info:")
     st.progress(cost.share, text=_budget_words(cost))
     predicted = predicted_kl(desk.recipe.record, draft.ranks)
     figures_row(

@@ -13,7 +13,7 @@ from lowrank_core.views.starts import missing_rules, starts
 from lowrank_core.views.trials import ratio_words
 from pages.components import state
 from pages.components.boundary import boundary
-from pages.components.hand_desk import Desk, take
+from pages.components.hand_desk import Desk, history, note, say, take
 
 __all__ = ["budget_ratio", "show"]
 
@@ -71,6 +71,9 @@ def _import(desk: Desk) -> None:
     if file is not None and state.held(taken, "") != file.file_id:
         state.keep(taken, str(file.file_id))
         take(desk, lambda: desk.recipe.from_file(file.getvalue(), file.name), file.name)
+        draft = history(desk).present
+        if not note(desk) and len(draft.locked) == len(draft.ranks):
+            say(desk, "", hint="The file locks every row, as one without `locked` does. Unlock the rows that may move.")
         st.rerun()
 
 

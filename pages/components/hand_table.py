@@ -8,9 +8,9 @@ from typing import Any
 import streamlit as st
 
 from lowrank_core.allocation import Draft
-from lowrank_core.views.draft import RowEdit, RowGroup, draft_rows, edited_draft, row_groups
+from lowrank_core.views.draft import RowEdit, RowGroup, dense_words, draft_rows, edited_draft, row_groups
 from pages.components import state, tables
-from pages.components.hand_desk import Desk, edit, revision
+from pages.components.hand_desk import Desk, edit, note, revision, say
 
 __all__ = ["sliders", "table"]
 
@@ -57,18 +57,18 @@ def table(desk: Desk, draft: Draft) -> None:
     columns: dict[str, Any] = {
         "module": tables.text("Module", "Block and module type; a stack, or a value and an output by heads, share one rank.", 90),
         "kind": tables.text("Type", width=72),
-        "block": st.column_config.NumberColumn("Block", width=50),
+        "block": st.column_config.NumberColumn("Block", width=48),
         "shape": tables.text("Shape", width=92),
-        "rank": st.column_config.NumberColumn("Rank", min_value=1, step=1, width=62, help="Empty: the row stays dense."),
+        "rank": st.column_config.NumberColumn("Rank", min_value=1, step=1, width=68, help="Empty: the row stays dense."),
         "kept": st.column_config.NumberColumn(
             "Kept %",
             min_value=0,
             max_value=100,
             format="%.1f",
-            width=72,
+            width=76,
             help="Of its parameters. Enter one to get the largest rank within it.",
         ),
-        "locked": st.column_config.CheckboxColumn("Lock", width=50, help="A locked row is moved by no slider and no fit."),
+        "locked": st.column_config.CheckboxColumn("Lock", width=66, help="A locked row is moved by no slider and no fit."),
         "energy": st.column_config.NumberColumn(
             "Energy", format="%.5f", width=75, help="Kept at this rank, in the metric of the run's basis; 1 is all. It is not a loss."
         ),
@@ -76,7 +76,9 @@ def table(desk: Desk, draft: Draft) -> None:
             "Predicted ΔKL", format="%.2e", width=100, help="This row's part of the predicted KL, nats per token."
         ),
         "most": st.column_config.NumberColumn(
-            "Break-even", width=80, help="The largest rank that costs less than the dense matrices; beyond it the row is stored dense."
+            "Most",
+            width=58,
+            help="The break-even rank: the largest that costs less than dense. Beyond it a row is stored dense.",
         ),
     }
     shown = [name for name in columns if not (name in ("energy", "kl") and frame[name].isna().all())]
@@ -101,12 +103,9 @@ def _edited(desk: Desk, key: str, names: Sequence[str]) -> None:
         return
     edited: dict[str, Any] = state.held(key, {})
     edits = [RowEdit(names[int(row)], cells) for row, cells in edited.get("edited_rows", {}).items()]
+    dense = [words for entered in edits if (words := dense_words(desk.recipe.units, entered))]
     # The table goes on showing what was entered: a ratio, or a rank that became dense, has to be shown as what it came to.
-    snapped = any(entered.is_ratio or _beyond(desk, entered) for entered in edits)
+    snapped = bool(dense) or any(entered.is_ratio for entered in edits)
     edit(desk, lambda draft: edited_draft(draft, edits), keep_table=not snapped)
-
-
-def _beyond(desk: Desk, entered: RowEdit) -> bool:
-    rank = entered.cells.get("rank")
-    unit = next((unit for unit in desk.recipe.units if unit.name == entered.name), None)
-    return isinstance(rank, int) and unit is not None and rank > unit.break_even_rank
+    if dense and not note(desk):
+        say(desk, "", hint=" ".join(dense))

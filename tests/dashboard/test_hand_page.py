@@ -219,6 +219,10 @@ def test_a_file_is_taken_with_its_locks_and_can_be_undone(app, run):
     assert "Started from **mine.json**" in words(test)
     draft = draft_on_disk(run)
     assert (draft["ranks"][first], draft["ranks"][second], draft["locked"]) == (2, 3, [first])
+    assert "locks every row" not in words(test)
+    test = upload(test, run, json.dumps({unit.name: 2 for unit in priced_units()}).encode(), "bare.json")
+    assert "locks every row" in words(test)
+    press(test, "hand_undo")
     press(test, "hand_undo")
     assert draft_on_disk(run)["ranks"] == dict(read_trials(run)[3].ranks)
 

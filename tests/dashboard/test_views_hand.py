@@ -18,7 +18,7 @@ from lowrank_core.figures.prediction import prediction_figure
 from lowrank_core.runs import write_json
 from lowrank_core.search.records import TrialRecord, read_trials
 from lowrank_core.views.allocation import loss_map, search_units
-from lowrank_core.views.draft import RowEdit, bill, draft_rows, edited_draft, groupings, row_groups
+from lowrank_core.views.draft import RowEdit, bill, dense_words, draft_rows, edited_draft, groupings, row_groups
 from lowrank_core.views.model import ModelFacts, model_facts
 from lowrank_core.views.picked import beside, picked
 from lowrank_core.views.prediction import Trust, estimate_words, measured_as, predicted_kl, trial_predictions, trust
@@ -96,6 +96,16 @@ def test_what_was_entered_in_the_table_becomes_a_draft(draft, units):
     assert edited_draft(draft, [RowEdit(first, {"rank": None})]).ranks[first] is None
     with pytest.raises(RankError, match="locked"):
         edited_draft(draft, [RowEdit(third, {"rank": 5})])
+
+
+def test_a_rank_beyond_break_even_is_told_to_be_dense(units):
+    most = units[0].break_even_rank
+    words = dense_words(units, RowEdit(units[0].name, {"rank": most + 1}))
+    assert f"rank {most + 1} would cost {units[0].parameters(most + 1):,} parameters" in words
+    assert words.endswith(f"up to rank {most}.")
+    assert dense_words(units, RowEdit(units[0].name, {"rank": most})) == ""
+    assert dense_words(units, RowEdit(units[0].name, {"rank": 999})) == ""  # no rank at all: an error says so
+    assert dense_words(units, RowEdit(units[0].name, {"rank": None})) == ""
 
 
 def test_sliders_stand_where_their_unlocked_rows_are(draft, units):
