@@ -81,7 +81,7 @@ class Draft:
 
     def kept(self, names: Collection[str]) -> float:
         """Return the fraction of their parameters that the rows ``names`` keep together; 1 without any."""
-        rows = [unit for unit in self.rows if unit.name in names]
+        rows = [self._known[name] for name in names if name in self.ranks]
         dense = sum(unit.dense_parameters for unit in rows)
         return sum(unit.parameters(self.ranks[unit.name]) for unit in rows) / dense if dense else 1.0
 
@@ -138,7 +138,7 @@ class Draft:
 
     def movable(self, names: Collection[str] | None = None) -> tuple[Unit, ...]:
         """Return the rows among ``names`` (None: all) that are not locked and that can be compressed at a gain."""
-        among = self.ranks if names is None else names
+        among = self.ranks if names is None else set(names)
         return tuple(u for u in self.rows if u.name in among and u.name not in self.locked and u.break_even_rank > 0)
 
     def scaled(self, names: Collection[str], kept: float) -> Draft:
@@ -168,7 +168,8 @@ class Draft:
                 "Unlock a row."
             )
         every = (*self.rows, *self._rest)
-        stay = {unit.name: self.ranks.get(unit.name) for unit in every if unit not in free}
+        moving = {unit.name for unit in free}
+        stay = {unit.name: self.ranks.get(unit.name) for unit in every if unit.name not in moving}
         problem = AllocationProblem(every, compression_ratio, fixed=stay)
         return self._moved({n: r for n, r in project(problem, self._proportions(free)).items() if n not in stay})
 
