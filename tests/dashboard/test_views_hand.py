@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import replace
 
 import numpy as np
@@ -11,10 +12,13 @@ from synthetic import RATIO, make_run, model_json, priced_units, write_front, wr
 
 from lowrank_core.accounting import HeadUnit, Unit, budget_for_ratio, dense_parameters
 from lowrank_core.allocation import Draft, allocate
-from lowrank_core.config import CompressionConfig, SearchConfig
+from lowrank_core.cli import parser
+from lowrank_core.cli.options import compression_of
+from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.curves import CurveRecord
 from lowrank_core.errors import BudgetError, ConfigError, RankError, RunError
 from lowrank_core.figures.prediction import prediction_figure
+from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.runs import write_json
 from lowrank_core.search.records import TrialRecord, read_trials
 from lowrank_core.views.allocation import loss_map, search_units
@@ -22,6 +26,7 @@ from lowrank_core.views.draft import RowEdit, bill, dense_words, draft_rows, edi
 from lowrank_core.views.model import ModelFacts, model_facts
 from lowrank_core.views.picked import beside, picked
 from lowrank_core.views.prediction import Trust, estimate_words, measured_as, predicted_kl, trial_predictions, trust
+from lowrank_core.views.reproduction import compress_command, enqueue_command
 from lowrank_core.views.starts import Recipe, first_draft, missing_rules, rules, starts
 
 SEARCH = SearchConfig(RATIO, trials=12, compression=CompressionConfig(value_dense=False))
@@ -303,6 +308,19 @@ def test_a_file_of_another_model_is_refused(units):
         recipe.from_file(b'{"lm_head": 3}', "mine.json")
     with pytest.raises(ConfigError, match="not UTF-8"):
         recipe.from_file(b"\xff\xfe", "mine.json")
+
+
+def test_the_command_that_makes_a_model_of_a_draft_is_one_the_command_line_takes():
+    config = RunConfig(search=search_by(PRESETS["studio"], 0.4))
+    line = compress_command(config, "mine file.json", "smaller")
+    arguments = parser().parse_args(shlex.split(line)[1:])
+    assert (arguments.command, arguments.ranks, arguments.preset, str(arguments.out)) == ("compress", "mine file.json", "studio", "smaller")
+    assert compression_of(arguments, PRESETS[arguments.preset]) == config.search.compression
+    unsaid = replace(config.search, compression=replace(config.search.compression, fit_windows=3))
+    assert compress_command(replace(config, search=unsaid), "mine.json", "smaller") == ""
+    assert compress_command(RunConfig(), "mine.json", "smaller") == ""
+    enqueued = parser().parse_args(shlex.split(enqueue_command("a run", "mine.json"))[1:])
+    assert (enqueued.command, str(enqueued.folder), str(enqueued.ranks)) == ("enqueue", "a run", "mine.json")
 
 
 # where a measurement stands
