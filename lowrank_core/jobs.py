@@ -117,7 +117,7 @@ def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str
     ``verify`` (path: an export's name), ``heal`` (trial, and fields of ``HealingConfig`` under ``healing``),
     ``directions`` (fields of ``DirectionsConfig``), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a
     partial choice): the allocation is put in line, and becomes a trial of the study; ``sensitivity`` (fields of
-    ``SensitivityConfig``), in the background.
+    ``SensitivityConfig``), in the background; ``curves`` (nothing): the error curves are written.
 
     Raises:
         RunError: as ``start_worker``.

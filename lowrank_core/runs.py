@@ -12,6 +12,7 @@
     │   ├── text.json        splits, windows, tokens, hashes         │ written by the worker,
     │   ├── calibration.json figures of the statistics               │ each when its stage is done
     │   ├── spectra.npz      singular values and eigenvalues         │
+    │   ├── curves.npz       errors by unit and rank                 │
     │   ├── study.journal    the Optuna study                       ─┘
     │   ├── events.jsonl     what happened, in order
     │   ├── workers/         what each further worker says of itself

@@ -8,7 +8,7 @@ from lowrank_core.config import RunConfig
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.runs import is_busy
 from lowrank_core.views.sources import check_model
-from pages.components import allocation_form, confirmed, layout, steering, study
+from pages.components import confirmed, layout, navigation, steering, study
 from pages.components.boundary import boundary, live
 from pages.components.search_form import search_form
 
@@ -31,7 +31,7 @@ with boundary():
         live(lambda: study.show(run), 1.0 if is_busy(run) else None)
         study.show_importance(run, config.search)
         confirmed.show(run)
-        allocation_form.show(run, config.search, facts)
+        st.page_link(navigation.HAND, label="Pick ranks by hand, and have them measured in this search", icon=":material/tune:")
     elif run is not None:
         st.info(
             "The run on screen measured spectra only. Start a search above: it takes over the calibration, so trials begin at once.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_core.accounting import HeadUnit, Unit, allocated_parameters, budget_for_ratio
-from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks
+from lowrank_core.allocation import Draft, RankAllocation, allocate, allocation_from_ranks
 from lowrank_core.bases import BASES
 from lowrank_core.calibration import LayerStatistics, collect_statistics
 from lowrank_core.compression import CompressedModel, compress, low_rank_layers, swapped
@@ -20,11 +21,14 @@ from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.decomposition import Bases, error_curves, factorize, operand_of, units_of
 from lowrank_core.errors import ConfigError, NumericalError, RankError
 from lowrank_core.gradients import collect_gradients
-from lowrank_core.models import ModelHandle
+from lowrank_core.models import ModelHandle, describe
 from lowrank_core.models.compressed import CompressedModule
 from lowrank_core.models.handle import weight_of
 from lowrank_core.models.storage import Factors
+from lowrank_core.runs import Run, write_json
 from lowrank_core.text import WindowSet
+from lowrank_core.views.draft import bill
+from lowrank_core.views.model import model_facts
 
 IDS = torch.tensor([[0, 5, 9, 44, 120, 7, 80, 3]])
 CONFIGS = {
@@ -87,6 +91,22 @@ def test_counted_parameters_are_those_of_the_built_model(case: Case):
     assert report.bytes_after == 4 * weights + 4 * indices  # the tiny checkpoints are stored in float32, indices in int32
     assert report.ranks == allocation.ranks
     assert (indices > 0) == (case.config.storage == "pivoted")
+
+
+def test_the_bill_of_a_draft_is_that_of_the_built_model(case: Case, tmp_path: Path):
+    """What the page Pick by hand shows before anything is built."""
+    allocation = case.allocation(0.4)
+    report = compress(case.handle, case.bases, allocation).report
+    run = Run(tmp_path)
+    write_json(tmp_path / "model.json", describe(case.handle))
+    facts = model_facts(run)
+    assert facts is not None
+    found = bill(Draft.of(case.units, allocation.ranks), facts, 0.4, run_ratio=0.4)
+    assert (found.kept, found.dense) == (report.linear_parameters_after, report.linear_parameters_before)
+    assert (found.model, found.dense_model) == (report.parameters_after, report.parameters_before)
+    assert (found.bytes, found.dense_bytes) == (report.bytes_after, report.bytes_before)
+    assert (found.flops, found.dense_flops) == (report.linear_flops_after, report.linear_flops_before)
+    assert (found.removed, found.model_removed) == (report.compression_ratio, report.model_compression_ratio)
 
 
 def test_the_budget_is_met_and_reported(case: Case):

@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 
 from lowrank_core import jobs
 from lowrank_core.config import SAMPLERS, VARIABLES, CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.curves import CURVES_FILE, load_curves
 from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError, RunError
 from lowrank_core.export import read_manifest
 from lowrank_core.models import load_model
@@ -26,10 +28,13 @@ from lowrank_core.search.space import BASELINES
 from lowrank_core.search.study import open_study
 from lowrank_core.search.worker import run_worker
 from lowrank_core.spectra import load_spectra
+from lowrank_core.units import plan_units
 from lowrank_core.views.compare import answers, comparisons
 from lowrank_core.views.directions import direction_facts
 from lowrank_core.views.healing import healings
+from lowrank_core.views.model import model_facts
 from lowrank_core.views.planned import healed_sources
+from lowrank_core.views.starts import Recipe
 
 PATIENCE = 120.0
 """Seconds to wait for a process that shares the machine with others; far more than it takes alone."""
@@ -511,6 +516,34 @@ def test_a_hand_picked_allocation_over_the_budget_is_measured_and_never_the_best
     best = best_trial(read_trials(run))
     assert best is not None
     assert best.number < 3
+
+
+@pytest.mark.parametrize(
+    ("basis", "slopes", "estimate"), [("two_sided", False, "kl"), ("whitened", True, "slopes"), ("whitened", False, "own")]
+)
+def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basis: str, slopes: bool, estimate: str):
+    """A page that reads the file chooses as the worker did, and a run of an older version gets one when it is asked for."""
+    compression = CompressionConfig(basis=basis, storage="pivoted", value_dense=False, stacks=True, heads=True)
+    run, trials = _searched(_search(config, trials=3, variables="errors", slopes=slopes, compression=compression))
+    path = run.path / CURVES_FILE
+    record, facts, search = load_curves(path), model_facts(run), run.config.search
+    assert record is not None
+    assert facts is not None
+    assert search is not None
+    assert (record.basis, record.estimate, len(record.influence)) == (basis, estimate, facts.blocks)
+    recipe = Recipe(plan_units(facts.matrices, compression, facts.head_units), search, record)
+    mine = {rank for rank in recipe.ruled("marginal", 0.3).ranks.items() if rank[1] is not None}
+    marginal = next(trial for trial in trials if trial.label == "marginal")
+    assert mine == {rank for rank in marginal.ranks.items() if rank[1] is not None}
+    path.unlink()
+    request = jobs.ask(run, "curves", launch=False)
+    run_worker(run, verbose=False)
+    answer = jobs.result_of(run, request)
+    assert answer is not None
+    assert answer["estimate"] == estimate
+    again = load_curves(path)
+    assert again is not None
+    assert all(np.array_equal(curve, again.curves[name]) for name, curve in record.curves.items())
 
 
 def test_a_partial_choice_is_completed_within_the_budget(config: RunConfig):

@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import ErrorCurves, RankAllocation, Ranks, allocation_from_ranks, module_group
 from lowrank_core.allocation.block_influence import BLOCK_INFLUENCE
+from lowrank_core.allocation.draft import Draft, DraftHistory, began
 from lowrank_core.allocation.energy import ENERGY
 from lowrank_core.allocation.files import AllocationFile, parse_allocation, read_allocation, read_ranks
 from lowrank_core.allocation.lord_manual import LORD_MANUAL
@@ -22,12 +23,15 @@ __all__ = [
     "AllocationProblem",
     "Allocator",
     "ByMultipliers",
+    "Draft",
+    "DraftHistory",
     "ErrorCurves",
     "RankAllocation",
     "Ranks",
     "allocate",
     "allocation_from_ranks",
     "allocator_named",
+    "began",
     "floored",
     "kept_fractions",
     "module_group",

@@ -15,9 +15,9 @@ from lowrank_core.views.front import Front
 from lowrank_core.views.search import History
 from lowrank_core.views.trials import KINDS
 
-__all__ = ["front_figure", "history_figure"]
+__all__ = ["MARKS", "front_figure", "history_figure"]
 
-_MARKS = {
+MARKS = {
     "sampled": ("circle", BLUE),
     "baseline": ("diamond", ORANGE),
     "by hand": ("star", VERMILLION),
@@ -73,7 +73,7 @@ def _points(figure: go.Figure, rows: pd.DataFrame) -> None:
     for kind in KINDS:
         alike = rows[rows["kind"] == kind]
         if len(alike):
-            symbol, colour = _MARKS[kind]
+            symbol, colour = MARKS[kind]
             figure.add_scatter(
                 x=alike["across"],
                 y=alike["height"],

@@ -25,7 +25,7 @@ from lowrank_core.search.desk import Desk, chosen_allocation, chosen_model, comp
 from lowrank_core.search.healed import export_healed, heal_allocation, healing_config
 from lowrank_core.search.records import MANUAL, TrialRecord, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.session import Session
+from lowrank_core.search.session import Session, record_curves
 from lowrank_core.search.study import TrialBench, enqueue_allocation
 
 __all__ = ["Kind", "answer", "answer_requests", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
@@ -133,11 +133,25 @@ def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     return {"path": str(folder), "verification": asdict(found)}
 
 
+def _curves(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+    """Write the error curves, for a run of an older version; a worker of this one has, as it began."""
+    bench, _, config = desk.search
+    return {"estimate": record_curves(desk.run, config, bench)}
+
+
 Kind = Callable[[Desk, Mapping[str, object]], Answer]
 """What a kind of request does with its arguments."""
 
 _KINDS: Mapping[str, Kind] = MappingProxyType(
-    {**measuring.KINDS, "directions": _directions, "export": _export, "heal": _heal, "measure": _measure, "verify": _verify}
+    {
+        **measuring.KINDS,
+        "curves": _curves,
+        "directions": _directions,
+        "export": _export,
+        "heal": _heal,
+        "measure": _measure,
+        "verify": _verify,
+    }
 )
 
 

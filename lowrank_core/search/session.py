@@ -9,6 +9,7 @@ from lowrank_core.analysis import spectra_of
 from lowrank_core.bases import basis_named
 from lowrank_core.calibration import LayerStatistics, cached_statistics, statistics_key
 from lowrank_core.config import SearchConfig
+from lowrank_core.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.decomposition import error_curves, units_of
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.gradients import cached_gradients
@@ -24,7 +25,7 @@ from lowrank_core.spectra import load_spectra, save_spectra
 from lowrank_core.text import TokenWindows, load_text
 from lowrank_core.units import check_reachable, value_layers
 
-__all__ = ["Session", "fingerprint", "prepare", "search_bench"]
+__all__ = ["Session", "fingerprint", "prepare", "record_curves", "search_bench"]
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,19 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
         curves = {name: curve * slopes.get(name, 1.0) for name, curve in curves.items()}
     space = SearchSpace.of(units, config, dense, curves)
     return TrialBench(decomposed, windows, reference, space, batch_size)
+
+
+def record_curves(run: Run, config: SearchConfig, bench: TrialBench) -> str:
+    """Leave in ``run`` the errors that its allocators trade, and return what they estimate (``curves.ESTIMATES``).
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    decomposed, space = bench.decomposed, bench.space
+    estimate = "slopes" if config.slopes else "kl" if decomposed.basis.comparable else "own"
+    record = CurveRecord(config.compression.basis, estimate, space.curves or {}, tuple(decomposed.statistics.influence))
+    save_curves(run.path / CURVES_FILE, record, space.units)
+    return estimate
 
 
 def fingerprint(session: Session, bench: TrialBench) -> dict[str, object]:

@@ -24,7 +24,7 @@ from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.requests import answer_requests, confirm
 from lowrank_core.search.samplers import phase
 from lowrank_core.search.sensitivity import SensitivityBench, SensitivityOutcome
-from lowrank_core.search.session import Session, fingerprint, prepare, search_bench
+from lowrank_core.search.session import Session, fingerprint, prepare, record_curves, search_bench
 from lowrank_core.search.study import (
     TrialBench,
     completed_trials,
@@ -83,6 +83,7 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
             reporter.close("finished")
             return session, None
         bench = search_bench(session, search, run.config.calibration.batch_size, reporter)
+        record_curves(run, search, bench)
         study = open_study(run, search, bench.space)
         _sign(run, study, session, bench)
         for _ in range(helpers):

@@ -1,23 +1,23 @@
-"""What a trial, or a user, allocates: the map of it, a table to edit, and what it costs against the budget."""
+"""What a trial, or a user, allocates: the maps of it, and a table."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import pandas as pd
 
-from lowrank_core.accounting import HeadUnit, MatrixShape, Unit, budget_for_ratio, dense_parameters
-from lowrank_core.allocation import AllocationFile, AllocationProblem, RankAllocation, Ranks, allocation_from_ranks
-from lowrank_core.config import CompressionConfig, SearchConfig
-from lowrank_core.errors import RankError
-from lowrank_core.search.records import MANUAL, TrialRecord
-from lowrank_core.units import check_reachable, plan_units, value_layers
-from lowrank_core.views.formatting import percent
+from lowrank_core.accounting import HeadUnit, MatrixShape, Unit
+from lowrank_core.allocation import RankAllocation, allocation_from_ranks
+from lowrank_core.config import CompressionConfig
+from lowrank_core.curves import CurveRecord
+from lowrank_core.search.records import TrialRecord
+from lowrank_core.units import plan_units
+from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.layermap import LayerMap, layer_map
+from lowrank_core.views.prediction import predicted_kl
 from lowrank_core.views.trials import unit_label
 
-__all__ = ["Cost", "allocation_map", "allocation_of", "cost_of", "picked_file", "rank_table", "search_units", "trial_of_ranks"]
+__all__ = ["allocation_map", "allocation_of", "loss_map", "rank_table", "search_units"]
 
 
 def search_units(matrices: Sequence[MatrixShape], compression: CompressionConfig, heads: Sequence[HeadUnit] = ()) -> tuple[Unit, ...]:
@@ -60,8 +60,25 @@ def _words(unit: Unit | None, rank: int | None, share: float) -> str:
     return f"{words} of {unit_label(unit.name)}, {'by heads' if isinstance(unit, HeadUnit) else 'as one stack'}"
 
 
+def loss_map(allocation: RankAllocation, units: Sequence[Unit], record: CurveRecord) -> LayerMap:
+    """Return the share of each matrix in the predicted KL divergence, that of its unit where it shares a rank; 0 where it stays dense."""
+    known = {unit.name: unit for unit in units}
+    covered = {member.name: name for name in allocation.ranks for member in known[name].members}
+    total = predicted_kl(record, allocation.ranks) or 0.0
+    matrices = list({member.name: member for unit in units for member in unit.members}.values())
+    shares, labels = [], []
+    for matrix in matrices:
+        unit = known.get(covered.get(matrix.name, ""))
+        rank = None if unit is None else allocation.ranks[unit.name]
+        error = (record.error(unit.name, rank) if unit is not None else 0.0) or 0.0
+        shares.append(error / total if total > 0 else 0.0)
+        words = _words(unit, rank, 1.0 if unit is None else unit.parameters(rank) / unit.dense_parameters)
+        labels.append(f"{words}; {number(error)} predicted")
+    return layer_map(matrices, shares, labels, "Share of the predicted ΔKL", percent=True)
+
+
 def rank_table(allocation: RankAllocation, units: Sequence[Unit]) -> pd.DataFrame:
-    """Return a row for each unit that ``allocation`` uses, to be edited: name, layer, rank (missing: dense), most, locked.
+    """Return a row for each unit that ``allocation`` uses: name, layer, rank (missing: dense), most, locked.
 
     ``most`` is the largest rank that costs less than the dense matrices.
     """
@@ -76,76 +93,3 @@ def rank_table(allocation: RankAllocation, units: Sequence[Unit]) -> pd.DataFram
         }
     )
     return frame.set_index("name")
-
-
-def picked_file(frame: pd.DataFrame) -> AllocationFile:
-    """Return what was entered in a ``rank_table``.
-
-    Raises:
-        RankError: a rank that is no whole number from 1 up.
-    """
-    ranks: dict[str, int | None] = {}
-    for name, rank in frame["rank"].items():
-        if not pd.isna(rank) and (int(rank) != rank or rank < 1):
-            raise RankError(f"{name}: rank {rank:g} is no whole number from 1 up. Leave the cell empty to keep the layer dense.")
-        ranks[str(name)] = None if pd.isna(rank) else int(rank)
-    return AllocationFile(ranks, tuple(str(name) for name, locked in frame["locked"].items() if locked))
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an allocation keeps, against what the search may keep.
-
-    Attributes:
-        kept: parameters of the compressible linears. With ``completed``, those of locked and dense layers only.
-        allowed: the budget; None for a search over a range of ratios.
-        dense: parameters of the linears as they are.
-        completed: whether an allocator spends the rest of the budget.
-    """
-
-    kept: int
-    allowed: int | None
-    dense: int
-    completed: bool
-
-    @property
-    def fits(self) -> bool:
-        return self.allowed is None or self.kept <= self.allowed
-
-    @property
-    def share(self) -> float:
-        """Kept of allowed, at most 1, for a meter; of the dense model without a budget."""
-        return min(1.0, self.kept / max(1, self.dense if self.allowed is None else self.allowed))
-
-    @property
-    def removed(self) -> float:
-        """Fraction of the linears' parameters that is removed."""
-        return 1 - self.kept / max(1, self.dense)
-
-
-def cost_of(picked: AllocationFile, units: Sequence[Unit], search: SearchConfig, *, completed: bool) -> Cost:
-    """Return what ``picked`` costs; ``completed`` says that an allocator chooses what is not locked.
-
-    Raises:
-        ConfigError, RankError: the ranks do not fit the model.
-        BudgetError: nothing that completes them meets the budget.
-    """
-    dense, allowed = dense_parameters(units), budget_for_ratio(units, search.compression_ratio)
-    if not completed:
-        kept = allocation_from_ranks(MANUAL, units, picked.ranks).parameters
-        return Cost(kept, None if search.most_ratio is not None else allowed, dense, completed=False)
-    check_reachable(units, search.compression_ratio, search.compression, fixed=picked.fixed)
-    stay = _dense_values(units, search.compression)
-    problem = AllocationProblem(tuple(units), search.compression_ratio, frozenset(stay), fixed=picked.fixed)
-    return Cost(problem.committed, allowed, dense, completed=True)
-
-
-def _dense_values(units: Sequence[Unit], compression: CompressionConfig) -> Collection[str]:
-    shapes = {member.name: member for unit in units for member in unit.members}
-    return value_layers(list(shapes.values())) if compression.value_dense else ()
-
-
-def trial_of_ranks(trials: Sequence[TrialRecord], ranks: Ranks) -> TrialRecord | None:
-    """Return the newest hand-picked trial with these ranks, or None."""
-    wanted: Mapping[str, int | None] = dict(ranks)
-    return next((trial for trial in reversed(trials) if trial.label == MANUAL and dict(trial.ranks) == wanted), None)

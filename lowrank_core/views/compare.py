@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -20,7 +20,6 @@ __all__ = [
     "Confirmed",
     "Export",
     "Failure",
-    "Measured",
     "answers",
     "comparisons",
     "confirmed",
@@ -28,7 +27,6 @@ __all__ = [
     "label_of",
     "name_of",
     "last_failure",
-    "last_measured",
     "other_texts",
     "refusals",
 ]
@@ -277,25 +275,6 @@ def _ends(row: dict[str, object], perplexity: Sequence[float], kl: Sequence[floa
     low, high = perplexity or (None, None)
     kl_low, kl_high = kl or (None, None)
     return {**row, "low": low, "high": high, "kl_low": kl_low, "kl_high": kl_high}
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the worker said to a hand-picked allocation: its ranks as they were put in line, or why not."""
-
-    ranks: Mapping[str, int | None]
-    compression_ratio: float | None
-    error: str = ""
-
-
-def last_measured(bodies: Sequence[JsonMapping]) -> Measured | None:
-    """Return the newest answer to a request to measure an allocation."""
-    body = next((body for body in reversed(bodies) if body.get("kind") == "measure"), None)
-    if body is None:
-        return None
-    if not body.get("ok"):
-        return Measured({}, None, str(body.get("error") or "no reason given"))
-    return Measured(dict(body.get("ranks", {})), body.get("compression_ratio"))
 
 
 def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:

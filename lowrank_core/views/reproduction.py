@@ -11,7 +11,7 @@ from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConf
 from lowrank_core.presets import PRESETS, Preset
 from lowrank_core.runs import JsonMapping
 
-__all__ = ["Reproduction", "compress_command", "export_command", "reproduction", "test_command", "verify_command"]
+__all__ = ["Reproduction", "compress_command", "enqueue_command", "export_command", "reproduction", "test_command", "verify_command"]
 
 _CHOICES = ("space", "variables", "sampler", "objective", "trials", "startup_trials", "pruner", "top_k", "confirmed")
 _NUMBERS = ("input_damping", "gradient_damping", "drift_beta")
@@ -57,13 +57,17 @@ def export_command(run: str, trial: int, config: ExportConfig | None = None) -> 
     return _command("export", {"run": run, "trial": trial, "out": chosen.folder_name(f"trial-{trial}"), **chosen.options})
 
 
-def compress_command(config: RunConfig, ranks: str, export: ExportConfig) -> str:
-    """Return the command that makes the model of the allocation in the file ``ranks``; empty where options can't say the same."""
-    search = config.search
-    if search is None or _unsaid(config) or export.dtype != ExportConfig().dtype:  # --dtype of that command is the one it runs in
+def compress_command(config: RunConfig, ranks: str, out: str, export: ExportConfig | None = None) -> str:
+    """Return the command that compresses the run's model at the ranks in the file ``ranks``, by the run's recipe.
+
+    Empty where no options say the recipe or the export, or nothing is searched.
+    """
+    export = export or ExportConfig()
+    method = None if config.search is None else _method(config.search)
+    # --dtype of that command is the one it runs in
+    if method is None or _unsaid(replace(config, search=None)) or export.dtype != ExportConfig().dtype:
         return ""
-    made = {"ranks": ranks, "out": export.folder_name(ranks.removesuffix(".json")), **export.options}
-    return _command("compress", {**_shared(config), **_method(search), **made})
+    return _command("compress", {**_shared(config), **method, "ranks": ranks, "out": out, **export.options})
 
 
 def verify_command(folder: str) -> str:
@@ -87,14 +91,9 @@ def _command(name: str, options: Mapping[str, object]) -> str:
     return shlex.join(words)
 
 
-def _options(config: RunConfig, folder: str) -> str:
-    search, shared = config.search, _shared(config)
-    if search is None:
-        return _command("analyze", shared)
-    chosen = {name: getattr(search, name) for name in _CHOICES}
-    flags = {"slopes": search.slopes, "autocast": search.autocast}
-    ratios = {"compression_ratio": search.compression_ratio, "most_ratio": search.most_ratio}
-    return _command("search", {**shared, **ratios, **_method(search), **chosen, **flags, "run": folder})
+def enqueue_command(run: str, ranks: str) -> str:
+    """Return the command that puts the ranks in the file ``ranks`` in line in the run at the path ``run``."""
+    return _command("enqueue", {"run": run, "ranks": ranks})
 
 
 def _shared(config: RunConfig) -> dict[str, object]:
@@ -113,13 +112,26 @@ def _shared(config: RunConfig) -> dict[str, object]:
     }
 
 
-def _method(search: SearchConfig) -> dict[str, object]:
-    """Return the options that say how factors are made; those of a preset where there is one."""
+def _method(search: SearchConfig) -> dict[str, object] | None:
+    """Return the options of basis, storage and what goes with them; None where they can't say it."""
     base = _base_of(search)
-    assert base is not None
+    if base is None:
+        return None
     usual = base.compression if isinstance(base, Preset) else CompressionConfig()
     numbers = {name: value for name in _NUMBERS if (value := getattr(search.compression, name)) != getattr(usual, name)}
     return {**({"preset": base.name} if isinstance(base, Preset) else base), **numbers}
+
+
+def _options(config: RunConfig, folder: str) -> str:
+    shared, search = _shared(config), config.search
+    if search is None:
+        return _command("analyze", shared)
+    method = _method(search)
+    assert method is not None
+    chosen = {name: getattr(search, name) for name in _CHOICES}
+    flags = {"slopes": search.slopes, "autocast": search.autocast}
+    ratios = {"compression_ratio": search.compression_ratio, "most_ratio": search.most_ratio}
+    return _command("search", {**shared, **ratios, **method, **chosen, **flags, "run": folder})
 
 
 def _base_of(search: SearchConfig) -> Preset | dict[str, object] | None:

@@ -34,7 +34,7 @@ __all__ = [
     "status_words",
 ]
 
-PARTS = ("model.json", "text.json", "calibration.json", "spectra.npz", "study.journal")
+PARTS = ("model.json", "text.json", "calibration.json", "spectra.npz", "curves.npz", "study.journal")
 _NOTES = 80  # characters in the table
 _WORKING = ("queued", "running", "stopping")
 

@@ -9,6 +9,7 @@ import streamlit as st
 
 from lowrank_core.accounting import Unit
 from lowrank_core.config import SearchConfig
+from lowrank_core.curves import CURVES_FILE, CurveRecord, load_curves
 from lowrank_core.figures.thumbnail import thumbnail
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord
@@ -20,7 +21,7 @@ from lowrank_core.views.model import model_facts
 from lowrank_core.views.preview import TextPreview, text_preview
 from lowrank_core.views.sources import model_folder
 
-__all__ = ["importances_of", "model_on_disk", "pictures_of", "preview_of", "spectra_of"]
+__all__ = ["curves_of", "importances_of", "model_on_disk", "pictures_of", "preview_of", "spectra_of"]
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -107,3 +108,22 @@ def pictures_of(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -
         return {}
     units = search_units(facts.matrices, search.compression, facts.head_units)
     return {trial.number: _picture(str(run.path), trial.number, trial.started, trial, units) for trial in trials if trial.ranks}
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _curves(path: str, changed: int) -> CurveRecord | None:
+    return load_curves(Path(path))
+
+
+def curves_of(run: Run) -> CurveRecord | None:
+    """Return the error curves of ``run``; None where its worker has not written them.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = run.path / CURVES_FILE
+    try:
+        changed = path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+    return _curves(str(path), changed)

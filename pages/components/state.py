@@ -1,15 +1,17 @@
 """The one selection that every page follows: run, module, trial. Only this module touches ``st.session_state``.
 
-The selection is mirrored in the address, so that a link restores the view: ``?run=ID&module=NAME&trial=N``.
+The selection is mirrored in the address, so that a link restores the view: ``?run=ID&module=NAME&trial=N&draft=TOKEN``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import streamlit as st
 
+from lowrank_core.drafts import has_draft
 from lowrank_core.errors import LowRankError
 from lowrank_core.runs import Run
 from lowrank_core.search.records import read_trials
@@ -22,6 +24,8 @@ __all__ = [
     "choose",
     "control",
     "framed",
+    "held",
+    "keep",
     "module_of",
     "notes",
     "pick_from_chart",
@@ -33,16 +37,19 @@ __all__ = [
     "selection",
 ]
 
+T = TypeVar("T")
+
 _SELECTION, _NOTES, _LAST, _FRAMED = "selection", "link_notes", "last_pick", "framed"
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What the user looks at; None where a page may choose: the newest run, the first module, the best trial."""
+    """What the user looks at; None where a page may choose: the newest run, the first module, the best trial, no draft."""
 
     run: str | None = None
     module: str | None = None
     trial: int | None = None
+    draft: str | None = None
 
 
 def begin() -> None:
@@ -85,10 +92,10 @@ def module_of(names: Sequence[str]) -> str:
 
 
 def choose(**changes: str | int | None) -> None:
-    """Change the selection; another run forgets the trial. The notes of the link are done with."""
+    """Change the selection; another run forgets trial and draft. The notes of the link are done with."""
     shown = run()
     if "run" in changes and (shown is None or changes["run"] != shown.id):
-        changes = {"trial": None, **changes}
+        changes = {"trial": None, "draft": None, **changes}
     st.session_state[_SELECTION] = replace(selection(), **changes)  # type: ignore[arg-type]
     st.session_state[_NOTES] = []
     _mirror()
@@ -97,6 +104,17 @@ def choose(**changes: str | int | None) -> None:
 def control(key: str, value: object) -> None:
     """Show ``value`` in the widget ``key``, which is drawn next."""
     st.session_state[key] = value
+
+
+def keep(key: str, value: object) -> None:
+    """Remember ``value`` for this session, over changes of the page."""
+    st.session_state[key] = value
+
+
+def held(key: str, default: T) -> T:
+    """Return what is remembered under ``key``, or the value of that widget."""
+    value: T = st.session_state.get(key, default)
+    return value
 
 
 def pick_from_widget(field: str, key: str) -> Callable[[], None]:
@@ -162,7 +180,12 @@ def _mirror() -> None:
     shown, chosen = run(), selection()
     wanted = {
         name: str(value)
-        for name, value in (("run", shown.id if shown else None), ("module", chosen.module), ("trial", chosen.trial))
+        for name, value in (
+            ("run", shown.id if shown else None),
+            ("module", chosen.module),
+            ("trial", chosen.trial),
+            ("draft", chosen.draft),
+        )
         if value is not None
     }
     if st.query_params.to_dict() != wanted:
@@ -184,7 +207,11 @@ def _from_link(link: Mapping[str, str]) -> tuple[Selection, list[str]]:
     if trial and not _has_trial(shown, trial):
         found.append(f"The link names the trial `{trial}`, which this run does not have; the best one is shown.")
         trial = None
-    return Selection(identifier, module or None, int(trial) if trial else None), found
+    draft = link.get("draft")
+    if draft and (shown is None or not has_draft(shown, draft)):
+        found.append("The link names a draft of ranks that is no longer here; the page begins a new one.")
+        draft = None
+    return Selection(identifier, module or None, int(trial) if trial else None, draft or None), found
 
 
 def _has_module(shown: Run | None, module: str) -> bool:

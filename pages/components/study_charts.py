@@ -122,7 +122,7 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
             "application/json",
             key="download_allocation",
             icon=":material/download:",
-            help="Valid for `lowrank compress --ranks`, and for “Measure an allocation of your own” below.",
+            help="Valid for `lowrank compress --ranks`, and on the page Pick by hand.",
             on_click="ignore",
         )
         st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")

@@ -181,7 +181,7 @@ def _command(run: Run, source: Source, config: ExportConfig) -> None:
         st.caption("A healing is repeated by the settings in its `lowrank.json`, with `lowrank heal` on the one-shot model.")
     elif source.number is not None:
         st.code(export_command(str(run.path), source.number, config), language="bash", wrap_lines=True)
-    elif command := compress_command(run.config, ranks, config):
+    elif command := compress_command(run.config, ranks, config.folder_name(ranks.removesuffix(".json")), config):
         st.caption(f"`lowrank export` takes trials. Save “Allocation (JSON)” below as {ranks}, and make the model of it:")
         st.code(command, language="bash", wrap_lines=True)
     else:

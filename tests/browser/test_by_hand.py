@@ -1,4 +1,4 @@
-"""An allocation by hand, in a real browser and during a real search on the bundled model."""
+"""Ranks by hand in a real browser, and measured during a real search on the bundled model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,73 @@ import json
 import re
 
 import pytest
-from test_dashboard import CALIBRATION_SECONDS, TRIAL_SECONDS, assert_sound, console_errors, trials, wait_for
+from synthetic import make_run, priced_units, write_rich_study
+from test_dashboard import CALIBRATION_SECONDS, TRIAL_SECONDS, assert_sound, console_errors, wait_for
+from test_hand_page import SEARCH, with_curves
 
 from lowrank_core import jobs
 from lowrank_core.config import RunConfig, SearchConfig, TextConfig
-from lowrank_core.runs import create_run
+from lowrank_core.runs import Run, create_run
 from lowrank_core.search.records import MANUAL, read_trials
 
 pytestmark = pytest.mark.browser
+
+RANK, KEPT = 4, 5
+"""Columns of the table as the eye sees them, from 0."""
+HEADER = ROW = 35  # pixels
+
+
+def enter(page, row: int, column: int, text: str) -> None:
+    """Type ``text`` into a cell of the table, which is a canvas: from the first cell there by the arrow keys."""
+    grid = page.locator("[data-testid=stDataFrame] .dvn-scroller").first
+    grid.scroll_into_view_if_needed()
+    page.wait_for_timeout(500)  # it may still be drawn
+    box = grid.bounding_box()
+    page.mouse.click(box["x"] + 30, box["y"] + HEADER + ROW / 2)
+    page.wait_for_timeout(300)
+    for key, times in (("ArrowRight", column), ("ArrowDown", row)):
+        for _ in range(times):
+            page.keyboard.press(key)
+    page.keyboard.type(text[0])
+    editor = page.locator("#portal input").first
+    editor.wait_for()
+    page.keyboard.type(text[1:])
+    wait_for(lambda: editor.input_value() == text, 10, "the cell's editor has the text")
+    page.keyboard.press("Enter")
+
+
+def meter(page) -> str:
+    return page.get_by_text(re.compile(r"parameters")).filter(has_text=re.compile(r"^Keeps|over the budget")).first.inner_text()
+
+
+def test_cells_are_edited_the_meter_follows_and_undo_takes_it_back(address, page, home):
+    run = with_curves(make_run(config=SEARCH, study=write_rich_study))
+    page.goto(f"{address}/hand?run={run.id}")
+    page.locator("[data-testid=stDataFrame] canvas").first.wait_for()
+    name, before = priced_units()[0].name, meter(page)
+    enter(page, 0, RANK, "2")
+    wait_for(lambda: meter(page) != before, 30, "the meter follows a rank")
+    assert saved(run)["ranks"][name] == 2
+    second, edited = priced_units()[1].name, meter(page)
+    enter(page, 1, KEPT, "40")
+    wait_for(lambda: meter(page) != edited, 30, "the meter follows a kept ratio")
+    assert saved(run)["ranks"][second] == priced_units()[1].rank_for_parameters(0.4 * priced_units()[1].dense_parameters)
+    assert saved(run)["ranks"][name] == 2
+    page.get_by_role("button", name="Undo").click()
+    wait_for(lambda: meter(page) == edited, 30, "undo")
+    enter(page, 0, RANK, "99")
+    page.get_by_text("rank must be in [1, 24], got 99").wait_for()
+    assert meter(page) == edited
+    page.reload()
+    page.locator("[data-testid=stDataFrame] canvas").first.wait_for()
+    assert meter(page) == edited
+    assert_sound(page)
+    assert console_errors(page) == []
+
+
+def saved(run: Run) -> dict[str, dict[str, int | None]]:
+    newest = max((run.path / "drafts").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
+    return json.loads(newest.read_text())["draft"]
 
 
 @pytest.mark.slow
@@ -22,36 +81,29 @@ def test_an_allocation_by_hand_is_measured_while_the_search_goes_on(address, pag
     run = create_run(RunConfig(text=text, search=SearchConfig(compression_ratio=0.3, trials=500, sampler="random")))
     jobs.start_worker(run)
     wait_for(lambda: len(read_trials(run)) >= 4, CALIBRATION_SECONDS, "the first trials")
-    page.goto(f"{address}/search?run={run.id}&trial=1")
-    page.get_by_text("Where LoRD, fixed by hand (trial 1) keeps its parameters").wait_for()
+    page.goto(f"{address}/hand?run={run.id}&trial=1")
+    page.get_by_text("Started from LoRD, fixed by hand (trial 1)").wait_for()
+    enter(page, 0, RANK, "30")
+    page.get_by_text("This draft is not measured yet").wait_for()
+    page.get_by_role("button", name="Fit the rest to the budget").click()
+    page.get_by_role("button", name="Fit", exact=True).click()
+    page.get_by_text("The budget is met").wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Measure it now").click()
+    page.get_by_text(re.compile("Waits for the worker|In line|Being measured|Measured as By hand")).first.wait_for()
+    page.get_by_text(re.compile(r"Measured as By hand \(trial \d+\)")).wait_for(timeout=TRIAL_SECONDS * 1000)
+    page.get_by_text("This draft, measured").wait_for()
+    picked = next(trial for trial in read_trials(run) if trial.label == MANUAL)
+    assert picked.state == "complete"
+    assert picked.compression_ratio == pytest.approx(0.3, abs=0.001)
     with page.expect_download() as download:
         page.get_by_role("button", name="Allocation (JSON)").click()
-
     mine = json.loads(download.value.path().read_text())
-    mine["locked"] = [next(name for name, rank in mine["ranks"].items() if rank)]
-    mine["ranks"][mine["locked"][0]] = 3
-    path = tmp_path / "mine.json"
-    path.write_text(json.dumps(mine))
-    panel = page.locator(".st-key-hand_panel")
-    panel.get_by_text("Measure an allocation of your own").click()
-    panel.locator("input[type=file]").set_input_files(path)
-    panel.get_by_text("Starts from mine.json").wait_for()
-    choice = panel.get_by_role("combobox", name=re.compile("Ranks that are not locked"))
-    choice.scroll_into_view_if_needed()
-    page.wait_for_timeout(1500)  # the list of a select box closes when the page is scrolled
-    choice.click()
-    page.get_by_role("option", name=re.compile("Chosen by Uniform")).click()
-    panel.get_by_text("the allocator spends the rest").wait_for()
-    panel.get_by_role("button", name="Measure it next").click()
-
-    panel.get_by_text("The last allocation was accepted").wait_for(timeout=TRIAL_SECONDS * 1000)
-    page.get_by_text("1 picked by hand, on top").wait_for()
-    picked = next(trial for trial in read_trials(run) if trial.label == MANUAL)
-    assert picked.ranks[mine["locked"][0]] == 3
-    wait_for(lambda: read_trials(run)[picked.number].state == "complete", TRIAL_SECONDS, "the allocation is measured")
-    seen = trials(page)
-    wait_for(lambda: trials(page) > seen, TRIAL_SECONDS, "the search goes on")
-    page.goto(f"{address}/search?run={run.id}&trial={picked.number}")
+    assert mine["ranks"] == picked.ranks
+    seen = len(read_trials(run))
+    wait_for(lambda: len(read_trials(run)) > seen, TRIAL_SECONDS, "the search goes on")
+    page.get_by_role("button", name=f"Show By hand (trial {picked.number}) on Rank search").click()
     page.get_by_text(f"Where By hand (trial {picked.number}) keeps its parameters").wait_for()
+    assert saved(run)["ranks"] == picked.ranks  # leaving the page moved no slider
     assert_sound(page)
     assert console_errors(page) == []

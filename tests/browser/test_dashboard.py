@@ -15,8 +15,16 @@ from lowrank_core.runs import list_runs
 
 pytestmark = pytest.mark.browser
 
-PAGES = {"Overview": "/", "Spectra": "/spectra", "Feature energy": "/energy", "Rank search": "/search", "Compare": "/compare"}
-PAGES["Export"] = "/export"
+PAGES = {
+    "Overview": "/",
+    "Spectra": "/spectra",
+    "Feature energy": "/energy",
+    "Sensitivity": "/sensitivity",
+    "Pick by hand": "/hand",
+    "Rank search": "/search",
+    "Compare": "/compare",
+    "Export": "/export",
+}
 COUNT = re.compile(r"(\d+) of (\d+) trials complete")
 # Opened below the root, Streamlit's own front end asks there first for two files that are at the root.
 PROBES = ("/_stcore/health", "/_stcore/host-config")

@@ -23,6 +23,7 @@ PAGES = {
     "spectra": "Spectra",
     "energy": "Feature energy",
     "sensitivity": "Sensitivity",
+    "hand": "Pick by hand",
     "search": "Rank search",
     "compare": "Compare",
     "export": "Export",

@@ -1,8 +1,7 @@
-"""The Rank search page as a user meets it: every kind of trial, a range of ratios, steering, and allocations by hand."""
+"""The Rank search page as a user meets it: every kind of trial, a range of ratios, and steering."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -10,8 +9,6 @@ from synthetic import (
     RATIO,
     make_run,
     model_json,
-    priced_units,
-    running_status,
     write_answers,
     write_front,
     write_long_study,
@@ -19,11 +16,11 @@ from synthetic import (
 )
 from test_pages import charts, sound, words
 
-from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.config import CompressionConfig, SearchConfig
-from lowrank_core.jobs import pending_requests
 from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.runs import Run, list_runs, write_json
+from lowrank_core.search.records import pareto_front, read_trials
+from lowrank_core.views.trials import trial_label
 
 RICH = SearchConfig(RATIO, trials=12, pruner="wilcoxon")
 RANGE = SearchConfig(0.2, most_ratio=0.6, trials=9)
@@ -187,8 +184,9 @@ def test_a_range_of_ratios_has_a_front_instead_of_a_best_trial(app, page):
         assert "On the front 4 trials" in words(test)
         assert "How much can be removed at which loss" in words(test)
     if page == "compare":
-        options = test.selectbox[-1].options if len(test.selectbox) == 1 else [o for box in test.selectbox for o in box.options]
-        assert sum(option.startswith("Front: ") for option in options) == 4
+        front = pareto_front(read_trials(run))
+        options = test.multiselect[0].options[: len(front)]
+        assert all(option.startswith(f"{trial_label(trial)}, ") for option, trial in zip(options, front, strict=True))
 
 
 def test_a_trial_of_the_front_can_be_chosen(app):
@@ -288,86 +286,4 @@ def test_a_recorded_run_can_not_be_steered(app, tmp_path, monkeypatch):
     monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
     test = app("search")
     assert sound(test)
-    assert not {"extend", "use_sampler", "add_worker", "measure_hand"} & {button.key for button in test.button}
-    assert "start a search of your own to measure" in words(test)
-
-
-# allocations by hand
-
-
-def upload(test, run: Run, content: bytes, name: str = "mine.json"):
-    return test.file_uploader(key=f"hand_file_{run.id}").upload(name, content).run()
-
-
-def test_the_ranks_of_a_trial_are_measured_as_they_stand(app, rich):
-    test = app("search", trial="1")
-    test.button(key="measure_hand").click().run()
-    assert sound(test)
-    (request,) = pending_requests(rich)
-    assert request["kind"] == "measure"
-    assert "complete" not in request["arguments"]
-    assert set(request["arguments"]["ranks"]) == {unit.name for unit in priced_units()}
-    assert "1 allocation waits for the worker" in words(test)
-
-
-def test_the_chosen_trial_is_taken_as_a_start(app, rich):
-    test = app("search", trial="6")
-    assert test.number_input(key=f"hand_trial_{rich.id}").value == 3
-    test.button(key="hand_take").click().run()
-    assert test.number_input(key=f"hand_trial_{rich.id}").value == 6
-    assert "Over the budget of 30.0 % removed" in words(test)
-
-
-def test_a_trial_that_is_not_there_is_told(app, rich):
-    test = app("search")
-    test.number_input(key=f"hand_trial_{rich.id}").set_value(99).run()
-    assert "there is no trial 99" in test.error[0].value
-    assert not test.exception
-
-
-def test_an_uploaded_file_is_completed_by_an_allocator(app, rich):
-    units = priced_units()
-    mine = allocation_from_ranks("manual", units, {units[0].name: 2}, locked=[units[0].name])
-    test = upload(app("search"), rich, mine.to_json().encode())
-    test.selectbox(key="hand_complete").set_value("uniform").run()
-    assert sound(test)
-    test.button(key="measure_hand").click().run()
-    (request,) = pending_requests(rich)
-    assert request["arguments"] == {"ranks": {units[0].name: 2}, "complete": "uniform"}
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (b"{", "is not JSON"),
-        (b"\xff\xfe", "is not UTF-8"),
-        (b"[1]", "must hold a JSON object"),
-        (json.dumps({"model.layers.0.self_attn.q_proj": 2.5}).encode(), "Write a whole number"),
-        (json.dumps({"model.layers.0.self_attn.q_proj": 9999}).encode(), "rank must be in"),
-        (json.dumps({"lm_head": 3}).encode(), "no compressible layer"),
-        (b'{"ranks": {}, "locked": ["x"]}', "locks 'x'"),
-    ],
-)
-def test_a_bad_file_becomes_a_message(app, rich, content, said):
-    test = upload(app("search"), rich, content)
-    assert not test.exception
-    assert said in test.error[0].value
-    assert not pending_requests(rich)
-
-
-def test_what_the_worker_said_is_shown(app, rich):
-    answer = {"ok": False, "kind": "measure", "error": "compression ratio 0.3 can't be met", "arguments": {}, "time": 1.0}
-    write_json(rich.path / "results" / "1-a.json", answer)
-    assert "The worker refused the last allocation: compression ratio 0.3 can't be met" in words(app("search"))
-    ranks = dict.fromkeys(("a", "b"), 2)
-    write_json(rich.path / "results" / "2-a.json", {"ok": True, "kind": "measure", "ranks": ranks, "compression_ratio": 0.31, "time": 2.0})
-    test = app("search")
-    assert [found.value for found in test.success] == ["The last allocation was accepted: 31.0 % removed; it is the next trial."]
-
-
-def test_an_allocation_can_not_be_measured_before_a_trial_began(app):
-    run = make_run(config=RICH, study=lambda run: None)
-    run.write_status(running_status("Factorising"))
-    test = app("search")
-    assert sound(test)
-    assert "No trial has begun yet" in words(test)
+    assert not {"extend", "use_sampler", "add_worker"} & {button.key for button in test.button}

@@ -22,10 +22,10 @@ from synthetic import (
     write_rich_study,
 )
 
-from lowrank_core.accounting import HeadUnit, Unit, allocated_parameters, budget_for_ratio, dense_parameters
-from lowrank_core.allocation import AllocationFile, allocate, allocation_from_ranks, parse_allocation
+from lowrank_core.accounting import HeadUnit, Unit, allocated_parameters, budget_for_ratio
+from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig, TextConfig
-from lowrank_core.errors import BudgetError, ConfigError, RankError
+from lowrank_core.errors import BudgetError, ConfigError
 from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.search.records import read_trials
 from lowrank_core.units import plan_units
@@ -260,60 +260,11 @@ def test_the_map_draws_each_matrix_once_whatever_unit_holds_it():
     assert "as one stack" in frame.loc[stack.members[0].name, "label"]
 
 
-def test_a_table_of_ranks_comes_back_as_it_was_edited():
+def test_a_table_of_ranks_has_a_row_for_each_unit():
     units = priced_units()
-    start = allocation_from_ranks("manual", units, {units[0].name: 5}, locked=[units[0].name])
-    table = allocation.rank_table(start, units)
+    table = allocation.rank_table(allocation_from_ranks("manual", units, {units[0].name: 5}, locked=[units[0].name]), units)
     assert table["rank"].isna().sum() == len(units) - 1
-    assert table["layer"].iloc[0] == "0 · q"
-    table.loc[units[1].name, "rank"] = 3
-    picked = allocation.picked_file(table)
-    assert picked.ranks[units[1].name] == 3
-    assert picked.ranks[units[2].name] is None
-    assert picked.fixed == {units[0].name: 5}
-    assert parse_allocation(start.to_json(), "file").locked == (units[0].name,)
-
-
-@pytest.mark.parametrize("rank", [0, 2.5, -1])
-def test_a_rank_that_is_none_is_refused(rank):
-    units = priced_units()
-    table = allocation.rank_table(allocation_from_ranks("manual", units, {}), units).astype({"rank": float})
-    table.loc[units[0].name, "rank"] = rank
-    with pytest.raises(RankError, match="no whole number"):
-        allocation.picked_file(table)
-
-
-def test_the_meter_tells_what_is_kept_of_what_is_allowed():
-    units = priced_units()
-    found = SearchConfig(RATIO, compression=CompressionConfig(value_dense=False))
-    uniform = allocate("uniform", units, RATIO)
-    cost = allocation.cost_of(AllocationFile(uniform.ranks, ()), units, found, completed=False)
-    assert (cost.kept, cost.allowed, cost.fits) == (uniform.parameters, budget_for_ratio(units, RATIO), True)
-    assert cost.removed == pytest.approx(uniform.compression_ratio)
-    over = allocation.cost_of(AllocationFile({units[0].name: 2}, ()), units, found, completed=False)
-    assert not over.fits
-    assert over.share == 1.0
-    free = allocation.cost_of(AllocationFile({units[0].name: 2}, ()), units, RANGE, completed=False)
-    assert free.allowed is None
-    assert free.fits
-    assert free.share == pytest.approx(free.kept / dense_parameters(units))
-
-
-def test_the_meter_of_a_partial_choice_counts_what_is_locked():
-    units = priced_units()
-    found = SearchConfig(RATIO, compression=CompressionConfig(value_dense=False))
-    lock = AllocationFile({units[0].name: 2, units[1].name: None}, (units[0].name,))
-    cost = allocation.cost_of(lock, units, found, completed=True)
-    assert cost.kept == units[0].parameters(2)
-    assert cost.fits
-    heavy = AllocationFile({unit.name: None for unit in units[:-1]}, tuple(unit.name for unit in units[:-1]))
-    with pytest.raises(BudgetError, match="loosen a lock"):
-        allocation.cost_of(heavy, units, found, completed=True)
-
-
-def test_a_hand_picked_trial_is_found_by_its_ranks(rich):
-    assert allocation.trial_of_ranks(rich, rich[5].ranks).number == 5
-    assert allocation.trial_of_ranks(rich, {"a": 1}) is None
+    assert table.iloc[0].to_dict() == {"layer": "0 · q", "rank": 5, "most": units[0].break_even_rank, "locked": True}
 
 
 # answers
@@ -339,7 +290,3 @@ def test_hand_picked_trials_are_filed_by_number():
 def test_what_was_said_to_a_hand_picked_allocation_is_told_where_it_was_picked():
     refused = {"ok": False, "kind": "measure", "error": "ranks: 'x' is no compressible layer", "time": 1.0}
     assert compare.last_failure([comparison("uniform", "uniform", 3.4), refused]) is None
-    assert compare.last_measured([refused]).error.startswith("ranks: 'x'")
-    accepted = {"ok": True, "kind": "measure", "ranks": {"a": 3}, "compression_ratio": 0.3, "time": 2.0}
-    assert compare.last_measured([refused, accepted]).ranks == {"a": 3}
-    assert compare.last_measured([]) is None
