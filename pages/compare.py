@@ -45,7 +45,7 @@ with boundary():
     bodies = answers(run)
     found = comparisons(bodies)
     picked = subjects.choose(run, options, trials, found)
-    live(lambda: asking.waiting(run), 1.0 if is_busy(run) else None)
+    live(asking.waiting, 1.0 if is_busy(run) else None, run)
     failure = last_failure(bodies)
     if failure is not None:
         st.error(f"The last request ({failure.kind}) failed: {failure.error}", icon=":material/error:")
@@ -86,6 +86,6 @@ with boundary():
     trial = next((subject for subject in picked if subject in made), next(iter(made)))
     st.subheader("Win some of it back", anchor=False)
     healing.form(run, made, trial)
-    live(lambda: healing.show(run), 2.0 if is_busy(run) else None)
+    live(healing.show, 2.0 if is_busy(run) else None, run)
 
     st.page_link(navigation.EXPORT, label="Take it away: the Export page writes the model and proves it", icon=":material/save:")

@@ -18,7 +18,7 @@ with boundary():
         text = "A model to take away needs an allocation. Start a search; its baselines are there within a minute."
         layout.empty("Nothing to export yet", text, icon=":material/save:", page=navigation.SEARCH, label="Start a search")
         st.stop()
-    live(lambda: asking.waiting(run), 1.0 if is_busy(run) else None)
+    live(asking.waiting, 1.0 if is_busy(run) else None, run)
 
     source = None
     with boundary():

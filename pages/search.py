@@ -28,7 +28,7 @@ with boundary():
     if run is not None and config.search is not None:
         steering.show(run, config.search, facts)
         # The live part draws itself anew every second while a worker is at it, and only then.
-        live(lambda: study.show(run), 1.0 if is_busy(run) else None)
+        live(study.show, 1.0 if is_busy(run) else None, run)
         study.show_importance(run, config.search)
         confirmed.show(run)
         st.page_link(navigation.HAND, label="Pick ranks by hand, and have them measured in this search", icon=":material/tune:")

@@ -38,10 +38,10 @@ def profile_figure(view: LayerMap) -> go.Figure:
         )
         last = rows["value"].dropna()
         if len(last):
-            ends.append((float(last.iloc[-1]), name, colour))
+            ends.append((_place(float(last.iloc[-1]), view), name, colour))
     finished(figure, height=360, x="Block (depth, from the embedding to the head)", y=view.measure, right=72)
     low, high = _range(view)
-    figure.update_yaxes(range=[low, high], tickformat=".0%" if view.percent else "")
+    figure.update_yaxes(range=[low, high], tickformat=".0%" if view.percent else "", type="log" if view.log else "linear")
     span = max(1, len(view.depths) - 1)
     first = view.depths[0] if view.depths else 0
     step = max(1, len(view.depths) // 16)
@@ -50,10 +50,15 @@ def profile_figure(view: LayerMap) -> go.Figure:
     return figure
 
 
+def _place(value: float, view: LayerMap) -> float:
+    """Return where a value stands on the axis: a log axis counts powers of ten."""
+    return math.log10(value) if view.log else value
+
+
 def _range(view: LayerMap) -> tuple[float, float]:
-    finite = [value for value in view.frame["value"] if math.isfinite(value)]
+    finite = [_place(value, view) for value in view.frame["value"] if math.isfinite(value)]
     low, high = (min(finite), max(finite)) if finite else (0.0, 1.0)
-    low = min(0.0, low) if view.low == 0 else low
+    low = min(0.0, low) if view.low == 0 and not view.log else low
     margin = 0.05 * (high - low) or 0.5
     return low - margin, high + margin
 

@@ -1,4 +1,4 @@
-"""What the chosen trial decided for each module."""
+"""What a run knows of its modules beyond their spectra: what the chosen trial decided, and what was measured."""
 
 from __future__ import annotations
 
@@ -36,10 +36,14 @@ class RunFacts:
     Attributes:
         trial: name of the chosen trial.
         choices: what it decided.
+        costs: measured KL to the dense model (nats per token) of modules that alone keep a ratio, by that ratio.
+        kept: which of these ratios is shown; None where nothing was measured.
     """
 
     trial: str = ""
     choices: Mapping[str, Choice] = field(default_factory=dict)
+    costs: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
+    kept: float | None = None
 
 
 def chosen_trial(trials: Sequence[TrialRecord], search: SearchConfig | None, number: int | None) -> TrialRecord | None:

@@ -13,6 +13,7 @@ from lowrank_core.heavy_tails import outliers
 from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.views.choices import RunFacts
 from lowrank_core.views.formatting import number, percent
+from lowrank_core.views.sensitivity import FLOOR
 
 __all__ = ["METRICS", "SOURCES", "Metric", "Reading", "energies_of", "offered", "tail_words"]
 
@@ -43,6 +44,7 @@ class Metric:
         ranks: whether it counts ranks, and can be shown as a share of full rank.
         share: whether it is a fraction in [0, 1], to be shown as percent.
         from_zero: whether the colour scale begins at 0, or at the least value.
+        log: whether colours follow the logarithm.
         known: whether a run has it.
     """
 
@@ -56,6 +58,7 @@ class Metric:
     share: bool = False
     from_zero: bool = True
     missing: str = "not defined"
+    log: bool = False
     known: Callable[[RunFacts], bool] = field(default=lambda facts: True)
 
 
@@ -112,6 +115,13 @@ def _kept(spectrum: LayerSpectrum, source: str, facts: RunFacts) -> Reading | No
     return Reading(choice.kept, f"{facts.trial}: {choice.words}") if choice is not None else None
 
 
+def _cost(spectrum: LayerSpectrum, source: str, facts: RunFacts) -> Reading | None:
+    kl = None if facts.kept is None else facts.costs[facts.kept].get(spectrum.shape.name)
+    if kl is None or kl <= FLOOR:
+        return None
+    return Reading(kl, f"{number(kl)} nats per token where it alone keeps {percent(facts.kept, 0)}")
+
+
 METRICS: Mapping[str, Metric] = MappingProxyType(
     {
         metric.name: metric
@@ -162,7 +172,19 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 missing="not in the trial",
                 known=lambda facts: bool(facts.choices),
             ),
-            # A figure that a run measured goes here, like "kept": its values are a field of RunFacts, and `known` says whether it has any.
+            Metric(
+                "cost",
+                "Measured loss",
+                "KL to the original on validation text when this module alone is compressed, from the Sensitivity page",
+                _cost,
+                measure="KL, nats per token",
+                sources=(),
+                ranks=False,
+                from_zero=False,
+                missing="not measured, or nothing but rounding",
+                log=True,
+                known=lambda facts: bool(facts.costs),
+            ),
         )
     }
 )

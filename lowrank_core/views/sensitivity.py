@@ -28,8 +28,9 @@ __all__ = [
     "cell_table",
     "correlations",
     "coverage",
+    "fullest",
     "depth_curves",
-    "measured_delta_kl",
+    "measured_costs",
     "measured_ratios",
     "module_curve",
     "protocol_words",
@@ -236,19 +237,25 @@ def _correlation(cells: pd.DataFrame, estimate: str) -> tuple[float | None, int]
     return spearman(pairs["kl"].to_numpy(float), pairs[estimate].to_numpy(float)), len(pairs)
 
 
-def measured_delta_kl(run: Run, kept_ratio: float) -> dict[str, float]:
-    """Return KL to the dense model by module (nats per token) where it alone keeps ``kept_ratio``, from the run's newest measurement.
+def measured_costs(run: Run) -> dict[float, dict[str, float]]:
+    """Return KL to the dense model (nats per token) by kept ratio and module that alone keeps it, from the run's newest measurement.
 
-    Modules without a cell at that ratio are left out; nothing is interpolated.
+    Ratios ascend; modules that were not measured, or diverged, are left out; nothing is interpolated.
 
     Raises:
         RunError: a record is damaged.
     """
     records = read_records(run)
-    cells = records[0].cells if records else ()
-    return {
-        cell.name: cell.kl for cell in cells if cell.scope == MODULE and cell.kl is not None and bool(np.isclose(cell.kept, kept_ratio))
-    }
+    found: dict[float, dict[str, float]] = {}
+    for cell in records[0].cells if records else ():
+        if cell.scope == MODULE and cell.kl is not None:
+            found.setdefault(cell.kept, {})[cell.name] = cell.kl
+    return dict(sorted(found.items()))
+
+
+def fullest(costs: Mapping[float, Mapping[str, float]]) -> float | None:
+    """Return the ratio with the most modules, of several the one next to a half; None without any."""
+    return min(costs, key=lambda kept: (-len(costs[kept]), abs(kept - 0.5)), default=None)
 
 
 def coverage(cells: pd.DataFrame, matrices: Sequence[MatrixShape], kept: float) -> str:

@@ -88,9 +88,9 @@ def atlas(spectra: Sequence[LayerSpectrum], metric: str, source: str, *, relativ
     ]
     labels = [f"{DASH} {found.missing}" if reading is None else reading.words for reading in readings]
     measure = "Share of full rank" if relative else found.measure
-    view = layer_map([spectrum.shape for spectrum in spectra], values, labels, measure, percent=relative or found.share)
+    view = layer_map([spectrum.shape for spectrum in spectra], values, labels, measure, percent=relative or found.share, log=found.log)
     finite = [value for value in values if math.isfinite(value)]
-    return view if found.from_zero or not finite else replace(view, low=min(finite))
+    return view if found.from_zero or found.log or not finite else replace(view, low=min(finite))
 
 
 def spectrum_named(spectra: Sequence[LayerSpectrum], module: str) -> LayerSpectrum:

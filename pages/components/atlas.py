@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import streamlit as st
 
@@ -11,6 +11,7 @@ from lowrank_core.figures.layermap import map_figure
 from lowrank_core.figures.profile import profile_figure
 from lowrank_core.spectra import LayerSpectrum
 from lowrank_core.views.choices import RunFacts
+from lowrank_core.views.formatting import percent
 from lowrank_core.views.metrics import METRICS, SOURCES, Metric, offered
 from lowrank_core.views.spectrum import atlas, atlas_table
 from pages.components import state, tables
@@ -33,7 +34,7 @@ class _Choice:
 
 def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> None:
     """Draw the choice of a metric, its map and its depth profile, and the same as a table."""
-    chosen = _choice(facts)
+    chosen, facts = _choice(facts)
     names = [spectrum.shape.name for spectrum in spectra]
     view = atlas(spectra, chosen.metric.name, chosen.source, relative=chosen.relative, facts=facts)
     reading = "dark cells are low-rank" if chosen.metric.ranks and chosen.metric.name != "outliers" else "bright cells are higher"
@@ -59,7 +60,8 @@ def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> No
     _table(spectra, chosen.metric, facts, names)
 
 
-def _choice(facts: RunFacts) -> _Choice:
+def _choice(facts: RunFacts) -> tuple[_Choice, RunFacts]:
+    """Draw the choice; return it, and the facts at the ratio that was chosen."""
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         name = st.selectbox(
             "Metric", offered(facts), key="metric", format_func=lambda name: METRICS[name].label, persist_state="session", width=330
@@ -76,8 +78,23 @@ def _choice(facts: RunFacts) -> _Choice:
                 format_func=SOURCES.__getitem__,
                 persist_state="session",
             )
+        if metric.name == "cost":
+            facts = replace(facts, kept=_ratio(facts))
         relative = metric.ranks and st.toggle("As share of full rank", key="metric_relative", value=True, persist_state="session")
-    return _Choice(metric, source, relative)
+    return _Choice(metric, source, relative), facts
+
+
+def _ratio(facts: RunFacts) -> float | None:
+    ratios = list(facts.costs)
+    return st.selectbox(
+        "Kept of the module",
+        ratios,
+        ratios.index(facts.kept) if facts.kept is not None else 0,
+        key="metric_kept",
+        format_func=lambda kept: percent(kept, 0),
+        persist_state="session",
+        width=160,
+    )
 
 
 def _table(spectra: Sequence[LayerSpectrum], metric: Metric, facts: RunFacts, names: Sequence[str]) -> None:

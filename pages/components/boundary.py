@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ParamSpec
 
 import streamlit as st
 
 from lowrank_core.errors import LowRankError
 
 __all__ = ["boundary", "live"]
+
+Given = ParamSpec("Given")
 
 
 @contextmanager
@@ -21,12 +24,12 @@ def boundary() -> Iterator[None]:
         st.error(str(error), icon=":material/error:")
 
 
-def live(body: Callable[[], None], seconds: float | None) -> None:
-    """Draw ``body`` now, and again every ``seconds`` by itself (None: only when the page is drawn)."""
+def live(body: Callable[Given, None], seconds: float | None, *arguments: Given.args, **options: Given.kwargs) -> None:
+    """Draw ``body(*arguments)`` now, and again every ``seconds`` by itself (None: only when the page is drawn)."""
 
     def guarded() -> None:
         with boundary():
-            body()
+            body(*arguments, **options)
 
     # Streamlit knows a fragment by its function: two on a page must not look alike.
     guarded.__qualname__ = f"live.{body.__module__}.{body.__qualname__}"

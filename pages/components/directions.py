@@ -27,7 +27,7 @@ def show(run: Run, module: str) -> None:
     )
     side = _form(run, module)
     if not run.recorded:
-        live(lambda: asking.waiting(run), 1.0 if is_busy(run) else None)
+        live(asking.waiting, 1.0 if is_busy(run) else None, run)
     bodies = answers(run)
     failure = direction_failure(bodies, module, side)
     if failure is not None:

@@ -1,12 +1,15 @@
-"""What the trial that the user looks at, else the best one, decided for each module."""
+"""What the run on screen knows of its modules beyond their spectra."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 from lowrank_core.runs import Run
 from lowrank_core.search.records import read_trials
 from lowrank_core.views.allocation import search_units
 from lowrank_core.views.choices import RunFacts, chosen_trial, facts_of_trial
 from lowrank_core.views.model import model_facts
+from lowrank_core.views.sensitivity import fullest, measured_costs
 from pages.components import state
 
 __all__ = ["run_facts"]
@@ -18,6 +21,12 @@ def run_facts(run: Run) -> RunFacts:
     Raises:
         RunError: a file of the run is damaged.
     """
+    costs = measured_costs(run)
+    return replace(_decided(run), costs=costs, kept=fullest(costs))
+
+
+def _decided(run: Run) -> RunFacts:
+    """Return what the trial that the user looks at, else the best one, decided."""
     search, model = run.config.search, model_facts(run)
     if search is None or model is None:
         return RunFacts()

@@ -33,7 +33,7 @@ _HOW = {
 
 def watch(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None:
     """Draw what is measured so far; anew while cells come in, and only then."""
-    live(lambda: _show(run, facts, spectra), _TICK if is_busy(run) else None)
+    live(_show, _TICK if is_busy(run) else None, run, facts, spectra)
 
 
 def _show(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None:

@@ -88,7 +88,7 @@ def run() -> Run | None:
 def module_of(names: Sequence[str]) -> str:
     """Return the chosen module if the run has it, else the first of ``names``."""
     module = selection().module
-    return module if module in names else names[0]
+    return module if module is not None and module in names else names[0]
 
 
 def choose(**changes: str | int | None) -> None:

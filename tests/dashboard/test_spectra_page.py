@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from synthetic import FFN, calibration_json, directions, make_run, spectra
+from synthetic import FFN, calibration_json, directions, make_run, spectra, write_sensitivity
 from test_pages import charts, sound, words
 
 from lowrank_core.jobs import pending_requests
@@ -16,15 +16,27 @@ from lowrank_core.views.metrics import METRICS
 NAME = "model.layers.1.mlp.up_proj"
 
 
-@pytest.mark.parametrize("metric", ["alpha", "outliers", "kept"])
+@pytest.mark.parametrize("metric", ["alpha", "outliers", "kept", "cost"])
 def test_every_kind_of_metric_can_be_shown(app, metric):
-    make_run()
+    write_sensitivity(make_run())
     test = app("spectra")
     assert test.selectbox(key="metric").options == [found.label for found in METRICS.values()]
     test.selectbox(key="metric").set_value(metric).run()
     assert sound(test)
     assert METRICS[metric].label in words(test)
     assert len(charts(test)) == 5
+
+
+def test_measured_losses_are_shown_at_the_ratio_that_is_chosen(app):
+    cells = {(cell.name, cell.kept): cell for cell in write_sensitivity(make_run())}
+    test = app("spectra", module=NAME)
+    test.selectbox(key="metric").set_value("cost").run()
+    assert test.selectbox(key="metric_kept").options == ["20 %", "50 %", "80 %"]
+    for kept in (0.5, 0.2):
+        test.selectbox(key="metric_kept").set_value(kept).run()
+        assert sound(test)
+        table = next(frame.value for frame in test.dataframe if "value" in frame.value)
+        assert table.set_index("module")["value"][NAME] == cells[NAME, kept].kl
 
 
 def test_without_a_trial_its_ranks_are_no_metric(app):

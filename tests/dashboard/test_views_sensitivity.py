@@ -153,18 +153,24 @@ def test_correlations_say_over_how_many(run: Run):
 
 
 def test_measured_values_for_other_pages(run: Run):
-    found = views.measured_delta_kl(run, 0.5)
-    assert set(found) == {matrix.name for matrix in matrices()}
-    assert found[UP] == pytest.approx(1e-3 * 0.25 * 2)
-    assert views.measured_delta_kl(run, 0.55) == {}
-    assert views.measured_delta_kl(make_run(search=False), 0.5) == {}
+    found = views.measured_costs(run)
+    assert list(found) == [0.2, 0.5, 0.8]
+    assert set(found[0.5]) == {matrix.name for matrix in matrices()}
+    assert found[0.5][UP] == pytest.approx(1e-3 * 0.25 * 2)
+    assert views.measured_costs(make_run(search=False)) == {}
+
+
+def test_the_ratio_shown_first_is_the_one_with_the_most_modules():
+    assert views.fullest({0.2: {"a": 1.0, "b": 1.0}, 0.5: {"a": 1.0}, 0.8: {"a": 1.0}}) == 0.2
+    assert views.fullest({0.2: {"a": 1.0}, 0.6: {"a": 1.0}, 0.8: {"a": 1.0}}) == 0.6
+    assert views.fullest({}) is None
 
 
 def test_a_damaged_record_is_an_error_that_says_what_to_do(run: Run):
     (path,) = (run.path / "sensitivity").iterdir()
     path.write_text("nonsense\n")
     with pytest.raises(RunError, match=r"damaged in line 1: .*Delete the file"):
-        views.measured_delta_kl(run, 0.5)
+        views.measured_costs(run)
 
 
 def test_a_plan_counts_what_is_left_and_what_it_takes():
