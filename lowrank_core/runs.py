@@ -137,6 +137,7 @@ class RunStatus:
         warnings: what the user should know of the results.
         pid, pid_started: the process, and its start time as the system tells it (a pid alone may be reused).
         heartbeat: time of this record, seconds since the epoch.
+        earlier_stop: the stop (``Run.stop_asked``) that stood before the work in hand began, and does not end it.
         timings: seconds that each finished stage took.
     """
 
@@ -151,6 +152,7 @@ class RunStatus:
     pid_started: float | None = None
     heartbeat: float = 0.0
     timings: Mapping[str, float] | None = None
+    earlier_stop: int | None = None
 
     @property
     def active(self) -> bool:
@@ -274,6 +276,13 @@ class Run:
         body = read_json(path)
         return RunStatus() if body is None else _status_from(body, path)
 
+    def stop_asked(self) -> int | None:
+        """Return when trials were last stopped (nanoseconds, as the file system tells them); None where they are wanted."""
+        try:
+            return self.pause_marker.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
     def status(self) -> RunStatus:
         """Return the worker's last word, corrected if its process is dead."""
         status = self._written_status()
@@ -281,7 +290,7 @@ class Run:
             return status
         if not self.worker_alive():
             return replace(status, state="interrupted", message="The worker's process ended before its work did. Resume to go on.")
-        if status.state == "running" and self.pause_marker.exists():
+        if status.state == "running" and self.stop_asked() not in (None, status.earlier_stop):
             return replace(status, state="stopping")
         return status
 

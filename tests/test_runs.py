@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig, from_mapping, to_mapping
-from lowrank_core.errors import ConfigError, RunError
+from lowrank_core.errors import Cancelled, ConfigError, RunError
 from lowrank_core.jobs import ask, pending_requests, request_stop, result_of, start_worker
 from lowrank_core.runs import (
     Run,
@@ -27,6 +27,7 @@ from lowrank_core.runs import (
     read_json,
     write_json,
 )
+from lowrank_core.search.reporter import Reporter
 
 SEARCH = RunConfig(search=SearchConfig(compression_ratio=0.3, compression=CompressionConfig(basis="weight_svd")))
 
@@ -254,6 +255,27 @@ def test_a_stop_request_shows_until_it_is_met(run: Run):
     assert run.status().state == "stopping"
     _held_by(run, os.getpid(), state="stopped")
     assert run.status().state == "stopped"
+
+
+def test_a_stop_from_before_does_not_end_what_a_worker_was_started_for(run: Run):
+    request_stop(run)
+    reporter = Reporter(run, verbose=False)
+    try:
+        reporter.say(stage="Measuring on test text")
+        reporter.check_stop()
+        assert run.status().state == "running"
+        time.sleep(0.02)  # two stops within a tick of the file system's clock would look like one
+        request_stop(run)
+        assert run.status().state == "stopping"
+        with pytest.raises(Cancelled):
+            reporter.check_stop()
+        run.pause_marker.unlink()
+        reporter.check_stop()
+        request_stop(run)
+        with pytest.raises(Cancelled):
+            reporter.check_stop()
+    finally:
+        reporter.close("stopped")
 
 
 @pytest.mark.parametrize("content", ['{"colour": "blue"}', '{"warnings": null}', "{"])

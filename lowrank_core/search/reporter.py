@@ -34,7 +34,7 @@ class Reporter:
         self._done = threading.Event()
         self._timings: dict[str, float] = {}
         self._request: Path | None = None
-        self._serving = run.pause_marker.exists()  # started only to answer requests: the old stop is not for us
+        self._earlier = run.stop_asked()  # started only to answer requests: the old stop is not for us
         pid = os.getpid()
         self._status = RunStatus(state="running", stage="Starting", pid=pid, pid_started=process_started(pid))
         self._written = 0.0
@@ -48,7 +48,7 @@ class Reporter:
 
     def _write(self) -> None:
         with self._lock:
-            self._run.write_status(replace(self._status, timings=dict(self._timings)), self._own)
+            self._run.write_status(replace(self._status, timings=dict(self._timings), earlier_stop=self._earlier), self._own)
             self._written = time.monotonic()
 
     def say(self, **changes: object) -> None:
@@ -64,7 +64,7 @@ class Reporter:
 
     def serve(self) -> None:
         """From now on only requests are answered: a stop that is standing does not concern them."""
-        self._serving = True
+        self._earlier = self._run.stop_asked()
 
     def heed(self, request: Path | None) -> None:
         """From now on work for ``request``, and stop when its user has withdrawn it."""
@@ -79,9 +79,10 @@ class Reporter:
         """Raise ``Cancelled`` if a user asked to stop since this worker started, or withdrew the request in hand."""
         if self.withdrawn:
             raise Cancelled
-        if not self.paused:
-            self._serving = False
-        elif not self._serving:
+        asked = self._run.stop_asked()
+        if asked is None:
+            self._earlier = None
+        elif asked != self._earlier:
             raise Cancelled
 
     @contextmanager
