@@ -269,11 +269,13 @@ def benchmark_allocation(source: ModelSource, text: TextConfig, ratios: Sequence
     return {"rows": [row.to_mapping() for row in rows], "text": allocation_benchmark.as_markdown(rows)}
 
 
-def benchmark_quality(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, variants: bool, search: bool) -> Result:
+def benchmark_quality(
+    source: ModelSource, text: TextConfig, ratios: Sequence[float], *, variants: bool, search: bool, int8: bool = False
+) -> Result:
     """Measure every preset at equal parameters on test text."""
     for ratio in ratios:
         check_ratio(ratio)
-    rows = quality_benchmark.quality_table(source, text, ratios, variants=variants, search=search)
+    rows = quality_benchmark.quality_table(source, text, ratios, variants=variants, search=search, int8=int8)
     return {"model": source.reference, "rows": [row.to_mapping() for row in rows], "text": quality_benchmark.as_markdown(rows)}
 
 

@@ -47,7 +47,7 @@ def test_the_allocation_s_markdown_carries_the_figures_and_their_protocol() -> N
 def rows(llama_checkpoint: Path, text: TextConfig, tmp_path_factory: pytest.TempPathFactory) -> list[quality.QualityRow]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_HOME", str(tmp_path_factory.mktemp("home")))
-        return quality.quality_table(ModelSource(str(llama_checkpoint)), text, [0.4, 0.97], variants=True)
+        return quality.quality_table(ModelSource(str(llama_checkpoint)), text, [0.4, 0.97], variants=True, int8=True)
 
 
 def test_every_preset_and_variant_has_a_row_for_each_ratio(rows: list[quality.QualityRow]) -> None:
@@ -68,6 +68,21 @@ def test_rows_are_at_equal_parameters_with_intervals_around_the_figures(rows: li
         exact = row.recipe not in ("bolaco", "basis_sharing", "data_free")  # ranks in eights, or coarse stacks
         assert not exact or row.parameters > budget - 250
     assert len({row.dense_perplexity for row in measured}) == 1
+
+
+def test_int8_has_columns_of_its_own_and_fewer_bytes(rows: list[quality.QualityRow]) -> None:
+    for row in rows:
+        if not row.error:
+            assert row.bytes is not None
+            assert row.int8_bytes is not None
+            assert row.int8_bytes < row.bytes
+            assert row.int8_kl != row.kl
+    table = quality.as_markdown(rows).split("\n\n")[1].splitlines()
+    assert "| bytes | int8: bytes | above dense | KL | s |" in table[0]
+    assert len({line.count("|") for line in table}) == 1
+    plain = quality.as_markdown([replace(row, int8_bytes=None) for row in rows]).split("\n\n")[1].splitlines()
+    assert "int8" not in plain[0]
+    assert len({line.count("|") for line in plain}) == 1
 
 
 def test_a_ratio_out_of_reach_is_told_in_its_row_and_the_others_go_on(rows: list[quality.QualityRow]) -> None:

@@ -19,6 +19,7 @@ from lowrank_core.evaluation import evaluate
 from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets import PRESETS, VARIANTS, Preset, search_by
+from lowrank_core.quantization import quantized
 from lowrank_core.recipe import decompose
 from lowrank_core.runs import create_run, home
 from lowrank_core.search.desk import chosen_model
@@ -35,6 +36,8 @@ class QualityRow:
 
     Attributes:
         compression_ratio: asked for; removed: as counted in the built model, indices and biases included.
+        bytes: of the whole model as it is stored.
+        int8_bytes, int8_perplexity, int8_kl: of the same model with its factors in 8 bits; None where that was not asked for.
         seconds: from the decompositions to the compressed model, those shared by all ratios included; calibration left out.
         error: why it could not be made at this ratio; the figures are then None.
     """
@@ -51,6 +54,10 @@ class QualityRow:
     kl: float | None = None
     kl_interval: tuple[float, float] | None = None
     top1_agreement: float | None = None
+    bytes: int | None = None
+    int8_bytes: int | None = None
+    int8_perplexity: float | None = None
+    int8_kl: float | None = None
     seconds: float | None = None
     protocol: str = ""
     error: str = ""
@@ -64,6 +71,7 @@ class _Table:
     handle: ModelHandle
     windows: TokenWindows
     statistics: LayerStatistics
+    int8: bool = False
 
     def rows(self, preset: Preset, ratios: Sequence[float]) -> Iterator[QualityRow]:
         """Decompose once, and yield a row for each ratio."""
@@ -82,6 +90,7 @@ class _Table:
     def measured(self, row: QualityRow, model: CompressedModel, seconds: float) -> QualityRow:
         try:
             report = evaluate(model.handle, self.windows.test, against=self.handle)
+            row = self._in_int8(row, model) if self.int8 else row
         except LowRankError as error:
             return replace(row, removed=model.report.compression_ratio, error=str(error))
         return replace(
@@ -94,9 +103,15 @@ class _Table:
             kl=report.kl,
             kl_interval=report.kl_interval,
             top1_agreement=report.top1_agreement,
+            bytes=model.report.bytes_after,
             seconds=seconds,
             protocol=report.protocol,
         )
+
+    def _in_int8(self, row: QualityRow, model: CompressedModel) -> QualityRow:
+        small = quantized(model)
+        report = evaluate(small.handle, self.windows.test, against=self.handle)
+        return replace(row, int8_bytes=small.report.bytes_after, int8_perplexity=report.perplexity, int8_kl=report.kl)
 
 
 def _named(preset: Preset, ratio: float) -> QualityRow:
@@ -104,13 +119,14 @@ def _named(preset: Preset, ratio: float) -> QualityRow:
 
 
 def quality_table(
-    source: ModelSource, text: TextConfig, ratios: Sequence[float], *, variants: bool = False, search: bool = False
+    source: ModelSource, text: TextConfig, ratios: Sequence[float], *, variants: bool = False, search: bool = False, int8: bool = False
 ) -> list[QualityRow]:
     """Compress by every preset at every ratio, and measure on test text.
 
     Args:
         variants: also our default with one of its parts left out or changed.
         search: also the paper's search, as published, at each ratio.
+        int8: also each of them with its factors in 8 bits.
 
     Raises:
         LowRankError: model or text can't be used.
@@ -123,7 +139,7 @@ def quality_table(
     statistics, _ = cached_statistics(handle, windows.calibration, config, store)
     if any(basis_named(recipe.compression.basis).needs_gradients for recipe in recipes):
         statistics = statistics.with_outputs(cached_gradients(handle, windows.calibration, config, store))
-    table = _Table(handle, windows, statistics)
+    table = _Table(handle, windows, statistics, int8)
     rows: list[QualityRow] = []
     for recipe in recipes:
         rows += table.rows(recipe, ratios)
@@ -187,22 +203,26 @@ def _cell(row: QualityRow | None) -> str:
 
 
 def _details(rows: Sequence[QualityRow]) -> str:
-    lines = [
-        "| removed | recipe | parameters | test perplexity | above dense (95 % interval) | KL to dense (95 % interval) | top-1 | s |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    return "\n".join(lines + [_line(row) for row in sorted(rows, key=lambda row: (row.compression_ratio, row.kl is None, row.kl or 0.0))])
+    columns = ["removed", "recipe", "parameters", "test perplexity", "above dense (95 % interval)", "KL to dense (95 % interval)", "top-1"]
+    columns += ["bytes", "int8: bytes", "above dense", "KL"] if any(row.int8_bytes is not None for row in rows) else []
+    lines = [f"| {' | '.join([*columns, 's'])} |", "| --- " * (len(columns) + 1) + "|"]
+    for row in sorted(rows, key=lambda row: (row.compression_ratio, row.kl is None, row.kl or 0.0)):
+        cells = _cells(row)
+        lines.append(f"| {' | '.join([*cells[:-1], *[''] * (len(columns) + 1 - len(cells)), cells[-1]])} |")
+    return "\n".join(lines)
 
 
-def _line(row: QualityRow) -> str:
-    head = f"| {row.compression_ratio:.0%} | {row.label} |"
+def _cells(row: QualityRow) -> list[str]:
+    head = [f"{row.compression_ratio:.0%}", row.label]
     if row.error:
-        return f"{head} – | {row.error} | | | | |"
+        return [*head, "–", row.error, ""]
     assert row.difference_interval is not None
     assert row.kl_interval is not None
     perplexity, dense, kl = row.perplexity or math.nan, row.dense_perplexity or math.nan, row.kl or 0.0
-    low, high = row.difference_interval
-    return (
-        f"{head} {row.parameters:,} | {perplexity:.3f} | {perplexity - dense:+.3f} ({low:+.3f} to {high:+.3f}) "
-        f"| {kl:.3g} ({row.kl_interval[0]:.3g} to {row.kl_interval[1]:.3g}) | {row.top1_agreement or 0.0:.1%} | {row.seconds or 0.0:.0f} |"
-    )
+    (low, high), (least, most) = row.difference_interval, row.kl_interval
+    cells = [*head, f"{row.parameters:,}", f"{perplexity:.3f}", f"{perplexity - dense:+.3f} ({low:+.3f} to {high:+.3f})"]
+    cells += [f"{kl:.3g} ({least:.3g} to {most:.3g})", f"{row.top1_agreement or 0.0:.1%}"]
+    if row.int8_bytes is not None:
+        small = (row.int8_perplexity or math.nan) - dense
+        cells += [f"{row.bytes:,}", f"{row.int8_bytes:,}", f"{small:+.3f}", f"{row.int8_kl or 0.0:.3g}"]
+    return [*cells, f"{row.seconds or 0.0:.0f}"]

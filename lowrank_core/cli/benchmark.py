@@ -28,6 +28,7 @@ def add(command: Command) -> None:
     _ratios(quality, 0.2, 0.4, 0.6)
     quality.add_argument("--variants", action="store_true", help="also our default with one part left out or changed")
     quality.add_argument("--search", action="store_true", help="also the paper's search, as published (50 trials for each ratio)")
+    quality.add_argument("--int8", action="store_true", help="also with the factors in 8 bits, in columns of their own")
     quality.add_argument("--plot", type=Path, metavar="FILE", help="write the figure as a self-contained HTML file")
     kind("speed", "Time ratios: calibration and a trial against forward passes, factored and pivoted layers against dense ones.")
     search = kind("search", "How fast searches come down: as published, random, and ours, several seeds; and what a cheaper trial changes.")
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> Result:
     if arguments.benchmark == "search":
         result = commands.benchmark_search(source, text, ratios, seeds=arguments.seeds, trials=arguments.trials, schemes=arguments.schemes)
     else:
-        result = commands.benchmark_quality(source, text, ratios, variants=arguments.variants, search=arguments.search)
+        result = commands.benchmark_quality(source, text, ratios, variants=arguments.variants, search=arguments.search, int8=arguments.int8)
     if plot is not None:
         _drawn(arguments.benchmark, result).write_html(plot, include_plotlyjs=True)
     return result
