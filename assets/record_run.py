@@ -32,8 +32,6 @@ SOURCE = PROMPT + "    with open(path) as lines:\n        return [line.strip() f
 """Read token by token: of our own, as no text of others is in the repository."""
 OTHER_TEXT = "file:README.md"
 COMPARED = ("uniform", "preset:svd_llm")
-MODULE = "model.layers.0.self_attn.q_proj"
-"""Whose top directions are read: the one that pages show first."""
 LEFT_OUT = ("worker.log", "worker.lock", "study.lock", "workers", "requests", "exports", "paused")
 
 
@@ -55,8 +53,6 @@ def main() -> None:
             ask(run, "tokens", launch=False, trial=trial, text=SOURCE)
         ask(run, "speed", launch=False, trial=best.number)
         ask(run, "heal", launch=False, trial=best.number)
-        for side in ("input", "output"):
-            ask(run, "directions", launch=False, module=MODULE, side=side)
         ask(run, "sensitivity", launch=False, **to_mapping(SensitivityConfig()))
         run_worker(run)  # nothing is left to search: it answers the requests, then measures what each module costs
         for name in LEFT_OUT:
