@@ -45,7 +45,7 @@ def _curve(healing: Healing) -> tuple[Block, ...]:
         name=f"healing-{healing.folder}",
         title=f"Healing {healing.name}",
         how="each point is a validation; the starred state is what is kept, however the curve goes on.",
-        alt="Validation KL divergence over the steps of a healing",
+        alt="KL divergence and perplexity on validation text over the steps of a healing",
         protocol="" if healing.report is None else f"Trained on {healing.report.training}. Validated on {healing.report.validation}.",
     )
     return (figure,)

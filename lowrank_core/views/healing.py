@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from lowrank_core.healing.config import HEALER_LABELS
@@ -74,9 +75,11 @@ def healings(run: Run) -> list[Healing]:
 
 
 def curve_table(history: Sequence[HealingPoint]) -> pd.DataFrame:
-    """Return a row for each validation: step, loss, kl and nll (nats per token), learning_rate, tokens, seconds, kept."""
+    """Return a row for each validation: step, loss, kl and nll (nats per token), perplexity, learning_rate, tokens, seconds, kept."""
     columns = ["step", "loss", "kl", "nll", "learning_rate", "tokens", "seconds", "kept"]
-    return pd.DataFrame([[getattr(point, name) for name in columns] for point in history], columns=columns)
+    table = pd.DataFrame([[getattr(point, name) for name in columns] for point in history], columns=columns)
+    table.insert(4, "perplexity", np.exp(table["nll"].astype(float)))
+    return table
 
 
 def ends_in_words(report: HealingReport) -> str:

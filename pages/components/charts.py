@@ -21,7 +21,7 @@ def chart(
     title: str,
     how: str,
     alt: str,
-    data: pd.DataFrame | None = None,
+    data: pd.DataFrame,
     on_pick: Callable[[], None] | None = None,
 ) -> None:
     """Show ``figure`` under its title, with a sentence on how to read it and its numbers as a file.
@@ -36,8 +36,7 @@ def chart(
         with st.container(gap="xxsmall"):
             st.markdown(f"**{title}**")
             st.caption(f"How to read this: {how}")
-        if data is not None:
-            _numbers(data, key)
+        _numbers(data, key)
     if isinstance(figure, VegaChart):
         picking = {"on_select": on_pick, "selection_mode": [PICKED, ZOOM]} if on_pick is not None else {}
         st.vega_lite_chart(figure.data, figure.spec, key=key, alt=alt, **picking)  # type: ignore[call-overload]

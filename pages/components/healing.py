@@ -67,12 +67,14 @@ def show(run: Run) -> None:
     newest, *older = found
     _told(newest)
     if newest.history:
+        curve = curve_table(newest.history)
         chart(
-            healing_figure(curve_table(newest.history), newest.steps),
+            healing_figure(curve, newest.steps),
             key="healing_curve",
             title=f"Healing {newest.label}",
-            how="each point is a validation; the starred state is what is kept, however the curve goes on.",
-            alt="Validation KL divergence over the steps of a healing",
+            how="each point is a validation on text that is not trained on; lower is better in both. The starred state is what is kept.",
+            alt="KL divergence and perplexity on validation text over the steps of a healing",
+            data=curve,
         )
     for healing in older:
         _told(healing)
