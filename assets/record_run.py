@@ -60,6 +60,8 @@ def main() -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         write_json(run.path / "run.json", run.record | {"recorded": True})
         write_json(run.path / "text.json", (run.part("text") or {}) | {"preview": ""})  # no text of others in the repository
+        for path in (run.path / "results").glob("*.json"):
+            path.write_text(path.read_text().replace(f"{run.path}/", ""))  # a healed model's folder, which is left out
         run.journal.write_text(run.journal.read_text().replace(f'"{socket.gethostname()}:', '"recorder:'))  # no name of a machine
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(run.path, target)

@@ -30,13 +30,14 @@ from lowrank_core.figures.trials import front_figure, history_figure
 from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.report import report_html, write_report
 from lowrank_core.runs import Run, RunStatus, create_run, open_run, recorded_run, write_json
-from lowrank_core.search.records import read_trials
+from lowrank_core.search.records import TrialRecord, read_trials
 from lowrank_core.search.worker import run_worker
 from lowrank_core.views.calibration import calibration_facts
 from lowrank_core.views.compare import answers, comparisons
 from lowrank_core.views.exported import written_models
 from lowrank_core.views.formatting import number
 from lowrank_core.views.front import front
+from lowrank_core.views.healing import healings
 from lowrank_core.views.losses import comparison_table
 from lowrank_core.views.reproduction import reproduction
 from lowrank_core.views.search import history, progress
@@ -164,26 +165,35 @@ def page(recorded: Run) -> Page:
     return report(recorded)
 
 
+@pytest.fixture(scope="module")
+def best(recorded: Run) -> TrialRecord:
+    search = recorded.config.search
+    assert search is not None
+    found = progress(read_trials(recorded), search).best
+    assert found is not None
+    return found
+
+
 # --- the recorded run: the same numbers as the views' ------------------------------------------------------------------
 
 
-def test_the_story_is_told_in_order(page: Page):
+def test_the_story_is_told_in_order(recorded: Run, page: Page, best: TrialRecord):
     assert [found["id"] for found in page.all("section")] == ANCHORS
-    assert charts(page) == ["map-features", "map-weights", "scree", "history", "allocation-trial-24", "perplexity-python-stdlib-test"]
+    (healed,) = healings(recorded)
+    drawn = ["map-features", "map-weights", "scree", "history", f"allocation-trial-{best.number}", "perplexity-python-stdlib-test"]
+    assert charts(page) == [*drawn, f"healing-{healed.folder}"]
 
 
-def test_trials_and_the_best_value_are_those_of_the_search(recorded: Run, page: Page):
+def test_trials_and_the_best_value_are_those_of_the_search(recorded: Run, page: Page, best: TrialRecord):
     trials, search = read_trials(recorded), recorded.config.search
     assert search is not None
-    best = progress(trials, search).best
-    assert best is not None
     assert f"{len(trials)} of {search.trials}" in page.text
     assert f"Best value {number(best.value, 4)}" in page.text
     frame = page.frame("trials.csv")
     assert len(frame) == len(trials) == len(page.rows("Every trial"))
     assert list(frame["value"]) == pytest.approx([trial.value for trial in trials], rel=1e-12)
     assert sum("★" in row["Kind"] for row in page.rows("Every trial")) == 1
-    allocation = json.loads(page.files()["recorded-run-trial-24.json"])
+    allocation = json.loads(page.files()[f"recorded-run-trial-{best.number}.json"])
     assert allocation["ranks"] == dict(best.ranks)
 
 
@@ -196,9 +206,9 @@ def test_perplexities_and_intervals_are_those_of_the_comparison(recorded: Run, p
         assert list(left) == (list(right) if ours == "model" else pytest.approx(list(right), rel=1e-12, nan_ok=True))
     rows = page.rows("What is lost")
     assert [row["Perplexity"] for row in rows] == [number(value, 5) for value in table["perplexity"]]
-    assert [row["Form"] for row in rows] == ["dense", *["one-shot"] * len(found)]
+    assert [row["Form"] for row in rows] == ["dense", *(comparison.form for comparison in found)]
     ends = {comparison.name: comparison.perplexity_difference_interval for comparison in found}
-    paired = frame[frame["form"] == "one-shot"]
+    paired = frame[frame["form"] != "dense"]
     assert list(zip(paired["difference_low"], paired["difference_high"], strict=True)) == [ends[name] for name in paired["model"]]
     assert found[0].protocol in page.text
 

@@ -16,4 +16,5 @@ def test_an_opening_without_any_run_shows_the_recorded_one(address, page):
         page.wait_for_timeout(1500)
         assert_sound(page)
     assert console_errors(page) == []
+    page.goto(address + PAGES["Compare"])
     page.get_by_text("Perplexity above the original's").first.wait_for()
