@@ -112,10 +112,11 @@ def _zero(figure: go.Figure, x: float, words: str, *, log: bool = False) -> None
 def _signed_log_axis(figure: go.Figure, table: pd.DataFrame, unit: float) -> None:
     ends = table[["difference", "low", "high"]].to_numpy(dtype=float)
     most = float(np.nanmax(np.abs(ends)))
-    powers = [10.0**power for power in range(int(np.floor(np.log10(unit))), int(np.ceil(np.log10(most))) + 1)]
+    # Below the unit the axis is linear, and a power of ten would stand on zero.
+    powers = [10.0**power for power in range(int(np.ceil(np.log10(unit))), int(np.ceil(np.log10(most))) + 1)]
     ticks = np.array([*(-power for power in reversed(powers)), 0.0, *powers])
     ticks = ticks[(ticks >= min(0.0, 2 * float(np.nanmin(ends)))) & (ticks <= 2 * most)]
-    figure.update_xaxes(tickvals=_placed(ticks, unit), ticktext=[f"{tick:+g}" if tick else "0" for tick in ticks])
+    figure.update_xaxes(tickvals=_placed(ticks, unit), ticktext=[f"{tick:+g}" if tick else "0" for tick in ticks], tickangle=0)
 
 
 def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:

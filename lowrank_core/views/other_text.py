@@ -44,8 +44,16 @@ class OtherText:
         row = both.iloc[int((both["other_ratio"] / both["own_ratio"]).argmax())]
         return (
             f"Largest gap: {row['name']} has {number(row['own_ratio'], 4)} times the original's perplexity on {self.own}, and "
-            f"{number(row['other_ratio'], 4)} times on {self.other}."
+            f"{number(row['other_ratio'], 4)} times on {self.other}{_resolved(row)}."
         )
+
+
+def _resolved(row: pd.Series) -> str:
+    """Return what the two intervals say of a gap; nothing where there is none of them."""
+    if row[["own_low", "own_high", "other_low", "other_high"]].isna().any():
+        return ""
+    apart = row["own_high"] < row["other_low"] or row["other_high"] < row["own_low"]
+    return "; the intervals do not overlap" if apart else "; the intervals overlap, so that these windows do not tell them apart"
 
 
 def other_text(own: Sequence[Comparison], other: Sequence[Comparison]) -> OtherText | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -162,6 +163,10 @@ def test_ratios_on_both_texts_are_of_the_same_models():
     assert row["other_low"] < row["other_ratio"] < row["other_high"]
     assert math.isnan(view.frame["own_ratio"][0])  # never measured on the run's own text
     assert view.words.startswith("Largest gap: trial 3 has 1.221 times the original's perplexity on python-stdlib, and 2.718 times")
+    ends = dict(zip(["own_low", "own_high", "other_low", "other_high"], [1.2, 1.25, 2.5, 2.9], strict=True))
+    apart = replace(view, frame=view.frame.assign(**ends))
+    assert apart.words.endswith("; the intervals do not overlap.")
+    assert replace(view, frame=view.frame.assign(**ends | {"own_high": 2.6})).words.endswith("do not tell them apart.")
     assert other_text.other_text(own, []) is None
 
 
