@@ -9,8 +9,7 @@ from lowrank_core.runs import Run
 from lowrank_core.views.compare import answers
 from lowrank_core.views.directions import direction_facts, direction_failure
 from lowrank_core.views.runs import is_busy
-from pages.components import requests as asking
-from pages.components import tables
+from pages.components import asking, tables
 from pages.components.boundary import boundary, live
 
 __all__ = ["show"]
