@@ -1,9 +1,8 @@
-"""Runs as large as the dashboard must stay smooth with: 80 blocks of 7 modules, 1000 trials, 1000 windows, 10 000 words."""
+"""A run as large as the dashboard must stay smooth with: 80 blocks of 7 modules, 1000 trials, 1000 windows, 10 000 words."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import numpy as np
 import optuna
@@ -18,7 +17,7 @@ from lowrank_core.runs import Run, write_json
 from lowrank_core.search.storage import open_journal
 from lowrank_core.spectra import LayerSpectrum
 
-LAYERS, WIDTH, TRIALS, WINDOWS, TOKENS = 80, 1024, 1000, 1000, 2048
+LAYERS, WIDTH, TRIALS, WINDOWS, TOKENS = 80, 512, 1000, 1000, 2048
 SHAPES = {
     "q_proj": (WIDTH, WIDTH),
     "k_proj": (WIDTH // 4, WIDTH),
@@ -46,7 +45,7 @@ def spectra(seed: int = 0) -> list[LayerSpectrum]:
 
 
 def write_long_study(run: Run) -> None:
-    """Write 1000 trials of a small model, every tenth stopped early."""
+    """Write 1000 trials with ranks of their own, every tenth stopped early."""
     study = optuna.create_study(storage=open_journal(run.journal), study_name=run.study_name, direction="minimize")
     generator = np.random.default_rng(2)
     space = {name: FloatDistribution(0.1, 1.0) for name in synthetic.VARIABLES}
@@ -55,7 +54,7 @@ def write_long_study(run: Run) -> None:
         loss = float(0.3 + generator.exponential(0.1))
         stopped = number % 10 == 9
         point = {"params": {name: float(generator.uniform(0.1, 1.0)) for name in space}, "distributions": space}
-        ranks = {unit.name: int(rank) for unit, rank in zip(units, generator.integers(1, 6, len(units)), strict=True)}
+        ranks = {unit.name: int(rank) for unit, rank in zip(units, generator.integers(1, 200, len(units)), strict=True)}
         attributes = {"label": "uniform" if number == 0 else "sampled", "ranks": json.dumps(ranks), "worker": "elsewhere:77:0.5"}
         attributes |= {
             "compression_ratio": synthetic.RATIO,
@@ -89,19 +88,11 @@ def _long_answers(run: Run) -> None:
         write_json(run.path / "results" / f"{number + 1}.json", body)
 
 
-def large_model(patch) -> Run:
-    """Write a run of a model of 80 x 7 matrices; what ``synthetic`` writes is made large by ``patch`` (a monkeypatch)."""
+def large_run(patch) -> Run:
+    """Write the run; what ``synthetic`` writes is made large by ``patch`` (a monkeypatch)."""
     for name, value in (("BLOCKS", LAYERS), ("HIDDEN", WIDTH), ("KINDS", SHAPES), ("spectra", spectra)):
         patch.setattr(synthetic, name, value)
-    run = synthetic.make_run()
-    model = synthetic.model_json() | {"vocabulary": 10_000}
-    write_json(run.path / "model.json", model)
-    _long_answers(run)
-    return run
-
-
-def long_search() -> Run:
-    """Write a search of 1000 trials over a small model, and answers over 1000 windows."""
-    run = synthetic.make_run(config=replace(SearchConfig(synthetic.RATIO), trials=TRIALS), study=write_long_study)
+    run = synthetic.make_run(config=SearchConfig(synthetic.RATIO, trials=TRIALS), study=write_long_study)
+    write_json(run.path / "model.json", synthetic.model_json() | {"vocabulary": 10_000})
     _long_answers(run)
     return run

@@ -1,4 +1,4 @@
-"""What pages send of the largest runs: no element above a megabyte, no curve of more points than a screen shows."""
+"""What pages send of the largest run: no element above a megabyte, no curve of more points than a screen shows."""
 
 from __future__ import annotations
 
@@ -9,33 +9,29 @@ import numpy as np
 import pytest
 from routes import NAMES
 from streamlit.testing.v1 import AppTest
-from synthetic_large import large_model, long_search
+from streamlit.testing.v1.element_tree import Element
+from synthetic_large import large_run
 from walking import charts, elements, views
 
 from lowrank_core.search.records import read_trials
 
 MEGABYTE = 1_000_000
 CURVE_POINTS = 200 + 32
-HEAVIEST = {"model": ("spectra_map", 560), "search": ("history", 1000)}
-"""Run -> a chart that shows how large it is, and the least number of things in it."""
 
 
 @pytest.fixture(scope="module")
-def homes(tmp_path_factory):
-    """Both runs, written once for all pages: kind -> home, run."""
-    found = {}
-    for kind in HEAVIEST:
-        home = tmp_path_factory.mktemp(kind)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("LOWRANK_HOME", str(home))
-            found[kind] = home, (large_model(patch) if kind == "model" else long_search())
-    return found
+def large(tmp_path_factory):
+    """The home and the run, written once for all pages."""
+    home = tmp_path_factory.mktemp("large")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRANK_HOME", str(home))
+        return home, large_run(patch)
 
 
 @pytest.fixture
-def opened(app, homes, monkeypatch):
-    def opened(page: str, kind: str) -> AppTest:
-        home, run = homes[kind]
+def opened(app, large, monkeypatch):
+    def opened(page: str) -> AppTest:
+        home, run = large
         monkeypatch.setenv("LOWRANK_HOME", str(home))
         return app(page, run=run.id)
 
@@ -59,32 +55,30 @@ def curves(test: AppTest) -> dict[str, int]:
     return found
 
 
+def chart_named(test: AppTest, key: str) -> Element:
+    (chart,) = (element for element in charts(test) if element.proto.id.endswith(f"-{key}"))
+    return chart
+
+
 @pytest.mark.parametrize("page", NAMES)
-@pytest.mark.parametrize("kind", HEAVIEST)
-def test_nothing_that_a_page_shows_is_above_a_megabyte(opened, page, kind):
-    test = opened(page, kind)
+def test_nothing_that_a_page_shows_is_above_a_megabyte(opened, page):
+    test = opened(page)
     for pressed in views(test):
         assert not test.exception, pressed
         assert not test.error, pressed
-        heavy = {element.proto.id[-24:]: size for element in charts(test) if (size := element.proto.ByteSize()) > MEGABYTE / 2}
-        assert not heavy, pressed
-        assert max(element.proto.ByteSize() for element in elements(test)) < MEGABYTE, pressed
+        largest = max(elements(test), key=lambda element: element.proto.ByteSize())
+        assert largest.proto.ByteSize() < MEGABYTE, f"{pressed}: {largest.proto.id}"
         assert not {name: count for name, count in curves(test).items() if count > CURVE_POINTS}, pressed
 
 
-@pytest.mark.parametrize(("kind", "page"), [("model", "spectra"), ("search", "search")])
-def test_the_runs_are_as_large_as_they_should_be(opened, kind, page):
-    name, least = HEAVIEST[kind]
-    (chart,) = (element for element in charts(opened(page, kind)) if element.proto.id.endswith(f"-{name}"))
-    if kind == "model":
-        _, targets = json.loads(chart.proto.spec)["data"]
-        assert points(targets["x"]) >= least
-    else:
-        assert chart.proto.ByteSize() > 40 * least  # some numbers for each trial
+def test_the_run_is_as_large_as_it_should_be(opened, large):
+    _, targets = json.loads(chart_named(opened("spectra"), "spectra_map").proto.spec)["data"]
+    assert points(targets["x"]) == 80 * 7
+    assert chart_named(opened("search"), "history").proto.ByteSize() > 40 * 1000  # some numbers for each trial
 
 
-def test_a_tick_parses_the_ranks_of_no_trial_again(homes):
-    _, run = homes["search"]
+def test_a_tick_parses_the_ranks_of_no_trial_again(large):
+    _, run = large
     first, again = read_trials(run), read_trials(run)
     assert len(first) == 1000
     assert all(one.ranks is other.ranks for one, other in zip(first, again, strict=True))
