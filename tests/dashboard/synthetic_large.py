@@ -54,7 +54,7 @@ def write_long_study(run: Run) -> None:
         loss = float(0.3 + generator.exponential(0.1))
         stopped = number % 10 == 9
         point = {"params": {name: float(generator.uniform(0.1, 1.0)) for name in space}, "distributions": space}
-        ranks = {unit.name: int(rank) for unit, rank in zip(units, generator.integers(1, 200, len(units)), strict=True)}
+        ranks = {unit.name: int(rank) for unit, rank in zip(units, generator.integers(1, 100, len(units)), strict=True)}
         attributes = {"label": "uniform" if number == 0 else "sampled", "ranks": json.dumps(ranks), "worker": "elsewhere:77:0.5"}
         attributes |= {
             "compression_ratio": synthetic.RATIO,
