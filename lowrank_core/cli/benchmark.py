@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowrank_core.cli.options import Command, Parser, Result, model_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, Parser, Result, json_option, model_options, source_of, text_of, text_options
 from lowrank_core.errors import ConfigError
 
 __all__ = ["add"]
@@ -41,6 +41,12 @@ def add(command: Command) -> None:
     _ratios(allocation, 0.2, 0.3)
     allocation.add_argument("--seeds", type=int, default=3, metavar="N", help="seeds 0 to N-1 (default: %(default)s)")
     allocation.add_argument("--trials", type=int, default=30, metavar="N", help="trials of each search (default: %(default)s)")
+    summary = "What the pages of the dashboard take and send, in a headless browser; needs playwright and Chromium."
+    dashboard = kinds.add_parser("dashboard", help=summary, description=summary)
+    dashboard.add_argument("--rounds", type=int, default=5, metavar="N", help="openings of each page (default: %(default)s)")
+    dashboard.add_argument("--updates", type=int, default=8, metavar="N", help="trials that come in on each page (default: %(default)s)")
+    dashboard.add_argument("--trials", type=int, default=20, metavar="N", help="trials before those (default: %(default)s)")
+    json_option(dashboard)
 
 
 def _ratios(parser: argparse.ArgumentParser, *values: float) -> None:
@@ -49,6 +55,8 @@ def _ratios(parser: argparse.ArgumentParser, *values: float) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
+    if arguments.benchmark == "dashboard":
+        return _dashboard(arguments)
     from lowrank_core import commands
 
     source, text = source_of(arguments), text_of(arguments)
@@ -67,6 +75,13 @@ def run(arguments: argparse.Namespace) -> Result:
     if plot is not None:
         _drawn(arguments.benchmark, result).write_html(plot, include_plotlyjs=True)
     return result
+
+
+def _dashboard(arguments: argparse.Namespace) -> Result:
+    from lowrank_core.benchmarks import dashboard
+
+    report = dashboard.measure_dashboard(rounds=arguments.rounds, updates=arguments.updates, trials=arguments.trials)
+    return {**report.to_mapping(), "text": dashboard.as_markdown(report)}
 
 
 def _drawn(benchmark: str, result: Result) -> Any:

@@ -22,13 +22,17 @@ __all__ = [
     "axis_note",
     "direct_label",
     "finished",
+    "legible",
     "log_rank_axis",
     "log_value_axis",
+    "word_colour",
 ]
 
 # Okabe & Ito 2008, less the two that vanish on a white or a black page
 BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
 GREY = "#8A9199"
+_WORDS = {SKY: "#2F8AC0", ORANGE: "#A87300", PURPLE: "#B5628F", GREY: "#737B84"}
+"""Colours of lines that are too faint for words on a white page -> the same hue, at least 3.7 : 1 on white and on black."""
 SEQUENTIAL = "Cividis"
 
 CONFIG = {
@@ -54,6 +58,17 @@ def finished(figure: go.Figure, *, height: int, x: str, y: str, right: int = 16,
     )
     figure.update_xaxes(title={"text": x, "standoff": 8}, automargin=True, zeroline=False, ticks="outside", ticklen=4)
     figure.update_yaxes(title={"text": y, "standoff": 8}, automargin=True, zeroline=False)
+    return figure
+
+
+def word_colour(colour: str) -> str:
+    """Return the colour of words that belong to a line of ``colour``."""
+    return _WORDS.get(colour, colour)
+
+
+def legible(figure: go.Figure) -> go.Figure:
+    """Return ``figure`` with its notes in colours that can be read on light and dark pages."""
+    figure.for_each_annotation(lambda note: note.update(font={"color": word_colour(note.font.color)}) if note.font.color else None)
     return figure
 
 

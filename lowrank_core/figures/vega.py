@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION
+from lowrank_core.figures.style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, word_colour
 
 __all__ = [
     "LEGEND",
@@ -89,7 +89,7 @@ def name_mark(side: str) -> Spec:
     """Return the mark that writes a baseline's name."""
     left = side.endswith("left")
     place = {"align": "left" if left else "right", "dx": 4 if left else -4, "dy": -8 if side == "above" else 10}
-    return {"type": "text", **place, "color": ORANGE, "fontSize": 12, "fontWeight": 600, "clip": True}
+    return {"type": "text", **place, "color": word_colour(ORANGE), "fontSize": 12, "fontWeight": 600, "clip": True}
 
 
 def picking(*moved: str) -> list[Spec]:

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from lowrank_core.figures.style import CONFIG
+from lowrank_core.figures.style import CONFIG, legible
 from lowrank_core.figures.vega import PICKED, ZOOM, VegaChart
 
 __all__ = ["chart"]
@@ -41,9 +41,9 @@ def chart(
         picking = {"on_select": on_pick, "selection_mode": [PICKED, ZOOM]} if on_pick is not None else {}
         st.vega_lite_chart(figure.data, figure.spec, key=key, alt=alt, **picking)  # type: ignore[call-overload]
     elif on_pick is None:
-        st.plotly_chart(figure, key=key, config=CONFIG, alt=alt)
+        st.plotly_chart(legible(figure), key=key, config=CONFIG, alt=alt)
     else:
-        st.plotly_chart(figure, key=key, config=CONFIG, alt=alt, on_select=on_pick, selection_mode="points")
+        st.plotly_chart(legible(figure), key=key, config=CONFIG, alt=alt, on_select=on_pick, selection_mode="points")
 
 
 def _numbers(data: pd.DataFrame, key: str) -> None:

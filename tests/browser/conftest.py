@@ -13,11 +13,15 @@ import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from lowrank_core import jobs
 from lowrank_core.runs import list_runs
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "dashboard"))
@@ -76,23 +80,62 @@ def address(home, tmp_path):
         yield found
 
 
-@pytest.fixture
-def page():
-    """A page of a fresh browser that notes every error of the console."""
+@contextmanager
+def _chromium() -> Iterator[Browser]:
+    """Start the system's Chromium; skip the test where there is none."""
     if CHROMIUM is None:
         if os.environ.get("LOWRANK_REQUIRE_BROWSER"):
             pytest.fail("no Chromium is installed")
         pytest.skip("no Chromium is installed")
     sync_api = pytest.importorskip("playwright.sync_api")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        opened = browser.new_page(viewport={"width": 1280, "height": 900})
-        opened.set_default_timeout(60_000)
-        opened.errors = []
-        opened.on(
-            "console",
-            lambda message: opened.errors.append((message.text, message.location.get("url", ""))) if message.type == "error" else None,
-        )
-        opened.on("pageerror", lambda error: opened.errors.append((str(error), "")))
-        yield opened
-        browser.close()
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        try:
+            yield started
+        finally:
+            started.close()
+
+
+def _noting_errors(opened: Page) -> Page:
+    opened.set_default_timeout(60_000)
+    opened.errors = []
+    opened.on(
+        "console",
+        lambda message: opened.errors.append((message.text, message.location.get("url", ""))) if message.type == "error" else None,
+    )
+    opened.on("pageerror", lambda error: opened.errors.append((str(error), "")))
+    return opened
+
+
+@pytest.fixture
+def page():
+    """A page of a fresh browser that notes every error of the console."""
+    with _chromium() as started:
+        yield _noting_errors(started.new_page(viewport={"width": 1280, "height": 900}))
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A browser for all tests of a module; not to be used beside ``page``."""
+    with _chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def visitor(browser):
+    """Open a window in a session of its own, as another person would: ``visitor(scheme="dark", width=400)``."""
+    contexts = []
+
+    def opened(scheme: str = "light", width: int = 1280) -> Page:
+        contexts.append(browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme))
+        return _noting_errors(contexts[-1].new_page())
+
+    yield opened
+    for context in contexts:
+        context.close()
+
+
+@pytest.fixture(scope="module")
+def serving():
+    """Serve the dashboard on LOWRANK_HOME for as long as a block lasts: ``with serving(log) as address``."""
+    return _serving

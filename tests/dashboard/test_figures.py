@@ -18,7 +18,19 @@ from lowrank_core.figures.layermap import map_figure
 from lowrank_core.figures.profile import profile_figure
 from lowrank_core.figures.search import history_chart
 from lowrank_core.figures.spectra import density_figure, scree_figure
-from lowrank_core.figures.style import CONFIG
+from lowrank_core.figures.style import (
+    BLUE,
+    CONFIG,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    finished,
+    legible,
+    word_colour,
+)
 from lowrank_core.figures.vega import VegaChart
 from lowrank_core.figures.windows import window_chart
 from lowrank_core.search.records import read_trials
@@ -109,6 +121,32 @@ def test_no_figure_of_an_80_layer_model_is_above_a_megabyte():
     ):
         assert len(figure.to_json()) < MEGABYTE / 10
         assert max(len(trace.x) for trace in figure.data) <= 200
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG 2.1: 21 for black on white, 1 for the same colour twice."""
+
+    def light(colour: str) -> float:
+        parts = [int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return float(np.dot([0.2126, 0.7152, 0.0722], linear))
+
+    high, low = sorted((light(one), light(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_words_of_every_colour_can_be_read_on_light_and_dark_pages():
+    assert contrast("#000000", "#FFFFFF") == pytest.approx(21)
+    for colour in (BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE, GREY):
+        assert min(contrast(word_colour(colour), page) for page in ("#FCFCFA", "#11161B")) > 3.2
+
+
+def test_notes_take_the_colour_of_words_and_lines_keep_theirs():
+    figure = finished(go.Figure(go.Scatter(y=[1, 2], line={"color": ORANGE})), height=100, x="x", y="y")
+    figure.add_annotation(text="a", font={"color": ORANGE})
+    figure.add_annotation(text="b")
+    assert [note.font.color for note in legible(figure).layout.annotations] == [word_colour(ORANGE), None]
+    assert figure.data[0].line.color == ORANGE
 
 
 def test_the_map_can_be_picked_from_and_outlines_the_chosen_module():
