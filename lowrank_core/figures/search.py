@@ -13,17 +13,36 @@ from lowrank_core.views.search import History
 
 __all__ = ["history_chart"]
 
+_MOST_PICTURED = 400_000  # characters of all pictures: a figure stays well below a megabyte
+_NEWEST = 30
 _LEAST_TRIALS = 10  # room on the axis from the beginning
 
 
 def history_chart(view: History, chosen: int | None = None, pictures: Mapping[int, str] | None = None) -> VegaChart:
     """Draw value against trial: points by kind, the best so far as steps, baselines as dashed lines with their names.
 
-    ``pictures`` (trial -> address of a picture) are shown beside the words when the pointer is on a trial.
+    ``pictures`` (trial -> address of a picture) are shown beside the words when the pointer is on a trial; of very many, those of the
+    newest trials and of the best.
 
     A trial that was stopped early stands at the loss of the windows it saw; those without any (running, failed) above all others.
     """
-    return VegaChart(stacked(_trial_rows(view.trials, chosen, pictures or {}), _baseline_rows(view)), _spec(view.objective))
+    return VegaChart(
+        stacked(_trial_rows(view.trials, chosen, _affordable(view.trials, pictures or {})), _baseline_rows(view)), _spec(view.objective)
+    )
+
+
+def _affordable(trials: pd.DataFrame, pictures: Mapping[int, str]) -> dict[int, str]:
+    """Return pictures of the newest trials, then of the best, as many as a figure can carry."""
+    newest = trials["number"].sort_values(ascending=False)[:_NEWEST]
+    kept: dict[int, str] = {}
+    left = _MOST_PICTURED
+    for number in dict.fromkeys([*newest, *trials.sort_values("value")["number"]]):
+        left -= len(pictures.get(number, ""))
+        if left < 0:
+            break
+        if number in pictures:
+            kept[number] = pictures[number]
+    return kept
 
 
 def _trial_rows(trials: pd.DataFrame, chosen: int | None, pictures: Mapping[int, str]) -> pd.DataFrame:

@@ -6,11 +6,13 @@ import math
 from dataclasses import replace
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import pytest
 from synthetic import make_run, matrices, priced_units, spectra, write_answers, write_front, write_rich_study
 
 from lowrank_core.accounting import MatrixShape
+from lowrank_core.figures import search
 from lowrank_core.figures.compare import perplexity_figure
 from lowrank_core.figures.energy import band_figure, groups_figure, left_figure, pooling_figure, retained_figure
 from lowrank_core.figures.front import front_chart
@@ -283,6 +285,17 @@ def test_windows_stream_into_the_same_chart():
     shapes = {layer["mark"]["shape"] for layer in layers(running, "point")}
     assert shapes == {"circle", "stroke"}
     assert running.data["shown"].notna().sum() == 4
+
+
+def test_of_very_many_trials_the_newest_and_the_best_have_pictures():
+    count = 1000
+    best = 5
+    trials = pd.DataFrame({"number": range(count), "value": [0.0 if n == best else 1.0 + n for n in range(count)]})
+    kept = search._affordable(trials, dict.fromkeys(range(count), "x" * 4000))
+    assert sum(map(len, kept.values())) <= 400_000
+    assert {best, 0, 1, count - 1, count - 30} <= set(kept)
+    assert count // 2 not in kept
+    assert len(search._affordable(trials, dict.fromkeys(range(count), "x"))) == count
 
 
 def test_trials_without_a_value_are_drawn_above_all_others():
