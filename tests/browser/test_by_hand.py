@@ -22,12 +22,25 @@ RANK, KEPT = 4, 5
 HEADER = ROW = 35  # pixels
 
 
+def settled(page, grid) -> dict[str, float]:
+    """Return where the table is once nothing moves it any more."""
+    page.locator('[data-testid="stApp"][data-test-script-state="notRunning"]').wait_for()
+    grid.scroll_into_view_if_needed()
+    places: list[dict[str, float]] = []
+
+    def still() -> bool:
+        page.wait_for_timeout(400)
+        places.append(grid.bounding_box())
+        return len(places) > 1 and places[-1] == places[-2]
+
+    wait_for(still, 30, "the table stands still")
+    return places[-1]
+
+
 def enter(page, row: int, column: int, text: str) -> None:
     """Type ``text`` into a cell of the table, which is a canvas: from the first cell there by the arrow keys."""
     grid = page.locator("[data-testid=stDataFrame] .dvn-scroller").first
-    grid.scroll_into_view_if_needed()
-    page.wait_for_timeout(500)  # it may still be drawn
-    box = grid.bounding_box()
+    box = settled(page, grid)
     page.mouse.click(box["x"] + 30, box["y"] + HEADER + ROW / 2)
     page.wait_for_timeout(300)
     for key, times in (("ArrowRight", column), ("ArrowDown", row)):
