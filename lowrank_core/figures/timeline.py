@@ -21,7 +21,12 @@ def timeline_chart(frame: pd.DataFrame, chosen: int | None = None) -> VegaChart:
 def _spec(workers: int) -> Spec:
     axis = {"grid": False, "labelOverlap": True, "format": _CLOCK}
     time = {"type": "temporal", "title": "Time of this browser", "scale": {"padding": 12}, "axis": axis}
-    y = {"field": "worker", "type": "ordinal", "title": None, "axis": {"labelLimit": 180, "domain": False, "ticks": False}}
+    y = {
+        "field": "worker",
+        "type": "ordinal",
+        "title": None,
+        "axis": {"labelLimit": {"expr": "width < 420 ? 80 : 180"}, "domain": False, "ticks": False},
+    }
     end = {**time, "field": "end"}
     points = trial_points(end, y, "x")
     span = {"x": {**time, "field": "start"}, "x2": {"field": "end"}, "y": y}
