@@ -37,15 +37,24 @@ def settled(page, grid) -> dict[str, float]:
     return places[-1]
 
 
+def chosen_cell(page) -> tuple[int, int] | None:
+    """Return column and row of the cell that the table says is selected."""
+    found = page.evaluate("[...document.querySelectorAll('canvas [aria-selected=true]')].map((cell) => cell.dataset.testid)")
+    return tuple(int(part) for part in found[0].split("-")[-2:]) if len(found) == 1 else None
+
+
 def enter(page, row: int, column: int, text: str) -> None:
     """Type ``text`` into a cell of the table, which is a canvas: from the first cell there by the arrow keys."""
     grid = page.locator("[data-testid=stDataFrame] .dvn-scroller").first
     box = settled(page, grid)
     page.mouse.click(box["x"] + 30, box["y"] + HEADER + ROW / 2)
-    page.wait_for_timeout(300)
-    for key, times in (("ArrowRight", column), ("ArrowDown", row)):
+    place = (0, 0)
+    wait_for(lambda: chosen_cell(page) == place, 10, "the first cell is selected")
+    for key, step, times in (("ArrowRight", (1, 0), column), ("ArrowDown", (0, 1), row)):
         for _ in range(times):
             page.keyboard.press(key)
+            place = (place[0] + step[0], place[1] + step[1])
+            wait_for(lambda wanted=place: chosen_cell(page) == wanted, 10, f"{key} selects {place}")
     page.keyboard.type(text[0])
     editor = page.locator("#portal input").first
     editor.wait_for()
