@@ -74,6 +74,33 @@ def test_without_a_browser_it_says_what_to_install(monkeypatch: pytest.MonkeyPat
         pass
 
 
+class Stalled:
+    """A page that never comes to rest, as far as ``load`` can tell."""
+
+    def __init__(self, runs: list[list[float | None]]) -> None:
+        self.runs = runs
+
+    def goto(self, address: str, wait_until: str) -> None:
+        pass
+
+    def wait_for_function(self, condition: str) -> None:
+        from playwright.sync_api import Error
+
+        raise Error("Timeout 180000ms exceeded.")
+
+    def evaluate(self, expression: str) -> list[list[float | None]]:
+        return self.runs
+
+
+@pytest.mark.parametrize(("runs", "why"), [([], "never ran"), ([[1.0, None]], "has not ended"), ([[1.0, 2.0]], "a chart is missing")])
+def test_a_page_that_stalls_is_named_with_what_it_waits_for(runs: list[list[float | None]], why: str) -> None:
+    pytest.importorskip("playwright.sync_api")
+    frames = browser.Frames.__new__(browser.Frames)
+    frames.received = []
+    with pytest.raises(RunError, match=f"/spectra was not drawn: .*{why}"):
+        browser.load(Stalled(runs), frames, "http://127.0.0.1:9/spectra")  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("option", ["--rounds", "--updates", "--trials"])
 def test_counts_below_one_are_refused_by_name(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["benchmark", "dashboard", option, "0"]) == 2

@@ -199,9 +199,7 @@ def load(page: Page, frames: Frames, address: str) -> PageLoad:
         page.goto(address, wait_until="commit")
         first, complete = page.wait_for_function("() => window.lowrank.drawn()").json_value()
     except Error as error:
-        raise RunError(
-            f"{address} was not drawn: {str(error).strip().splitlines()[0]}. Open it with `lowrank dashboard` to see why."
-        ) from error
+        raise RunError(f"{address} was not drawn: {_why(page, error)}. Open it with `lowrank dashboard` to see more.") from error
     if page.get_by_test_id("stException").count():
         raise RunError(f"{address} shows an error. Open it with `lowrank dashboard` to see which.")
     figures = frames.figures()
@@ -217,6 +215,18 @@ def load(page: Page, frames: Frames, address: str) -> PageLoad:
         figure=name,
         charts=len(figures),
     )
+
+
+def _why(page: Page, error: Exception) -> str:
+    """Return what a page that was not drawn in time waits for, else the first line of ``error``."""
+    from playwright.sync_api import Error
+
+    try:
+        runs: list[list[float | None]] = page.evaluate("window.lowrank.runs")
+    except Error:
+        return str(error).strip().splitlines()[0].rstrip(".")
+    ended = bool(runs) and runs[-1][1] is not None
+    return "a chart is missing" if ended else "its script has not ended" if runs else "its script never ran"
 
 
 def opened(page: Page, address: str) -> str:

@@ -6,6 +6,7 @@ Colours of text, grid and background are left to the page's theme, so that light
 from __future__ import annotations
 
 import math
+import textwrap
 
 import plotly.graph_objects as go
 
@@ -61,15 +62,29 @@ def finished(figure: go.Figure, *, height: int, x: str, y: str, right: int = 16,
     return figure
 
 
+_TITLE, _NAME = 46, 24
+"""Letters of an axis title, and of a name beside the axis, that fit beside each other at 400 pixels."""
+
+
 def word_colour(colour: str) -> str:
     """Return the colour of words that belong to a line of ``colour``."""
     return _WORDS.get(colour, colour)
 
 
 def legible(figure: go.Figure) -> go.Figure:
-    """Return ``figure`` with its notes in colours that can be read on light and dark pages."""
+    """Return ``figure`` as it goes on a page: notes in colours for light and dark, long words in lines that 400 pixels hold."""
     figure.for_each_annotation(lambda note: note.update(font={"color": word_colour(note.font.color)}) if note.font.color else None)
+    figure.for_each_xaxis(lambda axis: axis.update(title={"text": _in_lines(axis.title.text, _TITLE)}) if axis.title.text else None)
+    if figure.layout.yaxis.type == "category":
+        names = list(dict.fromkeys(name for trace in figure.data for name in trace.y))
+        figure.update_yaxes(tickvals=names, ticktext=[_in_lines(name, _NAME) for name in names])
     return figure
+
+
+def _in_lines(words: str, most: int) -> str:
+    """Return ``words`` in as few lines of about ``most`` letters as will do, each about as long as the others."""
+    lines = -(-len(words) // most)
+    return words if lines == 1 or "<br>" in words else "<br>".join(textwrap.wrap(words, len(words) // lines + 4))
 
 
 def log_rank_axis(figure: go.Figure, full: int) -> None:

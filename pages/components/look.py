@@ -15,10 +15,13 @@ _CSS = """
 /* Its running man would blink with every tick of a live run. */
 [data-testid="stStatusWidget"] { display: none; }
 /* Streamlit writes axes in a grey of 3.6 : 1 on a white page. */
-.stPlotlyChart :is(.xtick text, .ytick text, .xtitle, .ytitle, .cbaxis text, .cbtitle text),
+.stPlotlyChart :is([class$="tick"] text, text[class$="title"], .cbaxis text, .cbtitle text),
 .stVegaLiteChart :is(.role-axis-label, .role-axis-title, .role-legend-label) text { fill: currentColor !important; fill-opacity: 0.8; }
 h1 { padding-bottom: 0.2rem !important; }
-@media (max-width: 640px) { .stMainBlockContainer { padding: 3.4rem 0.9rem 3rem; } }
+@media (max-width: 640px) {
+  .stMainBlockContainer { padding: 3.4rem 0.9rem 3rem; }
+  [data-testid="stMain"] :is([data-testid="stPageLink-NavLink"], [data-testid="stPopover"]) * { white-space: normal; }
+}
 </style>
 """
 

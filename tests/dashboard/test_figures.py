@@ -151,6 +151,18 @@ def test_notes_take_the_colour_of_words_and_lines_keep_theirs():
     assert figure.data[0].line.color == ORANGE
 
 
+def test_long_titles_and_names_take_lines_that_a_narrow_window_holds():
+    names = ["trial 3", "Preset: SVD-LLM in PIFA's storage"]
+    figure = finished(go.Figure(go.Scatter(x=[1, 2], y=names)), height=100, x="Features, pooled: share of energy removed (log scale)", y="")
+    figure.update_yaxes(type="category")
+    drawn = legible(figure).layout
+    assert drawn.xaxis.title.text == "Features, pooled: share of<br>energy removed (log scale)"
+    assert list(drawn.yaxis.tickvals) == names
+    assert list(drawn.yaxis.ticktext) == ["trial 3", "Preset: SVD-LLM in<br>PIFA's storage"]
+    short = legible(finished(go.Figure(), height=100, x="Block (depth, from the embedding to the head)", y="")).layout
+    assert short.xaxis.title.text == "Block (depth, from the embedding to the head)"
+
+
 def test_the_map_can_be_picked_from_and_outlines_the_chosen_module():
     names = [m.name for m in matrices()]
     figure = map_figure(atlas(spectra(), "stable_rank", "weights", relative=True), names[8])
