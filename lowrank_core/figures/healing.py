@@ -35,7 +35,7 @@ def healing_figure(curve: pd.DataFrame, steps: int) -> go.Figure:
             y=[best[name]],
             mode="markers+text",
             text=["best so far"] if row == 1 else None,
-            textposition="top center",
+            textposition="top left" if best["step"] > steps / 2 else "top right",
             marker={"size": 13, "symbol": "star", "color": ORANGE, "line": {"width": 1, "color": "#FFFFFF"}},
             hovertemplate="best: step %{x}, %{y:.4g}<extra></extra>",
         )

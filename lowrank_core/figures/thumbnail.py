@@ -58,5 +58,5 @@ def _chunk(name: bytes, body: bytes) -> bytes:
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
-BLANK = _png(np.full((1, 1), _EMPTY, np.uint8), 1)
-"""A picture of nothing, for a trial that has no ranks yet."""
+BLANK = ""
+"""No picture, for a trial without ranks or one whose picture was left out: vega-tooltip then draws none."""
