@@ -58,9 +58,11 @@ def enter(page, row: int, column: int, text: str) -> None:
     page.keyboard.type(text[0])
     editor = page.locator("#portal input").first
     editor.wait_for()
-    page.keyboard.type(text[1:])
+    page.keyboard.type(text[1:], delay=100)
     wait_for(lambda: editor.input_value() == text, 10, "the cell's editor has the text")
+    page.wait_for_timeout(500)  # the editor hands its text on a little later than it shows it
     page.keyboard.press("Enter")
+    editor.wait_for(state="hidden")
 
 
 def meter(page) -> str:
