@@ -109,7 +109,7 @@ def test_a_search_streams_in_survives_a_reload_stops_resumes_and_is_compared(add
         assert_sound(page)
     assert console_errors(page) == []
     (run,) = list_runs()
-    assert run.status().state == "stopped"
+    wait_for(lambda: run.status().state == "stopped", TRIAL_SECONDS, "all requests are answered, and the search is as it was left")
 
 
 @pytest.fixture
