@@ -39,6 +39,7 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
         _type(spectra, kind, scopes["type"], energy_at_rank(spectrum, rank).share_of_full_rank, (left, right))
         return
     found, module = energy_curves(spectrum), spectrum.shape.name
+    numbers = energy_table(found)
     with left:
         chart(
             retained_figure(found, rank),
@@ -46,7 +47,7 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
             title="Energy kept",
             how="a curve that rises early is low-rank: features often are where weights are not.",
             alt=f"Cumulative energy of features and weights of {module} against rank",
-            data=energy_table(found),
+            data=numbers,
         )
     with right:
         chart(
@@ -55,7 +56,7 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
             title="Energy removed",
             how="the share of energy that a rank loses; each step down is a power of ten.",
             alt=f"Energy removed from features and weights of {module} against rank, log scale",
-            data=energy_table(found),
+            data=numbers,
         )
 
 
