@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["VOCABULARY", "assert_cache_changes_nothing", "save_checkpoint"]
+__all__ = ["VOCABULARY", "assert_cache_changes_nothing", "save_checkpoint", "small_llama"]
 
 VOCABULARY = 300
 
@@ -57,3 +57,17 @@ def assert_cache_changes_nothing(module: PreTrainedModel) -> None:
     cached = module.generate(prompt, use_cache=True, **settings)
     assert cached.shape == (1, 16)
     assert torch.equal(cached, module.generate(prompt, use_cache=False, **settings))
+
+
+def small_llama(**changes: object) -> LlamaConfig:
+    """Return a configuration with grouped-query attention: 2 blocks, hidden 32, and what ``changes`` say."""
+    return LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **changes,
+    )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from checkpoints import VOCABULARY, save_checkpoint
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from checkpoints import VOCABULARY, save_checkpoint, small_llama
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from lowrank_core.config import ModelSource
 from lowrank_core.models import ModelHandle, load_model
@@ -49,18 +49,7 @@ def text_file(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Pat
 def llama_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
     """Grouped-query attention, tied embeddings, no biases; 2 blocks, hidden 32."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    config = small_llama(tie_word_embeddings=True, bos_token_id=0, eos_token_id=0)
     return save_checkpoint(tmp_path_factory.mktemp("llama"), LlamaForCausalLM(config), sample_text)
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from checkpoints import VOCABULARY, assert_cache_changes_nothing, save_checkpoint
+from checkpoints import assert_cache_changes_nothing, save_checkpoint, small_llama
 from exported import all_forms, logits_of
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lowrank_core.compression import CompressedModel
 from lowrank_core.config import ExportConfig, ModelSource
@@ -79,18 +79,7 @@ assert not [name for name in sys.modules if name.partition(".")[0] == "lowrank_c
 @pytest.fixture(scope="module")
 def biased_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
     torch.manual_seed(5)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        attention_bias=True,
-        mlp_bias=True,
-    )
+    config = small_llama(tie_word_embeddings=False, attention_bias=True, mlp_bias=True)
     return save_checkpoint(tmp_path_factory.mktemp("biased"), LlamaForCausalLM(config), sample_text)
 
 
