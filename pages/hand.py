@@ -31,8 +31,12 @@ def bench(desk: hand_desk.Desk) -> None:
             hand_measure.result(desk, draft)
 
         predictions = trial_predictions(read_trials(desk.run), desk.recipe.record)
-        hand_start.show(desk)
-        hand_meter.meter(desk, history, trust(predictions))
+        # Each part in a place of its own: what comes and goes in one, such as a warning, moves no other, which would be there twice
+        # until the page is drawn.
+        with st.container():
+            hand_start.show(desk)
+        with st.container():
+            hand_meter.meter(desk, history, trust(predictions))
         with st.container(horizontal=True, gap="small", vertical_alignment="center"):
             hand_meter.steps(desk, history)
             hand_measure.button(desk, draft)

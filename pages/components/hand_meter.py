@@ -23,10 +23,11 @@ def meter(desk: Desk, history: DraftHistory, trusted: Trust | None) -> None:
     """Draw the budget, the sizes and the prediction, as they are after the last change."""
     draft, search = history.present, desk.search
     cost = bill(draft, desk.facts, budget_ratio(desk), run_ratio=search.compression_ratio if search.most_ratio is None else None)
-    if note(desk):
-        st.error(note(desk), icon=":material/error:")
-    if hint(desk):
-        st.info(hint(desk), icon=":material/info:")
+    with st.container():
+        if note(desk):
+            st.error(note(desk), icon=":material/error:")
+        if hint(desk):
+            st.info(hint(desk), icon=":material/info:")
     st.progress(cost.share, text=_budget_words(cost))
     predicted = predicted_kl(desk.recipe.record, draft.ranks)
     figures_row(
