@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -20,6 +20,7 @@ __all__ = [
     "History",
     "Progress",
     "Variable",
+    "better_half",
     "history",
     "progress",
     "search_variables",
@@ -73,6 +74,14 @@ def history(trials: Sequence[TrialRecord], objective: str) -> History:
     )
     frame["best"] = frame["value"].where(frame["state"] == "complete").cummin().ffill()
     return History(OBJECTIVE_LABELS[objective], frame, _baselines(trials))
+
+
+def better_half(view: History) -> History:
+    """Return ``view`` with what is worse than the median of its values left out; the best baseline stays, as do trials without a value."""
+    height = view.trials["value"].fillna(view.trials["partial"])
+    limit = max([height.median(), *sorted(view.baselines.values())[:1]])
+    kept = {name: value for name, value in view.baselines.items() if value <= limit}
+    return replace(view, trials=view.trials[~(height > limit)], baselines=kept)
 
 
 def _baselines(trials: Sequence[TrialRecord]) -> dict[str, float]:

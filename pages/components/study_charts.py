@@ -24,8 +24,8 @@ from lowrank_core.views.fingerprint import fingerprint as fingerprint_of
 from lowrank_core.views.fingerprint import importance_table, missing_words
 from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.model import model_facts
+from lowrank_core.views.search import better_half, search_variables, trial_table
 from lowrank_core.views.search import history as history_of
-from lowrank_core.views.search import search_variables, trial_table
 from lowrank_core.views.timeline import timeline
 from lowrank_core.views.trials import state_words, trial_label
 from lowrank_core.views.windows import window_losses
@@ -40,12 +40,21 @@ __all__ = ["allocation", "fingerprint", "front", "history", "importance", "table
 def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
     """Draw the objective of every trial."""
     view = history_of(trials, search.objective)
+    near = st.toggle(
+        "Only the better half",
+        key="history_near",
+        persist_state="session",
+        help="Leaves out trials and baselines that are worse than the median, so that small gains can be seen. The best baseline stays.",
+    )
+    shown = better_half(view) if near else view
+    left_out = len(view.trials) - len(shown.trials) + len(view.baselines) - len(shown.baselines)
     chart(
-        history_chart(view, chosen.number if chosen else None, pictures_of(run, trials, search)),
+        history_chart(shown, chosen.number if chosen else None, pictures_of(run, trials, search)),
         key="history",
         title="Every trial on search-validation text",
         how="lower is better; the green steps are the best so far, dashed lines the baselines. Point at a trial for a "
-        "small map of its allocation, click it for a large one; drag moves, Ctrl + wheel zooms, a double click resets.",
+        "small map of its allocation, click it for a large one; drag moves, Ctrl + wheel zooms, a double click resets."
+        + (f" **Left out**, as worse than half of the trials: {left_out} points and lines." if near else ""),
         alt="Objective of each trial in the order of asking, with baselines and the best so far",
         data=view.trials,
         on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 from dataclasses import replace
@@ -126,6 +127,36 @@ def test_units_are_called_by_block_and_type():
 
 def test_short_times_keep_a_decimal():
     assert [short_duration(value) for value in (0.917, 2.04, 75.0, None)] == ["0.92 s", "2.0 s", "1 min 15 s", "–"]
+
+
+# the better half
+
+
+def rows(*values: float, partial: float = math.nan) -> pd.DataFrame:
+    stopped = [math.nan] * (len(values) - 1) + [partial]
+    return pd.DataFrame({"number": range(len(values)), "value": values, "partial": stopped, "best": values})
+
+
+def test_the_better_half_leaves_out_what_is_worse_than_the_median_and_keeps_the_best_baseline():
+    view = search.History("KL", rows(9.0, 3.0, 1.0, 1.1, 1.2, math.nan), {"Uniform": 9.0, "Marginal": 3.0})
+    found = search.better_half(view)
+    assert list(found.trials["number"]) == [1, 2, 3, 4, 5]  # up to the best baseline, and the one without a value
+    assert found.baselines == {"Marginal": 3.0}
+    found = search.better_half(replace(view, baselines={"Uniform": 9.0, "Marginal": 1.0}))
+    assert list(found.trials["number"]) == [2, 3, 4, 5]
+    assert found.objective == view.objective
+
+
+def test_a_trial_that_was_stopped_early_stands_in_the_half_of_what_it_saw():
+    view = search.History("KL", rows(1.0, 2.0, 3.0, math.nan, partial=9.0), {})
+    assert list(search.better_half(view).trials["number"]) == [0, 1]
+    view = search.History("KL", rows(1.0, 2.0, 3.0, math.nan, partial=0.5), {})
+    assert list(search.better_half(view).trials["number"]) == [0, 3]
+
+
+def test_before_any_trial_is_measured_nothing_is_left_out():
+    view = search.History("KL", rows(math.nan, math.nan), {})
+    assert len(search.better_half(view).trials) == 2
 
 
 # windows
