@@ -12,6 +12,8 @@ from pages.components import confirmed, layout, navigation, steering, study
 from pages.components.boundary import boundary, live
 from pages.components.search_form import search_form
 
+IMPORTANCE_TICK = 5.0  # seconds
+
 layout.header("Rank search", "How should a parameter budget be spent over the layers?")
 
 with boundary():
@@ -28,8 +30,9 @@ with boundary():
     if run is not None and config.search is not None:
         steering.show(run, config.search, facts)
         # The live part draws itself anew every second while a worker is at it, and only then.
-        live(study.show, 1.0 if is_busy(run) else None, run)
-        study.show_importance(run, config.search)
+        busy = is_busy(run)
+        live(study.show, 1.0 if busy else None, run)
+        live(study.show_importance, IMPORTANCE_TICK if busy else None, run, config.search)
         confirmed.show(run)
         st.page_link(navigation.HAND, label="Pick ranks by hand, and have them measured in this search", icon=":material/tune:")
     elif run is not None:

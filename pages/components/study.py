@@ -53,7 +53,7 @@ def show(run: Run) -> None:
 
 
 def show_importance(run: Run, search: SearchConfig) -> None:
-    """Draw which variables mattered; apart from what is live, as it takes a moment to tell and changes little from trial to trial.
+    """Draw which variables mattered; apart from the trials, as it takes a moment to tell and changes little from one to the next.
 
     Raises:
         RunError: a file of the run is damaged.
@@ -128,13 +128,17 @@ def _front_figures(trials: Sequence[TrialRecord], now: Progress, search: SearchC
 
 
 def _workers(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -> None:
+    """Draw the workers and the timeline; only where the panel is open, as both grow and would be sent with every trial."""
+    panel = st.expander("Workers and timeline", key="workers_panel", icon=":material/group:", on_change="rerun")
+    if not panel.open:
+        return
     frame = worker_table(trials, {} if run.recorded else living_workers(run), time.time())
     columns = {
         "worker": tables.text("Worker", "Machine and process."),
         "measured": tables.whole("Trials measured"),
         "now": tables.text("Now", width="large"),
     }
-    with st.expander("Workers and timeline", key="workers_panel", icon=":material/group:"):
+    with panel:
         if not frame.empty:
             tables.table(frame, columns, key="worker_table", alt="Workers of this search")
         study_charts.times(run, trials, chosen)

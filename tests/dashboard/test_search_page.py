@@ -15,6 +15,7 @@ from synthetic import (
     write_rich_study,
 )
 from test_pages import charts, sound, words
+from walking import open_panel
 
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.presets import PRESETS, search_by
@@ -138,7 +139,19 @@ def test_every_kind_of_trial_is_on_the_page(app, rich):
     assert "2.0 s per trial (median) · 1 stopped early · 1 outside the budget, measured and never the best · 3 picked by hand" in shown
     assert "Best trial Trial 3" in shown
     assert "Trial 8, running now, against Trial 3 window by window" in shown
-    assert len(charts(test)) == 4  # history, windows, allocation, timeline; one trial has no fingerprint
+    assert len(charts(test)) == 3  # history, windows, allocation; one trial has no fingerprint
+    open_panel(test, "workers_panel")
+    assert sound(test)
+    assert len(charts(test)) == 4  # and the timeline
+
+
+def test_the_better_half_alone_can_be_looked_at_and_says_how_much_is_left_out(app, rich):
+    test = app("search")
+    assert "Left out" not in words(test)
+    test.toggle(key="history_near").set_value(True).run()
+    assert sound(test)
+    assert "**Left out**, as worse than half of the trials: 5 points and lines." in words(test)
+    assert len(charts(test)) == 3
 
 
 def test_a_search_shows_what_its_trials_were_made_of_and_what_is_missing(app):
@@ -147,7 +160,6 @@ def test_a_search_shows_what_its_trials_were_made_of_and_what_is_missing(app):
     assert sound(test)
     shown = words(test)
     assert "What the trials were made of, the best at the left" in shown
-    assert "When each worker measured which trial" in shown
     assert "Which variable matters can't be told from 5 trials that set them all: 11 more sampled trials are needed." in shown
 
 
@@ -167,7 +179,11 @@ def test_a_trial_that_did_not_count_says_why(app, rich, trial, said):
 
 
 def test_workers_are_listed(app, rich):
-    tables = [frame.value for frame in app("search").dataframe]
+    test = app("search")
+    assert not [frame for frame in test.dataframe if "now" in frame.value.columns]  # sent only where it is seen
+    open_panel(test, "workers_panel")
+    assert "When each worker measured which trial" in words(test)
+    tables = [frame.value for frame in test.dataframe]
     (workers,) = [frame for frame in tables if "now" in frame.columns]
     assert list(workers["measured"]) == [0, 7]
     assert workers["now"][0].startswith("Trial 8")

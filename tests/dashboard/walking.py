@@ -16,12 +16,26 @@ class _Label(str):
 
 
 def views(test: AppTest) -> Iterator[str]:
-    """Bring the page into each state that one of its rows of buttons leads to; yield what was pressed, "" for the page as it opens."""
+    """Bring the page into each state that a panel or one of its rows of buttons leads to; yield what was pressed, "" for the page as it
+    opens."""
     yield ""
+    for key in _panels(test):
+        yield open_panel(test, key)
     rows = {row.key: [label for label, value in zip(row.options, range(len(row.options)), strict=True) if value] for row in _rows(test)}
     for key, labels in rows.items():
         for label in labels:
             yield from _pressed(test, key, label)
+
+
+def _panels(test: AppTest) -> list[str]:
+    """Return the keys of the panels that draw what is in them only once they are open."""
+    return [panel.proto.id.split("-", 2)[2] for panel in test.expander if panel.proto.id]
+
+
+def open_panel(test: AppTest, key: str) -> str:
+    test.session_state[key] = True
+    test.run()
+    return key
 
 
 def _rows(test: AppTest) -> list[ButtonGroup]:
