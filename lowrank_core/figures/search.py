@@ -102,7 +102,7 @@ def _spec(objective: str) -> Spec:
     points["encoding"] |= {"tooltip": PICTURED, "description": {"field": "note"}}
     return {
         "height": 400,
-        "layer": [_rules(height), *names, _best_line(height), points, trial_ring(_across(), height)],
+        "layer": [_rules(height), _best_line(height), *names, points, trial_ring(_across(), height)],
         "config": LEGEND,
     }
 

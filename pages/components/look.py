@@ -17,6 +17,10 @@ _CSS = """
 /* Streamlit writes axes in a grey of 3.6 : 1 on a white page. */
 .stPlotlyChart :is([class$="tick"] text, text[class$="title"], .cbaxis text, .cbtitle text),
 .stVegaLiteChart :is(.role-axis-label, .role-axis-title, .role-legend-label) text { fill: currentColor !important; fill-opacity: 0.8; }
+/* Words in charts keep clear of the lines behind them. */
+.stPlotlyChart .annotation-text, .stVegaLiteChart .role-mark text {
+  paint-order: stroke; stroke: light-dark(#FCFCFA, #11161B); stroke-width: 4px; stroke-linejoin: round;
+}
 h1 { padding-bottom: 0.2rem !important; }
 @media (max-width: 640px) {
   .stMainBlockContainer { padding: 3.4rem 0.9rem 3rem; }
