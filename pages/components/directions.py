@@ -15,7 +15,10 @@ from pages.components.boundary import boundary, live
 __all__ = ["show"]
 
 _SIDES = {"input": "Input", "output": "Output (features)"}
-_RECORDED = "A recorded run has no worker: start a calibration of your own on the Overview to ask."
+_RECORDED = (
+    "A recorded run holds no text of others, which the tokens are shown in, and has no worker: start a calibration of your own on the "
+    "Overview to ask."
+)
 
 
 def show(run: Run, module: str) -> None:
@@ -34,7 +37,7 @@ def show(run: Run, module: str) -> None:
         st.error(f"The directions could not be read: {failure}", icon=":material/error:")
     found = direction_facts(bodies, module, side)
     if found is None:
-        st.caption(f"Not read yet for the {side} of `{module}`.")
+        st.caption(_RECORDED if run.recorded else f"Not read yet for the {side} of `{module}`.")
         return
     columns = {
         "direction": tables.whole("Direction", "The largest eigenvalue first."),
