@@ -19,6 +19,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent / "dashboard"))
 
 from synthetic import comparison, make_run, matrices, spectra, write_answers, write_front, write_healing, write_rich_study
+from synthetic_answers import on_other_text, speed_answer, tokens_answer
 
 from lowrank_core.cli import main, parser
 from lowrank_core.cli.options import calibration_of, source_of, text_of
@@ -33,14 +34,16 @@ from lowrank_core.runs import Run, RunStatus, create_run, open_run, recorded_run
 from lowrank_core.search.records import TrialRecord, read_trials
 from lowrank_core.search.worker import run_worker
 from lowrank_core.views.calibration import calibration_facts
-from lowrank_core.views.compare import answers, comparisons
+from lowrank_core.views.compare import answers, comparisons, other_texts
 from lowrank_core.views.exported import written_models
 from lowrank_core.views.formatting import number
 from lowrank_core.views.front import front
 from lowrank_core.views.healing import healings
 from lowrank_core.views.losses import comparison_table
+from lowrank_core.views.other_text import other_text
 from lowrank_core.views.reproduction import reproduction
 from lowrank_core.views.search import history, progress
+from lowrank_core.views.speed import speed_numbers, speed_table, speeds
 from lowrank_core.views.summary import (
     by_protocol,
     failures,
@@ -51,9 +54,15 @@ from lowrank_core.views.summary import (
     type_table,
     unfinished_table,
 )
+from lowrank_core.views.token_losses import strips, worst_tokens
 
 EVIL = "<script>alert('x')</script><img src=https://elsewhere.example/p.png onerror=alert(1)>"
-ANCHORS = ["run", "model", "text", "calibration", "spectra", "search", "measured", "healing", "exports", "reproduction", "configuration"]
+ASKED_FOR = ["second-text", "tokens", "speed"]
+"""Sections that are there only where somebody asked for their measurement, or would look for it."""
+ANCHORS = [
+    *("run", "model", "text", "calibration", "spectra", "search", "measured", *ASKED_FOR),
+    *("healing", "exports", "reproduction", "configuration"),
+]
 LOADING = {"src", "srcset", "data", "action", "poster", "background", "xlink:href", "formaction"}
 
 
@@ -140,7 +149,9 @@ def assert_sound(html: str) -> None:
     assert all(link.startswith(("#", "data:text/csv;base64,", "data:application/json;base64,")) for link in links)
     names = [str(attributes["id"]) for _, attributes in page.elements if "id" in attributes]
     assert len(names) == len(set(names))
-    assert {link[1:] for link in links if link.startswith("#")} == set(ANCHORS)
+    anchors = [link[1:] for link in links if link.startswith("#")]
+    assert anchors == [found["id"] for found in page.all("section")] == [name for name in ANCHORS if name in anchors]
+    assert set(ANCHORS) - set(anchors) <= set(ASKED_FOR)
     assert not re.search(r"\b(nan|None|NaT|inf|undefined)\b", page.text), re.search(r".{40}\b(nan|None|NaT|inf|undefined)\b", page.text)
     assert "NaN" not in without_plotly(html)
     assert len(without_plotly(html)) < 3_000_000
@@ -181,7 +192,7 @@ def test_the_story_is_told_in_order(recorded: Run, page: Page, best: TrialRecord
     assert [found["id"] for found in page.all("section")] == ANCHORS
     (healed,) = healings(recorded)
     drawn = ["map-features", "map-weights", "scree", "history", f"allocation-trial-{best.number}", "perplexity-python-stdlib-test"]
-    assert charts(page) == [*drawn, f"healing-{healed.folder}"]
+    assert charts(page) == [*drawn, "second-text-1", "speedups", f"healing-{healed.folder}"]
 
 
 def test_trials_and_the_best_value_are_those_of_the_search(recorded: Run, page: Page, best: TrialRecord):
@@ -211,6 +222,49 @@ def test_perplexities_and_intervals_are_those_of_the_comparison(recorded: Run, p
     paired = frame[frame["form"] != "dense"]
     assert list(zip(paired["difference_low"], paired["difference_high"], strict=True)) == [ends[name] for name in paired["model"]]
     assert found[0].protocol in page.text
+
+
+def test_the_second_text_stands_beside_the_own_one_as_on_the_compare_page(recorded: Run, page: Page):
+    bodies = answers(recorded)
+    ((reference, found),) = other_texts(bodies).items()
+    view = other_text(comparisons(bodies), found)
+    assert view is not None
+    assert view.words in page.text
+    assert f"{view.own_protocol}. {view.other_protocol}." in page.text
+    frame = page.frame("second-text-1.csv")
+    assert list(frame["name"]) == list(view.frame["name"])
+    for name in ("own_ratio", "own_low", "other_ratio", "other_high", "kl_other"):
+        assert list(frame[name]) == pytest.approx(list(view.frame[name]), rel=1e-12)
+    rows = page.rows(f"Every model on both texts. {view.own_protocol}")
+    assert [row[f"Ratio on {reference}"] for row in rows] == [number(value, 4) for value in view.frame["other_ratio"]]
+
+
+def test_every_text_that_was_read_token_by_token_is_there_with_its_worst_tokens(recorded: Run, page: Page):
+    found = strips(answers(recorded))
+    assert len(found) == 3
+    assert len([figure for figure in page.all("figure") if figure.get("class") == "strip"]) == 3
+    coloured = [span for span in page.all("span") if "background-color" in str(span.get("style"))]
+    assert len(coloured) > len(found[0].frame)
+    for index, strip in enumerate(found, 1):
+        assert strip.words in page.text
+        frame = page.frame(f"tokens-{index}.csv")
+        assert list(frame["extra"]) == pytest.approx(list(strip.frame["extra"]), rel=1e-12)
+        rows = page.rows(f"The tokens on which {strip.name} lost most; all of them are in the file. {strip.protocol}")
+        worst = worst_tokens(strip, 10)
+        assert [row["Extra loss (nats)"] for row in rows] == [number(value, 3) for value in worst["extra"]]
+        assert [row["Token"] for row in rows] == list(worst["piece"])
+
+
+def test_speed_and_memory_are_those_of_the_compare_page(recorded: Run, page: Page):
+    (speed,) = speeds(answers(recorded))
+    assert f"Memory of {speed.name}: {speed.memory}." in page.text
+    rows = page.rows(f"{speed.name} beside the original. {speed.protocol}")
+    told = speed_table(speed)
+    assert [row["Compressed"] for row in rows] == list(told["compressed"])
+    assert [row["Times as fast"] for row in rows] == list(told["faster"])
+    numbers, frame = speed_numbers([speed]), page.frame("speedups.csv")
+    assert list(frame["decode_tokens_per_second"]) == pytest.approx(list(numbers["decode_tokens_per_second"]), rel=1e-12)
+    assert list(frame["protocol"]) == [speed.protocol] * 2
 
 
 def test_facts_of_model_text_and_calibration_are_there(recorded: Run, page: Page):
@@ -356,6 +410,39 @@ def test_an_answer_that_was_not_measured_is_named():
     assert "The uniform baseline was not measured on test text" in page.text
 
 
+def test_what_was_not_asked_for_is_said_where_a_reader_would_look_for_it():
+    run = make_run()
+    assert not {"second-text", "tokens", "speed"} & {found["id"] for found in report(run).all("section")}
+    write_answers(run)
+    page = report(run)
+    assert [found["id"] for found in page.all("section")] == [name for name in ANCHORS if name != "tokens"]
+    assert "Missing: No second text was measured" in page.text
+    assert "Missing: No model was timed" in page.text
+
+
+def test_second_texts_strips_and_timings_of_several_models_stand_by_themselves():
+    run = make_run()
+    write_answers(run)
+    unknown = on_other_text("trial 5", 5, 3.8, "ptb")
+    unknown["report"] |= {"dataset": "ptb", "protocol": "ptb, test split, 4 windows of 32 tokens"}  # type: ignore[operator]
+    more = [on_other_text("uniform", "uniform", 3.9), unknown, tokens_answer(), tokens_answer("trial 3")]
+    more += [speed_answer(), speed_answer("trial 3", memory=False)]
+    for index, body in enumerate(more):
+        write_json(run.path / "results" / f"{index + 20}.json", body)
+    page = report(run)
+    assert charts(page)[-3:] == ["second-text-1", "second-text-2", "speedups"]
+    own = "Every model on both texts. python-stdlib, test split, 4 windows of 32 tokens."
+    (row,) = page.rows(f"{own} ptb, test split, 4 windows of 32 tokens.")
+    assert (row["Model"], row["Ratio on python-stdlib"]) == ("trial 5", "–")
+    assert [row["Model"] for row in page.rows(f"{own} file:notes.txt")] == ["Uniform"]
+    assert [row["Token"] for row in page.rows("The tokens on which trial 3 lost most")] == ["␣<", "␣b", "␣a", ":⏎"]
+    assert [row["Extra loss (nats)"] for row in page.rows("The tokens on which Uniform lost most")] == ["2.00", "0.100", "0", "-0.500"]
+    assert "Memory of trial 3 was not measured." in page.text
+    assert "Memory of Uniform: peak of a fresh process." in page.text
+    timed = page.rows("Uniform beside the original. batch 1, prompts of 8 random tokens")
+    assert timed[1]["Times as fast"] == "2.00 (1.80 to 2.20)"
+
+
 def test_healings_are_told_with_their_curve_and_a_row_of_their_own():
     run = make_run()
     assert "Nothing was healed" in report(run).text
@@ -400,6 +487,8 @@ def evil_run() -> Run:
     answer = json.loads((run.path / "results" / "3.json").read_text())
     write_json(run.path / "results" / "3.json", {**answer, "dense_text": EVIL, "compressed_text": "</script>" + EVIL})
     write_json(run.path / "results" / "8.json", {"ok": False, "kind": EVIL, "error": EVIL})
+    write_json(run.path / "results" / "10.json", {**tokens_answer(EVIL, [EVIL, *[f"</div>{EVIL}"] * 4]), "protocol": EVIL})
+    write_json(run.path / "results" / "11.json", speed_answer(EVIL))
     run.write_status(RunStatus("failed", message=EVIL, warnings=(EVIL,)))
     return run
 

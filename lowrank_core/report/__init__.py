@@ -28,6 +28,9 @@ from lowrank_core.report.healing import healing_section
 from lowrank_core.report.model import calibration_section, model_section, spectra_section, text_section
 from lowrank_core.report.outcome import configuration_section, exports_section, measured_section, reproduction_section
 from lowrank_core.report.search import search_section
+from lowrank_core.report.second_text import second_text_section
+from lowrank_core.report.speed import speed_section
+from lowrank_core.report.tokens import tokens_section
 from lowrank_core.runs import Run, bundled_path, open_run
 from lowrank_core.views.formatting import duration
 from lowrank_core.views.runs import STATE_WORDS, is_working, stages, status_words
@@ -37,9 +40,10 @@ __all__ = ["figures_html", "report_html", "write_report"]
 _FOLDER = Path(__file__).resolve().parent
 _SECTIONS = (
     *(model_section, text_section, calibration_section, spectra_section, search_section),
-    *(measured_section, healing_section, exports_section, reproduction_section, configuration_section),
+    *(measured_section, second_text_section, tokens_section, speed_section, healing_section),
+    *(exports_section, reproduction_section, configuration_section),
 )
-"""In the order of the story."""
+"""In the order of the story; one without anything to say is left out."""
 
 
 def report_html(run: Run) -> str:
@@ -51,7 +55,7 @@ def report_html(run: Run) -> str:
         RunError: the folder is no run, or a file in it is damaged.
         ConfigError: the ranks of a trial do not fit the model, or the database of the study can't be reached.
     """
-    return _page(run, [_beginning(run), *(section(run) for section in _SECTIONS)])
+    return _page(run, [_beginning(run), *(found for section in _SECTIONS if (found := section(run)).blocks)])
 
 
 def figures_html(run: Run) -> str:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import pandas as pd
+from markupsafe import Markup
 
 from lowrank_core.figures.embedding import figure_json
 from lowrank_core.views.formatting import DASH, number, percent, size
@@ -30,6 +31,7 @@ __all__ = [
     "Note",
     "Prose",
     "Section",
+    "Strip",
     "Table",
     "csv_link",
     "drawn",
@@ -197,6 +199,22 @@ class Code:
 
 
 @dataclass(frozen=True)
+class Strip:
+    """A text whose tokens are coloured.
+
+    Attributes:
+        html: the text, escaped by who made it.
+        protocol: which text, and how many tokens.
+    """
+
+    kind: ClassVar[str] = "strip"
+    title: str
+    words: str
+    html: Markup
+    protocol: str
+
+
+@dataclass(frozen=True)
 class Folded:
     """Blocks that open on demand; printed open."""
 
@@ -205,7 +223,7 @@ class Folded:
     blocks: tuple[Block, ...]
 
 
-Block = Table | Figure | Facts | Note | Prose | Code | Download | Folded
+Block = Table | Figure | Facts | Note | Prose | Code | Download | Strip | Folded
 
 
 def figures_in(blocks: Iterable[Block]) -> Iterator[Figure]:
