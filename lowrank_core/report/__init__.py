@@ -59,7 +59,8 @@ def report_html(run: Run) -> str:
 
 
 def figures_html(run: Run) -> str:
-    """Return the figures of ``report_html`` alone, each with its data (CSV) and as a picture (SVG, PNG), drawn by the browser.
+    """Return the figures of ``report_html`` alone: each with its data (CSV), and made by the browser as a picture (SVG, PNG) or as an
+    interactive page of its own (HTML).
 
     Raises:
         RunError, ConfigError: as ``report_html``.

@@ -47,16 +47,46 @@
 
   // A picture is for paper: dark ink, drawn by this browser, with nothing asked of a server.
   const picture = { width: 900, scale: 2 };
-  const save = async (button) => {
-    const plot = document.getElementById(button.dataset.picture);
+  const savePicture = async (plot, format) => {
     document.documentElement.classList.add("paper");
     await draw(plot, picture.width);
     document.documentElement.classList.remove("paper");
-    const asked = { format: button.dataset.format, width: picture.width, height: plot.clientHeight, filename: plot.id };
-    await Plotly.downloadImage(plot, { ...asked, scale: asked.format === "png" ? picture.scale : 1 });
+    const asked = { format, width: picture.width, height: plot.clientHeight, filename: plot.id };
+    await Plotly.downloadImage(plot, { ...asked, scale: format === "png" ? picture.scale : 1 });
     await draw(plot);
   };
-  document.querySelectorAll("[data-picture]").forEach((button) => button.addEventListener("click", () => save(button)));
+
+  // One figure by itself: the policy, style and scripts of this page, so that it draws as here and loads nothing either.
+  const pageOf = (plot) => {
+    const found = document.implementation.createHTMLDocument();
+    const copy = (element, place) => place.appendChild(found.importNode(element, true));
+    found.documentElement.lang = document.documentElement.lang;
+    found.body.className = "alone";
+    document.querySelectorAll("head > meta").forEach((meta) => copy(meta, found.head)); // first of all the charset
+    copy(document.querySelector("head > style[data-page]"), found.head);
+    copy(document.querySelector("header"), found.body).querySelector("p").prepend("From: ");
+    const figure = copy(plot.closest("figure"), found.body.appendChild(found.createElement("main")));
+    document.querySelectorAll("body > script").forEach((script) => copy(script, found.body));
+    const drawn = figure.querySelector(".plot");
+    drawn.replaceChildren();
+    drawn.className = "plot";
+    figure.querySelector('[data-format="html"]').remove();
+    found.title = `${figure.querySelector("figcaption b").textContent} · ${document.title}`;
+    return `<!DOCTYPE html>\n${found.documentElement.outerHTML}`;
+  };
+  const savePage = (plot) => {
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([pageOf(plot)], { type: "text/html" }));
+    link.download = `${plot.id}.html`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000); // a browser may ask where to put it, and read it then
+  };
+
+  const save = ({ picture: name, format }) => {
+    const plot = document.getElementById(name);
+    return format === "html" ? savePage(plot) : savePicture(plot, format);
+  };
+  document.querySelectorAll("[data-picture]").forEach((button) => button.addEventListener("click", () => save(button.dataset)));
 
   drawAll();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => drawAll());

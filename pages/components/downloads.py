@@ -40,8 +40,8 @@ def show(run: Run, source: Source | None) -> None:
     _offer(
         "Report (HTML)", "report", partial(report_html, run), "text/html", "One file, no server: figures, tables, protocol, seeds.", why_not
     )
-    pictures = "Every figure in one file that loads nothing; each has buttons for SVG, PNG and CSV."
-    _offer("Figures (HTML, SVG, PNG)", "figures", partial(figures_html, run), "text/html", pictures, why_not)
+    pictures = "Every figure in one file that loads nothing; each has buttons for SVG, PNG, CSV, and interactive HTML of its own."
+    _offer("Figures (SVG, PNG, HTML)", "figures", partial(figures_html, run), "text/html", pictures, why_not)
     _tables(run, source)
     st.caption(
         "On the pages, the camera above a figure saves it as SVG, and the button beside it its numbers as CSV. Your browser draws the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 from synthetic import make_run, write_answers, write_rich_study
@@ -33,8 +34,18 @@ def drawn(page, path) -> int:
     return page.evaluate("[...document.querySelectorAll('.plot')].filter((plot) => plot.querySelector('svg.main-svg')).length")
 
 
-def ink(page) -> str:
-    return page.evaluate("getComputedStyle(document.querySelector('#scree .xtick text')).fill")
+def ink(page, figure: str = "scree") -> str:
+    return page.evaluate(f"getComputedStyle(document.querySelector('#{figure} .xtick text')).fill")
+
+
+def saved(page, figure: str, kind: str, folder: Path) -> Path:
+    """Press a button under a figure, and return the file that comes."""
+    with page.expect_download() as loading:
+        page.locator("figure", has=page.locator(f"#{figure}")).get_by_role("button", name=kind).click()
+    assert loading.value.suggested_filename == f"{figure}.{kind.lower()}"
+    path = folder / loading.value.suggested_filename
+    loading.value.save_as(path)
+    return path
 
 
 def test_the_recorded_run_is_drawn_from_a_file_in_light_dark_and_on_a_narrow_screen(page, home, tmp_path):
@@ -69,6 +80,37 @@ def test_paper_is_light_and_holds_what_is_folded(page, home, tmp_path):
     assert page.errors == []
 
 
+def test_a_figure_is_saved_as_an_interactive_page_of_its_own(page, home, tmp_path):
+    path = tmp_path / "report.html"
+    write_report(recorded_run(), path)
+    drawn(page, path)
+    told = "[...document.querySelectorAll('figure:has(#history) :is(figcaption, .under > span)')].map((part) => part.textContent)"
+    named = "document.querySelector('#history').getAttribute('aria-label')"
+    points = "document.querySelectorAll('#history .points path').length"
+    policy = "document.querySelector('meta[http-equiv=Content-Security-Policy]').content"
+    wanted = [page.evaluate(part) for part in (told, named, points, policy)]
+    assert wanted[2] == 30
+    alone = saved(page, "history", "HTML", tmp_path)
+    assert alone.stat().st_size < 6_000_000
+
+    assert drawn(page, alone) == page.locator("figure").count() == 1
+    assert [page.evaluate(part) for part in (told, named, points, policy)] == wanted
+    assert page.title() == "Every trial on search-validation text · demo on python-stdlib, 40% removed (recorded) · low-rank studio"
+    assert page.locator("header p").inner_text().startswith("From: Report of a run of low-rank studio")
+    page.locator("#history .points path").last.hover(force=True)
+    page.locator("#history .hovertext").first.wait_for()
+    assert page.locator("button.download").all_inner_texts() == ["SVG", "PNG"]
+    assert saved(page, "history", "SVG", tmp_path).read_text().startswith("<svg")
+    assert ink(page, "history") == "rgb(29, 39, 48)"
+    page.emulate_media(color_scheme="dark")
+    wait_for(page, "getComputedStyle(document.querySelector('#history .xtick text')).fill === 'rgb(228, 233, 236)'")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(17, 22, 27)"
+    page.set_viewport_size({"width": 400, "height": 800})
+    wait_for(page, "document.querySelector('#history svg.main-svg').getBoundingClientRect().width < 400")
+    assert page.evaluate("document.documentElement.scrollWidth") == 400
+    assert page.errors == []
+
+
 def test_nothing_from_a_file_runs(page, home, tmp_path):
     run = make_run(study=write_rich_study)
     write_answers(run)
@@ -82,6 +124,10 @@ def test_nothing_from_a_file_runs(page, home, tmp_path):
     path = tmp_path / "report.html"
     write_report(run, path)
     assert drawn(page, path) == page.locator(".plot").count() > 0
+    page.locator("#history .points path").first.hover(force=True)
+    assert page.evaluate("window.ran") is None
+    assert page.locator("h1").inner_text() == EVIL
+    assert drawn(page, saved(page, "history", "HTML", tmp_path)) == 1
     page.locator("#history .points path").first.hover(force=True)
     assert page.evaluate("window.ran") is None
     assert page.locator("h1").inner_text() == EVIL

@@ -14,7 +14,7 @@ from lowrank_core.config import ExportConfig
 from lowrank_core.jobs import pending_requests
 from lowrank_core.runs import write_json
 
-REPORTED = {"Report (HTML)", "Figures (HTML, SVG, PNG)"}
+REPORTED = {"Report (HTML)", "Figures (SVG, PNG, HTML)"}
 TABLES = {"Allocation (JSON)", "Trials (CSV)", "Comparison (CSV)"}
 
 
