@@ -658,7 +658,7 @@ def test_what_no_option_says_is_named_instead_of_left_out(config: RunConfig, nam
 
 def test_the_commands_shown_are_ones_that_the_command_line_takes(page: Page):
     shown = [line for line in "\n".join(page.words).splitlines() if line.startswith("lowrank ") and "--" in line]
-    assert {shlex.split(line)[1] for line in shown} == {"worker", "search", "export", "evaluate", "report"}
+    assert {shlex.split(line)[1] for line in shown} == {"worker", "search", "export", "heal", "evaluate", "report"}
     for line in shown:
         parser().parse_args(shlex.split(line)[1:])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +15,18 @@ import psutil
 import pytest
 
 from lowrank_core import jobs
-from lowrank_core.config import SAMPLERS, VARIABLES, CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.cli import main
+from lowrank_core.config import (
+    SAMPLERS,
+    VARIABLES,
+    CalibrationConfig,
+    CompressionConfig,
+    ExportConfig,
+    ModelSource,
+    RunConfig,
+    SearchConfig,
+    TextConfig,
+)
 from lowrank_core.curves import CURVES_FILE, load_curves
 from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError, RunError
 from lowrank_core.export import read_manifest
@@ -31,6 +43,7 @@ from lowrank_core.spectra import load_spectra
 from lowrank_core.units import plan_units
 from lowrank_core.views.compare import answers, comparisons
 from lowrank_core.views.directions import direction_facts
+from lowrank_core.views.healed_again import healed_again
 from lowrank_core.views.healing import healings
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.planned import healed_sources
@@ -161,6 +174,35 @@ def test_a_trial_is_healed_written_and_found_again(config: RunConfig, started: C
     assert "healing must be one of" in str(refused["error"])
 
 
+def test_the_two_commands_of_a_healing_give_it_again(
+    config: RunConfig,
+    started: Callable[[RunConfig], Run],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    usual = replace(config, text=replace(config.text, validation_windows=TextConfig().validation_windows))
+    run = started(_search(usual, compression_ratio=0.5, trials=2, confirmed=0))
+    _until(run, lambda: run.status().state == "idle", "finish")
+    first = _answer(run, "heal", trial=1, healing={"steps": 12, "batch_size": 4, "validate_every": 4, "cross_entropy": 0.1, "seed": 3})
+    assert first["ok"], first
+    (source,) = healed_sources(run, read_trials(run))
+    lines = healed_again(run, source, ExportConfig(dtype="float32")).lines.splitlines()
+    monkeypatch.chdir(tmp_path)
+    assert [main([*shlex.split(line)[1:], "--json"]) for line in lines] == [0, 0]
+    again = json.loads(capsys.readouterr().out.splitlines()[-1])
+    for ours, theirs in (("one_shot", "one_shot"), ("report", "healed")):
+        told = first[ours]
+        assert isinstance(told, dict)
+        for figure in ("kl", "perplexity", "dense_perplexity"):
+            assert again[theirs][figure] == pytest.approx(told[figure], rel=1e-4)
+    healing = first["healing"]
+    assert isinstance(healing, dict)
+    assert again["healing"]["tokens"] == healing["tokens"]
+    assert again["healing"]["kl_after"] == pytest.approx(healing["kl_after"], rel=1e-4)
+    assert again["healing"]["best_step"] == healing["best_step"] > 0  # it was trained
+
+
 def _check_another_form(run: Run, healed: Path) -> None:
     """A healed model is written in 8 bits from what is on disk; what was not healed is no healed model."""
     small = _answer(run, "export", healed=healed.name, quantization="int8")
@@ -174,7 +216,7 @@ def _check_another_form(run: Run, healed: Path) -> None:
     assert after.measured is not None
     assert before.measured is not None
     assert abs(after.measured.nll - before.measured.nll) < 0.05
-    assert {str(source.healed) for source in healed_sources(run)} == {healed.name}
+    assert {str(source.healed) for source in healed_sources(run, read_trials(run))} == {healed.name}
     for name in ("uniform", "..", ""):
         assert not _answer(run, "export", healed=name)["ok"], name
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from lowrank_core.figures.healing import healing_figure
-from lowrank_core.report.blocks import Block, Prose, Section, drawn
+from lowrank_core.report.blocks import Block, Code, Note, Prose, Section, drawn
 from lowrank_core.runs import Run
+from lowrank_core.search.records import read_trials
 from lowrank_core.views.formatting import number, percent
+from lowrank_core.views.healed_again import healed_again
 from lowrank_core.views.healing import Healing, curve_table, ends_in_words, healings
+from lowrank_core.views.planned import healed_source
 
 __all__ = ["healing_section"]
 
 
 def healing_section(run: Run) -> Section:
-    """Raises: RunError: a file of a healing is damaged."""
+    """Raises: RunError, ConfigError: a file of a healing, or the study, is damaged."""
     found = healings(run)
-    blocks: list[Block] = [block for healing in found for block in (_told(healing), *_curve(healing))]
+    blocks: list[Block] = [block for healing in found for block in (_told(healing), *_curve(healing), *_again(run, healing))]
     if not blocks:
         blocks = [Prose("Nothing was healed: every compressed model of this run is as it came out.")]
     return Section("healing", "Healing", "What did training the factors win back, and what did it take?", tuple(blocks))
@@ -49,3 +52,14 @@ def _curve(healing: Healing) -> tuple[Block, ...]:
         protocol="" if healing.report is None else f"Trained on {healing.report.training}. Validated on {healing.report.validation}.",
     )
     return (figure,)
+
+
+def _again(run: Run, healing: Healing) -> tuple[Block, ...]:
+    """Return the commands that repeat a healing; nothing where they would need a file that is not in the report."""
+    search = run.config.search
+    if search is None or healing.report is None:
+        return ()
+    found = healed_again(run, healed_source(healing, read_trials(run), search))
+    if found.why_not:
+        return (Note("info", found.why_not),)
+    return () if found.ranks else (Code(f"Write the one-shot model, and repeat healing {healing.name}", found.lines),)

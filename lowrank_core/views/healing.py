@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lowrank_core.healing.config import HEALER_LABELS
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.config import SearchConfig
+from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
 from lowrank_core.healing.records import HealingPoint, HealingReport, read_history, read_report
 from lowrank_core.runs import Run, read_json
+from lowrank_core.search.records import TrialRecord
+from lowrank_core.views.records import build
 
-__all__ = ["Healing", "curve_table", "ends_in_words", "healings"]
+__all__ = ["Healing", "curve_table", "ends_in_words", "healings", "trial_of"]
 
 _ENDS = {
     "steps": "All steps were taken",
@@ -27,15 +31,16 @@ class Healing:
 
     Attributes:
         folder: its name under the run's ``healed``; label: of the healed model, as its measurement is called.
-        method: in words; steps: at most.
+        allocation: what was healed, ``trial N`` or an allocator's name.
+        settings: how it is trained.
         history: validations so far; report: None until it is done.
         changed: when its files last changed, seconds since the epoch.
     """
 
     folder: str
     label: str
-    method: str
-    steps: int
+    allocation: str
+    settings: HealingConfig
     history: tuple[HealingPoint, ...]
     report: HealingReport | None
     changed: float
@@ -44,12 +49,22 @@ class Healing:
     def name(self) -> str:
         return f"{self.label} ({self.folder[-4:]})"
 
+    @property
+    def method(self) -> str:
+        """In words."""
+        return HEALER_LABELS[self.settings.method]
+
+    @property
+    def steps(self) -> int:
+        """At most."""
+        return self.settings.steps
+
 
 def healings(run: Run) -> list[Healing]:
     """Return the healings of a run, the one that changed last first.
 
     Raises:
-        RunError: a file is damaged.
+        RunError, ConfigError: a file is damaged, or holds settings that there are not.
     """
     found = []
     root = run.path / "healed"
@@ -57,21 +72,29 @@ def healings(run: Run) -> list[Healing]:
         body = read_json(folder / "request.json")
         if body is None:
             continue
-        settings = body.get("healing", {})
         history = read_history(folder)
         paths = [path for name in ("history.json", "report.json", "request.json") if (path := folder / name).exists()]
         found.append(
             Healing(
                 folder=folder.name,
                 label=str(body.get("label")),
-                method=HEALER_LABELS.get(str(settings.get("method")), str(settings.get("method"))),
-                steps=int(settings.get("steps", 0)),
+                allocation=str(body.get("allocation")),
+                settings=build(HealingConfig, body.get("healing", {}), f"{folder.name}/request.json"),
                 history=history,
                 report=read_report(folder),
                 changed=max(path.stat().st_mtime for path in paths),
             )
         )
     return sorted(found, key=lambda healing: healing.changed, reverse=True)
+
+
+def trial_of(healing: Healing, trials: Sequence[TrialRecord], search: SearchConfig) -> int | None:
+    """Return the number of the trial whose model was healed; None where a rule's was that no trial of this search is."""
+    single = search.most_ratio is None  # else a rule has a trial at each of several ratios
+    complete = [trial for trial in trials if trial.state == "complete"]
+    names = {f"trial {trial.number}": trial.number for trial in complete}
+    rules = {trial.label: trial.number for trial in complete if trial.label in ALLOCATORS} if single else {}
+    return names.get(healing.allocation, rules.get(healing.allocation))
 
 
 def curve_table(history: Sequence[HealingPoint]) -> pd.DataFrame:

@@ -13,15 +13,27 @@ from lowrank_core.accounting import INDEX_BYTES, Unit, allocated_parameters, bud
 from lowrank_core.allocation import ALLOCATORS, Ranks, allocation_from_ranks
 from lowrank_core.config import ExportConfig, SearchConfig
 from lowrank_core.errors import LowRankError
+from lowrank_core.healing.config import HealingConfig
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.search.records import TrialRecord
 from lowrank_core.search.space import SearchSpace
 from lowrank_core.units import value_layers
 from lowrank_core.views.compare import label_of
-from lowrank_core.views.healing import healings
+from lowrank_core.views.healing import Healing, healings, trial_of
 from lowrank_core.views.model import ModelFacts
 
-__all__ = ["Planned", "Source", "files_of", "folder_of", "forms_table", "healed_sources", "planned", "runtimes", "trial_source"]
+__all__ = [
+    "Planned",
+    "Source",
+    "files_of",
+    "folder_of",
+    "forms_table",
+    "healed_source",
+    "healed_sources",
+    "planned",
+    "runtimes",
+    "trial_source",
+]
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 _INT8 = {"none": "", "int8": ", int8"}
@@ -35,6 +47,7 @@ class Source:
         name: what its folder is called; label: for people.
         trial: number or an allocator's name; None for a healed model.
         healed: folder of the healed model under the run's exports; empty for an allocation.
+        healing: how that one was trained; None for an allocation.
         ranks: by unit; None where only the worker can tell them.
         number: of a trial that has these ranks, for the command line; None without one.
     """
@@ -45,6 +58,7 @@ class Source:
     healed: str = ""
     ranks: Ranks | None = None
     number: int | None = None
+    healing: HealingConfig | None = None
 
     @property
     def request(self) -> dict[str, object]:
@@ -89,12 +103,21 @@ def _ruled_ranks(allocator: str, units: Sequence[Unit], search: SearchConfig) ->
         return None
 
 
-def healed_sources(run: Run) -> list[Source]:
+def healed_source(healing: Healing, trials: Sequence[TrialRecord], search: SearchConfig, ranks: Ranks | None = None) -> Source:
+    """Return the healed model that ``healing`` left; ``ranks`` where they are known."""
+    number = trial_of(healing, trials, search)
+    return Source(healing.folder, f"Healed: {healing.name}", None, healing.folder, ranks, number, healing.settings)
+
+
+def healed_sources(run: Run, trials: Sequence[TrialRecord]) -> list[Source]:
     """Return the healed models of a run that are on disk.
 
     Raises:
-        RunError: a file of a healing is damaged.
+        RunError, ConfigError: a file of a healing is damaged.
     """
+    search = run.config.search
+    if search is None:
+        return []
     found = []
     for healing in healings(run):
         folder = run.path / "exports" / healing.folder
@@ -102,7 +125,7 @@ def healed_sources(run: Run) -> list[Source]:
         if body is not None:
             ranks = body.get("ranks")
             told = dict(ranks) if isinstance(ranks, Mapping) and ranks else None
-            found.append(Source(healing.folder, f"Healed: {healing.name}", None, healing.folder, told))
+            found.append(healed_source(healing, trials, search, told))
     return found
 
 

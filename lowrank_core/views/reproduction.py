@@ -11,7 +11,17 @@ from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConf
 from lowrank_core.presets import PRESETS, Preset
 from lowrank_core.runs import JsonMapping
 
-__all__ = ["Reproduction", "compress_command", "enqueue_command", "export_command", "reproduction", "test_command", "verify_command"]
+__all__ = [
+    "Reproduction",
+    "command_line",
+    "compress_command",
+    "compress_unsaid",
+    "enqueue_command",
+    "export_command",
+    "reproduction",
+    "test_command",
+    "verify_command",
+]
 
 _CHOICES = ("space", "variables", "sampler", "objective", "trials", "startup_trials", "pruner", "top_k", "confirmed")
 _NUMBERS = ("input_damping", "gradient_damping", "drift_beta")
@@ -45,7 +55,7 @@ def reproduction(record: JsonMapping, config: RunConfig) -> Reproduction:
     return Reproduction(
         record=json.dumps({**record, "id": folder, "recorded": False}, indent=1),
         folder=folder,
-        exact=_command("worker", {"run": folder}),
+        exact=command_line("worker", {"run": folder}),
         options="" if unsaid else _options(config, folder),
         unsaid=unsaid,
     )
@@ -54,7 +64,7 @@ def reproduction(record: JsonMapping, config: RunConfig) -> Reproduction:
 def export_command(run: str, trial: int, config: ExportConfig | None = None) -> str:
     """Return the command that writes the compressed model of ``trial``, in the form that ``config`` says."""
     chosen = config or ExportConfig()
-    return _command("export", {"run": run, "trial": trial, "out": chosen.folder_name(f"trial-{trial}"), **chosen.options})
+    return command_line("export", {"run": run, "trial": trial, "out": chosen.folder_name(f"trial-{trial}"), **chosen.options})
 
 
 def compress_command(config: RunConfig, ranks: str, out: str, export: ExportConfig | None = None) -> str:
@@ -64,25 +74,32 @@ def compress_command(config: RunConfig, ranks: str, out: str, export: ExportConf
     """
     export = export or ExportConfig()
     method = None if config.search is None else _method(config.search)
-    # --dtype of that command is the one it runs in
-    if method is None or _unsaid(replace(config, search=None)) or export.dtype != ExportConfig().dtype:
+    if method is None or compress_unsaid(config, export):
         return ""
-    return _command("compress", {**_shared(config), **method, "ranks": ranks, "out": out, **export.options})
+    return command_line("compress", {**_shared(config), **method, "ranks": ranks, "out": out, **export.options})
+
+
+def compress_unsaid(config: RunConfig, export: ExportConfig) -> dict[str, object]:
+    """Return what of the run's recipe, and of ``export``, no option of ``lowrank compress`` says, by its dotted name."""
+    found = _unsaid(replace(config, search=None)) | _unsaid_method(config.search)
+    if export.dtype != ExportConfig().dtype:  # --dtype of that command is the one it runs in
+        found["export.dtype"] = export.dtype
+    return found
 
 
 def verify_command(folder: str) -> str:
     """Return the command that measures the model in ``folder`` again in a fresh process, and compares."""
-    return _command("verify", {"model": folder})
+    return command_line("verify", {"model": folder})
 
 
 def test_command(config: RunConfig, folder: str) -> str:
     """Return the command that measures the model in ``folder`` on test text beside the dense one."""
     text = config.text
     cut = {"text": text.reference, "split": "test", "windows": text.test_windows, "context": text.context, "bos": text.bos}
-    return _command("evaluate", {"model": folder, "against": config.model.reference, **cut})
+    return command_line("evaluate", {"model": folder, "against": config.model.reference, **cut})
 
 
-def _command(name: str, options: Mapping[str, object]) -> str:
+def command_line(name: str, options: Mapping[str, object]) -> str:
     """Return ``lowrank NAME`` with options; True stands for a flag, and what is None or False is left out."""
     words = ["lowrank", name]
     for option, value in options.items():
@@ -93,7 +110,7 @@ def _command(name: str, options: Mapping[str, object]) -> str:
 
 def enqueue_command(run: str, ranks: str) -> str:
     """Return the command that puts the ranks in the file ``ranks`` in line in the run at the path ``run``."""
-    return _command("enqueue", {"run": run, "ranks": ranks})
+    return command_line("enqueue", {"run": run, "ranks": ranks})
 
 
 def _shared(config: RunConfig) -> dict[str, object]:
@@ -125,13 +142,13 @@ def _method(search: SearchConfig) -> dict[str, object] | None:
 def _options(config: RunConfig, folder: str) -> str:
     shared, search = _shared(config), config.search
     if search is None:
-        return _command("analyze", shared)
+        return command_line("analyze", shared)
     method = _method(search)
     assert method is not None
     chosen = {name: getattr(search, name) for name in _CHOICES}
     flags = {"slopes": search.slopes, "autocast": search.autocast}
     ratios = {"compression_ratio": search.compression_ratio, "most_ratio": search.most_ratio}
-    return _command("search", {**shared, **ratios, **method, **chosen, **flags, "run": folder})
+    return command_line("search", {**shared, **ratios, **method, **chosen, **flags, "run": folder})
 
 
 def _base_of(search: SearchConfig) -> Preset | dict[str, object] | None:
@@ -163,8 +180,12 @@ def _unsaid(config: RunConfig) -> dict[str, object]:
     search = config.search
     if search is not None and search.seed != config.text.seed:
         found["search.seed"] = search.seed
-    if search is not None and _base_of(search) is None:
-        usual = asdict(CompressionConfig())
-        found |= {f"search.compression.{name}": value for name, value in asdict(search.compression).items() if value != usual[name]}
-        found["search.projected"] = search.projected
-    return found
+    return found | _unsaid_method(search)
+
+
+def _unsaid_method(search: SearchConfig | None) -> dict[str, object]:
+    if search is None or _base_of(search) is not None:
+        return {}
+    usual = asdict(CompressionConfig())
+    found = {f"search.compression.{name}": value for name, value in asdict(search.compression).items() if value != usual[name]}
+    return found | {"search.projected": search.projected}

@@ -17,6 +17,7 @@ from lowrank_core.views.allocation import search_units
 from lowrank_core.views.compare import answers, last_failure
 from lowrank_core.views.exported import loading_of
 from lowrank_core.views.formatting import count, percent, size
+from lowrank_core.views.healed_again import HealedAgain, healed_again
 from lowrank_core.views.model import ModelFacts, model_facts
 from lowrank_core.views.planned import Planned, Source, files_of, folder_of, forms_table, healed_sources, planned, runtimes, trial_source
 from lowrank_core.views.reproduction import compress_command, export_command
@@ -63,7 +64,7 @@ def _sources(run: Run, search: SearchConfig, units: Sequence[Unit]) -> dict[str,
     trials, bodies = read_trials(run), answers(run)
     listed = healable(candidates(trials, search, picked=state.selection().trial))
     chosen = [trial_source(trial, label, trials, search, (units, bodies)) for trial, label in listed.items()]
-    return {str(source.healed or source.trial): source for source in [*chosen, *healed_sources(run)]}
+    return {str(source.healed or source.trial): source for source in [*chosen, *healed_sources(run, trials)]}
 
 
 def _choice(run: Run, found: dict[str, Source]) -> tuple[Source, ExportConfig]:
@@ -178,7 +179,7 @@ def _command(run: Run, source: Source, config: ExportConfig) -> None:
     """Show the command that writes the same."""
     ranks = f"{source.name}.json".replace(" ", "-")
     if source.healed:
-        st.caption("A healing is repeated by the settings in its `lowrank.json`, with `lowrank heal` on the one-shot model.")
+        _healed_command(healed_again(run, source, config))
     elif source.number is not None:
         st.code(export_command(str(run.path), source.number, config), language="bash", wrap_lines=True)
     elif command := compress_command(run.config, ranks, config.folder_name(ranks.removesuffix(".json")), config):
@@ -186,6 +187,24 @@ def _command(run: Run, source: Source, config: ExportConfig) -> None:
         st.code(command, language="bash", wrap_lines=True)
     else:
         st.caption("No single command makes the same: write it here, or measure it as a trial of your own first.")
+
+
+def _healed_command(found: HealedAgain) -> None:
+    """Show the commands that heal the same again, or say what they can't."""
+    if not found.lines:
+        st.caption(f"{found.why_not} Write it here.")
+        return
+    first = (
+        f"Save “Allocation (JSON)” below as {found.ranks}; then make the one-shot model of it"
+        if found.ranks
+        else "Write the one-shot model"
+    )
+    st.caption(f"{first}, and heal it:")
+    st.code(found.lines, language="bash", wrap_lines=True)
+    st.caption(
+        "`lowrank heal` begins with the factors as the first folder stores them, the worker began with those in memory: figures may "
+        "differ by rounding, unless both are float32 (“Stored as”)."
+    )
 
 
 def _python(folder: Path, config: ExportConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 
 import pytest
@@ -10,6 +11,7 @@ from synthetic import make_run, running_status, write_answers, write_front, writ
 from test_pages import sound, words
 
 from lowrank_core import jobs
+from lowrank_core.cli import parser
 from lowrank_core.config import ExportConfig
 from lowrank_core.jobs import pending_requests
 from lowrank_core.runs import write_json
@@ -124,6 +126,47 @@ def test_a_healed_model_is_asked_for_by_its_folder_and_is_written_as_it_is_alrea
     assert sound(test)
     (request,) = pending_requests(run)
     assert request["arguments"] == {"healed": name, **asdict(ExportConfig(quantization="int8"))}
+
+
+def shown_healed(app, **changed):
+    """Return the page on which a healed model is chosen, and the text of its code blocks."""
+    run = make_run()
+    write_healing(run)
+    name = "trial-3-distill-12345678"
+    write_model(run, name, healing={"method": "distill"}, ranks={"model.layers.0.self_attn.q_proj": 5})
+    request = {"label": "x, healed by distill", "allocation": "trial 3", "healing": {"method": "distill", "steps": 40}}
+    write_json(run.path / "healed" / name / "request.json", {**request, **changed})
+    test = app("export", run=run.id)
+    next(box for box in test.selectbox if box.label == "Allocation or healed model").set_value(name).run()
+    assert sound(test)
+    return run, test, [block.value for block in test.code]
+
+
+def test_a_healing_is_repeated_by_two_commands(app):
+    run, test, codes = shown_healed(app)
+    export = f"lowrank export --run {run.path} --trial 3 --out trial-3"
+    heal = "lowrank heal --model trial-3 --text python-stdlib --context 32 --method distill --steps 40 --out trial-3-distill-12345678"
+    assert f"{export}\n{heal}" in codes
+    for line in (export, heal):
+        assert parser().parse_args(shlex.split(line)[1:]).command in line
+    assert "Write the one-shot model, and heal it:" in words(test)
+    test.selectbox(key="export_dtype").set_value("float32").run()
+    assert any("--out trial-3-float32 --dtype float32\nlowrank heal --model trial-3-float32" in block.value for block in test.code)
+
+
+def test_a_healing_that_no_options_say_is_told_with_the_setting(app):
+    _, test, codes = shown_healed(app, healing={"method": "distill", "warmup": 0.25})
+    assert "these have no option of their own: healing.warmup = 0.25. Write it here." in words(test)
+    assert not any("lowrank heal" in code for code in codes)
+
+
+def test_a_healing_of_no_trial_is_made_of_its_ranks(app):
+    _, test, codes = shown_healed(app, allocation="energy")
+    assert "Save “Allocation (JSON)” below as trial-3-distill-12345678.json; then make the one-shot model of it, and heal it:" in words(
+        test
+    )
+    assert any(code.startswith("lowrank compress") and "\nlowrank heal --model trial-3-distill-12345678-one-shot" in code for code in codes)
+    assert downloads(test)["Allocation (JSON)"]
 
 
 def test_a_size_that_is_none_is_told(app):
