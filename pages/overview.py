@@ -25,7 +25,7 @@ with boundary():
         "Calibrate a model",
         expanded=run is None or run.recorded,
         icon=":material/play_circle:",
-        key=f"calibrate_{run is None or run.recorded}",
+        key=f"calibrate_{run.id if run is not None else ''}",  # by run: once one was started, it is on screen and not the form
     ):
         calibration_form()
     if run is not None:

@@ -21,10 +21,12 @@ with boundary():
     config = run.config if run is not None else RunConfig()
     searched = run is not None and config.search is not None
     facts = (model_facts(run) if run is not None else None) or check_model(config.model.reference)
-    with st.expander("Start a new search", expanded=not searched, icon=":material/tune:", key=f"new_search_{searched}"):
-        st.caption(
-            f"Model **{config.model.reference}**, text **{config.text.reference}**: taken from the run on screen, with its calibration."
+    # By run: once a search was started, its trials are on screen and not the form.
+    with st.expander("Start a new search", expanded=not searched, icon=":material/tune:", key=f"new_search_{run.id if run else ''}"):
+        kept = (
+            "the settings of its calibration, which is done anew on this machine" if run is not None and run.recorded else "its calibration"
         )
+        st.caption(f"Model **{config.model.reference}**, text **{config.text.reference}**: taken from the run on screen, with {kept}.")
         search_form(config, facts)
 
     if run is not None and config.search is not None:
