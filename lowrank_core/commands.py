@@ -25,7 +25,8 @@ from lowrank_core.config import (
     to_mapping,
 )
 from lowrank_core.decomposition import units_of
-from lowrank_core.directions import DirectionsConfig, top_directions
+from lowrank_core.directions.config import DirectionsConfig
+from lowrank_core.directions.measuring import top_directions
 from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_free, export, held_out

@@ -22,6 +22,7 @@ TORCH_FREE = (
     "lowrank_core.figures",
     "lowrank_core.report",
     "lowrank_core.jobs",
+    "lowrank_core.records",
     "lowrank_core.runs",
     "lowrank_core.run_care",
     "lowrank_core.config",
@@ -34,6 +35,8 @@ TORCH_FREE = (
     "lowrank_core.allocation",
     "lowrank_core.bases",
     "lowrank_core.catalogue",
+    "lowrank_core.directions.config",
+    "lowrank_core.directions.records",
     "lowrank_core.documents",
     "lowrank_core.presets",
     "lowrank_core.units",
@@ -50,7 +53,7 @@ TORCH_FREE = (
 
 STAGES = (
     {"errors", "registration"},
-    {"accounting", "heavy_tails"},
+    {"accounting", "heavy_tails", "records"},
     {"config"},
     {"runs", "linalg", "pivoting", "spectra", "curves", "allocation", "moments", "bases", "presets"},
     {"units", "catalogue", "pooling", "documents", "drafts"},

@@ -8,7 +8,8 @@ import torch
 
 from lowrank_core.calibration import LayerStatistics, collect_statistics
 from lowrank_core.config import CalibrationConfig
-from lowrank_core.directions import SIDES, DirectionsConfig, top_directions
+from lowrank_core.directions.config import SIDES, DirectionsConfig
+from lowrank_core.directions.measuring import top_directions
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import weight_of

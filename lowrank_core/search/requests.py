@@ -14,7 +14,8 @@ import torch
 
 from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks
 from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
-from lowrank_core.directions import DirectionsConfig, top_directions
+from lowrank_core.directions.config import DirectionsConfig
+from lowrank_core.directions.measuring import top_directions
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export import HeldOut, export, figures_of, verify

@@ -11,11 +11,11 @@ import pandas as pd
 
 from lowrank_core.accounting import MatrixShape
 from lowrank_core.config import TOKENS_PER_DIMENSION
+from lowrank_core.records import build
 from lowrank_core.runs import Run
 from lowrank_core.spectra import LayerSpectrum, Vector
 from lowrank_core.views.formatting import DASH, kind_label, number
 from lowrank_core.views.layermap import LayerMap, layer_map
-from lowrank_core.views.records import build
 
 __all__ = [
     "CalibrationFacts",

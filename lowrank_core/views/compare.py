@@ -10,9 +10,9 @@ import pandas as pd
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.jobs import BACKGROUND
 from lowrank_core.presets import PRESETS
+from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.search.records import HEALED, MANUAL, PRESET, TrialRecord
-from lowrank_core.views.records import build
 from lowrank_core.views.trials import trial_label
 
 __all__ = [

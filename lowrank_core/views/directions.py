@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_core.errors import RunError
+from lowrank_core.directions.records import Direction, Directions
 from lowrank_core.runs import JsonMapping
-from lowrank_core.views.records import build
 
 __all__ = ["DirectionFacts", "direction_facts", "direction_failure"]
 
@@ -31,27 +30,6 @@ class DirectionFacts:
     frame: pd.DataFrame
 
 
-@dataclass(frozen=True)
-class _Hit:
-    token: str
-    before: str
-    after: str
-    projection: float
-
-
-@dataclass(frozen=True)
-class _Direction:
-    number: int
-    share: float
-    tokens: tuple[JsonMapping, ...]
-
-
-@dataclass(frozen=True)
-class _Answer:
-    protocol: str
-    directions: tuple[JsonMapping, ...]
-
-
 def direction_facts(bodies: Sequence[JsonMapping], module: str, side: str) -> DirectionFacts | None:
     """Return the newest answer for one side of ``module``; None if there is none.
 
@@ -61,9 +39,9 @@ def direction_facts(bodies: Sequence[JsonMapping], module: str, side: str) -> Di
     mine = [body for body in _told(bodies, module, side) if body.get("ok")]
     if not mine:
         return None
-    answer = build(_Answer, mine[-1], "an answer")
-    rows = [row for direction in answer.directions for row in _rows(build(_Direction, _mapping(direction), "an answer"))]
-    return DirectionFacts(answer.protocol, pd.DataFrame(rows, columns=["direction", "share", "token", "context", "projection"]))
+    found = Directions.from_mapping(mine[-1])
+    rows = [row for direction in found.directions for row in _rows(direction)]
+    return DirectionFacts(found.protocol, pd.DataFrame(rows, columns=["direction", "share", "token", "context", "projection"]))
 
 
 def direction_failure(bodies: Sequence[JsonMapping], module: str, side: str) -> str | None:
@@ -80,14 +58,7 @@ def _told(bodies: Sequence[JsonMapping], module: str, side: str) -> list[JsonMap
     return [body for body in bodies if concerns(body)]
 
 
-def _mapping(value: object) -> JsonMapping:
-    if not isinstance(value, dict):
-        raise RunError("an answer of the worker is damaged. Ask again.")
-    return value
-
-
-def _rows(direction: _Direction) -> list[dict[str, object]]:
-    hits = [build(_Hit, _mapping(hit), "an answer") for hit in direction.tokens]
+def _rows(direction: Direction) -> list[dict[str, object]]:
     return [
         {
             "direction": direction.number,
@@ -96,7 +67,7 @@ def _rows(direction: _Direction) -> list[dict[str, object]]:
             "context": re.sub(" +", " ", f"{hit.before}⟦{hit.token}⟧{hit.after}").translate(_SIGNS),
             "projection": hit.projection,
         }
-        for hit in hits
+        for hit in direction.tokens
     ]
 
 

@@ -12,10 +12,10 @@ from statistics import median
 import pandas as pd
 
 from lowrank_core.errors import RunError
+from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.views.compare import Export, exports
 from lowrank_core.views.formatting import number
-from lowrank_core.views.records import build
 from lowrank_core.views.trials import unit_label
 
 __all__ = [

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from lowrank_core.errors import RunError
+from lowrank_core.records import build
 from lowrank_core.views.compare import Comparison
 from lowrank_core.views.formatting import interval, number
-from lowrank_core.views.records import build
 
 __all__ = ["LOST", "SAVED", "WindowTable", "comparison_table", "difference_table", "position_table", "window_table"]
 

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 import pandas as pd
 
 from lowrank_core.accounting import HeadUnit, MatrixShape
+from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.views.formatting import kind_label
-from lowrank_core.views.records import build
 
 __all__ = ["ModelFacts", "model_facts", "module_table"]
 

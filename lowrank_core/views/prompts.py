@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.views.compare import name_of
-from lowrank_core.views.records import build
 
 __all__ = ["Prompt", "prompts"]
 

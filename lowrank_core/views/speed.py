@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.views.compare import name_of
 from lowrank_core.views.formatting import DASH, size
-from lowrank_core.views.records import build
 
 __all__ = ["Speed", "speed_numbers", "speed_table", "speeds", "speedup_table"]
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.search.records import TrialRecord
 from lowrank_core.spectra import LayerSpectrum
 from lowrank_core.views.compare import Comparison, Failure
 from lowrank_core.views.formatting import kind_label
-from lowrank_core.views.records import build
 from lowrank_core.views.spectrum import atlas_table
 from lowrank_core.views.trials import kind_of, state_words, trial_label
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lowrank_core.records import build
 from lowrank_core.runs import Run
-from lowrank_core.views.records import build
 
 __all__ = ["SplitFacts", "TextFacts", "split_table", "text_facts"]
 

@@ -9,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from lowrank_core.errors import RunError
+from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.views.compare import name_of
 from lowrank_core.views.formatting import number
-from lowrank_core.views.records import build
 
 __all__ = ["TokenStrip", "strips", "worst_tokens"]
 

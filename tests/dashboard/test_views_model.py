@@ -20,10 +20,10 @@ from synthetic import (
 )
 
 from lowrank_core.errors import ModelError, RunError, TextError
+from lowrank_core.records import build
 from lowrank_core.runs import write_json
 from lowrank_core.views import formatting, model, sources, text
 from lowrank_core.views.checkpoint import read_model
-from lowrank_core.views.records import build
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What the top directions of a module's features mean: the tokens that lie furthest along each.
+"""Measuring the top directions of a module's features: the tokens that lie furthest along each.
 
 Notation::
 
@@ -11,94 +11,21 @@ Notation::
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lowrank_core.calibration import LayerStatistics
+from lowrank_core.directions.config import DirectionsConfig
+from lowrank_core.directions.records import Direction, Directions, TokenHit
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.linalg import principal_directions
 from lowrank_core.models.handle import LayerSpec, ModelHandle, weight_of
 from lowrank_core.text.windows import WindowSet
 
-__all__ = ["SIDES", "Direction", "DirectionsConfig", "Directions", "TokenHit", "top_directions"]
+__all__ = ["top_directions"]
 
-SIDES = ("input", "output")
-
-_MOST = 32  # directions, and tokens of each: an answer is for reading
 _BEFORE, _AFTER = 8, 4  # tokens of context
-
-
-@dataclass(frozen=True)
-class DirectionsConfig:
-    """Which directions to read.
-
-    Attributes:
-        module: dotted name of a compressible layer.
-        side: of the module's ``input`` or ``output``.
-        directions: how many, the largest eigenvalue first.
-        tokens: how many different tokens for each.
-        windows: calibration windows to look through, at most.
-        batch_size: windows in a forward pass.
-    """
-
-    module: str
-    side: str = "input"
-    directions: int = 6
-    tokens: int = 6
-    windows: int = 32
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        if self.side not in SIDES:
-            raise ConfigError(f"side must be input or output, got {self.side!r}.")
-        for name, value in (("directions", self.directions), ("tokens", self.tokens)):
-            if not 1 <= value <= _MOST:
-                raise ConfigError(f"{name} must lie between 1 and {_MOST}, got {value}.")
-        if self.windows < 1 or self.batch_size < 1:
-            raise ConfigError(f"windows and batch size must be at least 1, got {self.windows} and {self.batch_size}.")
-
-
-@dataclass(frozen=True)
-class TokenHit:
-    """A token in its context, and its projection in standard deviations; the sign is that of the direction, whose strongest is positive."""
-
-    token: str
-    before: str
-    after: str
-    projection: float
-
-
-@dataclass(frozen=True)
-class Direction:
-    """One direction, ``number`` from 1; ``share`` is λ_i over the sum of all, in (0, 1]."""
-
-    number: int
-    share: float
-    tokens: tuple[TokenHit, ...]
-
-
-@dataclass(frozen=True)
-class Directions:
-    """The top directions of one side of a module, and how they were measured."""
-
-    module: str
-    side: str
-    protocol: str
-    directions: tuple[Direction, ...]
-
-    def to_mapping(self) -> dict[str, object]:
-        """Return the same, ready for JSON."""
-        return asdict(self)
-
-    def to_text(self) -> str:
-        """Return the same for a terminal: a line for each direction."""
-        lines = [f"Top directions of the {self.side} of {self.module} ({self.protocol}); projections in standard deviations:"]
-        for direction in self.directions:
-            words = ", ".join(f"{hit.token!r} {hit.projection:+.1f}" for hit in direction.tokens)
-            lines.append(f"{direction.number:>4} {direction.share:>7.1%}  {words}")
-        return "\n".join(lines)
 
 
 def top_directions(
