@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from lowrank_core.accounting import Unit
 from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, allocator_named, read_allocation, read_ranks
@@ -31,10 +32,9 @@ from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_free, export, held_out
 from lowrank_core.export.manifest import report_of
-from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, describe, load_model, max_context
-from lowrank_core.recipe import Decomposed, decompose
-from lowrank_core.runs import home
+from lowrank_core.recipe import Decomposed, decompose, with_gradients
+from lowrank_core.runs import statistics_home
 from lowrank_core.slopes import measured_slopes
 from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.text import WindowSet, load_text, load_windows
@@ -72,13 +72,12 @@ def fitting_context(source: ModelSource) -> int:
     return min(TextConfig().context, max_context(source.reference) or TextConfig().context)
 
 
-def calibrated(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, gradients: bool = False) -> LayerStatistics:
-    store = home() / "statistics"
-    statistics, _ = cached_statistics(handle, windows, config, store, progress=progress_line("Calibrating"))
-    if gradients:
-        statistics = statistics.with_outputs(
-            cached_gradients(handle, windows, config, store, progress=progress_line("Measuring gradients"))
-        )
+def calibrated(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, basis: str | None = None) -> LayerStatistics:
+    """Return the statistics of ``windows``, with what ``basis`` needs; what a user should know of them is told."""
+    statistics, _ = cached_statistics(handle, windows, config, statistics_home(), progress=progress_line("Calibrating"))
+    if basis is not None:
+        gradients = nullcontext(progress_line("Measuring gradients"))
+        statistics = with_gradients(handle, statistics, windows, (basis,), measuring=gradients)
     for warning in statistics.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     return statistics
@@ -194,7 +193,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     """Calibrate, factorise, allocate, compress and write."""
     began = time.perf_counter()
     check_free(request.out)
-    basis = basis_named(request.compression.basis)  # bad names, like a bad file, are told before anything is loaded
+    basis_named(request.compression.basis)  # bad names, like a bad file, are told before anything is loaded
     allocator_named(request.allocation)
     fixed = read_allocation(request.ranks).fixed if request.ranks is not None and request.complete is not None else {}
     if request.complete is not None:
@@ -208,7 +207,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         check_reachable(units, request.compression_ratio, request.compression)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
     test, lacks = _test_text(handle, text)
-    statistics = calibrated(handle, windows, request.calibration, gradients=basis.needs_gradients)
+    statistics = calibrated(handle, windows, request.calibration, basis=request.compression.basis)
     compression, tuning = _tuned(handle, statistics, request, text) if request.tune else (request.compression, ())
     decomposed = decompose(handle, statistics, compression, progress=progress_line("Factorising"))
     if allocation is None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from lowrank_core.accounting import Unit
@@ -13,12 +14,14 @@ from lowrank_core.calibration import LayerStatistics
 from lowrank_core.compression import CompressedModel, compress
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition import Bases, damping_of, error_curves, factorize, units_of
+from lowrank_core.gradients import cached_gradients
 from lowrank_core.models.handle import ModelHandle
+from lowrank_core.runs import statistics_home
 from lowrank_core.sequential import compress_sequentially
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.units import value_layers
 
-__all__ = ["Decomposed", "decompose"]
+__all__ = ["Decomposed", "decompose", "with_gradients"]
 
 Progress = Callable[[int, int], None]
 
@@ -125,6 +128,30 @@ class Decomposed:
             damping=damping_of(self.config),
             progress=progress,
         )
+
+
+def with_gradients(
+    handle: ModelHandle,
+    statistics: LayerStatistics,
+    windows: WindowSet,
+    bases: Iterable[str],
+    *,
+    measuring: AbstractContextManager[Progress | None] | None = None,
+) -> LayerStatistics:
+    """Return ``statistics`` with the moments of output gradients, if one of ``bases`` weighs by them: measured once, then kept at home.
+
+    Args:
+        windows: that the statistics were measured on.
+        measuring: is entered if gradients are wanted, and gives their progress.
+
+    Raises:
+        ConfigError: no such basis.
+        LowRankError: as ``cached_gradients``.
+    """
+    if not any(basis_named(name).needs_gradients for name in bases):
+        return statistics
+    with measuring or nullcontext() as progress:
+        return statistics.with_outputs(cached_gradients(handle, windows, statistics.config, statistics_home(), progress=progress))
 
 
 def decompose(

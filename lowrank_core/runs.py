@@ -57,6 +57,7 @@ __all__ = [
     "process_started",
     "read_json",
     "recorded_run",
+    "statistics_home",
     "write_json",
 ]
 
@@ -71,6 +72,11 @@ _START_GRACE_SECONDS = 60
 def home() -> Path:
     """Return the folder that holds runs and statistics: ``$LOWRANK_HOME``, else ``~/.cache/lowrank``."""
     return Path(os.environ.get("LOWRANK_HOME") or Path.home() / ".cache" / "lowrank").expanduser().absolute()
+
+
+def statistics_home() -> Path:
+    """Return the folder that holds statistics by their content, shared by all runs."""
+    return home() / "statistics"
 
 
 def bundled_path(*parts: str) -> Path:

@@ -245,8 +245,7 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
     record = complete_trial(run, _trial_number(trial))
     handle = load_model(run.config.model)
     windows = load_windows(run.config.text, handle.tokenizer, "calibration", count=run.config.text.calibration_windows)
-    gradients = basis_named(search.compression.basis).needs_gradients
-    statistics = calibrated(handle, windows, run.config.calibration, gradients=gradients)
+    statistics = calibrated(handle, windows, run.config.calibration, basis=search.compression.basis)
     decomposed = decompose(handle, statistics, search.compression, progress=progress_line("Factorising"))
     allocation = allocation_from_ranks(f"trial {record.number}", decomposed.units, record.ranks)
     model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))

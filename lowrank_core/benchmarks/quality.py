@@ -10,18 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from lowrank_core.bases import basis_named
 from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.compression import CompressedModel
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
 from lowrank_core.errors import LowRankError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets import PRESETS, VARIANTS, Preset, search_by
 from lowrank_core.quantization import quantized
-from lowrank_core.recipe import decompose
-from lowrank_core.runs import create_run, home
+from lowrank_core.recipe import decompose, with_gradients
+from lowrank_core.runs import create_run, statistics_home
 from lowrank_core.search.desk import chosen_model
 from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.search.worker import run_worker
@@ -135,10 +133,8 @@ def quality_table(
     handle.check_context(text.context)
     windows = load_text(text, handle.tokenizer)
     recipes = [*PRESETS.values(), *(VARIANTS.values() if variants else ())]
-    store, config = home() / "statistics", CalibrationConfig()
-    statistics, _ = cached_statistics(handle, windows.calibration, config, store)
-    if any(basis_named(recipe.compression.basis).needs_gradients for recipe in recipes):
-        statistics = statistics.with_outputs(cached_gradients(handle, windows.calibration, config, store))
+    statistics, _ = cached_statistics(handle, windows.calibration, CalibrationConfig(), statistics_home())
+    statistics = with_gradients(handle, statistics, windows.calibration, [recipe.compression.basis for recipe in recipes])
     table = _Table(handle, windows, statistics, int8)
     rows: list[QualityRow] = []
     for recipe in recipes:

@@ -10,11 +10,11 @@ from lowrank_core.calibration import statistics_key
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition import units_of
 from lowrank_core.evaluation import DenseReference
-from lowrank_core.gradients import cached_gradients, gradients_key
+from lowrank_core.gradients import gradients_key
 from lowrank_core.recipe import Decomposed, decompose
-from lowrank_core.runs import Run, home
+from lowrank_core.runs import Run
 from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.session import Session
+from lowrank_core.search.session import Session, statistics_for
 from lowrank_core.search.study import TrialBench
 from lowrank_core.sensitivity.config import SensitivityConfig, single_compression
 from lowrank_core.sensitivity.measuring import evenly_spaced, measured_cell
@@ -114,18 +114,14 @@ class SensitivityBench:
 
     def _decomposed(self, compression: CompressionConfig) -> Decomposed:
         """Return the factors of every matrix; those of the search where it has them, beside its stacks and heads."""
-        handle, statistics = self._session.handle, self._session.statistics
+        handle = self._session.handle
         units = units_of(handle, compression)
         held = self._search.decomposed if self._search is not None else None
         if held is not None and single_compression(held.config, SensitivityConfig()) == compression:
             bases = {unit.name: held.bases[unit.name] for unit in units if unit.name in held.bases}
             if all(unit.name in bases and bases[unit.name].unit == unit for unit in units):
                 return replace(held, config=compression, units=units, bases=bases)
-        if basis_named(compression.basis).needs_gradients:
-            calibration = self._session.windows.calibration
-            with self._reporter.stage("Measuring gradients", calibration.windows) as progress:
-                gradients = cached_gradients(handle, calibration, statistics.config, home() / "statistics", progress=progress)
-            statistics = statistics.with_outputs(gradients)
+        statistics = statistics_for(self._session, compression, self._reporter)
         with self._reporter.stage("Factorising", len(units)) as progress:
             return decompose(handle, statistics, compression, progress=progress)
 

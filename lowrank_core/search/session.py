@@ -6,17 +6,15 @@ import hashlib
 from dataclasses import dataclass
 
 from lowrank_core.analysis import spectra_of
-from lowrank_core.bases import basis_named
 from lowrank_core.calibration import LayerStatistics, cached_statistics, statistics_key
-from lowrank_core.config import SearchConfig
+from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.decomposition import error_curves, units_of
 from lowrank_core.evaluation import DenseReference
-from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, describe, load_model
 from lowrank_core.models.attention import head_units
-from lowrank_core.recipe import decompose
-from lowrank_core.runs import Run, home, write_json
+from lowrank_core.recipe import decompose, with_gradients
+from lowrank_core.runs import Run, statistics_home, write_json
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.space import SearchSpace
 from lowrank_core.search.study import TrialBench
@@ -25,7 +23,7 @@ from lowrank_core.spectra import load_spectra, save_spectra
 from lowrank_core.text import TokenWindows, load_text
 from lowrank_core.units import check_reachable, value_layers
 
-__all__ = ["Session", "fingerprint", "prepare", "record_curves", "search_bench"]
+__all__ = ["Session", "fingerprint", "prepare", "record_curves", "search_bench", "statistics_for"]
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,7 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
             write_json(run.path / "model.json", {**describe(handle), "heads": [unit.describe() for unit in head_units(handle)]})
             write_json(run.path / "text.json", windows.describe(config.text.seed))
     with reporter.stage("Calibrating", windows.calibration.windows) as progress:
-        store = home() / "statistics"
-        statistics, cached = cached_statistics(handle, windows.calibration, config.calibration, store, progress=progress)
+        statistics, cached = cached_statistics(handle, windows.calibration, config.calibration, statistics_home(), progress=progress)
     session = Session(handle, windows, statistics)
     if leads:
         _describe(run, session, reporter, cached)
@@ -73,6 +70,18 @@ def _describe(run: Run, session: Session, reporter: Reporter, cached: bool) -> N
     write_json(run.path / "calibration.json", {**figures, "windows": session.windows.calibration.windows, "cached": cached})
 
 
+def statistics_for(session: Session, compression: CompressionConfig, reporter: Reporter) -> LayerStatistics:
+    """Return the statistics that the basis of ``compression`` needs: with gradients where it weighs by them.
+
+    Raises:
+        LowRankError: a numerical failure.
+        Cancelled: stopped or withdrawn.
+    """
+    calibration = session.windows.calibration
+    stage = reporter.stage("Measuring gradients", calibration.windows)
+    return with_gradients(session.handle, session.statistics, calibration, (compression.basis,), measuring=stage)
+
+
 def search_bench(session: Session, config: SearchConfig, batch_size: int, reporter: Reporter) -> TrialBench:
     """Factorise every layer once and measure the dense model once: all that trials share.
 
@@ -85,12 +94,7 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
     SearchSpace.of(units, config, dense, None)  # what can't be searched, like an unreachable ratio, is told before minutes of work
     for ratio in filter(None, (config.compression_ratio, config.most_ratio)):
         check_reachable(units, ratio, compression)
-    statistics = session.statistics
-    if basis_named(compression.basis).needs_gradients:
-        calibration = session.windows.calibration
-        with reporter.stage("Measuring gradients", calibration.windows) as progress:
-            store = home() / "statistics"
-            statistics = statistics.with_outputs(cached_gradients(handle, calibration, statistics.config, store, progress=progress))
+    statistics = statistics_for(session, compression, reporter)
     with reporter.stage("Factorising", len(units)) as progress:
         decomposed = decompose(handle, statistics, compression, progress=progress)
     allocator = "marginal" if config.variables == "errors" else ""

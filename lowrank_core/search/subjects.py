@@ -6,19 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank_core.allocation import RankAllocation, Ranks
-from lowrank_core.bases import basis_named
-from lowrank_core.calibration import LayerStatistics
 from lowrank_core.compression import CompressedModel, CompressionReport
-from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition import units_of
 from lowrank_core.errors import ConfigError
-from lowrank_core.gradients import cached_gradients
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets import Preset, preset_named
 from lowrank_core.recipe import Decomposed, decompose
-from lowrank_core.runs import home, read_json
+from lowrank_core.runs import read_json
 from lowrank_core.search.desk import Desk, chosen_allocation
 from lowrank_core.search.records import HEALED, PRESET
+from lowrank_core.search.session import statistics_for
 from lowrank_core.units import check_reachable
 
 __all__ = ["Subject", "subject_of"]
@@ -84,21 +81,10 @@ def _by_preset(desk: Desk, preset: Preset) -> Subject:
         handle, compression = desk.session.handle, preset.compression
         units = units_of(handle, compression)
         check_reachable(units, ratio, compression)  # told before minutes of work
-        statistics = _statistics(desk, compression)
+        statistics = statistics_for(desk.session, compression, desk.reporter)
         with desk.reporter.stage(f"Factorising by {preset.label}", len(units)) as progress:
             decomposed = decompose(handle, statistics, compression, progress=progress)
     return _compressed(desk, decomposed, decomposed.allocate(preset.allocation, ratio), label)
-
-
-def _statistics(desk: Desk, compression: CompressionConfig) -> LayerStatistics:
-    """Return the run's statistics, with gradients where the basis weighs by them: measured once, then read from the store."""
-    statistics = desk.session.statistics
-    if not basis_named(compression.basis).needs_gradients:
-        return statistics
-    calibration = desk.session.windows.calibration
-    with desk.reporter.stage("Measuring gradients", calibration.windows) as progress:
-        found = cached_gradients(desk.session.handle, calibration, statistics.config, home() / "statistics", progress=progress)
-    return statistics.with_outputs(found)
 
 
 def _healed(desk: Desk, name: str) -> Subject:
