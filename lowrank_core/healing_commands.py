@@ -10,11 +10,10 @@ from lowrank_core.commands import progress_line
 from lowrank_core.compression import CompressedModel
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.evaluation import EvaluationReport, evaluate
-from lowrank_core.export import HeldOut, check_free, export, figures_of
+from lowrank_core.export import HeldOut, check_free, healed_model, write_healed
 from lowrank_core.export.manifest import read_manifest, report_of
 from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.records import HealingReport, read_history
-from lowrank_core.healing.trainer import heal
 from lowrank_core.models import load_model
 from lowrank_core.models.loading import resolve_reference
 from lowrank_core.text import load_windows
@@ -56,32 +55,28 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
     """
     check_free(request.out)
     manifest = read_manifest(Path(resolve_reference(source.reference)))
-    report = report_of(manifest)
-    compressed = load_model(source)
+    counts = report_of(manifest)
+    compressed = CompressedModel(load_model(source), counts)
     dense = load_model(replace(source, reference=request.against or manifest.made_from))
-    config = request.healing
-    tokenizer = compressed.tokenizer
-    training = load_windows(replace(text, seed=config.seed), tokenizer, "calibration", count=config.train_windows)
+    config, tokenizer = request.healing, compressed.handle.tokenizer
     validation = load_windows(text, tokenizer, "validation", count=text.validation_windows)
     test = load_windows(text, tokenizer, "test", count=text.test_windows)
     begun = read_history(request.checkpoint)
     if begun:
         print(f"going on after step {begun[-1].step} of {config.steps}", file=sys.stderr)
-    healed = heal(compressed, dense, (training, validation), config, folder=request.checkpoint, progress=progress_line("Healing"))
-    before = evaluate(compressed, test, against=dense, progress=progress_line("Measuring one-shot"))
-    after = evaluate(healed.handle, test, against=dense, progress=progress_line("Measuring healed"))
-    model = CompressedModel(replace(healed.handle, reference=dense.reference), report)
-    summary = {name: value for name, value in asdict(healed.report).items() if name != "history"}
-    provenance = {**manifest.provenance, "healing": summary, "command": request.command}
-    figures = figures_of(before.to_mapping(), healed=after.to_mapping())
-    export(model, request.out, provenance=provenance, config=request.export, figures=figures, test=HeldOut(text, test))
+    healed = healed_model(compressed, dense, (text, validation), config, folder=request.checkpoint, progress=progress_line("Healing"))
+    model, report = healed
+    before = evaluate(compressed.handle, test, against=dense, progress=progress_line("Measuring one-shot"))
+    after = evaluate(model.handle, test, against=dense, progress=progress_line("Measuring healed"))
+    provenance = {**manifest.provenance, "command": request.command}
+    write_healed(healed, request.out, (before, after), provenance=provenance, test=HeldOut(text, test), config=request.export)
     _forget(request.checkpoint)
     return {
         "out": str(request.out),
-        "healing": asdict(healed.report),
+        "healing": asdict(report),
         "one_shot": before.to_mapping(),
         "healed": after.to_mapping(),
-        "text": _told(healed.report, before, after, request.out),
+        "text": _told(report, before, after, request.out),
     }
 
 

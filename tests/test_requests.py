@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -188,6 +189,20 @@ def test_a_healed_model_is_measured_like_any_other(run: Run):
     assert again["label"] == healing["label"] == said["label"]
     assert report_of(again)["perplexity"] == pytest.approx(healing["report"]["perplexity"], rel=1e-4)  # type: ignore[index]
     assert "this run has no healed model" in str(lost["error"])
+
+
+def test_a_healing_takes_the_one_shot_figures_that_the_session_has_measured(run: Run):
+    def measured() -> int:
+        lines = (run.path / "events.jsonl").read_text(encoding="utf-8").splitlines()
+        return sum(json.loads(line).get("name") == "Measuring uniform on test text" for line in lines)
+
+    first, second = ({"trial": "uniform", "healing": {"method": "diagonal", "steps": steps, "validate_every": 1}} for steps in (1, 2))
+    other, compared, healing = answered(run, ("compare", {"trial": "preset:bolaco"}), ("compare", {"trial": "uniform"}), ("heal", first))
+    assert healing["one_shot"]["kl"] == report_of(compared)["kl"] != report_of(other)["kl"]  # type: ignore[index]
+    assert measured() == 1
+    (again,) = answered(run, ("heal", second))  # a worker that knows only what it measured itself
+    assert measured() == 2
+    assert again["one_shot"]["kl"] == pytest.approx(report_of(compared)["kl"])  # type: ignore[index]
 
 
 def test_a_request_that_is_withdrawn_while_it_waits_is_never_begun(run: Run):

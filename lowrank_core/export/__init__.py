@@ -1,6 +1,7 @@
 """Taking the smaller model away: a folder of its factors or of their products, its card, and the proof that it is what was measured."""
 
 from lowrank_core.export.folder import check_free
+from lowrank_core.export.healed import healed_model, write_healed
 from lowrank_core.export.manifest import ExportManifest, Measurement, Protocol, read_manifest
 from lowrank_core.export.measuring import HeldOut, figures_of, held_out
 from lowrank_core.export.verification import Verification, verify
@@ -15,7 +16,9 @@ __all__ = [
     "check_free",
     "export",
     "figures_of",
+    "healed_model",
     "held_out",
     "read_manifest",
     "verify",
+    "write_healed",
 ]

@@ -77,6 +77,11 @@ class HealingReport:
         """Fraction of the validation KL divergence that is gone."""
         return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else 0.0
 
+    @property
+    def summary(self) -> dict[str, object]:
+        """All of it but the history, ready for JSON."""
+        return {name: value for name, value in asdict(self).items() if name != "history"}
+
 
 def write_history(folder: Path, points: tuple[HealingPoint, ...]) -> None:
     write_json(folder / _HISTORY, {"points": [asdict(point) for point in points]})

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 
 import optuna
 
-from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks
+from lowrank_core.allocation import ALLOCATORS, RankAllocation, Ranks, allocation_from_ranks
 from lowrank_core.compression import CompressedModel
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import ConfigError
+from lowrank_core.evaluation import EvaluationReport
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
@@ -18,7 +19,7 @@ from lowrank_core.search.sensitivity import SensitivityBench
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench
 
-__all__ = ["Desk", "Shelf", "chosen_allocation", "chosen_model", "complete_trial"]
+__all__ = ["Desk", "Shelf", "Tested", "chosen_allocation", "chosen_model", "complete_trial"]
 
 
 class Shelf:
@@ -40,6 +41,25 @@ class Shelf:
         self._key = self._held = None
 
 
+class Tested:
+    """Keeps what was measured on test text of the search's own factors, by their ranks.
+
+    All else that a figure depends on is the session's: the model, the factors, the windows, and how many of them are in a pass.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[tuple[str, int | None], ...], EvaluationReport] = {}
+
+    def keep(self, ranks: Ranks, report: EvaluationReport) -> EvaluationReport:
+        """Keep ``report`` as that of ``ranks``, and return it."""
+        self._found[tuple(sorted(ranks.items()))] = report
+        return report
+
+    def of(self, ranks: Ranks) -> EvaluationReport | None:
+        """Return what was measured at ``ranks``; None if nothing was."""
+        return self._found.get(tuple(sorted(ranks.items())))
+
+
 @dataclass(frozen=True)
 class Desk:
     """What a worker answers with: the run and what it holds ready; ``bench`` and ``study`` are None where nothing is searched."""
@@ -50,6 +70,7 @@ class Desk:
     bench: TrialBench | None = None
     study: optuna.Study | None = None
     shelf: Shelf = field(default_factory=Shelf, compare=False)
+    tested: Tested = field(default_factory=Tested, compare=False)
     sensitivity: SensitivityBench = field(init=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 from lowrank_core.allocation import RankAllocation
@@ -13,16 +13,13 @@ from lowrank_core.compression import CompressedModel
 from lowrank_core.config import ExportConfig, from_mapping, to_mapping
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import EvaluationReport, evaluate
-from lowrank_core.export import HeldOut, export, figures_of, read_manifest
+from lowrank_core.export import HeldOut, export, healed_model, read_manifest, write_healed
 from lowrank_core.export.manifest import report_of
 from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
-from lowrank_core.healing.records import HealingReport, read_report, write_report
-from lowrank_core.healing.trainer import heal
-from lowrank_core.models import load_model
+from lowrank_core.healing.records import read_report, write_report
+from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.runs import Run, write_json
-from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.session import Session
-from lowrank_core.text import load_windows
+from lowrank_core.search.desk import Desk
 
 __all__ = ["export_healed", "heal_allocation", "healing_config"]
 
@@ -47,12 +44,7 @@ def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path
 
 
 def heal_allocation(
-    run: Run,
-    session: Session,
-    reporter: Reporter,
-    allocated: tuple[RankAllocation, CompressedModel],
-    config: HealingConfig,
-    how: Mapping[str, object],
+    desk: Desk, allocated: tuple[RankAllocation, CompressedModel], config: HealingConfig, how: Mapping[str, object]
 ) -> dict[str, object]:
     """Heal a compressed model, write it, and measure it on test text as it was and as it is; return what the answer says.
 
@@ -63,40 +55,41 @@ def heal_allocation(
         how: the model was made, for its folder.
 
     Raises:
-        LowRankError: as ``heal`` and ``export``.
+        LowRankError: as ``healed_model`` and ``write_healed``.
         Cancelled: stopped; what was trained so far stays.
     """
     allocation, model = allocated
-    folder, handle = _folder(run, allocation, config), session.handle
+    folder = _folder(desk.run, allocation, config)
     label = f"{allocation.allocator}, healed by {config.method}"
     write_json(folder / "request.json", {"label": label, "allocation": allocation.allocator, "healing": to_mapping(config)})
-    windows = load_windows(replace(run.config.text, seed=config.seed), handle.tokenizer, "calibration", count=config.train_windows)
-    report, written = read_report(folder), run.path / "exports" / folder.name
-    before = _measured(session, reporter, model, f"Measuring {allocation.allocator} on test text")
+    before = desk.tested.of(allocation.ranks)
+    if before is None:
+        before = desk.tested.keep(allocation.ranks, _measured(desk, model.handle, f"Measuring {allocation.allocator} on test text"))
+    report, written = read_report(folder), desk.run.path / "exports" / folder.name
     if report is None or not written.is_dir():
-        with reporter.stage(f"Healing {allocation.allocator}: {HEALER_LABELS[config.method]}", config.steps) as progress:
-            healed = heal(model.handle, handle, (windows, session.windows.validation), config, folder=folder, progress=progress)
-        report, smaller = healed.report, CompressedModel(healed.handle, model.report)
-        after = _measured(session, reporter, smaller, f"Measuring {label}, on test text")
-        figures = figures_of(before.to_mapping(), healed=after.to_mapping())
-        provenance = {**how, "healing": _summary(report)}
-        with reporter.stage("Writing the healed model"):
-            export(smaller, written, provenance=provenance, figures=figures, test=HeldOut(run.config.text, session.windows.test))
+        stage = f"Healing {allocation.allocator}: {HEALER_LABELS[config.method]}"
+        texts = desk.run.config.text, desk.session.windows.validation
+        with desk.reporter.stage(stage, config.steps) as progress:
+            healed = healed_model(model, desk.session.handle, texts, config, folder=folder, progress=progress)
+        smaller, report = healed
+        after = _measured(desk, smaller.handle, f"Measuring {label}, on test text")
+        with desk.reporter.stage("Writing the healed model"):
+            write_healed(healed, written, (before, after), provenance=how, test=_held_out(desk))
         write_report(folder, report)
     else:
-        loaded = load_model(replace(run.config.model, reference=str(written)))
-        after = _measured(session, reporter, CompressedModel(loaded, model.report), f"Measuring {label}, on test text")
+        loaded = load_model(replace(desk.run.config.model, reference=str(written)))
+        after = _measured(desk, loaded, f"Measuring {label}, on test text")
     return {
         "label": label,
         "path": str(written),
-        "healing": _summary(report),
+        "healing": report.summary,
         "report": after.to_mapping(),
         "one_shot": before.to_mapping(),
         "folder": folder.name,
     }
 
 
-def export_healed(run: Run, session: Session, reporter: Reporter, name: str, config: ExportConfig) -> str:
+def export_healed(desk: Desk, name: str, config: ExportConfig) -> str:
     """Write a healed model of this run once more, in the form that ``config`` says, and return its folder; one that is there is kept.
 
     It starts from what is on disk, so that what is written here is what was written there.
@@ -106,6 +99,7 @@ def export_healed(run: Run, session: Session, reporter: Reporter, name: str, con
         LowRankError: its files are damaged, or as ``export``.
         Cancelled: stopped or withdrawn.
     """
+    run, reporter = desk.run, desk.reporter
     source = run.path / "exports" / Path(name).name
     if not Path(name).name or not source.is_dir() or "healing" not in (manifest := read_manifest(source)).details:
         raise ConfigError(f"this run has no healed model {name!r}. Heal one first.")
@@ -114,16 +108,18 @@ def export_healed(run: Run, session: Session, reporter: Reporter, name: str, con
         with reporter.stage("Loading the healed model"):
             loaded = load_model(replace(run.config.model, reference=str(source)))
         model = CompressedModel(replace(loaded, reference=manifest.made_from), report_of(manifest))
-        test = HeldOut(run.config.text, session.windows.test)
+        test = _held_out(desk)
         with reporter.stage("Writing it, and measuring what was written") as progress:
             export(model, folder, provenance=manifest.provenance, config=config, figures=manifest.figures, test=test, progress=progress)
     return str(folder)
 
 
-def _measured(session: Session, reporter: Reporter, model: CompressedModel, stage: str) -> EvaluationReport:
-    with reporter.stage(stage, session.windows.test.windows) as progress:
-        return evaluate(model.handle, session.windows.test, against=session.handle, progress=progress)
+def _held_out(desk: Desk) -> HeldOut:
+    return HeldOut(desk.run.config.text, desk.session.windows.test)
 
 
-def _summary(report: HealingReport) -> dict[str, object]:
-    return {name: value for name, value in asdict(report).items() if name != "history"}
+def _measured(desk: Desk, handle: ModelHandle, stage: str) -> EvaluationReport:
+    bench, _, _ = desk.search
+    test = desk.session.windows.test
+    with desk.reporter.stage(stage, test.windows) as progress:
+        return evaluate(handle, test, against=desk.session.handle, batch_size=bench.batch_size, progress=progress)

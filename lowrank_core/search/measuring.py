@@ -50,6 +50,8 @@ def _measured(desk: Desk, arguments: Mapping[str, object], windows: WindowSet, w
     subject = subject_of(desk, arguments.get("trial"))
     with desk.reporter.stage(f"Measuring {subject.label} on {where}", windows.windows) as progress:
         report = evaluate(subject.handle, windows, against=desk.session.handle, batch_size=bench.batch_size, progress=progress)
+    if subject.of_search and windows is desk.session.windows.test:
+        desk.tested.keep(subject.ranks, report)
     return {
         "trial": arguments.get("trial"),
         "label": subject.label,

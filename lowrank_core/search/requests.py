@@ -100,7 +100,7 @@ def _export(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     config = from_mapping(ExportConfig, {f.name: arguments[f.name] for f in fields(ExportConfig) if f.name in arguments})
     healed, trial = arguments.get("healed"), arguments.get("trial")
     if healed is not None:
-        return {"healed": healed, "trial": trial, "path": export_healed(desk.run, desk.session, desk.reporter, str(healed), config)}
+        return {"healed": healed, "trial": trial, "path": export_healed(desk, str(healed), config)}
     return {"trial": trial, "path": export_trial(desk.run, desk.session, bench, trial, config, desk.reporter)}
 
 
@@ -109,7 +109,7 @@ def _heal(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     config, trial = healing_config(arguments), arguments.get("trial")
     allocated = chosen_model(desk.run, desk.session, bench, trial)
     how = provenance_of(desk.run, allocated[0])
-    return {"trial": trial, **heal_allocation(desk.run, desk.session, desk.reporter, allocated, config, how)}
+    return {"trial": trial, **heal_allocation(desk, allocated, config, how)}
 
 
 def _directions(desk: Desk, arguments: Mapping[str, object]) -> Answer:

@@ -31,6 +31,7 @@ class Subject:
         ranks: by unit; empty for a healed one.
         report: what was counted while it was made; None for one that was loaded.
         folder: where it lies on disk; None for one that was built.
+        of_search: whether it was made of the factors that the search's trials are made of.
     """
 
     label: str
@@ -38,6 +39,7 @@ class Subject:
     ranks: Ranks
     report: CompressionReport | None = None
     folder: Path | None = None
+    of_search: bool = False
 
 
 def subject_of(desk: Desk, trial: object) -> Subject:
@@ -69,7 +71,8 @@ def _built(desk: Desk, trial: object) -> Subject:
 def _compressed(desk: Desk, decomposed: Decomposed, allocation: RankAllocation, label: str) -> Subject:
     with desk.reporter.stage(f"Compressing by {label}") as progress:
         model: CompressedModel = decomposed.compress(allocation, desk.session.windows.calibration, progress=progress)
-    return Subject(label, model.handle, dict(allocation.ranks), model.report)
+    bench, _, _ = desk.search
+    return Subject(label, model.handle, dict(allocation.ranks), model.report, of_search=decomposed is bench.decomposed)
 
 
 def _by_preset(desk: Desk, preset: Preset) -> Subject:
