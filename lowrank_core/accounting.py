@@ -36,7 +36,6 @@ __all__ = [
     "budget_for_ratio",
     "compression_ratio",
     "dense_parameters",
-    "member_ranks",
     "module_type",
 ]
 
@@ -292,11 +291,6 @@ def allocated_parameters(units: Sequence[Unit], ranks: Ranks) -> int:
     members = {member.name: member for unit in units for member in unit.members}
     dense = sum(member.dense_parameters for name, member in members.items() if name not in covered)
     return dense + sum(unit.parameters(ranks[unit.name]) for unit in chosen)
-
-
-def member_ranks(ranks: Ranks) -> dict[str, int | None]:
-    """Return rank by matrix: each member of a stack has the rank of its stack."""
-    return {member: rank for name, rank in ranks.items() for member in name.split("+")}
 
 
 def compression_ratio(before: int, after: int) -> float:

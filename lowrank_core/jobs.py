@@ -14,16 +14,18 @@ from pathlib import Path
 import psutil
 
 from lowrank_core.errors import RunError
-from lowrank_core.runs import Run, RunStatus, read_json, write_json
+from lowrank_core.runs import JsonMapping, Run, RunStatus, read_json, write_json
 
 __all__ = [
     "BACKGROUND",
     "add_worker",
+    "answered",
+    "answers",
     "ask",
     "pending_requests",
     "request_path",
     "request_stop",
-    "result_of",
+    "result_path",
     "start_worker",
     "terminate",
     "withdraw",
@@ -148,11 +150,31 @@ def pending_requests(run: Run) -> list[dict[str, object]]:
     folder = run.path / "requests"
     if not folder.is_dir():
         return []
-    waiting = [path for path in sorted(folder.glob("[0-9]*.json")) if not (run.path / "results" / path.name).exists()]
+    waiting = [path for path in sorted(folder.glob("[0-9]*.json")) if not result_path(run, path.stem).exists()]
     found = [body for path in waiting if (body := read_json(path)) is not None]
     return sorted(found, key=lambda body: body.get("kind") in BACKGROUND)
 
 
-def result_of(run: Run, request: str) -> dict[str, object] | None:
-    """Return the answer to ``request``: ``{"ok": true, …}`` or ``{"ok": false, "error": …}``; None while it is worked on."""
-    return read_json(run.path / "results" / f"{request}.json")
+def result_path(run: Run, request: str) -> Path:
+    """Return where the answer to a request is, once there is one: ``{"ok": true, …}`` or ``{"ok": false, "error": …}``."""
+    return run.path / "results" / f"{request}.json"
+
+
+def answers(run: Run) -> list[JsonMapping]:
+    """Return the worker's answers, the oldest first.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    folder = run.path / "results"
+    paths = sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
+    return [body for path in paths if (body := read_json(path)) is not None]
+
+
+def answered(run: Run, kind: str) -> list[JsonMapping]:
+    """Return the answers to requests of one kind that could be met, the oldest first.
+
+    Raises:
+        RunError: an answer is damaged.
+    """
+    return [body for body in answers(run) if body.get("kind") == kind and body.get("ok")]

@@ -17,7 +17,7 @@ from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.export import check_free, export, held_out
 from lowrank_core.models import load_model
 from lowrank_core.recipe import decompose
-from lowrank_core.runs import JsonMapping, Run, create_run, open_run, read_json
+from lowrank_core.runs import JsonMapping, Run, create_run, open_run
 from lowrank_core.search.desk import complete_trial
 from lowrank_core.search.joining import join_run, run_of_study
 from lowrank_core.search.records import TrialRecord, best_trial, pareto_front, read_trials
@@ -141,13 +141,11 @@ def _front_found(run: Run, config: SearchConfig) -> Result:
 
 def _confirmed(run: Run) -> list[JsonMapping]:
     """Return what was measured on test text, the least KL first."""
-    bodies = (read_json(path) or {} for path in sorted((run.path / "results").glob("[0-9]*.json")))
-    found = []
-    for body in bodies:
-        if body.get("kind") == "compare" and body.get("ok"):
-            report = body["report"]
-            names = ("perplexity", "perplexity_difference_interval", "dense_perplexity", "kl", "compression_ratio", "protocol")
-            found.append({"trial": body.get("trial"), "label": body.get("label"), **{name: report.get(name) for name in names}})
+    names = ("perplexity", "perplexity_difference_interval", "dense_perplexity", "kl", "compression_ratio", "protocol")
+    found: list[JsonMapping] = [
+        {"trial": body.get("trial"), "label": body.get("label"), **{name: body["report"].get(name) for name in names}}
+        for body in jobs.answered(run, "compare")
+    ]
     return sorted(found, key=lambda row: float(row["kl"]))
 
 

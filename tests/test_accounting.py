@@ -14,7 +14,6 @@ from lowrank_core.accounting import (
     allocated_parameters,
     budget_for_ratio,
     dense_parameters,
-    member_ranks,
 )
 from lowrank_core.errors import BudgetError, ConfigError, RankError
 
@@ -60,7 +59,6 @@ def test_a_stack_shares_its_input_side():
     assert (stack.name, stack.kind) == ("q+k", "q_proj+k_proj")
     assert stack.parameters(5) == 5 * (12 + 6 + 20) + 6
     assert stack.dense_parameters == 18 * 20 + 6
-    assert member_ranks({"q+k": 5, "v": None}) == {"q": 5, "k": 5, "v": None}
 
 
 def test_heads_save_their_gauge_even_at_full_rank():

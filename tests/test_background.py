@@ -9,7 +9,7 @@ import pytest
 
 from lowrank_core import jobs
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig
-from lowrank_core.runs import Run, create_run
+from lowrank_core.runs import Run, create_run, read_json
 from lowrank_core.search import sensitivity as bench
 from lowrank_core.search.records import read_trials
 from lowrank_core.search.worker import run_worker
@@ -60,7 +60,7 @@ def test_trials_and_requests_come_first_wherever_they_stand(
     asked: list[str] = []
 
     def watch(number: int) -> None:
-        seen[number] = len(read_trials(run)), sum(jobs.result_of(run, one) is not None for one in asked)
+        seen[number] = len(read_trials(run)), sum(read_json(jobs.result_path(run, one)) is not None for one in asked)
         if number == 1:
             asked.append(jobs.ask(run, "compare", launch=False, trial="uniform"))
         if number == 2:
@@ -69,7 +69,7 @@ def test_trials_and_requests_come_first_wherever_they_stand(
     before_cells(watch)
     run_worker(run, verbose=False)
     assert seen == {1: (4, 0), 2: (4, 1), 3: (6, 1)}  # all trials, then the comparison, then the further trials
-    answer = jobs.result_of(run, request)
+    answer = read_json(jobs.result_path(run, request))
     assert answer is not None
     assert answer["ok"]
     assert (answer["cells"], cells(run)) == (3, 3)
@@ -83,7 +83,7 @@ def test_a_request_that_is_withdrawn_ends_after_the_cell_in_hand(
     request = jobs.ask(run, "sensitivity", launch=False, **ASKED)
     before_cells(lambda number: jobs.withdraw(run, request))
     run_worker(run, verbose=False)
-    assert jobs.result_of(run, request) is None
+    assert read_json(jobs.result_path(run, request)) is None
     assert not jobs.pending_requests(run)
     assert cells(run) == 1
     assert run.status().state == "finished"
@@ -96,14 +96,14 @@ def test_stop_ends_it_and_the_next_request_measures_the_rest(
     first = jobs.ask(run, "sensitivity", launch=False, **ASKED)
     before_cells(lambda number: jobs.request_stop(run) if number == 2 else None)
     run_worker(run, verbose=False)
-    answer = jobs.result_of(run, first)
+    answer = read_json(jobs.result_path(run, first))
     assert answer is not None
     assert (answer["ok"], answer["error"]) == (False, "Stopped before it was done. Ask again.")
     assert cells(run) == 2
     run.pause_marker.unlink()
     second = jobs.ask(run, "sensitivity", launch=False, **ASKED)
     run_worker(run, verbose=False)
-    answer = jobs.result_of(run, second)
+    answer = read_json(jobs.result_path(run, second))
     assert answer is not None
     assert (answer["measured"], answer["cells"]) == (1, 3)
 
@@ -112,7 +112,7 @@ def test_a_bad_request_is_answered_with_the_reason(make: Callable[..., Run]):
     run = make()
     request = jobs.ask(run, "sensitivity", launch=False, kept=[2.0])
     run_worker(run, verbose=False)
-    answer = jobs.result_of(run, request)
+    answer = read_json(jobs.result_path(run, request))
     assert answer is not None
     assert "a kept ratio must lie between 0 and 1" in str(answer["error"])
 

@@ -12,7 +12,7 @@ from lowrank_core.cli import main
 from lowrank_core.config import ModelSource
 from lowrank_core.export import read_manifest
 from lowrank_core.models import load_model
-from lowrank_core.runs import open_run
+from lowrank_core.runs import open_run, read_json
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_a_worker_exports_and_verifies(run: Path, capsys: pytest.CaptureFixture[
     ]
     requests = [jobs.ask(record, kind, launch=False, **arguments) for kind, arguments in wanted]
     assert main(["worker", "--run", str(run)]) == 0
-    written, refused, verified, missing = (jobs.result_of(record, request) for request in requests)
+    written, refused, verified, missing = (read_json(jobs.result_path(record, request)) for request in requests)
     assert written["ok"], written
     assert written["path"] == str(run / "exports" / "uniform-dense")
     assert read_manifest(Path(str(written["path"]))).form == "dense"

@@ -18,7 +18,7 @@ from lowrank_core.evaluation import evaluate
 from lowrank_core.evaluation.texts import losses_of, pieces_of, tokens_of_text
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets import PRESETS
-from lowrank_core.runs import Run, create_run
+from lowrank_core.runs import Run, create_run, read_json
 from lowrank_core.search.desk import Shelf
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.worker import run_worker
@@ -45,7 +45,7 @@ def answered(run: Run, *asked: tuple[str, Mapping[str, object]]) -> list[Answer]
     """Ask for all of it, and let a worker in this process answer."""
     requests = [jobs.ask(run, kind, launch=False, **arguments) for kind, arguments in asked]  # type: ignore[arg-type]
     run_worker(run, verbose=False)
-    found = [jobs.result_of(run, request) for request in requests]
+    found = [read_json(jobs.result_path(run, request)) for request in requests]
     assert None not in found
     return found  # type: ignore[return-value]
 
@@ -210,8 +210,8 @@ def test_a_request_that_is_withdrawn_while_it_waits_is_never_begun(run: Run):
     gone = jobs.ask(run, "compare", launch=False, trial="lord_manual")
     jobs.withdraw(run, gone)
     run_worker(run, verbose=False)
-    assert jobs.result_of(run, first) is not None
-    assert jobs.result_of(run, gone) is None
+    assert read_json(jobs.result_path(run, first)) is not None
+    assert read_json(jobs.result_path(run, gone)) is None
     assert not jobs.pending_requests(run)
 
 
@@ -226,8 +226,8 @@ def test_the_request_in_hand_ends_when_it_is_withdrawn_and_the_next_is_answered(
 
     monkeypatch.setattr(Reporter, "stage", withdraw_first)
     run_worker(run, verbose=False)
-    assert jobs.result_of(run, asked[0]) is None
-    second = jobs.result_of(run, asked[1])
+    assert read_json(jobs.result_path(run, asked[0])) is None
+    second = read_json(jobs.result_path(run, asked[1]))
     assert second is not None
     assert second["ok"]
     assert run.status().state == "finished"  # nothing was stopped

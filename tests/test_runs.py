@@ -15,7 +15,7 @@ import pytest
 
 from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig, from_mapping, to_mapping
 from lowrank_core.errors import Cancelled, ConfigError, RunError
-from lowrank_core.jobs import ask, pending_requests, request_stop, result_of, start_worker
+from lowrank_core.jobs import ask, pending_requests, request_stop, result_path, start_worker
 from lowrank_core.runs import (
     Run,
     RunStatus,
@@ -309,10 +309,10 @@ def test_requests_wait_in_order_until_they_are_answered(run: Run):
     first, second = ask(run, "compare", trial=3), ask(run, "generate", prompt="a")
     assert [request["id"] for request in pending_requests(run)] == [first, second]
     assert pending_requests(run)[0]["arguments"] == {"trial": 3}
-    assert result_of(run, first) is None
+    assert read_json(result_path(run, first)) is None
     write_json(run.path / "results" / f"{first}.json", {"ok": True})
     assert [request["id"] for request in pending_requests(run)] == [second]
-    assert result_of(run, first) == {"ok": True}
+    assert read_json(result_path(run, first)) == {"ok": True}
 
 
 def test_a_recorded_run_is_looked_at_only(run: Run):

@@ -31,7 +31,7 @@ from lowrank_core.curves import CURVES_FILE, load_curves
 from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError, RunError
 from lowrank_core.export import read_manifest
 from lowrank_core.models import load_model
-from lowrank_core.runs import Run, create_run
+from lowrank_core.runs import Run, create_run, read_json
 from lowrank_core.search.desk import complete_trial
 from lowrank_core.search.joining import join_run
 from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
@@ -99,8 +99,8 @@ def _complete(run: Run) -> list[TrialRecord]:
 
 def _answer(run: Run, kind: str, **arguments: object) -> dict[str, object]:
     request = jobs.ask(run, kind, **arguments)
-    _until(run, lambda: jobs.result_of(run, request), f"answer {kind}")
-    answer = jobs.result_of(run, request)
+    _until(run, lambda: read_json(jobs.result_path(run, request)), f"answer {kind}")
+    answer = read_json(jobs.result_path(run, request))
     assert answer is not None
     return answer
 
@@ -228,8 +228,8 @@ def test_a_healing_that_is_stopped_goes_on_when_it_is_asked_for_again(config: Ru
     request = jobs.ask(run, "heal", trial="uniform", healing=settings)
     _until(run, lambda: healings(run) and len(healings(run)[0].history) > 2, "validate twice")
     jobs.request_stop(run)
-    _until(run, lambda: jobs.result_of(run, request), "stop")
-    stopped = jobs.result_of(run, request)
+    _until(run, lambda: read_json(jobs.result_path(run, request)), "stop")
+    stopped = read_json(jobs.result_path(run, request))
     assert stopped is not None
     assert "Stopped before it was done" in str(stopped["error"])
     _until(run, lambda: not run.worker_alive(), "end")
@@ -416,7 +416,7 @@ def test_an_analysis_answers_that_it_has_no_trials(config: RunConfig):
     run = create_run(replace(config, search=None))
     request = jobs.ask(run, "compare", launch=False)
     run_worker(run, verbose=False)
-    answer = jobs.result_of(run, request)
+    answer = read_json(jobs.result_path(run, request))
     assert answer is not None
     assert answer["ok"] is False
     assert "Start a rank search first" in str(answer["error"])
@@ -538,7 +538,7 @@ def test_hand_picked_allocations_are_measured_and_hidden_from_the_sampler(config
     request = jobs.ask(run, "measure", launch=False, ranks=ranks)
     run_worker(run, verbose=False)
     trials = read_trials(run)
-    answer = jobs.result_of(run, request)
+    answer = read_json(jobs.result_path(run, request))
     assert answer is not None
     assert answer["ok"]
     mine = [trial for trial in trials if trial.label == MANUAL]
@@ -580,7 +580,7 @@ def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basi
     path.unlink()
     request = jobs.ask(run, "curves", launch=False)
     run_worker(run, verbose=False)
-    answer = jobs.result_of(run, request)
+    answer = read_json(jobs.result_path(run, request))
     assert answer is not None
     assert answer["estimate"] == estimate
     again = load_curves(path)
@@ -595,7 +595,7 @@ def test_a_partial_choice_is_completed_within_the_budget(config: RunConfig):
     bad = jobs.ask(run, "measure", launch=False, ranks={"nowhere": 3}, complete="uniform")
     worse = jobs.ask(run, "measure", launch=False, ranks={name: 2.5})
     run_worker(run, verbose=False)
-    answers = [jobs.result_of(run, asked) for asked in (request, bad, worse)]
+    answers = [read_json(jobs.result_path(run, asked)) for asked in (request, bad, worse)]
     assert [answer["ok"] for answer in answers] == [True, False, False]  # type: ignore[index]
     assert "nowhere" in str(answers[1])
     assert "whole ranks" in str(answers[2])
@@ -662,7 +662,7 @@ def test_the_top_directions_are_read_on_request_and_a_wrong_module_is_told(confi
         jobs.ask(run, "directions", launch=False, module=module, side="output", directions=2, windows=4) for module in (name, "no.such")
     ]
     run_worker(run, verbose=False)
-    found, refused = (jobs.result_of(run, request) for request in asked)
+    found, refused = (read_json(jobs.result_path(run, request)) for request in asked)
     assert found is not None
     assert refused is not None
     assert found["ok"]

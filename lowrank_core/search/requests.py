@@ -19,8 +19,8 @@ from lowrank_core.directions.measuring import top_directions
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export import HeldOut, export, figures_of, verify
-from lowrank_core.jobs import BACKGROUND, pending_requests, request_path
-from lowrank_core.runs import Run, read_json, write_json
+from lowrank_core.jobs import BACKGROUND, answered, pending_requests, request_path, result_path
+from lowrank_core.runs import Run, write_json
 from lowrank_core.search import measuring
 from lowrank_core.search.desk import Desk, chosen_allocation, chosen_model, complete_trial
 from lowrank_core.search.healed import export_healed, heal_allocation, healing_config
@@ -90,8 +90,7 @@ def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
 
 def figures_of_trial(run: Run, number: int) -> dict[str, object]:
     """Return what was measured of a trial on test text, if it was: for its folder's card."""
-    bodies = [read_json(path) or {} for path in sorted((run.path / "results").glob("[0-9]*.json"))]
-    found = [body["report"] for body in bodies if body.get("kind") == "compare" and body.get("ok") and body.get("trial") == number]
+    found = [body["report"] for body in answered(run, "compare") if body.get("trial") == number]
     return figures_of(found[-1]) if found else {}
 
 
@@ -194,7 +193,7 @@ def _answer(desk: Desk, request: str, kind: str, arguments: Mapping[str, object]
     except (LowRankError, torch.OutOfMemoryError, ValueError) as error:
         body = {"ok": False, "error": str(error) or type(error).__name__}
     body |= {"kind": kind, "arguments": dict(arguments), "time": time.time()}
-    write_json(desk.run.path / "results" / f"{request}.json", body)
+    write_json(result_path(desk.run, request), body)
 
 
 def confirm(desk: Desk) -> None:
@@ -217,5 +216,4 @@ def _worth_confirming(trials: list[TrialRecord], config: SearchConfig) -> list[T
 
 
 def _compared(run: Run) -> set[object]:
-    bodies = (read_json(path) or {} for path in (run.path / "results").glob("[0-9]*.json"))
-    return {body.get("trial") for body in bodies if body.get("kind") == "compare" and body.get("ok")}
+    return {body.get("trial") for body in answered(run, "compare")}

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
-from lowrank_core.jobs import BACKGROUND
+from lowrank_core.jobs import BACKGROUND, answers
 from lowrank_core.presets import PRESETS
 from lowrank_core.records import build
-from lowrank_core.runs import JsonMapping, Run, read_json
+from lowrank_core.runs import JsonMapping
 from lowrank_core.search.records import HEALED, MANUAL, PRESET, TrialRecord
 from lowrank_core.views.trials import trial_label
 
@@ -136,17 +136,6 @@ def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
     if record is not None and record.label in ALLOCATORS:
         return record.label
     return trial if isinstance(trial, str) else f"trial {trial}"
-
-
-def answers(run: Run) -> list[JsonMapping]:
-    """Return the worker's answers, the oldest first.
-
-    Raises:
-        RunError: one is damaged.
-    """
-    folder = run.path / "results"
-    paths = sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
-    return [body for path in paths if (body := read_json(path)) is not None]
 
 
 def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:

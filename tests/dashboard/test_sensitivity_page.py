@@ -7,7 +7,7 @@ from synthetic import make_run, matrices, running_status, write_sensitivity
 from test_pages import charts, sound, words
 
 from lowrank_core import jobs
-from lowrank_core.runs import write_json
+from lowrank_core.runs import read_json, write_json
 from lowrank_core.sensitivity.records import read_records
 
 
@@ -62,7 +62,7 @@ def test_gaps_are_told_while_cells_come_in(app):
     assert f"2 of {len(matrices())} modules measured." in words(test)
     assert "few modules" in words(test) or "–" in words(test)
     test.button(key="stop_sensitivity").click().run()
-    assert jobs.result_of(run, request) is None
+    assert read_json(jobs.result_path(run, request)) is None
     assert not jobs.pending_requests(run)
     assert len(read_records(run)[0].cells) == 9
 
