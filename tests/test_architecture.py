@@ -72,7 +72,10 @@ STAGES = (
     {"search"},
     {"benchmarks"},
     {"commands"},
-    {"search_commands", "healing_commands", "evaluation_commands", "sensitivity_commands"},
+    {
+        *("analysis_commands", "compression_commands", "evaluation_commands", "healing_commands"),
+        *("benchmark_commands", "search_commands", "sensitivity_commands"),
+    },
     {"report"},
     {"cli"},
     {"__main__"},

@@ -57,21 +57,25 @@ def _ratios(parser: argparse.ArgumentParser, *values: float) -> None:
 def run(arguments: argparse.Namespace) -> Result:
     if arguments.benchmark == "dashboard":
         return _dashboard(arguments)
-    from lowrank_core import commands
+    from lowrank_core import benchmark_commands
 
     source, text = source_of(arguments), text_of(arguments)
     if arguments.benchmark == "speed":
-        return commands.benchmark_speed(source, text)
+        return benchmark_commands.benchmark_speed(source, text)
     ratios = arguments.compression_ratio
     if arguments.benchmark == "allocation":
-        return commands.benchmark_allocation(source, text, ratios, seeds=arguments.seeds, trials=arguments.trials)
+        return benchmark_commands.benchmark_allocation(source, text, ratios, seeds=arguments.seeds, trials=arguments.trials)
     plot: Path | None = arguments.plot
     if plot is not None and not (plot.parent.is_dir() and os.access(plot.parent, os.W_OK)):
         raise ConfigError(f"can't write {plot}: {plot.parent} is no folder that you can write to. Give another file with --plot.")
     if arguments.benchmark == "search":
-        result = commands.benchmark_search(source, text, ratios, seeds=arguments.seeds, trials=arguments.trials, schemes=arguments.schemes)
+        result = benchmark_commands.benchmark_search(
+            source, text, ratios, seeds=arguments.seeds, trials=arguments.trials, schemes=arguments.schemes
+        )
     else:
-        result = commands.benchmark_quality(source, text, ratios, variants=arguments.variants, search=arguments.search, int8=arguments.int8)
+        result = benchmark_commands.benchmark_quality(
+            source, text, ratios, variants=arguments.variants, search=arguments.search, int8=arguments.int8
+        )
     if plot is not None:
         _drawn(arguments.benchmark, result).write_html(plot, include_plotlyjs=True)
     return result

@@ -43,7 +43,7 @@ def add(command: Command) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.commands import compress_to
+    from lowrank_core.compression_commands import compress_to
 
     return compress_to(source_of(arguments), text_of(arguments), _request(arguments))
 

@@ -1,0 +1,47 @@
+"""What the user chose, as frozen values that check themselves and turn into JSON and back.
+
+::
+
+    sources      model and text                  calibration   statistics
+    compression  factors                         search        trials
+    export       the folder that is written      run           all that a worker needs
+    checks       what several of them check      mapping       JSON
+"""
+
+from lowrank_core.config.calibration import GROUP_WEIGHTS, ROBUST_RULES, TOKENS_PER_DIMENSION, CalibrationConfig
+from lowrank_core.config.checks import check_ratio
+from lowrank_core.config.compression import CompressionConfig, CompressRequest
+from lowrank_core.config.export import EXPORT_DTYPES, EXPORT_FORMS, QUANTIZATIONS, ExportConfig
+from lowrank_core.config.mapping import from_mapping, to_mapping
+from lowrank_core.config.run import RunConfig
+from lowrank_core.config.search import OBJECTIVES, PRUNERS, SAMPLERS, SPACES, VARIABLES, SearchConfig, depth_groups
+from lowrank_core.config.sources import BOS_RULES, DTYPES, ModelSource, TextConfig, looks_like_path
+
+__all__ = [
+    "BOS_RULES",
+    "CalibrationConfig",
+    "CompressRequest",
+    "CompressionConfig",
+    "DTYPES",
+    "EXPORT_DTYPES",
+    "EXPORT_FORMS",
+    "ExportConfig",
+    "GROUP_WEIGHTS",
+    "ModelSource",
+    "OBJECTIVES",
+    "PRUNERS",
+    "QUANTIZATIONS",
+    "ROBUST_RULES",
+    "RunConfig",
+    "SAMPLERS",
+    "SPACES",
+    "SearchConfig",
+    "TOKENS_PER_DIMENSION",
+    "TextConfig",
+    "VARIABLES",
+    "check_ratio",
+    "depth_groups",
+    "from_mapping",
+    "looks_like_path",
+    "to_mapping",
+]

@@ -1,0 +1,42 @@
+"""What several configs check of their values."""
+
+from __future__ import annotations
+
+from lowrank_core.errors import ConfigError
+
+__all__ = ["check_at_least", "check_choice", "check_ratio"]
+
+
+def check_ratio(compression_ratio: float) -> float:
+    """Return ``compression_ratio`` if it is a fraction to remove, in (0, 1).
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 0 < compression_ratio < 1:
+        hint = "; 0 would remove nothing" if compression_ratio == 0 else ""
+        raise ConfigError(
+            f"compression ratio must lie between 0 and 1 (the fraction of parameters removed), got {compression_ratio:g}{hint}. Try 0.2."
+        )
+    return compression_ratio
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Take ``value`` if it is one of ``choices``.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if value not in choices:
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def check_at_least(least: int, **values: int) -> None:
+    """Take ``values``, called by their names, if all are ``least`` or more.
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name, value in values.items():
+        if value < least:
+            raise ConfigError(f"{name.replace('_', ' ')} must be at least {least}, got {value}.")
