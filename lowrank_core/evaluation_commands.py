@@ -8,8 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 
 from lowrank_core.commands import progress_line
-from lowrank_core.config import ModelSource, TextConfig
-from lowrank_core.errors import ConfigError
+from lowrank_core.config import ModelSource, TextConfig, check_at_least, check_choice
 from lowrank_core.evaluation import EvaluationReport, PositionRow, evaluate
 from lowrank_core.generation import Continuation, Sampling, side_by_side
 from lowrank_core.models import load_model
@@ -39,10 +38,9 @@ class EvaluationRequest:
     against: str | None = None
 
     def __post_init__(self) -> None:
-        if self.split not in (*SPLITS, "all"):
-            raise ConfigError(f"split must be one of {', '.join(SPLITS)}, all; got {self.split!r}.")
-        if self.windows is not None and self.windows < 1:
-            raise ConfigError(f"windows must be at least 1, got {self.windows}.")
+        check_choice("split", self.split, (*SPLITS, "all"))
+        if self.windows is not None:
+            check_at_least(1, windows=self.windows)
 
 
 def evaluate_on(source: ModelSource, text: TextConfig, request: EvaluationRequest) -> Result:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
-from lowrank_core.config import CompressionConfig, SearchConfig
-from lowrank_core.errors import ConfigError
+from lowrank_core.config import CompressionConfig, SearchConfig, check_choice
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "VARIANTS", "Preset", "preset_named", "search_by"]
 
@@ -98,6 +97,5 @@ def preset_named(name: str) -> Preset:
     Raises:
         ConfigError: there is none; the message lists those that are.
     """
-    if name not in PRESETS:
-        raise ConfigError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}.")
+    check_choice("preset", name, PRESETS)
     return PRESETS[name]

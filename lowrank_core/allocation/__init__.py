@@ -15,7 +15,7 @@ from lowrank_core.allocation.projection import ByMultipliers, kept_fractions, pr
 from lowrank_core.allocation.svd_llm_v2 import SVD_LLM_V2
 from lowrank_core.allocation.threshold import THRESHOLD
 from lowrank_core.allocation.uniform import UNIFORM
-from lowrank_core.errors import ConfigError
+from lowrank_core.config import check_choice
 
 __all__ = [
     "ALLOCATORS",
@@ -53,8 +53,7 @@ def allocator_named(name: str) -> Allocator:
     Raises:
         ConfigError: there is none; the message lists those that are.
     """
-    if name not in ALLOCATORS:
-        raise ConfigError(f"allocation must be one of {', '.join(ALLOCATORS)}; got {name!r}.")
+    check_choice("allocation", name, ALLOCATORS)
     return ALLOCATORS[name]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from lowrank_core.errors import ConfigError
 
 __all__ = ["check_at_least", "check_choice", "check_ratio"]
@@ -21,7 +23,7 @@ def check_ratio(compression_ratio: float) -> float:
     return compression_ratio
 
 
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """Take ``value`` if it is one of ``choices``.
 
     Raises:

@@ -44,7 +44,7 @@ class CompressionConfig:
     fit_windows: int = 128
 
     def __post_init__(self) -> None:
-        check_choice("storage", self.storage, tuple(STORAGES))
+        check_choice("storage", self.storage, STORAGES)
         check_at_least(1, rank_multiple=self.rank_multiple, fit_windows=self.fit_windows)
         for name, value in (("input damping", self.input_damping), ("gradient damping", self.gradient_damping)):
             if not 0 <= value < math.inf:

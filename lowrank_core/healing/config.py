@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from lowrank_core.config import check_at_least, check_choice
 from lowrank_core.errors import ConfigError
 
 __all__ = ["CRITERIA", "HEALER_LABELS", "HealingConfig"]
@@ -57,13 +58,10 @@ class HealingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.method not in HEALER_LABELS:
-            raise ConfigError(f"healing must be one of {', '.join(HEALER_LABELS)}; got {self.method!r}.")
-        if self.criterion not in CRITERIA:
-            raise ConfigError(f"criterion must be one of {', '.join(CRITERIA)}; got {self.criterion!r}.")
-        for name in ("steps", "batch_size", "validate_every", "patience", "train_windows", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name.replace('_', ' ')} must be at least 1, got {getattr(self, name)}.")
+        check_choice("healing", self.method, HEALER_LABELS)
+        check_choice("criterion", self.criterion, CRITERIA)
+        names = ("steps", "batch_size", "validate_every", "patience", "train_windows", "lora_rank")
+        check_at_least(1, **{name: getattr(self, name) for name in names})
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"the learning rate must be a positive number, got {self.learning_rate:g}. Try 1e-3.")
         if not 0 < self.temperature < math.inf:
@@ -72,8 +70,7 @@ class HealingConfig:
             raise ConfigError(f"the weight of the cross-entropy must be a number from 0 up, got {self.cross_entropy:g}. Try 0.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"the warm-up is a fraction of the steps, in [0, 1); got {self.warmup:g}. Try 0.05.")
-        if self.seed < 0:
-            raise ConfigError(f"seed must be at least 0, got {self.seed}.")
+        check_at_least(0, seed=self.seed)
 
     def figure(self, kl: float, nll: float) -> float:
         """Return what validation chooses by, in nats per token: less is better."""

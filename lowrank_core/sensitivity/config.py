@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from lowrank_core.accounting import STORAGES
 from lowrank_core.bases import basis_named
 from lowrank_core.bases.stacks import Wrapper
-from lowrank_core.config import CompressionConfig
+from lowrank_core.config import CompressionConfig, check_at_least, check_choice
 from lowrank_core.errors import ConfigError
 
 __all__ = ["MODULE", "SCOPES", "TYPE", "SensitivityConfig", "coarse_first", "single_compression"]
@@ -49,12 +49,12 @@ class SensitivityConfig:
                 raise ConfigError(f"a kept ratio must lie between 0 and 1 (the fraction of parameters kept), got {ratio!r}. Try 0.5.")
         if not self.scopes or not set(self.scopes) <= set(SCOPES):
             raise ConfigError(f"scopes must be some of {', '.join(SCOPES)}; got {', '.join(map(str, self.scopes)) or 'none'}.")
-        if self.windows is not None and self.windows < 1:
-            raise ConfigError(f"windows must be at least 1, got {self.windows}.")
+        if self.windows is not None:
+            check_at_least(1, windows=self.windows)
         if self.basis:
             basis_named(self.basis)
-        if self.storage and self.storage not in STORAGES:
-            raise ConfigError(f"storage must be one of {', '.join(STORAGES)}; got {self.storage!r}.")
+        if self.storage:
+            check_choice("storage", self.storage, STORAGES)
 
 
 def coarse_first(ratios: Sequence[float]) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from lowrank_core.config import ModelSource
+from lowrank_core.config import ModelSource, check_at_least
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle
 from lowrank_core.speed.memory import MemoryReport, measure_memory
@@ -54,10 +54,9 @@ class SpeedConfig:
     warmup: int = 1
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("prompt_tokens", 1), ("new_tokens", 2), ("rounds", 1), ("warmup", 1)):
-            value = getattr(self, name)
-            if value < least:
-                raise ConfigError(f"{name.replace('_', ' ')} must be at least {least}, got {value}.")
+        check_at_least(1, batch_size=self.batch_size, prompt_tokens=self.prompt_tokens)
+        check_at_least(2, new_tokens=self.new_tokens)
+        check_at_least(1, rounds=self.rounds, warmup=self.warmup)
 
     def check_fits(self, handle: ModelHandle) -> None:
         """Raise unless prompt and continuation fit the model.
