@@ -10,16 +10,11 @@ from lowrank_core.views.protocol import spectra_protocol
 from lowrank_core.views.spectrum import spectrum_named
 from pages.components import energy_parts, layout, pickers, quality
 from pages.components.boundary import boundary
-from pages.components.loading import spectra_of
 
 layout.header("Feature energy", "How much of a module's output does a rank keep, and how much of its weight?")
 
 with boundary():
-    run = layout.page_run()
-    spectra = spectra_of(run) if run is not None else None
-    if run is None or spectra is None:
-        layout.needs_calibration(run)
-        st.stop()
+    run, spectra = layout.calibrated_run()
 
     left, right = st.columns(2, gap="large")
     with left:

@@ -8,17 +8,12 @@ from lowrank_core.views.protocol import spectra_protocol
 from lowrank_core.views.spectrum import spectrum_named
 from pages.components import atlas, directions, layout, module_spectra, pickers
 from pages.components.boundary import boundary
-from pages.components.loading import spectra_of
 from pages.components.module_facts import run_facts
 
 layout.header("Spectra", "Where is the model low-rank: in its weights, or in its features?")
 
 with boundary():
-    run = layout.page_run()
-    spectra = spectra_of(run) if run is not None else None
-    if run is None or spectra is None:
-        layout.needs_calibration(run)
-        st.stop()
+    run, spectra = layout.calibrated_run()
 
     facts = run_facts(run)
     atlas.show(spectra, facts, spectra_protocol(run))

@@ -11,6 +11,14 @@ from lowrank_core.views.fingerprint import Fingerprint
 __all__ = ["fingerprint_chart", "importance_chart"]
 
 _ROW, _AXIS, _LEGEND = 26, 56, 66  # pixels: a variable, the axis below, the legend above; Streamlit fits all of them into the height
+_VARIABLES: Spec = {
+    "field": "variable",
+    "type": "ordinal",
+    "sort": None,
+    "title": None,
+    "axis": {"domain": False, "ticks": False, "labelLimit": 220, "labelOverlap": False},
+}
+"""A row for each variable, in the order of the table."""
 _LEVELS = "datum.value == 0 ? 'least of its range' : 'most of its range'"
 
 
@@ -24,13 +32,6 @@ def _strips(variables: int) -> Spec:
     axis = {"format": "d", "tickMinStep": 1, "grid": False}
     scale = {"nice": False, "zero": False}
     x = {"field": "left", "type": "quantitative", "title": "Trials by value (1 is the best)", "scale": scale, "axis": axis}
-    y = {
-        "field": "variable",
-        "type": "ordinal",
-        "sort": None,
-        "title": None,
-        "axis": {"domain": False, "ticks": False, "labelLimit": 220, "labelOverlap": False},
-    }
     colour = {
         "field": "position",
         "type": "quantitative",
@@ -44,7 +45,7 @@ def _strips(variables: int) -> Spec:
     return {
         "height": _ROW * max(1, variables) + _AXIS + _LEGEND,
         "layer": [
-            {"params": picking("x"), "mark": strip, "encoding": {**both, "y": y, "color": colour, "tooltip": {"field": "note"}}},
+            {"params": picking("x"), "mark": strip, "encoding": {**both, "y": _VARIABLES, "color": colour, "tooltip": {"field": "note"}}},
             {"transform": list(ring), "mark": frame, "encoding": {**both, "y": {"value": 0}, "y2": {"value": "height"}}},
         ],
     }
@@ -52,13 +53,6 @@ def _strips(variables: int) -> Spec:
 
 def importance_chart(frame: pd.DataFrame) -> VegaChart:
     """Draw a bar for each variable of an ``importance_table``, with the interval over redrawn trials as a line."""
-    y = {
-        "field": "variable",
-        "type": "ordinal",
-        "sort": None,
-        "title": None,
-        "axis": {"domain": False, "ticks": False, "labelLimit": 220, "labelOverlap": False},
-    }
     axis = {"format": ".0%", "tickCount": 5}
     x = {"field": "share", "type": "quantitative", "title": "Importance (share, an estimate)", "scale": {"domain": [0, 1]}, "axis": axis}
     tip = {"field": "note"}
@@ -69,8 +63,8 @@ def importance_chart(frame: pd.DataFrame) -> VegaChart:
         {
             "height": _ROW * max(1, len(frame)) + _AXIS,
             "layer": [
-                {"mark": bar, "encoding": {"x": x, "y": y, "tooltip": tip}},
-                {"mark": line, "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": y, "tooltip": tip}},
+                {"mark": bar, "encoding": {"x": x, "y": _VARIABLES, "tooltip": tip}},
+                {"mark": line, "encoding": {"x": {**x, "field": "low"}, "x2": {"field": "high"}, "y": _VARIABLES, "tooltip": tip}},
             ],
         },
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core.runs import Run
+from lowrank_core.spectra import LayerSpectrum
 from lowrank_core.views.formatting import count
 from lowrank_core.views.runs import is_working, status_words
 from lowrank_core.views.text import text_facts
 from lowrank_core.views.trials import ratio_words
 from pages.components import navigation, state
+from pages.components.loading import spectra_of
 
-__all__ = ["empty", "figures_row", "header", "needs_calibration", "page_run"]
+__all__ = ["calibrated_run", "empty", "figures_row", "header", "needs_calibration", "page_run"]
 
 
 def header(title: str, question: str) -> None:
@@ -43,6 +45,16 @@ def page_run() -> Run | None:
         facts += [f"{ratio_words(config.search)} removed by the search"] if config.search else []
         st.caption(" · ".join(facts), width="content")
     return run
+
+
+def calibrated_run() -> tuple[Run, tuple[LayerSpectrum, ...]]:
+    """Return the run on screen after naming it, and its spectra; where there are none the page ends, with what to do about it."""
+    run = page_run()
+    spectra = spectra_of(run) if run is not None else None
+    if run is None or spectra is None:
+        needs_calibration(run)
+        st.stop()
+    return run, spectra
 
 
 def empty(title: str, text: str, *, icon: str, page: str, label: str) -> None:
