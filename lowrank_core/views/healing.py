@@ -12,9 +12,9 @@ from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.config import SearchConfig
 from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
 from lowrank_core.healing.records import HealingPoint, HealingReport, read_history, read_report
+from lowrank_core.records import build
 from lowrank_core.runs import Run, read_json
 from lowrank_core.search.records import TrialRecord
-from lowrank_core.views.records import build
 
 __all__ = ["Healing", "curve_table", "ends_in_words", "healings", "trial_of"]
 
