@@ -31,7 +31,7 @@ def build(kind: type[T], body: Mapping[str, Any], source: str, **given: object) 
         elif field.name in body:
             values[field.name] = _checked(body[field.name], hints[field.name], source, field.name)
         elif field.default is MISSING and field.default_factory is MISSING:
-            raise RunError(f"{source} has no {field.name!r}: it was written by another version. Start the calibration again.")
+            raise RunError(f"{source} has no {field.name!r}: it was written by another version. Start what wrote it again.")
     return kind(**values)
 
 
@@ -46,7 +46,7 @@ def _checked(value: object, hint: object, source: str, name: str) -> object:
             return float(value)
         if plain is object or (isinstance(plain, type) and isinstance(value, plain) and not (plain is int and isinstance(value, bool))):
             return value
-    raise RunError(f"{source}: {name} holds {value!r}, which is not a value of that kind. Start the calibration again.")
+    raise RunError(f"{source}: {name} holds {value!r}, which is not a value of that kind. Start what wrote it again.")
 
 
 def _members(value: list[object], kinds: tuple[Any, ...], source: str) -> tuple[object, ...]:

@@ -304,6 +304,16 @@ def test_log_and_events_are_kept_in_order(run: Run):
 # --- requests --------------------------------------------------------------------------------------------------------
 
 
+def test_the_longest_of_each_stage_is_told_and_a_torn_line_is_passed_over(run):
+    assert run.stage_seconds() == {}
+    for seconds in (3.0, 0.01):
+        run.add_event("stage", name="Calibrating", seconds=seconds)
+    run.add_event("finished", message="")
+    with (run.path / "events.jsonl").open("a", encoding="utf-8") as stream:
+        stream.write('{"kind": "stage", "name": "Fact')
+    assert run.stage_seconds() == {"Calibrating": 3.0}
+
+
 def test_requests_wait_in_order_until_they_are_answered(run: Run):
     _held_by(run, os.getpid())  # a worker that is never started
     first, second = ask(run, "compare", trial=3), ask(run, "generate", prompt="a")

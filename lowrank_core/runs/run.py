@@ -161,6 +161,19 @@ class Run:
         with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(line + "\n")
 
+    def stage_seconds(self) -> dict[str, float]:
+        """Return the most seconds that each stage ever took: with a later worker, what the first one measured is there already."""
+        found: dict[str, float] = {}
+        path = self.path / "events.jsonl"
+        for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+            try:
+                event = json.loads(line)
+            except ValueError:
+                continue  # a line that is being written, or was when its worker was killed
+            if event.get("kind") == "stage":
+                found[event["name"]] = max(float(event["seconds"]), found.get(event["name"], 0.0))
+        return found
+
     def log_tail(self, lines: int = 40) -> str:
         """Return the end of the worker's log."""
         log = self.path / "worker.log"

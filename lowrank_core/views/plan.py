@@ -19,11 +19,10 @@ from lowrank_core.views.runs import all_runs
 __all__ = ["Plan", "TimeEstimate", "check_budget", "time_estimate"]
 
 _RUNS_LOOKED_AT = 8
-_STAGES_BEFORE = (
-    *("Loading the model", "Reading the text", "Calibrating", "Computing spectra", "Measuring gradients"),
-    *("Factorising", "Measuring the dense model", "Measuring slopes"),
-)
-"""As the worker calls them in ``status.json``."""
+_KEPT = ("Calibrating", "Computing spectra", "Measuring gradients")
+"""Stages whose results the runs of a machine share."""
+_STAGES_BEFORE = ("Loading the model", "Reading the text", *_KEPT, "Factorising", "Measuring the dense model", "Measuring slopes")
+"""As the worker calls them in ``events.jsonl``."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,8 @@ class TimeEstimate:
 
     Attributes:
         trials: seconds of all its trials.
-        before: seconds until the first of them, in the run that was gone by; None where it did not tell.
+        before: seconds until the first of them, in the run that was gone by, without what is kept of it on this machine; None where it did
+            not tell.
         basis: what was gone by, in words.
     """
 
@@ -100,7 +100,7 @@ def time_estimate(config: RunConfig, facts: ModelFacts | None = None) -> TimeEst
             factor = _size_ratio(run, facts) if scaled else 1.0
             if alike(run) and factor is not None:
                 elsewhere = ", on another machine" if run.recorded else ""
-                before = None if scaled else _before(run)
+                before = None if scaled else _before(run, config)
                 return TimeEstimate(rate * factor * tokens, before, f"{words}{elsewhere}")
     return None
 
@@ -136,8 +136,10 @@ def _size_ratio(run: Run, facts: ModelFacts | None) -> float | None:
     return None if facts is None or theirs is None or not theirs.parameters else facts.parameters / theirs.parameters
 
 
-def _before(run: Run) -> float | None:
-    """Return the seconds of the stages that come before trials."""
-    timings = run.status().timings or {}
-    found = [timings[stage] for stage in _STAGES_BEFORE if stage in timings]
+def _before(run: Run, config: RunConfig) -> float | None:
+    """Return the seconds of the stages that come before trials, less those whose results are kept for ``config``."""
+    theirs = run.config
+    kept = not run.recorded and (theirs.model, theirs.text, theirs.calibration) == (config.model, config.text, config.calibration)
+    took = run.stage_seconds()
+    found = [took[stage] for stage in _STAGES_BEFORE if stage in took and not (kept and stage in _KEPT)]
     return sum(found) if found else None

@@ -20,7 +20,7 @@ from lowrank_core.figures.fingerprint import fingerprint_chart, importance_chart
 from lowrank_core.figures.search import history_chart
 from lowrank_core.figures.thumbnail import BLANK, thumbnail
 from lowrank_core.figures.timeline import timeline_chart
-from lowrank_core.runs import RunStatus, write_json
+from lowrank_core.runs import write_json
 from lowrank_core.search.records import TrialRecord, read_frozen, read_trials
 from lowrank_core.search.variables import Importances, VariableRange, importances, read_importances, read_ranges
 from lowrank_core.views import plan
@@ -148,12 +148,15 @@ def test_the_times_of_a_study_are_read():
 
 def test_the_nearest_run_tells_the_time(monkeypatch):
     measured = make_run(config=SEARCH, study=write_rich_study)
-    measured.write_status(RunStatus("finished", timings={"Calibrating": 3.0, "Factorising": 4.0, "Measuring uniform on test text": 99.0}))
+    for name, seconds in (("Calibrating", 3.0), ("Factorising", 4.0), ("Measuring uniform on test text", 99.0), ("Calibrating", 0.01)):
+        measured.add_event("stage", name=name, seconds=seconds)
     config = replace(measured.config, search=SearchConfig(0.4, trials=10))
     tokens = config.text.validation_windows * (config.text.context - 1)
     found = plan.time_estimate(config)
     assert found.trials == pytest.approx(2.0 / 124 * tokens * 10)
-    assert found.before == 7.0
+    assert found.before == 4.0  # its calibration is kept
+    anew = replace(config, calibration=replace(config.calibration, group_size=16))
+    assert plan.time_estimate(anew).before == 7.0  # not the time of a second worker, which found it there
     assert found.basis == "trials of the same model, text and windows"
     longer = replace(config, text=replace(config.text, validation_windows=48))
     assert plan.time_estimate(longer).trials == pytest.approx(2 * found.trials)
@@ -171,9 +174,11 @@ def test_the_nearest_run_tells_the_time(monkeypatch):
 
 def test_a_run_that_was_shipped_is_gone_by_last_and_it_is_said(tmp_path, monkeypatch):
     shipped = make_run(path=tmp_path / "recorded-run", config=SEARCH, study=write_rich_study)
+    shipped.add_event("stage", name="Calibrating", seconds=3.0)
     write_json(shipped.path / "run.json", {**shipped.record, "recorded": True})
     monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: shipped)
     assert plan.time_estimate(shipped.config).basis == "trials of the same model, text and windows, on another machine"
+    assert plan.time_estimate(shipped.config).before == 3.0  # what another machine keeps is not here
     make_run(config=SEARCH, study=write_rich_study)
     assert "another machine" not in plan.time_estimate(shipped.config).basis
 
