@@ -39,7 +39,7 @@ from lowrank_core.views.exported import written_models
 from lowrank_core.views.formatting import number
 from lowrank_core.views.front import front
 from lowrank_core.views.healing import healings
-from lowrank_core.views.losses import comparison_table
+from lowrank_core.views.losses import comparison_table, position_table, window_table
 from lowrank_core.views.other_text import other_text
 from lowrank_core.views.reproduction import reproduction
 from lowrank_core.views.search import history, progress
@@ -50,6 +50,7 @@ from lowrank_core.views.summary import (
     flat_table,
     least_relative,
     measured_table,
+    protocol_of,
     seed_table,
     type_table,
     unfinished_table,
@@ -57,7 +58,7 @@ from lowrank_core.views.summary import (
 from lowrank_core.views.token_losses import strips, worst_tokens
 
 EVIL = "<script>alert('x')</script><img src=https://elsewhere.example/p.png onerror=alert(1)>"
-ASKED_FOR = ["second-text", "tokens", "speed"]
+ASKED_FOR = ["closely", "second-text", "tokens", "speed"]
 """Sections that are there only where somebody asked for their measurement, or would look for it."""
 ANCHORS = [
     *("run", "model", "text", "calibration", "spectra", "search", "measured", *ASKED_FOR),
@@ -192,7 +193,15 @@ def test_the_story_is_told_in_order(recorded: Run, page: Page, best: TrialRecord
     assert [found["id"] for found in page.all("section")] == ANCHORS
     (healed,) = healings(recorded)
     drawn = ["map-features", "map-weights", "scree", "history", f"allocation-trial-{best.number}", "perplexity-python-stdlib-test"]
-    assert charts(page) == [*drawn, "second-text-1", "speedups", f"healing-{healed.folder}"]
+    assert charts(page) == [
+        *drawn,
+        "window-scatter",
+        "window-histogram",
+        "positions",
+        "second-text-1",
+        "speedups",
+        f"healing-{healed.folder}",
+    ]
 
 
 def test_trials_and_the_best_value_are_those_of_the_search(recorded: Run, page: Page, best: TrialRecord):
@@ -222,6 +231,26 @@ def test_perplexities_and_intervals_are_those_of_the_comparison(recorded: Run, p
     paired = frame[frame["form"] != "dense"]
     assert list(zip(paired["difference_low"], paired["difference_high"], strict=True)) == [ends[name] for name in paired["model"]]
     assert found[0].protocol in page.text
+
+
+def test_the_best_searched_model_is_looked_at_closely(recorded: Run, page: Page, best: TrialRecord):
+    (shown,) = [found for found in comparisons(answers(recorded)) if found.name == f"trial {best.number}"]
+    view, positions = window_table(shown), position_table(shown)
+    assert view is not None
+    assert f"{shown.name}: {view.words}" in page.text
+    frame = page.frame("window-scatter.csv")
+    assert list(frame["compressed"]) == pytest.approx(shown.window_nll, rel=1e-12)
+    assert list(frame["original"]) == pytest.approx(shown.dense_window_nll, rel=1e-12)
+    assert list(page.frame("window-histogram.csv")["difference"]) == pytest.approx(list(view.frame["difference"]), rel=1e-12)
+    assert list(page.frame("positions.csv")["kl"]) == pytest.approx(list(positions["kl"]), rel=1e-12)
+    assert f"{protocol_of(shown)}." in page.text
+
+
+def test_of_baselines_alone_the_best_is_looked_at():
+    run = make_run()
+    for index, body in enumerate((comparison("uniform", "uniform", 3.9), comparison("energy", "energy", 3.4))):
+        write_json(run.path / "results" / f"{index}.json", body)
+    assert "Each window: the original against Equal energy" in report(run).text
 
 
 def test_the_second_text_stands_beside_the_own_one_as_on_the_compare_page(recorded: Run, page: Page):
@@ -412,7 +441,7 @@ def test_an_answer_that_was_not_measured_is_named():
 
 def test_what_was_not_asked_for_is_said_where_a_reader_would_look_for_it():
     run = make_run()
-    assert not {"second-text", "tokens", "speed"} & {found["id"] for found in report(run).all("section")}
+    assert not set(ASKED_FOR) & {found["id"] for found in report(run).all("section")}
     write_answers(run)
     page = report(run)
     assert [found["id"] for found in page.all("section")] == [name for name in ANCHORS if name != "tokens"]

@@ -13,7 +13,7 @@ from lowrank_core.views.spectrum import RankMark, ScreeCurves, Vector
 
 __all__ = ["density_figure", "scree_figure"]
 
-_LABELLED = (0.2, 0.5)
+_LABELLED = (0.1, 0.5)
 """Names are written at full rank to these powers: further right the curves fall too steeply."""
 
 _HEADROOM, _DEEPEST = 0.35, -9.0  # decades

@@ -24,6 +24,7 @@ from lowrank_core import __version__
 from lowrank_core.errors import RunError
 from lowrank_core.figures.embedding import EMBED_CONFIG, plotly_script
 from lowrank_core.report.blocks import Facts, Note, Section, figures_in
+from lowrank_core.report.closely import closely_section
 from lowrank_core.report.healing import healing_section
 from lowrank_core.report.model import calibration_section, model_section, spectra_section, text_section
 from lowrank_core.report.outcome import configuration_section, exports_section, measured_section, reproduction_section
@@ -40,7 +41,7 @@ __all__ = ["figures_html", "report_html", "write_report"]
 _FOLDER = Path(__file__).resolve().parent
 _SECTIONS = (
     *(model_section, text_section, calibration_section, spectra_section, search_section),
-    *(measured_section, second_text_section, tokens_section, speed_section, healing_section),
+    *(measured_section, closely_section, second_text_section, tokens_section, speed_section, healing_section),
     *(exports_section, reproduction_section, configuration_section),
 )
 """In the order of the story; one without anything to say is left out."""

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from lowrank_core.figures.compare import perplexity_figure
+from lowrank_core.figures.compare import difference_figure
 from lowrank_core.report.blocks import Block, Code, Folded, Note, Prose, Section, drawn, json_link, share, sized, table, text, value, whole
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.search.records import TrialRecord, read_trials
 from lowrank_core.views.compare import Comparison, Confirmed, answers, comparisons, confirmed
 from lowrank_core.views.exported import Written, written_models
 from lowrank_core.views.formatting import DASH, number
+from lowrank_core.views.losses import difference_table
 from lowrank_core.views.prompts import prompts
 from lowrank_core.views.reproduction import export_command, reproduction, test_command
 from lowrank_core.views.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table
@@ -31,7 +32,7 @@ def measured_section(run: Run) -> Section:
     found = comparisons(bodies)
     blocks: list[Block] = [Prose(_INTRODUCTION)] if found else []
     for protocol, alike in by_protocol(found).items():
-        blocks += [_perplexities(alike, protocol), *_tables(alike, protocol)]
+        blocks += [_differences(alike, protocol), *_tables(alike, protocol)]
     seen = confirmed(bodies, trials)
     blocks += [_confirmed(seen)] if seen is not None else []
     blocks += [*_verdicts(found), *_missing(run, found, bodies, trials), *_failures(bodies), *_continued(bodies)]
@@ -46,15 +47,16 @@ _INTRODUCTION = (
 )
 
 
-def _perplexities(found: Sequence[Comparison], protocol: str) -> Block:
+def _differences(found: Sequence[Comparison], protocol: str) -> Block:
+    frame = difference_table(found)
     return drawn(
-        perplexity_figure(found),
-        measured_table(found),
+        difference_figure(frame, found[0].dense_perplexity),
+        frame,
         name=f"perplexity-{found[0].dataset}-{found[0].split}",
-        title="Perplexity of everything measured in this run",
-        how="shorter is better; whiskers are 95 % intervals over test windows, which all models share: they move together, so read "
-        "differences from the table.",
-        alt="Bars of test perplexity of the original and each compressed model; the table below has the numbers",
+        title="Perplexity above the original's, on the same test windows",
+        how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
+        "Circles were searched for, squares are rules and presets, stars were healed.",
+        alt="Dots with intervals: test perplexity of each measured model less that of the original; the table below has the numbers",
         protocol=f"{protocol}.",
     )
 

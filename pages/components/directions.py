@@ -16,8 +16,7 @@ __all__ = ["show"]
 
 _SIDES = {"input": "Input", "output": "Output (features)"}
 _RECORDED = (
-    "A recorded run holds no text of others, which the tokens are shown in, and has no worker: start a calibration of your own on the "
-    "Overview to ask."
+    "A recorded run has no worker, and holds no text of others to show tokens in: start a calibration of your own on the Overview to ask."
 )
 
 

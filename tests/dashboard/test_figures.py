@@ -13,7 +13,6 @@ from synthetic import make_run, matrices, priced_units, spectra, write_answers, 
 
 from lowrank_core.accounting import MatrixShape
 from lowrank_core.figures import search
-from lowrank_core.figures.compare import perplexity_figure
 from lowrank_core.figures.energy import band_figure, groups_figure, left_figure, pooling_figure, retained_figure
 from lowrank_core.figures.front import front_chart
 from lowrank_core.figures.layermap import map_figure
@@ -40,7 +39,6 @@ from lowrank_core.spectra import LayerSpectrum
 from lowrank_core.views.allocation import allocation_map, allocation_of
 from lowrank_core.views.calibration import calibration_facts, group_table
 from lowrank_core.views.choices import Choice, RunFacts
-from lowrank_core.views.compare import answers, comparisons
 from lowrank_core.views.density import density
 from lowrank_core.views.energy import energy_band, energy_curves, pooling_curves
 from lowrank_core.views.front import front
@@ -73,7 +71,6 @@ def figures() -> dict[str, go.Figure]:
         "pooling": pooling_figure(pooling_curves(layer)),
         "groups": groups_figure(group_table(entry)),
         "allocation": map_figure(allocation_map(allocation_of(trials[3], shapes), shapes)),
-        "perplexity": perplexity_figure(comparisons(answers(run))),
     }
 
 
@@ -342,12 +339,3 @@ def test_a_history_with_nothing_complete_can_be_drawn():
     data = history_chart(history([last], "perplexity")).data
     assert list(data["kind"]) == ["running"]
     assert data["value"].notna().all()
-
-
-def test_perplexity_bars_carry_their_intervals():
-    run = make_run()
-    write_answers(run)
-    (bars,) = perplexity_figure(comparisons(answers(run))).data
-    assert list(bars.y) == ["Original", "trial 3", "Uniform"]
-    assert bars.x[1] == pytest.approx(math.exp(3.2))
-    assert bars.error_x.array[1] == pytest.approx(math.exp(3.3) - math.exp(3.2))

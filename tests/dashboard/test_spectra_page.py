@@ -108,6 +108,7 @@ def test_a_recorded_run_is_not_asked(app, tmp_path, monkeypatch):
     assert sound(test)
     assert test.button(key="find_directions").disabled
     assert "recorded run has no worker" in test.button(key="find_directions").help
+    assert "holds no text of others to show tokens in" in words(test)
 
 
 def test_energy_stands_beside_a_measured_loss_or_says_that_there_is_none(app):
