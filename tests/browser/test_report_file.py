@@ -51,7 +51,7 @@ def saved(page, figure: str, kind: str, folder: Path) -> Path:
 def test_the_recorded_run_is_drawn_from_a_file_in_light_dark_and_on_a_narrow_screen(page, home, tmp_path):
     path = tmp_path / "report.html"
     write_report(recorded_run(), path)
-    assert drawn(page, path) == page.locator(".plot").count() == 9
+    assert drawn(page, path) == page.locator(".plot").count() == 12
     page.emulate_media(color_scheme="dark")
     wait_for(page, "getComputedStyle(document.querySelector('#scree .xtick text')).fill === 'rgb(228, 233, 236)'")
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(17, 22, 27)"
