@@ -29,7 +29,10 @@ __all__ = ["show"]
 
 _FORMS = {"compressed": "Factors", "dense": "Dense merge"}
 _DTYPES = {"auto": "As checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-_RECORDED = "A recorded run has no worker: start a search of your own to write a model. Everything that can be downloaded is below."
+_RECORDED = (
+    "A recorded run has no worker: the line under “Command” writes this model from a terminal, or start a search of your own. "
+    "Everything that can be downloaded is below."
+)
 
 
 def show(run: Run) -> Source | None:
