@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from lowrank_core.config import ModelSource
 from lowrank_core.models import ModelHandle
+from lowrank_core.speed.config import SpeedConfig
 from lowrank_core.speed.memory import measure_memory
-from lowrank_core.speed.timing import Clock, SpeedConfig, SpeedReport, report_of, timed_in_turns
+from lowrank_core.speed.timing import Clock, SpeedReport, report_of, timed_in_turns
 from lowrank_core.speed.turns import Spread
 
 __all__ = ["SpeedComparison", "compare_speed"]

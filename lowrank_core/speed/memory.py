@@ -10,15 +10,12 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
 from lowrank_core.config import ModelSource, to_mapping
 from lowrank_core.errors import ModelError
-
-if TYPE_CHECKING:
-    from lowrank_core.speed.timing import SpeedConfig
+from lowrank_core.speed.config import SpeedConfig
 
 __all__ = ["MemoryReport", "Meter", "measure_memory"]
 
