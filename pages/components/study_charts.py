@@ -51,7 +51,7 @@ def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chose
     chart(
         history_chart(shown, chosen.number if chosen else None, pictures_of(run, trials, search)),
         key="history",
-        title="Every trial on search-validation text",
+        title=f"{'The better half of the trials' if near else 'Every trial'} on search-validation text",
         how="lower is better; the green steps are the best so far, dashed lines the baselines. Point at a trial for a "
         "small map of its allocation, click it for a large one; drag moves, Ctrl + wheel zooms, a double click resets."
         + (f" **Left out**, as worse than half of the trials: {left_out} points and lines." if near else ""),

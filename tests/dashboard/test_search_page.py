@@ -150,6 +150,7 @@ def test_the_better_half_alone_can_be_looked_at_and_says_how_much_is_left_out(ap
     assert "Left out" not in words(test)
     test.toggle(key="history_near").set_value(True).run()
     assert sound(test)
+    assert "The better half of the trials on search-validation text" in words(test)
     assert "**Left out**, as worse than half of the trials: 5 points and lines." in words(test)
     assert len(charts(test)) == 3
 
