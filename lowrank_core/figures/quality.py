@@ -32,7 +32,7 @@ def quality_figure(rows: Sequence[Row]) -> go.Figure:
         figure.update_yaxes(autorange="reversed", automargin=True, row=index, col=1)
         figure.update_xaxes(type="log", dtick="D2", tickformat="~g", row=index, col=1)
     height = _FRAME + _ROW * len(rows) + 60 * len(ratios)
-    finished(figure, height=height, x="", y="", top=40)
+    finished(figure, height=height, x="", y="", right=48, top=40)
     figure.update_yaxes(title=None)
     figure.update_xaxes(
         title={"text": "KL to the dense model on test text, nats per token; beside each point its perplexity"}, row=len(ratios), col=1
@@ -55,6 +55,7 @@ def _dots(rows: Sequence[Row]) -> go.Scatter:
         mode="markers+text",
         text=[f"&nbsp;&nbsp;&nbsp;{float(str(row['perplexity'])):.2f}" for row in rows],
         textposition="middle right",
+        cliponaxis=False,
         marker={"size": 9, "color": [BLUE if row["recipe"] == _OURS else ORANGE for row in rows]},
         error_x={
             "type": "data",
