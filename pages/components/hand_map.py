@@ -49,8 +49,7 @@ def _grouping(desk: Desk, draft: Draft, module: str) -> None:
     found = groupings(draft, module)
     if len(found) < 2:
         return
-    key = desk.key("grouping")
-    state.control(key, next(iter(found)))
+    key = state.control(desk.key("grouping"), next(iter(found)))
     st.selectbox(
         f"Compress `{module}`",
         list(found),

@@ -86,9 +86,8 @@ def result(desk: Desk, draft: Draft) -> None:
     st.subheader("This draft, measured", anchor=False)
     _table(desk, trial, trials)
     st.caption(f"Measured {_protocol(desk)}, as every trial; never on test text.")
-    if st.button(f"Show {trial_label(trial)} on Rank search", key="hand_trial_link", icon=":material/query_stats:"):
-        state.choose(trial=trial.number)
-        st.switch_page(navigation.SEARCH)
+    words = f"Show {trial_label(trial)} on Rank search"
+    st.page_link(navigation.SEARCH, label=words, icon=":material/query_stats:", query_params=state.link_to_trial(trial.number))
 
 
 def _open_words(now: Picked, desk: Desk) -> str:

@@ -10,7 +10,7 @@ import streamlit as st
 from lowrank_core.allocation import Draft
 from lowrank_core.views.draft import RowEdit, RowGroup, dense_words, draft_rows, edited_draft, row_groups
 from pages.components import state, tables
-from pages.components.hand_desk import Desk, edit, note, revision, say
+from pages.components.hand_desk import Desk, edit, history, note, revision, say
 
 __all__ = ["sliders", "table"]
 
@@ -20,35 +20,46 @@ def sliders(desk: Desk, draft: Draft) -> None:
     by_type, by_depth = row_groups(draft)
     st.markdown("**Keep by type**")
     for group in by_type:
-        _slider(desk, group)
+        _slider(desk, draft, group)
     st.markdown("**Keep by depth**")
     for group in by_depth:
-        _slider(desk, group)
+        _slider(desk, draft, group)
     st.caption("A slider scales its unlocked rows in proportion; locked rows never move.")
 
 
-def _slider(desk: Desk, group: RowGroup) -> None:
+def _slider(desk: Desk, draft: Draft, group: RowGroup) -> None:
     key = desk.key(f"slide_{group.key}")
-    state.control(key, group.kept)
+    asked, then = state.held(_asked(key), (group.kept, draft))
+    # What was asked for by this slider, as long as nothing else changed: whole ranks may come to a percent more or less.
+    shown = asked if then == draft else group.kept
+    name = state.control(key, shown)
     locked = f" {group.locked} rows are locked." if group.locked else ""
     words = f"Percent of their parameters that the unlocked rows of {group.label} keep together.{locked}"
     st.slider(
         group.label,
         1,
         100,
-        key=key,
+        key=name,
         format="%d %%",
         disabled=not group.names,
         on_change=_slid,
-        args=(desk, key, group),
+        args=(desk, (key, name), group, shown),
         help=words if group.names else f"Nothing here can move.{locked}",
     )
 
 
-def _slid(desk: Desk, key: str, group: RowGroup) -> None:
-    kept = state.held(key, group.kept)
-    if kept != group.kept:  # when the page is left, Streamlit calls although nobody moved it
-        edit(desk, lambda draft: draft.scaled(group.names, kept / 100), gesture=key)
+def _asked(key: str) -> str:
+    return f"{key}_asked"
+
+
+def _slid(desk: Desk, keys: tuple[str, str], group: RowGroup, shown: int) -> None:
+    key, name = keys
+    kept = state.held(name, shown)
+    if kept == shown:  # when the page is left, Streamlit calls although nobody moved it
+        return
+    edit(desk, lambda draft: draft.scaled(group.names, kept / 100), gesture=key)
+    if not note(desk):
+        state.keep(_asked(key), (kept, history(desk).present))
 
 
 def table(desk: Desk, draft: Draft) -> None:

@@ -13,8 +13,8 @@ __all__ = ["module_picker"]
 
 def module_picker(names: Sequence[str]) -> str:
     """Draw the picker of the module that every page follows, and return its name."""
-    key, module = "module_picker", state.module_of(names)
-    state.control(key, module)
+    module = state.module_of(names)
+    key = state.control("module_picker", module)
     st.selectbox(
         "Module", names, key=key, on_change=state.pick_from_widget("module", key), help="Or pick a cell of the map on the Spectra page."
     )

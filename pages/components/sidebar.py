@@ -39,9 +39,9 @@ def show() -> None:
             st.caption("No runs yet. Start one on the Overview.")
             return
         labels = run_labels(all_runs())
-        state.control(_PICKER, run.id)
+        name = state.control(_PICKER, run.id)
         st.selectbox(
-            "Run", list(labels), key=_PICKER, format_func=lambda key: labels.get(key, key), on_change=state.pick_from_widget("run", _PICKER)
+            "Run", list(labels), key=name, format_func=lambda key: labels.get(key, key), on_change=state.pick_from_widget("run", name)
         )
         st.caption(run.record["name"])
         if notes := notes_of(run):

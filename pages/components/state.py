@@ -1,6 +1,7 @@
 """The one selection that every page follows: run, module, trial. Only this module touches ``st.session_state``.
 
-The selection is mirrored in the address, so that a link restores the view: ``?run=ID&module=NAME&trial=N&draft=TOKEN``.
+The selection is mirrored in the address, so that a link restores the view: ``?run=ID&module=NAME&trial=N&draft=TOKEN``. A link within the
+dashboard that is to change the selection says ``?run=ID&pick=N``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = [
     "framed",
     "held",
     "keep",
+    "link_to_trial",
     "module_of",
     "notes",
     "pick_from_chart",
@@ -40,6 +42,7 @@ __all__ = [
 T = TypeVar("T")
 
 _SELECTION, _NOTES, _LAST, _FRAMED = "selection", "link_notes", "last_pick", "framed"
+_PICK = "pick"
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,8 @@ def begin() -> None:
         st.session_state[_SELECTION] = chosen
         st.session_state[_NOTES] = found
         st.session_state[_LAST] = {}
+    elif _has_trial(run(), st.query_params.get(_PICK, "")):
+        choose(trial=int(st.query_params[_PICK]))
     st.session_state[_FRAMED] = True
     _mirror()
 
@@ -101,9 +106,30 @@ def choose(**changes: str | int | None) -> None:
     _mirror()
 
 
-def control(key: str, value: object) -> None:
-    """Show ``value`` in the widget ``key``, which is drawn next."""
-    st.session_state[key] = value
+def link_to_trial(number: int) -> dict[str, str]:
+    """Return the address, for a link to a page, that has trial ``number`` of the run on screen chosen there.
+
+    A browser that follows a link stops the ticks of the page that it leaves; after ``st.switch_page`` one may be under way, and Streamlit
+    takes it for a return.
+    """
+    shown = run()
+    return {**({"run": shown.id} if shown is not None else {}), _PICK: str(number)}
+
+
+def control(key: str, value: object) -> str:
+    """Return the key of the widget, to be drawn next, that shows ``value``.
+
+    It is a widget of its own each time that the value was changed elsewhere. In one and the same, a message of the browser that was under
+    way, and still says the old value, would pass for a change by the user.
+    """
+    turns = f"{key}_turns"
+    turn: int = st.session_state.get(turns, 0)
+    name = f"{key}_{turn}" if turn else key
+    if st.session_state.get(name, value) != value:
+        turn += 1
+        st.session_state[turns], name = turn, f"{key}_{turn}"
+    st.session_state[name] = value  # also where it is there: it may be that of another page's widget
+    return name
 
 
 def keep(key: str, value: object) -> None:
@@ -200,7 +226,7 @@ def _from_link(link: Mapping[str, str]) -> tuple[Selection, list[str]]:
         found.append(f"The link names the run `{identifier}`, which is not here; another one is shown.")
         identifier = None
     shown = find_run(identifier) if identifier else default_run()
-    module, trial = link.get("module"), link.get("trial")
+    module, trial = link.get("module"), link.get(_PICK) or link.get("trial")
     if module and not _has_module(shown, module):
         found.append(f"The link names the module `{module}`, which this model does not have.")
         module = None

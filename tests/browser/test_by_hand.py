@@ -126,7 +126,7 @@ def test_an_allocation_by_hand_is_measured_while_the_search_goes_on(address, pag
     assert mine["ranks"] == picked.ranks
     seen = len(read_trials(run))
     wait_for(lambda: len(read_trials(run)) > seen, TRIAL_SECONDS, "the search goes on")
-    page.get_by_role("button", name=f"Show By hand (trial {picked.number}) on Rank search").click()
+    page.get_by_role("link", name=f"Show By hand (trial {picked.number}) on Rank search").click()
     page.get_by_text(f"Where By hand (trial {picked.number}) keeps its parameters").wait_for()
     assert saved(run)["ranks"] == picked.ranks  # leaving the page moved no slider
     assert_sound(page)
