@@ -62,7 +62,7 @@ def begin() -> None:
         st.session_state[_SELECTION] = chosen
         st.session_state[_NOTES] = found
         st.session_state[_LAST] = {}
-    elif _has_trial(run(), st.query_params.get(_PICK, "")):
+    elif _PICK in st.query_params and _has_trial(run(), st.query_params[_PICK]):
         choose(trial=int(st.query_params[_PICK]))
     st.session_state[_FRAMED] = True
     _mirror()
