@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import streamlit as st
 
+from lowrank_core.jobs import answers
 from lowrank_core.search.records import read_trials
-from lowrank_core.views.compare import answers, comparisons, label_of, last_failure, other_texts, refusals
+from lowrank_core.views.compare import comparisons, label_of, last_failure, other_texts, refusals
 from lowrank_core.views.healing import healings
 from lowrank_core.views.losses import window_table
 from lowrank_core.views.prompts import prompts

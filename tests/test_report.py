@@ -28,13 +28,14 @@ from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSourc
 from lowrank_core.errors import RunError
 from lowrank_core.figures.embedding import figure_json, plotly_script
 from lowrank_core.figures.trials import front_figure, history_figure
+from lowrank_core.jobs import answers
 from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.report import report_html, write_report
 from lowrank_core.runs import Run, RunStatus, create_run, open_run, recorded_run, write_json
 from lowrank_core.search.records import TrialRecord, read_trials
 from lowrank_core.search.worker import run_worker
 from lowrank_core.views.calibration import calibration_facts
-from lowrank_core.views.compare import answers, comparisons, other_texts
+from lowrank_core.views.compare import comparisons, other_texts
 from lowrank_core.views.exported import written_models
 from lowrank_core.views.formatting import number
 from lowrank_core.views.front import front

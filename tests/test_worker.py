@@ -30,6 +30,7 @@ from lowrank_core.config import (
 from lowrank_core.curves import CURVES_FILE, load_curves
 from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError, RunError
 from lowrank_core.export import read_manifest
+from lowrank_core.jobs import answers
 from lowrank_core.models import load_model
 from lowrank_core.runs import Run, create_run, read_json
 from lowrank_core.search.desk import complete_trial
@@ -41,7 +42,7 @@ from lowrank_core.search.study import open_study
 from lowrank_core.search.worker import run_worker
 from lowrank_core.spectra import load_spectra
 from lowrank_core.units import plan_units
-from lowrank_core.views.compare import answers, comparisons
+from lowrank_core.views.compare import comparisons
 from lowrank_core.views.directions import direction_facts
 from lowrank_core.views.healed_again import healed_again
 from lowrank_core.views.healing import healings

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lowrank_core.figures.losses import histogram_figure, position_figure, scatter_figure
+from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Prose, Section, drawn
 from lowrank_core.runs import Run
-from lowrank_core.views.compare import Comparison, answers, comparisons
+from lowrank_core.views.compare import Comparison, comparisons
 from lowrank_core.views.losses import position_table, window_table
 from lowrank_core.views.summary import protocol_of
 

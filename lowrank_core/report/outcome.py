@@ -7,10 +7,11 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lowrank_core.figures.compare import difference_figure
+from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Code, Folded, Note, Prose, Section, drawn, json_link, share, sized, table, text, value, whole
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.views.compare import Comparison, Confirmed, answers, comparisons, confirmed
+from lowrank_core.views.compare import Comparison, Confirmed, comparisons, confirmed
 from lowrank_core.views.exported import Written, written_models
 from lowrank_core.views.formatting import DASH, number
 from lowrank_core.views.losses import difference_table

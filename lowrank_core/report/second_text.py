@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowrank_core.figures.compare import ratio_figure
+from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Note, Prose, Section, drawn, table, text, value
 from lowrank_core.runs import Run
-from lowrank_core.views.compare import answers, comparisons, other_texts
+from lowrank_core.views.compare import comparisons, other_texts
 from lowrank_core.views.other_text import OtherText, other_text
 
 __all__ = ["second_text_section"]

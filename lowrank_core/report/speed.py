@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_core.figures.compare import speedup_figure
+from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Note, Prose, Section, drawn, table, text
 from lowrank_core.runs import Run
-from lowrank_core.views.compare import answers, comparisons
+from lowrank_core.views.compare import comparisons
 from lowrank_core.views.speed import Speed, speed_numbers, speed_table, speeds, speedup_table
 
 __all__ = ["speed_section"]

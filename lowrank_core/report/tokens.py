@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from markupsafe import Markup
 
 from lowrank_core.figures.strip import strip_html
+from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Folded, Section, Strip, table, text, value, whole
 from lowrank_core.runs import Run
-from lowrank_core.views.compare import answers
 from lowrank_core.views.token_losses import TokenStrip, strips, worst_tokens
 
 __all__ = ["tokens_section"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
-from lowrank_core.jobs import BACKGROUND, answers
+from lowrank_core.jobs import BACKGROUND
 from lowrank_core.presets import PRESETS
 from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping
@@ -20,7 +20,6 @@ __all__ = [
     "Confirmed",
     "Export",
     "Failure",
-    "answers",
     "comparisons",
     "confirmed",
     "exports",

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lowrank_core.errors import LowRankError
+from lowrank_core.jobs import answers
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord, best_trial, read_trials
-from lowrank_core.views.compare import Comparison, answers, comparisons, label_of
+from lowrank_core.views.compare import Comparison, comparisons, label_of
 from lowrank_core.views.formatting import interval
 from lowrank_core.views.model import ModelFacts, model_facts
 from lowrank_core.views.search import OBJECTIVE_LABELS

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import streamlit as st
 
+from lowrank_core.jobs import answers
 from lowrank_core.runs import Run
 from lowrank_core.search.records import read_trials
-from lowrank_core.views.compare import answers, confirmed
+from lowrank_core.views.compare import confirmed
 from pages.components import navigation, tables
 
 __all__ = ["show"]

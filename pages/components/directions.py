@@ -5,8 +5,8 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core import jobs
+from lowrank_core.jobs import answers
 from lowrank_core.runs import Run
-from lowrank_core.views.compare import answers
 from lowrank_core.views.directions import direction_facts, direction_failure
 from lowrank_core.views.runs import is_busy
 from pages.components import asking, tables

@@ -9,12 +9,13 @@ import streamlit as st
 
 from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.errors import LowRankError
+from lowrank_core.jobs import answers
 from lowrank_core.report import figures_html, report_html
 from lowrank_core.runs import Run
 from lowrank_core.search.records import read_trials
 from lowrank_core.views.allocation import search_units
 from lowrank_core.views.calibration import calibration_facts
-from lowrank_core.views.compare import answers, comparisons
+from lowrank_core.views.compare import comparisons
 from lowrank_core.views.healing import healings
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.planned import Source

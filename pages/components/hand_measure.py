@@ -10,8 +10,8 @@ import streamlit as st
 from lowrank_core import jobs
 from lowrank_core.allocation import Draft
 from lowrank_core.figures.prediction import prediction_figure
+from lowrank_core.jobs import answers
 from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.views.compare import answers
 from lowrank_core.views.formatting import number
 from lowrank_core.views.picked import Picked, beside, picked
 from lowrank_core.views.prediction import estimate_words, measured_as, predicted_kl, trust

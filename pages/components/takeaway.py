@@ -11,10 +11,11 @@ import streamlit as st
 from lowrank_core import jobs
 from lowrank_core.accounting import Unit
 from lowrank_core.config import EXPORT_DTYPES, ExportConfig, SearchConfig
+from lowrank_core.jobs import answers
 from lowrank_core.runs import Run
 from lowrank_core.search.records import read_trials
 from lowrank_core.views.allocation import search_units
-from lowrank_core.views.compare import answers, last_failure
+from lowrank_core.views.compare import last_failure
 from lowrank_core.views.exported import loading_of
 from lowrank_core.views.formatting import count, percent, size
 from lowrank_core.views.healed_again import HealedAgain, healed_again

@@ -7,8 +7,8 @@ from functools import partial
 import streamlit as st
 
 from lowrank_core import jobs
+from lowrank_core.jobs import answers
 from lowrank_core.runs import Run
-from lowrank_core.views.compare import answers
 from lowrank_core.views.exported import (
     MOST_BYTES,
     Proof,

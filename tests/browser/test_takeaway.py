@@ -15,9 +15,9 @@ from test_report_file import drawn
 
 from lowrank_core import jobs
 from lowrank_core.config import CompressionConfig, ExportConfig, RunConfig, SearchConfig, TextConfig
+from lowrank_core.jobs import answers
 from lowrank_core.runs import create_run
 from lowrank_core.search.records import best_trial, read_trials
-from lowrank_core.views.compare import answers
 from lowrank_core.views.exported import written_models
 
 pytestmark = pytest.mark.browser

@@ -11,6 +11,7 @@ from synthetic import DENSE_NLL, comparison, make_run, write_healing
 from synthetic_answers import PIECES, detailed, on_other_text, speed_answer, tokens_answer
 
 from lowrank_core.errors import RunError
+from lowrank_core.jobs import answers
 from lowrank_core.presets import PRESETS
 from lowrank_core.search.records import read_trials
 from lowrank_core.views import compare, healing, losses, other_text, prompts, speed, subjects, token_losses
@@ -83,7 +84,7 @@ def test_a_preset_that_was_refused_is_no_failure_of_the_page():
 def test_two_healings_of_one_model_are_told_apart():
     run = make_run()
     write_healing(run)
-    (body,) = compare.answers(run)
+    (body,) = answers(run)
     second = {**body, "folder": "trial-3-distill-87654321"}
     names = [found.name for found in compare.comparisons([body, second]) if found.form == "healed"]
     assert sorted(names) == ["trial 3, healed by distill (4321)", "trial 3, healed by distill (5678)"]

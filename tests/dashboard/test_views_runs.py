@@ -21,6 +21,7 @@ from synthetic import (
 from lowrank_core.accounting import allocated_parameters, budget_for_ratio
 from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.errors import BudgetError
+from lowrank_core.jobs import answers
 from lowrank_core.runs import RunStatus, write_json
 from lowrank_core.search.records import read_trials
 from lowrank_core.views import allocation, compare, losses, plan, prompts, runs, search
@@ -113,7 +114,7 @@ def test_the_newest_measurement_of_an_allocation_counts():
 def test_the_comparison_table_begins_with_the_original():
     run = make_run()
     write_answers(run)
-    bodies = compare.answers(run)
+    bodies = answers(run)
     table = losses.comparison_table(compare.comparisons(bodies))
     assert list(table["allocation"]) == ["Original", "trial 3", "Uniform"]
     assert table["perplexity"][0] == pytest.approx(math.exp(DENSE_NLL))

@@ -27,6 +27,7 @@ from lowrank_core.accounting import HeadUnit, Unit, allocated_parameters, budget
 from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import BudgetError, ConfigError
+from lowrank_core.jobs import answers
 from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.search.records import read_trials
 from lowrank_core.units import plan_units
@@ -304,7 +305,7 @@ def test_a_table_of_ranks_has_a_row_for_each_unit():
 def test_confirmed_trials_stand_beside_what_the_search_saw():
     run = make_run()
     write_answers(run)
-    found = compare.confirmed(compare.answers(run), read_trials(run))
+    found = compare.confirmed(answers(run), read_trials(run))
     assert list(found.frame["name"]) == ["Original", "Trial 3"]
     row = found.frame.iloc[1]
     assert (row["value"], row["kl"], row["kl_low"], row["kl_high"]) == (0.35, 0.35, 0.3, 0.4)
