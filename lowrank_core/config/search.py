@@ -9,12 +9,14 @@ from lowrank_core.config.checks import check_at_least, check_choice, check_ratio
 from lowrank_core.config.compression import CompressionConfig
 from lowrank_core.errors import ConfigError
 
-__all__ = ["OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABLES", "SearchConfig", "depth_groups"]
+__all__ = ["LEAST_LOSS", "OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABLES", "SearchConfig", "depth_groups"]
 
 OBJECTIVES = ("kl", "perplexity", "bolaco")
 SAMPLERS = ("gp", "tpe", "cmaes", "qmc", "random")
 VARIABLES = ("kept", "errors")
 PRUNERS = ("none", "wilcoxon")
+LEAST_LOSS = 1e-9
+"""A loss below it has the logarithm of this one."""
 SPACES = ("5x1", "5x4", "per-layer")
 """The usual spaces; ``types x N`` with any number N of depth groups is one, too."""
 
@@ -83,6 +85,16 @@ class SearchConfig:
             raise ConfigError("kept fractions can't choose between single matrices and stacks or heads; choose variables `errors`.")
         if self.objective == "bolaco" and self.top_k:
             raise ConfigError("the objective bolaco needs every token's probability; leave top-k at 0, or choose the objective kl.")
+
+    @property
+    def models_logarithms(self) -> bool:
+        """Whether the sampler models the logarithms of the losses, and importances are shares of the variance of the logarithms.
+
+        Perplexity, alone or in the paper's sum, has no upper bound: one bad trial a thousand times above the rest leaves a Gaussian
+        process no resolution for what distinguishes them. Over a range of ratios every loss spans decades. A search as published
+        models the values themselves; and so does one by KL at one ratio, where logarithms gained nothing.
+        """
+        return self.most_ratio is not None or (self.projected and self.objective != "kl")
 
     def _check_two_objectives(self, most: float) -> None:
         if most <= self.compression_ratio:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any, cast
@@ -23,8 +23,9 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, Ra
 from optuna.trial import FrozenTrial, TrialState
 
 from lowrank_core.config import SearchConfig
+from lowrank_core.config.search import LEAST_LOSS
 
-__all__ = ["ESTIMATE", "GIVEN", "PointSampler", "phase"]
+__all__ = ["ERROR", "ESTIMATE", "GIVEN", "PointSampler", "phase"]
 
 GIVEN = "given"
 """User attribute of a trial whose ranks were given instead of drawn."""
@@ -32,7 +33,11 @@ GIVEN = "given"
 ESTIMATE = "estimate"
 """User attribute of a trial that was stopped early: the value it would have had, by the best trial's on the same windows."""
 
-_LEAST_LOSS = 1e-9
+ERROR = "error"
+"""User attribute of a trial that diverged: how. A failed trial without it lost its worker."""
+
+_RATIO = "compression_ratio"
+_BOUNDED = 5  # one in so many, the worst
 _STRIDE = 1_000_003  # a prime: seeds of one search don't meet those of the next
 
 
@@ -69,38 +74,78 @@ def phase(config: SearchConfig, complete: int) -> str:
     return {"gp": "Gaussian process", "tpe": "TPE", "cmaes": "CMA-ES", "qmc": "quasi-random", "random": "random"}[config.sampler]
 
 
-class _Points:
-    """A study as a sampler sees it: without trials that are no points of the space, and with a value for those stopped early.
+def _bounds(config: SearchConfig) -> bool:
+    """Return whether the worst losses are bounded: not as published, and not over ratios, where the worst are those that remove most.
 
-    Over a range of ratios losses span decades: there it models their logarithms. (At one ratio that gained nothing.)
+    The other samplers compare ranks.
+    """
+    return config.sampler == "gp" and config.projected and config.most_ratio is None
+
+
+class _Points:
+    """A study as a sampler sees it: every trial that ended at a point of the space has a value there, and no other trial is shown.
+
+    A trial that was stopped early has its estimate. One that diverged, or was stopped without an estimate, has the worst loss of all
+    others: where a sampler learns nothing from a point it proposes the same one again.
+
+    With ``logarithms`` the losses are shown as their logarithms (see ``SearchConfig.models_logarithms``). Where they are ``bounded``, the
+    worst fifth is shown no worse than the next (winsorised): a Gaussian process divides by the standard deviation, and one loss a hundred
+    times the others' leaves them all alike, their logarithms too.
     """
 
-    def __init__(self, study: optuna.Study, *, logarithms: bool) -> None:
-        self._study, self._logarithms = study, logarithms
+    def __init__(self, study: optuna.Study, *, logarithms: bool, bounded: bool) -> None:
+        self._study, self._logarithms, self._bounded = study, logarithms, bounded
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
 
     def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
         # As Optuna's own HyperbandPruner shows its pruner a part of a study.
-        found = self._study._get_trials(deepcopy=deepcopy, use_cache=use_cache)
-        seen = [self._seen(trial) for trial in found if not trial.user_attrs.get(GIVEN)]
+        points = [t for t in self._study._get_trials(deepcopy=deepcopy, use_cache=use_cache) if not t.user_attrs.get(GIVEN)]
+        losses = sorted(self._modelled(loss) for loss in map(_loss, points) if loss is not None)
+        worst = (_bound(losses) if self._bounded else losses[-1]) if losses else None
+        seen = [self._seen(trial, worst) for trial in points]
         return [trial for trial in seen if states is None or trial.state in states]
 
     get_trials = _get_trials
 
-    def _seen(self, trial: FrozenTrial) -> FrozenTrial:
-        values: list[float] | None = trial.values if trial.state == TrialState.COMPLETE else None
-        if trial.state == TrialState.PRUNED and ESTIMATE in trial.user_attrs:
-            values = [float(trial.user_attrs[ESTIMATE])]
-        if values is None:
+    def _seen(self, trial: FrozenTrial, worst: float | None) -> FrozenTrial:
+        loss = _loss(trial)
+        if worst is None or (loss is None and not _ended_badly(trial)):
             return trial
         shown = copy.copy(trial)
-        shown.state, shown.values = TrialState.COMPLETE, [*values[:-1], self._modelled(values[-1])]
+        shown.state = TrialState.COMPLETE
+        shown.values = [*self._ratio(trial), worst if loss is None else min(worst, self._modelled(loss))]
         return shown
 
+    def _ratio(self, trial: FrozenTrial) -> list[float]:
+        """Return the first of two objectives, the ratio that was removed: known before anything is measured."""
+        if len(self._study.directions) == 1:
+            return []
+        return list(trial.values[:-1]) if trial.values else [float(trial.user_attrs[_RATIO])]
+
     def _modelled(self, loss: float) -> float:
-        return math.log(max(loss, _LEAST_LOSS)) if self._logarithms else loss
+        return math.log(max(loss, LEAST_LOSS)) if self._logarithms else loss
+
+
+def _bound(losses: Sequence[float]) -> float:
+    """Return the loss, of the ascending ``losses``, that all but the worst fifth stay at or below."""
+    return losses[len(losses) - 1 - len(losses) // _BOUNDED]
+
+
+def _loss(trial: FrozenTrial) -> float | None:
+    """Return what a trial lost, as measured or estimated; None without either."""
+    if trial.state == TrialState.COMPLETE:
+        return float(trial.values[-1])
+    if trial.state == TrialState.PRUNED and ESTIMATE in trial.user_attrs:
+        return float(trial.user_attrs[ESTIMATE])
+    return None
+
+
+def _ended_badly(trial: FrozenTrial) -> bool:
+    """Return whether a trial was measured at its point and has no value; one whose worker was lost is measured again instead."""
+    diverged = trial.state == TrialState.FAIL and ERROR in trial.user_attrs and _RATIO in trial.user_attrs
+    return diverged or trial.state == TrialState.PRUNED
 
 
 @contextmanager
@@ -133,7 +178,7 @@ class PointSampler(BaseSampler):
         fixed = trial.system_attrs.get("fixed_params", {})
         if trial.user_attrs.get(GIVEN) or search_space.keys() <= fixed.keys():
             return {}
-        points = cast(optuna.Study, _Points(study, logarithms=self._config.most_ratio is not None))
+        points = cast(optuna.Study, _Points(study, logarithms=self._config.models_logarithms, bounded=_bounds(self._config)))
         with _one_thread():
             return self._inner(trial.number).sample_relative(points, trial, search_space)
 

@@ -28,7 +28,7 @@ from lowrank_core.recipe import Decomposed
 from lowrank_core.runs import Run, process_started
 from lowrank_core.search.objective import objective_value
 from lowrank_core.search.records import MANUAL
-from lowrank_core.search.samplers import ESTIMATE, GIVEN, PointSampler
+from lowrank_core.search.samplers import ERROR, ESTIMATE, GIVEN, PointSampler
 from lowrank_core.search.space import SearchSpace
 from lowrank_core.search.storage import open_storage
 from lowrank_core.text.windows import WindowSet
@@ -52,6 +52,7 @@ _LEAST_WINDOWS = 6
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _UNKNOWN_SECONDS = 60.0
 _MOST_RETRIES = 3
+_MOST_NATS = 500.0  # by which an estimate of the perplexity may lie above the best: math.exp takes no more than 709
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def enqueue_allocation(study: optuna.Study, ranks: Ranks, *, label: str = MANUAL
 
 def _was_lost(trial: FrozenTrial) -> bool:
     """Return whether a trial ended without an answer: its worker was killed or interrupted."""
-    return trial.state == TrialState.FAIL and "error" not in trial.user_attrs
+    return trial.state == TrialState.FAIL and ERROR not in trial.user_attrs
 
 
 def requeue_lost(run: Run, study: optuna.Study) -> None:
@@ -260,7 +261,7 @@ class _Measurement:
             assert scores.kl is not None
             measured = {"kl": float(scores.kl.mean()), "perplexity": objective_value("perplexity", scores, 0)}
         except NumericalError as error:
-            trial.set_user_attr("error", str(error))
+            trial.set_user_attr(ERROR, str(error))
             raise
         finally:
             self._note({"tokens": len(self._losses) * (bench.windows.context - 1), "seconds": time.perf_counter() - began})
@@ -306,4 +307,4 @@ class _Measurement:
         best = self._trial.study.best_trial
         worse = sum(loss - best.intermediate_values[window] for window, loss in enumerate(self._losses)) / len(self._losses)
         assert best.value is not None
-        return best.value + worse if self._config.objective == "kl" else best.value * math.exp(worse)
+        return best.value + worse if self._config.objective == "kl" else best.value * math.exp(min(worse, _MOST_NATS))
