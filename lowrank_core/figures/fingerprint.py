@@ -52,9 +52,15 @@ def _strips(variables: int) -> Spec:
 
 
 def importance_chart(frame: pd.DataFrame) -> VegaChart:
-    """Draw a bar for each variable of an ``importance_table``, with the interval over redrawn trials as a line."""
+    """Draw a bar for each variable of an ``importance_table``, with its 90 % interval as a line."""
     axis = {"format": ".0%", "tickCount": 5}
-    x = {"field": "share", "type": "quantitative", "title": "Importance (share, an estimate)", "scale": {"domain": [0, 1]}, "axis": axis}
+    x = {
+        "field": "share",
+        "type": "quantitative",
+        "title": "Share of the variance over the space (an estimate)",
+        "scale": {"domain": [0, 1]},
+        "axis": axis,
+    }
     tip = {"field": "note"}
     bar = {"type": "bar", "color": BLUE, "height": {"band": 0.55}}
     line = {"type": "rule", "color": ORANGE, "strokeWidth": 3}

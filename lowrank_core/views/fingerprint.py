@@ -101,7 +101,7 @@ def importance_table(found: Importances, trials: Sequence[TrialRecord], search: 
             "share": entry.share,
             "low": entry.low,
             "high": entry.high,
-            "note": f"{labels.get(entry.name, entry.name)}: {entry.share:.0%}, {entry.low:.0%} to {entry.high:.0%} over redrawn trials",
+            "note": f"{labels.get(entry.name, entry.name)}: {entry.share:.0%}, 90 % interval {entry.low:.0%} to {entry.high:.0%}",
         }
         for entry in found.found[:_MOST_VARIABLES]
     ]

@@ -168,11 +168,18 @@ def importance(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) ->
         importance_chart(frame),
         key="importance",
         title="Which variables mattered",
-        how=f"an estimate (PED-ANOVA) from {found.trials} trials that the sampler chose: how differently the better half sets a variable. "
-        "The lines hold the middle 90 % over trials drawn again; where they overlap, the order says nothing.",
+        how=f"the share of the variance of {_importance_of(search)} over the whole search space that is due to a variable: its own effect "
+        "and half of each interaction with another (Shapley effect). A Gaussian process fitted to "
+        f"{found.trials} trials, wherever the sampler put them, estimates it. The lines are 90 % credible intervals; where they overlap, "
+        "the order is open.",
         alt="Importance of each variable of the search, with intervals",
         data=frame,
     )
+
+
+def _importance_of(search: SearchConfig) -> str:
+    words = {"kl": "the KL divergence", "perplexity": "perplexity", "bolaco": "the objective"}[search.objective]
+    return f"the logarithm of {words}" if search.models_logarithms else words
 
 
 def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -> None:

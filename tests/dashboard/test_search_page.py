@@ -169,7 +169,8 @@ def test_which_variables_mattered_is_shown_once_there_are_trials(app):
     test = app("search")
     assert sound(test)
     assert "Which variables mattered" in words(test)
-    assert "from 20 trials that the sampler chose" in words(test)
+    assert "A Gaussian process fitted to 20 trials" in words(test)
+    assert "variance of the KL divergence over the whole search space" in words(test)
 
 
 @pytest.mark.parametrize(("trial", "said"), [("4", "stopped early after 6 windows"), ("6", "over the budget"), ("7", "not finite")])
