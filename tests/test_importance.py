@@ -11,7 +11,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, create_trial
 
 from lowrank_core.config import SearchConfig
-from lowrank_core.search.importance import _legendre, _Posterior, _Terms, variance_shares
+from lowrank_core.search.importance import VarianceShare, _legendre, _Posterior, _Terms, variance_shares
 from lowrank_core.search.samplers import PointSampler
 from lowrank_core.search.variables import importances
 
@@ -73,16 +73,16 @@ def test_more_variables_than_can_interact():
 
 def test_losses_that_are_all_the_same_tell_nothing():
     found = variance_shares(points_of(20, 0), np.full(20, 0.3))
-    assert all(entry.low < 0.05 and entry.high > 0.5 for entry in found)
+    assert found == (VarianceShare(0.2, 0.0, 1.0),) * 5
 
 
 def test_intervals_cover_the_truth():
-    """Nominal: 90 %."""
+    """Nominal: 90 %. The losses' standard deviation is about 0.6; that of the noise 0.1 or 0.3."""
     covered = []
     for seed in range(24):
         generator = np.random.default_rng(seed)
         centre, points = generator.uniform(-0.6, 0.6, 5), points_of(30, 1000 + seed)
-        found = variance_shares(points, quadratic(points, centre) + 0.1 * generator.standard_normal(30))
+        found = variance_shares(points, quadratic(points, centre) + (0.1, 0.3)[seed % 2] * generator.standard_normal(30))
         covered += [entry.low <= truth <= entry.high for entry, truth in zip(found, shares_of_quadratic(centre), strict=True)]
     assert 0.8 <= np.mean(covered) <= 0.97
 
