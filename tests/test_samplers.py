@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import optuna
@@ -13,6 +14,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from lowrank_core.config import SAMPLERS, SearchConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.search.samplers import ESTIMATE, GIVEN, PointSampler, _Points, phase
+from lowrank_core.search.study import _Measurement
 
 SPACE = {name: FloatDistribution(0.5, 2.0, log=True) for name in ("a", "b", "c")}
 
@@ -138,6 +140,17 @@ def test_a_trial_that_was_stopped_early_teaches_the_gaussian_process():
     ignored = [trial(state=TrialState.FAIL, point=p) for p in (0.6, 1.4, 1.9)]
     learnt, not_learnt = proposals("gp", study_of(*stopped), count=1), proposals("gp", study_of(*ignored), count=1)
     assert learnt != not_learnt
+
+
+def test_a_trial_that_is_stopped_hopelessly_early_has_a_finite_estimate():
+    """The exponential of a thousand nats overflows: the search ended there."""
+    best = SimpleNamespace(value=40.0, intermediate_values={0: 3.0})
+    stopped = object.__new__(_Measurement)
+    stopped.__dict__.update(_trial=SimpleNamespace(study=SimpleNamespace(best_trial=best)), _config=SearchConfig(objective="perplexity"))
+    stopped._losses = [3.5]
+    assert stopped._estimate() == pytest.approx(40 * math.exp(0.5))
+    stopped._losses = [1000.0]
+    assert 1e200 < stopped._estimate() < math.inf
 
 
 def test_the_phase_is_told_in_words():

@@ -67,9 +67,9 @@ def variance_shares(points: Array, losses: Array, *, seed: int = 0) -> tuple[Var
     """
     kept = np.unique(np.linspace(0, len(losses) - 1, min(_MOST_TRIALS, len(losses))).round().astype(int))
     points, losses = points[kept], losses[kept]
-    mean, spread = losses.mean(), losses.std()
+    variables, mean, spread = points.shape[1], float(losses.mean()), float(losses.std())
     if spread <= _EQUAL * abs(mean):
-        return (VarianceShare(1 / points.shape[1], 0.0, 1.0),) * points.shape[1]
+        return tuple(VarianceShare(1 / variables, 0.0, 1.0) for _ in range(variables))
     posterior, mode = _fitted(points, (losses - mean) / spread)
     shares = _drawn(posterior, mode, np.random.default_rng(seed))
     found = zip(shares.mean(axis=0), *np.percentile(shares, (_TAIL, 100 - _TAIL), axis=0), strict=True)
