@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import secrets
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from lowrank_core.errors import RunError
+from lowrank_core.processes import python_command, python_environment
 from lowrank_core.runs import JsonMapping, Run, RunStatus, read_json, write_json
 
 __all__ = [
@@ -72,20 +71,15 @@ def _launch(run: Run) -> None:
 
 
 def _spawn(run: Run, warm_seconds: float, *options: str) -> None:
-    package_root = str(Path(__file__).resolve().parents[1])
-    environment = dict(os.environ)
-    # The dashboard may run from a checkout that is not installed: the worker must find the same package.
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package_root, environment.get("PYTHONPATH")]))
-    environment["PYTHONUNBUFFERED"] = "1"
     try:
         with (run.path / "worker.log").open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "lowrank_core", "worker", "--run", str(run.path), "--warm", str(warm_seconds), *options],
+                python_command("-m", "lowrank_core", "worker", "--run", str(run.path), "--warm", str(warm_seconds), *options),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=environment,
+                env=python_environment(PYTHONUNBUFFERED="1"),
                 cwd=run.path,
             )
     except OSError as error:

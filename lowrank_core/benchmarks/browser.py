@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import socket
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lowrank_core.errors import ConfigError, RunError
+from lowrank_core.processes import python_environment
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -125,7 +125,7 @@ def serving(command: list[str], *, home: Path, log: Path, cwd: Path | None = Non
     """
     port = _free_port()
     quiet = {"STREAMLIT_SERVER_HEADLESS": "true", "STREAMLIT_BROWSER_GATHER_USAGE_STATS": "false", "STREAMLIT_SERVER_ADDRESS": "127.0.0.1"}
-    environment = {**os.environ, **quiet, "LOWRANK_HOME": str(home)}
+    environment = python_environment(**quiet, LOWRANK_HOME=str(home))
     began = time.perf_counter()
     with log.open("wb") as stream:
         server = subprocess.Popen([*command, str(port)], stdout=stream, stderr=subprocess.STDOUT, env=environment, cwd=cwd)

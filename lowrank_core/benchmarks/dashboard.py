@@ -20,6 +20,7 @@ from urllib.parse import urlsplit
 
 from lowrank_core.benchmarks.browser import Frames, PageLoad, Server, chromium, load, opened, page_links, redraws, serving, watched
 from lowrank_core.errors import ConfigError, RunError
+from lowrank_core.processes import python_command
 from lowrank_core.runs import Run, RunStatus, create_run, process_started, recorded_run
 from lowrank_core.search.replay import Replay
 from lowrank_core.speed import Spread, in_turns
@@ -144,13 +145,13 @@ def _protocol(chromium_version: str, rounds: int, updates: int, trials: int) -> 
 
 
 def _dashboard(home: Path) -> AbstractContextManager[Server]:
-    return serving([sys.executable, "-m", "lowrank_core", "dashboard", "--port"], home=home, log=home / "dashboard.log")
+    return serving(python_command("-m", "lowrank_core", "dashboard", "--port"), home=home, log=home / "dashboard.log")
 
 
 def _empty_page(home: Path) -> AbstractContextManager[Server]:
     script = home / "empty.py"
     script.write_text(_EMPTY, encoding="utf-8")
-    command = [sys.executable, "-m", "streamlit", "run", str(script), "--server.port"]
+    command = python_command("-m", "streamlit", "run", str(script), "--server.port")
     return serving(command, home=home, log=home / "empty.log", cwd=home)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 
 from lowrank_core.catalogue import methods
 from lowrank_core.cli.options import Command, Result, json_option
@@ -23,8 +22,10 @@ def add(command: Command) -> None:
 
 def run_dashboard(arguments: argparse.Namespace) -> Result:
     """Become Streamlit: this process is replaced, and nothing is returned."""
+    from lowrank_core.processes import python_command, python_environment
     from lowrank_core.runs import bundled_path
 
     app = bundled_path("app.py")
     os.chdir(app.parent)  # Streamlit reads its configuration from the working directory
-    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", str(app), "--server.port", str(arguments.port)])
+    command = python_command("-m", "streamlit", "run", str(app), "--server.port", str(arguments.port))
+    os.execve(command[0], command, python_environment())

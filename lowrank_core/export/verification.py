@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -18,6 +17,7 @@ from lowrank_core.export.manifest import Measurement, measurement_from, read_man
 from lowrank_core.export.measuring import HeldOut, measured
 from lowrank_core.models.integrity import check_folder
 from lowrank_core.models.loading import load_model
+from lowrank_core.processes import python_command, python_environment
 from lowrank_core.text import load_windows
 
 __all__ = ["Verification", "tolerance_of", "verify"]
@@ -124,15 +124,13 @@ def _in_fresh_process(request: Mapping[str, object], waiting: Callable[[], None]
     Raises:
         ModelError: it failed; with what it said.
     """
-    root = str(Path(__file__).resolve().parents[2])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
-        [sys.executable, "-c", "from lowrank_core.export.verification import _answer; _answer()"],
+        python_command("-c", "from lowrank_core.export.verification import _answer; _answer()"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": paths},
+        env=python_environment(),
     ) as process:
         said, complained = _heard(process, json.dumps(request), waiting)
     body = json.loads(said.splitlines()[-1]) if said.strip() else {}

@@ -7,7 +7,6 @@ import gc
 import json
 import os
 import subprocess
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import torch
 
 from lowrank_core.config import ModelSource, to_mapping
 from lowrank_core.errors import ModelError
+from lowrank_core.processes import python_command, python_environment
 from lowrank_core.speed.config import SpeedConfig
 
 __all__ = ["MemoryReport", "Meter", "measure_memory"]
@@ -103,11 +103,11 @@ def measure_memory(source: ModelSource, config: SpeedConfig) -> MemoryReport:
     threads = torch.get_num_threads()
     request = {"source": to_mapping(source), "config": asdict(config), "threads": threads}
     found = subprocess.run(
-        [sys.executable, "-m", "lowrank_core.speed"],
+        python_command("-m", "lowrank_core.speed"),
         input=json.dumps(request),
         capture_output=True,
         text=True,
-        env=_environment(threads),
+        env=python_environment(OMP_NUM_THREADS=str(threads)),
         check=False,
     )
     if found.returncode:
@@ -117,10 +117,3 @@ def measure_memory(source: ModelSource, config: SpeedConfig) -> MemoryReport:
             "Free some memory, or leave this out with --no-memory."
         )
     return MemoryReport(**json.loads(found.stdout))
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """Return this process's environment, in which a fresh one finds the same package, installed or not."""
-    root = str(Path(__file__).resolve().parents[2])
-    paths = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": str(threads)}
