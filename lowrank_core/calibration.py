@@ -29,7 +29,9 @@ from lowrank_core.statistics_store import (
     block_path,
     exclusive,
     finish,
+    finished_blocks,
     is_finished,
+    statistics_folder,
     write_block,
 )
 from lowrank_core.text.windows import WindowSet
@@ -225,7 +227,8 @@ class _Calibration:
     def store_blocks(self, progress: Progress | None) -> None:
         """Run the blocks that ``folder`` does not have, from the hidden states that it keeps; each block goes there at once."""
         assert self.folder is not None
-        first = next((b for b in range(self.blocks) if not block_path(self.folder, "inputs", b).exists()), self.blocks)
+        done = finished_blocks(self.folder, "inputs")
+        first = next((block for block in range(self.blocks) if block not in done), self.blocks)
         if 0 < first < self.blocks:
             self._hidden.resume(first - 1)
         for block in range(first, self.blocks):
@@ -277,7 +280,7 @@ def cached_statistics(
     Raises:
         as ``collect_statistics``; NumericalError also where the stored ones are damaged.
     """
-    folder = store / statistics_key(handle, windows, config)
+    folder = statistics_folder(store, statistics_key(handle, windows, config))
     stored = load_statistics(folder, config)
     if stored is not None:
         return stored, True

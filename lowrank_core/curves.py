@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.accounting import Unit
+from lowrank_core.archives import DAMAGE, read_archive, write_archive
 from lowrank_core.errors import RunError
 
 __all__ = ["CURVES_FILE", "ESTIMATES", "CurveRecord", "load_curves", "save_curves"]
@@ -74,9 +74,8 @@ def save_curves(path: str | os.PathLike[str], record: CurveRecord, units: Sequen
     kept = {unit.name: record.curves[unit.name][: unit.break_even_rank + 2] for unit in units if unit.name in record.curves}
     about = {"basis": record.basis, "estimate": record.estimate, "units": list(kept), "lengths": [len(curve) for curve in kept.values()]}
     errors = np.concatenate([*kept.values(), np.zeros(0)]).astype(np.float64)
-    temporary = Path(path).with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, about=np.array(json.dumps(about)), errors=errors, influence=np.array(record.influence, dtype=np.float64))
-    temporary.replace(path)
+    influence = np.array(record.influence, dtype=np.float64)
+    write_archive(Path(path), {"about": np.array(json.dumps(about)), "errors": errors, "influence": influence})
 
 
 def load_curves(path: str | os.PathLike[str]) -> CurveRecord | None:
@@ -86,11 +85,12 @@ def load_curves(path: str | os.PathLike[str]) -> CurveRecord | None:
         RunError: the file is damaged.
     """
     try:
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            return _record(json.loads(str(archive["about"])), archive["errors"], archive["influence"])
+        archive = read_archive(path)
+        about, errors, influence = json.loads(str(archive["about"])), archive["errors"], archive["influence"]
+        return _record(about, errors.astype(np.float64), influence.astype(np.float64))
     except FileNotFoundError:
         return None
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+    except DAMAGE as error:
         raise RunError(f"{path} can't be read: {error}. Delete the file and start the run's worker: it writes the file again.") from error
 
 

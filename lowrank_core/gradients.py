@@ -28,7 +28,17 @@ from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.moments import GradientAccumulator, OutputStatistics
-from lowrank_core.statistics_store import Progress, StoredStatistics, block_path, exclusive, finish, is_finished, write_block
+from lowrank_core.statistics_store import (
+    Progress,
+    StoredStatistics,
+    block_path,
+    exclusive,
+    finish,
+    finished_blocks,
+    is_finished,
+    statistics_folder,
+    write_block,
+)
 from lowrank_core.text.windows import WindowSet
 
 __all__ = ["cached_gradients", "collect_gradients", "gradients_key", "sampled_labels"]
@@ -210,7 +220,7 @@ def cached_gradients(
     Raises:
         as ``collect_gradients``; NumericalError also where the stored ones are damaged.
     """
-    folder = store / gradients_key(handle, windows, config)
+    folder = statistics_folder(store, gradients_key(handle, windows, config))
     if not is_finished(folder):
         measurement = _Measurement(handle, windows, config)
 
@@ -226,7 +236,8 @@ def cached_gradients(
 
 
 def _store_passes(measurement: _Measurement, folder: Path, progress: Progress | None) -> None:
-    pending = [block for block in measurement.blocks if not block_path(folder, "outputs", block).exists()]
+    done = finished_blocks(folder, "outputs")
+    pending = [block for block in measurement.blocks if block not in done]
     began = time.perf_counter()
     for blocks in measurement.by_pass(pending, progress):
         seconds = (time.perf_counter() - began) / len(blocks)

@@ -25,6 +25,6 @@ def python_environment(**changes: str) -> dict[str, str]:
     them relative to the new process's working directory.
     """
     package_root = str(Path(__file__).resolve().parents[1])
-    entries = [os.path.abspath(entry) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    entries = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys([package_root, *entries])), "PYTHONSAFEPATH": "1"}
     return {**os.environ, **found, **changes}

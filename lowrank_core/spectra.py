@@ -15,8 +15,7 @@ Notation::
 from __future__ import annotations
 
 import os
-import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -25,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.accounting import MatrixShape
+from lowrank_core.archives import DAMAGE, read_archive, write_archive
 from lowrank_core.errors import RunError
 from lowrank_core.heavy_tails import TailFit, fit_tail
 
@@ -40,6 +40,7 @@ __all__ = [
 ]
 
 Vector = npt.NDArray[np.float64]
+Array = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ _FORMAT = 2
 
 def save_spectra(path: str | os.PathLike[str], spectra: Sequence[LayerSpectrum]) -> None:
     """Write spectra as one compressed numpy archive (float32: these are for drawing)."""
-    arrays: dict[str, npt.NDArray[np.generic]] = {
+    arrays: dict[str, Array] = {
         "format": np.array(_FORMAT),
         "names": np.array([s.shape.name for s in spectra]),
         "kinds": np.array([s.shape.kind for s in spectra]),
@@ -135,9 +136,7 @@ def save_spectra(path: str | os.PathLike[str], spectra: Sequence[LayerSpectrum])
             values = getattr(spectrum, name)
             if values is not None:
                 arrays[f"{index}.{name}"] = values.astype(np.float32)
-    temporary = Path(path).with_suffix(".tmp.npz")
-    np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
-    temporary.replace(path)
+    write_archive(Path(path), arrays)
 
 
 def load_spectra(path: str | os.PathLike[str]) -> tuple[LayerSpectrum, ...]:
@@ -147,17 +146,23 @@ def load_spectra(path: str | os.PathLike[str]) -> tuple[LayerSpectrum, ...]:
         RunError: the file is damaged, or of a later version.
     """
     try:
-        with Path(path).open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            if "format" in archive.files and int(archive["format"]) > _FORMAT:
-                raise RunError(f"{path} was written by a later version of the studio. Update the studio, or start the calibration again.")
-            return tuple(_layers(archive))
-    except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise RunError(f"{path} can't be read: {error}. Start the calibration again.") from error
+        archive = read_archive(path)
+        later = "format" in archive and int(archive["format"].item()) > _FORMAT
+        layers = () if later else tuple(_layers(archive))
+    except DAMAGE as error:
+        raise RunError(f"{path} can't be read: {error}. Delete the file and resume the run: it is computed again.") from error
+    if later:
+        raise RunError(f"{path} was written by a later version of the studio. Update the studio, or start the calibration again.")
+    return layers
 
 
-def _layers(archive: np.lib.npyio.NpzFile) -> Iterable[LayerSpectrum]:
+def _layers(archive: Mapping[str, Array]) -> Iterable[LayerSpectrum]:
     labels = zip(archive["names"], archive["kinds"], archive["shapes"], strict=True)
     for index, (name, kind, (depth, d_out, d_in, bias)) in enumerate(labels):
         shape = MatrixShape(str(name), str(kind), int(depth), int(d_out), int(d_in), bool(bias))
-        optional = {part: archive[f"{index}.{part}"].astype(np.float64) for part in _OPTIONAL if f"{index}.{part}" in archive.files}
-        yield LayerSpectrum(shape, *(archive[f"{index}.{part}"].astype(np.float64) for part in _ARRAYS), **optional)
+        parts = {part: archive[f"{index}.{part}"].astype(np.float64) for part in _ARRAYS}
+        parts |= {part: archive[f"{index}.{part}"].astype(np.float64) for part in _OPTIONAL if f"{index}.{part}" in archive}
+        bad = next((part for part, values in parts.items() if not np.isfinite(values).all()), None)
+        if bad is not None:
+            raise ValueError(f"it is damaged: {bad.replace('_', ' ')} of {name} hold NaN or Inf")
+        yield LayerSpectrum(shape, **parts)

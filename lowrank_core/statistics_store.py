@@ -2,6 +2,9 @@
 
 A folder, named by the content that the statistics come from, holds ``inputs/block-000.safetensors`` … (or ``outputs/…``), each written
 whole or not at all, and ``done.json`` once all are there. While it grows it also holds the hidden states after the last finished block.
+
+``checksums.json`` has the size and the SHA-256 of each of these files, entered before a file gets its name. They are compared whenever a
+folder is opened, and before an interrupted calibration goes on: a damaged, swapped or foreign block is never believed.
 """
 
 from __future__ import annotations
@@ -21,16 +24,32 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank_core.errors import ModelError, NumericalError, RunError
+from lowrank_core.models.integrity import sha256_of
 from lowrank_core.moments import InputStatistics, OutputStatistics
 
-__all__ = ["HiddenStates", "Progress", "StoredStatistics", "block_path", "exclusive", "finish", "is_finished", "write_block"]
+__all__ = [
+    "HiddenStates",
+    "Progress",
+    "StoredStatistics",
+    "block_path",
+    "exclusive",
+    "finish",
+    "finished_blocks",
+    "is_finished",
+    "statistics_folder",
+    "write_block",
+]
 
 Progress = Callable[[int, int], None]
 """Called with (done, total) in batches; may raise ``Cancelled``."""
 
 S = TypeVar("S", InputStatistics, OutputStatistics)
 
+_FORMAT = 2
+"""Of the folders. 1 had no checksums: what is in them can't be trusted, so that such statistics are computed again."""
+
 _DONE = "done.json"
+_CHECKSUMS = "checksums.json"
 _POLL_SECONDS = 0.5
 
 
@@ -38,8 +57,56 @@ _POLL_SECONDS = 0.5
 def _damage_told(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise NumericalError(f"the stored statistics in {folder} are damaged ({error}). Delete that folder and calibrate again.") from error
+
+
+def statistics_folder(store: Path, key: str) -> Path:
+    """Return where ``store`` keeps the statistics that are called ``key``."""
+    return store / f"{key}-{_FORMAT}"
+
+
+def _checksums(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return file -> size and SHA-256; a folder that was renamed holds other statistics than its name says."""
+    try:
+        body = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    if body["statistics"] != folder.name:
+        raise ValueError(f"{_CHECKSUMS} is of {body['statistics']}")
+    return {str(name): (int(size), str(digest)) for name, (size, digest) in body["files"].items()}
+
+
+def _enter(folder: Path, name: str, file: Path) -> None:
+    """Enter the checksum of ``file``, which is called ``name`` next."""
+    files = {**_checksums(folder), name: (file.stat().st_size, sha256_of(file))}
+    partial = folder / f"{_CHECKSUMS}.partial"
+    partial.write_text(json.dumps({"statistics": folder.name, "files": files}, indent=1), encoding="utf-8")
+    partial.replace(folder / _CHECKSUMS)
+
+
+def _check(folder: Path, name: str) -> None:
+    entered = _checksums(folder).get(name)
+    if entered is None:
+        raise ValueError(f"{name} has no checksum")
+    size, digest = entered
+    if (found := (folder / name).stat().st_size) != size:
+        raise ValueError(f"{name} is cut short: {found} bytes of {size}")
+    if sha256_of(folder / name) != digest:
+        raise ValueError(f"{name} is not what was written: its SHA-256 differs")
+
+
+def finished_blocks(folder: Path, part: str) -> set[int]:
+    """Return the blocks of ``part`` that are there, each checked.
+
+    Raises:
+        NumericalError: one is damaged.
+    """
+    paths = sorted((folder / part).glob("block-*.safetensors"))
+    with _damage_told(folder):
+        for path in paths:
+            _check(folder, f"{part}/{path.name}")
+        return {int(path.stem.removeprefix("block-")) for path in paths}
 
 
 def block_path(folder: Path, part: str, block: int) -> Path:
@@ -58,6 +125,7 @@ def write_block(path: Path, statistics: Mapping[str, S], seconds: float, *, infl
     partial = path.with_suffix(".partial")
     metadata = {"names": json.dumps(list(statistics)), "seconds": repr(seconds)}
     save_file(tensors, partial, metadata=metadata if influence is None else {**metadata, "influence": repr(influence)})
+    _enter(path.parents[1], f"{path.parent.name}/{path.name}", partial)
     partial.replace(path)
 
 
@@ -89,7 +157,7 @@ def is_finished(folder: Path) -> bool:
 
 
 class StoredStatistics(Mapping[str, S], Generic[S]):
-    """Statistics by name, each read from its block's file when it is asked for, and not kept.
+    """Statistics by name, each read from its block's file when it is asked for, and not kept. All files are checked at the start.
 
     Attributes:
         sizes: (tokens, width) of each entry, without reading it.
@@ -106,8 +174,8 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
         self.seconds = 0.0
         self.influence: list[float] = []
         with _damage_told(folder):
-            for path in sorted((folder / part).glob("block-*.safetensors")):
-                self._index(path)
+            for block in sorted(finished_blocks(folder, part)):
+                self._index(block_path(folder, part, block))
 
     def _index(self, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
@@ -120,9 +188,13 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
                 self.sizes[name] = (int(file.get_tensor(f"{name}/count")), _width(file, name, self._kind))
 
     def __getitem__(self, name: str) -> S:
+        """Raises NumericalError: a value is not finite, or the file has been damaged since."""
         path = self._places[name]
         with _damage_told(self._folder), safe_open(path, framework="pt") as file:
             values: dict[str, Any] = {field.name: file.get_tensor(f"{name}/{field.name}") for field in fields(self._kind)}
+            for part, value in values.items():
+                if not torch.isfinite(value).all():
+                    raise ValueError(f"{name}: {part.replace('_', ' ')} holds NaN or Inf")
         values["count"] = int(values["count"])
         entry: S = self._kind(**values)
         return entry
@@ -182,7 +254,7 @@ class HiddenStates:
         """Take the stored hidden states after ``block``.
 
         Raises:
-            NumericalError: they are not there, or cut short.
+            NumericalError: they are not there, or damaged.
         """
         assert self._folder is not None
         with _damage_told(self._folder):
@@ -191,6 +263,7 @@ class HiddenStates:
                 raise ValueError(f"the hidden states after block {block} are missing")
             _, dtype, form = paths[0].name.split(".")
             shape = (self._windows, *(int(size) for size in form.split("x")))
+            _check(self._folder, paths[0].name)
             self._previous = self._mapped(paths[0], getattr(torch, dtype), shape, new=False)
 
     def read(self, span: slice) -> Tensor | None:
@@ -211,8 +284,9 @@ class HiddenStates:
         """``block`` is done: what was written is what the next one reads."""
         self._previous, self._next = self._next, None
         if self._partial is not None and self._folder is not None:
-            name = self._partial.name.removeprefix("hidden-partial.")
-            self._partial.replace(self._folder / f"hidden-{block:03d}.{name}")
+            name = f"hidden-{block:03d}.{self._partial.name.removeprefix('hidden-partial.')}"
+            _enter(self._folder, name, self._partial)
+            self._partial.replace(self._folder / name)
             self._partial = None
 
     def forget(self, block: int) -> None:

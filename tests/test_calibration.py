@@ -17,7 +17,7 @@ from lowrank_core.errors import Cancelled, ConfigError, ModelError, NumericalErr
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import blocks_of
 from lowrank_core.moments import InputStatistics
-from lowrank_core.statistics_store import exclusive
+from lowrank_core.statistics_store import exclusive, statistics_folder
 from lowrank_core.text import WindowSet
 
 CONFIG = CalibrationConfig(group_size=8, batch_size=5)
@@ -95,7 +95,7 @@ def test_a_store_keeps_what_memory_would(any_handle: ModelHandle, windows: Windo
     assert equal(collect_statistics(any_handle, windows, CONFIG).inputs, statistics.inputs)
     (folder,) = tmp_path.iterdir()
     names = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    assert names - {"lock"} == {"done.json", "inputs/block-000.safetensors", "inputs/block-001.safetensors"}
+    assert names - {"lock"} == {"done.json", "checksums.json", "inputs/block-000.safetensors", "inputs/block-001.safetensors"}
     assert statistics.warnings() == collect_statistics(any_handle, windows, CONFIG).warnings()
     assert statistics.seconds > 0
 
@@ -107,7 +107,7 @@ def test_inputs_are_read_when_they_are_asked_for(llama: ModelHandle, windows: Wi
     assert len(statistics.inputs) == 8
     with pytest.raises(KeyError):
         statistics.inputs["none"]
-    loaded = load_statistics(tmp_path / statistics_key(llama, windows, CONFIG), CONFIG)
+    loaded = load_statistics(statistics_folder(tmp_path, statistics_key(llama, windows, CONFIG)), CONFIG)
     assert loaded is not None
     assert equal(loaded.inputs, statistics.inputs)
     assert load_statistics(tmp_path / "nothing", CONFIG) is None
@@ -207,7 +207,7 @@ def test_a_killed_calibration_goes_on_with_the_same_bits(
     whole = collect_statistics(llama, windows, CONFIG)
     assert equal(statistics.inputs, whole.inputs)
     assert statistics.influence == whole.influence
-    assert load_statistics(store / statistics_key(llama, windows, CONFIG), CONFIG) is not None
+    assert load_statistics(statistics_folder(store, statistics_key(llama, windows, CONFIG)), CONFIG) is not None
     assert cached_statistics(llama, windows, CONFIG, store)[0].influence == whole.influence
 
 
@@ -233,7 +233,7 @@ def test_two_at_once_measure_once(llama: ModelHandle, windows: WindowSet, tmp_pa
 
 
 def test_waiting_for_another_can_be_cancelled(llama: ModelHandle, windows: WindowSet, tmp_path: Path) -> None:
-    folder = tmp_path / statistics_key(llama, windows, CONFIG)
+    folder = statistics_folder(tmp_path, statistics_key(llama, windows, CONFIG))
     with exclusive(folder, lambda: None), pytest.raises(Cancelled):
         cached_statistics(llama, windows, CONFIG, tmp_path, progress=stop_after(0))
 

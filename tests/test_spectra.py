@@ -91,7 +91,7 @@ def test_a_file_without_shuffled_matrices_is_still_read_and_a_later_one_is_refus
     save_spectra(path, [spectrum])
     assert load_spectra(path)[0].shuffled_singular_values is not None
     with np.load(path) as archive:
-        stored = dict(archive)
+        stored = {name: array for name, array in archive.items() if name != "sha256"}
     old = {name: array for name, array in stored.items() if name != "format" and "shuffled" not in name}
     np.savez(path, **old)
     (found,) = load_spectra(path)

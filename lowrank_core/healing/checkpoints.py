@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ def save_checkpoint(folder: Path, state: Checkpoint) -> None:
         RunError: the disk is full or read-only.
     """
     tensors = {f"{part}/{name}": tensor.contiguous() for part in PARTS for name, tensor in getattr(state, part).items()}
-    words = {name: getattr(state, name) for name in _WORDS}
+    words = {**{name: getattr(state, name) for name in _WORDS}, "sha256": _digest(tensors)}
     temporary = folder / f".{_FILE}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,6 +78,8 @@ def load_checkpoint(folder: Path, identity: str, device: torch.device) -> Checkp
         with safe_open(path, framework="pt", device=str(device)) as stored:
             words: dict[str, Any] = json.loads(stored.metadata()["state"])
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # it is no mapping
+        if words.get("sha256", digest := _digest(tensors)) != digest:  # those of earlier versions have none
+            raise ValueError("its tensors are not what was written, their SHA-256 differs")
         parts: dict[str, Any] = {
             part: {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")} for part in PARTS
         }
@@ -88,6 +91,14 @@ def load_checkpoint(folder: Path, identity: str, device: torch.device) -> Checkp
             f"{path} belongs to another healing: other models, text or settings. Repeat those, or delete it to heal from the start."
         )
     return found
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    found = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def remove_checkpoint(folder: Path) -> None:

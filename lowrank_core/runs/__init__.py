@@ -22,7 +22,7 @@
     │   ├── exports/         compressed models
     │   ├── sensitivity/     what modules cost when they alone are compressed, cell by cell
     │   └── worker.log
-    └── statistics/<key>/    calibration results by content, shared by runs
+    └── statistics/<key>/    calibration results by content, with checksums, shared by runs
 """
 
 from lowrank_core.runs.files import JsonMapping, read_json, write_json
