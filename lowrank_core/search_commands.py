@@ -19,6 +19,7 @@ from lowrank_core.models import load_model
 from lowrank_core.recipe import decompose
 from lowrank_core.runs import JsonMapping, Run, create_run, open_run
 from lowrank_core.search.desk import complete_trial
+from lowrank_core.search.identity import EXPORT, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.search.joining import join_run, run_of_study
 from lowrank_core.search.records import TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.search.requests import export_trial, figures_of_trial, provenance_of
@@ -241,14 +242,19 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
     if search is None:
         raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
     record = complete_trial(run, _trial_number(trial))
-    handle = load_model(run.config.model)
-    windows = load_windows(run.config.text, handle.tokenizer, "calibration", count=run.config.text.calibration_windows)
-    statistics = calibrated(handle, windows, run.config.calibration, basis=search.compression.basis)
+    identity, begun = RunIdentity.of(run, EXPORT), run.config
+    handle = load_model(begun.model)
+    identity.check(identity_of_model(handle))
+    windows = load_windows(begun.text, handle.tokenizer, "calibration", count=begun.text.calibration_windows)
+    test = held_out(handle, begun.text)
+    identity.check(identity_of_texts(handle, begun.calibration, windows, test.windows))
+    statistics = calibrated(handle, windows, begun.calibration, basis=search.compression.basis)
     decomposed = decompose(handle, statistics, search.compression, progress=progress_line("Factorising"))
+    identity.check(identity_of_factors(decomposed))
     allocation = allocation_from_ranks(f"trial {record.number}", decomposed.units, record.ranks)
     model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
     provenance = {**provenance_of(run, allocation), "command": command}
-    test, figures = held_out(handle, run.config.text), figures_of_trial(run, record.number)
+    figures = figures_of_trial(run, record.number)
     written = export(model, out, provenance=provenance, config=config, figures=figures, test=test)
     return {
         "out": str(out),

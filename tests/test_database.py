@@ -186,8 +186,8 @@ def test_who_has_another_model_or_text_may_not_join(
     other.write_text(text_file.read_text(encoding="utf-8")[::-1], encoding="utf-8")
     begun.change_search(trials=20)
     for option, value, message in (
-        ("--model", qwen2_checkpoint, "the weights of its model differ"),
-        ("--text", f"file:{other}", "the tokens of its calibration or validation text differ"),
+        ("--model", qwen2_checkpoint, "the configuration of its model differs"),
+        ("--text", f"file:{other}", "the tokens of its calibration text differ"),
     ):
         machine = machines()
         assert machine.lowrank("worker", "--storage-url", server, "--study", begun.id, option, value).wait(PATIENCE) == 2

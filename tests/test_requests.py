@@ -151,7 +151,7 @@ def test_tokens_are_those_of_the_comparison_and_join_to_the_text(run: Run):
 
 
 def test_speed_is_timed_in_turns_with_memory_and_leaves_nothing_behind(run: Run, monkeypatch: pytest.MonkeyPatch):
-    def fresh_process(source: ModelSource, config: SpeedConfig) -> MemoryReport:
+    def fresh_process(source: ModelSource, config: SpeedConfig, *, fingerprint: str = "") -> MemoryReport:
         return MemoryReport(load_model(source).bytes, config.prompt_tokens, "pretended")
 
     monkeypatch.setattr("lowrank_core.speed.comparison.measure_memory", fresh_process)  # a process that imports torch takes long

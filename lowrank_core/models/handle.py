@@ -92,12 +92,21 @@ class ModelHandle:
     @cached_property
     def fingerprint(self) -> str:
         """sha256 over the architecture (config without paths and versions) and names, dtypes and contents of all weights."""
-        config = {name: value for name, value in self.module.config.to_dict().items() if name not in _INCIDENTAL}
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=repr).encode())
+        digest = hashlib.sha256(self._configuration)
         for name, tensor in sorted(self.module.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+    @property
+    def config_fingerprint(self) -> str:
+        """sha256 over the architecture alone: equal ones of two models with other fingerprints say that the weights differ."""
+        return hashlib.sha256(self._configuration).hexdigest()
+
+    @property
+    def _configuration(self) -> bytes:
+        config = {name: value for name, value in self.module.config.to_dict().items() if name not in _INCIDENTAL}
+        return json.dumps(config, sort_keys=True, default=repr).encode()
 
     @property
     def parameters(self) -> int:

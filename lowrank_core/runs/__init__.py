@@ -14,6 +14,7 @@
     │   ├── spectra.npz      singular values and eigenvalues         │
     │   ├── curves.npz       errors by unit and rank                 │
     │   ├── study.journal    the Optuna study                       ─┘
+    │   ├── identity.json    hashes of model, tokens and statistics: nothing is measured with others
     │   ├── events.jsonl     what happened, in order
     │   ├── workers/         what each further worker says of itself
     │   ├── paused           while it is there, no trial is started

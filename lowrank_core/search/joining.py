@@ -7,10 +7,8 @@ measure anything if they are not those of the study.
 from __future__ import annotations
 
 import json
-import math
 import re
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 
 import optuna
@@ -18,6 +16,7 @@ import optuna
 from lowrank_core.config import RunConfig, SearchConfig, from_mapping, to_mapping
 from lowrank_core.errors import ConfigError, RunError
 from lowrank_core.runs import Run, home, write_json
+from lowrank_core.search.identity import JOIN, RunIdentity
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.samplers import phase
 from lowrank_core.search.session import fingerprint, prepare, search_bench
@@ -28,14 +27,6 @@ from lowrank_core.search.worker import Failures, log_trial
 __all__ = ["join_run", "run_of_study"]
 
 _POLL_SECONDS = 0.5
-_WORDS = {
-    "model": "the weights of its model",
-    "text": "the tokens of its calibration or validation text",
-    "statistics": "the statistics of its calibration",
-    "energy": "the errors of its bases",
-}
-_SAME_ENERGY = 1e-3
-"""Relative: two machines sum in different orders, and float32 tells."""
 
 
 def run_of_study(url: str, study_name: str, *, model: str | None = None, text: str | None = None, device: str | None = None) -> Run:
@@ -81,7 +72,7 @@ def join_run(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> in
         study = _begun(run, reporter)
         session = prepare(run, reporter, leads=False)
         bench = search_bench(session, _wanted(study), run.config.calibration.batch_size, reporter)
-        _check_same(fingerprint(session, bench), json.loads(study.user_attrs["fingerprint"]))
+        RunIdentity.of(run, JOIN).check(fingerprint(session, bench))
         return _take_trials(run, study, bench, reporter, warm_seconds)
     finally:
         reporter.close("finished")
@@ -106,21 +97,6 @@ def _begun(run: Run, reporter: Reporter) -> optuna.Study:
 def _wanted(study: optuna.Study) -> SearchConfig:
     """Return the search as its first worker wants it now."""
     return from_mapping(SearchConfig, json.loads(study.user_attrs["search"]))
-
-
-def _check_same(mine: Mapping[str, object], theirs: Mapping[str, object]) -> None:
-    different = [name for name in _WORDS if not _same(name, mine.get(name), theirs.get(name))]
-    if different:
-        raise ConfigError(
-            f"this worker can't join: {_WORDS[different[0]]} differ from the study's ({mine.get(different[0])} here, "
-            f"{theirs.get(different[0])} there). Give it the same model and text, and the same version of this package."
-        )
-
-
-def _same(name: str, mine: object, theirs: object) -> bool:
-    if name == "energy" and isinstance(mine, float) and isinstance(theirs, float):
-        return math.isclose(mine, theirs, rel_tol=_SAME_ENERGY)
-    return mine == theirs
 
 
 def _take_trials(run: Run, study: optuna.Study, bench: TrialBench, reporter: Reporter, warm_seconds: float) -> int:

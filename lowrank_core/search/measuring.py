@@ -14,7 +14,7 @@ from lowrank_core.evaluation import evaluate
 from lowrank_core.evaluation.texts import losses_of, tokens_of_text
 from lowrank_core.export import export
 from lowrank_core.generation import continue_prompt
-from lowrank_core.jobs import TEMPERATURE
+from lowrank_core.jobs import TEMPERATURE, answered
 from lowrank_core.search.desk import Desk
 from lowrank_core.search.subjects import Subject, subject_of
 from lowrank_core.speed import SpeedConfig, compare_speed
@@ -42,7 +42,18 @@ def _other_text(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     with desk.reporter.stage(f"Reading {reference}"):
         other = replace(config, reference=reference)
         windows = load_windows(other, desk.session.handle.tokenizer, "test", count=config.test_windows)
-    return {"text": reference, **_measured(desk, arguments, windows, windows.dataset)}
+    _check_unchanged(desk, reference, windows)
+    return {"text": reference, "sha256": windows.sha256, **_measured(desk, arguments, windows, windows.dataset)}
+
+
+def _check_unchanged(desk: Desk, reference: str, windows: WindowSet) -> None:
+    """Raise unless the answers about this text that the run has were measured on the same tokens; older answers do not say."""
+    known = {body.get("sha256") for body in answered(desk.run, "other_text") if body.get("text") == reference}
+    if known - {None, windows.sha256}:
+        raise ConfigError(
+            f"{reference} has changed since models of this run were measured on it: its test split has other tokens. "
+            "Put the old text back, or give the new one under another name."
+        )
 
 
 def _measured(desk: Desk, arguments: Mapping[str, object], windows: WindowSet, where: str) -> Answer:

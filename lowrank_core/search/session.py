@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from lowrank_core.analysis import spectra_of
-from lowrank_core.calibration import LayerStatistics, cached_statistics, statistics_key
+from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.decomposition import error_curves, units_of
@@ -15,6 +15,7 @@ from lowrank_core.models import ModelHandle, describe, load_model
 from lowrank_core.models.attention import head_units
 from lowrank_core.recipe import decompose, with_gradients
 from lowrank_core.runs import Run, statistics_home, write_json
+from lowrank_core.search.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.space import SearchSpace
 from lowrank_core.search.study import TrialBench
@@ -39,15 +40,20 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
     """Load model and text, calibrate, compute spectra; for who ``leads``, each writes its part of the run directory when it is done.
 
     Raises:
+        ConfigError: the model or the text is not what the run was begun with; says which, before anything is computed.
         LowRankError: bad input, or a numerical failure.
         Cancelled: the user asked to stop.
     """
     config = run.config
+    identity = RunIdentity.of(run, RESUME if leads else JOIN)
+    meet = identity.keep if leads else identity.check
     with reporter.stage("Loading the model"):
         handle = load_model(config.model)
+        meet(identity_of_model(handle))
     with reporter.stage("Reading the text"):
         handle.check_context(config.text.context)
         windows = load_text(config.text, handle.tokenizer)
+        meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
         if leads:
             write_json(run.path / "model.json", {**describe(handle), "heads": [unit.describe() for unit in head_units(handle)]})
             write_json(run.path / "text.json", windows.describe(config.text.seed))
@@ -128,12 +134,7 @@ def record_curves(run: Run, config: SearchConfig, bench: TrialBench) -> str:
 
 def fingerprint(session: Session, bench: TrialBench) -> dict[str, object]:
     """Return what two workers must share for their trials to be of one study: hashes, and the energy that the bases trade."""
-    calibration = session.windows.calibration
-    text = hashlib.sha256((calibration.sha256 + bench.windows.sha256).encode()).hexdigest()[:32]
-    curves = error_curves(bench.decomposed.bases)
-    return {
-        "model": session.handle.fingerprint,
-        "text": text,
-        "statistics": statistics_key(session.handle, calibration, session.statistics.config),
-        "energy": float(sum(curve[0] for curve in curves.values())),
-    }
+    handle, windows = session.handle, session.windows
+    text = hashlib.sha256((windows.calibration.sha256 + bench.windows.sha256).encode()).hexdigest()[:32]
+    texts = identity_of_texts(handle, session.statistics.config, windows.calibration, windows.validation, windows.test)
+    return {**identity_of_model(handle), **texts, "text": text, **identity_of_factors(bench.decomposed)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import optuna
@@ -20,6 +20,7 @@ from lowrank_core.errors import Cancelled, LowRankError, NumericalError, RunErro
 from lowrank_core.runs import Run
 from lowrank_core.search.background import answer_in_background
 from lowrank_core.search.desk import Desk
+from lowrank_core.search.identity import RunIdentity, signed_in
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.requests import answer_requests, confirm
 from lowrank_core.search.samplers import phase
@@ -83,9 +84,10 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
             reporter.close("finished")
             return session, None
         bench = search_bench(session, search, run.config.calibration.batch_size, reporter)
+        RunIdentity.of(run).keep(found := fingerprint(session, bench))
         record_curves(run, search, bench)
         study = open_study(run, search, bench.space)
-        _sign(run, study, session, bench)
+        _sign(run, study, found)
         for _ in range(helpers):
             jobs.add_worker(run, warm_seconds=0.0)
         complete = _search(Desk(run, session, reporter, bench, study), warm_seconds)
@@ -133,10 +135,10 @@ def _reporting(run: Run, reporter: Reporter) -> Iterator[Reporter]:
         raise
 
 
-def _sign(run: Run, study: optuna.Study, session: Session, bench: TrialBench) -> None:
+def _sign(run: Run, study: optuna.Study, found: Mapping[str, object]) -> None:
     """Leave in the study what another worker needs to join, and to see whether it may."""
     study.set_user_attr("run", json.dumps(to_mapping(run.config)))
-    study.set_user_attr("fingerprint", json.dumps(fingerprint(session, bench)))
+    study.set_user_attr("fingerprint", json.dumps({**found, **signed_in(study)}))
 
 
 class _Orders:

@@ -9,7 +9,7 @@ import sys
 import torch
 
 from lowrank_core.config import ModelSource, from_mapping
-from lowrank_core.errors import LowRankError
+from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.speed.config import SpeedConfig
 from lowrank_core.speed.memory import MemoryReport, Meter
@@ -18,14 +18,17 @@ from lowrank_core.speed.timing import prompt_for, timed_generation
 __all__: list[str] = []
 
 
-def _measured(source: ModelSource, config: SpeedConfig) -> MemoryReport:
+def _measured(source: ModelSource, config: SpeedConfig, fingerprint: str) -> MemoryReport:
     device = _run(load_model(source), config)  # once for what libraries and threads take: no part of the model
     meter = Meter(device)
     handle = load_model(source)
     loading = meter.peak()
     meter.restart()
     _run(handle, config)
-    return MemoryReport(loading, meter.peak(), meter.measured)
+    report = MemoryReport(loading, meter.peak(), meter.measured)
+    if fingerprint and handle.fingerprint != fingerprint:
+        raise ModelError(f"{source.reference} has changed since it was loaded")
+    return report
 
 
 def _run(handle: ModelHandle, config: SpeedConfig) -> torch.device:
@@ -38,7 +41,7 @@ def main() -> int:
     torch.set_num_threads(request["threads"])
     try:
         with contextlib.redirect_stdout(sys.stderr):
-            report = _measured(from_mapping(ModelSource, request["source"]), SpeedConfig(**request["config"]))
+            report = _measured(from_mapping(ModelSource, request["source"]), SpeedConfig(**request["config"]), request["fingerprint"])
     except LowRankError as error:
         print(error, file=sys.stderr)
         return 1

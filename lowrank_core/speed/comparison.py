@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from lowrank_core.config import ModelSource
 from lowrank_core.models import ModelHandle
 from lowrank_core.speed.config import SpeedConfig
-from lowrank_core.speed.memory import measure_memory
+from lowrank_core.speed.memory import MemoryReport, measure_memory
 from lowrank_core.speed.timing import Clock, SpeedReport, report_of, timed_in_turns
 from lowrank_core.speed.turns import Spread
 
@@ -51,6 +51,11 @@ class SpeedComparison:
         }
 
 
+def _memories(dense: ModelHandle, sources: tuple[ModelSource, ModelSource], config: SpeedConfig) -> tuple[MemoryReport, MemoryReport]:
+    """Measure both in fresh processes; the dense model there must be the one that is timed here."""
+    return measure_memory(sources[0], config, fingerprint=dense.fingerprint), measure_memory(sources[1], config)
+
+
 def compare_speed(
     dense: ModelHandle,
     compressed: ModelHandle,
@@ -72,7 +77,7 @@ def compare_speed(
     handles = (dense, compressed)
     for handle in handles:
         config.check_fits(handle)
-    memories = (None, None) if sources is None else tuple(measure_memory(source, config) for source in sources)
+    memories = (None, None) if sources is None else _memories(dense, sources, config)
     timings = timed_in_turns(handles, config, clock, progress)
     reports = [report_of(*each) for each in zip(handles, (config, config), timings, memories, strict=True)]
     rounds = list(zip(*timings, strict=True))

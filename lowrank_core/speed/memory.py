@@ -94,14 +94,17 @@ def _resident_peak() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure_memory(source: ModelSource, config: SpeedConfig) -> MemoryReport:
+def measure_memory(source: ModelSource, config: SpeedConfig, *, fingerprint: str = "") -> MemoryReport:
     """Load the model of ``source`` in a fresh process, generate there, and return its peaks.
 
+    Args:
+        fingerprint: that the model must have there, where it is known.
+
     Raises:
-        ModelError: that process ended early.
+        ModelError: that process ended early, or found another model.
     """
     threads = torch.get_num_threads()
-    request = {"source": to_mapping(source), "config": asdict(config), "threads": threads}
+    request = {"source": to_mapping(source), "config": asdict(config), "threads": threads, "fingerprint": fingerprint}
     found = subprocess.run(
         python_command("-m", "lowrank_core.speed"),
         input=json.dumps(request),
