@@ -1,7 +1,8 @@
 """Which sampler proposes the next point, and on what it may look.
 
-Every trial is drawn by a sampler of its own, seeded by the search's seed and the trial's number: what a search proposes depends on the
-seed and on the finished trials alone, so a search that was stopped and resumed proposes what it would have proposed anyway.
+Every trial is drawn by a sampler of its own, seeded by the search's seed and the trial's place, which no kill shifts: what a search
+proposes depends on the seed and on the finished trials alone, so one that was stopped or killed, and resumed, proposes what it would
+have proposed anyway.
 Allocations that are no points of the space (hand-picked ones, some baselines) are hidden from it.
 """
 
@@ -19,16 +20,15 @@ import optuna
 import torch
 from optuna.distributions import BaseDistribution, FloatDistribution
 from optuna.exceptions import ExperimentalWarning
-from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.trial import FrozenTrial, TrialState
 
 from lowrank_core.config import SearchConfig
 from lowrank_core.config.search import LEAST_LOSS
+from lowrank_core.search.evolution import SafeCmaEsSampler
+from lowrank_core.search.numbering import GIVEN, drawn_before, place_of, without_losses
 
 __all__ = ["ERROR", "ESTIMATE", "GIVEN", "PointSampler", "phase"]
-
-GIVEN = "given"
-"""User attribute of a trial whose ranks were given instead of drawn."""
 
 ESTIMATE = "estimate"
 """User attribute of a trial that was stopped early: the value it would have had, by the best trial's on the same windows."""
@@ -50,11 +50,18 @@ def _tpe(config: SearchConfig, seed: int) -> BaseSampler:
 
 
 def _cmaes(config: SearchConfig, seed: int) -> BaseSampler:
-    return CmaEsSampler(seed=seed)  # from the middle of the space: weights of 1, in theirs
+    return SafeCmaEsSampler(seed=seed)  # from the middle of the space: weights of 1, in theirs
+
+
+class _Sequence(QMCSampler):
+    """One sequence for the whole search, whose next point is known by how many were drawn; Optuna counts those that were lost, too."""
+
+    def _find_sample_id(self, study: optuna.Study, search_space: dict[str, BaseDistribution]) -> int:
+        return cast(_Points, study).drawn
 
 
 def _qmc(config: SearchConfig, seed: int) -> BaseSampler:
-    return QMCSampler(seed=config.seed, scramble=True)  # one sequence: its place in it is kept in the study
+    return _Sequence(seed=config.seed, scramble=True)
 
 
 def _random(config: SearchConfig, seed: int) -> BaseSampler:
@@ -93,15 +100,16 @@ class _Points:
     times the others' leaves them all alike, their logarithms too.
     """
 
-    def __init__(self, study: optuna.Study, *, logarithms: bool, bounded: bool) -> None:
-        self._study, self._logarithms, self._bounded = study, logarithms, bounded
+    def __init__(self, study: optuna.Study, *, logarithms: bool, bounded: bool, drawn: int = 0) -> None:
+        self._study, self._logarithms, self._bounded, self.drawn = study, logarithms, bounded, drawn
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._study, name)
 
     def _get_trials(self, deepcopy: bool = True, states: Container[TrialState] | None = None, use_cache: bool = False) -> list[FrozenTrial]:
         # As Optuna's own HyperbandPruner shows its pruner a part of a study.
-        points = [t for t in self._study._get_trials(deepcopy=deepcopy, use_cache=use_cache) if not t.user_attrs.get(GIVEN)]
+        trials = without_losses(self._study._get_trials(deepcopy=deepcopy, use_cache=use_cache))
+        points = [trial for trial in trials if not trial.user_attrs.get(GIVEN)]
         losses = sorted(self._modelled(loss) for loss in map(_loss, points) if loss is not None)
         worst = (_bound(losses) if self._bounded else losses[-1]) if losses else None
         seen = [self._seen(trial, worst) for trial in points]
@@ -166,10 +174,10 @@ class PointSampler(BaseSampler):
         self._config = config
         self._space: dict[str, BaseDistribution] = dict(space)
 
-    def _inner(self, number: int) -> BaseSampler:
+    def _inner(self, place: int) -> BaseSampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # `deterministic_objective`: ours is, bit for bit; and TPE's options
-            return _SAMPLERS[self._config.sampler](self._config, (self._config.seed * _STRIDE + number) % 2**32)
+            return _SAMPLERS[self._config.sampler](self._config, (self._config.seed * _STRIDE + place) % 2**32)
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._space
@@ -178,12 +186,18 @@ class PointSampler(BaseSampler):
         fixed = trial.system_attrs.get("fixed_params", {})
         if trial.user_attrs.get(GIVEN) or search_space.keys() <= fixed.keys():
             return {}
-        points = cast(optuna.Study, _Points(study, logarithms=self._config.models_logarithms, bounded=_bounds(self._config)))
+        trials = study.get_trials(deepcopy=False)
+        drawn, place = drawn_before(trial, trials), place_of(trial, trials)
+        view = _Points(study, logarithms=self._config.models_logarithms, bounded=_bounds(self._config), drawn=drawn)
+        points = cast(optuna.Study, view)
         with _one_thread():
-            return self._inner(trial.number).sample_relative(points, trial, search_space)
+            placed = copy.copy(trial)
+            placed.number = place  # TPE leaves out the trial in hand by it, CMA-ES adds it to its seed
+            return self._inner(place).sample_relative(points, placed, search_space)
 
     def sample_independent(self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution) -> Any:
         # A sampler of its own for each variable would draw the same number for all of them.
         order = list(self._space).index(param_name)
-        seed = (self._config.seed * _STRIDE + trial.number) * len(self._space) + order
+        place = place_of(trial, study.get_trials(deepcopy=False))
+        seed = (self._config.seed * _STRIDE + place) * len(self._space) + order
         return RandomSampler(seed=seed % 2**32).sample_independent(study, trial, param_name, param_distribution)

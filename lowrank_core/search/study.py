@@ -26,6 +26,7 @@ from lowrank_core.evaluation import DenseReference, WindowScores, score_windows
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.recipe import Decomposed
 from lowrank_core.runs import Run, process_started
+from lowrank_core.search.numbering import RETRY_OF
 from lowrank_core.search.objective import objective_value
 from lowrank_core.search.records import MANUAL
 from lowrank_core.search.samplers import ERROR, ESTIMATE, GIVEN, PointSampler
@@ -153,7 +154,7 @@ def requeue_lost(run: Run, study: optuna.Study) -> None:
             optuna.storages.fail_stale_trials(study)
         return
     trials = study.get_trials(deepcopy=False)
-    again = {trial.user_attrs.get("retry_of") for trial in trials}
+    again = {trial.user_attrs.get(RETRY_OF) for trial in trials}
     others = bool(run.further_workers())
     for trial in trials:
         if trial.state == TrialState.RUNNING and not _has_worker(trial, others):
@@ -169,9 +170,11 @@ def _add_again(study: optuna.Study, trial: FrozenTrial, retries: int) -> None:
     kept = {name: value for name, value in trial.user_attrs.items() if name in ("label", "baseline", "request", "name", GIVEN)}
     if trial.user_attrs.get(GIVEN):
         kept["ranks"] = trial.user_attrs["ranks"]
-    attributes = {**kept, "retry_of": trial.number, "retries": retries}
+    attributes = {**kept, RETRY_OF: trial.number, "retries": retries}
+    drawn = {name: value for name, value in trial.system_attrs.items() if name.startswith("cma:")}  # which generation it is of
     params = trial.params or trial.system_attrs.get("fixed_params", {})
-    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes, system_attrs={"fixed_params": dict(params)}))
+    system = {**drawn, "fixed_params": dict(params)}
+    study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=attributes, system_attrs=system))
 
 
 def _has_worker(trial: FrozenTrial, others: bool) -> bool:
@@ -210,7 +213,7 @@ def waiting_trials(study: optuna.Study) -> int:
     """Return how many trials wait to be measured whatever the number of trials: hand-picked ones, and those that lost their worker."""
 
     def owed(trial: FrozenTrial) -> bool:
-        return trial.user_attrs.get("label") == MANUAL or "retry_of" in trial.user_attrs or "retry_history" in trial.system_attrs
+        return trial.user_attrs.get("label") == MANUAL or RETRY_OF in trial.user_attrs or "retry_history" in trial.system_attrs
 
     return sum(owed(trial) for trial in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)))
 
