@@ -338,7 +338,7 @@ def test_who_has_other_text_may_not_join(config: RunConfig, text_file: Path, tmp
     record = run.record
     record["config"]["text"]["reference"] = f"file:{other}"
     (run.path / "run.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match="the tokens of its calibration or validation text differ from the study's"):
+    with pytest.raises(ConfigError, match="this worker can't join: the tokens of its calibration text differ"):
         join_run(run, verbose=False)
     assert read_trials(run) == before
 
