@@ -40,6 +40,7 @@ TORCH_FREE = (
     "lowrank_core.documents",
     "lowrank_core.presets",
     "lowrank_core.units",
+    "lowrank_core.weight_files",
     "lowrank_core.healing.config",
     "lowrank_core.healing.records",
     "lowrank_core.search.records",
@@ -53,6 +54,7 @@ TORCH_FREE = (
 
 STAGES = (
     {"errors", "registration"},
+    {"weight_files"},
     {"accounting", "heavy_tails", "records"},
     {"config"},
     {"runs", "linalg", "pivoting", "spectra", "curves", "allocation", "moments", "bases", "presets"},

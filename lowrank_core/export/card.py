@@ -15,6 +15,13 @@ from lowrank_core.export.manifest import ExportManifest
 
 __all__ = ["model_card", "rank_rows"]
 
+_REFUSAL = """
+
+In any other way (`from_pretrained`, `pipeline`, `transformers serve`) transformers warns of a quantization type that it does not know,
+and refuses the folder: its error speaks of mismatched sizes. Don't follow its advice to set `ignore_mismatched_sizes`: the compressed
+layers would be random. Import `lowrank_core` first. Other runtimes (vLLM, llama.cpp, ONNX) don't read these factors: for them, export
+the dense form (`--form dense`)."""
+
 
 def model_card(manifest: ExportManifest, report: CompressionReport, base: BaseModel) -> str:
     """Return README.md: metadata that the hub reads, and a text for people."""
@@ -52,6 +59,8 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
     lines = [f"| {name} | {before:,} | {after:,} | {1 - after / before:.1%} |" for name, before, after in rows]
     table = _table(("", "before", "after", "removed"), lines)
     files = f"The files here hold {manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes ({manifest.stored_dtype})."
+    if manifest.guards:
+        files += f" {manifest.guards} empty tensors guard the compressed layers (see Loading): they hold no numbers and no bytes of data."
     if manifest.form == "dense":
         files += f" Stored as factors they would be {report.parameters_after:,}: the dense form is for runtimes that read no other."
     return f"## Size\n\n{table}\n\n{files}"
@@ -120,8 +129,7 @@ def _loading(manifest: ExportManifest) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
         for title, first, option in ways
     )
-    warning = "\n\nLoaded in any other way, transformers warns of a quantization type that it does not know, and leaves layers untrained."
-    return f"## Loading\n\n{text}{warning if manifest.form != 'dense' else ''}"
+    return f"## Loading\n\n{text}{_REFUSAL if manifest.form != 'dense' else ''}"
 
 
 def _licence(base: BaseModel) -> str:

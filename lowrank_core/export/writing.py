@@ -21,7 +21,7 @@ from lowrank_core.export.dense import merged
 from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, versions
 from lowrank_core.export.measuring import HeldOut, loaded_like, measured
-from lowrank_core.models.hf import mark_compressed
+from lowrank_core.models.hf import compressed_modules, mark_compressed
 from lowrank_core.quantization import quantized
 
 __all__ = ["export"]
@@ -68,6 +68,7 @@ def export(
             with_code=config.with_code,
             files=listed_files(temporary),
             written_parameters=parameters,
+            guards=0 if config.form == "dense" else len(list(compressed_modules(model.handle.module))),
             details={**provenance, **_counts(model)},
             measured=None if test is None else measured(loaded_like(model.handle, temporary), test, progress=progress),
             figures=dict(figures or {}),

@@ -8,13 +8,14 @@ a folder written with its code carries along (``export.code``).
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
@@ -23,9 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_core.errors import ModelError
 from lowrank_core.models.compressed import CompressedModule, Entry
+from lowrank_core.models.guard import guard_pattern, guards, unguarded
 from lowrank_core.models.handle import weight_of
 from lowrank_core.models.integrity import check_weights
 from lowrank_core.models.storage import FORMS
+from lowrank_core.weight_files import unguarded_note
 
 __all__ = [
     "CODE",
@@ -37,6 +40,8 @@ __all__ = [
     "register",
     "replace_module",
 ]
+
+_LOGGER = logging.getLogger(__name__)
 
 METHOD = "lowrank"
 CODE = "modeling_lowrank"
@@ -68,8 +73,10 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> PreTrainedModel:
-        check_weights([Path(file) for file in checkpoint_files or ()])
+        files = [Path(file) for file in checkpoint_files or ()]
+        check_weights(files)
         layers: dict[str, dict[str, Any]] = self.quantization_config.layers
+        _tell_of_missing_guards(layers, files)
         shapes = {name: _dense_shape(model, name) for name in layers}
         stack_rows: Counter[str] = Counter()
         for name, (rows, _columns) in shapes.items():
@@ -81,6 +88,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
                 made[name] = FORMS[_form_of(entry)].from_spec(entry, shapes[name], _leader_of(entry, layers, made))
         for name, module in made.items():
             replace_module(model, name, module)
+        if layers:
+            model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), guard_pattern(layers)}
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
@@ -90,6 +99,13 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         if not model.is_remote_code():  # what `save_pretrained` writes then comes without the code
             _forget_code(model)
         return model
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Return what ``save_pretrained`` writes: with a guard for each compressed layer; adapters are saved without the model."""
+        if getattr(model, "_hf_peft_config_loaded", False):
+            return None, {}
+        layers = [name for name, _ in compressed_modules(model)]
+        return {**model.state_dict(), **guards(layers, model.dtype)}, {}
 
     @property
     def is_trainable(self) -> bool:
@@ -122,6 +138,12 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule
     for name, child in model.named_modules():
         if isinstance(child, CompressedModule):
             yield name, child
+
+
+def _tell_of_missing_guards(layers: Iterable[str], files: Sequence[Path]) -> None:
+    """Warn of a folder that loads with random weights, and without an error, where nobody imported us."""
+    if files and unguarded(layers, files):
+        _LOGGER.warning(unguarded_note(files[0].parent))
 
 
 def _forget_code(model: PreTrainedModel) -> None:

@@ -15,6 +15,7 @@ import pandas as pd
 from lowrank_core.accounting import MatrixShape, module_type
 from lowrank_core.views.headers import Checkpoint, StoredTensor, read_checkpoint
 from lowrank_core.views.model import ModelFacts
+from lowrank_core.weight_files import unguarded_note
 
 __all__ = ["ModelOnDisk", "Part", "checkpoint_facts", "parts_of", "read_model", "tensor_table"]
 
@@ -66,11 +67,17 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelOnDisk:
-    """A checkpoint as its headers tell it; ``files`` are its weight files."""
+    """A checkpoint as its headers tell it.
+
+    Attributes:
+        files: the weight files that are loaded.
+        notes: what a user should know of the folder, a line each.
+    """
 
     parts: tuple[Part, ...]
     facts: ModelFacts
     files: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
 
 def read_model(folder: Path) -> ModelOnDisk:
@@ -81,7 +88,15 @@ def read_model(folder: Path) -> ModelOnDisk:
     """
     checkpoint = read_checkpoint(folder)
     parts = parts_of(checkpoint)
-    return ModelOnDisk(parts, checkpoint_facts(checkpoint, parts), checkpoint.files)
+    notes = tuple(filter(None, (checkpoint.note, _note_of_missing_guards(checkpoint))))
+    return ModelOnDisk(parts, checkpoint_facts(checkpoint, parts), checkpoint.files, notes)
+
+
+def _note_of_missing_guards(checkpoint: Checkpoint) -> str:
+    stored = {tensor.name for tensor in checkpoint.tensors}
+    if all(f"{name}.weight" in stored for name in _low_rank_layers(checkpoint)):
+        return ""
+    return unguarded_note(checkpoint.folder)
 
 
 def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -157,10 +172,18 @@ def _replaced(checkpoint: Checkpoint) -> dict[str, str]:
     quantised = checkpoint.config.get("quantization_config")
     if not isinstance(quantised, dict):
         return {}
-    layers = quantised.get("layers")
-    if quantised.get("quant_method") == "lowrank" and isinstance(layers, dict):
-        return {f"{name}.": "factor: low-rank already" for name in layers}
+    layers = _low_rank_layers(checkpoint)
+    if layers:
+        guards = {f"{name}.weight": "empty: makes transformers refuse the folder where our package is absent" for name in layers}
+        return guards | {f"{name}.": "factor: low-rank already" for name in layers}
     return {"": f"quantised ({quantised.get('quant_method', 'unknown')}): give the original model"}
+
+
+def _low_rank_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """Return the names of the layers that are stored as factors."""
+    quantised = checkpoint.config.get("quantization_config")
+    layers = quantised.get("layers") if isinstance(quantised, dict) and quantised.get("quant_method") == "lowrank" else None
+    return tuple(map(str, layers)) if isinstance(layers, dict) else ()
 
 
 def _with_bias(part: Part, matrices: set[str]) -> Part:

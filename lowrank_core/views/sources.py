@@ -11,8 +11,8 @@ from lowrank_core.config import looks_like_path
 from lowrank_core.errors import ModelError, TextError
 from lowrank_core.runs import bundled_path
 from lowrank_core.views.checkpoint import read_model
-from lowrank_core.views.headers import weight_files
 from lowrank_core.views.model import ModelFacts
+from lowrank_core.weight_files import weight_files
 
 __all__ = ["TEXTS", "check_model", "check_text", "hub_cache", "model_folder"]
 
