@@ -18,7 +18,7 @@ class Absent(MetaPathFinder):
     def find_spec(self, name, path, target=None):
         if name.partition(".")[0] == "lowrank_core":
             raise ModuleNotFoundError(name)
-        return None
+        return
 
 
 sys.meta_path.insert(0, Absent())
