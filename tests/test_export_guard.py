@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,13 @@ from exported import all_forms, logits_of
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from lowrank_core.cli import main
 from lowrank_core.config import ExportConfig, ModelSource
 from lowrank_core.export import export, read_manifest
+from lowrank_core.export.manifest import listed_files
 from lowrank_core.models import load_model
 from lowrank_core.models.guard import guard_name, guards, unguarded
+from lowrank_core.models.integrity import check_folder
 from lowrank_core.views.checkpoint import read_model
 
 SCRIPT = Path(__file__).with_name("plain_transformers.py")
@@ -150,3 +154,104 @@ def test_a_folder_of_an_earlier_version_loads_and_is_told_how_to_be_rewritten(on
     assert "random weights and no error" in told[0]
     assert f"lowrank export --from {old} --out NEW" in told[0]
     assert "\n" not in told[0]
+
+
+# --- an older export is rewritten ------------------------------------------------------------------------------------
+
+
+def _aged(folder: Path, target: Path, *, manifest: str = "whole") -> Path:
+    """Write ``folder`` as an earlier version did: no guards, and a manifest that lists the files as they were."""
+    target.mkdir()
+    for path in folder.iterdir():
+        (target / path.name).write_bytes(path.read_bytes())
+    for path in target.glob("*.safetensors"):
+        save_file({name: tensor for name, tensor in load_file(path).items() if tensor.numel()}, path, {"format": "pt"})
+    for path in target.glob("*.safetensors.index.json"):
+        index = json.loads(path.read_text())
+        names = {guard_name(layer) for layer in _layers(folder)}
+        index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in names}
+        path.write_text(json.dumps(index))
+    body = json.loads((folder / "lowrank.json").read_text())
+    del body["guards"]
+    body["files"] = {name: asdict(file) for name, file in listed_files(target).items()}
+    if manifest == "first versions":
+        body = {name: body[name] for name in ("made_from", "ranks", "preset") if name in body}
+    (target / "lowrank.json").write_text(json.dumps(body))
+    (target / "README.md").write_text(
+        "---\nlicense: mit\nbase_model: some/base\n---\n\n# Old\n\n## Loading\n\nOld words.\n\n## Licence\n\nMIT\n"
+    )
+    if manifest == "none":
+        (target / "lowrank.json").unlink()
+    return target
+
+
+def _rewrite(old: Path, new: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    assert main(["export", "--from", str(old), "--out", str(new), "--json"]) == 0, capsys.readouterr().err
+    body: dict[str, object] = json.loads(capsys.readouterr().out)
+    return body
+
+
+@pytest.mark.parametrize("name", ["llama one file", "llama shards", "gpt2 with code", "qwen2 int8", "qwen2 half"])
+def test_an_older_export_is_rewritten_bit_for_bit(name: str, exports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    old, new = _aged(exports[name], tmp_path / "old"), tmp_path / "new"
+    assert _rewrite(old, new, capsys)["guards"] == len(_layers(old))
+    before, after = _tensors(old), _tensors(new)
+    assert set(after) - set(before) == {guard_name(layer) for layer in _layers(old)}
+    for key, tensor in before.items():
+        assert tensor.dtype == after[key].dtype
+        assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8)), key
+    was, is_now = read_manifest(old), read_manifest(new)
+    assert check_folder(new) == len(is_now.files)
+    assert is_now.guards == len(_layers(old))
+    assert {name: value for name, value in is_now.details.items() if name != "rewritten"} == was.details
+    assert (is_now.written_parameters, is_now.measured, is_now.versions) == (was.written_parameters, was.measured, was.versions)
+    card = (new / "README.md").read_text()
+    assert "Old words" not in card
+    assert "refuses the folder" in card
+    assert "base_model: some/base" in card
+    assert "license: mit" in card
+    assert sorted(path.name for path in new.iterdir()) == sorted(path.name for path in exports[name].iterdir())
+    if name == "llama shards":  # the others differ in nothing that it looks at
+        assert "loaded" not in _plainly([new], tmp_path)[0]["ways"].values()
+    assert torch.equal(logits_of(load_model(ModelSource(str(new))).module), logits_of(load_model(ModelSource(str(exports[name]))).module))
+
+
+@pytest.mark.parametrize("manifest", ["none", "first versions"])
+def test_an_older_export_that_says_little_is_rewritten_too(manifest: str, one: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    old, new = _aged(one, tmp_path / "old", manifest=manifest), tmp_path / "new"
+    _rewrite(old, new, capsys)
+    card = (new / "README.md").read_text()
+    assert "Old words" not in card
+    assert "refuses the folder" in card
+    assert "## Licence\n\nMIT" in card
+    assert (new / "lowrank.json").exists() is (manifest != "none")
+    if manifest != "none":
+        assert read_manifest(new).written_parameters == read_manifest(one).written_parameters
+    assert not unguarded(_layers(new), [new / "model.safetensors"])
+    load_model(ModelSource(str(new)))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "options", "message"),
+    [
+        (None, ["--from", "{today}"], "is in today's form already: nothing to rewrite"),
+        (None, ["--from", "{dense}"], "holds no low-rank factors, so there is nothing to rewrite"),
+        (None, ["--from", "{old}", "--dtype", "bfloat16"], "--from writes the same numbers as they are stored; leave --trial"),
+        (None, ["--from", "{old}", "--run", "x"], "not allowed with argument"),
+        ("model.safetensors", ["--from", "{old}"], "is damaged or cut short"),
+    ],
+)
+def test_what_can_not_be_rewritten_is_told_in_a_line(
+    spoil: str | None, options: list[str], message: str, one: Path, llama_checkpoint: Path, tmp_path: Path, capsys
+):
+    old = _aged(one, tmp_path / "old")
+    if spoil:
+        (old / spoil).write_bytes(b"x")
+    places = {"today": one, "dense": llama_checkpoint, "old": old}
+    try:
+        status = main(["export", *(option.format(**places) for option in options), "--out", str(tmp_path / "new")])
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()

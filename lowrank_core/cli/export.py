@@ -7,13 +7,18 @@ from pathlib import Path
 
 from lowrank_core.cli.options import Command, Result, json_option
 from lowrank_core.config import EXPORT_DTYPES, EXPORT_FORMS, QUANTIZATIONS, ExportConfig
+from lowrank_core.errors import ConfigError
 
 __all__ = ["add", "export_config_of", "export_options"]
 
 
 def add(command: Command) -> None:
-    parser = command("export", "Write the compressed model of a trial as a folder.")
-    parser.add_argument("--run", required=True, type=Path, metavar="DIR", dest="folder", help="folder of the run")
+    parser = command("export", "Write the compressed model of a trial as a folder, or rewrite an older export in today's form.")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="folder of the run")
+    source.add_argument(
+        "--from", type=Path, metavar="DIR", dest="source", help="an export of an earlier version: the same numbers, in today's form"
+    )
     parser.add_argument("--trial", default="best", help="best or a trial's number (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
     parser.add_argument(
@@ -50,6 +55,32 @@ def export_config_of(arguments: argparse.Namespace, *, dtype: str = "auto") -> E
 
 def run(arguments: argparse.Namespace) -> Result:
     config = export_config_of(arguments, dtype=arguments.dtype)  # a bad choice is told before torch is loaded
+    if arguments.source is not None:
+        return _rewritten(arguments, config)
     from lowrank_core.search_commands import export_from
 
     return export_from(arguments.folder, arguments.trial, arguments.out, config, command=arguments.line)
+
+
+def _rewritten(arguments: argparse.Namespace, config: ExportConfig) -> Result:
+    """Rewrite an older export.
+
+    Raises:
+        ConfigError: a choice of how to write it, which is not taken here.
+    """
+    if config != ExportConfig() or arguments.trial != "best":
+        raise ConfigError(
+            "--from writes the same numbers as they are stored; leave --trial, --form, --dtype, --quantize, --with-code and "
+            "--max-shard-size out."
+        )
+    from lowrank_core.export import rewrite
+
+    found = rewrite(arguments.source, arguments.out)
+    left = f" Not copied, as nothing loads them: {', '.join(found.left)}." if found.left else ""
+    return {
+        "out": str(arguments.out),
+        "guards": found.guards,
+        "not_copied": list(found.left),
+        "text": f"Wrote {arguments.out}: the tensors of {arguments.source} bit for bit, and {found.guards} guards: where lowrank_core is "
+        f"not imported, transformers now refuses it.{left}",
+    }

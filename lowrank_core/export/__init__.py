@@ -4,6 +4,7 @@ from lowrank_core.export.folder import check_free
 from lowrank_core.export.healed import healed_model, write_healed
 from lowrank_core.export.manifest import ExportManifest, Measurement, Protocol, read_manifest
 from lowrank_core.export.measuring import HeldOut, figures_of, held_out
+from lowrank_core.export.rewriting import Rewritten, rewrite
 from lowrank_core.export.verification import Verification, verify
 from lowrank_core.export.writing import export
 
@@ -11,6 +12,7 @@ __all__ = [
     "ExportManifest",
     "Measurement",
     "Protocol",
+    "Rewritten",
     "HeldOut",
     "Verification",
     "check_free",
@@ -19,6 +21,7 @@ __all__ = [
     "healed_model",
     "held_out",
     "read_manifest",
+    "rewrite",
     "verify",
     "write_healed",
 ]

@@ -13,7 +13,7 @@ from lowrank_core.compression import CompressionReport
 from lowrank_core.export.base_model import BaseModel
 from lowrank_core.export.manifest import ExportManifest
 
-__all__ = ["model_card", "rank_rows"]
+__all__ = ["model_card", "rank_rows", "with_todays_loading"]
 
 _REFUSAL = """
 
@@ -115,13 +115,25 @@ def _made(manifest: ExportManifest) -> str:
     return f"{text}\n\n```bash\n{command}\n```" if command else text
 
 
+def with_todays_loading(card: str, *, with_code: bool) -> str:
+    """Return an earlier version's card of a compressed model with today's section on loading; the card may be empty."""
+    section = _loading_section("compressed", with_code=with_code)
+    before, heading, rest = card.partition("## Loading\n")
+    _, following, after = rest.partition("\n## ")
+    return f"{before if heading else before.rstrip() + chr(10) * 2}{section}\n{following}{after}".lstrip("\n")
+
+
 def _loading(manifest: ExportManifest) -> str:
+    return _loading_section(manifest.form, with_code=manifest.with_code)
+
+
+def _loading_section(form: str, *, with_code: bool) -> str:
     ways = []
-    if manifest.form == "dense":
+    if form == "dense":
         ways.append(("With transformers, or any runtime that reads its checkpoints", "", ""))
     else:
         ways.append(("With lowrank-studio installed", "import lowrank_core  # tells transformers of the format\n", ""))
-    if manifest.with_code:
+    if with_code:
         ways.append(("Without it, by the code in this folder", "", ", trust_remote_code=True"))
     text = "\n\n".join(
         f"{title}:\n\n```python\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -129,7 +141,7 @@ def _loading(manifest: ExportManifest) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
         for title, first, option in ways
     )
-    return f"## Loading\n\n{text}{_REFUSAL if manifest.form != 'dense' else ''}"
+    return f"## Loading\n\n{text}{_REFUSAL if form != 'dense' else ''}"
 
 
 def _licence(base: BaseModel) -> str:

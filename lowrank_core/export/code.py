@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lowrank_core import __version__
 from lowrank_core.models import hf
 
-__all__ = ["auto_map", "write_code"]
+__all__ = ["auto_map", "is_ours", "write_code"]
 
 _PACKAGE = "lowrank_core."
 _NOTICE = f"""\
@@ -46,12 +46,19 @@ def auto_map(module: PreTrainedModel) -> dict[str, str]:
     return {"AutoModelForCausalLM": f"{hf.CODE}.{type(module).__name__}"}
 
 
-def write_code(module: PreTrainedModel, folder: Path) -> None:
+def write_code(architecture: str, folder: Path) -> None:
     """Write the class that ``auto_map`` names, and every module that it needs."""
-    entry = _ENTRY.format(format=_flat(hf.__name__), name=type(module).__name__)
+    entry = _ENTRY.format(format=_flat(hf.__name__), name=architecture)
     (folder / f"{hf.CODE}.py").write_text(_NOTICE + entry, encoding="utf-8")
     for name, source in _needed(hf.__name__).items():
         (folder / f"{_flat(name)}.py").write_text(_NOTICE + source, encoding="utf-8")
+
+
+def is_ours(path: Path) -> bool:
+    """Return whether a file is one that ``write_code`` wrote."""
+    if path.suffix != ".py" or not path.is_file():
+        return False
+    return path.read_text(encoding="utf-8", errors="replace").startswith(_NOTICE.partition("\n# http")[0])
 
 
 def _flat(name: str) -> str:

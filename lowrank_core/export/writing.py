@@ -95,7 +95,7 @@ def _write_model(model: CompressedModel, folder: Path, config: ExportConfig, pro
     _check_finite(module)
     if config.with_code:
         module.config.auto_map = auto_map(module)
-        write_code(module, folder)
+        write_code(type(module).__name__, folder)
     module.save_pretrained(folder, max_shard_size=config.max_shard_size)
     handle.tokenizer.save_pretrained(folder)
     return str(stored).removeprefix("torch."), replace(handle, module=module, layers=()).parameters
