@@ -7,7 +7,7 @@ from lowrank_core.commands import calibrated, progress_line
 from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig
 from lowrank_core.directions.config import DirectionsConfig
 from lowrank_core.directions.measuring import top_directions
-from lowrank_core.models import describe, load_model
+from lowrank_core.models import describe, load_model, notes_of
 from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.text import load_windows
 
@@ -34,7 +34,12 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
     summary = describe(handle)
     del summary["layers"]
     figures = statistics.describe(spectra, handle.layers)
-    result: Result = {"model": summary, "layers": rows, "calibration": figures, "warnings": list(statistics.warnings())}
+    result: Result = {
+        "model": summary,
+        "layers": rows,
+        "calibration": figures,
+        "warnings": [*notes_of(source.reference), *statistics.warnings()],
+    }
     if config is not None:
         found = top_directions(handle, windows, statistics, config)
         result["directions"] = found.to_mapping()

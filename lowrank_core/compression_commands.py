@@ -17,7 +17,7 @@ from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_free, export, held_out
 from lowrank_core.export.manifest import report_of
-from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.models import ModelHandle, load_model, notes_of
 from lowrank_core.recipe import Decomposed, decompose
 from lowrank_core.slopes import measured_slopes
 from lowrank_core.text import load_text, load_windows
@@ -92,7 +92,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "linear_flops_before": report.linear_flops_before,
         "linear_flops_after": report.linear_flops_after,
         "perplexity": None if written.measured is None else written.measured.perplexity,
-        "warnings": [*statistics.warnings(), *doubts],
+        "warnings": [*notes_of(source.reference), *statistics.warnings(), *doubts],
         "seconds": time.perf_counter() - began,
     }
     result["text"] = (

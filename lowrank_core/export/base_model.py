@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml  # type: ignore[import-untyped]
 from huggingface_hub import ModelCard, try_to_load_from_cache
 
-from lowrank_core.models.loading import resolve_reference
+from lowrank_core.models.loading import notes_of, resolve_reference
 
 __all__ = ["BaseModel", "base_model_of"]
 
@@ -28,12 +28,14 @@ class BaseModel:
         repository: its hub id, or None for a local folder and the bundled model.
         metadata: what its card says of its licence, language and task.
         licences: its licence files.
+        notes: what a user should know of its folder, such as which of several sets of weights was loaded.
     """
 
     reference: str
     repository: str | None = None
     metadata: Mapping[str, object] = field(default_factory=dict)
     licences: tuple[Path, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def licence(self) -> str:
@@ -62,6 +64,7 @@ def base_model_of(reference: str) -> BaseModel:
         repository=repository if isinstance(repository, str) and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repository) else None,
         metadata={name: card[name] for name in _CARRIED if card.get(name)},
         licences=tuple(path for name, path in there.items() if name != "README.md"),
+        notes=notes_of(reference) if local else (),
     )
 
 

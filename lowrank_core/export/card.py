@@ -28,7 +28,14 @@ def model_card(manifest: ExportManifest, report: CompressionReport, base: BaseMo
     tags = ["low-rank", "compression", "lowrank-studio", *_words(manifest.details, "preset", "basis")]
     carried: dict[str, Any] = {"pipeline_tag": "text-generation", **base.metadata}
     data = ModelCardData(base_model=base.repository, library_name="transformers", tags=tags, **carried)
-    sections = (_head(manifest, base), _sizes(manifest, report), _ranks(report), _figures(manifest), _made(manifest), _loading(manifest))
+    sections = (
+        _head(manifest, base),
+        _sizes(manifest, report),
+        _ranks(report),
+        _figures(manifest),
+        _made(manifest, base),
+        _loading(manifest),
+    )
     body = "\n\n".join([*filter(None, sections), _licence(base)])
     return str(ModelCard(f"---\n{data.to_yaml()}\n---\n\n{body}\n"))
 
@@ -108,10 +115,11 @@ def _interval(interval: Sequence[float] | None) -> str:
     return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
 
 
-def _made(manifest: ExportManifest) -> str:
+def _made(manifest: ExportManifest, base: BaseModel) -> str:
     used = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
     command = manifest.details.get("command")
     text = f"## How it was made\n\nVersions: {used}. Settings and seeds are in `lowrank.json`."
+    text = " ".join([text, *(f"The base model: {note}" for note in base.notes)])
     return f"{text}\n\n```bash\n{command}\n```" if command else text
 
 

@@ -161,7 +161,7 @@ def _write_card(folder: Path, target: Path, manifest: ExportManifest | None) -> 
     try:
         if manifest is None:
             raise ModelError("no counts")
-        base = replace(base_model_of(str(folder)), reference=manifest.made_from)
+        base = replace(base_model_of(str(folder)), reference=manifest.made_from, notes=())
         text = model_card(manifest, report_of(manifest), base)
     except ModelError:
         text = with_todays_loading(old, with_code=is_ours(target / f"{CODE}.py"))

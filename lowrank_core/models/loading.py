@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
@@ -18,10 +21,14 @@ from lowrank_core.config import ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.handle import ModelHandle, find_layers, positions_of
-from lowrank_core.models.integrity import check_folder
+from lowrank_core.models.integrity import check_weights
 from lowrank_core.runs import bundled_path
+from lowrank_core.weight_files import WeightFiles, weight_files
 
-__all__ = ["load_model", "max_context", "resolve_reference"]
+__all__ = ["load_model", "max_context", "notes_of", "resolve_reference"]
+
+_LOGGER = logging.getLogger(__name__)
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 assert hf.METHOD  # the import is for its side effect: `from_pretrained` must know the format
 
@@ -72,17 +79,58 @@ def load_model(source: ModelSource) -> ModelHandle:
     place = resolve_reference(source.reference)
     device = _device(source.device)
     config = _checked_config(place, source.reference)
-    stored = config.dtype
-    if getattr(config, "quantization_config", None) is None:  # else the quantizer looks: one reading of the files is enough
-        check_folder(Path(place))
+    if Path(place).is_dir():
+        _check_files(Path(place), config)
     dtype: Any = "auto" if source.dtype == "auto" and device.type != "cpu" else getattr(torch, source.dtype, torch.float32)
     module = _load_module(place, source.reference, dtype)
     tokenizer = _load_tokenizer(place, source.reference)
     module = module.to(device).eval()  # type: ignore[arg-type]
     module.requires_grad_(False)
     _check_finite(module, source.reference)
-    stored_dtype = stored if isinstance(stored, torch.dtype) else module.dtype
-    return ModelHandle(source.reference, module, tokenizer, find_layers(module), stored_dtype)
+    return ModelHandle(source.reference, module, tokenizer, find_layers(module), _stored_dtype(place, config, module))
+
+
+def notes_of(reference: str) -> tuple[str, ...]:
+    """Return what a user should know of the folder of a model that was loaded: which of several sets of weights that was.
+
+    Raises:
+        ModelError: as ``load_model``.
+    """
+    place = Path(resolve_reference(reference))
+    note = _files_of(place).note if place.is_dir() else ""
+    return (note,) if note else ()
+
+
+def _files_of(folder: Path) -> WeightFiles:
+    try:
+        return weight_files(folder)
+    except ModelError as error:
+        raise ModelError(f"model: {error}") from error
+
+
+def _check_files(folder: Path, config: PretrainedConfig) -> None:
+    """Check what is about to be read, and tell of what is not."""
+    files = _files_of(folder)
+    if files.note:
+        _LOGGER.warning(f"model: {files.note}")
+    if getattr(config, "quantization_config", None) is None:  # else the quantizer looks: one reading of the files is enough
+        check_weights([folder / name for name in files.loaded])
+
+
+def _stored_dtype(place: str, config: PretrainedConfig, module: PreTrainedModel) -> torch.dtype:
+    """Return the dtype that most floats of the files have; what config.json says of it need not be so."""
+    cached = None if Path(place).is_dir() else try_to_load_from_cache(place, "config.json")
+    folder = Path(cached).parent if isinstance(cached, str) else Path(place)
+    if not folder.is_dir():
+        return config.dtype if isinstance(config.dtype, torch.dtype) else module.dtype
+    counts: Counter[torch.dtype] = Counter()
+    for name in _files_of(folder).loaded:
+        with safe_open(folder / name, framework="pt") as archive:
+            for key in archive.keys():  # noqa: SIM118  (the archive is no mapping)
+                view = archive.get_slice(key)
+                counts[_FLOATS.get(view.get_dtype(), torch.int8)] += prod(view.get_shape())
+    del counts[torch.int8]
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else module.dtype
 
 
 def _check_reachable(repository: str) -> None:
@@ -186,14 +234,16 @@ def _not_loaded(place: str, reference: str, error: BaseException) -> str:
 
 def _damaged_file(folder: Path) -> str | None:
     """Return the name of a file that can't be parsed, to name it in the message."""
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
+    try:
+        loaded = weight_files(folder).loaded if folder.is_dir() else ()
+    except ModelError:
+        loaded = ()
+    for name in loaded:
         try:
-            with safe_open(path, framework="pt") as handle:
+            with safe_open(folder / name, framework="pt") as handle:
                 handle.keys()
         except (SafetensorError, OSError):
-            return path.name
+            return name
     config = folder / "config.json"
     try:
         return None if not config.exists() or isinstance(json.loads(config.read_text(encoding="utf-8")), dict) else config.name

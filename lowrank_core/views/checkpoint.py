@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import pandas as pd
@@ -155,7 +156,7 @@ def _why_inside(part: Part, replaced: Mapping[str, str]) -> str:
         return "table that follows from the config"
     for layer, why in replaced.items():
         if part.name.startswith(layer):
-            return why
+            return why if prod(part.shape) else "empty: makes transformers refuse the folder where our package is absent"
     if _EXPERT.search(part.path):
         return "expert: sees only the tokens that are routed to it"
     if _ROUTER.search(part.path):
@@ -174,8 +175,7 @@ def _replaced(checkpoint: Checkpoint) -> dict[str, str]:
         return {}
     layers = _low_rank_layers(checkpoint)
     if layers:
-        guards = {f"{name}.weight": "empty: makes transformers refuse the folder where our package is absent" for name in layers}
-        return guards | {f"{name}.": "factor: low-rank already" for name in layers}
+        return {f"{name}.": "factor: low-rank already" for name in layers}
     return {"": f"quantised ({quantised.get('quant_method', 'unknown')}): give the original model"}
 
 

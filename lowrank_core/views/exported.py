@@ -11,12 +11,13 @@ from statistics import median
 
 import pandas as pd
 
-from lowrank_core.errors import RunError
+from lowrank_core.errors import ModelError, RunError
 from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.views.compare import Export, exports
 from lowrank_core.views.formatting import number
 from lowrank_core.views.trials import unit_label
+from lowrank_core.weight_files import weight_files
 
 __all__ = [
     "MOST_BYTES",
@@ -187,7 +188,7 @@ def _written(path: Path, told: Export | None, proof: Proof | None) -> Written:
         manifest.form,
         manifest.compression_ratio,
         manifest.model_compression_ratio,
-        bytes=sum(file.stat().st_size for file in files if file.suffix == ".safetensors") if path.is_dir() else None,
+        bytes=_weight_bytes(path) if path.is_dir() else None,
         folder_bytes=sum(file.stat().st_size for file in files),
         perplexity=measured.perplexity,
         protocol=str(protocol.get("line", "")) if isinstance(protocol, Mapping) else "",
@@ -200,6 +201,14 @@ def _written(path: Path, told: Export | None, proof: Proof | None) -> Written:
         changed=source.stat().st_mtime if source.is_file() else None,
         proof=proof,
     )
+
+
+def _weight_bytes(folder: Path) -> int:
+    """Return the bytes of the weight files that are loaded."""
+    try:
+        return sum((folder / name).stat().st_size for name in weight_files(folder).loaded)
+    except ModelError:
+        return 0
 
 
 def _files(folder: Path) -> list[Path]:

@@ -14,7 +14,7 @@ from lowrank_core.views.sources import hub_cache
 from lowrank_core.views.tree import ARRANGEMENTS, module_tree
 from pages.components import tables
 
-__all__ = ["fit_line", "show", "tree"]
+__all__ = ["fit_line", "notes", "show", "tree"]
 
 _TREE_HEIGHT, _MOST_BRANCHES = 520, 20  # pixels; branches that are shown at once
 _PLACES = {MEMORY: "Memory", DEVICE: "GPU memory", DISK: "Disk"}
@@ -22,6 +22,7 @@ _PLACES = {MEMORY: "Memory", DEVICE: "GPU memory", DISK: "Disk"}
 
 def show(reference: str, model: ModelOnDisk | None, preview: TextPreview | None, config: RunConfig | None) -> None:
     """Draw the three views; a missing one says what it waits for."""
+    notes(model)
     modules, fit, text = st.tabs(["Modules", "Will it fit?", "Text"])
     with modules:
         if model is not None:
@@ -38,6 +39,12 @@ def show(reference: str, model: ModelOnDisk | None, preview: TextPreview | None,
             _preview(preview, config)
         else:
             st.caption("Choose a text that can be read; the message above says what is wrong.")
+
+
+def notes(model: ModelOnDisk | None) -> None:
+    """Say what a user should know of a folder, such as which of several sets of weights is loaded."""
+    for note in model.notes if model is not None else ():
+        st.warning(note, icon=":material/info:")
 
 
 def tree(model: ModelOnDisk, *, key: str) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import streamlit as st
 
 from lowrank_core.config import TOKENS_PER_DIMENSION
+from lowrank_core.errors import ModelError
 from lowrank_core.runs import Run
 from lowrank_core.views.calibration import CalibrationFacts, quality_table, quality_warnings
 from lowrank_core.views.formatting import count, duration, number, percent, size
@@ -62,6 +65,8 @@ def model_section(model: ModelFacts, reference: str) -> None:
 
 def _tree(reference: str) -> None:
     """Draw every module of the checkpoint, if it is still where the run found it."""
+    with contextlib.suppress(ModelError):  # shown below
+        before_start.notes(model_on_disk(reference))
     with st.expander("Every module, with what is left alone and why", icon=":material/account_tree:", key="tree_panel"), boundary():
         found = model_on_disk(reference)
         if found is None:
