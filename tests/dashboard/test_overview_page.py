@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 
 import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
 from synthetic import make_run, write_answers
 from test_pages import sound, words
 from test_views_model import checkpoint
 
+from lowrank_core.config import to_mapping
 from lowrank_core.run_care import notes_of
 from lowrank_core.runs import list_runs, write_json
 
@@ -42,6 +47,30 @@ def test_a_local_folder_is_shown(app, tmp_path):
     assert sound(test)
     assert "Block 2" in tree_of(test)
     assert "Block 3" not in tree_of(test)
+
+
+def test_a_folder_with_several_sets_of_weights_is_told_which_is_shown(app, tmp_path):
+    """One file of three blocks beside shards of one block: transformers loads the file, and that is what is drawn."""
+    folder, shard = checkpoint(tmp_path / "model"), "model-00001-of-00001.safetensors"
+    with safe_open(folder / "model.safetensors", framework="numpy") as archive:
+        save_file({name: archive.get_tensor(name) for name in archive.keys() if ".2." not in name}, folder / shard)  # noqa: SIM118
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": shard}}))
+    test = other_model(app("overview"), str(folder))
+    assert sound(test)
+    assert "Block 2" in tree_of(test)
+    (told,) = [warning.value for warning in test.warning if "several sets" in warning.value]
+    assert "model.safetensors is what transformers loads; not loaded: model-00001-of-00001.safetensors" in told
+
+
+def test_the_note_stands_beside_a_run_too(app, tmp_path):
+    folder = checkpoint(tmp_path / "model")
+    shutil.copyfile(folder / "model.safetensors", folder / "consolidated.safetensors")
+    run = make_run()
+    elsewhere = replace(run.config, model=replace(run.config.model, reference=str(folder)))
+    write_json(run.path / "run.json", {**run.record, "config": to_mapping(elsewhere)})
+    test = app("overview", run=run.id)
+    assert sound(test)
+    assert any("not loaded: consolidated.safetensors" in warning.value for warning in test.warning)
 
 
 def test_a_hub_id_that_is_not_here_says_what_will_be_downloaded(app, tmp_path, monkeypatch):
