@@ -20,8 +20,9 @@ _INDEX = "model.safetensors.index.json"
 _SUFFIXES = (".safetensors", ".safetensors.index.json")
 _PICKLED = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-_NAMED_FIRST = 3
-"""Files that are named where there are many."""
+_SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.safetensors")
+_NAMED_FIRST = 4
+"""Files or sets of shards that are named where there are many."""
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class WeightFiles:
         if not self.ignored:
             return ""
         taken = f"the {len(self.loaded)} shards of {self.index}" if self.index else self.loaded[0]
-        left = ", ".join(self.ignored[:_NAMED_FIRST])
-        more = f" and {len(self.ignored) - _NAMED_FIRST} more" if len(self.ignored) > _NAMED_FIRST else ""
-        return f"The folder holds several sets of weights: {taken} is what transformers loads; not loaded: {left}{more}."
+        sets = sorted(dict.fromkeys(_SHARD.sub(r"\g<stem>-*-of-\g<count>.safetensors", name) for name in self.ignored))
+        left = ", ".join(sets[:_NAMED_FIRST])
+        more = f" and {len(sets) - _NAMED_FIRST} more" if len(sets) > _NAMED_FIRST else ""
+        return f"The folder holds several sets of weights: transformers loads {taken}; not loaded: {left}{more}."
 
 
 def weight_files(folder: Path) -> WeightFiles:
