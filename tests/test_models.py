@@ -327,7 +327,7 @@ def _drop_tokenizer(folder: Path) -> None:
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights cut short": (_cut, "model.safetensors is damaged or cut short"),
     "weights of noise": (_scramble, "model.safetensors is damaged or cut short"),
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no .safetensors file. Save the model again"),
     "a missing weight": (_drop_weight, "first: model.layers.1.mlp.up_proj.weight"),
     "a weight of NaN": (_spoil_weight, "model.layers.1.mlp.up_proj.weight of .* holds NaN or Inf"),
     "weights of another shape": (lambda folder: _edit_config(folder, intermediate_size=96), "wrong shape .first: model.layers.0.mlp"),
