@@ -264,8 +264,12 @@ def collect_statistics(
 
 
 def statistics_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
-    """Return the name of these statistics: a hash of model, tokens and config (neither of the batch size nor of what gradients use)."""
-    parts = [_FORMAT, handle.fingerprint, windows.sha256, config.group_size, config.group_weights, config.robust]
+    """Return the name of these statistics: a hash of model, tokens, layers with the input that each reads, and config.
+
+    Neither the batch size nor what gradients use is in it.
+    """
+    layers = sorted((layer.name, layer.input_group) for layer in handle.layers)
+    parts = [_FORMAT, handle.fingerprint, windows.sha256, config.group_size, config.group_weights, config.robust, layers]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,14 +15,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_core.accounting import INDEX_BYTES, MatrixShape, module_type
+from lowrank_core.coverage import Coverage
 from lowrank_core.errors import ModelError
 from lowrank_core.models.compressed import CompressedModule, PivotIndex
 from lowrank_core.models.quantized import Int8Matrix
+from lowrank_core.models.walk import coverage_of, linear_maps
 
-__all__ = ["LayerSpec", "ModelHandle", "bias_of", "blocks_of", "describe", "find_layers", "positions_of", "weight_of"]
+__all__ = ["LayerSpec", "ModelHandle", "bias_of", "blocks_of", "describe", "find_layers", "positions_of", "random_tokens", "weight_of"]
 
 _INCIDENTAL = frozenset({"_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version"})
 """Entries of a model's config that say where it comes from, not what it computes."""
+
+_PROBE_TOKENS = 64
+"""Of a pass that shows what reaches what: two would leave most of a layer that routes tokens unseen."""
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -116,9 +121,32 @@ class ModelHandle:
 
     @property
     def linear_parameters(self) -> int:
-        """Parameters of the blocks' linear maps, dense and low-rank: what ``compression ratio`` counts."""
-        counts: list[int] = [p.numel() for _, _, linear in _linears(self.module) for p in linear.parameters()]
-        return sum(counts) + self._indices + self._int8 + self._scales
+        """Parameters of the compressible linears, and of what is low-rank already: what ``compression ratio`` counts."""
+        return self._parameters_of(self.linear_names)
+
+    @property
+    def linear_names(self) -> tuple[str, ...]:
+        """Names of the linears that ``compression ratio`` counts: the compressible ones, and those that are low-rank already."""
+        low_rank = [name for name, child in self.module.named_modules() if isinstance(child, CompressedModule)]
+        return (*(layer.name for layer in self.layers), *low_rank)
+
+    def linear_parameters_beside(self, dense: ModelHandle) -> int:
+        """Return this model's parameters of the very linears that ``dense`` counts: two models, one list; its own where they differ."""
+        names = {*dense.linear_names, *self.linear_names}
+        there = {name for name, _ in self.module.named_modules()}
+        return self._parameters_of(names) if names <= there else self.linear_parameters
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        """What every parameter is, compressible or left alone and why; adds up to ``parameters``."""
+        prefix, blocks = blocks_of(self.module)
+        found = coverage_of(self.module, prefix, blocks, {layer.name for layer in self.layers})
+        return Coverage.of([*found.parameters.items(), ("lowrank", self._indices + self._int8 + self._scales)])
+
+    def _parameters_of(self, names: Iterable[str]) -> int:
+        """Return the parameters of linears, each once; with indices, int8 numbers and scales."""
+        counted = {id(p): p.numel() for name in names for p in self.module.get_submodule(name).parameters()}
+        return sum(counted.values()) + self._indices + self._int8 + self._scales
 
     @property
     def _indices(self) -> int:
@@ -189,33 +217,24 @@ def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
     return max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
 
 
-def _linears(module: nn.Module) -> Iterator[tuple[int, str, nn.Module]]:
-    """Yield (depth, path within the block, module) of each linear map in the blocks, dense or low-rank, untied."""
-    uses = Counter(id(parameter) for _, parameter in module.named_parameters(remove_duplicate=False))
-    for depth, block in enumerate(blocks_of(module)[1]):
-        for path, child in block.named_modules():
-            if isinstance(child, nn.Linear | Conv1D | CompressedModule) and all(uses[id(p)] == 1 for p in child.parameters()):
-                yield depth, path, child
-
-
 def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
     """Return the dense linear layers of the decoder blocks, with the input that each reads.
 
-    Which layers share an input is seen, not guessed: a forward pass over two tokens tells by the identity of the tensors.
-    Layers that it does not reach (experts that are not routed to) are left out, and so are tied weights.
+    Which layers share an input is seen, not guessed: a forward pass over random tokens tells by the identity of the tensors.
+    What is left out (tied weights, routers, narrow maps, what the pass does not reach with every token) is told by ``ModelHandle.coverage``.
 
     Raises:
-        ModelError: no compressible layer is left.
+        ModelError: the model has no list of decoder blocks.
     """
-    prefix, _ = blocks_of(module)
-    found = [(depth, path, child) for depth, path, child in _linears(module) if not isinstance(child, CompressedModule)]
-    readers = _input_readers(module, [child for _, _, child in found])
+    prefix, blocks = blocks_of(module)
+    linears = [linear for linear in linear_maps(module, blocks) if linear.kind == "linear"]
+    readers = _input_readers(module, [linear.module for linear in linears])
     paths: dict[int, list[str]] = {}
-    for depth, path, _ in found:
-        paths.setdefault(depth, []).append(path)
+    for linear in linears:
+        paths.setdefault(linear.depth, []).append(linear.path)
     groups: dict[int, str] = {}
     layers = []
-    for depth, path, child in found:
+    for depth, path, child in ((linear.depth, linear.path, linear.module) for linear in linears):
         if id(child) not in readers:
             continue
         name = f"{prefix}.{depth}.{path}"
@@ -225,21 +244,44 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
     return tuple(layers)
 
 
+def random_tokens(module: PreTrainedModel, windows: int, *, seed: int = 0) -> Tensor:
+    """Return windows of random tokens (windows, T) that a model takes, to see what a pass does; T is 64, or fewer where it takes fewer."""
+    length = min(_PROBE_TOKENS, positions_of(module.config) or _PROBE_TOKENS)
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = int(module.get_input_embeddings().weight.shape[0])
+    return torch.randint(0, vocabulary, (windows, length), generator=generator).to(module.device)
+
+
 def _input_readers(module: PreTrainedModel, linears: list[nn.Module]) -> dict[int, int]:
-    """Return id of a linear module -> id of the tensor that it reads in a pass over two tokens."""
+    """Return id of a linear module -> id of the tensor that it reads, of those that are linear and see every token of a pass."""
+    ids = random_tokens(module, 1)
     inputs: dict[int, Tensor] = {}  # keeps the tensors alive, so that their ids stay distinct
 
-    def hook(child: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs[id(child)] = arguments[0]
+    def hook(child: nn.Module, arguments: tuple[object, ...], result: object) -> None:
+        read = arguments[0] if arguments else None
+        if isinstance(read, Tensor) and read.numel() >= ids.numel() * read.shape[-1] and _is_linear(child, read, result):
+            inputs[id(child)] = read
 
-    handles = [child.register_forward_pre_hook(hook) for child in linears]
+    handles = [child.register_forward_hook(hook) for child in linears]
     try:
         with torch.no_grad():
-            module(input_ids=torch.tensor([[0, 1]], device=module.device), use_cache=False)
+            module(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
     return {child: id(tensor) for child, tensor in inputs.items()}
+
+
+def _is_linear(child: nn.Module, read: Tensor, result: object) -> bool:
+    """Whether the module gave W x + b; asked of classes with a forward of their own (Falcon's is linear, Llama 4's router is not)."""
+    if type(child).forward in (nn.Linear.forward, Conv1D.forward):
+        return True
+    weight, bias = weight_of(child), bias_of(child)
+    if not isinstance(result, Tensor) or not weight.is_floating_point() or weight.shape != (result.shape[-1], read.shape[-1]):
+        return False
+    expected = nn.functional.linear(read, weight, bias)
+    gap, scale = (result - expected).float().norm(), expected.float().norm()
+    return bool(gap <= math.sqrt(torch.finfo(expected.dtype).eps) * scale)
 
 
 def describe(handle: ModelHandle) -> dict[str, object]:
@@ -254,6 +296,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "device": str(handle.device),
         "parameters": handle.parameters,
         "compressible_parameters": handle.linear_parameters,
+        "coverage": handle.coverage.to_mapping(),
         "bytes": handle.bytes,
         "vocabulary": int(config.vocab_size),
         "max_context": handle.max_context,

@@ -1,6 +1,6 @@
 """What a checkpoint is made of, told by names and shapes before anything is loaded: what can be compressed, and what is left alone and why.
 
-The worker sees more than headers do (which layers share an input, what a pass reaches): once it is there, model.json comes first.
+The worker sees more than headers do (which layers share an input or a weight, what a pass reaches): once it is there, model.json comes first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from lowrank_core.accounting import MatrixShape, module_type
+from lowrank_core.coverage import KINDS, Coverage, has_experts, kind_by_name
 from lowrank_core.views.headers import Checkpoint, StoredTensor, read_checkpoint
 from lowrank_core.views.model import ModelFacts
 from lowrank_core.weight_files import unguarded_note
@@ -21,8 +22,10 @@ from lowrank_core.weight_files import unguarded_note
 __all__ = ["ModelOnDisk", "Part", "checkpoint_facts", "parts_of", "read_model", "tensor_table"]
 
 _NUMBERED = re.compile(r"^(?P<stem>.+?)\.(?P<depth>\d+)\.(?P<path>.+)$")
-_EXPERT, _ROUTER = re.compile(r"(^|\.)experts\."), re.compile(r"(^|\.)(router|gate)\.weight$")
+_POSITIONS = re.compile(r"position|wpe|per_layer")  # tables that are never the head
+_WHY = {"experts": "expert: sees only the tokens that are routed to it", "router": "router of the experts"}
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_HEAD_BIASES = tuple(name.replace(".weight", ".bias") for name in _HEADS)
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _TRANSPOSED = ("gpt2", "openai-gpt")  # their Conv1D stores W transposed
 _SHARED_INPUTS = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "gate_proj": "gate_up", "up_proj": "gate_up"}
@@ -44,6 +47,7 @@ class Part:
         path: name within the block, or the whole name.
         compressible: whether it is the matrix of a linear layer in a block.
         why: in words, why it is left alone; empty where it is not.
+        kind: name in ``coverage.KINDS``.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Part:
     path: str
     compressible: bool
     why: str
+    kind: str = "other"
 
     @property
     def module(self) -> str:
@@ -105,8 +110,9 @@ def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
     stem = _stem(checkpoint.tensors)
     names = {tensor.name for tensor in checkpoint.tensors}
     tied = _tied(checkpoint)
-    parts = [_part(tensor, stem, checkpoint, tied) for tensor in checkpoint.tensors]
-    matrices = {part.module for part in parts if part.compressible}
+    experts = _blocks_with_experts(checkpoint.tensors, stem)
+    parts = [_part(tensor, stem, checkpoint, tied, experts) for tensor in checkpoint.tensors]
+    matrices = {part.module: part.kind for part in parts if part.kind in ("linear", "narrow")}
     parts = [_with_bias(part, matrices) for part in parts]
     assert len(parts) == len(names)
     return tuple(sorted(parts, key=_place))
@@ -129,54 +135,63 @@ def _tied(checkpoint: Checkpoint) -> bool:
     return stated if isinstance(stated, bool) else not any(tensor.name.endswith(_HEADS) for tensor in checkpoint.tensors)
 
 
-def _part(tensor: StoredTensor, stem: str, checkpoint: Checkpoint, tied: bool) -> Part:
+def _part(tensor: StoredTensor, stem: str, checkpoint: Checkpoint, tied: bool, experts: set[int]) -> Part:
     match = _NUMBERED.match(tensor.name)
     inside = match is not None and match["stem"] == stem
     block, path = (int(match["depth"]), match["path"]) if match is not None and inside else (None, tensor.name)
     part = Part(tensor.name, tensor.shape, tensor.dtype, tensor.file, tensor.elements, block, path, False, "")
-    why = _why_outside(part, tied) if block is None else _why_inside(part, _replaced(checkpoint))
+    if block is None:
+        kind, why = _outside(part, tied)
+    else:
+        kind, why = _inside(part, checkpoint, experts=block in experts)
     counted = 0 if why.startswith(("second copy", "table")) else part.parameters
-    return replace(part, parameters=counted, compressible=not why, why=why)
+    return replace(part, parameters=counted, compressible=kind == "linear", why=why, kind=kind)
 
 
-def _why_outside(part: Part, tied: bool) -> str:
+def _outside(part: Part, tied: bool) -> tuple[str, str]:
+    """Return kind and reason of a tensor outside the blocks."""
     if part.name.endswith(_BUFFERS):
-        return "table that follows from the config"
-    if part.name.endswith(_HEADS):
-        return "second copy of the embedding: tied, counted once" if tied else "head: outside the blocks"
+        return "other", "table that follows from the config"
+    if part.name.endswith(_HEAD_BIASES):
+        return "head", "bias of the head: outside the blocks"
+    if part.name.endswith(_HEADS) or part.name == "head.weight":
+        return ("tied", "second copy of the embedding: tied, counted once") if tied else ("head", "head: outside the blocks")
     if len(part.shape) == 1:
-        return "vector of a norm" if "norm" in part.name or "ln_" in part.name else "vector"
+        return "vector", "vector of a norm" if "norm" in part.name or "ln_" in part.name else "vector"
     if "embed" in part.name or ".wte." in f".{part.name}" or ".wpe." in f".{part.name}":
-        return "embedding, and the head too: tied" if tied and "position" not in part.name and "wpe" not in part.name else "embedding"
-    return "outside the blocks"
+        both = tied and not _POSITIONS.search(part.name)
+        return ("tied", "embedding, and the head too: tied") if both else ("embedding", "embedding")
+    return "outside", "outside the blocks"
 
 
-def _why_inside(part: Part, replaced: Mapping[str, str]) -> str:
+def _inside(part: Part, checkpoint: Checkpoint, *, experts: bool) -> tuple[str, str]:
+    """Return kind and reason of a tensor in a block; no reason for the matrix of a linear layer."""
     if part.name.endswith(_BUFFERS) and len(part.shape) != 1:
-        return "table that follows from the config"
-    for layer, why in replaced.items():
+        return "other", "table that follows from the config"
+    for layer, replaced in _replaced(checkpoint).items():
         if part.name.startswith(layer):
-            return why if prod(part.shape) else "empty: makes transformers refuse the folder where our package is absent"
-    if _EXPERT.search(part.path):
-        return "expert: sees only the tokens that are routed to it"
-    if _ROUTER.search(part.path):
-        return "router of the experts"
-    if len(part.shape) < 2:
-        return "vector of a norm" if "norm" in part.path or "ln_" in part.path else "vector"
-    if len(part.shape) > 2 or min(part.shape) < 2 or not part.path.endswith("weight"):
-        return "not the matrix of a linear layer"
-    return ""
+            empty = ("other", "empty: makes transformers refuse the folder where our package is absent")
+            return replaced if prod(part.shape) else empty
+    kind = kind_by_name(part.path, _mapped(part.shape, checkpoint), experts=experts)
+    if kind == "vector":
+        return kind, "vector of a norm" if "norm" in part.path or "ln_" in part.path else "vector"
+    return kind, "" if kind == "linear" else _WHY.get(kind, KINDS[kind].why)
 
 
-def _replaced(checkpoint: Checkpoint) -> dict[str, str]:
-    """Return the beginnings of names whose weights are not plain: of layers that are low-rank already, or of a quantised model."""
+def _mapped(shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Return the shape of a matrix as (d_out, d_in), however it is stored."""
+    return shape[::-1] if len(shape) == 2 and checkpoint.config.get("model_type") in _TRANSPOSED else shape
+
+
+def _replaced(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
+    """Return the beginnings of names whose weights are not plain, with kind and reason: low-rank already, or of a quantised model."""
     quantised = checkpoint.config.get("quantization_config")
     if not isinstance(quantised, dict):
         return {}
     layers = _low_rank_layers(checkpoint)
     if layers:
-        return {f"{name}.": "factor: low-rank already" for name in layers}
-    return {"": f"quantised ({quantised.get('quant_method', 'unknown')}): give the original model"}
+        return {f"{name}.": ("lowrank", "factor: low-rank already") for name in layers}
+    return {"": ("quantised", f"quantised ({quantised.get('quant_method', 'unknown')}): give the original model")}
 
 
 def _low_rank_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
@@ -186,11 +201,21 @@ def _low_rank_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
     return tuple(map(str, layers)) if isinstance(layers, dict) else ()
 
 
-def _with_bias(part: Part, matrices: set[str]) -> Part:
+def _with_bias(part: Part, matrices: Mapping[str, str]) -> Part:
     """A bias of a linear layer is counted with its matrix."""
-    if part.name.endswith(".bias") and part.module in matrices:
-        return replace(part, why="bias: counted with its matrix, kept as it is")
-    return part
+    kind = matrices.get(part.module) if part.name.endswith(".bias") else None
+    if kind is None:
+        return part
+    return replace(part, kind=kind, why="bias: counted with its matrix, kept as it is" if kind == "linear" else KINDS[kind].why)
+
+
+def _blocks_with_experts(tensors: Sequence[StoredTensor], stem: str) -> set[int]:
+    paths: dict[int, list[str]] = {}
+    for tensor in tensors:
+        match = _NUMBERED.match(tensor.name)
+        if match is not None and match["stem"] == stem:
+            paths.setdefault(int(match["depth"]), []).append(match["path"])
+    return {depth for depth, found in paths.items() if has_experts(found)}
 
 
 def _place(part: Part) -> tuple[int, int, int, str]:
@@ -221,6 +246,7 @@ def checkpoint_facts(checkpoint: Checkpoint, parts: Sequence[Part] | None = None
         hidden=checkpoint.number("hidden_size", "n_embd", "d_model"),
         tied_embeddings=_tied(checkpoint),
         matrices=matrices,
+        coverage=Coverage.of((part.kind, part.parameters) for part in parts),
         input_widths={matrix.input_group: matrix.d_in for matrix in reversed(matrices)},
     )
 
@@ -240,7 +266,7 @@ def _matrices(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[MatrixShap
     found = []
     for part in linears:
         depth = part.block or 0
-        d_out, d_in = part.shape[::-1] if checkpoint.config.get("model_type") in _TRANSPOSED else part.shape
+        d_out, d_in = _mapped(part.shape, checkpoint)
         parent, _, last = part.type.rpartition(".")
         shared = f"{parent}.{_SHARED_INPUTS[last]}" if last in _SHARED_INPUTS else part.type
         group = groups.setdefault((depth, shared), part.module)
@@ -260,10 +286,11 @@ def tensor_table(parts: Sequence[Part]) -> pd.DataFrame:
             "parameters": part.parameters,
             "share": part.parameters / total,
             "compressible": part.compressible,
+            "kind": KINDS[part.kind].label,
             "why": part.why,
             "file": part.file,
         }
         for part in parts
     ]
-    columns = ["tensor", "block", "shape", "dtype", "parameters", "share", "compressible", "why", "file"]
+    columns = ["tensor", "block", "shape", "dtype", "parameters", "share", "compressible", "kind", "why", "file"]
     return pd.DataFrame(rows, columns=columns).astype({"block": "Int64"})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 import pandas as pd
 
 from lowrank_core.accounting import HeadUnit, MatrixShape
+from lowrank_core.coverage import Coverage
+from lowrank_core.errors import RunError
 from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.views.formatting import kind_label
@@ -24,6 +26,8 @@ class ModelFacts:
         matrices: the compressible linears in the order of the model.
         input_widths: width of each distinct input (q, k and v share theirs).
         head_units: value and output projections that can be compressed by heads.
+        heads_dropped: sentences on those that can't, though they look like it.
+        coverage: what every parameter is: compressible, or left alone and why; of an older record only how much is compressible.
         dtype: in which it is held; stored_dtype: of the checkpoint, in which it is written. Empty in an older record.
     """
 
@@ -44,6 +48,12 @@ class ModelFacts:
     device: str = ""
     fingerprint: str = ""
     stored_dtype: str = ""
+    heads_dropped: tuple[str, ...] = ()
+    coverage: Coverage = field(default_factory=lambda: Coverage({}))
+
+    def __post_init__(self) -> None:
+        if not self.coverage.parameters:
+            object.__setattr__(self, "coverage", Coverage.unrecorded(self.compressible_parameters, self.parameters))
 
     @property
     def compressible_share(self) -> float:
@@ -93,6 +103,8 @@ def _facts(body: JsonMapping) -> ModelFacts:
         body,
         "model.json",
         matrices=tuple(matrices.values()),
+        coverage=_coverage(body),
+        heads_dropped=tuple(str(reason) for reason in body.get("heads_dropped", [])),
         input_widths={layer.input_group: layer.d_in for layer in layers},
         head_units=tuple(
             HeadUnit((matrices[h.value], matrices[h.output]), heads=h.heads, groups=h.groups, head_dim=h.head_dim) for h in heads
@@ -100,8 +112,19 @@ def _facts(body: JsonMapping) -> ModelFacts:
     )
 
 
+def _coverage(body: JsonMapping) -> Coverage:
+    """Return the table of model.json; an empty one for a record of before there was one."""
+    try:
+        return Coverage.from_mapping(body.get("coverage", []))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"model.json holds no valid coverage ({error}). Start the run again.") from error
+
+
 def module_table(facts: ModelFacts) -> pd.DataFrame:
-    """Return a row for each module type: count, shape, break-even rank, parameters and share of the model's parameters."""
+    """Return a row for each module type: count, shape, break-even rank, parameters and share of the model's parameters.
+
+    Then a row for each kind of parameter that is left alone, with the reason for a shape: the parameters add up to the model's.
+    """
     rows = []
     for kind in dict.fromkeys(matrix.kind for matrix in facts.matrices):
         alike = [matrix for matrix in facts.matrices if matrix.kind == kind]
@@ -116,15 +139,9 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
                 "share": parameters / facts.parameters if facts.parameters else 0.0,
             }
         )
-    rest = facts.parameters - facts.compressible_parameters
-    rows.append(
-        {
-            "type": "embeddings, norms, head",
-            "count": None,
-            "shape": "",
-            "break_even": "",
-            "parameters": rest,
-            "share": rest / max(1, facts.parameters),
-        }
-    )
+    rows += [
+        {"type": row.label, "count": None, "shape": row.why, "break_even": "", "parameters": row.parameters, "share": row.share}
+        for row in facts.coverage.rows
+        if row.kind != "linear"
+    ]
     return pd.DataFrame(rows).astype({"count": "Int64"})
