@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from lowrank_core.analysis import spectra_of
-from lowrank_core.commands import calibrated, progress_line
+from lowrank_core.commands import calibrated, coverage_warnings, progress_line
 from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig
+from lowrank_core.coverage import coverage_lines
 from lowrank_core.directions.config import DirectionsConfig
 from lowrank_core.directions.measuring import top_directions
 from lowrank_core.models import describe, load_model, notes_of
+from lowrank_core.models.attention import find_heads
 from lowrank_core.spectra import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.text import load_windows
 
@@ -20,6 +22,7 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
     """Calibrate, and return the figures of every compressible layer; with ``directions`` (module, side) what its top ones mean, too."""
     config = DirectionsConfig(*directions, batch_size=calibration.batch_size) if directions else None
     handle = load_model(source)
+    doubts, heads = coverage_warnings(handle), find_heads(handle)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
     statistics = calibrated(handle, windows, calibration)
     spectra = spectra_of(handle, statistics, progress=progress_line("Spectra"))
@@ -31,14 +34,15 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
             f"{row['weight_effective_rank']:>12.1f} {row['feature_effective_rank']:>12.1f} "
             f"{row['feature_rank_for_90_percent']:>10} {row['feature_rank_for_99_percent']:>10}"
         )
-    summary = describe(handle)
+    summary = {**describe(handle), **heads.describe()}
     del summary["layers"]
+    lines += ["", *coverage_lines(handle.coverage), *map(str, heads.dropped)]
     figures = statistics.describe(spectra, handle.layers)
     result: Result = {
         "model": summary,
         "layers": rows,
         "calibration": figures,
-        "warnings": [*notes_of(source.reference), *statistics.warnings()],
+        "warnings": [*notes_of(source.reference), *doubts, *statistics.warnings()],
     }
     if config is not None:
         found = top_directions(handle, windows, statistics, config)

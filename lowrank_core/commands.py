@@ -13,7 +13,7 @@ from lowrank_core.recipe import with_gradients
 from lowrank_core.runs import statistics_home
 from lowrank_core.text import WindowSet
 
-__all__ = ["calibrated", "fitting_context", "progress_line"]
+__all__ = ["calibrated", "coverage_warnings", "fitting_context", "progress_line"]
 
 
 def progress_line(label: str) -> Callable[[int, int], None]:
@@ -30,6 +30,14 @@ def progress_line(label: str) -> Callable[[int, int], None]:
 def fitting_context(source: ModelSource) -> int:
     """Return the default context, or what the model takes if that is less."""
     return min(TextConfig().context, max_context(source.reference) or TextConfig().context)
+
+
+def coverage_warnings(handle: ModelHandle, compression_ratio: float | None = None) -> tuple[str, ...]:
+    """Tell, before work is spent, that most of a model can't be compressed; return what was told."""
+    warning = handle.coverage.warning(compression_ratio)
+    if warning is not None:
+        print(f"warning: {warning}", file=sys.stderr)
+    return () if warning is None else (warning,)
 
 
 def calibrated(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, basis: str | None = None) -> LayerStatistics:

@@ -6,12 +6,13 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from lowrank_core.accounting import compression_ratio
 from lowrank_core.allocation import RankAllocation, Ranks
+from lowrank_core.coverage import Coverage
 from lowrank_core.decomposition import Bases
 from lowrank_core.errors import ConfigError
 from lowrank_core.factorization import FactorBasis
@@ -56,7 +57,8 @@ class CompressionReport:
     """Exact counts, before and after; ``compression_ratio`` over the compressible linears, ``model_…`` over all.
 
     FLOPs are those of weights for one token: ``linear_…`` of the compressible linears, ``model_…`` with the output head. Attention
-    scores, which grow with the context, are in neither. ``quantization`` is empty where the factors are floats.
+    scores, which grow with the context, are in neither. ``quantization`` is empty where the factors are floats. ``coverage`` says what the
+    dense model is made of, kind -> parameters (``lowrank_core.coverage``); it is empty in a record of an earlier version.
     """
 
     parameters_before: int
@@ -72,6 +74,16 @@ class CompressionReport:
     ranks: Ranks
     units: tuple[UnitCount, ...]
     quantization: str = ""
+    coverage: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dense_coverage(self) -> Coverage:
+        """What of the dense model can be compressed, and what is left alone and why."""
+        return (
+            Coverage.of(self.coverage.items())
+            if self.coverage
+            else Coverage.unrecorded(self.linear_parameters_before, self.parameters_before)
+        )
 
     @property
     def compression_ratio(self) -> float:
@@ -159,6 +171,7 @@ def assembled(handle: ModelHandle, layers: Mapping[str, nn.Module], bases: Bases
         model_flops_after=after + head,
         ranks=dict(ranks),
         units=units,
+        coverage=dict(handle.coverage.parameters),
     )
     return CompressedModel(smaller, report)
 

@@ -10,7 +10,7 @@ from lowrank_core.accounting import Unit
 from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, allocator_named, read_allocation, read_ranks
 from lowrank_core.bases import basis_named
 from lowrank_core.calibration import LayerStatistics
-from lowrank_core.commands import calibrated, progress_line
+from lowrank_core.commands import calibrated, coverage_warnings, progress_line
 from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
 from lowrank_core.decomposition import units_of
 from lowrank_core.errors import BudgetError, TextError
@@ -45,6 +45,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     allocation = _manual(request, units)  # bad ranks are told before minutes of calibration
     if request.compression_ratio is not None:
         check_reachable(units, request.compression_ratio, request.compression)
+    narrow = coverage_warnings(handle, request.compression_ratio)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
     test, lacks = _test_text(handle, text)
     statistics = calibrated(handle, windows, request.calibration, basis=request.compression.basis)
@@ -92,13 +93,14 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "linear_flops_before": report.linear_flops_before,
         "linear_flops_after": report.linear_flops_after,
         "perplexity": None if written.measured is None else written.measured.perplexity,
-        "warnings": [*notes_of(source.reference), *statistics.warnings(), *doubts],
+        "coverage": report.dense_coverage.to_mapping(),
+        "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],
         "seconds": time.perf_counter() - began,
     }
     result["text"] = (
         f"Wrote {request.out}: {report.compression_ratio:.1%} of the compressible linears' parameters removed "
         f"({report.linear_parameters_before:,} to {report.linear_parameters_after:,}), "
-        f"{report.model_compression_ratio:.1%} of the whole model."
+        f"{report.model_compression_ratio:.1%} of the whole model. {report.dense_coverage.statement()}."
     )
     return result
 

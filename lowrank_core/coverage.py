@@ -12,7 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-__all__ = ["COMPRESSIBLE", "KINDS", "LEAST_OUTPUTS", "Coverage", "CoverageRow", "Kind", "has_experts", "kind_by_name", "shown"]
+__all__ = [
+    "COMPRESSIBLE",
+    "KINDS",
+    "LEAST_OUTPUTS",
+    "Coverage",
+    "CoverageRow",
+    "Kind",
+    "coverage_lines",
+    "has_experts",
+    "kind_by_name",
+    "shown",
+]
 
 LEAST_OUTPUTS = 16
 """A map with fewer outputs (a one-row gate, a router over few experts) is left alone: its two factors save nothing that counts."""
@@ -172,6 +183,13 @@ class Coverage:
     def to_mapping(self) -> list[dict[str, object]]:
         """Return the table ready for JSON."""
         return [{"kind": r.kind, "label": r.label, "parameters": r.parameters, "share": r.share, "why": r.why} for r in self.rows]
+
+
+def coverage_lines(coverage: Coverage) -> list[str]:
+    """Return the table for a terminal, and what it says in a sentence."""
+    lines = [f"{'what the model is made of':42} {'parameters':>14} {'share':>8}  why it is left alone"]
+    lines += [f"{row.label:42} {row.parameters:>14,} {shown(row.share):>8}  {row.why}".rstrip() for row in coverage.rows]
+    return [*lines, f"{coverage.statement()}."]
 
 
 def shown(fraction: float) -> str:

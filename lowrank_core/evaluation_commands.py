@@ -9,6 +9,7 @@ from itertools import zip_longest
 
 from lowrank_core.commands import progress_line
 from lowrank_core.config import ModelSource, TextConfig, check_at_least, check_choice
+from lowrank_core.coverage import Coverage, shown
 from lowrank_core.evaluation import EvaluationReport, PositionRow, evaluate
 from lowrank_core.generation import Continuation, Sampling, side_by_side
 from lowrank_core.models import load_model
@@ -49,8 +50,13 @@ def evaluate_on(source: ModelSource, text: TextConfig, request: EvaluationReques
     Raises:
         ConfigError, ModelError, TextError: as for ``evaluate_on_texts``.
     """
-    (report,) = _reports(source, [text], request)
-    return {**report.to_mapping(), "model": source.reference, "text": _one(report)}
+    (report,), coverage = _reports(source, [text], request)
+    return {
+        **report.to_mapping(),
+        **_covered(coverage),
+        "model": source.reference,
+        "text": "\n".join([_one(report), *_removed(report, coverage)]),
+    }
 
 
 def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], request: EvaluationRequest) -> Result:
@@ -62,9 +68,14 @@ def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], request:
         TextError: a text is unknown, can't be read, or is too short; told before anything is measured.
         NumericalError: a window's loss is not finite.
     """
-    reports = _reports(source, texts, request)
+    reports, coverage = _reports(source, texts, request)
     rows = [{**report.to_mapping(), "model": source.reference} for report in reports]
-    return {"model": source.reference, "texts": rows, "text": _several(reports)}
+    return {
+        "model": source.reference,
+        "texts": rows,
+        **_covered(coverage),
+        "text": "\n".join([_several(reports), *_removed(reports[0], coverage)]),
+    }
 
 
 def continue_with(source: ModelSource, prompt: str, sampling: Sampling, against: str | None = None) -> Result:
@@ -79,14 +90,29 @@ def continue_with(source: ModelSource, prompt: str, sampling: Sampling, against:
     return {"prompt": prompt, **asdict(sampling), "continuations": [asdict(each) for each in found], "text": _columns(prompt, found)}
 
 
-def _reports(source: ModelSource, texts: Sequence[TextConfig], request: EvaluationRequest) -> list[EvaluationReport]:
-    """Measure, once every text is known to be there and long enough."""
+def _covered(coverage: Coverage | None) -> Result:
+    return {} if coverage is None else {"coverage": coverage.to_mapping()}
+
+
+def _removed(report: EvaluationReport, coverage: Coverage | None) -> list[str]:
+    """Return the line on what was removed from the dense model, and of how much of it."""
+    if coverage is None or report.compression_ratio is None or report.model_compression_ratio is None:
+        return []
+    removed = f"{shown(report.compression_ratio)} of the compressible linears, {shown(report.model_compression_ratio)} of the model"
+    return [f"parameters removed: {removed}. {coverage.statement()}."]
+
+
+def _reports(
+    source: ModelSource, texts: Sequence[TextConfig], request: EvaluationRequest
+) -> tuple[list[EvaluationReport], Coverage | None]:
+    """Measure, once every text is known to be there and long enough; return what the dense model is made of, too, where there is one."""
     for text in texts:
         open_text(text.reference)
     handle = load_model(source)
     dense = None if request.against is None else load_model(ModelSource(request.against, source.device, source.dtype))
     sets = [load_windows(text, handle.tokenizer, request.split, count=_count(text, request), stride=request.stride) for text in texts]
-    return [evaluate(handle, windows, against=dense, progress=progress_line(f"Evaluating {windows.dataset}")) for windows in sets]
+    found = [evaluate(handle, windows, against=dense, progress=progress_line(f"Evaluating {windows.dataset}")) for windows in sets]
+    return found, None if dense is None else dense.coverage
 
 
 def _count(text: TextConfig, request: EvaluationRequest) -> int | None:

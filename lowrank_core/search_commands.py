@@ -13,6 +13,7 @@ from lowrank_core.allocation import allocation_from_ranks, allocator_named, read
 from lowrank_core.bases import basis_named
 from lowrank_core.commands import calibrated, progress_line
 from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.coverage import Coverage
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.export import check_free, export, held_out
 from lowrank_core.models import load_model
@@ -51,9 +52,10 @@ class SearchPlace:
     complete: str | None = None
 
 
-def _figures(trial: TrialRecord) -> Result:
+def _figures(trial: TrialRecord, coverage: Coverage) -> Result:
+    ratio = trial.compression_ratio
     figures = {"trial": trial.number, "label": trial.label, "value": trial.value, "kl": trial.kl, "perplexity": trial.perplexity}
-    return {**figures, "compression_ratio": trial.compression_ratio}
+    return {**figures, "compression_ratio": ratio, "model_compression_ratio": None if ratio is None else coverage.of_model(ratio)}
 
 
 def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, config: SearchConfig, place: SearchPlace) -> Result:
@@ -76,16 +78,18 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         raise
     assert bench is not None
     if config.most_ratio is not None:
-        return _front_found(run, config)
+        return _front_found(run, config, session.handle.coverage)
     trials = read_trials(run)
-    best = _best_found(run, trials, config)
+    best, coverage = _best_found(run, trials, config), session.handle.coverage
+    assert best.compression_ratio is not None  # it is complete
     path = export_trial(run, session, bench, best.number)
-    baselines = {trial.label: _figures(trial) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
+    baselines = {trial.label: _figures(trial, coverage) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
     complete = sum(trial.finished for trial in trials)
     lines = [f"{name}: {config.objective} {figures['value']:.4g}" for name, figures in baselines.items()]
     lines.append(f"best of {complete} trials: trial {best.number} ({best.label}), {config.objective} {best.value:.4g}, on validation text")
+    removed = f"removed: {coverage.ratio_words(best.compression_ratio)}. {coverage.statement()}."
     return {
-        **_figures(best),
+        **_figures(best, coverage),
         "objective": config.objective,
         "ranks": dict(best.ranks),
         "export": path,
@@ -94,7 +98,8 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "pruned": sum(trial.state == "pruned" for trial in trials),
         "baselines": baselines,
         "confirmed": (confirmed := _confirmed(run)),
-        "text": "\n".join([*lines, *_confirmed_lines(confirmed), f"exported to {path}"]),
+        "coverage": coverage.to_mapping(),
+        "text": "\n".join([*lines, removed, *_confirmed_lines(confirmed), f"exported to {path}"]),
     }
 
 
@@ -123,26 +128,30 @@ def _best_found(run: Run, trials: list[TrialRecord], config: SearchConfig) -> Tr
     return best
 
 
-def _front_found(run: Run, config: SearchConfig) -> Result:
+def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
     trials = read_trials(run)
-    front = pareto_front(trials)
+    front = [(trial, trial.compression_ratio) for trial in pareto_front(trials) if trial.compression_ratio is not None]
     if not front:
         raise ConfigError(f"the search in {run.path} has no complete trial. Go on with `lowrank worker --run {run.path}`.")
     take = f"Take one of them with `lowrank export --run {run.path} --trial N --out DIR`."
-    lines = [f"{t.compression_ratio:.1%} removed: {config.objective} {t.value:.4g} (trial {t.number}, {t.label})" for t in front]
+    lines = [f"{coverage.ratio_words(ratio)} removed: {config.objective} {t.value:.4g} (trial {t.number}, {t.label})" for t, ratio in front]
     return {
         "objective": config.objective,
         "run": str(run.path),
         "trials": sum(trial.finished for trial in trials),
-        "front": [_figures(trial) for trial in front],
+        "front": [_figures(trial, coverage) for trial, _ in front],
+        "coverage": coverage.to_mapping(),
         "confirmed": (confirmed := _confirmed(run)),
-        "text": "\n".join(["Pareto front, on validation text:", *lines, *_confirmed_lines(confirmed), take]),
+        "text": "\n".join(["Pareto front, on validation text:", *lines, f"{coverage.statement()}.", *_confirmed_lines(confirmed), take]),
     }
 
 
 def _confirmed(run: Run) -> list[JsonMapping]:
     """Return what was measured on test text, the least KL first."""
-    names = ("perplexity", "perplexity_difference_interval", "dense_perplexity", "kl", "compression_ratio", "protocol")
+    names = (
+        *("perplexity", "perplexity_difference_interval", "dense_perplexity", "kl"),
+        *("compression_ratio", "model_compression_ratio", "protocol"),
+    )
     found: list[JsonMapping] = [
         {"trial": body.get("trial"), "label": body.get("label"), **{name: body["report"].get(name) for name in names}}
         for body in jobs.answered(run, "compare")
@@ -261,8 +270,10 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
         "trial": record.number,
         "compression_ratio": model.report.compression_ratio,
         "model_compression_ratio": model.report.model_compression_ratio,
+        "coverage": model.report.dense_coverage.to_mapping(),
         "ranks": dict(allocation.ranks),
         "form": written.form,
         "perplexity": None if written.measured is None else written.measured.perplexity,
-        "text": f"Wrote trial {record.number} to {out}: {model.report.compression_ratio:.1%} of the linears' parameters removed.",
+        "text": f"Wrote trial {record.number} to {out}: {model.report.compression_ratio:.1%} of the compressible linears' parameters "
+        f"removed, {model.report.model_compression_ratio:.1%} of the whole model. {model.report.dense_coverage.statement()}.",
     }

@@ -9,12 +9,26 @@ from lowrank_core.search.records import read_trials
 from lowrank_core.views.compare import comparisons, label_of, last_failure, other_texts, refusals
 from lowrank_core.views.healing import healings
 from lowrank_core.views.losses import window_table
+from lowrank_core.views.model import model_facts
 from lowrank_core.views.prompts import prompts
 from lowrank_core.views.runs import is_busy
 from lowrank_core.views.speed import speeds
 from lowrank_core.views.subjects import candidates, healable
 from lowrank_core.views.token_losses import strips
-from pages.components import asking, closer, healing, layout, measured, navigation, prompt, second_text, state, subjects, token_strip
+from pages.components import (
+    asking,
+    closer,
+    coverage,
+    healing,
+    layout,
+    measured,
+    navigation,
+    prompt,
+    second_text,
+    state,
+    subjects,
+    token_strip,
+)
 from pages.components import speeds as timing
 from pages.components.boundary import boundary, live
 
@@ -52,6 +66,7 @@ with boundary():
         st.error(f"The last request ({failure.kind}) failed: {failure.error}", icon=":material/error:")
     if found:
         measured.show_all(found)
+        coverage.show(model_facts(run))
     else:
         st.info("Nothing measured yet. Press “Measure on test text”: original and compressed see the same windows.", icon=":material/info:")
     measured.show_refusals(refusals(bodies))

@@ -8,7 +8,7 @@ from lowrank_core.config import RunConfig
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.runs import is_busy
 from lowrank_core.views.sources import check_model
-from pages.components import confirmed, layout, navigation, steering, study
+from pages.components import confirmed, coverage, layout, navigation, steering, study
 from pages.components.boundary import boundary, live
 from pages.components.search_form import search_form
 
@@ -31,6 +31,7 @@ with boundary():
 
     if run is not None and config.search is not None:
         steering.show(run, config.search, facts)
+        coverage.show(facts, config.search.compression_ratio)
         # The live part draws itself anew every second while a worker is at it, and only then.
         busy = is_busy(run)
         live(study.show, 1.0 if busy else None, run)

@@ -65,6 +65,8 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
     ]
     lines = [f"| {name} | {before:,} | {after:,} | {1 - after / before:.1%} |" for name, before, after in rows]
     table = _table(("", "before", "after", "removed"), lines)
+    coverage = report.dense_coverage
+    table += f"\n\nOf the base model, {coverage.statement()}. {coverage.ratio_words(report.compression_ratio)}."
     files = f"The files here hold {manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes ({manifest.stored_dtype})."
     if manifest.guards:
         files += f" {manifest.guards} empty tensors guard the compressed layers (see Loading): they hold no numbers and no bytes of data."

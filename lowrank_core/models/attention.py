@@ -1,4 +1,4 @@
-"""Which layers are an attention's value and output projections: seen in a forward pass, and verified by another one, not guessed from names.
+"""Which layers are an attention's value and output projections: seen in a forward pass, verified by another, not guessed from names.
 
 Notation::
 
@@ -226,11 +226,11 @@ def _gauge(unit: HeadUnit, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return rows, signs * 2.0**powers
 
 
-def _linear(weight: Tensor, bias: Tensor | None, like: nn.Module) -> nn.Module:
+def _linear(weight: Tensor, bias: Tensor | None, like: nn.Module) -> nn.Linear | Conv1D:
     """Return a layer of the kind of ``like`` with another matrix."""
     with torch.device("meta"):
         d_out, d_in = weight.shape
-        layer: nn.Module = Conv1D(d_out, d_in) if isinstance(like, Conv1D) else nn.Linear(d_in, d_out, bias=bias is not None)
+        layer: nn.Linear | Conv1D = Conv1D(d_out, d_in) if isinstance(like, Conv1D) else nn.Linear(d_in, d_out, bias=bias is not None)
     layer.weight = nn.Parameter((weight.T if isinstance(like, Conv1D) else weight).contiguous(), requires_grad=False)
-    layer.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+    layer.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
     return layer

@@ -145,7 +145,7 @@ class ModelHandle:
 
     def _parameters_of(self, names: Iterable[str]) -> int:
         """Return the parameters of linears, each once; with indices, int8 numbers and scales."""
-        counted = {id(p): p.numel() for name in names for p in self.module.get_submodule(name).parameters()}
+        counted: dict[int, int] = {id(p): p.numel() for name in names for p in self.module.get_submodule(name).parameters()}
         return sum(counted.values()) + self._indices + self._int8 + self._scales
 
     @property
@@ -221,7 +221,7 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
     """Return the dense linear layers of the decoder blocks, with the input that each reads.
 
     Which layers share an input is seen, not guessed: a forward pass over random tokens tells by the identity of the tensors.
-    What is left out (tied weights, routers, narrow maps, what the pass does not reach with every token) is told by ``ModelHandle.coverage``.
+    ``ModelHandle.coverage`` says what is left out: shared weights, routers, narrow maps, what the pass does not reach with every token.
 
     Raises:
         ModelError: the model has no list of decoder blocks.

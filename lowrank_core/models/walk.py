@@ -61,7 +61,12 @@ def _routers(block: nn.Module) -> set[int]:
     """Return ids of linears with as many outputs as the module that holds them has experts."""
     found: set[int] = set()
     for parent in block.modules():
-        sizes = {p.shape[0] for child in parent.children() for p in child.parameters(recurse=False) if p.ndim == 3 and not isinstance(child, _ConvNd)}
+        sizes = {
+            p.shape[0]
+            for child in parent.children()
+            for p in child.parameters(recurse=False)
+            if p.ndim == 3 and not isinstance(child, _ConvNd)
+        }
         found |= {id(child) for child in parent.children() if isinstance(child, nn.Linear) and child.weight.shape[0] in sizes}
     return found
 

@@ -28,7 +28,10 @@ def model_section(run: Run) -> Section:
     facts = model_facts(run)
     blocks: tuple[Block, ...] = (Note("missing", "The model was not read yet: model.json is written when it was."),)
     if facts is not None:
-        blocks = (_model_facts(facts), _module_types(facts))
+        warning = facts.coverage.warning()
+        notes = [Note("warning", f"{warning[0].upper()}{warning[1:]}")] if warning else []
+        notes += [Note("info", reason) for reason in facts.heads_dropped]
+        blocks = (*notes, _model_facts(facts), Note("info", f"{facts.coverage.statement()}."), _module_types(facts))
     return Section("model", "The model", "What is compressed, and how much of it can be?", blocks)
 
 

@@ -32,7 +32,7 @@ def search_section(run: Run) -> Section:
         blocks: tuple[Block, ...] = (Note("info", "This run only analyses the model: it has no search. `lowrank search` starts one."),)
     else:
         trials = read_trials(run)
-        blocks = (_choices(search), *(_found(run, search, trials) if trials else (_no_trial(run),)))
+        blocks = (_choices(search, model_facts(run)), *(_found(run, search, trials) if trials else (_no_trial(run),)))
     return Section("search", "The rank search", "How should a parameter budget be spent over the layers?", blocks)
 
 
@@ -40,13 +40,14 @@ def _no_trial(run: Run) -> Note:
     return Note("missing", f"No trial has begun yet. `lowrank worker --run {run.path}` goes on with this run.")
 
 
-def _choices(search: SearchConfig) -> Facts:
+def _choices(search: SearchConfig, facts: ModelFacts | None) -> Facts:
+    meaning = "of the compressible linears' parameters" if facts is None else facts.coverage.ratio_words(search.compression_ratio)
     compression = search.compression
     value_words = "value projections stay dense" if compression.value_dense else "value projections are compressed too"
     spent = "projected onto the budget" if search.projected else "as published, not projected onto the budget"
     return Facts(
         (
-            ("To remove", ratio_words(search), "of the compressible linears' parameters"),
+            ("To remove", ratio_words(search), meaning),
             ("Objective", OBJECTIVE_LABELS[search.objective], "on search-validation text; lower is better"),
             ("Sampler", SAMPLER_LABELS[search.sampler], f"seed {search.seed}, {search.startup_trials} points before its model"),
             ("Space", search.space, f"variables: {search.variables}; points are {spent}"),

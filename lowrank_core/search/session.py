@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from dataclasses import dataclass
 
 from lowrank_core.analysis import spectra_of
@@ -12,7 +13,7 @@ from lowrank_core.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.decomposition import error_curves, units_of
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.models import ModelHandle, describe, load_model
-from lowrank_core.models.attention import head_units
+from lowrank_core.models.attention import Heads, find_heads
 from lowrank_core.recipe import decompose, with_gradients
 from lowrank_core.runs import Run, statistics_home, write_json
 from lowrank_core.search.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
@@ -34,6 +35,8 @@ class Session:
     handle: ModelHandle
     windows: TokenWindows
     statistics: LayerStatistics
+    notes: tuple[str, ...] = ()
+    """What a user should know of the model: how little of it can be compressed, and what is not compressed by heads."""
 
 
 def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
@@ -50,20 +53,33 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
     with reporter.stage("Loading the model"):
         handle = load_model(config.model)
         meet(identity_of_model(handle))
+    heads = find_heads(handle)
+    notes = _notes(run, handle, heads)
+    reporter.say(warnings=notes)  # before work is spent
     with reporter.stage("Reading the text"):
         handle.check_context(config.text.context)
         windows = load_text(config.text, handle.tokenizer)
         meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
         if leads:
-            write_json(run.path / "model.json", {**describe(handle), "heads": [unit.describe() for unit in head_units(handle)]})
+            write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
             write_json(run.path / "text.json", windows.describe(config.text.seed))
     with reporter.stage("Calibrating", windows.calibration.windows) as progress:
         statistics, cached = cached_statistics(handle, windows.calibration, config.calibration, statistics_home(), progress=progress)
-    session = Session(handle, windows, statistics)
+    session = Session(handle, windows, statistics, notes)
     if leads:
         _describe(run, session, reporter, cached)
-    reporter.say(warnings=statistics.warnings())
+    reporter.say(warnings=(*notes, *statistics.warnings()))
     return session
+
+
+def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
+    search = run.config.search
+    warning = handle.coverage.warning(None if search is None else search.compression_ratio)
+    by_heads = search is not None and search.compression.heads
+    notes = (*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads))
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr, flush=True)
+    return notes
 
 
 def _describe(run: Run, session: Session, reporter: Reporter, cached: bool) -> None:
@@ -104,7 +120,7 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
     with reporter.stage("Factorising", len(units)) as progress:
         decomposed = decompose(handle, statistics, compression, progress=progress)
     allocator = "marginal" if config.variables == "errors" else ""
-    reporter.say(warnings=(*statistics.warnings(), *decomposed.warnings(allocator, weighted=config.slopes)))
+    reporter.say(warnings=(*session.notes, *statistics.warnings(), *decomposed.warnings(allocator, weighted=config.slopes)))
     windows = session.windows.validation
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
         reverse = config.objective == "bolaco"

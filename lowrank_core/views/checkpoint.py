@@ -1,6 +1,6 @@
 """What a checkpoint is made of, told by names and shapes before anything is loaded: what can be compressed, and what is left alone and why.
 
-The worker sees more than headers do (which layers share an input or a weight, what a pass reaches): once it is there, model.json comes first.
+The worker sees more than headers do (what layers share, what a pass reaches): once it is there, model.json comes first.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from lowrank_core.accounting import INDEX_BYTES, Unit, allocated_parameters, budget_for_ratio, dense_parameters
+from lowrank_core.accounting import INDEX_BYTES, Unit, allocated_parameters, budget_for_ratio, compression_ratio, dense_parameters
 from lowrank_core.allocation import ALLOCATORS, Ranks, allocation_from_ranks
 from lowrank_core.config import ExportConfig, SearchConfig
 from lowrank_core.errors import LowRankError
@@ -64,6 +64,12 @@ class Source:
     def request(self) -> dict[str, object]:
         """What tells it from others in a request to the worker."""
         return {"healed": self.healed} if self.healed else {"trial": self.trial}
+
+    def removed(self, units: Sequence[Unit]) -> float | None:
+        """Return the fraction of the compressible linears' parameters that its ranks remove; None where only the worker can tell."""
+        return (
+            None if self.ranks is None or not units else compression_ratio(dense_parameters(units), allocated_parameters(units, self.ranks))
+        )
 
 
 def trial_source(

@@ -12,7 +12,7 @@ from lowrank_core.views.formatting import count, percent, size
 from lowrank_core.views.preview import CHARACTERS_PER_TOKEN, TextPreview, preview_table, preview_warnings
 from lowrank_core.views.sources import hub_cache
 from lowrank_core.views.tree import ARRANGEMENTS, module_tree
-from pages.components import tables
+from pages.components import coverage, tables
 
 __all__ = ["fit_line", "notes", "show", "tree"]
 
@@ -77,6 +77,7 @@ def tree(model: ModelOnDisk, *, key: str) -> None:
         f"{facts.architecture} · {count(facts.parameters)} parameters, {percent(facts.compressible_share)} of them compressible · "
         f"{size(facts.bytes)} as {facts.dtype} in {files} · read from the headers, nothing is loaded"
     )
+    coverage.show(facts, from_headers=True)
     root = module_tree(model.parts, str(arrangement))
     with st.container(height=_TREE_HEIGHT if len(root.children) > _MOST_BRANCHES else "content", border=False, key=f"{key}_box"):
         st.html(tree_html(root))
@@ -94,7 +95,8 @@ def _not_here(reference: str) -> None:
 
 
 def fit_line(model: ModelOnDisk, config: RunConfig) -> None:
-    """Say in a line what a calibration takes; warn where it will not fit."""
+    """Say in a line what a calibration takes; warn where it will not fit, and where little of the model can be compressed."""
+    coverage.warn(model.facts)
     fit = fit_of(model.facts, config, this_machine())
     words = " and ".join(f"**{size(fit.needed(place))}** of {place} ({size(fit.free(place))} free)" for place in fit.places)
     if fit.short_of:

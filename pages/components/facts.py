@@ -13,7 +13,7 @@ from lowrank_core.views.calibration import CalibrationFacts, quality_table, qual
 from lowrank_core.views.formatting import count, duration, number, percent, size
 from lowrank_core.views.model import ModelFacts, module_table
 from lowrank_core.views.text import TextFacts, split_table
-from pages.components import before_start, navigation, tables
+from pages.components import before_start, coverage, navigation, tables
 from pages.components.boundary import boundary
 from pages.components.layout import figures_row
 from pages.components.loading import model_on_disk
@@ -34,11 +34,15 @@ def failure(run: Run) -> None:
 
 def model_section(model: ModelFacts, reference: str) -> None:
     st.subheader("What the model is made of", anchor=False)
+    coverage.warn(model)
     figures_row(
         {
             "Parameters": (count(model.parameters), f"{model.parameters:,}"),
             "Compressible": (count(model.compressible_parameters), "In linear layers of the blocks, biases counted."),
-            "Share compressible": (percent(model.compressible_share), "Of all parameters; the rest are embeddings, norms and the head."),
+            "Share compressible": (
+                percent(model.compressible_share),
+                "Of all parameters; the table says what the rest is, and why it is left alone.",
+            ),
             "Size": (size(model.bytes), f"Of the checkpoint; it is held as {model.dtype} while it is measured."),
             "Blocks × hidden": (f"{model.blocks} × {model.hidden:,}", "Number of blocks, and the width of the residual stream."),
             "Vocabulary": (
@@ -51,10 +55,13 @@ def model_section(model: ModelFacts, reference: str) -> None:
         f"{model.architecture} · {model.dtype} · {model.device or 'cpu'} · context up to {model.max_context or '–'} · "
         f"embeddings {'tied' if model.tied_embeddings else 'not tied'} · fingerprint `{model.fingerprint[:12] or '–'}`"
     )
+    coverage.show(model)
+    for reason in model.heads_dropped:
+        st.caption(reason)
     columns = {
-        "type": tables.text("Module type", width="medium"),
+        "type": tables.text("Module type, or what is left alone", width="medium"),
         "count": tables.whole("Count"),
-        "shape": tables.text("Shape (out × in)"),
+        "shape": tables.text("Shape (out × in), or why"),
         "break_even": tables.text("Break-even rank", "The largest rank whose two factors cost less than the matrix."),
         "parameters": tables.whole("Parameters"),
         "share": tables.share("Share of the model"),

@@ -9,7 +9,7 @@ from lowrank_core.views.draft import Bill, bill
 from lowrank_core.views.formatting import count, number, percent, size
 from lowrank_core.views.prediction import Trust, predicted_kl
 from lowrank_core.views.starts import rules
-from pages.components import state
+from pages.components import coverage, state
 from pages.components.hand_desk import Desk, edit, hint, note, step
 from pages.components.hand_start import budget_ratio
 from pages.components.layout import figures_row
@@ -42,6 +42,8 @@ def meter(desk: Desk, history: DraftHistory, trusted: Trust | None) -> None:
             "Predicted KL": (number(predicted), "The errors of all rows added up, nats per token: a prediction, not a measurement."),
         }
     )
+    coverage.show(desk.facts, cost.removed)
+    coverage.warn(desk.facts)
     if predicted is not None:
         st.caption(_predicted_words(predicted, trusted))
     if not cost.counts:

@@ -12,7 +12,7 @@ from lowrank_core.views.formatting import count, duration, percent
 from lowrank_core.views.model import ModelFacts
 from lowrank_core.views.plan import Plan, check_budget, time_estimate
 from lowrank_core.views.search import OBJECTIVE_LABELS
-from pages.components import search_options
+from pages.components import coverage, search_options
 from pages.components.boundary import boundary
 from pages.components.start import start
 
@@ -152,6 +152,8 @@ def _budget_line(config: RunConfig, facts: ModelFacts | None) -> bool:
         plan = check_budget(config, facts.matrices, facts.head_units)
         if plan is not None and config.search is not None:
             st.caption(_budget_words(plan, config.search, len(facts.matrices)))
+            coverage.show(facts, config.search.compression_ratio)
+            coverage.warn(facts, config.search.compression_ratio)
         return True
     return False
 

@@ -23,7 +23,7 @@ from lowrank_core.views.model import ModelFacts, model_facts
 from lowrank_core.views.planned import Planned, Source, files_of, folder_of, forms_table, healed_sources, planned, runtimes, trial_source
 from lowrank_core.views.reproduction import compress_command, export_command
 from lowrank_core.views.subjects import candidates, healable
-from pages.components import layout, navigation, state, tables
+from pages.components import coverage, layout, navigation, state, tables
 from pages.components.boundary import boundary
 
 __all__ = ["show"]
@@ -143,6 +143,7 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
             "Parameters": (_bounded(count(found.parameters), found), f"{found.parameters:,}: biases, indices and scales counted."),
         }
     )
+    coverage.show(facts, source.removed(units))
     if not found.exact:
         why = "its ranks are known once the worker has built it" if source.ranks is None else "a merge may add biases"
         st.caption(f"At most, because {why}: these are upper bounds.")

@@ -25,7 +25,7 @@ from lowrank_core.sensitivity.planning import planned_cells
 from lowrank_core.sensitivity.records import SensitivityCell, SensitivitySetting, append_cell, record_path
 from lowrank_core.spectra import LayerSpectrum, save_spectra
 
-BLOCKS, HIDDEN, FFN, VALUES = 3, 24, 48, 12
+BLOCKS, HIDDEN, FFN, VALUES = 3, 24, 48, 16
 KINDS = {
     "q_proj": (HIDDEN, HIDDEN),
     "k_proj": (VALUES, HIDDEN),

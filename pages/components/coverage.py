@@ -1,0 +1,26 @@
+"""How much of a model can be compressed: one statement for every page that shows a ratio."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.views.model import ModelFacts
+
+__all__ = ["show", "warn"]
+
+_FROM_HEADERS = "By names and shapes in the headers; which layers are reached, or share a weight, is known once the model is loaded."
+
+
+def show(facts: ModelFacts | None, ratio: float | None = None, *, from_headers: bool = False) -> None:
+    """Say how much can be compressed and what can't, and what a ratio of the linears means for the whole model."""
+    if facts is None:
+        return
+    meaning = "" if ratio is None else f"{facts.coverage.ratio_words(ratio)}. "
+    st.caption(f"{meaning}{facts.coverage.statement()}.{f' {_FROM_HEADERS}' if from_headers else ''}")
+
+
+def warn(facts: ModelFacts | None, ratio: float | None = None) -> None:
+    """Warn where most of what is not an embedding can't be compressed."""
+    warning = None if facts is None else facts.coverage.warning(ratio)
+    if warning is not None:
+        st.warning(f"{warning[0].upper()}{warning[1:]}", icon=":material/pie_chart:")
