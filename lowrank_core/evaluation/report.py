@@ -118,7 +118,7 @@ def evaluate(
         nll_stderr=nll.stderr,
         perplexity_interval=nll.interval(np.exp),
         parameters=handle.parameters,
-        compressible_parameters=handle.linear_parameters if against is None else handle.linear_parameters_beside(against),
+        compressible_parameters=handle.linear_parameters if against is None else handle.linear_parameters_beside(against)[0],
         bytes=handle.bytes,
         seconds=time.perf_counter() - began,
         window_nll=tuple(WindowScores.of(tokens, windows.scored).nll.tolist()),
@@ -133,14 +133,15 @@ def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: Toke
         return {}
     ours, theirs, kl, reverse, top1, top5 = _samples(tokens, windows)
     assert tokens.dense_nll is not None
+    kept, dense = handle.linear_parameters_beside(against)
     return {
         "dense_perplexity": _perplexity(theirs.mean),
         "dense_nll": theirs.mean,
         "dense_perplexity_interval": theirs.interval(np.exp),
         "dense_parameters": against.parameters,
-        "dense_compressible_parameters": against.linear_parameters_beside(handle),
+        "dense_compressible_parameters": dense,
         "dense_bytes": against.bytes,
-        "compression_ratio": 1 - handle.linear_parameters_beside(against) / against.linear_parameters_beside(handle),
+        "compression_ratio": 1 - kept / dense,
         "model_compression_ratio": 1 - handle.parameters / against.parameters,
         "kl": kl.mean,
         "kl_interval": kl.interval(),

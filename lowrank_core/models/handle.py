@@ -127,14 +127,21 @@ class ModelHandle:
     @property
     def linear_names(self) -> tuple[str, ...]:
         """Names of the linears that ``compression ratio`` counts: the compressible ones, and those that are low-rank already."""
-        low_rank = [name for name, child in self.module.named_modules() if isinstance(child, CompressedModule)]
-        return (*(layer.name for layer in self.layers), *low_rank)
+        return (*(layer.name for layer in self.layers), *self._low_rank_names)
 
-    def linear_parameters_beside(self, dense: ModelHandle) -> int:
-        """Return this model's parameters of the very linears that ``dense`` counts: two models, one list; its own where they differ."""
-        names = {*dense.linear_names, *self.linear_names}
-        there = {name for name, _ in self.module.named_modules()}
-        return self._parameters_of(names) if names <= there else self.linear_parameters
+    @property
+    def _low_rank_names(self) -> tuple[str, ...]:
+        return tuple(name for name, child in self.module.named_modules() if isinstance(child, CompressedModule))
+
+    def linear_parameters_beside(self, dense: ModelHandle) -> tuple[int, int]:
+        """Return the parameters of this model and of ``dense`` in one list of linears: what ``dense`` counts, or this one holds as factors.
+
+        Each has its own list where their architectures differ.
+        """
+        names = {*dense.linear_names, *self._low_rank_names}
+        if not all(names <= {name for name, _ in each.module.named_modules()} for each in (self, dense)):
+            return self.linear_parameters, dense.linear_parameters
+        return self._parameters_of(names), dense._parameters_of(names)
 
     @cached_property
     def coverage(self) -> Coverage:

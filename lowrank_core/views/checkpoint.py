@@ -108,13 +108,12 @@ def _note_of_missing_guards(checkpoint: Checkpoint) -> str:
 def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
     """Return every tensor in the order of the model: what is before the blocks, the blocks, what is after them."""
     stem = _stem(checkpoint.tensors)
-    names = {tensor.name for tensor in checkpoint.tensors}
     tied = _tied(checkpoint)
     experts = _blocks_with_experts(checkpoint.tensors, stem)
     parts = [_part(tensor, stem, checkpoint, tied, experts) for tensor in checkpoint.tensors]
     matrices = {part.module: part.kind for part in parts if part.kind in ("linear", "narrow")}
     parts = [_with_bias(part, matrices) for part in parts]
-    assert len(parts) == len(names)
+    assert len(parts) == len(checkpoint.names)
     return tuple(sorted(parts, key=_place))
 
 
@@ -172,6 +171,8 @@ def _inside(part: Part, checkpoint: Checkpoint, *, experts: bool) -> tuple[str, 
         if part.name.startswith(layer):
             empty = ("other", "empty: makes transformers refuse the folder where our package is absent")
             return replaced if prod(part.shape) else empty
+    if f"{part.module.rpartition('.')[0]}.A_log" in checkpoint.names and part.module.endswith(".dt_proj"):
+        return "unreached", "read by its weight, not called as a layer"  # of Mamba, first version
     kind = kind_by_name(part.path, _mapped(part.shape, checkpoint), experts=experts)
     if kind == "vector":
         return kind, "vector of a norm" if "norm" in part.path or "ln_" in part.path else "vector"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from pathlib import Path
 
@@ -51,6 +52,10 @@ class Checkpoint:
     tensors: tuple[StoredTensor, ...]
     files: tuple[str, ...]
     note: str = ""
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        return frozenset(tensor.name for tensor in self.tensors)
 
     def number(self, *names: str) -> int:
         """Return the first whole number that the config has under ``names``; 0 without one."""

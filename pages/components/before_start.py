@@ -77,7 +77,7 @@ def tree(model: ModelOnDisk, *, key: str) -> None:
         f"{facts.architecture} · {count(facts.parameters)} parameters, {percent(facts.compressible_share)} of them compressible · "
         f"{size(facts.bytes)} as {facts.dtype} in {files} · read from the headers, nothing is loaded"
     )
-    coverage.show(facts, from_headers=True)
+    coverage.show(facts)
     root = module_tree(model.parts, str(arrangement))
     with st.container(height=_TREE_HEIGHT if len(root.children) > _MOST_BRANCHES else "content", border=False, key=f"{key}_box"):
         st.html(tree_html(root))

@@ -11,12 +11,12 @@ __all__ = ["show", "warn"]
 _FROM_HEADERS = "By names and shapes in the headers; which layers are reached, or share a weight, is known once the model is loaded."
 
 
-def show(facts: ModelFacts | None, ratio: float | None = None, *, from_headers: bool = False) -> None:
+def show(facts: ModelFacts | None, ratio: float | None = None) -> None:
     """Say how much can be compressed and what can't, and what a ratio of the linears means for the whole model."""
     if facts is None:
         return
     meaning = "" if ratio is None else f"{facts.coverage.ratio_words(ratio)}. "
-    st.caption(f"{meaning}{facts.coverage.statement()}.{f' {_FROM_HEADERS}' if from_headers else ''}")
+    st.caption(f"{meaning}{facts.coverage.statement()}.{"" if facts.fingerprint else f" {_FROM_HEADERS}"}")
 
 
 def warn(facts: ModelFacts | None, ratio: float | None = None) -> None:
