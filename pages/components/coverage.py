@@ -16,7 +16,8 @@ def show(facts: ModelFacts | None, ratio: float | None = None) -> None:
     if facts is None:
         return
     meaning = "" if ratio is None else f"{facts.coverage.ratio_words(ratio)}. "
-    st.caption(f"{meaning}{facts.coverage.statement()}.{"" if facts.fingerprint else f" {_FROM_HEADERS}"}")
+    caveat = "" if facts.fingerprint else f" {_FROM_HEADERS}"
+    st.caption(f"{meaning}{facts.coverage.statement()}.{caveat}")
 
 
 def warn(facts: ModelFacts | None, ratio: float | None = None) -> None:
