@@ -27,6 +27,7 @@ TORCH_FREE = (
     "lowrank_core.run_care",
     "lowrank_core.config",
     "lowrank_core.accounting",
+    "lowrank_core.coverage",
     "lowrank_core.errors",
     "lowrank_core.heavy_tails",
     "lowrank_core.spectra",
@@ -55,7 +56,7 @@ TORCH_FREE = (
 STAGES = (
     {"errors", "registration"},
     {"weight_files"},
-    {"accounting", "heavy_tails", "records"},
+    {"accounting", "coverage", "heavy_tails", "records"},
     {"config"},
     {"runs", "linalg", "pivoting", "spectra", "curves", "allocation", "moments", "bases", "presets"},
     {"units", "catalogue", "pooling", "documents", "drafts"},
