@@ -69,11 +69,10 @@ def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], request:
         NumericalError: a window's loss is not finite.
     """
     reports, coverage = _reports(source, texts, request)
-    rows = [{**report.to_mapping(), "model": source.reference} for report in reports]
+    rows = [{**report.to_mapping(), **_covered(coverage), "model": source.reference} for report in reports]
     return {
         "model": source.reference,
         "texts": rows,
-        **_covered(coverage),
         "text": "\n".join([_several(reports), *_removed(reports[0], coverage)]),
     }
 
