@@ -224,6 +224,12 @@ class _Calibration:
             self._hidden.advance(block)
         return {group: accumulators.pop(group).finish() for group in list(accumulators)}, influence.finish()
 
+    @property
+    def stored_blocks(self) -> int:
+        """How many blocks ``folder`` has, from the first one on."""
+        assert self.folder is not None
+        return next((b for b in range(self.blocks) if not block_path(self.folder, "inputs", b).exists()), self.blocks)
+
     def store_blocks(self, progress: Progress | None) -> None:
         """Run the blocks that ``folder`` does not have, from the hidden states that it keeps; each block goes there at once."""
         assert self.folder is not None
@@ -293,7 +299,7 @@ def cached_statistics(
 
     def waiting() -> None:
         if progress is not None:
-            progress(0, calibration.total)
+            progress(calibration.stored_blocks * calibration.batches, calibration.total)
 
     with exclusive(folder, waiting):
         stored = load_statistics(folder, config)

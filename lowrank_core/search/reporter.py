@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lowrank_core.errors import Cancelled
 from lowrank_core.runs import Run, RunStatus, process_started
+from lowrank_core.search.pace import Pace
 
 __all__ = ["Reporter"]
 
@@ -89,15 +90,14 @@ class Reporter:
     def stage(self, name: str, total: int = 0) -> Iterator[Callable[[int, int], None]]:
         """Announce a stage and yield its progress callback; its time is recorded, and a line goes to the log of a detached worker."""
         self.check_stop()
-        began = time.perf_counter()
+        began, pace = time.perf_counter(), Pace()
         self.say(state="running", stage=name, done=0, total=total, eta_seconds=None)
         if self._verbose:
             print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
 
         def progress(done: int, total: int) -> None:
             self.check_stop()
-            elapsed = time.perf_counter() - began
-            eta = elapsed / done * (total - done) if done else None
+            eta = pace.remaining(done, total)
             with self._lock:
                 self._status = replace(self._status, done=done, total=total, eta_seconds=eta)
             if time.monotonic() - self._written > _WRITE_SECONDS:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import optuna
@@ -203,7 +203,7 @@ def _run_trials(desk: Desk, orders: _Orders) -> None:
         answer_requests(desk)
         requeue_lost(desk.run, study)
         helpers = len(desk.run.further_workers())
-        eta = sum(seconds) / len(seconds) * (config.trials - done) / (1 + helpers) if seconds else None
+        eta = _remaining(seconds, config.trials - done, workers=1 + helpers)
         stage = f"Searching ({phase(config, done)})"
         desk.reporter.say(state="running", stage=stage, done=done, total=config.trials, eta_seconds=eta)
         if done + running_trials(study) >= config.trials and not waiting_trials(study):
@@ -214,6 +214,11 @@ def _run_trials(desk: Desk, orders: _Orders) -> None:
         seconds.append(time.perf_counter() - began)
         log_trial(study, trial)
         failures.count(trial)
+
+
+def _remaining(seconds: Sequence[float], trials: int, *, workers: int) -> float | None:
+    """Return how long ``trials`` take ``workers`` by the trials of this session alone; None before its first one."""
+    return sum(seconds) / len(seconds) * max(0, trials) / workers if seconds else None
 
 
 def log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
