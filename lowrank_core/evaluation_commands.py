@@ -14,6 +14,7 @@ from lowrank_core.evaluation import EvaluationReport, PositionRow, evaluate
 from lowrank_core.generation import Continuation, Sampling, side_by_side
 from lowrank_core.models import load_model
 from lowrank_core.text import SPLITS, load_windows, open_text
+from lowrank_core.views.formatting import fixed, interval_words
 
 __all__ = ["EvaluationRequest", "continue_with", "evaluate_on", "evaluate_on_texts"]
 
@@ -119,16 +120,20 @@ def _count(text: TextConfig, request: EvaluationRequest) -> int | None:
 
 
 def _one(report: EvaluationReport) -> str:
-    lines = [f"perplexity {report.perplexity:.3f}  (95 % interval {_interval(report.perplexity_interval)})"]
+    lines = [f"perplexity {report.perplexity:.3f}  ({_interval(report.perplexity_interval)})"]
     if report.dense_perplexity is not None:
         lines += [
-            f"dense      {report.dense_perplexity:.3f}  (95 % interval {_interval(report.dense_perplexity_interval)})",
-            f"difference {_difference(report)}  (95 % interval, paired {_interval(report.perplexity_difference_interval)})",
-            f"KL {report.kl:.4f} nats per token ({_interval(report.kl_interval, 4)}), "
-            f"reverse KL {report.reverse_kl:.4f} ({_interval(report.reverse_kl_interval, 4)})",
+            f"dense      {report.dense_perplexity:.3f}  ({_interval(report.dense_perplexity_interval)})",
+            f"difference {_difference(report)}  ({_interval(report.perplexity_difference_interval, paired=True)})",
+            f"KL {_fixed(report.kl)} nats per token ({interval_words(report.kl_interval, 4)}), "
+            f"reverse KL {_fixed(report.reverse_kl)} ({interval_words(report.reverse_kl_interval, 4)})",
             f"top-1 agreement {report.top1_agreement:.1%}, top-5 {report.top5_agreement:.1%}",
         ]
-    return "\n".join([*lines, report.protocol, *_positions(report.by_position or ())])
+    return "\n".join([*lines, *_warnings(report), report.protocol, *_positions(report.by_position or ())])
+
+
+def _warnings(report: EvaluationReport) -> list[str]:
+    return [f"warning: {warning}" for warning in report.warnings]
 
 
 def _positions(rows: Sequence[PositionRow]) -> list[str]:
@@ -139,7 +144,7 @@ def _positions(rows: Sequence[PositionRow]) -> list[str]:
     lines = ["", head]
     for row in rows:
         span = f"{row.first}" if row.first == row.last else f"{row.first} to {row.last}"
-        more = f" {row.dense_nll:8.4f} {row.kl:8.4f} {row.top1_agreement:7.1%}" if beside else ""
+        more = f" {row.dense_nll:8.4f} {_fixed(row.kl):>8} {row.top1_agreement:7.1%}" if beside else ""
         lines.append(f"{span:>12} {row.tokens:>8} {row.nll:8.4f}{more}")
     return lines
 
@@ -149,24 +154,30 @@ def _several(reports: Sequence[EvaluationReport]) -> str:
     head = f"{'text':24} {'perplexity (95 %)':>28}"
     lines = [head + (f" {'dense':>9} {'difference (95 %)':>28} {'KL':>8} {'reverse':>8} {'top-1':>7} {'top-5':>7}" if beside else "")]
     for report in reports:
-        line = f"{report.dataset[:24]:24} {f'{report.perplexity:.3f} ({_interval(report.perplexity_interval)})':>28}"
+        line = f"{report.dataset[:24]:24} {f'{report.perplexity:.3f} ({interval_words(report.perplexity_interval, 3)})':>28}"
         if beside:
+            difference = f"{_difference(report)} ({interval_words(report.perplexity_difference_interval, 3)})"
             line += (
-                f" {report.dense_perplexity:>9.3f} {f'{_difference(report)} ({_interval(report.perplexity_difference_interval)})':>28}"
-                f" {report.kl:8.4f} {report.reverse_kl:8.4f} {report.top1_agreement:7.1%} {report.top5_agreement:7.1%}"
+                f" {report.dense_perplexity:>9.3f} {difference:>28}"
+                f" {_fixed(report.kl):>8} {_fixed(report.reverse_kl):>8} {report.top1_agreement:7.1%} {report.top5_agreement:7.1%}"
             )
-        lines += [line, f"  {report.protocol}"]
+        lines += [line, *(f"  {warning}" for warning in _warnings(report)), f"  {report.protocol}"]
     return "\n".join([*lines, *(["KL in nats per token."] if beside else [])])
 
 
 def _difference(report: EvaluationReport) -> str:
     assert report.dense_perplexity is not None
-    return f"{report.perplexity - report.dense_perplexity:+.3f}"
+    return fixed(report.perplexity - report.dense_perplexity, 3, signed=True)
 
 
-def _interval(ends: tuple[float, float] | None, digits: int = 3) -> str:
-    assert ends is not None
-    return f"{ends[0]:.{digits}f} to {ends[1]:.{digits}f}"
+def _fixed(value: float | None) -> str:
+    assert value is not None
+    return fixed(value, 4)
+
+
+def _interval(ends: tuple[float, float] | None, *, paired: bool = False) -> str:
+    """Return an interval with what it is; where there is none, that."""
+    return interval_words(ends, 3) if ends is None else f"95 % interval{', paired' if paired else ''} {interval_words(ends, 3)}"
 
 
 def _columns(prompt: str, found: Sequence[Continuation]) -> str:

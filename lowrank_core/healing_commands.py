@@ -17,6 +17,7 @@ from lowrank_core.healing.records import HealingReport, read_history
 from lowrank_core.models import load_model
 from lowrank_core.models.loading import resolve_reference
 from lowrank_core.text import load_windows
+from lowrank_core.views.formatting import fixed
 
 __all__ = ["HealRequest", "heal_folder"]
 
@@ -95,7 +96,8 @@ def _told(report: HealingReport, before: EvaluationReport, after: EvaluationRepo
     return "\n".join(
         [
             f"perplexity  dense {before.dense_perplexity:.3f}  one-shot {before.perplexity:.3f}  healed {after.perplexity:.3f}{recovered}",
-            f"KL          one-shot {before.kl:.5f}  healed {after.kl:.5f} nats per token",
+            f"KL          one-shot {fixed(before.kl or 0.0, 5)}  healed {fixed(after.kl or 0.0, 5)} nats per token",
+            *(f"warning: {warning}" for warning in before.warnings),
             before.protocol,
             f"{report.label}: {report.steps} steps, {report.tokens:,} tokens, {report.seconds:.0f} s, rate {report.learning_rate:.2g}; "
             f"{ends[report.stopped]}, {kept}.",

@@ -31,6 +31,7 @@ from lowrank_core.text import load_windows
 __all__ = ["SearchPlace", "enqueue", "export_from", "join", "join_study", "search_in", "work"]
 
 Result = dict[str, object]
+_FRONT = "Pareto front, on validation text:"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "baselines": baselines,
         "confirmed": (confirmed := _confirmed(run)),
         "coverage": coverage.to_mapping(),
-        "text": "\n".join([*lines, removed, *_confirmed_lines(confirmed), f"exported to {path}"]),
+        "warnings": (warnings := _warnings(run, confirmed)),
+        "text": "\n".join([*lines, removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]),
     }
 
 
@@ -142,8 +144,19 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
         "front": [_figures(trial, coverage) for trial, _ in front],
         "coverage": coverage.to_mapping(),
         "confirmed": (confirmed := _confirmed(run)),
-        "text": "\n".join(["Pareto front, on validation text:", *lines, f"{coverage.statement()}.", *_confirmed_lines(confirmed), take]),
+        "warnings": (warnings := _warnings(run, confirmed)),
+        "text": "\n".join([_FRONT, *lines, f"{coverage.statement()}.", *_confirmed_lines(confirmed), *_warning_lines(warnings), take]),
     }
+
+
+def _warnings(run: Run, confirmed: list[JsonMapping]) -> list[str]:
+    """Return why the figures may say less than they seem to, each reason once."""
+    told = [warning for row in confirmed for warning in row["warnings"]]
+    return list(dict.fromkeys([*run.status().dense_warnings, *told]))
+
+
+def _warning_lines(warnings: list[str]) -> list[str]:
+    return [f"warning: {each}" for each in warnings]
 
 
 def _confirmed(run: Run) -> list[JsonMapping]:
@@ -153,7 +166,12 @@ def _confirmed(run: Run) -> list[JsonMapping]:
         *("compression_ratio", "model_compression_ratio", "protocol"),
     )
     found: list[JsonMapping] = [
-        {"trial": body.get("trial"), "label": body.get("label"), **{name: body["report"].get(name) for name in names}}
+        {
+            "trial": body.get("trial"),
+            "label": body.get("label"),
+            **{name: body["report"].get(name) for name in names},
+            "warnings": body["report"].get("warnings", []),
+        }
         for body in jobs.answered(run, "compare")
     ]
     return sorted(found, key=lambda row: float(row["kl"]))

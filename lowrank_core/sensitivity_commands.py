@@ -64,14 +64,15 @@ def _run(folder: Path | None, new: NewRun | None) -> Run:
 
 
 def _told(run: Run, found: SensitivityOutcome) -> Result:
-    counted = f"{found.measured} cells measured now, {len(found.cells)} in {run.path}"
+    warnings, counted = run.status().dense_warnings, f"{found.measured} cells measured now, {len(found.cells)} in {run.path}"
     return {
         "run": str(run.path),
         "file": found.file,
         "measured": found.measured,
         "setting": asdict(found.setting),
         "cells": [asdict(cell) for cell in found.cells],
-        "text": "\n".join([*_lines(found.cells), _protocol(found), counted]),
+        "warnings": list(warnings),
+        "text": "\n".join([*_lines(found.cells), _protocol(found), *(f"warning: {warning}" for warning in warnings), counted]),
     }
 
 

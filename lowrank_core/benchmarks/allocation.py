@@ -16,6 +16,7 @@ from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench
 from lowrank_core.search.worker import run_worker
+from lowrank_core.views.formatting import fixed, interval_words
 
 __all__ = ["AllocationRow", "allocation_table"]
 
@@ -31,7 +32,7 @@ class AllocationRow:
     search_value: float
     perplexity: float
     dense_perplexity: float
-    difference_interval: tuple[float, float]
+    difference_interval: tuple[float, float] | None
     kl: float
     protocol: str
 
@@ -70,7 +71,6 @@ def _measured(run: Run, session: Session, bench: TrialBench, ratio: float, seed:
 
 def _row(report: EvaluationReport, *, ratio: float, seed: int, allocation: str, parameters: int, value: float) -> AllocationRow:
     assert report.dense_perplexity is not None
-    assert report.perplexity_difference_interval is not None
     assert report.kl is not None
     return AllocationRow(
         compression_ratio=ratio,
@@ -93,11 +93,10 @@ def as_markdown(rows: Sequence[AllocationRow]) -> str:
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for row in rows:
-        low, high = row.difference_interval
-        gap = row.perplexity - row.dense_perplexity
+        gap = fixed(row.perplexity - row.dense_perplexity, 3, signed=True)
         lines.append(
             f"| {row.compression_ratio:.0%} | {row.seed} | {row.allocation} | {row.parameters:,} | {row.search_value:.4f} "
-            f"| {row.perplexity:.3f} | +{gap:.3f} ({low:.3f} to {high:.3f}) | {row.kl:.4f} |"
+            f"| {row.perplexity:.3f} | {gap} ({interval_words(row.difference_interval, 3)}) | {fixed(row.kl, 4)} |"
         )
     protocols = sorted({f"Dense perplexity {row.dense_perplexity:.3f}; {row.protocol}." for row in rows})
     return "\n".join([*lines, "", *protocols])

@@ -24,6 +24,7 @@ from lowrank_core.search.desk import chosen_model
 from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.search.worker import run_worker
 from lowrank_core.text import TokenWindows, load_text
+from lowrank_core.views.formatting import NO_INTERVAL, fixed, interval_words
 
 __all__ = ["QualityRow", "as_markdown", "quality_table"]
 
@@ -192,10 +193,18 @@ def _distance(found: Mapping[float, QualityRow]) -> tuple[int, float]:
 
 
 def _cell(row: QualityRow | None) -> str:
-    if row is None or row.perplexity is None or row.dense_perplexity is None or row.difference_interval is None:
+    if row is None or row.perplexity is None or row.dense_perplexity is None:
         return "–"
-    low, high = row.difference_interval
-    return f"{row.perplexity - row.dense_perplexity:+.3f} ({low:+.3f} to {high:+.3f}), {row.kl or 0.0:.3g}"
+    return f"{_above(row, row.perplexity - row.dense_perplexity)}, {row.kl or 0.0:.3g}"
+
+
+def _above(row: QualityRow, difference: float) -> str:
+    """Return a difference of perplexities with its interval."""
+    return f"{fixed(difference, 3, signed=True)} ({interval_words(row.difference_interval, 3, signed=True)})"
+
+
+def _kl_words(row: QualityRow) -> str:
+    return NO_INTERVAL if row.kl_interval is None else f"{row.kl_interval[0]:.3g} to {row.kl_interval[1]:.3g}"
 
 
 def _details(rows: Sequence[QualityRow]) -> str:
@@ -212,13 +221,10 @@ def _cells(row: QualityRow) -> list[str]:
     head = [f"{row.compression_ratio:.0%}", row.label]
     if row.error:
         return [*head, "–", row.error, ""]
-    assert row.difference_interval is not None
-    assert row.kl_interval is not None
     perplexity, dense, kl = row.perplexity or math.nan, row.dense_perplexity or math.nan, row.kl or 0.0
-    (low, high), (least, most) = row.difference_interval, row.kl_interval
-    cells = [*head, f"{row.parameters:,}", f"{perplexity:.3f}", f"{perplexity - dense:+.3f} ({low:+.3f} to {high:+.3f})"]
-    cells += [f"{kl:.3g} ({least:.3g} to {most:.3g})", f"{row.top1_agreement or 0.0:.1%}"]
+    cells = [*head, f"{row.parameters:,}", f"{perplexity:.3f}", _above(row, perplexity - dense)]
+    cells += [f"{kl:.3g} ({_kl_words(row)})", f"{row.top1_agreement or 0.0:.1%}"]
     if row.int8_bytes is not None:
         small = (row.int8_perplexity or math.nan) - dense
-        cells += [f"{row.bytes:,}", f"{row.int8_bytes:,}", f"{small:+.3f}", f"{row.int8_kl or 0.0:.3g}"]
+        cells += [f"{row.bytes:,}", f"{row.int8_bytes:,}", fixed(small, 3, signed=True), f"{row.int8_kl or 0.0:.3g}"]
     return [*cells, f"{row.seconds or 0.0:.0f}"]

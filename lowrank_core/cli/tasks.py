@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
 from lowrank_core.cli.tables import aligned
-from lowrank_core.views.formatting import DASH
+from lowrank_core.views.formatting import DASH, fixed
 
 if TYPE_CHECKING:
     from lowrank_core.tasks import TaskScore, TasksReport
@@ -67,4 +67,5 @@ def _cells(score: TaskScore, *, beside: bool) -> list[str]:
 def _measured(value: float | None, stderr: float | None, sign: str = "") -> str:
     if value is None:
         return DASH
-    return f"{value:{sign}.4f}" if stderr is None else f"{value:{sign}.4f} ± {stderr:.4f}"
+    words = fixed(value, 4, signed=bool(sign))
+    return words if stderr is None else f"{words} ± {stderr:.4f}"

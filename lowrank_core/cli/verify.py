@@ -42,6 +42,6 @@ def _told(found: Verification) -> str:
     else:
         verdict = "the same to rounding" if found.ok else "NOT the same"
         lines.append(
-            f"recorded   {found.recorded:.6f}: {verdict} (difference {found.difference:+.2e}, rounding may make {found.tolerance:.0e})"
+            f"recorded   {found.recorded:.6f}: {verdict} (difference {found.difference:+z.2e}, rounding may make {found.tolerance:.0e})"
         )
     return "\n".join([*lines, found.protocol])

@@ -56,6 +56,6 @@ class Directions:
         """Return the same for a terminal: a line for each direction."""
         lines = [f"Top directions of the {self.side} of {self.module} ({self.protocol}); projections in standard deviations:"]
         for direction in self.directions:
-            words = ", ".join(f"{hit.token!r} {hit.projection:+.1f}" for hit in direction.tokens)
+            words = ", ".join(f"{hit.token!r} {hit.projection:+z.1f}" for hit in direction.tokens)
             lines.append(f"{direction.number:>4} {direction.share:>7.1%}  {words}")
         return "\n".join(lines)

@@ -48,8 +48,8 @@ class Sample:
         """Return both figures of the same windows, (n, 2): drawn together, their difference is paired."""
         return Sample(np.stack([self.means, other.means], axis=-1), self.counts)
 
-    def interval(self, statistic: Callable[[np.ndarray], np.ndarray] = lambda mean: mean) -> tuple[float, float]:
-        """Return the 95 % bootstrap interval of ``statistic`` of the mean."""
+    def interval(self, statistic: Callable[[np.ndarray], np.ndarray] = lambda mean: mean) -> tuple[float, float] | None:
+        """Return the 95 % bootstrap interval of ``statistic`` of the mean; None where there is none."""
         return bootstrap_interval(statistic, self.means, self.counts)
 
 
@@ -71,12 +71,15 @@ def sample_of(column: Tensor, windows: WindowSet) -> Sample:
 
 def bootstrap_interval(
     statistic: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, counts: np.ndarray | None = None, seed: int = 0
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """Return the 95 % percentile interval of ``statistic`` of the mean row, resampling rows (n,) or (n, k) of ``counts`` (n,) tokens.
 
     The mean of a draw is weighted by the counts, so it is a ratio of sums where they differ (Efron & Tibshirani, An Introduction to the
-    Bootstrap, ch. 13).
+    Bootstrap, ch. 13). None where nothing was seen of the spread: a single row, or rows that do not differ in ``statistic``. The interval
+    would have no width, and read as certainty.
     """
+    if len(rows) < 2:
+        return None
     generator = np.random.default_rng(seed)
     drawn = generator.integers(0, len(rows), size=(_BOOTSTRAP_SAMPLES, len(rows)))
     if counts is None:
@@ -85,4 +88,4 @@ def bootstrap_interval(
         weights = counts[drawn] / counts[drawn].sum(axis=1, keepdims=True)
         means = np.einsum("sn,sn...->s...", weights, rows[drawn])
     low, high = np.quantile(statistic(means), [0.025, 0.975])
-    return float(low), float(high)
+    return (float(low), float(high)) if high > low else None

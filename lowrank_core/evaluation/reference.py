@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from lowrank_core.errors import ConfigError, TextError
+from lowrank_core.evaluation.intervals import Sample
 from lowrank_core.evaluation.passes import Progress, batches_of, logits_of
 from lowrank_core.evaluation.tokens import TokenScores, score_coarse, score_logits, score_probabilities
 from lowrank_core.evaluation.tokens import outcomes as outcomes_of
+from lowrank_core.evaluation.warnings import uniform_warning
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
 
@@ -32,11 +34,22 @@ class DenseReference:
         indices: the k likeliest tokens (B, T - 1, k), int32, whose log-probabilities ``batches`` then holds (B, T - 1, k + 1), all the
             others together last: KL over these k + 1 outcomes is a lower bound of KL (by the log-sum inequality) that rises with k and
             is KL itself at the size of the vocabulary. Empty: every token is an outcome.
+        nll: -log p(token), mean of each window (windows,), in nats.
+        vocabulary: how many tokens there are.
     """
 
     batches: tuple[Tensor, ...]
     entropies: tuple[Tensor, ...] | None = None
     indices: tuple[Tensor, ...] = ()
+    nll: Tensor | None = None
+    vocabulary: int = 0
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What is to be said of a dense model that predicts nothing: whatever is compared with it looks perfect."""
+        if self.nll is None:
+            return ()
+        return uniform_warning(Sample(self.nll.numpy()), self.vocabulary, name="the dense model", compared=True)
 
     @classmethod
     def compute(
@@ -67,9 +80,10 @@ class DenseReference:
             raise ConfigError("the reverse KL divergence needs every token's probability; leave top-k at 0, or choose the objective kl.")
         kept = min(top_k, int(handle.module.config.vocab_size))
         _check_fits(handle, windows, kept, reverse)
-        batches, entropies, indices = [], [], []
+        batches, entropies, indices, losses = [], [], [], []
         for done, ids in batches_of(windows, batch_size, handle.device):
             logits = logits_of(handle.module, ids).float()
+            losses.append((logits.logsumexp(-1) - logits.gather(-1, ids[:, 1:, None]).squeeze(-1)).double().mean(1).cpu())
             if kept:
                 likeliest = logits.topk(kept, dim=-1).indices
                 indices.append(likeliest.to(torch.int32))
@@ -82,7 +96,8 @@ class DenseReference:
                 batches.append(probabilities.float())
             if progress is not None:
                 progress(done, windows.windows)
-        return cls(tuple(batches), tuple(entropies) or None, tuple(indices))
+        vocabulary = int(handle.module.config.vocab_size)
+        return cls(tuple(batches), tuple(entropies) or None, tuple(indices), torch.cat(losses), vocabulary)
 
     def score(self, index: int, logits: Tensor, ids: Tensor) -> TokenScores:
         """Compare the ``index``-th batch with the float32 ``logits`` (B, T - 1, vocabulary), which may be overwritten."""

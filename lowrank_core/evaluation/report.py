@@ -22,6 +22,7 @@ from lowrank_core.evaluation.passes import Progress
 from lowrank_core.evaluation.positions import PositionRow, position_rows
 from lowrank_core.evaluation.scoring import WindowScores, score_tokens
 from lowrank_core.evaluation.tokens import TokenScores
+from lowrank_core.evaluation.warnings import uniform_warning, window_warning
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
 
@@ -32,7 +33,8 @@ __all__ = ["EvaluationReport", "evaluate"]
 class EvaluationReport:
     """Figures of one model on one set of windows, with the protocol that they need.
 
-    Intervals are of 95 %, by bootstrap over windows (of a stride: over runs of windows that score about a context of tokens).
+    Intervals are of 95 %, by bootstrap over windows (of a stride: over runs of windows that score about a context of tokens). None where
+    there is none: from a single window, and where windows do not differ.
 
     Attributes:
         perplexity_difference_interval: of the difference to the dense model on the same windows (paired).
@@ -43,6 +45,7 @@ class EvaluationReport:
         window_nll, dense_window_nll: mean over the scored tokens of each window, in nats.
         stride: tokens from one window to the next where they overlap; None where they do not.
         by_position: the same figures over ranges of positions in the context.
+        warnings: what makes these figures say less than they seem to, in sentences.
     """
 
     dataset: str
@@ -55,7 +58,7 @@ class EvaluationReport:
     perplexity: float
     nll: float
     nll_stderr: float | None
-    perplexity_interval: tuple[float, float]
+    perplexity_interval: tuple[float, float] | None
     parameters: int
     compressible_parameters: int
     bytes: int
@@ -80,11 +83,14 @@ class EvaluationReport:
     stride: int | None = None
     by_position: tuple[PositionRow, ...] | None = None
     perplexity_ratio_interval: tuple[float, float] | None = None
+    warnings: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, object]:
-        """Return the report ready for JSON, without the figures beside a dense model if there was none."""
-        beside = {f.name for f in fields(self) if f.default is None}
-        found = {name: value for name, value in asdict(self).items() if value is not None or name not in beside}
+        """Return the report ready for JSON, without the figures beside a dense model if there was none; no interval is null."""
+        left_out = {f.name for f in fields(self) if f.default is None}
+        if self.dense_perplexity is not None:
+            left_out -= {name for name in left_out if name.endswith("_interval")}
+        found = {name: value for name, value in asdict(self).items() if value is not None or name not in left_out}
         if self.by_position is not None:
             found["by_position"] = [row.to_mapping() for row in self.by_position]
         return found
@@ -124,6 +130,7 @@ def evaluate(
         window_nll=tuple(WindowScores.of(tokens, windows.scored).nll.tolist()),
         stride=windows.stride,
         by_position=position_rows(tokens, windows.scored),
+        warnings=_warnings(handle, against, tokens, windows),
         **_beside_dense(handle, against, tokens, windows),  # type: ignore[arg-type]
     )
 
@@ -143,9 +150,9 @@ def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: Toke
         "dense_bytes": against.bytes,
         "compression_ratio": 1 - kept / dense,
         "model_compression_ratio": 1 - handle.parameters / against.parameters,
-        "kl": kl.mean,
+        "kl": max(0.0, kl.mean),  # below zero is rounding
         "kl_interval": kl.interval(),
-        "reverse_kl": reverse.mean,
+        "reverse_kl": max(0.0, reverse.mean),
         "reverse_kl_interval": reverse.interval(),
         "top1_agreement": top1.mean,
         "top5_agreement": top5.mean,
@@ -153,6 +160,15 @@ def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: Toke
         "perplexity_ratio_interval": ours.beside(theirs).interval(lambda pair: np.exp(pair[..., 0] - pair[..., 1])),
         "dense_window_nll": tuple(WindowScores.of(TokenScores(tokens.dense_nll), windows.scored).nll.tolist()),
     }
+
+
+def _warnings(handle: ModelHandle, against: ModelHandle | None, tokens: TokenScores, windows: WindowSet) -> tuple[str, ...]:
+    nll, vocabulary = sample_of(tokens.nll, windows), int(handle.module.config.vocab_size)
+    found = window_warning(nll)
+    if tokens.dense_nll is None:
+        return found + uniform_warning(nll, vocabulary, name="the model", compared=False)
+    dense = uniform_warning(sample_of(tokens.dense_nll, windows), vocabulary, name="the dense model", compared=True)
+    return found + (dense or uniform_warning(nll, vocabulary, name="the compressed model", compared=False))
 
 
 def _samples(tokens: TokenScores, windows: WindowSet) -> tuple[Sample, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lowrank_core.compression import CompressionReport
 from lowrank_core.export.base_model import BaseModel
 from lowrank_core.export.manifest import ExportManifest
+from lowrank_core.views.formatting import NO_INTERVAL, interval_words
 
 __all__ = ["model_card", "rank_rows", "with_todays_loading"]
 
@@ -101,20 +102,22 @@ def _figures(manifest: ExportManifest) -> str:
     parts = []
     rows = manifest.figures.get("perplexity")
     if isinstance(rows, Mapping):
-        lines = [f"| {name} | {row['perplexity']:.3f} | {_interval(row.get('interval'))} |" for name, row in rows.items()]
-        parts.append(f"{_table(('', 'perplexity', '95 % interval'), lines)}\n\nProtocol: {manifest.figures.get('protocol')}.")
+        lines = [f"| {name} | {row['perplexity']:.3f} | {interval_words(row.get('interval'), 3)} |" for name, row in rows.items()]
+        warnings = "".join(f"\n\n**Warning**: {warning}" for warning in _sentences(manifest.figures.get("warnings")))
+        parts.append(f"{_table(('', 'perplexity', '95 % interval'), lines)}{warnings}\n\nProtocol: {manifest.figures.get('protocol')}.")
     found = manifest.measured
     if found is not None:
-        low_high = _interval(found.perplexity_interval)
+        words = interval_words(found.perplexity_interval, 3)
+        low_high = words if words == NO_INTERVAL else f"95 % interval {words}"
         parts.append(
-            f"This folder, loaded and run in {found.protocol.dtype}: perplexity {found.perplexity:.3f} (95 % interval {low_high}). "
+            f"This folder, loaded and run in {found.protocol.dtype}: perplexity {found.perplexity:.3f} ({low_high}). "
             f"Protocol: {found.protocol.line}. `lowrank verify --model .` measures it again."
         )
     return "## Perplexity\n\n" + "\n\n".join(parts or ["Not measured when this was written."])
 
 
-def _interval(interval: Sequence[float] | None) -> str:
-    return "" if interval is None else f"{interval[0]:.3f} to {interval[1]:.3f}"
+def _sentences(found: object) -> list[str]:
+    return [str(sentence) for sentence in found] if isinstance(found, list | tuple) else []
 
 
 def _made(manifest: ExportManifest, base: BaseModel) -> str:

@@ -67,10 +67,10 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A perplexity, its 95 % interval, the mean NLL (nats) and its protocol; of the model as it was written."""
+    """A perplexity, its 95 % interval (None from one window), the mean NLL (nats) and its protocol; of the model as it was written."""
 
     perplexity: float
-    perplexity_interval: tuple[float, float]
+    perplexity_interval: tuple[float, float] | None
     nll: float
     protocol: Protocol
 
@@ -162,9 +162,9 @@ def measurement_from(body: Mapping[str, Any]) -> Measurement:
     Raises:
         KeyError, TypeError, ValueError, ConfigError: it is none.
     """
-    low, high = body["perplexity_interval"]
-    protocol = from_mapping(Protocol, body["protocol"])
-    return Measurement(float(body["perplexity"]), (float(low), float(high)), float(body["nll"]), protocol)
+    protocol, ends = from_mapping(Protocol, body["protocol"]), body["perplexity_interval"]
+    interval = None if ends is None else (float(ends[0]), float(ends[1]))
+    return Measurement(float(body["perplexity"]), interval, float(body["nll"]), protocol)
 
 
 def report_of(manifest: ExportManifest) -> CompressionReport:

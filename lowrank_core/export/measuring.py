@@ -76,7 +76,9 @@ def figures_of(report: Mapping[str, object], *, healed: Mapping[str, object] | N
         report, healed: ``EvaluationReport.to_mapping()`` of the one-shot compressed, and of the healed model.
     """
     rows = {"dense": _figure(report, "dense_"), "compressed": _figure(report, ""), "healed": _figure(healed or {}, "")}
-    return {"perplexity": {name: row for name, row in rows.items() if row["perplexity"] is not None}, "protocol": report.get("protocol")}
+    found = {"perplexity": {name: row for name, row in rows.items() if row["perplexity"] is not None}, "protocol": report.get("protocol")}
+    warnings = report.get("warnings")
+    return {**found, "warnings": list(warnings)} if isinstance(warnings, list | tuple) and warnings else found
 
 
 def _figure(report: Mapping[str, object], which: str) -> dict[str, object]:

@@ -35,7 +35,7 @@ def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure
 
 def _dots(table: pd.DataFrame, column: str, unit: float | None) -> go.Scatter:
     value, low, high = _with_ends(table, column, "low", "high")
-    words = [f"{v:+.4g}" + (f" ({a:+.3g} to {b:+.3g})" if b > a else "") for v, a, b in zip(value, low, high, strict=True)]
+    words = [f"{v:+z.4g}" + (f" ({a:+z.3g} to {b:+z.3g})" if b > a else "") for v, a, b in zip(value, low, high, strict=True)]
     at, least, most = (_placed(array, unit) for array in (value, low, high))
     marks = [_MARKS[kind] for kind in table["kind"]]
     return go.Scatter(

@@ -48,7 +48,7 @@ def quality_figure(rows: Sequence[Row]) -> go.Figure:
 
 def _dots(rows: Sequence[Row]) -> go.Scatter:
     values = [float(str(row["kl"])) for row in rows]
-    ends = [_interval(row["kl_interval"]) for row in rows]
+    ends = [_ends(row["kl_interval"], value) for row, value in zip(rows, values, strict=True)]
     return go.Scatter(
         x=values,
         y=[str(row["label"]) for row in rows],
@@ -69,7 +69,10 @@ def _dots(rows: Sequence[Row]) -> go.Scatter:
     )
 
 
-def _interval(value: object) -> tuple[float, float]:
-    assert isinstance(value, list | tuple)
-    low, high = value
+def _ends(interval: object, value: float) -> tuple[float, float]:
+    """Return the ends of a whisker; where there is no interval, it has no length."""
+    if interval is None:
+        return value, value
+    assert isinstance(interval, list | tuple)
+    low, high = interval
     return float(low), float(high)

@@ -81,7 +81,12 @@ def _end_labels(figure: go.Figure, ends: Sequence[tuple[str, float, float, str]]
             direct_label(figure, name, x=at, y=y, colour=colour)
 
 
-_HOVER = "%{x:.1%} kept, rank %{customdata[1]}<br>%{y:.3g} ± %{customdata[2]:.1g} nats<extra>%{customdata[0]}</extra>"
+_HOVER = "%{x:.1%} kept, rank %{customdata[1]}<br>%{y:.3g}%{customdata[2]} nats<extra>%{customdata[0]}</extra>"
+
+
+def _errors(rows: pd.DataFrame) -> list[str]:
+    """Return standard errors in words; nothing of a single window, which has none."""
+    return ["" if pd.isna(error) else f" ± {error:.1g}" for error in rows["kl_stderr"]]
 
 
 def types_figure(types: pd.DataFrame, module: pd.DataFrame, kinds: Sequence[str]) -> go.Figure:
@@ -119,7 +124,7 @@ def _curve(
         mode="lines+markers",
         line=line,
         marker={"size": 7, "symbol": symbol},
-        customdata=np.column_stack([[name or label] * len(rows), rows["rank"], rows["kl_stderr"]]),
+        customdata=np.column_stack([[name or label] * len(rows), rows["rank"], _errors(rows)]),
         hovertemplate=_HOVER,
     )
     drawn = rows.dropna(subset=["shown"])
@@ -143,9 +148,8 @@ def depth_figure(curves: pd.DataFrame, kinds: Sequence[str], chosen: MatrixShape
             opacity=1 - _FADE * index / max(1, len(ratios) - 1),
             line={"color": colour, "width": 2},
             marker={"size": 6},
-            customdata=rows[["name", "rank", "kl_stderr"]].to_numpy(),
-            hovertemplate="%{customdata[0]}, rank %{customdata[1]}<br>%{y:.3g} ± %{customdata[2]:.1g} nats<extra>"
-            + f"{ratio:.0%} kept</extra>",
+            customdata=rows[["name", "rank"]].assign(error=_errors(rows)).to_numpy(),
+            hovertemplate="%{customdata[0]}, rank %{customdata[1]}<br>%{y:.3g}%{customdata[2]} nats<extra>" + f"{ratio:.0%} kept</extra>",
         )
         drawn = rows.dropna(subset=["shown"])
         if not drawn.empty:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 
+from lowrank_core.views.formatting import fixed
 from lowrank_core.views.token_losses import TokenStrip
 
 __all__ = ["strip_html"]
@@ -22,7 +23,7 @@ def strip_html(strip: TokenStrip) -> str:
     columns = (strip.frame[name] for name in ("piece", "extra", "dense_nll", "nll", "kl", "dense_likeliest", "likeliest"))
     for piece, extra, dense, ours, kl, theirs, mine in zip(*columns, strict=True):
         tip = (
-            f"{extra:+.3f} nats; original {dense:.3f}, compressed {ours:.3f}, KL {kl:.3f}; "
+            f"{fixed(extra, 3, signed=True)} nats; original {fixed(dense, 3)}, compressed {fixed(ours, 3)}, KL {fixed(kl, 3)}; "
             f"likeliest: original {theirs!r}, compressed {mine!r}"
         )
         spans.append(f'<span title="{html.escape(tip, quote=True)}"{_style(extra, strip.scale)}>{_shown(piece)}</span>')

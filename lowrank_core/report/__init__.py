@@ -132,7 +132,7 @@ def _beginning(run: Run) -> Section:
             ("Time in stages", duration(sum(took) if took else None), "of the last worker; the trials come on top"),
         )
     )
-    notes = [Note("warning", warning) for warning in status.warnings]
+    notes = [Note("warning", warning) for warning in (*status.warnings, *status.dense_warnings)]
     if not run.recorded and is_working(status):
         now = " · ".join(word for word in (status.stage, status_words(status)) if word)
         notes.append(Note("warning", f"This run was at work when the report was written ({now or state}): figures are of that moment."))

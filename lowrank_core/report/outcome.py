@@ -11,9 +11,9 @@ from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Code, Folded, Note, Prose, Section, drawn, json_link, share, sized, table, text, value, whole
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.views.compare import Comparison, Confirmed, comparisons, confirmed
+from lowrank_core.views.compare import Comparison, Confirmed, comparisons, confirmed, warnings_of
 from lowrank_core.views.exported import Written, written_models
-from lowrank_core.views.formatting import DASH, number
+from lowrank_core.views.formatting import DASH, NO_INTERVAL, number
 from lowrank_core.views.losses import difference_table
 from lowrank_core.views.prompts import prompts
 from lowrank_core.views.reproduction import export_command, reproduction, test_command
@@ -33,7 +33,8 @@ def measured_section(run: Run) -> Section:
     found = comparisons(bodies)
     blocks: list[Block] = [Prose(_INTRODUCTION)] if found else []
     for protocol, alike in by_protocol(found).items():
-        blocks += [_differences(alike, protocol), *_tables(alike, protocol)]
+        warnings = [Note("warning", warning) for warning in warnings_of(alike)]
+        blocks += [*warnings, _differences(alike, protocol), *_tables(alike, protocol)]
     seen = confirmed(bodies, trials)
     blocks += [_confirmed(seen)] if seen is not None else []
     blocks += [*_verdicts(found), *_missing(run, found, bodies, trials), *_failures(bodies), *_continued(bodies)]
@@ -85,9 +86,9 @@ def _tables(found: Sequence[Comparison], protocol: str) -> tuple[Block, Block]:
         sized("bytes", "Size"),
     )
     shown = frame.assign(
-        interval=_ends(frame, "low", "high"),
-        difference_interval=_ends(frame, "difference_low", "difference_high"),
-        kl_interval=_ends(frame, "kl_low", "kl_high"),
+        interval=_ends(frame, "perplexity", "low", "high"),
+        difference_interval=_ends(frame, "difference", "difference_low", "difference_high"),
+        kl_interval=_ends(frame, "kl", "kl_low", "kl_high"),
     )
     return (
         table(shown, lost, caption=f"What is lost, dense beside compressed. {protocol}", file=file, data=frame),
@@ -95,9 +96,14 @@ def _tables(found: Sequence[Comparison], protocol: str) -> tuple[Block, Block]:
     )
 
 
-def _ends(frame: pd.DataFrame, low: str, high: str) -> list[str]:
-    pairs = zip(frame[low], frame[high], strict=True)
-    return [DASH if pd.isna(least) or pd.isna(most) else f"{number(least, 4)} to {number(most, 4)}" for least, most in pairs]
+def _ends(frame: pd.DataFrame, measured: str, low: str, high: str) -> list[str]:
+    """Return intervals in words; a dash where nothing was measured of which one could be."""
+    rows = zip(frame[measured], frame[low], frame[high], strict=True)
+    return [DASH if pd.isna(value) else _interval(least, most) for value, least, most in rows]
+
+
+def _interval(low: float, high: float) -> str:
+    return NO_INTERVAL if pd.isna(low) or pd.isna(high) else f"{number(low, 4)} to {number(high, 4)}"
 
 
 def _confirmed(seen: Confirmed) -> Block:
@@ -109,7 +115,9 @@ def _confirmed(seen: Confirmed) -> Block:
         value("kl", "KL on test text (nats per token)"),
         text("kl_interval", "95 % interval", short=True),
     )
-    shown = seen.frame.assign(interval=_ends(seen.frame, "low", "high"), kl_interval=_ends(seen.frame, "kl_low", "kl_high"))
+    shown = seen.frame.assign(
+        interval=_ends(seen.frame, "perplexity", "low", "high"), kl_interval=_ends(seen.frame, "kl", "kl_low", "kl_high")
+    )
     caption = f"Trials of the search by their validation value, confirmed on test text. {seen.protocol}"
     return table(shown, columns, caption=caption, file="confirmed", data=seen.frame)
 

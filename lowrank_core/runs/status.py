@@ -28,6 +28,7 @@ class RunStatus:
         eta_seconds: estimate for the rest of the stage; None where there is none.
         message: an error or a hint for the user.
         warnings: what the user should know of the results.
+        dense_warnings: why comparisons with the dense model may say nothing.
         pid, pid_started: the process, and its start time as the system tells it (a pid alone may be reused).
         heartbeat: time of this record, seconds since the epoch.
         earlier_stop: the stop (``Run.stop_asked``) that stood before the work in hand began, and does not end it.
@@ -46,6 +47,7 @@ class RunStatus:
     heartbeat: float = 0.0
     timings: Mapping[str, float] | None = None
     earlier_stop: int | None = None
+    dense_warnings: tuple[str, ...] = ()
 
     @property
     def active(self) -> bool:
@@ -73,7 +75,7 @@ def status_from(body: JsonMapping, path: Path) -> RunStatus:
         RunError: it is damaged.
     """
     try:
-        return RunStatus(**{**body, "warnings": tuple(body.get("warnings", ()))})
+        return RunStatus(**{**body, **{name: tuple(body.get(name, ())) for name in ("warnings", "dense_warnings")}})
     except TypeError as error:
         raise RunError(f"{path} is damaged: {error}. Delete the file, or the run.") from error
 

@@ -133,7 +133,9 @@ class SensitivityBench:
         """
         handle, top_k = self._session.handle, self._top_k
         with self._reporter.stage("Measuring the dense model", windows.windows) as progress:
-            return DenseReference.compute(handle, windows, batch_size=self._batch_size, reverse=not top_k, top_k=top_k, progress=progress)
+            found = DenseReference.compute(handle, windows, batch_size=self._batch_size, reverse=not top_k, top_k=top_k, progress=progress)
+        self._reporter.say(dense_warnings=found.warnings)
+        return found
 
 
 def _compression_of(run: Run) -> CompressionConfig:

@@ -125,6 +125,7 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
         reverse = config.objective == "bolaco"
         reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
+    reporter.say(dense_warnings=reference.warnings)
     curves = error_curves(decomposed.bases)
     if config.slopes:
         with reporter.stage("Measuring slopes", len(units)) as progress:

@@ -28,12 +28,13 @@ __all__ = [
     "last_failure",
     "other_texts",
     "refusals",
+    "warnings_of",
 ]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One compressed model measured on a text, the original beside it; intervals are of 95 %.
+    """One compressed model measured on a text, the original beside it; intervals are of 95 %, and empty where there is none.
 
     Attributes:
         label: an allocator's name, ``trial N`` or ``preset:NAME``; of a healed model with the method.
@@ -46,6 +47,7 @@ class Comparison:
         by_position: figures over ranges of positions, as ``views.losses`` reads them.
         flops, dense_flops: of weights for one token; None where they were not counted.
         compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model.
+        warnings: what makes these figures say less than they seem to.
         key: what a request calls the model, but for the number of a trial that a rule chose; see ``label_of``.
     """
 
@@ -87,6 +89,7 @@ class Comparison:
     flops: int | None = None
     dense_flops: int | None = None
     key: str = ""
+    warnings: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -173,13 +176,28 @@ def _comparison(body: JsonMapping, key: str, report: str = "report") -> Comparis
     healed = key.startswith(HEALED)
     return build(
         Comparison,
-        body.get(report, {}),
+        _measured_body(body, report),
         "a comparison",
         label=str(body.get("label")) if healed else key,
         form="healed" if healed else "one-shot",
         time=float(body.get("time", 0)),
         key=key,
     )
+
+
+def _measured_body(body: JsonMapping, report: str = "report") -> JsonMapping:
+    """Return what an answer says of a measurement, without intervals that have no width: older versions drew them from one window."""
+    found: JsonMapping = body.get(report, {})
+    return {name: value for name, value in found.items() if not (name.endswith("_interval") and _has_no_width(value))}
+
+
+def _has_no_width(value: object) -> bool:
+    return value is None or (isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1])
+
+
+def warnings_of(found: Sequence[Comparison]) -> list[str]:
+    """Return why comparisons may say less than they seem to, each reason once."""
+    return list(dict.fromkeys(warning for comparison in found for warning in comparison.warnings))
 
 
 def _told_apart(found: list[Comparison]) -> list[Comparison]:
@@ -225,10 +243,12 @@ class Confirmed:
         protocol: how, in words.
         frame: columns trial, name, value (on search-validation text), perplexity, low, high, kl, kl_low, kl_high; the original first,
             then by value.
+        warnings: why these figures may say less than they seem to.
     """
 
     protocol: str
     frame: pd.DataFrame
+    warnings: tuple[str, ...] = ()
 
 
 def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> Confirmed | None:
@@ -240,7 +260,7 @@ def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> C
     found = {
         number: build(
             Comparison,
-            body.get("report", {}),
+            _measured_body(body),
             "a comparison",
             label=str(body.get("label")),
             form="one-shot",
@@ -256,7 +276,7 @@ def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> C
         row = {"trial": number, "name": trial_label(trial), "value": trial.value, "perplexity": report.perplexity, "kl": report.kl}
         rows.append(_ends(row, report.perplexity_interval, report.kl_interval))
     frame = pd.DataFrame(rows, columns=["trial", "name", "value", "perplexity", "low", "high", "kl", "kl_low", "kl_high"])
-    return Confirmed(first.protocol, frame.astype({"trial": "Int64"}))
+    return Confirmed(first.protocol, frame.astype({"trial": "Int64"}), tuple(warnings_of(list(found.values()))))
 
 
 def _ends(row: dict[str, object], perplexity: Sequence[float], kl: Sequence[float]) -> dict[str, object]:

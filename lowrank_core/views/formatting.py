@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 
 __all__ = [
     "DASH",
+    "NO_INTERVAL",
     "age",
     "count",
     "duration",
+    "fixed",
     "interval",
+    "interval_words",
     "kind_label",
     "number",
     "percent",
@@ -21,12 +25,19 @@ __all__ = [
 ]
 
 DASH = "–"
+NO_INTERVAL = "no interval"
+"""Where something was measured of which no spread was seen: on one window, or on windows that do not differ."""
 _COUNTS = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from, unit, suffix
 _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def _missing(value: float | None) -> bool:
     return value is None or not math.isfinite(value)
+
+
+def fixed(value: float, digits: int, *, signed: bool = False) -> str:
+    """Return ``value`` with ``digits`` decimals; what rounds to zero is 0.0000, never -0.0000."""
+    return f"{value:{'+' if signed else ''}z.{digits}f}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -36,14 +47,14 @@ def number(value: float | None, digits: int = 3) -> str:
     if abs(value) >= 1e7:
         return f"{value:.{digits - 1}e}".replace("e+0", "e").replace("e+", "e")
     if value == 0 or abs(value) >= 10**digits:
-        return f"{value:,.0f}"
+        return f"{value:z,.0f}"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
     return f"{value:.{decimals}f}" if decimals <= 6 else f"{value:.{digits - 1}e}"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
     """Return a fraction in [0, 1] as percent."""
-    return DASH if value is None or _missing(value) else f"{100 * value:.{digits}f} %"
+    return DASH if value is None or _missing(value) else f"{fixed(100 * value, digits)} %"
 
 
 def count(value: float | None) -> str:
@@ -92,6 +103,14 @@ def shortened(text: str, most: int) -> str:
 def interval(low: float | None, high: float | None) -> str:
     """Return ``low to high``."""
     return DASH if low is None or high is None or _missing(low) or _missing(high) else f"{number(low)} to {number(high)}"
+
+
+def interval_words(ends: Sequence[float] | None, digits: int | None = None, *, signed: bool = False) -> str:
+    """Return the ends of a measured interval, with ``digits`` decimals or else three significant digits; words where there is none."""
+    if ends is None or len(ends) != 2 or _missing(ends[0]) or _missing(ends[1]) or ends[0] == ends[1]:
+        return NO_INTERVAL
+    low, high = (number(end) if digits is None else fixed(end, digits, signed=signed) for end in ends)
+    return f"{low} to {high}"
 
 
 def timestamp(seconds: float) -> str:

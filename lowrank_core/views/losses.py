@@ -11,7 +11,7 @@ import pandas as pd
 from lowrank_core.errors import RunError
 from lowrank_core.records import build
 from lowrank_core.views.compare import Comparison
-from lowrank_core.views.formatting import interval, number
+from lowrank_core.views.formatting import DASH, interval_words, number
 
 __all__ = ["LOST", "SAVED", "WindowTable", "comparison_table", "difference_table", "position_table", "window_table"]
 
@@ -43,9 +43,9 @@ def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
     frame = pd.DataFrame([dense, *(_row(comparison) for comparison in found)], columns=columns)
     numbers = [name for name in columns if name not in ("allocation", "form", *_WHOLE)]
     frame = frame.astype({**dict.fromkeys(numbers, float), **dict.fromkeys(_WHOLE, "Int64")})
-    for prefix in ("", "difference_", "kl_"):
-        ends = zip(frame[f"{prefix}low"], frame[f"{prefix}high"], strict=True)
-        frame[f"{prefix}interval"] = [interval(least, most) for least, most in ends]
+    for name, prefix in (("perplexity", ""), ("difference", "difference_"), ("kl", "kl_")):
+        rows = zip(frame[name], frame[f"{prefix}low"], frame[f"{prefix}high"], strict=True)
+        frame[f"{prefix}interval"] = [DASH if pd.isna(value) else interval_words((least, most)) for value, least, most in rows]
     return frame
 
 
@@ -116,7 +116,7 @@ class WindowTable:
         worst = float(self.frame["difference"].max())
         return (
             f"Mean difference {number(self.mean)} nats per token; better than the original on {100 * self.better:.0f} % of "
-            f"{len(self.frame)} windows; worst on window {self.worst} ({worst:+.3g})."
+            f"{len(self.frame)} windows; worst on window {self.worst} ({worst:+z.3g})."
         )
 
 

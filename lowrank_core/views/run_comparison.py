@@ -12,7 +12,7 @@ from lowrank_core.jobs import answers
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord, best_trial, read_trials
 from lowrank_core.views.compare import Comparison, comparisons, label_of
-from lowrank_core.views.formatting import interval
+from lowrank_core.views.formatting import interval_words
 from lowrank_core.views.model import ModelFacts, model_facts
 from lowrank_core.views.search import OBJECTIVE_LABELS
 from lowrank_core.views.summary import protocol_of
@@ -140,7 +140,7 @@ def _cells(row: _Row, value: str | None, test: str | None) -> dict[str, object]:
         "value": row.best.value if row.best else None,
         "value_group": value,
         "perplexity": row.measured.perplexity if row.measured else None,
-        "interval": interval(*ends) if len(ends) == 2 else None,
+        "interval": interval_words(ends) if row.measured else None,
         "original": row.measured.dense_perplexity if row.measured else None,
         "test_group": test,
     }

@@ -49,7 +49,7 @@ class TokenStrip:
     def words(self) -> str:
         extra = self.frame["extra"]
         return (
-            f"Mean extra loss {extra.mean():+.3g} nats per token; half of all that is lost lies in {_few(extra)} of {len(extra)} tokens; "
+            f"Mean extra loss {extra.mean():+z.3g} nats per token; half of all that is lost lies in {_few(extra)} of {len(extra)} tokens; "
             f"original {number(self.frame['dense_nll'].mean(), 4)}, compressed {number(self.frame['nll'].mean(), 4)} nats per token."
         )
 

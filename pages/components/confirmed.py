@@ -23,6 +23,8 @@ def show(run: Run) -> None:
     if found is None:
         return
     st.subheader("Confirmed on test text", anchor=False)
+    for warning in found.warnings:
+        st.warning(warning, icon=":material/warning:")
     st.caption(
         "No trial saw this text: the search went by search-validation text, so these figures are not the ones that were minimised. "
         f"Protocol: {found.protocol}. Intervals are of 95 %, over windows."

@@ -28,7 +28,7 @@ def failure(run: Run) -> None:
         st.error(f"This run failed. {status.message}", icon=":material/error:")
         with st.expander("End of the worker's log"):
             st.code(run.log_tail() or "The log is empty.", language=None)
-    for warning in status.warnings:
+    for warning in (*status.warnings, *status.dense_warnings):
         st.warning(warning, icon=":material/info:")
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from lowrank_core.figures.compare import difference_figure
-from lowrank_core.views.compare import Comparison
-from lowrank_core.views.formatting import count, interval, number, percent, size
+from lowrank_core.views.compare import Comparison, warnings_of
+from lowrank_core.views.formatting import count, interval_words, number, percent, size
 from lowrank_core.views.losses import LOST, SAVED, comparison_table, difference_table
 from lowrank_core.views.summary import protocol_of
 from pages.components import tables
@@ -22,6 +22,8 @@ _TABLES = {"lost": "What is lost", "saved": "What is saved"}
 
 def show_all(found: Sequence[Comparison]) -> None:
     """Draw everything that was measured in this run, beside the original."""
+    for warning in warnings_of(found):
+        st.warning(warning, icon=":material/warning:")
     table = difference_table(found)
     chart(
         difference_figure(table, found[0].dense_perplexity),
@@ -46,9 +48,14 @@ def headline(shown: Comparison) -> None:
     """Draw one model's figures as cards: what it loses, and what it saves."""
     change = shown.perplexity - shown.dense_perplexity
     cards = (
-        ("Perplexity, original", number(shown.dense_perplexity, 4), _interval(shown.dense_perplexity_interval), None),
-        ("Perplexity, compressed", number(shown.perplexity, 4), _interval(shown.perplexity_interval), None),
-        ("Difference", f"{change:+.3g}", _interval(shown.perplexity_difference_interval), "Compressed less original, paired by window."),
+        ("Perplexity, original", number(shown.dense_perplexity, 4), interval_words(shown.dense_perplexity_interval), None),
+        ("Perplexity, compressed", number(shown.perplexity, 4), interval_words(shown.perplexity_interval), None),
+        (
+            "Difference",
+            f"{change:+z.3g}",
+            interval_words(shown.perplexity_difference_interval),
+            "Compressed less original, paired by window.",
+        ),
         ("KL to the original", number(shown.kl), "nats per token", None),
         ("Top-1 agreement", percent(shown.top1_agreement), "of tokens", "Where both models rank the same token first."),
     )
@@ -62,10 +69,6 @@ def _card(label: str, value: str, below: str, meaning: str | None = None) -> Non
     with st.container(border=True, gap="xxsmall"):
         st.metric(label, value, help=meaning)
         st.caption(below)
-
-
-def _interval(ends: Sequence[float]) -> str:
-    return interval(*ends) if len(ends) == 2 else "–"
 
 
 def _sizes(shown: Comparison) -> None:

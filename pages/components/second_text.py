@@ -10,7 +10,7 @@ from lowrank_core import jobs
 from lowrank_core.figures.compare import ratio_figure
 from lowrank_core.runs import Run
 from lowrank_core.search.records import TrialRecord
-from lowrank_core.views.compare import Comparison
+from lowrank_core.views.compare import Comparison, warnings_of
 from lowrank_core.views.other_text import other_text
 from lowrank_core.views.sources import TEXTS, check_text
 from lowrank_core.views.subjects import Subject, unmeasured
@@ -47,6 +47,8 @@ def show(
     view = other_text(own, others[reference])
     if view is None:
         return
+    for warning in warnings_of(others[reference]):
+        st.warning(warning, icon=":material/warning:")
     st.markdown(view.words)
     chart(
         ratio_figure(view.frame, view.own or "the run's text", view.other),

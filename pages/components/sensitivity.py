@@ -46,6 +46,8 @@ def _show(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None
         return
     record = _setting(records)
     st.caption(views.protocol_words(record.setting))
+    for warning in run.status().dense_warnings:
+        st.warning(warning, icon=":material/warning:")
     cells = views.cell_table(record, facts.matrices, spectra)
     names = [matrix.name for matrix in facts.matrices]
     kinds = list(dict.fromkeys(matrix.kind for matrix in facts.matrices))

@@ -74,6 +74,8 @@ def _stage(run: Run, status: RunStatus, now: Progress) -> None:
         st.markdown(f"**{now.complete} of {now.wanted} trials complete**", width="content")
         doing = f"{status.stage} · {status_words(status)}".strip(" ·") if is_working(status) else STATE_WORDS.get(status.state, "")
         st.caption("recorded" if run.recorded else doing, width="content")
+    for warning in status.dense_warnings:
+        st.warning(warning, icon=":material/warning:")
     st.caption(_counts(now, 0 if run.recorded else len(living_workers(run))) or " ")
     if not run.recorded and (is_working(status) or now.complete < now.wanted):
         st.progress(min(1.0, now.complete / now.wanted) if now.complete else status.fraction or 0.0)

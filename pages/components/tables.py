@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pandas as pd
@@ -45,8 +46,23 @@ def table(
     alt: str | None = None,
 ) -> None:
     """Show the ``columns`` of ``frame``, in their order; a missing value is a dash. ``several`` rows can be picked, or one."""
+    frame = _without_negative_zeros(frame, columns)
     shown = [name for name in columns if name in frame.columns]
     picking = {"on_select": on_pick, "selection_mode": "multi-row" if several else "single-row"} if on_pick is not None else {}
     st.dataframe(
         frame, column_order=shown, column_config=columns, hide_index=True, height=height, key=key, placeholder="–", alt=alt, **picking
     )  # type: ignore[call-overload]
+
+
+def _without_negative_zeros(frame: pd.DataFrame, columns: ColumnConfig) -> pd.DataFrame:
+    """Return ``frame`` with 0 for what a column of so many decimals would show as -0.000."""
+    shown = {name: digits for name, config in columns.items() if name in frame.columns and (digits := _decimals(config)) is not None}
+    tiny = {name: frame[name].mask(frame[name].abs() < 0.5 * 10.0**-digits, 0.0) for name, digits in shown.items()}
+    return frame.assign(**tiny) if tiny else frame
+
+
+def _decimals(config: object) -> int | None:
+    """Return the decimals of a column that ``number`` made."""
+    kind = config.get("type_config") if isinstance(config, dict) else None
+    found = re.fullmatch(r"%\.(\d+)f", str(kind.get("format"))) if isinstance(kind, dict) else None
+    return int(found[1]) if found else None
