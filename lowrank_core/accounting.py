@@ -27,6 +27,7 @@ import numpy.typing as npt
 from lowrank_core.errors import BudgetError, ConfigError, RankError
 
 __all__ = [
+    "FLOPS_MEANING",
     "INDEX_BYTES",
     "STORAGES",
     "HeadUnit",
@@ -38,6 +39,9 @@ __all__ = [
     "dense_parameters",
     "module_type",
 ]
+
+FLOPS_MEANING = "The compressible linears and the output head, a multiply-add as two. Embeddings, norms and attention scores are left out."
+"""What the FLOPs of a whole model for one token count, wherever they are shown."""
 
 FLOAT_SLACK = 1e-6
 """Parameters; absorbs the rounding of ``(1 - ratio) * count``, so that a ratio like 0.3 costs no whole rank."""

@@ -17,7 +17,7 @@ from lowrank_core.decomposition import Bases
 from lowrank_core.errors import ConfigError
 from lowrank_core.factorization import FactorBasis
 from lowrank_core.head_factorization import HeadBasis
-from lowrank_core.models.handle import ModelHandle, weight_of
+from lowrank_core.models.handle import ModelHandle, head_flops, weight_of
 from lowrank_core.models.hf import replace_module
 from lowrank_core.models.pivoted import PivotedLinear
 from lowrank_core.models.storage import build_layers
@@ -156,7 +156,7 @@ def assembled(handle: ModelHandle, layers: Mapping[str, nn.Module], bases: Bases
     rest = tuple(layer for layer in handle.layers if layer.name not in layers)
     smaller = ModelHandle(handle.reference, module, handle.tokenizer, rest, handle.stored_dtype)
     units = tuple(_counted(bases[name], rank, layers, handle.stored_dtype.itemsize) for name, rank in ranks.items() if rank is not None)
-    flops, head = sum(2 * shape.d_out * shape.d_in for shape in handle.shapes), _head_flops(handle)
+    flops, head = sum(2 * shape.d_out * shape.d_in for shape in handle.shapes), head_flops(handle)
     after = flops + sum(unit.flops_per_token - unit.dense_flops_per_token for unit in units)
     report = CompressionReport(
         parameters_before=handle.parameters,
@@ -194,8 +194,3 @@ def _counted(basis: FactorBasis | HeadBasis, rank: int, layers: Mapping[str, nn.
         condition=basis.condition if math.isfinite(basis.condition) else None,
         largest_coefficient=max(coefficients) if coefficients else None,
     )
-
-
-def _head_flops(handle: ModelHandle) -> int:
-    head = handle.module.get_output_embeddings()
-    return 0 if head is None else 2 * int(head.weight.numel())

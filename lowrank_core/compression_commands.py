@@ -92,6 +92,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "ranks": dict(report.ranks),
         "linear_flops_before": report.linear_flops_before,
         "linear_flops_after": report.linear_flops_after,
+        "model_flops_before": report.model_flops_before,
+        "model_flops_after": report.model_flops_after,
         "perplexity": None if written.measured is None else written.measured.perplexity,
         "coverage": report.dense_coverage.to_mapping(),
         "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],

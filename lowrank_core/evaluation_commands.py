@@ -14,7 +14,7 @@ from lowrank_core.evaluation import EvaluationReport, PositionRow, evaluate
 from lowrank_core.generation import Continuation, Sampling, side_by_side
 from lowrank_core.models import load_model
 from lowrank_core.text import SPLITS, load_windows, open_text
-from lowrank_core.views.formatting import fixed, interval_words
+from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
 
 __all__ = ["EvaluationRequest", "continue_with", "evaluate_on", "evaluate_on_texts"]
 
@@ -125,8 +125,8 @@ def _one(report: EvaluationReport) -> str:
         lines += [
             f"dense      {report.dense_perplexity:.3f}  ({_interval(report.dense_perplexity_interval)})",
             f"difference {_difference(report)}  ({_interval(report.perplexity_difference_interval, paired=True)})",
-            f"KL {_fixed(report.kl)} nats per token ({interval_words(report.kl_interval, 4)}), "
-            f"reverse KL {_fixed(report.reverse_kl)} ({interval_words(report.reverse_kl_interval, 4)})",
+            f"KL {_fixed(report.kl)} nats per token ({fixed_interval(report.kl_interval, 4)}), "
+            f"reverse KL {_fixed(report.reverse_kl)} ({fixed_interval(report.reverse_kl_interval, 4)})",
             f"top-1 agreement {report.top1_agreement:.1%}, top-5 {report.top5_agreement:.1%}",
         ]
     return "\n".join([*lines, *_warnings(report), report.protocol, *_positions(report.by_position or ())])
@@ -154,9 +154,9 @@ def _several(reports: Sequence[EvaluationReport]) -> str:
     head = f"{'text':24} {'perplexity (95 %)':>28}"
     lines = [head + (f" {'dense':>9} {'difference (95 %)':>28} {'KL':>8} {'reverse':>8} {'top-1':>7} {'top-5':>7}" if beside else "")]
     for report in reports:
-        line = f"{report.dataset[:24]:24} {f'{report.perplexity:.3f} ({interval_words(report.perplexity_interval, 3)})':>28}"
+        line = f"{report.dataset[:24]:24} {f'{report.perplexity:.3f} ({fixed_interval(report.perplexity_interval, 3)})':>28}"
         if beside:
-            difference = f"{_difference(report)} ({interval_words(report.perplexity_difference_interval, 3)})"
+            difference = f"{_difference(report)} ({fixed_interval(report.perplexity_difference_interval, 3)})"
             line += (
                 f" {report.dense_perplexity:>9.3f} {difference:>28}"
                 f" {_fixed(report.kl):>8} {_fixed(report.reverse_kl):>8} {report.top1_agreement:7.1%} {report.top5_agreement:7.1%}"
@@ -177,7 +177,9 @@ def _fixed(value: float | None) -> str:
 
 def _interval(ends: tuple[float, float] | None, *, paired: bool = False) -> str:
     """Return an interval with what it is; where there is none, that."""
-    return interval_words(ends, 3) if ends is None else f"95 % interval{', paired' if paired else ''} {interval_words(ends, 3)}"
+    if ends is None:
+        return "no paired interval" if paired else NO_INTERVAL
+    return f"95 % interval{', paired' if paired else ''} {fixed_interval(ends, 3)}"
 
 
 def _columns(prompt: str, found: Sequence[Continuation]) -> str:

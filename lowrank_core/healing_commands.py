@@ -17,7 +17,7 @@ from lowrank_core.healing.records import HealingReport, read_history
 from lowrank_core.models import load_model
 from lowrank_core.models.loading import resolve_reference
 from lowrank_core.text import load_windows
-from lowrank_core.views.formatting import fixed
+from lowrank_core.wording import fixed
 
 __all__ = ["HealRequest", "heal_folder"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lowrank_core import jobs
@@ -22,7 +22,8 @@ from lowrank_core.runs import JsonMapping, Run, create_run, open_run
 from lowrank_core.search.desk import complete_trial
 from lowrank_core.search.identity import EXPORT, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.search.joining import join_run, run_of_study
-from lowrank_core.search.records import TrialRecord, best_trial, pareto_front, read_trials
+from lowrank_core.search.naming import model_name, trial_label
+from lowrank_core.search.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
 from lowrank_core.search.requests import export_trial, figures_of_trial, provenance_of
 from lowrank_core.search.storage import open_database
 from lowrank_core.search.worker import run_worker
@@ -85,9 +86,9 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
     assert best.compression_ratio is not None  # it is complete
     path = export_trial(run, session, bench, best.number)
     baselines = {trial.label: _figures(trial, coverage) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
-    complete = sum(trial.finished for trial in trials)
-    lines = [f"{name}: {config.objective} {figures['value']:.4g}" for name, figures in baselines.items()]
-    lines.append(f"best of {complete} trials: trial {best.number} ({best.label}), {config.objective} {best.value:.4g}, on validation text")
+    counts = counts_of(trials)
+    lines = [f"{model_name(name, trials)}: {config.objective} {figures['value']:.4g}" for name, figures in baselines.items()]
+    lines += [f"best: {trial_label(best)}, {config.objective} {best.value:.4g}, on validation text", counts.words]
     removed = f"removed: {coverage.ratio_words(best.compression_ratio)}. {coverage.statement()}."
     return {
         **_figures(best, coverage),
@@ -95,8 +96,9 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "ranks": dict(best.ranks),
         "export": path,
         "run": str(run.path),
-        "trials": complete,
-        "pruned": sum(trial.state == "pruned" for trial in trials),
+        "trials": counts.complete,
+        "pruned": counts.pruned,
+        "counts": asdict(counts),
         "baselines": baselines,
         "confirmed": (confirmed := _confirmed(run)),
         "coverage": coverage.to_mapping(),
@@ -136,16 +138,19 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
     if not front:
         raise ConfigError(f"the search in {run.path} has no complete trial. Go on with `lowrank worker --run {run.path}`.")
     take = f"Take one of them with `lowrank export --run {run.path} --trial N --out DIR`."
-    lines = [f"{coverage.ratio_words(ratio)} removed: {config.objective} {t.value:.4g} (trial {t.number}, {t.label})" for t, ratio in front]
+    lines = [f"{coverage.ratio_words(ratio)} removed: {config.objective} {t.value:.4g} ({trial_label(t)})" for t, ratio in front]
+    lines.append(f"{coverage.statement()}.")
+    counts = counts_of(trials)
     return {
         "objective": config.objective,
         "run": str(run.path),
-        "trials": sum(trial.finished for trial in trials),
+        "trials": counts.complete,
+        "counts": asdict(counts),
         "front": [_figures(trial, coverage) for trial, _ in front],
         "coverage": coverage.to_mapping(),
         "confirmed": (confirmed := _confirmed(run)),
         "warnings": (warnings := _warnings(run, confirmed)),
-        "text": "\n".join([_FRONT, *lines, f"{coverage.statement()}.", *_confirmed_lines(confirmed), *_warning_lines(warnings), take]),
+        "text": "\n".join([_FRONT, *lines, *_confirmed_lines(confirmed), *_warning_lines(warnings), counts.words, take]),
     }
 
 
@@ -165,10 +170,12 @@ def _confirmed(run: Run) -> list[JsonMapping]:
         *("perplexity", "perplexity_difference_interval", "dense_perplexity", "kl"),
         *("compression_ratio", "model_compression_ratio", "protocol"),
     )
+    trials = read_trials(run)
     found: list[JsonMapping] = [
         {
             "trial": body.get("trial"),
             "label": body.get("label"),
+            "name": model_name(str(body.get("label")), trials),
             **{name: body["report"].get(name) for name in names},
             "warnings": body["report"].get("warnings", []),
         }
@@ -181,7 +188,7 @@ def _confirmed_lines(confirmed: list[JsonMapping]) -> list[str]:
     if not confirmed:
         return []
     rows = [
-        f"  {row['label']}: perplexity {row['perplexity']:.3f} (dense {row['dense_perplexity']:.3f}), KL {row['kl']:.3g}"
+        f"  {row['name']}: perplexity {row['perplexity']:.3f} (dense {row['dense_perplexity']:.3f}), KL {row['kl']:.3g}"
         for row in confirmed
     ]
     return ["measured again on test text, which no trial saw:", *rows, f"  {confirmed[0]['protocol']}"]
@@ -222,9 +229,9 @@ def work(folder: Path, warm_seconds: float, *, keep_paused: bool = False, change
     if not keep_paused:
         run.pause_marker.unlink(missing_ok=True)
     run_worker(run, warm_seconds=warm_seconds)
-    complete = sum(trial.finished for trial in read_trials(run))
-    state = run.status().state
-    return {"run": str(run.path), "state": state, "trials": complete, "text": f"{run.path}: {state}, {complete} trials complete"}
+    counts, state = counts_of(read_trials(run)), run.status().state
+    words = f"{run.path}: {state}, {counts.words}"
+    return {"run": str(run.path), "state": state, "trials": counts.complete, "counts": asdict(counts), "text": words}
 
 
 def _change(run: Run, changes: Result) -> None:

@@ -58,7 +58,7 @@ with boundary():
         st.stop()
 
     bodies = answers(run)
-    found = comparisons(bodies)
+    found = comparisons(bodies, trials)
     picked = subjects.choose(run, options, trials, found)
     live(asking.waiting, 1.0 if is_busy(run) else None, run)
     failure = last_failure(bodies)
@@ -70,7 +70,7 @@ with boundary():
     else:
         st.info("Nothing measured yet. Press “Measure on test text”: original and compressed see the same windows.", icon=":material/info:")
     measured.show_refusals(refusals(bodies))
-    others = other_texts(bodies)
+    others = other_texts(bodies, trials)
     second_text.say(found, others)
 
     st.subheader("Look closer", anchor=False)
@@ -90,13 +90,13 @@ with boundary():
         (closer.windows if look == "windows" else closer.positions)(one)
     elif look == "tokens":
         worst = next((window_table(comparison) for comparison in found if comparison.key == first), None)
-        token_strip.show(run, {subject: options[subject] for subject in picked}, strips(bodies), worst)
+        token_strip.show(run, {subject: options[subject] for subject in picked}, strips(bodies, trials), worst)
     elif look == "text":
         second_text.show(run, picked, trials, found, others)
     elif look == "prompt":
-        prompt.show(run, picked, prompts(bodies))
+        prompt.show(run, picked, prompts(bodies, trials))
     elif look == "speed":
-        timing.show(run, picked, speeds(bodies))
+        timing.show(run, picked, speeds(bodies, trials))
 
     made = healable(options)
     trial = next((subject for subject in picked if subject in made), next(iter(made)))

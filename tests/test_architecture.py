@@ -54,7 +54,7 @@ TORCH_FREE = (
 """What the dashboard's process is made of."""
 
 STAGES = (
-    {"errors", "registration"},
+    {"errors", "registration", "wording"},
     {"weight_files"},
     {"accounting", "coverage", "heavy_tails", "records"},
     {"config"},

@@ -32,6 +32,7 @@ from lowrank_core.jobs import answers
 from lowrank_core.presets import PRESETS, search_by
 from lowrank_core.report import report_html, write_report
 from lowrank_core.runs import Run, RunStatus, create_run, open_run, recorded_run, write_json
+from lowrank_core.search.naming import trial_label
 from lowrank_core.search.records import TrialRecord, read_trials
 from lowrank_core.search.worker import run_worker
 from lowrank_core.views.calibration import calibration_facts
@@ -219,7 +220,7 @@ def test_trials_and_the_best_value_are_those_of_the_search(recorded: Run, page: 
 
 
 def test_perplexities_and_intervals_are_those_of_the_comparison(recorded: Run, page: Page):
-    found = comparisons(answers(recorded))
+    found = comparisons(answers(recorded), read_trials(recorded))
     table = comparison_table(found)
     frame = page.frame("test-python-stdlib-test.csv")
     for ours, theirs in (("model", "allocation"), ("perplexity",) * 2, ("low",) * 2, ("high",) * 2, ("kl",) * 2, ("bytes",) * 2):
@@ -235,7 +236,7 @@ def test_perplexities_and_intervals_are_those_of_the_comparison(recorded: Run, p
 
 
 def test_the_best_searched_model_is_looked_at_closely(recorded: Run, page: Page, best: TrialRecord):
-    (shown,) = [found for found in comparisons(answers(recorded)) if found.name == f"trial {best.number}"]
+    (shown,) = [found for found in comparisons(answers(recorded), read_trials(recorded)) if found.name == trial_label(best)]
     view, positions = window_table(shown), position_table(shown)
     assert view is not None
     assert f"{shown.name}: {view.words}" in page.text
@@ -255,9 +256,9 @@ def test_of_baselines_alone_the_best_is_looked_at():
 
 
 def test_the_second_text_stands_beside_the_own_one_as_on_the_compare_page(recorded: Run, page: Page):
-    bodies = answers(recorded)
-    ((reference, found),) = other_texts(bodies).items()
-    view = other_text(comparisons(bodies), found)
+    bodies, trials = answers(recorded), read_trials(recorded)
+    ((reference, found),) = other_texts(bodies, trials).items()
+    view = other_text(comparisons(bodies, trials), found)
     assert view is not None
     assert view.words in page.text
     assert f"{view.own_protocol}. {view.other_protocol}." in page.text
@@ -270,7 +271,7 @@ def test_the_second_text_stands_beside_the_own_one_as_on_the_compare_page(record
 
 
 def test_every_text_that_was_read_token_by_token_is_there_with_its_worst_tokens(recorded: Run, page: Page):
-    found = strips(answers(recorded))
+    found = strips(answers(recorded), read_trials(recorded))
     assert len(found) == 3
     assert len([figure for figure in page.all("figure") if figure.get("class") == "strip"]) == 3
     coloured = [span for span in page.all("span") if "background-color" in str(span.get("style"))]
@@ -286,7 +287,7 @@ def test_every_text_that_was_read_token_by_token_is_there_with_its_worst_tokens(
 
 
 def test_speed_and_memory_are_those_of_the_compare_page(recorded: Run, page: Page):
-    (speed,) = speeds(answers(recorded))
+    (speed,) = speeds(answers(recorded), read_trials(recorded))
     assert f"Memory of {speed.name}: {speed.memory}." in page.text
     rows = page.rows(f"{speed.name} beside the original. {speed.protocol}")
     told = speed_table(speed)
@@ -418,7 +419,7 @@ def test_a_protocol_is_never_mixed_with_another():
     write_json(run.path / "results" / "9.json", other)
     page = report(run)
     assert len(by_protocol(comparisons(answers(run)))) == 2
-    assert [row["Model"] for row in page.rows("What is lost, dense beside compressed. wikitext-2")] == ["Original", "trial 5"]
+    assert [row["Model"] for row in page.rows("What is lost, dense beside compressed. wikitext-2")] == ["Original", "Trial 5"]
     assert len([name for name in charts(page) if name.startswith("perplexity")]) == 2
 
 
@@ -428,7 +429,7 @@ def test_negative_results_are_said():
     for index, body in enumerate(bodies):
         write_json(run.path / "results" / f"{index + 1}.json", body)
     page = report(run)
-    assert "No searched trial is better than Uniform (24.533)" in page.text
+    assert "No searched trial is better than Uniform (trial 0) (24.533)" in page.text
     assert "A request (export) failed: disk full" in page.text
 
 
@@ -463,11 +464,11 @@ def test_second_texts_strips_and_timings_of_several_models_stand_by_themselves()
     assert charts(page)[-3:] == ["second-text-1", "second-text-2", "speedups"]
     own = "Every model on both texts. python-stdlib, test split, 4 windows of 32 tokens."
     (row,) = page.rows(f"{own} ptb, test split, 4 windows of 32 tokens.")
-    assert (row["Model"], row["Ratio on python-stdlib"]) == ("trial 5", "–")
-    assert [row["Model"] for row in page.rows(f"{own} file:notes.txt")] == ["Uniform"]
-    assert [row["Token"] for row in page.rows("The tokens on which trial 3 lost most")] == ["␣<", "␣b", "␣a", ":⏎"]
+    assert (row["Model"], row["Ratio on python-stdlib"]) == ("Trial 5", "–")
+    assert [row["Model"] for row in page.rows(f"{own} file:notes.txt")] == ["Uniform (trial 0)"]
+    assert [row["Token"] for row in page.rows("The tokens on which Trial 3 lost most")] == ["␣<", "␣b", "␣a", ":⏎"]
     assert [row["Extra loss (nats)"] for row in page.rows("The tokens on which Uniform lost most")] == ["2.00", "0.100", "0", "-0.500"]
-    assert "Memory of trial 3 was not measured." in page.text
+    assert "Memory of Trial 3 was not measured." in page.text
     assert "Memory of Uniform: peak of a fresh process." in page.text
     timed = page.rows("Uniform beside the original. batch 1, prompts of 8 random tokens")
     assert timed[1]["Times as fast"] == "2.00 (1.80 to 2.20)"
@@ -480,7 +481,7 @@ def test_healings_are_told_with_their_curve_and_a_row_of_their_own():
     page = report(run)
     assert "40 steps on 4,000 tokens in 40 s" in page.text
     assert "0.300 before, 0.250 after" in page.text
-    assert "trial 3, healed by distill" in page.text
+    assert "Trial 3, healed by distill" in page.text
 
 
 def test_models_on_disk_are_listed_and_those_that_went_are_said_to_be_gone():
@@ -494,8 +495,8 @@ def test_models_on_disk_are_listed_and_those_that_went_are_said_to_be_gone():
     (folder / "model.safetensors").write_bytes(b"0" * 2048)
     rows = report(run).rows("Compressed models on disk")
     assert [(row["Allocation"], row["Removed, linears"], row["When this was written"]) for row in rows] == [
-        ("trial 5", "30.00 %", "there, merged"),
-        ("trial 3", "–", "gone"),
+        ("Trial 5", "30.00 %", "there, merged"),
+        ("Trial 3", "–", "gone"),
     ]
     assert (rows[0]["Weight files"], rows[0]["Perplexity as written"], rows[1]["Perplexity as written"]) == ("2.00 KiB", "24.500", "–")
     assert rows[0]["Read again in a fresh process"] == "perplexity 25.500, recorded 24.500: NOT what was recorded"

@@ -16,7 +16,7 @@ from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.search.session import Session
 from lowrank_core.search.study import TrialBench
 from lowrank_core.search.worker import run_worker
-from lowrank_core.views.formatting import fixed, interval_words
+from lowrank_core.wording import fixed, fixed_interval
 
 __all__ = ["AllocationRow", "allocation_table"]
 
@@ -96,7 +96,7 @@ def as_markdown(rows: Sequence[AllocationRow]) -> str:
         gap = fixed(row.perplexity - row.dense_perplexity, 3, signed=True)
         lines.append(
             f"| {row.compression_ratio:.0%} | {row.seed} | {row.allocation} | {row.parameters:,} | {row.search_value:.4f} "
-            f"| {row.perplexity:.3f} | {gap} ({interval_words(row.difference_interval, 3)}) | {fixed(row.kl, 4)} |"
+            f"| {row.perplexity:.3f} | {gap} ({fixed_interval(row.difference_interval, 3)}) | {fixed(row.kl, 4)} |"
         )
     protocols = sorted({f"Dense perplexity {row.dense_perplexity:.3f}; {row.protocol}." for row in rows})
     return "\n".join([*lines, "", *protocols])

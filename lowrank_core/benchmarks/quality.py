@@ -24,7 +24,7 @@ from lowrank_core.search.desk import chosen_model
 from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.search.worker import run_worker
 from lowrank_core.text import TokenWindows, load_text
-from lowrank_core.views.formatting import NO_INTERVAL, fixed, interval_words
+from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
 
 __all__ = ["QualityRow", "as_markdown", "quality_table"]
 
@@ -200,7 +200,7 @@ def _cell(row: QualityRow | None) -> str:
 
 def _above(row: QualityRow, difference: float) -> str:
     """Return a difference of perplexities with its interval."""
-    return f"{fixed(difference, 3, signed=True)} ({interval_words(row.difference_interval, 3, signed=True)})"
+    return f"{fixed(difference, 3, signed=True)} ({fixed_interval(row.difference_interval, 3, signed=True)})"
 
 
 def _kl_words(row: QualityRow) -> str:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 
 from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
 from lowrank_core.cli.tables import aligned
-from lowrank_core.views.formatting import DASH, fixed
+from lowrank_core.views.formatting import DASH
+from lowrank_core.wording import fixed
 
 if TYPE_CHECKING:
     from lowrank_core.tasks import TaskScore, TasksReport

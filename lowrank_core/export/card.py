@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lowrank_core.compression import CompressionReport
 from lowrank_core.export.base_model import BaseModel
 from lowrank_core.export.manifest import ExportManifest
-from lowrank_core.views.formatting import NO_INTERVAL, interval_words
+from lowrank_core.wording import NO_INTERVAL, fixed_interval
 
 __all__ = ["model_card", "rank_rows", "with_todays_loading"]
 
@@ -102,12 +102,12 @@ def _figures(manifest: ExportManifest) -> str:
     parts = []
     rows = manifest.figures.get("perplexity")
     if isinstance(rows, Mapping):
-        lines = [f"| {name} | {row['perplexity']:.3f} | {interval_words(row.get('interval'), 3)} |" for name, row in rows.items()]
+        lines = [f"| {name} | {row['perplexity']:.3f} | {fixed_interval(row.get('interval'), 3)} |" for name, row in rows.items()]
         warnings = "".join(f"\n\n**Warning**: {warning}" for warning in _sentences(manifest.figures.get("warnings")))
         parts.append(f"{_table(('', 'perplexity', '95 % interval'), lines)}{warnings}\n\nProtocol: {manifest.figures.get('protocol')}.")
     found = manifest.measured
     if found is not None:
-        words = interval_words(found.perplexity_interval, 3)
+        words = fixed_interval(found.perplexity_interval, 3)
         low_high = words if words == NO_INTERVAL else f"95 % interval {words}"
         parts.append(
             f"This folder, loaded and run in {found.protocol.dtype}: perplexity {found.perplexity:.3f} ({low_high}). "

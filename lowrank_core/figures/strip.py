@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import html
 
-from lowrank_core.views.formatting import fixed
 from lowrank_core.views.token_losses import TokenStrip
+from lowrank_core.wording import fixed
 
 __all__ = ["strip_html"]
 

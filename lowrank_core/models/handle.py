@@ -21,7 +21,18 @@ from lowrank_core.models.compressed import CompressedModule, PivotIndex
 from lowrank_core.models.quantized import Int8Matrix
 from lowrank_core.models.walk import coverage_of, linear_maps
 
-__all__ = ["LayerSpec", "ModelHandle", "bias_of", "blocks_of", "describe", "find_layers", "positions_of", "random_tokens", "weight_of"]
+__all__ = [
+    "LayerSpec",
+    "ModelHandle",
+    "bias_of",
+    "blocks_of",
+    "describe",
+    "find_layers",
+    "head_flops",
+    "positions_of",
+    "random_tokens",
+    "weight_of",
+]
 
 _INCIDENTAL = frozenset({"_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version"})
 """Entries of a model's config that say where it comes from, not what it computes."""
@@ -291,6 +302,12 @@ def _is_linear(child: nn.Module, read: Tensor, result: object) -> bool:
     return bool(gap <= math.sqrt(torch.finfo(expected.dtype).eps) * scale)
 
 
+def head_flops(handle: ModelHandle) -> int:
+    """Return what the output head takes for one token, multiply-adds as two; 0 where there is none."""
+    head = handle.module.get_output_embeddings()
+    return 0 if head is None else 2 * int(head.weight.numel())
+
+
 def describe(handle: ModelHandle) -> dict[str, object]:
     """Return what the model is made of, ready for JSON."""
     config = handle.module.config
@@ -309,6 +326,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "max_context": handle.max_context,
         "blocks": len(blocks_of(handle.module)[1]),
         "hidden": int(config.hidden_size),
+        "head_flops": head_flops(handle),
         "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
         "layers": [
             {

@@ -8,6 +8,7 @@ from lowrank_core.figures.losses import histogram_figure, position_figure, scatt
 from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Prose, Section, drawn
 from lowrank_core.runs import Run
+from lowrank_core.search.records import trials_of
 from lowrank_core.views.compare import Comparison, comparisons
 from lowrank_core.views.losses import position_table, window_table
 from lowrank_core.views.summary import protocol_of
@@ -17,7 +18,7 @@ __all__ = ["closely_section"]
 
 def closely_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
-    found = comparisons(answers(run))
+    found = comparisons(answers(run), trials_of(run))
     shown = _shown(found)
     blocks = () if shown is None else (*_windows(shown), *_positions(shown))
     return Section("closely", "One model closely", "Is the loss spread over all of the text, or is some of it broken?", blocks)

@@ -10,7 +10,7 @@ from lowrank_core.figures.compare import difference_figure
 from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Code, Folded, Note, Prose, Section, drawn, json_link, share, sized, table, text, value, whole
 from lowrank_core.runs import JsonMapping, Run
-from lowrank_core.search.records import TrialRecord, read_trials
+from lowrank_core.search.records import TrialRecord, trials_of
 from lowrank_core.views.compare import Comparison, Confirmed, comparisons, confirmed, warnings_of
 from lowrank_core.views.exported import Written, written_models
 from lowrank_core.views.formatting import DASH, NO_INTERVAL, number
@@ -18,26 +18,22 @@ from lowrank_core.views.losses import difference_table
 from lowrank_core.views.prompts import prompts
 from lowrank_core.views.reproduction import export_command, reproduction, test_command
 from lowrank_core.views.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table
-from lowrank_core.views.trials import answers_of, trial_label
+from lowrank_core.views.trials import answers_of, model_name, trial_label
 
 __all__ = ["configuration_section", "exports_section", "measured_section", "reproduction_section"]
 
 
-def _trials(run: Run) -> list[TrialRecord]:
-    return read_trials(run) if run.config.search is not None else []
-
-
 def measured_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker, or the study, is damaged."""
-    bodies, trials = answers(run), _trials(run)
-    found = comparisons(bodies)
+    bodies, trials = answers(run), trials_of(run)
+    found = comparisons(bodies, trials)
     blocks: list[Block] = [Prose(_INTRODUCTION)] if found else []
     for protocol, alike in by_protocol(found).items():
         warnings = [Note("warning", warning) for warning in warnings_of(alike)]
         blocks += [*warnings, _differences(alike, protocol), *_tables(alike, protocol)]
     seen = confirmed(bodies, trials)
     blocks += [_confirmed(seen)] if seen is not None else []
-    blocks += [*_verdicts(found), *_missing(run, found, bodies, trials), *_failures(bodies), *_continued(bodies)]
+    blocks += [*_verdicts(found), *_missing(run, found, bodies, trials), *_failures(bodies), *_continued(bodies, trials)]
     return Section(
         "measured", "Measured on test text", "What does the compressed model lose, on text that nothing was chosen on?", tuple(blocks)
     )
@@ -168,9 +164,9 @@ def _failures(bodies: Sequence[JsonMapping]) -> list[Block]:
     return [Note("error", f"A request ({failure.kind}) failed: {failure.error}") for failure in failures(bodies)]
 
 
-def _continued(bodies: Sequence[JsonMapping]) -> list[Block]:
+def _continued(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> list[Block]:
     blocks: list[Block] = []
-    for entry in prompts(bodies):
+    for entry in prompts(bodies, trials):
         how = f"{entry.tokens} tokens, temperature {entry.temperature:g}, seed {entry.seed}"
         compressed = (Code(f"Compressed, {name}", text) for name, text in entry.texts)
         names = ", ".join(name for name, _ in entry.texts)
@@ -186,7 +182,7 @@ def exports_section(run: Run) -> Section:
         rows = [
             {
                 "folder": str(entry.path),
-                "allocation": entry.allocation,
+                "allocation": model_name(entry.allocation, trials_of(run)),
                 "removed": entry.compression_ratio,
                 "model_removed": entry.model_compression_ratio,
                 "bytes": entry.bytes,
@@ -232,7 +228,7 @@ def reproduction_section(run: Run) -> Section:
     else:
         unsaid = ", ".join(f"{name} = {value}" for name, value in found.unsaid.items())
         blocks.append(Note("info", f"No single command says the same: these have no option of their own: {unsaid}."))
-    trials = answers_of(_trials(run), config.search) if config.search is not None else []
+    trials = answers_of(trials_of(run), config.search) if config.search is not None else []
     if trials:
         number_of = trials[0].number
         lines = [export_command(str(run.path), number_of), test_command(config, f"trial-{number_of}")]

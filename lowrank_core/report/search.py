@@ -84,10 +84,9 @@ def search_protocol(run: Run, search: SearchConfig) -> str:
 
 def _headline(now: Progress, search: SearchConfig) -> Facts:
     best = now.best
-    counts = f"{now.pruned} stopped early, {now.over} outside the budget, {now.by_hand} picked by hand on top"
     return Facts(
         (
-            ("Trials done", f"{now.complete} of {now.wanted}", counts),
+            ("Trials complete", f"{now.complete} of {now.wanted}", ", ".join(now.counts.parts)),
             ("Best trial", trial_label(best) if best else DASH, "least value; on validation text"),
             ("Best value", number(best.value, 4) if best else DASH, OBJECTIVE_LABELS[search.objective]),
             (

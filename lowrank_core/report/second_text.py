@@ -8,6 +8,7 @@ from lowrank_core.figures.compare import ratio_figure
 from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Note, Prose, Section, drawn, table, text, value
 from lowrank_core.runs import Run
+from lowrank_core.search.records import trials_of
 from lowrank_core.views.compare import comparisons, other_texts
 from lowrank_core.views.other_text import OtherText, other_text
 
@@ -18,9 +19,9 @@ _RATIO = "Compressed over original; 1 is no loss."
 
 def second_text_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
-    bodies = answers(run)
-    own = comparisons(bodies)
-    views = [view for found in other_texts(bodies).values() if (view := other_text(own, found)) is not None]
+    bodies, trials = answers(run), trials_of(run)
+    own = comparisons(bodies, trials)
+    views = [view for found in other_texts(bodies, trials).values() if (view := other_text(own, found)) is not None]
     blocks: list[Block] = [block for number, view in enumerate(views, 1) for block in _told(view, number)]
     if own and not views:
         blocks = [Note("missing", "No second text was measured: whether this holds on other kinds of text is not known. Compare does it.")]

@@ -8,6 +8,7 @@ from lowrank_core.figures.compare import speedup_figure
 from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Note, Prose, Section, drawn, table, text
 from lowrank_core.runs import Run
+from lowrank_core.search.records import trials_of
 from lowrank_core.views.compare import comparisons
 from lowrank_core.views.speed import Speed, speed_numbers, speed_table, speeds, speedup_table
 
@@ -17,7 +18,7 @@ __all__ = ["speed_section"]
 def speed_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
     bodies = answers(run)
-    found = speeds(bodies)
+    found = speeds(bodies, trials_of(run))
     blocks: list[Block] = []
     if found:
         blocks = [_speedups(found), *(block for number, speed in enumerate(found, 1) for block in _figures(speed, number))]

@@ -10,6 +10,7 @@ from lowrank_core.figures.strip import strip_html
 from lowrank_core.jobs import answers
 from lowrank_core.report.blocks import Block, Folded, Section, Strip, table, text, value, whole
 from lowrank_core.runs import Run
+from lowrank_core.search.records import trials_of
 from lowrank_core.views.token_losses import TokenStrip, strips, worst_tokens
 
 __all__ = ["tokens_section"]
@@ -19,7 +20,7 @@ _WORST = 10
 
 def tokens_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
-    found = strips(answers(run))
+    found = strips(answers(run), trials_of(run))
     blocks = tuple(block for number, strip in enumerate(found, 1) for block in _told(strip, number))
     return Section("tokens", "Token by token", "Where in a text is a compressed model surprised more than the original?", blocks)
 

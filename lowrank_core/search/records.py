@@ -19,7 +19,20 @@ from lowrank_core.errors import RunError
 from lowrank_core.runs import Run
 from lowrank_core.search.storage import open_database, open_journal
 
-__all__ = ["HEALED", "MANUAL", "PRESET", "TrialRecord", "best_trial", "pareto_front", "read_frozen", "read_trials", "records_of"]
+__all__ = [
+    "HEALED",
+    "MANUAL",
+    "PRESET",
+    "TrialCounts",
+    "TrialRecord",
+    "best_trial",
+    "counts_of",
+    "pareto_front",
+    "read_frozen",
+    "read_trials",
+    "records_of",
+    "trials_of",
+]
 
 MANUAL = "manual"
 """Label of a hand-picked allocation."""
@@ -67,6 +80,59 @@ class TrialRecord:
     def finished(self) -> bool:
         """Whether it was measured to the end, inside the budget or not."""
         return self.state in ("complete", "infeasible")
+
+
+@dataclass(frozen=True)
+class TrialCounts:
+    """How many trials a study has, by what became of them: the one count of every page, of the report and of the commands.
+
+    Attributes:
+        complete: of the search itself, measured to the end or stopped early: what its number of trials counts.
+        pruned, outside: how many of those were stopped early, and lie outside the budget.
+        manual: allocations that a person chose, measured; they come on top.
+        failed: of either kind.
+    """
+
+    complete: int
+    pruned: int = 0
+    outside: int = 0
+    manual: int = 0
+    failed: int = 0
+
+    @property
+    def measured(self) -> int:
+        """To the end, whoever chose them."""
+        return self.complete - self.pruned + self.manual
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What to say beside the number of complete trials; nothing of what there is none of."""
+        counted = (
+            (self.pruned, "stopped early"),
+            (self.outside, "outside the budget, measured and never the best"),
+            (self.manual, "picked by hand, on top"),
+            (self.failed, "failed, not counted"),
+        )
+        return tuple(f"{count} {words}" for count, words in counted if count)
+
+    @property
+    def words(self) -> str:
+        """All of it in a line."""
+        parts = f" ({'; '.join(self.parts)})" if self.parts else ""
+        return f"{self.complete} {'trial' if self.complete == 1 else 'trials'} complete{parts}"
+
+
+def counts_of(trials: Sequence[TrialRecord]) -> TrialCounts:
+    """Count ``trials`` of one study."""
+    own = [trial for trial in trials if trial.label != MANUAL]
+    pruned = sum(trial.state == "pruned" for trial in own)
+    return TrialCounts(
+        complete=sum(trial.finished for trial in own) + pruned,
+        pruned=pruned,
+        outside=sum(trial.state == "infeasible" for trial in own),
+        manual=sum(trial.label == MANUAL and trial.finished for trial in trials),
+        failed=sum(trial.state == "failed" for trial in trials),
+    )
 
 
 _STATES = {
@@ -132,6 +198,15 @@ def read_trials(run: Run) -> list[TrialRecord]:
         ConfigError: the database that holds the study can't be reached.
     """
     return [_record(trial) for trial in read_frozen(run)]
+
+
+def trials_of(run: Run) -> list[TrialRecord]:
+    """Return the trials of ``run``; none where it searches for nothing.
+
+    Raises:
+        as ``read_trials``.
+    """
+    return read_trials(run) if run.config.search is not None else []
 
 
 def read_frozen(run: Run) -> list[FrozenTrial]:

@@ -9,11 +9,10 @@ import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.jobs import BACKGROUND
-from lowrank_core.presets import PRESETS
 from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.search.records import HEALED, MANUAL, PRESET, TrialRecord
-from lowrank_core.views.trials import trial_label
+from lowrank_core.views.trials import model_name, trial_label
 
 __all__ = [
     "Comparison",
@@ -23,8 +22,8 @@ __all__ = [
     "comparisons",
     "confirmed",
     "exports",
+    "filed_as",
     "label_of",
-    "name_of",
     "last_failure",
     "other_texts",
     "refusals",
@@ -45,8 +44,9 @@ class Comparison:
         perplexity_ratio_interval: of compressed / original, paired by window.
         window_nll, dense_window_nll: mean of each window, in nats per token.
         by_position: figures over ranges of positions, as ``views.losses`` reads them.
-        flops, dense_flops: of weights for one token; None where they were not counted.
+        flops, dense_flops: for one token, as ``accounting.FLOPS_MEANING`` says; None where they were not counted.
         compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model.
+        shown: ``model_name`` of the label among the run's trials; empty where they were not given.
         warnings: what makes these figures say less than they seem to.
         key: what a request calls the model, but for the number of a trial that a rule chose; see ``label_of``.
     """
@@ -90,24 +90,17 @@ class Comparison:
     dense_flops: int | None = None
     key: str = ""
     warnings: tuple[str, ...] = ()
+    shown: str = ""
 
     @property
     def name(self) -> str:
         """The label as it is shown."""
-        return name_of(self.label)
+        return self.shown or model_name(self.label)
 
     @property
     def given(self) -> bool:
         """Whether a rule or a published recipe made it, not a search."""
         return self.label in ALLOCATORS or self.label.startswith(PRESET)
-
-
-def name_of(label: str) -> str:
-    """Return what an answer's label is called on screen."""
-    if label.removeprefix(PRESET) in PRESETS and label.startswith(PRESET):
-        return f"Preset: {PRESETS[label.removeprefix(PRESET)].label}"
-    before, comma, how = label.partition(",")
-    return f"{ALLOCATORS[before].label}{comma}{how}" if before in ALLOCATORS else label
 
 
 @dataclass(frozen=True)
@@ -144,7 +137,7 @@ def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
     return [body for body in bodies if body.get("ok") and body.get("kind") == kind]
 
 
-def _filed(body: JsonMapping) -> str:
+def filed_as(body: JsonMapping) -> str:
     """Return under which name an answer is filed: hand-picked trials have one label for all, so theirs is the number."""
     label, trial = str(body.get("label")), body.get("trial")
     return f"trial {trial}" if label == MANUAL and type(trial) is int else label
@@ -152,11 +145,14 @@ def _filed(body: JsonMapping) -> str:
 
 def _key(body: JsonMapping) -> str:
     trial = body.get("trial")
-    return trial if isinstance(trial, str) and trial.startswith(HEALED) else _filed(body)
+    return trial if isinstance(trial, str) and trial.startswith(HEALED) else filed_as(body)
 
 
-def comparisons(bodies: Sequence[JsonMapping]) -> list[Comparison]:
-    """Return the newest measurement of each model on the run's test text, one-shot and healed by themselves; the least perplexity first."""
+def comparisons(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Comparison]:
+    """Return the newest measurement of each model on the run's test text, one-shot and healed by themselves; the least perplexity first.
+
+    Models are called what they are called among ``trials``, those of the run.
+    """
     newest: dict[str, Comparison] = {}
     for body in bodies:
         if not body.get("ok"):
@@ -169,7 +165,7 @@ def comparisons(bodies: Sequence[JsonMapping]) -> list[Comparison]:
             newest[key] = _comparison(body, key)
             before = str(body.get("label")).partition(", healed")[0]
             newest.setdefault(before, _comparison(body, before, "one_shot"))
-    return sorted(_with_flops(_told_apart(list(newest.values()))), key=lambda comparison: comparison.perplexity)
+    return sorted(_named(_with_flops(_told_apart(list(newest.values()))), trials), key=lambda comparison: comparison.perplexity)
 
 
 def _comparison(body: JsonMapping, key: str, report: str = "report") -> Comparison:
@@ -209,6 +205,10 @@ def _told_apart(found: list[Comparison]) -> list[Comparison]:
     ]
 
 
+def _named(found: Sequence[Comparison], trials: Sequence[TrialRecord]) -> list[Comparison]:
+    return [replace(each, shown=model_name(each.label, trials)) for each in found]
+
+
 def _with_flops(found: list[Comparison]) -> list[Comparison]:
     """Return the same, a healed model with the FLOPs of what it was made from: it has the same ranks."""
     counted = {each.label: each for each in found if each.flops is not None}
@@ -220,14 +220,14 @@ def _with_flops(found: list[Comparison]) -> list[Comparison]:
     ]
 
 
-def other_texts(bodies: Sequence[JsonMapping]) -> dict[str, list[Comparison]]:
+def other_texts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> dict[str, list[Comparison]]:
     """Return the newest measurement of each model on each second text, by the text's reference; the text that was asked for last first."""
     newest: dict[str, dict[str, Comparison]] = {}
     for body in _of_kind(bodies, "other_text"):
         found = newest.pop(str(body.get("text")), {})
         found[_key(body)] = _comparison(body, _key(body))
         newest[str(body.get("text"))] = found
-    return {text: _told_apart(list(found.values())) for text, found in reversed(newest.items())}
+    return {text: _named(_told_apart(list(found.values())), trials) for text, found in reversed(newest.items())}
 
 
 def exports(bodies: Sequence[JsonMapping]) -> list[Export]:
@@ -301,4 +301,4 @@ def _is_preset(body: JsonMapping) -> bool:
 def refusals(bodies: Sequence[JsonMapping]) -> dict[str, str]:
     """Return why presets could not be measured, by their names on screen: of those whose newest answer says so."""
     newest = {str(body["arguments"]["trial"]): body for body in bodies if body.get("kind") == "compare" and _is_preset(body)}
-    return {name_of(key): str(body.get("error") or "no reason given") for key, body in newest.items() if not body.get("ok")}
+    return {model_name(key): str(body.get("error") or "no reason given") for key, body in newest.items() if not body.get("ok")}

@@ -164,7 +164,7 @@ class Bill:
         allowed: the budget for them.
         run_allowed: the budget that the run's trials must meet; None for a search over a range of ratios.
         bytes, dense_bytes: of the whole model in the checkpoint's dtype.
-        flops, dense_flops: of the linears for one token.
+        flops, dense_flops: for one token, as ``FLOPS_MEANING`` says.
         model, dense_model: parameters of the whole model.
         step: the least that one more rank of a row that may move costs; None where nothing may.
     """
@@ -222,7 +222,7 @@ def bill(draft: Draft, facts: ModelFacts, compression_ratio: float, *, run_ratio
         raise RunError(f"model.json names the dtype {facts.stored_dtype or facts.dtype!r}, whose bytes are not known here.")
     rows, ranks, dense, kept = draft.rows, draft.ranks, dense_parameters(draft.units), draft.parameters
     matrices = {member.name: Unit((member,)) for unit in draft.units for member in unit.members}.values()
-    flops = sum(matrix.flops_per_token(None) for matrix in matrices)
+    flops = facts.flops_of_head + sum(matrix.flops_per_token(None) for matrix in matrices)
     saved = sum(unit.bytes(None, itemsize) - unit.bytes(ranks[unit.name], itemsize) for unit in rows)
     return Bill(
         kept=kept,

@@ -6,6 +6,8 @@ import math
 import time
 from collections.abc import Sequence
 
+from lowrank_core.wording import NO_INTERVAL, fixed, has_interval
+
 __all__ = [
     "DASH",
     "NO_INTERVAL",
@@ -25,19 +27,12 @@ __all__ = [
 ]
 
 DASH = "–"
-NO_INTERVAL = "no interval"
-"""Where something was measured of which no spread was seen: on one window, or on windows that do not differ."""
 _COUNTS = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from, unit, suffix
 _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def _missing(value: float | None) -> bool:
     return value is None or not math.isfinite(value)
-
-
-def fixed(value: float, digits: int, *, signed: bool = False) -> str:
-    """Return ``value`` with ``digits`` decimals; what rounds to zero is 0.0000, never -0.0000."""
-    return f"{value:{'+' if signed else ''}z.{digits}f}"
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -105,12 +100,9 @@ def interval(low: float | None, high: float | None) -> str:
     return DASH if low is None or high is None or _missing(low) or _missing(high) else f"{number(low)} to {number(high)}"
 
 
-def interval_words(ends: Sequence[float] | None, digits: int | None = None, *, signed: bool = False) -> str:
-    """Return the ends of a measured interval, with ``digits`` decimals or else three significant digits; words where there is none."""
-    if ends is None or len(ends) != 2 or _missing(ends[0]) or _missing(ends[1]) or ends[0] == ends[1]:
-        return NO_INTERVAL
-    low, high = (number(end) if digits is None else fixed(end, digits, signed=signed) for end in ends)
-    return f"{low} to {high}"
+def interval_words(ends: Sequence[float] | None) -> str:
+    """Return the ends of a measured interval with three significant digits; words where there is none."""
+    return " to ".join(map(number, ends)) if ends is not None and has_interval(ends) else NO_INTERVAL
 
 
 def timestamp(seconds: float) -> str:

@@ -15,6 +15,7 @@ from lowrank_core.healing.records import HealingPoint, HealingReport, read_histo
 from lowrank_core.records import build
 from lowrank_core.runs import Run, read_json
 from lowrank_core.search.records import TrialRecord
+from lowrank_core.views.trials import model_name
 
 __all__ = ["Healing", "curve_table", "ends_in_words", "healings", "trial_of"]
 
@@ -47,7 +48,7 @@ class Healing:
 
     @property
     def name(self) -> str:
-        return f"{self.label} ({self.folder[-4:]})"
+        return f"{model_name(self.label)} ({self.folder[-4:]})"
 
     @property
     def method(self) -> str:

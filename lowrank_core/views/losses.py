@@ -30,7 +30,7 @@ def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
     """Return the original as a first row, then a row for each measured model; ``low`` and ``high`` are 95 % intervals, and
     ``…interval`` the same in words.
 
-    ``difference`` is perplexity above the original's, its interval paired by window; ``flops`` those of weights for one token.
+    ``difference`` is perplexity above the original's, its interval paired by window; ``flops`` those for one token (``FLOPS_MEANING``).
     """
     if not found:
         return pd.DataFrame()

@@ -28,6 +28,7 @@ class ModelFacts:
         head_units: value and output projections that can be compressed by heads.
         heads_dropped: sentences on those that can't, though they look like it.
         coverage: what every parameter is: compressible, or left alone and why; of an older record only how much is compressible.
+        head_flops: of the output head for one token; None in an older record.
         dtype: in which it is held; stored_dtype: of the checkpoint, in which it is written. Empty in an older record.
     """
 
@@ -50,10 +51,16 @@ class ModelFacts:
     stored_dtype: str = ""
     heads_dropped: tuple[str, ...] = ()
     coverage: Coverage = field(default_factory=lambda: Coverage({}))
+    head_flops: int | None = None
 
     def __post_init__(self) -> None:
         if not self.coverage.parameters:
             object.__setattr__(self, "coverage", Coverage.unrecorded(self.compressible_parameters, self.parameters))
+
+    @property
+    def flops_of_head(self) -> int:
+        """For one token; where an older record does not tell, of a head of vocabulary x hidden."""
+        return 2 * self.vocabulary * self.hidden if self.head_flops is None else self.head_flops
 
     @property
     def compressible_share(self) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping
-from lowrank_core.views.compare import name_of
+from lowrank_core.search.records import MANUAL, TrialRecord
+from lowrank_core.views.trials import model_name
 
 __all__ = ["Prompt", "prompts"]
 
@@ -46,12 +47,12 @@ class _Answer:
     temperature: float = 0.0
     seed: int = 0
 
-    @property
-    def name(self) -> str:
-        return name_of(self.label) or (f"trial {self.trial}" if isinstance(self.trial, int) else str(self.trial))
+    def name(self, trials: Sequence[TrialRecord]) -> str:
+        filed = f"trial {self.trial}" if isinstance(self.trial, int) else str(self.trial)
+        return model_name(filed if self.label in ("", MANUAL) else self.label, trials)
 
 
-def prompts(bodies: Sequence[JsonMapping]) -> list[Prompt]:
+def prompts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Prompt]:
     """Return the prompts with all that continued them, the one that was asked for last first.
 
     Raises:
@@ -62,11 +63,11 @@ def prompts(bodies: Sequence[JsonMapping]) -> list[Prompt]:
         if body.get("ok") and body.get("kind") == "generate":
             answer = build(_Answer, body, "a continuation")
             key = answer.prompt, answer.tokens, answer.temperature, answer.seed
-            found[key] = {**found.pop(key, {}), answer.name: answer}
-    return [_prompt(list(alike.values())) for alike in reversed(found.values())]
+            found[key] = {**found.pop(key, {}), answer.name(trials): answer}
+    return [_prompt(alike) for alike in reversed(found.values())]
 
 
-def _prompt(alike: Sequence[_Answer]) -> Prompt:
-    last = alike[-1]
-    texts = tuple((answer.name, answer.compressed_text) for answer in alike)
+def _prompt(alike: Mapping[str, _Answer]) -> Prompt:
+    last = list(alike.values())[-1]
+    texts = tuple((name, answer.compressed_text) for name, answer in alike.items())
     return Prompt(last.prompt, last.tokens, last.temperature, last.seed, last.dense_text, texts)

@@ -10,14 +10,14 @@ import pandas as pd
 from lowrank_core.errors import LowRankError
 from lowrank_core.jobs import answers
 from lowrank_core.runs import Run
-from lowrank_core.search.records import TrialRecord, best_trial, read_trials
+from lowrank_core.search.records import TrialRecord, best_trial, counts_of, read_trials
 from lowrank_core.views.compare import Comparison, comparisons, label_of
 from lowrank_core.views.formatting import interval_words
 from lowrank_core.views.model import ModelFacts, model_facts
 from lowrank_core.views.search import OBJECTIVE_LABELS
 from lowrank_core.views.summary import protocol_of
 from lowrank_core.views.text import text_facts
-from lowrank_core.views.trials import counted, ratio_words, trial_label
+from lowrank_core.views.trials import ratio_words, trial_label
 
 __all__ = ["RunComparison", "compare_runs"]
 
@@ -79,7 +79,7 @@ def _row(run: Run) -> _Row:
         splits = {split.name: split.sha256 for split in text.splits} if text else {}
         if search is not None:
             found = read_trials(run)
-            trials, best = counted(found), best_trial(found) if search.most_ratio is None else None
+            trials, best = counts_of(found).complete, best_trial(found) if search.most_ratio is None else None
             measured = _measured(run, best, found)
     except LowRankError:
         facts, best, measured, trials = None, None, None, None

@@ -12,9 +12,9 @@ from lowrank_core.errors import LowRankError
 from lowrank_core.jobs import pending_requests
 from lowrank_core.run_care import notes_of
 from lowrank_core.runs import Run, RunStatus, list_runs, recorded_run
-from lowrank_core.search.records import best_trial, read_trials
+from lowrank_core.search.records import best_trial, counts_of, read_trials
 from lowrank_core.views.formatting import duration, shortened, timestamp
-from lowrank_core.views.trials import counted, ratio_words
+from lowrank_core.views.trials import ratio_words
 
 __all__ = [
     "PARTS",
@@ -152,7 +152,7 @@ def _row(run: Run) -> dict[str, object]:
         "name": record["name"],
         "state": "recorded" if run.recorded else STATE_WORDS.get(run.status().state, "unknown"),
         "ratio": ratio_words(config.search) if config.search else None,
-        "trials": counted(trials) if config.search else None,
+        "trials": counts_of(trials).complete if config.search else None,
         "best": best.value if best else None,
         "created": pd.Timestamp(float(record["created"]), unit="s"),
         "notes": shortened(notes, _NOTES) or None,

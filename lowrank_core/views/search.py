@@ -10,9 +10,9 @@ import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.config import SearchConfig
-from lowrank_core.search.records import MANUAL, TrialRecord, best_trial
+from lowrank_core.search.records import TrialCounts, TrialRecord, best_trial, counts_of
 from lowrank_core.search.space import RATIO
-from lowrank_core.views.trials import answers_of, counted, kind_of, partial_value, trial_label, trial_note, unit_label
+from lowrank_core.views.trials import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
 
 __all__ = [
     "OBJECTIVE_LABELS",
@@ -94,21 +94,22 @@ class Progress:
     """How far a search is, and its best so far against the uniform baseline, on search-validation text.
 
     Attributes:
-        complete: trials of the search that are done, stopped early or not; hand-picked ones left out.
+        counts: of its trials.
         best: None without one, and for a search over a range of ratios.
         seconds: median time of a trial that was measured to the end.
-        pruned, over, by_hand: trials that were stopped early, are outside the budget, were picked by hand.
     """
 
-    complete: int
+    counts: TrialCounts
     wanted: int
     best: TrialRecord | None
     uniform_value: float | None
     uniform_perplexity: float | None
     seconds: float | None = None
-    pruned: int = 0
-    over: int = 0
-    by_hand: int = 0
+
+    @property
+    def complete(self) -> int:
+        """Trials of the search that are done, stopped early or not; hand-picked ones left out."""
+        return self.counts.complete
 
     @property
     def gain(self) -> float | None:
@@ -123,15 +124,12 @@ def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
     uniform = next((trial for trial in trials if trial.label == "uniform" and trial.state == "complete"), None)
     times = [trial.seconds for trial in trials if trial.finished and trial.seconds is not None]
     return Progress(
-        complete=counted(trials),
+        counts=counts_of(trials),
         wanted=search.trials,
         best=best_trial(trials) if search.most_ratio is None else None,
         uniform_value=uniform.value if uniform else None,
         uniform_perplexity=uniform.perplexity if uniform else None,
         seconds=statistics.median(times) if times else None,
-        pruned=sum(trial.state == "pruned" for trial in trials),
-        over=sum(trial.state == "infeasible" for trial in trials),
-        by_hand=sum(trial.label == MANUAL for trial in trials),
     )
 
 

@@ -9,8 +9,10 @@ import pandas as pd
 
 from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping
-from lowrank_core.views.compare import name_of
+from lowrank_core.search.records import TrialRecord
+from lowrank_core.views.compare import filed_as
 from lowrank_core.views.formatting import DASH, size
+from lowrank_core.views.trials import model_name
 
 __all__ = ["Speed", "speed_numbers", "speed_table", "speeds", "speedup_table"]
 
@@ -59,7 +61,7 @@ class Speed:
     speedups: Mapping[str, _Spread]
 
 
-def speeds(bodies: Sequence[JsonMapping]) -> list[Speed]:
+def speeds(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Speed]:
     """Return the newest timing of each model at each batch and length, the newest first.
 
     Raises:
@@ -70,7 +72,7 @@ def speeds(bodies: Sequence[JsonMapping]) -> list[Speed]:
         if body.get("ok") and body.get("kind") == "speed":
             key = str(body.get("trial")), str(body.get("config"))
             newest.pop(key, None)
-            newest[key] = _speed(body)
+            newest[key] = _speed(body, trials)
     return list(reversed(newest.values()))
 
 
@@ -83,10 +85,10 @@ def _spread(body: Mapping[str, object], name: str) -> _Spread:
     return build(_Spread, _part(body, name), f"a timing: {name}")
 
 
-def _speed(body: JsonMapping) -> Speed:
+def _speed(body: JsonMapping, trials: Sequence[TrialRecord]) -> Speed:
     compressed = _part(body, "compressed")
     return Speed(
-        name=name_of(str(body.get("label"))),
+        name=model_name(filed_as(body), trials),
         protocol=str(compressed.get("protocol", "")),
         memory=str(_part(compressed, "memory").get("measured", "")),
         dense=_side(_part(body, "dense"), body.get("dense_flops")),
@@ -123,7 +125,7 @@ def speed_table(speed: Speed) -> pd.DataFrame:
     counts = (
         ("Parameters", dense.parameters, ours.parameters, "{:,}".format),
         ("Stored", dense.stored, ours.stored, size),
-        ("FLOPs per token, of weights", dense.flops, ours.flops, "{:,}".format),
+        ("FLOPs per token, linears and head", dense.flops, ours.flops, "{:,}".format),
     )
     rows += [(name, words(a), words(b), _share(b, a)) for name, a, b, words in counts if a is not None and b is not None]
     return pd.DataFrame(rows, columns=["measure", "original", "compressed", "faster"])

@@ -9,10 +9,10 @@ from lowrank_core.config import SearchConfig
 from lowrank_core.presets import PRESETS
 from lowrank_core.search.records import HEALED, PRESET, TrialRecord
 from lowrank_core.search.space import BASELINES
-from lowrank_core.views.compare import Comparison, label_of, name_of
+from lowrank_core.views.compare import Comparison, label_of
 from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.healing import Healing
-from lowrank_core.views.trials import answers_of, trial_label
+from lowrank_core.views.trials import answers_of, model_name, trial_label
 
 __all__ = ["PRESET_KEYS", "Subject", "candidates", "healable", "request_words", "unmeasured", "usual_choice"]
 
@@ -95,9 +95,10 @@ def _argument(request: Mapping[str, object], name: str) -> object:
 
 
 def request_words(request: Mapping[str, object]) -> str:
-    """Return what a request asks for: ``trial 3: measuring on test text``."""
+    """Return what a request asks for: ``Trial 3: measuring on test text``."""
     kind, trial = str(request.get("kind")), _argument(request, "trial")
-    name = f"trial {trial}" if isinstance(trial, int) else name_of(trial.removeprefix(HEALED)) if isinstance(trial, str) else ""
+    label = f"trial {trial}" if isinstance(trial, int) else trial.removeprefix(HEALED) if isinstance(trial, str) else ""
+    name = model_name(label)
     text = _argument(request, "text") if kind == "other_text" else None
     words = _KINDS.get(kind, kind) + (f" ({text})" if text else "")
     return f"{name}: {words}" if name else words

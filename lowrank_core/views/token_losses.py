@@ -11,8 +11,10 @@ import pandas as pd
 from lowrank_core.errors import RunError
 from lowrank_core.records import build
 from lowrank_core.runs import JsonMapping
-from lowrank_core.views.compare import name_of
+from lowrank_core.search.records import TrialRecord
+from lowrank_core.views.compare import filed_as
 from lowrank_core.views.formatting import number
+from lowrank_core.views.trials import model_name
 
 __all__ = ["TokenStrip", "strips", "worst_tokens"]
 
@@ -73,7 +75,7 @@ class _Answer:
     dense_likeliest: tuple[object, ...]
 
 
-def strips(bodies: Sequence[JsonMapping]) -> list[TokenStrip]:
+def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[TokenStrip]:
     """Return the texts that were read, the newest first; the same text by the same model only once.
 
     Raises:
@@ -83,12 +85,13 @@ def strips(bodies: Sequence[JsonMapping]) -> list[TokenStrip]:
     for body in bodies:
         if body.get("ok") and body.get("kind") == "tokens":
             answer = build(_Answer, body, "an answer about tokens")
-            found.pop((answer.label, answer.pieces), None)
-            found[answer.label, answer.pieces] = _strip(answer)
+            key = filed_as(body), answer.pieces
+            found.pop(key, None)
+            found[key] = _strip(answer, model_name(key[0], trials))
     return list(reversed(found.values()))
 
 
-def _strip(answer: _Answer) -> TokenStrip:
+def _strip(answer: _Answer, name: str) -> TokenStrip:
     columns = (answer.nll, answer.dense_nll, answer.kl, answer.likeliest, answer.dense_likeliest)
     if not answer.nll or any(len(column) != len(answer.pieces) - 1 for column in columns):
         raise RunError("an answer about tokens does not have one figure for each token. Ask for it again.")
@@ -102,7 +105,7 @@ def _strip(answer: _Answer) -> TokenStrip:
         list(map(str, answer.dense_likeliest)),
     )
     scale = max(_LEAST_SCALE, float(frame["extra"].abs().quantile(_QUANTILE)))
-    return TokenStrip(name_of(answer.label), answer.protocol, beginning, frame, scale)
+    return TokenStrip(name, answer.protocol, beginning, frame, scale)
 
 
 def worst_tokens(strip: TokenStrip, count: int = 15) -> pd.DataFrame:

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.config import SearchConfig
+from lowrank_core.search.naming import model_name, trial_label
 from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front
 from lowrank_core.views.formatting import kind_label, number, percent
 
 __all__ = [
     "KINDS",
     "answers_of",
-    "counted",
     "kind_of",
+    "model_name",
     "partial_value",
     "ratio_words",
     "state_words",
@@ -29,26 +30,11 @@ KINDS = ("sampled", "baseline", "by hand", "running", "waiting", "stopped early"
 _BY_STATE = {"pruned": "stopped early", "infeasible": "outside budget"}
 
 
-def trial_label(trial: TrialRecord) -> str:
-    """Return ``Trial 7``, or with what it is if it was not sampled: ``Uniform (trial 0)``."""
-    name = _given_name(trial)
-    return f"{name} (trial {trial.number})" if name else f"Trial {trial.number}"
-
-
-def _given_name(trial: TrialRecord) -> str:
-    return ALLOCATORS[trial.label].label if trial.label in ALLOCATORS else "By hand" if trial.label == MANUAL else ""
-
-
 def kind_of(trial: TrialRecord) -> str:
     """Return which of ``KINDS`` a trial is."""
     if trial.state != "complete":
         return _BY_STATE.get(trial.state, trial.state)
     return "baseline" if trial.label in ALLOCATORS else "by hand" if trial.label == MANUAL else "sampled"
-
-
-def counted(trials: Sequence[TrialRecord]) -> int:
-    """Return how many trials of a search are done: measured, or stopped early; hand-picked ones come on top."""
-    return sum((trial.finished or trial.state == "pruned") and trial.label != MANUAL for trial in trials)
 
 
 def answers_of(trials: Sequence[TrialRecord], search: SearchConfig) -> list[TrialRecord]:

@@ -66,7 +66,8 @@ def _tables(run: Run, source: Source | None) -> None:
     search = run.config.search
     if search is None:
         return
-    trials, found = read_trials(run), comparisons(answers(run))
+    trials = read_trials(run)
+    found = comparisons(answers(run), trials)
     why_not = "" if source is not None and source.ranks else "Its ranks are known once the worker has built or measured it."
     chosen = source.label if source is not None else "Nothing is chosen"
     meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or to start from by hand."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
+from lowrank_core.accounting import FLOPS_MEANING
 from lowrank_core.allocation import DraftHistory
 from lowrank_core.views.draft import Bill, bill
 from lowrank_core.views.formatting import count, number, percent, size
@@ -37,7 +38,7 @@ def meter(desk: Desk, history: DraftHistory, trusted: Trust | None) -> None:
             "Model on disk": (size(cost.bytes), f"{size(cost.dense_bytes)} before, in the checkpoint's dtype, without headers."),
             "FLOPs per token": (
                 count(cost.flops),
-                f"Of the linears, {count(cost.dense_flops)} before; a multiply-add counts as two. Attention scores and head are left out.",
+                f"{count(cost.dense_flops)} before. {FLOPS_MEANING}",
             ),
             "Predicted KL": (number(predicted), "The errors of all rows added up, nats per token: a prediction, not a measurement."),
         }

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
+from lowrank_core.accounting import FLOPS_MEANING
 from lowrank_core.figures.compare import difference_figure
 from lowrank_core.views.compare import Comparison, warnings_of
 from lowrank_core.views.formatting import count, interval_words, number, percent, size
@@ -113,7 +114,7 @@ def _table(found: Sequence[Comparison]) -> None:
         "linears": tables.whole("Parameters, linears"),
         "parameters": tables.whole("Parameters, model"),
         "bytes": st.column_config.NumberColumn("Size", format="bytes"),
-        "flops": tables.whole("FLOPs per token", "Of weights, multiply-adds as two; attention scores are left out."),
+        "flops": tables.whole("FLOPs per token", FLOPS_MEANING),
     }
     wanted = LOST if shown == "lost" else SAVED
     tables.table(

@@ -86,9 +86,7 @@ def _stage(run: Run, status: RunStatus, now: Progress) -> None:
 def _counts(now: Progress, workers: int) -> str:
     words = [
         f"{short_duration(now.seconds)} per trial (median)" if now.seconds is not None else "",
-        f"{now.pruned} stopped early" if now.pruned else "",
-        f"{now.over} outside the budget, measured and never the best" if now.over else "",
-        f"{now.by_hand} picked by hand, on top" if now.by_hand else "",
+        *now.counts.parts,
         f"{workers} workers" if workers > 1 else "1 worker" if workers else "",
     ]
     return " · ".join(word for word in words if word)
@@ -98,7 +96,7 @@ def _figures(now: Progress, search: SearchConfig) -> None:
     best = now.best
     figures_row(
         {
-            "Best trial": (f"Trial {best.number}" if best else "–", f"The least value so far: {trial_label(best)}." if best else ""),
+            "Best trial": (trial_label(best) if best else "–", "The least value so far."),
             "Best value": (number(best.value, 4) if best else "–", OBJECTIVE_LABELS[search.objective]),
             "Its perplexity": (
                 number(best.perplexity) if best else "–",

@@ -54,8 +54,8 @@ def look(app, name, **query):
         ("windows", "better than the original on 0 % of 4 windows", 3),
         ("positions", "What is lost, by the tokens of context", 2),
         ("tokens", "half of all that is lost lies in 1 of 4 tokens", 1),
-        ("text", "Largest gap: trial 3", 2),
-        ("prompt", "Compressed, trial 3", 1),
+        ("text", "Largest gap: Trial 3", 2),
+        ("prompt", "Compressed, Trial 3", 1),
         ("speed", "batch 1, prompts of 8 random tokens", 2),
     ],
 )
@@ -240,7 +240,7 @@ def test_the_choice_survives_a_better_trial_and_another_page(app):
 
 def test_a_gap_between_texts_is_told_without_looking_closer(app):
     full_run()
-    assert "Second text. Largest gap: trial 3 has 1.221 times" in words(app("compare"))
+    assert "Second text. Largest gap: Trial 3 has 1.221 times" in words(app("compare"))
 
 
 def test_nothing_chosen_is_not_an_error(app):

@@ -27,7 +27,7 @@ def test_everything_that_can_be_measured_has_a_name_of_its_own():
     assert next(iter(found)) == 3
     assert found[0] == "Uniform (trial 0), value 0.4100"
     assert list(found)[:4] == [3, 5, 0, 2]  # by value; trial 1 goes by its rule's name, trial 4 failed
-    assert found["healed:trial-3-distill-12345678"] == "Healed: trial 3, healed by distill (5678)"
+    assert found["healed:trial-3-distill-12345678"] == "Healed: Trial 3, healed by distill (5678)"
     assert found["uniform"] == "Baseline: Uniform"
     assert [key for key in found if str(key).startswith("preset:")] == [f"preset:{name}" for name in PRESETS] == list(subjects.PRESET_KEYS)
     assert len(set(found.values())) == len(found)
@@ -60,7 +60,7 @@ def test_what_is_measured_or_asked_for_is_not_missing():
 @pytest.mark.parametrize(
     ("kind", "arguments", "words"),
     [
-        ("compare", {"trial": 3}, "trial 3: measuring on test text"),
+        ("compare", {"trial": 3}, "Trial 3: measuring on test text"),
         ("compare", {"trial": "preset:svd_llm"}, "Preset: SVD-LLM: measuring on test text"),
         ("other_text", {"trial": "uniform", "text": "file:a.txt"}, "Uniform: measuring on a second text (file:a.txt)"),
         ("verify", {"path": "trial-3"}, "measuring an exported folder again"),
@@ -87,7 +87,7 @@ def test_two_healings_of_one_model_are_told_apart():
     (body,) = answers(run)
     second = {**body, "folder": "trial-3-distill-87654321"}
     names = [found.name for found in compare.comparisons([body, second]) if found.form == "healed"]
-    assert sorted(names) == ["trial 3, healed by distill (4321)", "trial 3, healed by distill (5678)"]
+    assert sorted(names) == ["Trial 3, healed by distill (4321)", "Trial 3, healed by distill (5678)"]
     counted = detailed(comparison("trial 3", 3, 3.2))
     assert {found.flops for found in compare.comparisons([counted, body])} == {900}  # the same ranks
 
@@ -98,7 +98,7 @@ def test_two_healings_of_one_model_are_told_apart():
 def test_differences_are_from_the_original_with_paired_intervals_the_least_first():
     bodies = [comparison("uniform", "uniform", 3.4), comparison("trial 3", 3, 3.2), comparison("preset:svd", "preset:svd", 3.3)]
     table = losses.difference_table(compare.comparisons(bodies))
-    assert list(table["name"]) == ["trial 3", "Preset: Weight SVD", "Uniform"]
+    assert list(table["name"]) == ["Trial 3", "Preset: Weight SVD", "Uniform"]
     assert list(table["kind"]) == ["searched", "rule", "rule"]
     assert table["difference"][0] == pytest.approx(math.exp(3.2) - math.exp(DENSE_NLL))
     assert (table["low"][0], table["high"][0]) == (1.0, 3.0)
@@ -109,7 +109,7 @@ def test_the_table_has_every_figure_and_dashes_where_an_older_worker_measured_le
     table = losses.comparison_table(found)
     assert set(table.columns) >= {*losses.LOST, *losses.SAVED}
     assert list(table["difference_interval"]) == ["–", "1.00 to 3.00", "1.00 to 3.00"]
-    assert list(table["allocation"]) == ["Original", "trial 3", "Uniform"]
+    assert list(table["allocation"]) == ["Original", "Trial 3", "Uniform"]
     assert list(table["flops"].fillna(-1)) == [1200, 900, -1]
     assert table["reverse_kl"][1] == 0.4
     assert table["top5"][1] == 0.9
@@ -157,13 +157,13 @@ def test_ratios_on_both_texts_are_of_the_same_models():
     others = compare.other_texts(bodies)
     view = other_text.other_text(own, others["file:/data/notes.txt"])
     assert (view.own, view.other) == ("python-stdlib", "file:notes.txt")
-    assert list(view.frame["name"]) == ["Preset: Weight SVD", "Uniform", "trial 3"]
-    row = view.frame.set_index("name").loc["trial 3"]
+    assert list(view.frame["name"]) == ["Preset: Weight SVD", "Uniform", "Trial 3"]
+    row = view.frame.set_index("name").loc["Trial 3"]
     assert row["own_ratio"] == pytest.approx(math.exp(0.2))
     assert row["other_ratio"] == pytest.approx(math.exp(1.0))
     assert row["other_low"] < row["other_ratio"] < row["other_high"]
     assert math.isnan(view.frame["own_ratio"][0])  # never measured on the run's own text
-    assert view.words.startswith("Largest gap: trial 3 has 1.221 times the original's perplexity on python-stdlib, and 2.718 times")
+    assert view.words.startswith("Largest gap: Trial 3 has 1.221 times the original's perplexity on python-stdlib, and 2.718 times")
     ends = dict(zip(["own_low", "own_high", "other_low", "other_high"], [1.2, 1.25, 2.5, 2.9], strict=True))
     apart = replace(view, frame=view.frame.assign(**ends))
     assert apart.words.endswith("; the intervals do not overlap.")
@@ -209,13 +209,13 @@ def test_all_that_continued_one_prompt_stand_under_it():
     bodies.append({**bodies[0], "seed": 1, "compressed_text": "c"})
     newest, first = prompts.prompts(bodies)
     assert (newest.seed, newest.texts) == (1, (("Uniform", "c"),))
-    assert first.texts == (("Uniform", "a"), ("trial 3", "b"))
+    assert first.texts == (("Uniform", "a"), ("Trial 3", "b"))
     assert first.original == "x):"
 
 
 def test_speed_is_told_with_spread_and_protocol():
     found = speed.speeds([speed_answer(), speed_answer("trial 3", memory=False), speed_answer()])
-    assert [each.name for each in found] == ["Uniform", "trial 3"]
+    assert [each.name for each in found] == ["Uniform", "Trial 3"]
     table = speed.speed_table(found[0])
     assert list(table["original"][:2]) == ["1,000 (900 to 1,100)", "50 (45 to 55)"]
     assert list(table["faster"]) == ["1.00 (0.90 to 1.10)", "2.00 (1.80 to 2.20)", "1.00 (0.90 to 1.10)", "0.50 of it", "0.50 of it"]
@@ -227,7 +227,7 @@ def test_speed_is_told_with_spread_and_protocol():
     rows = speed.speed_table(speed.speeds([body])[0]).set_index("measure")
     assert list(rows.loc["Parameters"]) == ["200", "100", "0.50 of it"]
     assert list(rows.loc["Stored"]) == ["4.00 KiB", "2.00 KiB", "0.50 of it"]
-    assert list(rows.loc["FLOPs per token, of weights"]) == ["1,200", "900", "0.75 of it"]
+    assert list(rows.loc["FLOPs per token, linears and head"]) == ["1,200", "900", "0.75 of it"]
     ups = speed.speedup_table(found)
     assert list(ups["median"]) == [1.0, 2.0, 1.0] * 2
     numbers = speed.speed_numbers(found)

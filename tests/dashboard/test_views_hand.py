@@ -162,8 +162,10 @@ def test_the_bill_is_the_cores_accounting(draft, units, facts):
     assert found.dense_model - found.model == allocation.dense_parameters - allocation.parameters
     assert found.model_removed == pytest.approx((found.dense - found.kept) / facts.parameters)
     assert found.dense_bytes - found.bytes == 4 * (found.dense - found.kept)  # plain factors, no indices
-    assert found.dense_flops == 2 * dense_parameters(units)
-    assert found.flops == sum(unit.flops_per_token(draft.ranks[unit.name]) for unit in units)
+    head = 2 * facts.vocabulary * facts.hidden  # of a record that does not tell
+    assert found.dense_flops == 2 * dense_parameters(units) + head
+    assert found.flops == sum(unit.flops_per_token(draft.ranks[unit.name]) for unit in units) + head
+    assert bill(draft, replace(facts, head_flops=0), RATIO, run_ratio=RATIO).dense_flops == found.dense_flops - head
 
 
 def test_a_fit_spends_the_budget_and_the_bill_says_so(draft, facts):

@@ -116,11 +116,11 @@ def test_the_comparison_table_begins_with_the_original():
     write_answers(run)
     bodies = answers(run)
     table = losses.comparison_table(compare.comparisons(bodies))
-    assert list(table["allocation"]) == ["Original", "trial 3", "Uniform"]
+    assert list(table["allocation"]) == ["Original", "Trial 3", "Uniform"]
     assert table["perplexity"][0] == pytest.approx(math.exp(DENSE_NLL))
     assert table["removed"][0] == 0.0
     assert table["low"][0] < table["perplexity"][0] < table["high"][0]
-    assert [prompt.texts for prompt in prompts.prompts(bodies)] == [(("trial 3", "self):"),)]
+    assert [prompt.texts for prompt in prompts.prompts(bodies)] == [(("Trial 3", "self):"),)]
     assert compare.exports(bodies)[0].path.endswith("trial-3")
     assert compare.last_failure(bodies) is None
 

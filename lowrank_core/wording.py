@@ -1,0 +1,28 @@
+"""Numbers with fixed decimals, and intervals in words, for commands, model cards and pages alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+__all__ = ["NO_INTERVAL", "fixed", "fixed_interval", "has_interval"]
+
+NO_INTERVAL = "no interval"
+"""Where something was measured of which no spread was seen: on one window, or on windows that do not differ."""
+
+
+def fixed(value: float, digits: int, *, signed: bool = False) -> str:
+    """Return ``value`` with ``digits`` decimals; what rounds to zero is 0.0000, never -0.0000."""
+    return f"{value:{'+' if signed else ''}z.{digits}f}"
+
+
+def has_interval(ends: Sequence[float] | None) -> bool:
+    """Return whether there are two finite ends that differ: older versions drew an interval of no width from one window."""
+    return ends is not None and len(ends) == 2 and all(math.isfinite(end) for end in ends) and ends[0] != ends[1]
+
+
+def fixed_interval(ends: Sequence[float] | None, digits: int, *, signed: bool = False) -> str:
+    """Return the ends of an interval with ``digits`` decimals; words where there is none."""
+    if ends is None or not has_interval(ends):
+        return NO_INTERVAL
+    return " to ".join(fixed(end, digits, signed=signed) for end in ends)
