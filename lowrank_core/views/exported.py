@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -233,20 +234,22 @@ def rank_table_of(ranks: Mapping[str, int | None]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Loading:
-    """Lines of Python that load a folder, and what they are for."""
+    """Lines that load a folder, and what they are for."""
 
     title: str
     code: str
+    language: str = "python"
 
 
 def loading_of(path: Path, form: str, *, with_code: bool) -> tuple[Loading, ...]:
-    """Return the ways to load a folder in Python."""
+    """Return the ways to load a folder: in Python, and by a server where one knows the form."""
     ways = [("With transformers, or any runtime that reads its checkpoints", "", "")]
     if form != "dense":
         ways = [("With this package installed", "import lowrank_core  # tells transformers of the format\n", "")]
     if with_code:
         ways.append(("Without it, by the code in the folder", "", ", trust_remote_code=True"))
-    return tuple(
+    served = (Loading("With a server", f"vllm serve {shlex.quote(str(path))}", "bash"),) if form == "dense" else ()
+    found = tuple(
         Loading(
             title,
             f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -256,6 +259,7 @@ def loading_of(path: Path, form: str, *, with_code: bool) -> tuple[Loading, ...]
         )
         for title, first, option in ways
     )
+    return (*found, *served)
 
 
 def card_of(path: Path) -> str | None:

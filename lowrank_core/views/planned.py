@@ -26,6 +26,7 @@ __all__ = [
     "Planned",
     "Source",
     "files_of",
+    "folder_name_of",
     "folder_of",
     "forms_table",
     "healed_source",
@@ -257,6 +258,11 @@ def runtimes(config: ExportConfig) -> pd.DataFrame:
     return pd.DataFrame([(name, "yes" if loads else "no", how) for name, loads, how in rows], columns=["runtime", "loads", "how"])
 
 
+def folder_name_of(source: Source, config: ExportConfig) -> str:
+    """Return the name of its folder: the path in every recipe that writes, loads or serves it, relative to where that is run."""
+    return config.folder_name(source.healed or source.name)
+
+
 def folder_of(run: Run, source: Source, config: ExportConfig) -> Path:
     """Return where the worker writes it; a healed model as it is lies in its own folder."""
-    return run.path / "exports" / config.folder_name(source.healed or source.name)
+    return run.path / "exports" / folder_name_of(source, config)

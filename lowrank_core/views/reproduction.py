@@ -61,10 +61,11 @@ def reproduction(record: JsonMapping, config: RunConfig) -> Reproduction:
     )
 
 
-def export_command(run: str, trial: int, config: ExportConfig | None = None) -> str:
-    """Return the command that writes the compressed model of ``trial``, in the form that ``config`` says."""
+def export_command(run: str, trial: int, config: ExportConfig | None = None, *, out: str = "") -> str:
+    """Return the command that writes the compressed model of ``trial``, in the form that ``config`` says, to ``out`` (``trial-N``…)."""
     chosen = config or ExportConfig()
-    return command_line("export", {"run": run, "trial": trial, "out": chosen.folder_name(f"trial-{trial}"), **chosen.options})
+    folder = out or chosen.folder_name(f"trial-{trial}")
+    return command_line("export", {"run": run, "trial": trial, "out": folder, **chosen.options})
 
 
 def compress_command(config: RunConfig, ranks: str, out: str, export: ExportConfig | None = None) -> str:

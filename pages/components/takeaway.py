@@ -20,7 +20,18 @@ from lowrank_core.views.exported import loading_of
 from lowrank_core.views.formatting import count, percent, size
 from lowrank_core.views.healed_again import HealedAgain, healed_again
 from lowrank_core.views.model import ModelFacts, model_facts
-from lowrank_core.views.planned import Planned, Source, files_of, folder_of, forms_table, healed_sources, planned, runtimes, trial_source
+from lowrank_core.views.planned import (
+    Planned,
+    Source,
+    files_of,
+    folder_name_of,
+    folder_of,
+    forms_table,
+    healed_sources,
+    planned,
+    runtimes,
+    trial_source,
+)
 from lowrank_core.views.reproduction import compress_command, export_command
 from lowrank_core.views.subjects import candidates, healable
 from pages.components import coverage, layout, navigation, state, tables
@@ -147,7 +158,7 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
     if not found.exact:
         why = "its ranks are known once the worker has built it" if source.ranks is None else "a merge may add biases"
         st.caption(f"At most, because {why}: these are upper bounds.")
-    sizes, files, who, again, python = st.tabs(["Sizes", "Files", "Who can load it", "Command", "Python"])
+    sizes, files, who, again, loading = st.tabs(["Sizes", "Files", "Who can load it", "Command", "Load it"])
     folder = folder_of(run, source, config)
     with sizes:
         _sizes(forms_table(facts, units, source, search, config))
@@ -159,8 +170,8 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
         st.markdown("\n".join(f"* {row.runtime}: **{row.loads}**, {row.how}" for row in rows))
     with again:
         _command(run, source, config)
-    with python:
-        _python(folder, config)
+    with loading:
+        _loading(folder, source, config)
 
 
 def _bounded(words: str, found: Planned) -> str:
@@ -186,8 +197,9 @@ def _command(run: Run, source: Source, config: ExportConfig) -> None:
     if source.healed:
         _healed_command(healed_again(run, source, config))
     elif source.number is not None:
-        st.code(export_command(str(run.path), source.number, config), language="bash", wrap_lines=True)
-    elif command := compress_command(run.config, ranks, config.folder_name(ranks.removesuffix(".json")), config):
+        line = export_command(str(run.path), source.number, config, out=folder_name_of(source, config))
+        st.code(line, language="bash", wrap_lines=True)
+    elif command := compress_command(run.config, ranks, folder_name_of(source, config), config):
         st.caption(f"`lowrank export` takes trials. Save “Allocation (JSON)” below as {ranks}, and make the model of it:")
         st.code(command, language="bash", wrap_lines=True)
     else:
@@ -212,10 +224,13 @@ def _healed_command(found: HealedAgain) -> None:
     )
 
 
-def _python(folder: Path, config: ExportConfig) -> None:
-    for way in loading_of(folder, config.form, with_code=config.with_code):
+def _loading(folder: Path, source: Source, config: ExportConfig) -> None:
+    """Show how to load what the command writes: by the same relative path."""
+    name = folder_name_of(source, config)
+    st.caption(f"From where `{name}` lies: the command writes it to the folder that you are in, the button to `{folder.parent}`.")
+    for way in loading_of(Path(name), config.form, with_code=config.with_code):
         st.caption(way.title)
-        st.code(way.code, language="python", wrap_lines=True)
+        st.code(way.code, language=way.language, wrap_lines=True)
 
 
 def _write_button(run: Run, source: Source, config: ExportConfig) -> None:

@@ -158,10 +158,10 @@ def _card_button(entry: Written) -> None:
 
 def _details(entry: Written) -> None:
     name = entry.path.name
-    with st.expander("Load it in Python, prove it on the command line, ranks", key=f"details_{name}"):
+    with st.expander("Load it, prove it on the command line, ranks", key=f"details_{name}"):
         for way in loading_of(entry.path, entry.form, with_code=entry.with_code):
             st.caption(way.title)
-            st.code(way.code, language="python", wrap_lines=True)
+            st.code(way.code, language=way.language, wrap_lines=True)
         st.caption("The same proof without the dashboard")
         st.code(verify_command(str(entry.path)), language="bash", wrap_lines=True)
         if entry.ranks:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 from synthetic import make_run, running_status, write_answers, write_front, write_healing, write_rich_study
@@ -152,6 +154,41 @@ def test_a_healing_is_repeated_by_two_commands(app):
     assert "Write the one-shot model, and heal it:" in words(test)
     test.selectbox(key="export_dtype").set_value("float32").run()
     assert any("--out trial-3-float32 --dtype float32\nlowrank heal --model trial-3-float32" in block.value for block in test.code)
+
+
+def paths_of(codes: list[str]) -> list[str]:
+    """Return the folder that each recipe names: the last command's, Python's and the server's."""
+    found = []
+    for code in codes:
+        if "from_pretrained" in code:
+            assigned = {ast.unparse(node.targets[0]): node.value for node in ast.parse(code).body if isinstance(node, ast.Assign)}
+            found.append(str(ast.literal_eval(assigned["folder"])))
+        elif code.startswith(("lowrank export", "lowrank compress", "lowrank heal")):
+            found.append(str(parser().parse_args(shlex.split(code.splitlines()[-1])[1:]).out))
+        elif code.startswith("vllm serve"):
+            found.append(shlex.split(code)[2])
+    return found
+
+
+@pytest.mark.parametrize("chosen", ["3", "uniform", "trial-3-distill-12345678"])
+@pytest.mark.parametrize("form", ["compressed", "dense"])
+def test_every_recipe_names_one_relative_path(app, chosen: str, form: str):
+    run = make_run()
+    write_healing(run)
+    write_model(run, "trial-3-distill-12345678", healing={"method": "distill"}, ranks={"model.layers.0.self_attn.q_proj": 5})
+    request = {"label": "x, healed by distill", "allocation": "trial 3", "healing": {"method": "distill", "steps": 40}}
+    write_json(run.path / "healed" / "trial-3-distill-12345678" / "request.json", request)
+    test = app("export", run=run.id)
+    box = next(box for box in test.selectbox if box.label == "Allocation or healed model")
+    box.set_value(chosen).run()
+    test.session_state["export_form"] = form
+    test.run()
+    assert sound(test)
+    codes = [block.value for block in test.code if str(run.path / "exports") not in block.value]
+    found = paths_of(codes)
+    assert len(found) == (3 if form == "dense" else 2), codes
+    assert len(set(found)) == 1
+    assert not Path(found[0]).is_absolute()
 
 
 def test_a_healing_that_no_options_say_is_told_with_the_setting(app):
