@@ -35,6 +35,7 @@ from lowrank_core.statistics_store import (
     write_block,
 )
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.wording import amount
 
 __all__ = ["LayerStatistics", "cached_statistics", "collect_statistics", "load_statistics", "statistics_key"]
 
@@ -189,8 +190,8 @@ class _Calibration:
         free = psutil.virtual_memory().available
         if self.handle.device.type == "cpu" and needed > free:
             raise ModelError(
-                f"calibration of {self.handle.reference} needs about {needed / 2**30:.1f} GiB for its covariances, "
-                f"and {free / 2**30:.1f} GiB are free. Use a machine with more memory, or a smaller model."
+                f"calibration of {self.handle.reference} needs about {amount(needed)} for its covariances, "
+                f"and {amount(free)} are free. Use a machine with more memory, or a smaller model."
             )
 
     @torch.inference_mode()

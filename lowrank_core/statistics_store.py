@@ -26,6 +26,7 @@ from torch import Tensor
 from lowrank_core.errors import ModelError, NumericalError, RunError
 from lowrank_core.models.integrity import sha256_of
 from lowrank_core.moments import InputStatistics, OutputStatistics
+from lowrank_core.wording import amount
 
 __all__ = [
     "HiddenStates",
@@ -311,7 +312,7 @@ class HiddenStates:
         count = torch.Size(shape).numel()
         size = count * dtype.itemsize
         if new and (free := disk_usage(path.parent).free) < size:  # a mapped file on a full disk ends the process
-            raise ModelError(f"calibration needs {size / 2**30:.1f} GiB in {path.parent}, and {free / 2**30:.1f} GiB are free. Make room.")
+            raise ModelError(f"calibration needs {amount(size)} in {path.parent}, and {amount(free)} are free. Make room.")
         if not new and path.stat().st_size != size:
             raise ValueError(f"{path.name} is cut short")
         return torch.from_file(str(path), shared=True, size=count, dtype=dtype).reshape(shape)

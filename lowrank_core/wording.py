@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["NO_INTERVAL", "fixed", "fixed_interval", "has_interval"]
+__all__ = ["NO_INTERVAL", "amount", "fixed", "fixed_interval", "has_interval"]
 
 NO_INTERVAL = "no interval"
 """Where something was measured of which no spread was seen: on one window, or on windows that do not differ."""
@@ -26,3 +26,11 @@ def fixed_interval(ends: Sequence[float] | None, digits: int, *, signed: bool = 
     if ends is None or not has_interval(ends):
         return NO_INTERVAL
     return " to ".join(fixed(end, digits, signed=signed) for end in ends)
+
+
+def amount(size: int) -> str:
+    """Return bytes in the binary unit that fits them: what is a few MiB is not 0.0 GiB."""
+    for unit, suffix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if size >= unit:
+            return f"{size / unit:.1f} {suffix}"
+    return f"{size} bytes"

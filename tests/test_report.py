@@ -467,7 +467,12 @@ def test_second_texts_strips_and_timings_of_several_models_stand_by_themselves()
     assert (row["Model"], row["Ratio on python-stdlib"]) == ("Trial 5", "–")
     assert [row["Model"] for row in page.rows(f"{own} file:notes.txt")] == ["Uniform (trial 0)"]
     assert [row["Token"] for row in page.rows("The tokens on which Trial 3 lost most")] == ["␣<", "␣b", "␣a", ":⏎"]
-    assert [row["Extra loss (nats)"] for row in page.rows("The tokens on which Uniform lost most")] == ["2.00", "0.100", "0", "-0.500"]
+    assert [row["Extra loss (nats)"] for row in page.rows("The tokens on which Uniform (trial 0) lost most")] == [
+        "2.00",
+        "0.100",
+        "0",
+        "-0.500",
+    ]
     assert "Memory of Trial 3 was not measured." in page.text
     assert "Memory of Uniform: peak of a fresh process." in page.text
     timed = page.rows("Uniform beside the original. batch 1, prompts of 8 random tokens")

@@ -15,6 +15,7 @@ from lowrank_core.evaluation.tokens import outcomes as outcomes_of
 from lowrank_core.evaluation.warnings import uniform_warning
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.wording import amount
 
 __all__ = ["DenseReference"]
 
@@ -131,6 +132,6 @@ def _check_fits(handle: ModelHandle, windows: WindowSet, kept: int, reverse: boo
     take = f"Keep the likeliest tokens alone (--top-k {_FEW_TOKENS}), or take" if helps else "Take"
     over = f"{kept} tokens of the vocabulary" if kept else "this vocabulary"
     raise TextError(
-        f"{windows.windows} windows of {windows.context} tokens over {over} need {size / 2**30:.1f} GiB to compare with. "
+        f"{windows.windows} windows of {windows.context} tokens over {over} need {amount(size)} to compare with. "
         f"{take} fewer windows (--validation-windows), or lower --context (the limit is {_CACHE_LIMIT_BYTES / 2**30:.0f} GiB)."
     )

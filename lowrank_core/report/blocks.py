@@ -16,6 +16,7 @@ from markupsafe import Markup
 
 from lowrank_core.figures.embedding import figure_json
 from lowrank_core.views.formatting import DASH, number, percent, size
+from lowrank_core.views.spreadsheet import csv_of
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -113,7 +114,7 @@ def _link(body: str, media: str, label: str, file: str) -> Download:
 
 def csv_link(frame: pd.DataFrame, file: str, label: str = "Data (CSV)") -> Download:
     """Return ``frame`` as a CSV file: full precision, missing values empty."""
-    return _link(frame.to_csv(index=False), "text/csv", label, f"{file}.csv")
+    return _link(csv_of(frame), "text/csv", label, f"{file}.csv")
 
 
 def json_link(body: str, file: str, label: str) -> Download:

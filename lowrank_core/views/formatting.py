@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 
@@ -20,6 +21,7 @@ __all__ = [
     "kind_label",
     "number",
     "percent",
+    "plain",
     "short_duration",
     "shortened",
     "size",
@@ -27,6 +29,7 @@ __all__ = [
 ]
 
 DASH = "–"
+_MARKS = re.compile(r"[\\`*_{}\[\]()#+\-.!|<>~$:&^=@/]")  # the signs that Markdown and Streamlit's own directives begin or end with
 _COUNTS = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from, unit, suffix
 _SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
@@ -93,6 +96,11 @@ def shortened(text: str, most: int) -> str:
     """Return ``text`` in one line of at most ``most`` characters."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
+
+
+def plain(text: str) -> str:
+    """Return ``text`` as Markdown that shows it letter by letter: a foreign text brings no picture, link, colour or icon."""
+    return _MARKS.sub(r"\\\g<0>", text)
 
 
 def interval(low: float | None, high: float | None) -> str:

@@ -11,6 +11,7 @@ from lowrank_core.views.fit import DEVICE, DISK, MEMORY, Fit, fit_of, fit_table,
 from lowrank_core.views.formatting import count, percent, size
 from lowrank_core.views.preview import CHARACTERS_PER_TOKEN, TextPreview, preview_table, preview_warnings
 from lowrank_core.views.sources import hub_cache
+from lowrank_core.views.spreadsheet import csv_of
 from lowrank_core.views.tree import ARRANGEMENTS, module_tree
 from pages.components import coverage, tables
 
@@ -63,7 +64,7 @@ def tree(model: ModelOnDisk, *, key: str) -> None:
         )
         st.download_button(
             "CSV",
-            lambda: tensor_table(model.parts).to_csv(index=False).encode(),
+            lambda: csv_of(tensor_table(model.parts)).encode(),
             "tensors.csv",
             "text/csv",
             key=f"{key}_csv",

@@ -10,6 +10,7 @@ import streamlit as st
 
 from lowrank_core.figures.style import CONFIG, legible
 from lowrank_core.figures.vega import PICKED, ZOOM, VegaChart
+from lowrank_core.views.spreadsheet import csv_of
 
 __all__ = ["chart"]
 
@@ -50,7 +51,7 @@ def _numbers(data: pd.DataFrame, key: str) -> None:
     """Offer ``data`` as a file, which is written only when it is asked for."""
     st.download_button(
         "CSV",
-        lambda: data.to_csv(index=False).encode(),
+        lambda: csv_of(data).encode(),
         f"{key}.csv",
         "text/csv",
         key=f"{key}_csv",

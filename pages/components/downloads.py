@@ -21,6 +21,7 @@ from lowrank_core.views.model import model_facts
 from lowrank_core.views.planned import Source
 from lowrank_core.views.reproduction import reproduction
 from lowrank_core.views.search import trial_table
+from lowrank_core.views.spreadsheet import csv_of
 from lowrank_core.views.summary import comparisons_table
 from lowrank_core.views.text import text_facts
 from pages.components.loading import spectra_of
@@ -77,7 +78,7 @@ def _tables(run: Run, source: Source | None) -> None:
     _offer(
         "Trials (CSV)",
         "trials",
-        lambda: str(trial_table(trials, search).to_csv(index=False)),
+        lambda: csv_of(trial_table(trials, search)),
         "text/csv",
         rows,
         "" if trials else "No trial yet.",
@@ -87,7 +88,7 @@ def _tables(run: Run, source: Source | None) -> None:
     _offer(
         "Comparison (CSV)",
         "comparison",
-        lambda: str(table.to_csv(index=False)),
+        lambda: csv_of(table),
         "text/csv",
         rows,
         "" if found else "Nothing was measured on test text yet.",

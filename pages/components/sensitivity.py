@@ -16,6 +16,7 @@ from lowrank_core.views import sensitivity as views
 from lowrank_core.views.formatting import kind_label, percent
 from lowrank_core.views.model import ModelFacts
 from lowrank_core.views.runs import is_busy
+from lowrank_core.views.spreadsheet import csv_of
 from pages.components import pickers, sensitivity_form, state, tables
 from pages.components.boundary import live
 from pages.components.charts import chart
@@ -190,7 +191,7 @@ def _table(run: Run, cells: pd.DataFrame) -> None:
         tables.table(cells, columns, key="sensitivity_cells", height=360, alt="Every measured cell")
         st.download_button(
             "Sensitivities (CSV)",
-            lambda: cells.to_csv(index=False).encode(),
+            lambda: csv_of(cells).encode(),
             f"{run.id}-sensitivity.csv",
             "text/csv",
             key="download_sensitivity",

@@ -9,7 +9,7 @@ import streamlit as st
 from lowrank_core import jobs
 from lowrank_core.run_care import notes_of
 from lowrank_core.runs import Run, RunStatus
-from lowrank_core.views.formatting import shortened
+from lowrank_core.views.formatting import plain, shortened
 from lowrank_core.views.runs import STATE_WORDS, all_runs, is_busy, is_working, run_labels, signature, status_words
 from pages.components import state
 from pages.components.boundary import boundary, live
@@ -45,7 +45,7 @@ def show() -> None:
         )
         st.caption(run.record["name"])
         if notes := notes_of(run):
-            st.caption(f":material/sticky_note_2: {shortened(notes, _NOTES)}", help=notes)
+            st.caption(f":material/sticky_note_2: {plain(shortened(notes, _NOTES))}", help=plain(notes))
         if run.recorded:
             st.badge(
                 "Recorded", icon=":material/inventory_2:", color="violet", help="Ships with the package: to be looked at, not continued."

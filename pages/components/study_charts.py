@@ -26,6 +26,7 @@ from lowrank_core.views.formatting import number, percent
 from lowrank_core.views.model import model_facts
 from lowrank_core.views.search import better_half, search_variables, trial_table
 from lowrank_core.views.search import history as history_of
+from lowrank_core.views.spreadsheet import csv_of
 from lowrank_core.views.timeline import timeline
 from lowrank_core.views.trials import state_words, trial_label
 from lowrank_core.views.windows import window_losses
@@ -221,7 +222,7 @@ def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None
     tables.table(frame, columns, key="trial_table", height=300, on_pick=pick, alt="Trials of the search")
     st.download_button(
         "Trials (CSV)",
-        frame.to_csv(index=False),
+        csv_of(frame),
         f"{run.id}-trials.csv",
         "text/csv",
         key="download_trials",

@@ -9,6 +9,7 @@ import streamlit as st
 from lowrank_core.figures.strip import strip_html
 from lowrank_core.runs import Run
 from lowrank_core.views.losses import WindowTable
+from lowrank_core.views.spreadsheet import csv_of
 from lowrank_core.views.subjects import Subject
 from lowrank_core.views.text import text_facts
 from lowrank_core.views.token_losses import TokenStrip, worst_tokens
@@ -48,7 +49,7 @@ def show(run: Run, chosen: Mapping[Subject, str], found: Sequence[TokenStrip], w
     tables.table(worst_tokens(strip), columns, key="worst_tokens", alt="The tokens that lost most, with both models' guesses")
     st.download_button(
         "All tokens (CSV)",
-        lambda: strip.frame.to_csv(index=False).encode(),
+        lambda: csv_of(strip.frame).encode(),
         "tokens.csv",
         "text/csv",
         key="tokens_csv",
