@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import optuna
+import pandas as pd
 import pytest
 from optuna.trial import create_trial
 from synthetic import comparison, make_run, running_status, write_answers, write_healing
@@ -12,10 +14,17 @@ from synthetic_answers import detailed, on_other_text, speed_answer, tokens_answ
 from test_pages import charts, sound, words
 
 from lowrank_core import jobs
-from lowrank_core.jobs import pending_requests
+from lowrank_core.jobs import answers, pending_requests
 from lowrank_core.presets import PRESETS
+from lowrank_core.report import report_html
 from lowrank_core.runs import write_json
+from lowrank_core.search.records import MANUAL
 from lowrank_core.search.storage import open_journal
+from lowrank_core.views.compare import comparisons
+from lowrank_core.views.speed import speeds
+from lowrank_core.views.token_losses import strips
+from pages.components import tables
+from pages.components.tables import _without_negative_zeros
 
 LOOKS = ("windows", "positions", "tokens", "text", "prompt", "speed")
 
@@ -262,3 +271,55 @@ def test_a_damaged_answer_becomes_a_message(app):
     test = app("compare")
     assert not test.exception
     assert "a comparison has no 'kl'" in test.error[0].value
+
+
+NOTHING = "the dense model is no better than a uniform guess on this text: KL and agreement say nothing."
+
+
+def of_one_window() -> dict[str, object]:
+    """An answer of an older worker, which drew intervals of no width from one window, with what a newer one says of it."""
+    body = comparison("trial 3", 3, 3.2)
+    report = body["report"]
+    assert isinstance(report, dict)
+    report |= {name: [1.0, 1.0] for name in report if name.endswith("_interval")}
+    report |= {"windows": 1, "kl": 0.0, "top1_agreement": 1.0, "warnings": [NOTHING, "one window of text alone: there is no interval"]}
+    return body
+
+
+def test_one_window_has_no_interval_and_a_silent_model_is_told_beside_its_figures(app):
+    run = make_run()
+    write_json(run.path / "results" / "1.json", of_one_window())
+    (found,) = comparisons(answers(run))
+    assert (found.perplexity_interval, found.perplexity_difference_interval, found.kl_interval) == ((), (), ())
+    test = look(app, "windows")
+    assert sound(test)
+    told = [warning.value for warning in test.warning]
+    assert NOTHING in told
+    assert any("one window of text alone" in warning for warning in told)
+    (table,) = (frame.value for frame in test.dataframe if "difference_interval" in frame.value.columns)
+    assert list(table["interval"]) == ["no interval", "no interval"]
+    assert list(table["difference_interval"]) == ["–", "no interval"]
+    page = report_html(run)
+    assert "no interval" in page
+    assert NOTHING in page
+
+
+def test_a_search_against_a_silent_model_says_so(app):
+    run = make_run()
+    run.write_status(replace(run.status(), dense_warnings=(NOTHING,)))
+    for page in ("search", "overview"):
+        assert NOTHING in [warning.value for warning in app(page).warning]
+
+
+def test_a_model_has_one_name_in_every_look(app):
+    """Answers about an allocation by hand are labelled alike: each goes by the number of its trial."""
+    bodies = [{**answer, "trial": number, "label": MANUAL} for number in (5, 6) for answer in (tokens_answer(), speed_answer())]
+    assert [strip.name for strip in strips(bodies)] == ["Trial 6", "Trial 5"]
+    assert [speed.name for speed in speeds(bodies)] == ["Trial 6", "Trial 5"]
+
+
+def test_a_table_has_no_negative_zero():
+    frame = pd.DataFrame({"extra": [-0.0004, -0.0006, 0.25, None], "kl": [-1e-9, 1.0, 2.0, 3.0]})
+    shown = _without_negative_zeros(frame, {"extra": tables.number("Extra", 3), "kl": tables.figure("KL")})
+    assert [f"{value:.3f}" for value in shown["extra"][:3]] == ["0.000", "-0.001", "0.250"]
+    assert list(shown["kl"]) == list(frame["kl"])
