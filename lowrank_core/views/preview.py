@@ -20,7 +20,7 @@ from lowrank_core.errors import TextError
 from lowrank_core.views.formatting import size
 from lowrank_core.views.sources import check_text
 
-__all__ = ["CHARACTERS_PER_TOKEN", "SplitPreview", "TextPreview", "preview_table", "preview_warnings", "text_preview"]
+__all__ = ["CHARACTERS_PER_TOKEN", "SplitPreview", "TextPreview", "check_long_enough", "preview_table", "preview_warnings", "text_preview"]
 
 CHARACTERS_PER_TOKEN = 4
 """A rule of thumb for English and a large vocabulary; a smaller vocabulary, or code, makes more tokens."""
@@ -33,11 +33,12 @@ _FIRST_DOCUMENTS = 20
 
 @dataclass(frozen=True)
 class SplitPreview:
-    """A split: its characters (None before they are read) and how it begins."""
+    """A split: its characters (None before they are read), how it begins, and its UTF-8 bytes (None unless it was read)."""
 
     name: str
     characters: int | None
     beginning: str = ""
+    bytes: int | None = None
 
     @property
     def tokens(self) -> int | None:
@@ -78,7 +79,7 @@ def text_preview(reference: str) -> TextPreview:
 
 def _whole(reference: str, source: TextDocuments) -> TextPreview:
     texts = {split: source.text(split) for split in SPLITS}
-    splits = tuple(SplitPreview(split, len(text), text[:_BEGINNING]) for split, text in texts.items())
+    splits = tuple(SplitPreview(split, len(text), text[:_BEGINNING], len(text.encode())) for split, text in texts.items())
     return TextPreview(reference, splits, counted=True)
 
 
@@ -174,6 +175,22 @@ def preview_warnings(preview: TextPreview, text: TextConfig) -> list[str]:
         else:
             found.append(f"The {split.name} split may hold about {windows} windows; {asked} are asked for. All that fit are taken.")
     return found
+
+
+def check_long_enough(preview: TextPreview, text: TextConfig) -> None:
+    """Refuse a text of which a split can't hold a window, whatever the tokenizer: no token is less than a byte.
+
+    A tokenizer may put a blank before the text, and a window begin with BOS.
+
+    Raises:
+        TextError: a split is too short.
+    """
+    for split in preview.splits:
+        if split.bytes is not None and split.bytes + 2 < text.context:
+            raise TextError(
+                f"text: the {split.name} split of {preview.reference} has {split.bytes} bytes, fewer than the tokens of one window "
+                f"({text.context}). Give a longer text, or a shorter context."
+            )
 
 
 def _asked(text: TextConfig) -> tuple[int, int, int]:

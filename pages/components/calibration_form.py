@@ -7,7 +7,7 @@ import streamlit as st
 from lowrank_core.config import BOS_RULES, DTYPES, GROUP_WEIGHTS, ROBUST_RULES, CalibrationConfig, ModelSource, RunConfig, TextConfig
 from lowrank_core.documents import HUB_TEXTS
 from lowrank_core.views.checkpoint import ModelOnDisk
-from lowrank_core.views.preview import TextPreview
+from lowrank_core.views.preview import TextPreview, check_long_enough
 from lowrank_core.views.sources import TEXTS
 from pages.components import before_start
 from pages.components.boundary import boundary
@@ -35,6 +35,8 @@ def calibration_form() -> None:
     if valid:
         with boundary():
             options = TextConfig(reference=text, context=context, calibration_windows=windows, **text_options)  # type: ignore[arg-type]
+            if preview is not None:
+                check_long_enough(preview, options)
             config = RunConfig(model=ModelSource(reference, dtype=dtype), text=options, calibration=calibration)
     with st.container(horizontal=True, vertical_alignment="center"):
         pressed = st.button("Start calibration", key="start_calibration", type="primary", icon=":material/play_arrow:")

@@ -210,3 +210,14 @@ def test_columns_that_tell_runs_apart_are_shown_only_where_they_differ(app, pick
     text["splits"]["test"]["sha256"] = "other"
     write_json(two.path / "text.json", text)
     assert "test_group" in columns()
+
+
+def test_a_text_shorter_than_a_window_starts_nothing(app, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("a few words\nand a few more\n")
+    test = app("overview")
+    test.selectbox(key="text_choice").set_value("file").run()
+    test.text_input(key="text_path").set_value(str(short)).run()
+    test.button(key="start_calibration").click().run()
+    assert any("fewer than the tokens of one window" in error.value for error in test.error)
+    assert list_runs() == []

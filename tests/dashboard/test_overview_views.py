@@ -245,6 +245,14 @@ def test_a_text_that_is_too_short_is_told_before_the_start(notes):
     assert preview.preview_warnings(found, TextConfig(context=8, calibration_windows=2, validation_windows=2, test_windows=2)) == []
 
 
+def test_a_text_that_can_hold_no_window_is_refused_before_the_start(notes):
+    found = preview.text_preview(f"file:{notes}")
+    shortest = min(split.bytes for split in found.splits)
+    preview.check_long_enough(found, TextConfig(context=shortest + 2))
+    with pytest.raises(TextError, match=f"bytes, fewer than the tokens of one window .{shortest + 3}"):
+        preview.check_long_enough(found, TextConfig(context=shortest + 3))
+
+
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt"])
 def test_every_form_of_a_file_is_shown(tmp_path, monkeypatch, suffix, large):
