@@ -136,7 +136,7 @@ def test_every_kind_of_trial_is_on_the_page(app, rich):
     assert sound(test)
     shown = words(test)
     assert "5 of 12 trials complete" in shown
-    assert "2.0 s per trial (median) · 1 stopped early · 1 outside the budget, measured and never the best · 3 picked by hand" in shown
+    assert "2.0 s per trial (median) · 1 stopped early · 2 picked by hand, on top · 1 failed, not counted" in shown
     assert "Best trial Trial 3" in shown
     assert "Trial 8, running now, against Trial 3 window by window" in shown
     assert len(charts(test)) == 3  # history, windows, allocation; one trial has no fingerprint
