@@ -475,7 +475,7 @@ def test_second_texts_strips_and_timings_of_several_models_stand_by_themselves()
     ]
     assert "Memory of Trial 3 was not measured." in page.text
     assert "Memory of Uniform (trial 0): peak of a fresh process." in page.text
-    timed = page.rows("Uniform beside the original. batch 1, prompts of 8 random tokens")
+    timed = page.rows("Uniform (trial 0) beside the original. batch 1, prompts of 8 random tokens")
     assert timed[1]["Times as fast"] == "2.00 (1.80 to 2.20)"
 
 
