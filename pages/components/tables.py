@@ -57,7 +57,10 @@ def table(
 def _without_negative_zeros(frame: pd.DataFrame, columns: ColumnConfig) -> pd.DataFrame:
     """Return ``frame`` with 0 for what a column of so many decimals would show as -0.000."""
     shown = {name: digits for name, config in columns.items() if name in frame.columns and (digits := _decimals(config)) is not None}
-    tiny = {name: frame[name].mask(frame[name].abs() < 0.5 * 10.0**-digits, 0.0) for name, digits in shown.items()}
+    tiny = {
+        name: frame[name].mask(pd.to_numeric(frame[name], errors="coerce").abs() < 0.5 * 10.0**-digits, 0.0)
+        for name, digits in shown.items()
+    }
     return frame.assign(**tiny) if tiny else frame
 
 

@@ -323,3 +323,5 @@ def test_a_table_has_no_negative_zero():
     shown = _without_negative_zeros(frame, {"extra": tables.number("Extra", 3), "kl": tables.figure("KL")})
     assert [f"{value:.3f}" for value in shown["extra"][:3]] == ["0.000", "-0.001", "0.250"]
     assert list(shown["kl"]) == list(frame["kl"])
+    nothing = pd.DataFrame({"extra": pd.Series([None, None], dtype=object)})
+    assert list(_without_negative_zeros(nothing, {"extra": tables.number("Extra", 3)})["extra"]) == [None, None]
