@@ -7,7 +7,7 @@ import streamlit as st
 from lowrank_core.search.records import read_trials
 from lowrank_core.views.allocation import search_units
 from lowrank_core.views.model import model_facts
-from lowrank_core.views.prediction import trial_predictions, trust
+from lowrank_core.views.prediction import trial_predictions
 from lowrank_core.views.runs import is_busy, is_working
 from lowrank_core.views.starts import Recipe
 from pages.components import hand_desk, hand_export, hand_map, hand_measure, hand_meter, hand_start, hand_table, layout, navigation
@@ -24,6 +24,9 @@ def bench(desk: hand_desk.Desk) -> None:
         history = hand_desk.history(desk)
         draft, tick = history.present, 1.0 if is_busy(desk.run) else None
 
+        def expectation() -> None:
+            hand_measure.expectation(desk, draft)
+
         def measurement() -> None:
             hand_measure.status(desk, draft)
 
@@ -36,7 +39,8 @@ def bench(desk: hand_desk.Desk) -> None:
         with st.container():
             hand_start.show(desk)
         with st.container():
-            hand_meter.meter(desk, history, trust(predictions))
+            hand_meter.meter(desk, history)
+        live(expectation, tick)
         with st.container(horizontal=True, gap="small", vertical_alignment="center"):
             hand_meter.steps(desk, history)
             hand_measure.button(desk, draft)

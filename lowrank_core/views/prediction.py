@@ -70,7 +70,7 @@ def trial_predictions(trials: Sequence[TrialRecord], record: CurveRecord | None)
 
 @dataclass(frozen=True)
 class Trust:
-    """How predictions stand to measurements.
+    """How predictions stand to the measurements of a run, in sum: no forecast for another allocation, which ``expectation`` gives.
 
     Attributes:
         trials: how many.
@@ -83,10 +83,6 @@ class Trust:
     low: float
     high: float
     order: float | None
-
-    def expected(self, predicted: float) -> tuple[float, float, float]:
-        """Return what a measurement should give, going by these trials: median, low and high, nats per token."""
-        return predicted * self.median, predicted * self.low, predicted * self.high
 
     def sentence(self) -> str:
         order = "" if self.order is None else f" The rank correlation of the two is {self.order:.2f}; 1 is the same order."

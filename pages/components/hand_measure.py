@@ -12,6 +12,7 @@ from lowrank_core.allocation import Draft
 from lowrank_core.figures.prediction import prediction_figure
 from lowrank_core.jobs import answers
 from lowrank_core.search.records import TrialRecord, read_trials
+from lowrank_core.views.expectation import expectation_help, expectation_words
 from lowrank_core.views.formatting import number
 from lowrank_core.views.picked import Picked, beside, picked
 from lowrank_core.views.prediction import estimate_words, measured_as, predicted_kl, trust
@@ -23,7 +24,7 @@ from pages.components.charts import chart
 from pages.components.hand_desk import Desk
 from pages.components.sidebar import resume_button
 
-__all__ = ["button", "result", "status", "trusted"]
+__all__ = ["button", "expectation", "result", "status", "trusted"]
 
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
 
@@ -49,6 +50,17 @@ def button(desk: Desk, draft: Draft) -> None:
 
 def _now(desk: Desk, draft: Draft, trials: Sequence[TrialRecord]) -> Picked:
     return picked(draft.ranks, trials, jobs.pending_requests(desk.run), answers(desk.run))
+
+
+def expectation(desk: Desk, draft: Draft) -> None:
+    """Say what a measurement of the draft should give, or what it gave.
+
+    Raises:
+        RunError: the journal is damaged.
+    """
+    record = desk.recipe.record
+    if record is not None and record.predicts:
+        st.caption(expectation_words(record, desk.recipe.units, read_trials(desk.run), draft.ranks), help=expectation_help(_protocol(desk)))
 
 
 def status(desk: Desk, draft: Draft) -> None:

@@ -8,7 +8,7 @@ from lowrank_core.accounting import FLOPS_MEANING
 from lowrank_core.allocation import DraftHistory
 from lowrank_core.views.draft import Bill, bill
 from lowrank_core.views.formatting import count, number, percent, size
-from lowrank_core.views.prediction import Trust, predicted_kl
+from lowrank_core.views.prediction import predicted_kl
 from lowrank_core.views.starts import rules
 from pages.components import coverage, state
 from pages.components.hand_desk import Desk, edit, hint, note, step
@@ -20,7 +20,7 @@ __all__ = ["meter", "steps"]
 _PROPORTION = ""
 
 
-def meter(desk: Desk, history: DraftHistory, trusted: Trust | None) -> None:
+def meter(desk: Desk, history: DraftHistory) -> None:
     """Draw the budget, the sizes and the prediction, as they are after the last change."""
     draft, search = history.present, desk.search
     cost = bill(draft, desk.facts, budget_ratio(desk), run_ratio=search.compression_ratio if search.most_ratio is None else None)
@@ -45,8 +45,6 @@ def meter(desk: Desk, history: DraftHistory, trusted: Trust | None) -> None:
     )
     coverage.show(desk.facts, cost.removed)
     coverage.warn(desk.facts)
-    if predicted is not None:
-        st.caption(_predicted_words(predicted, trusted))
     if not cost.counts:
         st.warning(
             f"Over the run's budget of {percent(search.compression_ratio)} removed: it can be measured, and never counts as the best.",
@@ -59,14 +57,6 @@ def _budget_words(cost: Bill) -> str:
         return f"**{-cost.left:,} parameters over the budget**: keeps {cost.kept:,} of {cost.allowed:,}."
     met = f" The budget is met: {cost.left:,} are left, less than any further rank costs." if cost.spent else f" {cost.left:,} are left."
     return f"Keeps {cost.kept:,} of {cost.allowed:,} parameters.{met}"
-
-
-def _predicted_words(predicted: float, trusted: Trust | None) -> str:
-    words = f"Predicted KL {number(predicted)} is no measurement."
-    if trusted is None:
-        return f"{words} No trials of this run say yet how far it can be trusted."
-    median, low, high = (number(value) for value in trusted.expected(predicted))
-    return f"{words} Going by the {trusted.trials} measured trials of this run, expect about {median} ({low} to {high})."
 
 
 def steps(desk: Desk, history: DraftHistory) -> None:

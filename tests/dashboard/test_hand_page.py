@@ -65,6 +65,8 @@ def test_the_best_trial_is_on_the_bench(app, run):
     assert "Started from **Trial 3**" in shown
     assert "Measured as By hand (trial 5)" in shown  # the newest with these ranks
     assert "Predicted KL" in shown
+    assert "Measured KL 0.3500;" in shown
+    assert "xpect about" not in shown
     assert "times the predicted one" in shown
     assert len(charts(test)) == 2
     assert any("lowrank compress" in code.value for code in test.code)
@@ -73,6 +75,30 @@ def test_the_best_trial_is_on_the_bench(app, run):
 
 def test_the_chosen_trial_is_the_beginning(app, run):
     assert "Started from **LoRD, fixed by hand (trial 1)**" in words(app("hand", trial="1"))
+
+
+def test_what_to_expect_of_a_draft_is_told_until_it_is_measured(app, run):
+    test = app("hand")
+    slide(test, run, "type-q", 60)
+    assert "is no measurement. Expect about" in words(test)
+    assert "measured trials of this run" in words(test)
+    (caption,) = [found for found in test.caption if "Expect about" in found.value]
+    assert "probability of 90 %" in caption.proto.help
+    assert "windows of 32 tokens" in caption.proto.help
+    slide(test, run, "type-q", 1)
+    assert "**Extrapolated**" in words(test)
+    upload(test, run, json.dumps({"ranks": dict(read_trials(run)[6].ranks), "locked": []}).encode())
+    assert f"Measured KL {read_trials(run)[6].kl:.4f}" in words(test)
+    assert "xpect" not in next(found.value for found in test.caption if found.value.startswith("Measured KL"))
+    assert "Expect about" not in words(test)
+
+
+def test_before_any_trial_is_measured_the_page_says_why_nothing_is_expected(app):
+    with_curves(make_run(config=SEARCH, study=lambda run: None)).write_status(running_status("Measuring the dense model"))
+    test = app("hand")
+    assert sound(test)
+    assert "No trial of this run is measured yet" in words(test)
+    assert "Expect about" not in words(test)
 
 
 def test_without_curves_nothing_is_predicted_and_the_worker_is_asked_for_them(app):
