@@ -114,10 +114,11 @@ def test_the_interval_is_narrow_at_a_trial_and_wide_away_from_all(units, record,
     assert "the trials' predicted KL is 0.000811 to 0.00536" in crushed.extrapolated
 
 
-def test_every_trial_narrows_the_interval_and_one_is_enough_to_begin(units, record, searched):
+def test_every_trial_narrows_the_interval_and_three_are_enough_to_begin(units, record, searched):
     draft = next(unpacked(units, places) for where, _, places, _ in MEASURED["drafts"] if where == NEAR)
-    widths = [width(KlRegression(record, units, searched[:count]).expected(draft)) for count in (1, 3, 12, 30)]
+    widths = [width(KlRegression(record, units, searched[:count]).expected(draft)) for count in (3, 12, 30)]
     assert widths == sorted(widths, reverse=True)
+    assert KlRegression(record, units, searched[:2]).expected(draft) is None
 
 
 def test_a_run_whose_losses_are_all_larger_is_believed(units, record, searched):
@@ -169,8 +170,9 @@ def test_an_unmeasured_draft_is_told_what_to_expect_from_how_many_trials(units, 
     words = expectation_words(record, units, searched[:3], ranks)
     assert "is no measurement. Expect about 0.00" in words
     assert "going by 3 measured trials of this run" in words
-    assert "going by 1 measured trial of" in expectation_words(record, units, searched[:1], ranks)
-    assert "No trial of this run is measured yet" in expectation_words(record, units, [], ranks)
+    assert "Only 2 trials of this run can say" in expectation_words(record, units, searched[:2], ranks)
+    assert "Only 1 trial of this run can say" in expectation_words(record, units, searched[:1], ranks)
+    assert "No trial of this run can say" in expectation_words(record, units, [], ranks)
     assert "**Extrapolated**" in expectation_words(record, units, searched, {next(iter(ranks)): 1})
     assert "No loss is predicted" in expectation_words(record, units, searched, dict.fromkeys(ranks))
     assert expectation_words(record, units, searched, {"unknown": 3}) == ""
