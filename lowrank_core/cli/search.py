@@ -30,7 +30,7 @@ __all__ = ["add"]
 _SEARCH = SearchConfig()
 _FIELDS = (
     *("most_ratio", "space", "variables", "slopes", "sampler", "objective", "trials", "startup_trials"),
-    *("pruner", "top_k", "autocast", "confirmed"),
+    *("pruner", "top_k", "autocast", "confirmed", "selected_windows"),
 )
 """Fields of ``SearchConfig`` that are options of the same name."""
 
@@ -64,6 +64,8 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="KL on the dense model's K likeliest tokens and the rest (default: 0, all)")
     parser.add_argument("--autocast", action="store_true", default=None, help="run trials in bfloat16")
     parser.add_argument("--confirmed", type=int, metavar="N", help=f"best trials measured on test text (default: {_SEARCH.confirmed})")
+    selected = "of a search as published: trials see N validation windows, selected where allocations differ most (preset bolaco: 100)"
+    parser.add_argument("--selected-windows", type=int, metavar="N", help=f"{selected}; 0 takes those of the text")
     parser.add_argument("--ranks", type=Path, metavar="FILE", help="a hand-picked allocation, measured first")
     parser.add_argument("--complete", metavar="A", help="complete a partial --ranks within the budget by an allocation")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: %(default)s)")

@@ -19,6 +19,7 @@ from lowrank_core.runs import Run, home, write_json
 from lowrank_core.search.identity import JOIN, RunIdentity
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.samplers import phase
+from lowrank_core.search.selection import Selection
 from lowrank_core.search.session import fingerprint, prepare, search_bench
 from lowrank_core.search.storage import open_database, open_storage, redacted
 from lowrank_core.search.study import TrialBench, completed_trials, equip, run_trial, running_trials, waiting_trials
@@ -71,7 +72,8 @@ def join_run(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> in
     try:
         study = _begun(run, reporter)
         session = prepare(run, reporter, leads=False)
-        bench = search_bench(session, _wanted(study), run.config.calibration.batch_size, reporter)
+        known = Selection.read(study.user_attrs.get("selection"))
+        bench = search_bench(session, _wanted(study), run.config.calibration.batch_size, reporter, selection=known)
         RunIdentity.of(run, JOIN).check(fingerprint(session, bench))
         return _take_trials(run, study, bench, reporter, warm_seconds)
     finally:

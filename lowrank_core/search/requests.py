@@ -27,7 +27,7 @@ from lowrank_core.search.healed import export_healed, heal_allocation, healing_c
 from lowrank_core.search.records import MANUAL, TrialRecord, pareto_front, read_trials
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.session import Session, record_curves
-from lowrank_core.search.study import TrialBench, enqueue_allocation
+from lowrank_core.search.study import TrialBench, check_rules, enqueue_allocation
 
 __all__ = ["Kind", "answer", "answer_requests", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
 
@@ -37,6 +37,7 @@ Answer = dict[str, object]
 def _measure(desk: Desk, arguments: Mapping[str, object]) -> Answer:
     """Put a hand-picked allocation in line; a partial one is completed by an allocator within the budget."""
     bench, study, config = desk.search
+    check_rules(study, config)
     ranks, allocator = arguments.get("ranks"), arguments.get("complete")
     if not isinstance(ranks, Mapping) or not all(rank is None or type(rank) is int for rank in ranks.values()):
         raise ConfigError("an allocation maps unit names to whole ranks, or to null for dense.")

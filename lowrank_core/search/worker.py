@@ -17,13 +17,14 @@ from filelock import FileLock, Timeout
 from lowrank_core import jobs
 from lowrank_core.config import SearchConfig, to_mapping
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError, RunError
-from lowrank_core.runs import Run
+from lowrank_core.runs import Run, write_json
 from lowrank_core.search.background import answer_in_background
 from lowrank_core.search.desk import Desk
 from lowrank_core.search.identity import RunIdentity, signed_in
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.requests import answer_requests, confirm
 from lowrank_core.search.samplers import phase
+from lowrank_core.search.selection import Selection
 from lowrank_core.search.sensitivity import SensitivityBench, SensitivityOutcome
 from lowrank_core.search.session import Session, fingerprint, prepare, record_curves, search_bench
 from lowrank_core.search.study import (
@@ -83,11 +84,14 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
             _serve(Desk(run, session, reporter), warm_seconds)
             reporter.close("finished")
             return session, None
-        bench = search_bench(session, search, run.config.calibration.batch_size, reporter)
+        known = Selection.read(run.part("selection"))
+        bench = search_bench(session, search, run.config.calibration.batch_size, reporter, selection=known)
         RunIdentity.of(run).keep(found := fingerprint(session, bench))
+        if bench.selection is not None:
+            write_json(run.path / "selection.json", bench.selection.describe())
         record_curves(run, search, bench)
         study = open_study(run, search, bench.space)
-        _sign(run, study, found)
+        _sign(run, study, bench, found)
         for _ in range(helpers):
             jobs.add_worker(run, warm_seconds=0.0)
         complete = _search(Desk(run, session, reporter, bench, study), warm_seconds)
@@ -135,10 +139,12 @@ def _reporting(run: Run, reporter: Reporter) -> Iterator[Reporter]:
         raise
 
 
-def _sign(run: Run, study: optuna.Study, found: Mapping[str, object]) -> None:
+def _sign(run: Run, study: optuna.Study, bench: TrialBench, found: Mapping[str, object]) -> None:
     """Leave in the study what another worker needs to join, and to see whether it may."""
     study.set_user_attr("run", json.dumps(to_mapping(run.config)))
     study.set_user_attr("fingerprint", json.dumps({**found, **signed_in(study)}))
+    if bench.selection is not None:
+        study.set_user_attr("selection", json.dumps(bench.selection.describe()))
 
 
 class _Orders:
