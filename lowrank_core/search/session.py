@@ -17,8 +17,9 @@ from lowrank_core.models.attention import Heads, find_heads
 from lowrank_core.recipe import Decomposed, decompose, with_gradients
 from lowrank_core.runs import Run, statistics_home, write_json
 from lowrank_core.search.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
+from lowrank_core.search.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.selection import ALLOCATIONS, POOL_RATIO, Selection, select_windows
+from lowrank_core.search.selection import Selection, select_windows
 from lowrank_core.search.space import SearchSpace
 from lowrank_core.search.study import TrialBench
 from lowrank_core.slopes import measured_slopes

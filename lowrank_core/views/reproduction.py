@@ -148,8 +148,9 @@ def _options(config: RunConfig, folder: str) -> str:
     assert method is not None
     chosen = {name: getattr(search, name) for name in _CHOICES}
     flags = {"slopes": search.slopes, "autocast": search.autocast}
+    selected = {} if search.projected else {"selected_windows": search.selected_windows}
     ratios = {"compression_ratio": search.compression_ratio, "most_ratio": search.most_ratio}
-    return command_line("search", {**shared, **ratios, **method, **chosen, **flags, "run": folder})
+    return command_line("search", {**shared, **ratios, **method, **chosen, **selected, **flags, "run": folder})
 
 
 def _base_of(search: SearchConfig) -> Preset | dict[str, object] | None:

@@ -10,7 +10,7 @@ import pandas as pd
 from lowrank_core.errors import LowRankError
 from lowrank_core.jobs import answers
 from lowrank_core.runs import Run
-from lowrank_core.search.records import TrialRecord, best_trial, counts_of, read_trials
+from lowrank_core.search.records import TrialRecord, best_trial, counts_of, read_rules, read_trials
 from lowrank_core.views.compare import Comparison, comparisons, label_of
 from lowrank_core.views.formatting import interval_words
 from lowrank_core.views.model import ModelFacts, model_facts
@@ -74,17 +74,19 @@ def _row(run: Run) -> _Row:
     config, search = run.config, run.config.search
     facts, best, measured, trials = None, None, None, None
     splits: dict[str, str] = {}
+    selected: Hashable = None
     try:
         facts, text = model_facts(run), text_facts(run)
         splits = {split.name: split.sha256 for split in text.splits} if text else {}
         if search is not None:
             found = read_trials(run)
+            selected = (read_rules(run) if search.objective == "bolaco" else "", str((run.part("selection") or {}).get("chosen")))
             trials, best = counts_of(found).complete, best_trial(found) if search.most_ratio is None else None
             measured = _measured(run, best, found)
     except LowRankError:
         facts, best, measured, trials = None, None, None, None
     model = _identity(facts, config.model.reference)
-    judged = (search.objective, search.top_k, search.autocast) if search else None
+    judged = (search.objective, search.top_k, search.autocast, selected) if search else None
     return _Row(
         run=run,
         name=str(run.record["name"]),

@@ -31,7 +31,7 @@ __all__ = [
 OBJECTIVE_LABELS = {
     "kl": "KL to the dense model (nats per token)",
     "perplexity": "Perplexity",
-    "bolaco": "Bolaco: perplexity + weighted KL",
+    "bolaco": "Bolaco: perplexity + 0.001 x reverse KL of a window",
 }
 SAMPLER_LABELS = {
     "gp": "Gaussian process",
@@ -183,4 +183,6 @@ def _variable(name: str, search: SearchConfig) -> Variable:
         return Variable(name, f"Weight of {group}", "On the errors of these matrices when they are traded; 1 is the allocation `marginal`.")
     if search.projected:
         return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, before all are scaled onto the budget.")
-    return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, as published: not scaled onto the budget.")
+    return Variable(
+        name, f"Kept of {group}", "Kept fraction of these matrices, as published: not scaled onto the budget; from 1 on they are dense."
+    )

@@ -16,7 +16,7 @@ from lowrank_core.views.expectation import expectation_help, expectation_words
 from lowrank_core.views.formatting import number
 from lowrank_core.views.picked import Picked, beside, picked
 from lowrank_core.views.prediction import estimate_words, measured_as, predicted_kl, trust
-from lowrank_core.views.text import text_facts
+from lowrank_core.views.text import trial_windows
 from lowrank_core.views.trials import trial_label
 from pages.components import navigation, state, tables
 from pages.components.boundary import boundary
@@ -107,9 +107,8 @@ def _open_words(now: Picked, desk: Desk) -> str:
         return "Waits for the worker, which looks between two trials."
     if now.stage == "waiting" or now.trial is None:
         return "In line: it is the next trial."
-    text = text_facts(desk.run)
-    split = next((split for split in text.splits if split.name == "validation"), None) if text else None
-    of = f" of {split.windows}" if split else ""
+    windows = trial_windows(desk.run)
+    of = f" of {windows.count}" if windows else ""
     return f"Being measured as {trial_label(now.trial)}: {len(now.trial.windows)}{of} windows."
 
 
@@ -128,11 +127,10 @@ def _table(desk: Desk, trial: TrialRecord, trials: Sequence[TrialRecord]) -> Non
 
 
 def _protocol(desk: Desk) -> str:
-    text = text_facts(desk.run)
-    split = next((split for split in text.splits if split.name == "validation"), None) if text else None
-    if text is None or split is None:
+    windows = trial_windows(desk.run)
+    if windows is None:
         return "on search-validation text"
-    return f"on search-validation text: {desk.run.config.text.reference}, {split.windows} windows of {desk.run.config.text.context} tokens"
+    return f"on search-validation text: {desk.run.config.text.reference}, {windows.words}"
 
 
 def trusted(desk: Desk, draft: Draft, predictions: pd.DataFrame) -> None:
