@@ -44,6 +44,7 @@ TORCH_FREE = (
     "lowrank_core.weight_files",
     "lowrank_core.healing.config",
     "lowrank_core.healing.records",
+    "lowrank_core.search.published",
     "lowrank_core.search.records",
     "lowrank_core.search.space",
     "lowrank_core.search.storage",

@@ -13,6 +13,8 @@ __all__ = ["LEAST_LOSS", "OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABL
 
 OBJECTIVES = ("kl", "perplexity", "bolaco")
 SAMPLERS = ("gp", "tpe", "cmaes", "qmc", "random")
+_DRAWING = ("gp", "random")
+"""Those of a search as published."""
 VARIABLES = ("kept", "errors")
 PRUNERS = ("none", "wilcoxon")
 LEAST_LOSS = 1e-9
@@ -102,6 +104,18 @@ class SearchConfig:
         models the values themselves; and so does one by KL at one ratio, where logarithms gained nothing.
         """
         return self.most_ratio is not None or (self.projected and self.objective != "kl")
+
+    def check_sampler(self) -> None:
+        """Raise unless the sampler can propose points of this search; apart from the other checks, as runs of earlier versions must open.
+
+        Raises:
+            ConfigError: it can't.
+        """
+        if not self.projected and self.sampler not in _DRAWING:
+            raise ConfigError(
+                f"a search as published draws points until one meets the budget, which the sampler {self.sampler} can't. "
+                f"Choose {' or '.join(_DRAWING)}, or a search whose points are projected."
+            )
 
     def _check_two_objectives(self, most: float) -> None:
         if most <= self.compression_ratio:
