@@ -24,6 +24,7 @@ from lowrank_core.search.desk import chosen_model
 from lowrank_core.search.records import best_trial, read_trials
 from lowrank_core.search.worker import run_worker
 from lowrank_core.text import TokenWindows, load_text
+from lowrank_core.truncations import perplexities_for
 from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
 
 __all__ = ["QualityRow", "as_markdown", "quality_table"]
@@ -80,7 +81,9 @@ class _Table:
         for ratio in ratios:
             began = time.perf_counter()
             try:
-                model = decomposed.compress(decomposed.allocate(preset.allocation, ratio), self.windows.calibration)
+                perplexities = perplexities_for(preset.allocation, decomposed, self.windows.calibration, statistics_home())
+                allocation = decomposed.allocate(preset.allocation, ratio, perplexities=perplexities)
+                model = decomposed.compress(allocation, self.windows.calibration)
             except LowRankError as error:
                 yield replace(_named(preset, ratio), error=str(error))
                 continue
@@ -118,11 +121,19 @@ def _named(preset: Preset, ratio: float) -> QualityRow:
 
 
 def quality_table(
-    source: ModelSource, text: TextConfig, ratios: Sequence[float], *, variants: bool = False, search: bool = False, int8: bool = False
+    source: ModelSource,
+    text: TextConfig,
+    ratios: Sequence[float],
+    *,
+    presets: Sequence[Preset] = tuple(PRESETS.values()),
+    variants: bool = False,
+    search: bool = False,
+    int8: bool = False,
 ) -> list[QualityRow]:
     """Compress by every preset at every ratio, and measure on test text.
 
     Args:
+        presets: those to measure.
         variants: also our default with one of its parts left out or changed.
         search: also the paper's search, as published, at each ratio.
         int8: also each of them with its factors in 8 bits.
@@ -133,7 +144,7 @@ def quality_table(
     handle = load_model(source)
     handle.check_context(text.context)
     windows = load_text(text, handle.tokenizer)
-    recipes = [*PRESETS.values(), *(VARIANTS.values() if variants else ())]
+    recipes = [*presets, *(VARIANTS.values() if variants else ())]
     statistics, _ = cached_statistics(handle, windows.calibration, CalibrationConfig(), statistics_home())
     statistics = with_gradients(handle, statistics, windows.calibration, [recipe.compression.basis for recipe in recipes])
     table = _Table(handle, windows, statistics, int8)

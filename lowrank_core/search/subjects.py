@@ -5,17 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowrank_core.allocation import RankAllocation, Ranks
+from lowrank_core.allocation import Perplexities, RankAllocation, Ranks, allocator_named
 from lowrank_core.compression import CompressedModel, CompressionReport
 from lowrank_core.decomposition import units_of
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets import Preset, preset_named
 from lowrank_core.recipe import Decomposed, decompose
-from lowrank_core.runs import read_json
+from lowrank_core.runs import read_json, statistics_home
 from lowrank_core.search.desk import Desk, chosen_allocation
 from lowrank_core.search.records import HEALED, PRESET
 from lowrank_core.search.session import statistics_for
+from lowrank_core.truncations import cost_in_words, measured_perplexities
 from lowrank_core.units import check_reachable
 
 __all__ = ["Subject", "subject_of"]
@@ -87,7 +88,17 @@ def _by_preset(desk: Desk, preset: Preset) -> Subject:
         statistics = statistics_for(desk.session, compression, desk.reporter)
         with desk.reporter.stage(f"Factorising by {preset.label}", len(units)) as progress:
             decomposed = decompose(handle, statistics, compression, progress=progress)
-    return _compressed(desk, decomposed, decomposed.allocate(preset.allocation, ratio), label)
+    perplexities = _perplexities(desk, decomposed, preset)
+    return _compressed(desk, decomposed, decomposed.allocate(preset.allocation, ratio, perplexities=perplexities), label)
+
+
+def _perplexities(desk: Desk, decomposed: Decomposed, preset: Preset) -> Perplexities:
+    """Return what the preset's allocator needs to be measured; what was measured stays when the request is withdrawn."""
+    if not allocator_named(preset.allocation).needs_perplexities:
+        return {}
+    calibration = desk.session.windows.calibration
+    with desk.reporter.stage(f"Cutting each matrix alone: {cost_in_words(decomposed, calibration)}") as progress:
+        return measured_perplexities(decomposed, calibration, statistics_home(), progress=progress)
 
 
 def _healed(desk: Desk, name: str) -> Subject:
