@@ -11,6 +11,7 @@ from lowrank_core.bases.base import Basis, Grouping, Metric, Operand
 from lowrank_core.bases.drift_aware import DRIFT_AWARE, DriftAware
 from lowrank_core.bases.fisher_rows import FISHER_ROWS
 from lowrank_core.bases.pooled_feature import POOLED_FEATURE
+from lowrank_core.bases.refitted import REFITTED
 from lowrank_core.bases.stacks import CROSS_LAYER, DATA_FREE_JOINT, SHARED_INPUT, Wrapper, by_input
 from lowrank_core.bases.two_sided import TWO_SIDED, TWO_SIDED_HALF
 from lowrank_core.bases.weight_svd import WEIGHT_SVD
@@ -21,7 +22,7 @@ __all__ = ["BASES", "WRAPPERS", "Basis", "Grouping", "Metric", "Operand", "basis
 
 _SINGLE: tuple[Basis, ...] = (POOLED_FEATURE, WEIGHT_SVD, FISHER_ROWS, ACTIVATION_SCALED, WHITENED, TWO_SIDED, TWO_SIDED_HALF)
 
-WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({basis.title: basis for basis in (SHARED_INPUT, CROSS_LAYER, DRIFT_AWARE)})
+WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({basis.title: basis for basis in (SHARED_INPUT, CROSS_LAYER, DRIFT_AWARE, REFITTED)})
 """Bases around another one: ``shared_input:two_sided`` is one, ``shared_input`` alone wraps its default."""
 
 BASES: Mapping[str, Basis] = MappingProxyType({basis.name: basis for basis in (*_SINGLE, *WRAPPERS.values(), DATA_FREE_JOINT)})
