@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lowrank_core import jobs
-from lowrank_core.allocation import RULES, allocation_from_ranks, read_allocation
+from lowrank_core.allocation import RULES, allocation_from_ranks, read_allocation, unspent_parameters
 from lowrank_core.bases import basis_named
 from lowrank_core.commands import calibrated, progress_line
 from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig, check_choice
@@ -24,7 +24,7 @@ from lowrank_core.search.identity import EXPORT, RunIdentity, identity_of_factor
 from lowrank_core.search.joining import join_run, run_of_study
 from lowrank_core.search.naming import model_name, trial_label
 from lowrank_core.search.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
-from lowrank_core.search.requests import export_trial, figures_of_trial, provenance_of
+from lowrank_core.search.requests import export_trial, figures_of_trial, provenance_of, unspent_of
 from lowrank_core.search.storage import open_database
 from lowrank_core.search.worker import run_worker
 from lowrank_core.text import load_windows
@@ -85,6 +85,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
     best, coverage = _best_found(run, trials, config), session.handle.coverage
     assert best.compression_ratio is not None  # it is complete
     path = export_trial(run, session, bench, best.number)
+    allocation = allocation_from_ranks(best.label, bench.space.units, best.ranks)
     baselines = {trial.label: _figures(trial, coverage) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
     counts = counts_of(trials)
     lines = [f"{model_name(name, trials)}: {config.objective} {figures['value']:.4g}" for name, figures in baselines.items()]
@@ -94,6 +95,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         **_figures(best, coverage),
         "objective": config.objective,
         "ranks": dict(best.ranks),
+        "unspent_parameters": unspent_parameters(bench.space.units, config.compression_ratio, allocation),
         "export": path,
         "run": str(run.path),
         "trials": counts.complete,
@@ -102,7 +104,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "baselines": baselines,
         "confirmed": (confirmed := _confirmed(run)),
         "coverage": coverage.to_mapping(),
-        "warnings": (warnings := _warnings(run, confirmed)),
+        "warnings": (warnings := [*unspent_of(config, allocation), *_warnings(run, confirmed)]),
         "text": "\n".join([*lines, removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]),
     }
 

@@ -6,7 +6,7 @@ import streamlit as st
 
 from lowrank_core.jobs import answers
 from lowrank_core.search.records import read_trials
-from lowrank_core.views.compare import comparisons, label_of, last_failure, other_texts, refusals
+from lowrank_core.views.compare import comparisons, label_of, last_failure, other_texts, refusals, unspent_notes
 from lowrank_core.views.healing import healings
 from lowrank_core.views.losses import window_table
 from lowrank_core.views.model import model_facts
@@ -67,6 +67,7 @@ with boundary():
     if found:
         measured.show_all(found)
         coverage.show(model_facts(run))
+        measured.show_unspent(unspent_notes(found, search) if search is not None else [])
     else:
         st.info("Nothing measured yet. Press “Measure on test text”: original and compressed see the same windows.", icon=":material/info:")
     measured.show_refusals(refusals(bodies))

@@ -6,6 +6,7 @@ import hashlib
 import sys
 from dataclasses import dataclass
 
+from lowrank_core.allocation import unspent_warning
 from lowrank_core.analysis import spectra_of
 from lowrank_core.calibration import LayerStatistics, cached_statistics
 from lowrank_core.config import CompressionConfig, SearchConfig, TextConfig
@@ -132,7 +133,8 @@ def search_bench(
     windows = session.windows.validation
     if config.selected_windows:
         windows, selection = _selected(session, decomposed, plain, config, batch_size, reporter, selection)
-        reporter.say(warnings=(*told, *filter(None, [selection.warning()])))
+        told = (*told, *filter(None, [selection.warning()]))
+        reporter.say(warnings=told)
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
         reverse = config.objective == "bolaco"
         reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
@@ -144,6 +146,7 @@ def search_bench(
             slopes = measured_slopes(decomposed, windows, reference, compression_ratio=ratio, batch_size=batch_size, progress=progress)
         curves = {name: curve * slopes.get(name, 1.0) for name, curve in curves.items()}
     space = SearchSpace.of(units, config, dense, curves)
+    reporter.say(warnings=(*told, *_unspent(space)))
     return TrialBench(decomposed, windows, reference, space, batch_size, selection if config.selected_windows else None)
 
 
@@ -161,6 +164,15 @@ def _selected(
     with reporter.stage(f"Selecting {config.selected_windows} of {pool.windows} validation windows", ALLOCATIONS) as progress:
         found = select_windows(decomposed, pool, space, config, batch_size=batch_size, known=known, progress=progress)
     return found.of(pool), found
+
+
+def _unspent(space: SearchSpace) -> tuple[str, ...]:
+    """Return what to say of what rounding costs, at uniform ranks: a search with the same rounding loses about as much."""
+    if space.rank_multiple == 1:
+        return ()
+    uniform = space.by_allocator("uniform", space.compression_ratio)
+    found = unspent_warning(space.units, space.compression_ratio, uniform, space.rank_multiple)
+    return tuple(f"With uniform ranks, {words}" for words in found)
 
 
 def record_curves(run: Run, config: SearchConfig, bench: TrialBench) -> str:
