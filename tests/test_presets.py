@@ -15,6 +15,7 @@ from lowrank_core.allocation import ALLOCATORS, allocator_named
 from lowrank_core.bases import BASES, basis_named
 from lowrank_core.calibration import LayerStatistics, collect_statistics
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, SearchConfig
+from lowrank_core.differences import DIFFERS
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.gradients import collect_gradients
@@ -150,6 +151,31 @@ def test_every_single_basis_and_allocator_is_in_some_preset():
     wrapped = {part for preset in EVERY.values() for part in preset.compression.basis.split(":")}
     assert set(BASES) - wrapped <= {"shared_input"}  # it is an alternative in our default, chosen by its error
     assert {preset.allocation for preset in EVERY.values()} == set(ALLOCATORS)
+
+
+def test_every_preset_named_after_a_paper_says_where_it_departs_from_it():
+    for name, preset in PRESETS.items():
+        ours = preset.reference == "this project"
+        assert bool(preset.differs) != ours, name
+        assert preset.differs == DIFFERS.get(name, "")
+        assert ours or preset.differs.rstrip().endswith(".")
+        assert "|" not in preset.differs
+        assert "\n" not in preset.differs
+    assert set(DIFFERS) <= set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("svd_llm", "Hands out the parameters that the published code floors away"),
+        ("mpifa", "rounds ranks up to multiples of 16"),
+        ("pifa", "Only the storage of the paper"),
+        ("asvd", "the last cut is made in part"),
+        ("bolaco", "is not handed out"),
+    ],
+)
+def test_what_a_reader_would_trip_over_is_said(name: str, words: str):
+    assert words in PRESETS[name].differs
 
 
 @pytest.mark.parametrize("name", ["best", "", "Bolaco"])

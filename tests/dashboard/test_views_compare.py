@@ -10,6 +10,7 @@ import pytest
 from synthetic import DENSE_NLL, comparison, make_run, write_healing
 from synthetic_answers import PIECES, detailed, on_other_text, speed_answer, tokens_answer
 
+from lowrank_core.differences import COMMON
 from lowrank_core.errors import RunError
 from lowrank_core.jobs import answers
 from lowrank_core.presets import PRESETS
@@ -33,6 +34,12 @@ def test_everything_that_can_be_measured_has_a_name_of_its_own():
     assert len(set(found.values())) == len(found)
     assert subjects.candidates([], search) == {}
     assert set(subjects.healable(found)).isdisjoint({*subjects.PRESET_KEYS, "healed:trial-3-distill-12345678"})
+
+
+def test_chosen_presets_say_where_they_depart_from_their_papers():
+    notes = subjects.preset_notes(["preset:svd_llm", 3, "uniform", "preset:studio"])
+    assert notes == [f"**SVD-LLM** (arXiv 2403.07378): {PRESETS['svd_llm'].differs}", COMMON]
+    assert subjects.preset_notes([3, "uniform", "preset:studio"]) == []
 
 
 def test_the_usual_choice_is_the_best_trial_and_the_baselines():
