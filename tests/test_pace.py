@@ -20,7 +20,7 @@ from lowrank_core.runs import Run, create_run
 from lowrank_core.search.pace import Pace
 from lowrank_core.search.reporter import Reporter
 from lowrank_core.search.worker import _remaining
-from lowrank_core.statistics_store import exclusive
+from lowrank_core.statistics_store import exclusive, statistics_folder
 from lowrank_core.text import WindowSet
 from lowrank_core.views.runs import status_words
 
@@ -138,7 +138,7 @@ def test_who_waits_for_another_calibration_is_told_how_far_that_is(clock: Clock,
     with pytest.raises(Cancelled):
         cached_statistics(llama, few, CONFIG, tmp_path, progress=Watched(clock, 1.0, lambda calls: calls == 12))
     waiting = Watched(clock, 1.0, lambda calls: calls == 2)
-    with exclusive(tmp_path / statistics_key(llama, few, CONFIG), lambda: None), pytest.raises(Cancelled):
+    with exclusive(statistics_folder(tmp_path, statistics_key(llama, few, CONFIG), few.context), lambda: None), pytest.raises(Cancelled):
         cached_statistics(llama, few, CONFIG, tmp_path, progress=waiting)
     assert waiting.said == [(8, 16, None), (8, 16, None)]
 
