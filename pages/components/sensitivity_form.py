@@ -15,6 +15,7 @@ from lowrank_core.views.formatting import count, duration, kind_label
 from lowrank_core.views.model import ModelFacts
 from lowrank_core.views.runs import is_working, status_words
 from lowrank_core.views.sensitivity_plan import SensitivityPlan, last_answer, plan_of, usual_compression, waiting_request
+from lowrank_core.wording import given_percent
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
 
@@ -75,7 +76,7 @@ def _inputs(run: Run, facts: ModelFacts) -> SensitivityConfig:
         selection_mode="multi",
         default=list(_USUAL.kept),
         key="sensitivity_ratios",
-        format_func=lambda ratio: f"{ratio:.0%}",
+        format_func=given_percent,
         help="Of what is compressed, biases and index tables counted.",
         persist_state="session",
     )
