@@ -31,7 +31,7 @@ from lowrank_core.models import ModelHandle, load_model, notes_of
 from lowrank_core.recipe import Decomposed, decompose
 from lowrank_core.runs import statistics_home
 from lowrank_core.slopes import measured_slopes
-from lowrank_core.text import WindowSet, load_text, load_windows
+from lowrank_core.text import WindowSet, load_text, load_windows, overlap_warnings
 from lowrank_core.truncations import cost_in_words, perplexities_for
 from lowrank_core.tuning import TuningPoint, tune
 from lowrank_core.units import check_reachable
@@ -60,6 +60,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     narrow = coverage_warnings(handle, request.compression_ratio)
     windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
     test, lacks = _test_text(handle, text)
+    repeats = () if test is None else overlap_warnings(windows, test.windows)
     statistics = calibrated(handle, windows, request.calibration, basis=request.compression.basis)
     compression, tuning = _tuned(handle, statistics, request, text) if request.tune else (request.compression, ())
     decomposed = decompose(handle, statistics, compression, progress=progress_line("Factorising"))
@@ -70,7 +71,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         perplexities = _perplexities(decomposed, windows, rule)
         allocation = decomposed.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights, perplexities=perplexities)
     unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
-    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.slopes), *_unspent(request, units, allocation), *lacks)
+    lost = _unspent(request, units, allocation)
+    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.slopes), *lost, *lacks, *repeats)
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
     model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))

@@ -25,7 +25,7 @@ from lowrank_core.search.space import SearchSpace
 from lowrank_core.search.study import TrialBench
 from lowrank_core.slopes import measured_slopes
 from lowrank_core.spectra import load_spectra, save_spectra
-from lowrank_core.text import TokenWindows, WindowSet, load_text, load_windows
+from lowrank_core.text import TokenWindows, WindowSet, load_text, load_windows, overlap_warnings
 from lowrank_core.units import check_reachable, value_layers
 
 __all__ = ["Session", "fingerprint", "prepare", "record_curves", "search_bench", "statistics_for"]
@@ -40,7 +40,7 @@ class Session:
     statistics: LayerStatistics
     text: TextConfig
     notes: tuple[str, ...] = ()
-    """What a user should know of the model: how little of it can be compressed, and what is not compressed by heads."""
+    """What a user should know of the model and the text: what can't be compressed, and which splits repeat each other."""
 
 
 def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
@@ -64,9 +64,11 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
         handle.check_context(config.text.context)
         windows = load_text(config.text, handle.tokenizer)
         meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
+        repeats = overlap_warnings(windows.calibration, windows.validation, windows.test)
+        notes = (*notes, *_told(repeats))
         if leads:
             write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
-            write_json(run.path / "text.json", windows.describe(config.text.seed))
+            write_json(run.path / "text.json", {**windows.describe(config.text.seed), "warnings": list(repeats)})
     with reporter.stage("Calibrating", windows.calibration.windows) as progress:
         statistics, cached = cached_statistics(handle, windows.calibration, config.calibration, statistics_home(), progress=progress)
     session = Session(handle, windows, statistics, config.text, notes)
@@ -80,7 +82,11 @@ def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
     search = run.config.search
     warning = handle.coverage.warning(None if search is None else search.compression_ratio)
     by_heads = search is not None and search.compression.heads
-    notes = (*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads))
+    return _told((*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads)))
+
+
+def _told(notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Print ``notes``, and return them."""
     for note in notes:
         print(f"warning: {note}", file=sys.stderr, flush=True)
     return notes
