@@ -38,7 +38,7 @@ def show(run: Run, chosen: Sequence[Subject], found: Sequence[Speed]) -> None:
         "faster": tables.text("Times as fast", "Round by round; of memory and counts, the share that is left."),
     }
     for index, speed in enumerate(found):
-        st.markdown(f"**{speed.name}**")
+        st.markdown(f"**{speed.name}**" + (f", {speed.setup}" if speed.setup else ""))
         tables.table(speed_table(speed), columns, key=f"speed_table_{index}", alt=f"Speed and memory of {speed.name} beside the original")
         st.caption(f"Protocol: {speed.protocol}." + (f" Memory: {speed.memory}." if speed.memory else " Memory was not measured."))
 
