@@ -28,6 +28,7 @@ from lowrank_core.search.requests import export_trial, figures_of_trial, provena
 from lowrank_core.search.storage import open_database
 from lowrank_core.search.worker import run_worker
 from lowrank_core.text import load_windows
+from lowrank_core.views.protocol import trial_protocol
 
 __all__ = ["SearchPlace", "enqueue", "export_from", "join", "join_study", "search_in", "work"]
 
@@ -102,10 +103,13 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "pruned": counts.pruned,
         "counts": asdict(counts),
         "baselines": baselines,
+        "protocol": (protocol := trial_protocol(run)),
         "confirmed": (confirmed := _confirmed(run)),
         "coverage": coverage.to_mapping(),
         "warnings": (warnings := [*unspent_of(config, allocation), *_warnings(run, confirmed)]),
-        "text": "\n".join([*lines, removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]),
+        "text": "\n".join(
+            [*lines, f"  {protocol}", removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]
+        ),
     }
 
 
@@ -149,10 +153,11 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
         "trials": counts.complete,
         "counts": asdict(counts),
         "front": [_figures(trial, coverage) for trial, _ in front],
+        "protocol": (protocol := trial_protocol(run)),
         "coverage": coverage.to_mapping(),
         "confirmed": (confirmed := _confirmed(run)),
         "warnings": (warnings := _warnings(run, confirmed)),
-        "text": "\n".join([_FRONT, *lines, *_confirmed_lines(confirmed), *_warning_lines(warnings), counts.words, take]),
+        "text": "\n".join([_FRONT, *lines, f"  {protocol}", *_confirmed_lines(confirmed), *_warning_lines(warnings), counts.words, take]),
     }
 
 
