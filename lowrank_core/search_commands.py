@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from lowrank_core.search.requests import export_trial, figures_of_trial, provena
 from lowrank_core.search.storage import open_database
 from lowrank_core.search.worker import run_worker
 from lowrank_core.text import load_windows
-from lowrank_core.views.protocol import trial_protocol
 
 __all__ = ["SearchPlace", "enqueue", "export_from", "join", "join_study", "search_in", "work"]
 
@@ -61,7 +60,14 @@ def _figures(trial: TrialRecord, coverage: Coverage) -> Result:
     return {**figures, "compression_ratio": ratio, "model_compression_ratio": None if ratio is None else coverage.of_model(ratio)}
 
 
-def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, config: SearchConfig, place: SearchPlace) -> Result:
+def search_in(
+    source: ModelSource,
+    text: TextConfig,
+    calibration: CalibrationConfig,
+    config: SearchConfig,
+    place: SearchPlace,
+    protocol_of: Callable[[Run], str],
+) -> Result:
     """Make a run, work through it here, and export its best trial."""
     basis_named(config.compression.basis)
     if place.workers < 1:
@@ -81,7 +87,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         raise
     assert bench is not None
     if config.most_ratio is not None:
-        return _front_found(run, config, session.handle.coverage)
+        return _front_found(run, config, session.handle.coverage, protocol_of)
     trials = read_trials(run)
     best, coverage = _best_found(run, trials, config), session.handle.coverage
     assert best.compression_ratio is not None  # it is complete
@@ -103,7 +109,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "pruned": counts.pruned,
         "counts": asdict(counts),
         "baselines": baselines,
-        "protocol": (protocol := trial_protocol(run)),
+        "protocol": (protocol := protocol_of(run)),
         "confirmed": (confirmed := _confirmed(run)),
         "coverage": coverage.to_mapping(),
         "warnings": (warnings := [*unspent_of(config, allocation), *_warnings(run, confirmed)]),
@@ -138,7 +144,7 @@ def _best_found(run: Run, trials: list[TrialRecord], config: SearchConfig) -> Tr
     return best
 
 
-def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
+def _front_found(run: Run, config: SearchConfig, coverage: Coverage, protocol_of: Callable[[Run], str]) -> Result:
     trials = read_trials(run)
     front = [(trial, trial.compression_ratio) for trial in pareto_front(trials) if trial.compression_ratio is not None]
     if not front:
@@ -153,7 +159,7 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
         "trials": counts.complete,
         "counts": asdict(counts),
         "front": [_figures(trial, coverage) for trial, _ in front],
-        "protocol": (protocol := trial_protocol(run)),
+        "protocol": (protocol := protocol_of(run)),
         "coverage": coverage.to_mapping(),
         "confirmed": (confirmed := _confirmed(run)),
         "warnings": (warnings := _warnings(run, confirmed)),

@@ -56,7 +56,7 @@ TORCH_FREE = (
 """What the dashboard's process is made of."""
 
 STAGES = (
-    {"errors", "registration", "wording"},
+    {"errors", "registration", "wording", "archives", "processes"},
     {"weight_files"},
     {"accounting", "coverage", "heavy_tails", "records"},
     {"config"},

@@ -103,9 +103,10 @@ def _add_enqueue(parser: argparse.ArgumentParser) -> None:
 
 def run_search(arguments: argparse.Namespace) -> Result:
     from lowrank_core.search_commands import SearchPlace, search_in
+    from lowrank_core.views.protocol import trial_protocol
 
     place = SearchPlace(arguments.folder, arguments.storage_url, arguments.workers, arguments.ranks, arguments.complete)
-    return search_in(source_of(arguments), text_of(arguments), calibration_of(arguments), _config(arguments), place)
+    return search_in(source_of(arguments), text_of(arguments), calibration_of(arguments), _config(arguments), place, trial_protocol)
 
 
 def _config(arguments: argparse.Namespace) -> SearchConfig:
