@@ -17,14 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lowrank_core.config import RunConfig, to_mapping
-from lowrank_core.jobs import ask
-from lowrank_core.presets import DEFAULT_PRESET, search_by
+from lowrank_core.presets.recipes import DEFAULT_PRESET, search_by
 from lowrank_core.runs import create_run, write_json
-from lowrank_core.search.records import best_trial, read_trials
-from lowrank_core.search.space import BASELINES
-from lowrank_core.search.worker import run_worker
+from lowrank_core.runs.client import ask
 from lowrank_core.sensitivity.config import SensitivityConfig
-from lowrank_core.views.subjects import PRESET_KEYS
+from lowrank_core.studies.records import best_trial, read_trials
+from lowrank_core.studies.space import BASELINES
+from lowrank_core.studio.shared.model_refs import PRESET_KEYS
+from lowrank_core.worker.main import run_worker
 
 RATIO = 0.4
 PROMPT = "def read_lines(path):\n"

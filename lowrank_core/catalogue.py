@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lowrank_core.allocation import ALLOCATORS
-from lowrank_core.bases import BASES, Basis
-from lowrank_core.presets import PRESETS
+from lowrank_core.metrics import BASES, Basis
+from lowrank_core.presets.recipes import PRESETS
 
 __all__ = ["allocator_table", "as_markdown", "basis_table", "methods", "preset_table"]
 

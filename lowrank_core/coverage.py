@@ -1,7 +1,7 @@
 """How much of a model can be compressed, and what is left alone and why: one table that adds up to all of its parameters. Torch-free.
 
 Every parameter is of one kind. A loaded model is classified by its modules and by a pass through it (``models.walk``), a checkpoint on
-disk by the names and shapes in its headers (``views.checkpoint``); what only names and shapes can tell is decided here, for both.
+disk by the names and shapes in its headers (``studio.overview.checkpoint``); what only names and shapes can tell is decided here, for both.
 """
 
 from __future__ import annotations

@@ -4,33 +4,21 @@ from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.jobs import answers
-from lowrank_core.search.records import read_trials
-from lowrank_core.views.compare import comparisons, label_of, last_failure, other_texts, refusals
-from lowrank_core.views.healing import healings
-from lowrank_core.views.losses import window_table
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.prompts import prompts
-from lowrank_core.views.runs import is_busy
-from lowrank_core.views.speed import speeds
-from lowrank_core.views.subjects import candidates, healable
-from lowrank_core.views.token_losses import strips
-from pages.components import (
-    asking,
-    closer,
-    coverage,
-    healing,
-    layout,
-    measured,
-    navigation,
-    prompt,
-    second_text,
-    state,
-    subjects,
-    token_strip,
-)
-from pages.components import speeds as timing
+from lowrank_core.runs.client import answers
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare.comparison import comparisons, label_of, last_failure, other_texts, refusals
+from lowrank_core.studio.compare.continuations import prompts
+from lowrank_core.studio.compare.healing_runs import healings
+from lowrank_core.studio.compare.loss_details import window_table
+from lowrank_core.studio.compare.measured_speed import speeds
+from lowrank_core.studio.compare.token_losses import strips
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.model_refs import candidates, healable
+from lowrank_core.studio.shared.run_list import is_busy
+from pages.components import coverage, layout, navigation, request_controls, state
 from pages.components.boundary import boundary, live
+from pages.components.compare import healing, loss_details, measured, models, prompt, second_text, token_strip
+from pages.components.compare import speed as timing
 
 LOOKS = {
     "windows": "Windows",
@@ -59,8 +47,8 @@ with boundary():
 
     bodies = answers(run)
     found = comparisons(bodies, trials)
-    picked = subjects.choose(run, options, trials, found)
-    live(asking.waiting, 1.0 if is_busy(run) else None, run)
+    picked = models.choose(run, options, trials, found)
+    live(request_controls.waiting, 1.0 if is_busy(run) else None, run)
     failure = last_failure(bodies)
     if failure is not None:
         st.error(f"The last request ({failure.kind}) failed: {failure.error}", icon=":material/error:")
@@ -86,8 +74,8 @@ with boundary():
     )
     first = label_of(picked[0], trials) if picked else ""
     if look in ("windows", "positions") and found:
-        one = closer.one_model(found, first)
-        (closer.windows if look == "windows" else closer.positions)(one)
+        one = loss_details.one_model(found, first)
+        (loss_details.windows if look == "windows" else loss_details.positions)(one)
     elif look == "tokens":
         worst = next((window_table(comparison) for comparison in found if comparison.key == first), None)
         token_strip.show(run, {subject: options[subject] for subject in picked}, strips(bodies, trials), worst)

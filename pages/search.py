@@ -5,12 +5,13 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core.config import RunConfig
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.runs import is_busy
-from lowrank_core.views.sources import check_model
-from pages.components import confirmed, coverage, layout, navigation, steering, study
+from lowrank_core.studio.overview.source_checks import check_model
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.run_list import is_busy
+from pages.components import coverage, layout, navigation
 from pages.components.boundary import boundary, live
-from pages.components.search_form import search_form
+from pages.components.search import confirmed, search_controls, trials
+from pages.components.search.form import search_form
 
 IMPORTANCE_TICK = 5.0  # seconds
 
@@ -30,12 +31,12 @@ with boundary():
         search_form(config, facts)
 
     if run is not None and config.search is not None:
-        steering.show(run, config.search, facts)
+        search_controls.show(run, config.search, facts)
         coverage.show(facts, config.search.compression_ratio)
         # The live part draws itself anew every second while a worker is at it, and only then.
         busy = is_busy(run)
-        live(study.show, 1.0 if busy else None, run)
-        live(study.show_importance, IMPORTANCE_TICK if busy else None, run, config.search)
+        live(trials.show, 1.0 if busy else None, run)
+        live(trials.show_importance, IMPORTANCE_TICK if busy else None, run, config.search)
         confirmed.show(run)
         st.page_link(navigation.HAND, label="Pick ranks by hand, and have them measured in this search", icon=":material/tune:")
     elif run is not None:

@@ -7,12 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowrank_core.accounting import MatrixShape, Unit
-from lowrank_core.bases import Operand, basis_named
-from lowrank_core.factorization import Damping, FactorBasis, factorize_unit
-from lowrank_core.models.storage import Factors
-from lowrank_core.moments import InputStatistics, OutputStatistics
-from lowrank_core.pooling import PooledAccumulator
+from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit
+from lowrank_core.layers.forms import Factors
+from lowrank_core.metrics import Operand, basis_named
+from lowrank_core.parameters import MatrixShape, Unit
+from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
+from lowrank_core.statistics.pooling import PooledAccumulator
 
 __all__ = ["applied", "factorized", "gradients", "inputs_of", "operand", "outputs_of", "random", "rows", "second_moment"]
 

@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation import Draft
+from lowrank_core.allocation.curves import CurveRecord, load_curves
 from lowrank_core.config import ModelSource, RunConfig
-from lowrank_core.curves import CurveRecord, load_curves
-from lowrank_core.presets import DEFAULT_PRESET, search_by
+from lowrank_core.parameters import Unit
+from lowrank_core.presets.recipes import DEFAULT_PRESET, search_by
 from lowrank_core.runs import create_run
-from lowrank_core.search.records import TrialRecord
-from lowrank_core.views.starts import Recipe
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.manual.starting_points import Recipe
 
 NEAR, FAR = "near", "far"
 Ranks = Mapping[str, int | None]
@@ -154,8 +154,8 @@ class Bench:
     """A model ready for trials: factorised once, as the worker of a search has it."""
 
     def __init__(self, model: str, *, windows: int | None = None, ratio: float = 0.4) -> None:
-        from lowrank_core.search.reporter import Reporter
-        from lowrank_core.search.session import prepare, record_curves, search_bench
+        from lowrank_core.worker.reporter import Reporter
+        from lowrank_core.worker.session import prepare, record_curves, search_bench
 
         self.config = RunConfig(ModelSource(model), search=search_by(DEFAULT_PRESET, ratio))
         if windows is not None:
@@ -180,7 +180,7 @@ class Bench:
 
     def kl(self, ranks: Ranks) -> float:
         """Return the KL divergence that a trial would measure."""
-        from lowrank_core.compression import low_rank_layers, swapped
+        from lowrank_core.compression.build import low_rank_layers, swapped
         from lowrank_core.evaluation import score_windows
 
         bench = self.bench
@@ -191,9 +191,9 @@ class Bench:
 
     def search(self, ratio: float, trials: int, seed: int) -> list[tuple[str, Ranks, float]]:
         """Return (label, ranks, KL) of a search's trials."""
-        from lowrank_core.search.records import records_of
-        from lowrank_core.search.space import SearchSpace
         from lowrank_core.search.study import run_trial, study_in_memory
+        from lowrank_core.studies.records import records_of
+        from lowrank_core.studies.space import SearchSpace
 
         assert self.config.search is not None
         config = replace(self.config.search, compression_ratio=ratio, trials=trials, seed=seed)

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from lowrank_core.accounting import STORAGES, HeadUnit, MatrixShape, Unit
 from lowrank_core.allocation import ErrorCurves
+from lowrank_core.parameters import STORAGES, HeadUnit, MatrixShape, Unit
 
 __all__ = [
     "Curve",

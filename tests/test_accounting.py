@@ -6,16 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank_core.accounting import (
-    STORAGES,
-    HeadUnit,
-    MatrixShape,
-    Unit,
-    allocated_parameters,
-    budget_for_ratio,
-    dense_parameters,
-)
 from lowrank_core.errors import BudgetError, ConfigError, RankError
+from lowrank_core.parameters import STORAGES, HeadUnit, MatrixShape, Unit, allocated_parameters, budget_for_ratio, dense_parameters
 
 
 def single(d_out: int, d_in: int, bias: bool = False, *, adds_bias: bool = False, storage: str = "factored") -> Unit:

@@ -11,7 +11,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from priced import brute_force, cheapest_step, choices, decaying, error_of, falling, hull_steps, kept_dense, models, single
 
-from lowrank_core.accounting import STORAGES, HeadUnit, MatrixShape, Unit, allocated_parameters, budget_for_ratio, dense_parameters
 from lowrank_core.allocation import (
     ALLOCATORS,
     AllocationProblem,
@@ -26,6 +25,7 @@ from lowrank_core.allocation import (
     rounded_down,
 )
 from lowrank_core.errors import BudgetError, ConfigError, RankError
+from lowrank_core.parameters import STORAGES, HeadUnit, MatrixShape, Unit, allocated_parameters, budget_for_ratio, dense_parameters
 
 # --- by multipliers: uniform, lord_manual, and the points of a search ------------------------------------------------
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from priced import single
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation import allocate, allocation_from_ranks, parse_allocation, read_allocation, read_ranks
 from lowrank_core.errors import ConfigError, RankError
+from lowrank_core.parameters import Unit
 
 UNITS = [single("a"), Unit((single("b").members[0], single("c").members[0])), single("d", 4, 4)]
 

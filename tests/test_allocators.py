@@ -22,7 +22,6 @@ from priced import (
     single,
 )
 
-from lowrank_core.accounting import HeadUnit, MatrixShape, Unit, budget_for_ratio, dense_parameters
 from lowrank_core.allocation import (
     ALLOCATORS,
     AllocationProblem,
@@ -34,9 +33,10 @@ from lowrank_core.allocation import (
     rounded_down,
 )
 from lowrank_core.allocation.block_influence import BlockInfluence
+from lowrank_core.allocation.units import check_reachable
 from lowrank_core.config import CompressionConfig
 from lowrank_core.errors import BudgetError, ConfigError, RankError
-from lowrank_core.units import check_reachable
+from lowrank_core.parameters import HeadUnit, MatrixShape, Unit, budget_for_ratio, dense_parameters
 
 NAMES = st.sampled_from(sorted(ALLOCATORS))
 INFLUENCE = (0.3, 0.05, 0.1, 0.4, 0.02, 0.2, 0.15, 0.3)

@@ -20,33 +20,33 @@ TORCH_FREE = (
     "pages",
     "lowrank_core.views",
     "lowrank_core.figures",
-    "lowrank_core.report",
-    "lowrank_core.jobs",
-    "lowrank_core.records",
+    "lowrank_core.studio.report",
+    "lowrank_core.runs.client",
+    "lowrank_core.files.records",
     "lowrank_core.runs",
-    "lowrank_core.run_care",
+    "lowrank_core.runs.manage",
     "lowrank_core.config",
-    "lowrank_core.accounting",
+    "lowrank_core.parameters",
     "lowrank_core.coverage",
     "lowrank_core.errors",
-    "lowrank_core.heavy_tails",
-    "lowrank_core.spectra",
-    "lowrank_core.curves",
-    "lowrank_core.drafts",
+    "lowrank_core.spectra.heavy_tails",
+    "lowrank_core.spectra.spectrum",
+    "lowrank_core.allocation.curves",
+    "lowrank_core.runs.drafts",
     "lowrank_core.allocation",
-    "lowrank_core.bases",
+    "lowrank_core.metrics",
     "lowrank_core.catalogue",
-    "lowrank_core.directions.config",
-    "lowrank_core.directions.records",
+    "lowrank_core.config.directions",
+    "lowrank_core.spectra.directions",
     "lowrank_core.documents",
-    "lowrank_core.presets",
-    "lowrank_core.units",
-    "lowrank_core.weight_files",
-    "lowrank_core.healing.config",
-    "lowrank_core.healing.records",
-    "lowrank_core.search.records",
-    "lowrank_core.search.space",
-    "lowrank_core.search.storage",
+    "lowrank_core.presets.recipes",
+    "lowrank_core.allocation.units",
+    "lowrank_core.files.weights",
+    "lowrank_core.config.healing",
+    "lowrank_core.runs.healing_records",
+    "lowrank_core.studies.records",
+    "lowrank_core.studies.space",
+    "lowrank_core.studies.storage",
     "lowrank_core.sensitivity.config",
     "lowrank_core.sensitivity.planning",
     "lowrank_core.sensitivity.records",
@@ -161,7 +161,7 @@ def test_the_dashboard_never_reaches_torch(package: str):
 
 
 def test_the_walk_would_notice():
-    reached = _reachable("lowrank_core.commands")
+    reached = _reachable("lowrank_core.commands.shared")
     assert {"torch", "transformers"} <= set(reached)
     assert "torch" in _reachable("lowrank_core.cli")  # imported inside a function
 
@@ -187,14 +187,14 @@ def test_plotly_is_known_to_the_figures_and_pages_alone():
 def test_the_core_knows_nothing_of_who_shows_it():
     above = ("app", "pages", "lowrank_core.views", "lowrank_core.figures")
     for name in _modules():
-        if not name.startswith((*above, "lowrank_core.report", "lowrank_core.cli", "lowrank_core.__main__")):  # these show, too
+        if not name.startswith((*above, "lowrank_core.studio.report", "lowrank_core.cli", "lowrank_core.__main__")):  # these show, too
             seen = {target for target in _arrows(name) if target.startswith(above)}
             assert not seen, f"{name} imports {seen}"
 
 
 def test_figures_and_views_know_nothing_of_the_pages():
     for name in (*_below("lowrank_core.views"), *_below("lowrank_core.figures")):
-        assert not {target for target in _arrows(name) if target.startswith(("app", "pages", "lowrank_core.report"))}, name
+        assert not {target for target in _arrows(name) if target.startswith(("app", "pages", "lowrank_core.studio.report"))}, name
     for name in _below("lowrank_core.views"):
         assert not {target for target in _arrows(name) if target.startswith("lowrank_core.figures")}, name
 
@@ -219,7 +219,7 @@ def test_no_stage_imports_a_later_one():
 
 def test_numerics_touch_neither_disk_nor_log():
     pure = [f"lowrank_core.{name}" for name in ("linalg", "moments", "pooling", "pivoting", "factorization", "head_factorization")]
-    for name in (*pure, *_below("lowrank_core.bases")):
+    for name in (*pure, *_below("lowrank_core.metrics")):
         assert not _arrows(name) & {"pathlib", "os", "sys", "logging", "json", "time"}, name
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core import jobs
+from lowrank_core.compression.sensitivity import measured_cell
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig
-from lowrank_core.runs import Run, create_run, read_json
-from lowrank_core.search import sensitivity as bench
-from lowrank_core.search.records import read_trials
-from lowrank_core.search.worker import run_worker
-from lowrank_core.sensitivity.measuring import measured_cell
+from lowrank_core.runs import Run, client, create_run, read_json
 from lowrank_core.sensitivity.records import read_records
+from lowrank_core.studies.records import read_trials
+from lowrank_core.worker import sensitivity as bench
+from lowrank_core.worker.main import run_worker
 
 ASKED = {"kept": [0.5], "kinds": ["q_proj"]}
 """Three cells: the type, and the module of each block."""
@@ -55,21 +54,21 @@ def test_trials_and_requests_come_first_wherever_they_stand(
     make: Callable[..., Run], before_cells: Callable[[Callable[[int], None]], None]
 ):
     run = make(SearchConfig(compression_ratio=0.3, trials=4, startup_trials=2, confirmed=0))
-    request = jobs.ask(run, "sensitivity", launch=False, **ASKED)
+    request = client.ask(run, "sensitivity", launch=False, **ASKED)
     seen: dict[int, tuple[int, int]] = {}
     asked: list[str] = []
 
     def watch(number: int) -> None:
-        seen[number] = len(read_trials(run)), sum(read_json(jobs.result_path(run, one)) is not None for one in asked)
+        seen[number] = len(read_trials(run)), sum(read_json(client.result_path(run, one)) is not None for one in asked)
         if number == 1:
-            asked.append(jobs.ask(run, "compare", launch=False, trial="uniform"))
+            asked.append(client.ask(run, "compare", launch=False, trial="uniform"))
         if number == 2:
             run.change_search(trials=6)
 
     before_cells(watch)
     run_worker(run, verbose=False)
     assert seen == {1: (4, 0), 2: (4, 1), 3: (6, 1)}  # all trials, then the comparison, then the further trials
-    answer = read_json(jobs.result_path(run, request))
+    answer = read_json(client.result_path(run, request))
     assert answer is not None
     assert answer["ok"]
     assert (answer["cells"], cells(run)) == (3, 3)
@@ -80,11 +79,11 @@ def test_a_request_that_is_withdrawn_ends_after_the_cell_in_hand(
     make: Callable[..., Run], before_cells: Callable[[Callable[[int], None]], None]
 ):
     run = make()
-    request = jobs.ask(run, "sensitivity", launch=False, **ASKED)
-    before_cells(lambda number: jobs.withdraw(run, request))
+    request = client.ask(run, "sensitivity", launch=False, **ASKED)
+    before_cells(lambda number: client.withdraw(run, request))
     run_worker(run, verbose=False)
-    assert read_json(jobs.result_path(run, request)) is None
-    assert not jobs.pending_requests(run)
+    assert read_json(client.result_path(run, request)) is None
+    assert not client.pending_requests(run)
     assert cells(run) == 1
     assert run.status().state == "finished"
 
@@ -93,26 +92,26 @@ def test_stop_ends_it_and_the_next_request_measures_the_rest(
     make: Callable[..., Run], before_cells: Callable[[Callable[[int], None]], None]
 ):
     run = make()
-    first = jobs.ask(run, "sensitivity", launch=False, **ASKED)
-    before_cells(lambda number: jobs.request_stop(run) if number == 2 else None)
+    first = client.ask(run, "sensitivity", launch=False, **ASKED)
+    before_cells(lambda number: client.request_stop(run) if number == 2 else None)
     run_worker(run, verbose=False)
-    answer = read_json(jobs.result_path(run, first))
+    answer = read_json(client.result_path(run, first))
     assert answer is not None
     assert (answer["ok"], answer["error"]) == (False, "Stopped before it was done. Ask again.")
     assert cells(run) == 2
     run.pause_marker.unlink()
-    second = jobs.ask(run, "sensitivity", launch=False, **ASKED)
+    second = client.ask(run, "sensitivity", launch=False, **ASKED)
     run_worker(run, verbose=False)
-    answer = read_json(jobs.result_path(run, second))
+    answer = read_json(client.result_path(run, second))
     assert answer is not None
     assert (answer["measured"], answer["cells"]) == (1, 3)
 
 
 def test_a_bad_request_is_answered_with_the_reason(make: Callable[..., Run]):
     run = make()
-    request = jobs.ask(run, "sensitivity", launch=False, kept=[2.0])
+    request = client.ask(run, "sensitivity", launch=False, kept=[2.0])
     run_worker(run, verbose=False)
-    answer = read_json(jobs.result_path(run, request))
+    answer = read_json(client.result_path(run, request))
     assert answer is not None
     assert "a kept ratio must lie between 0 and 1" in str(answer["error"])
 
@@ -120,5 +119,5 @@ def test_a_bad_request_is_answered_with_the_reason(make: Callable[..., Run]):
 def test_the_background_is_listed_last(make: Callable[..., Run]):
     run = make()
     for kind in ("sensitivity", "compare"):
-        jobs.ask(run, kind, launch=False)
-    assert [request["kind"] for request in jobs.pending_requests(run)] == ["compare", "sensitivity"]
+        client.ask(run, kind, launch=False)
+    assert [request["kind"] for request in client.pending_requests(run)] == ["compare", "sensitivity"]

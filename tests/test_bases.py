@@ -12,12 +12,12 @@ import torch
 from operands import factorized, gradients, inputs_of, operand, outputs_of, random, rows, second_moment
 from torch import Tensor
 
-from lowrank_core.accounting import MatrixShape
-from lowrank_core.bases import BASES, WRAPPERS, Operand, basis_named, by_input
-from lowrank_core.bases.drift_aware import DriftAware
+from lowrank_core.decomposition.factorization import Damping
 from lowrank_core.errors import ConfigError
-from lowrank_core.factorization import Damping
-from lowrank_core.pooling import PooledAccumulator
+from lowrank_core.metrics import BASES, WRAPPERS, Operand, basis_named, by_input
+from lowrank_core.metrics.drift_aware import DriftAware
+from lowrank_core.parameters import MatrixShape
+from lowrank_core.statistics.pooling import PooledAccumulator
 
 SHAPES = [(24, 16), (16, 24), (20, 20), (1, 12), (12, 1)]
 EPSILON = torch.finfo(torch.float64).eps

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core.calibration import cached_statistics
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
 from lowrank_core.models import ModelHandle
 from lowrank_core.runs import home
+from lowrank_core.statistics.calibration import cached_statistics
+from lowrank_core.studio.overview import memory_estimate
+from lowrank_core.studio.overview.checkpoint import read_model
 from lowrank_core.text import WindowSet
-from lowrank_core.views import fit
-from lowrank_core.views.checkpoint import read_model
 
 
 def test_headers_tell_what_the_worker_finds(any_handle: ModelHandle):
@@ -32,7 +32,7 @@ def test_the_estimate_of_the_disk_is_what_a_calibration_leaves_there(llama: Mode
         CalibrationConfig(group_size=8, batch_size=4),
     )
     cached_statistics(llama, windows, config.calibration, home() / "statistics")
-    found = fit.fit_of(read_model(Path(llama.reference)).facts, config, fit.this_machine())
+    found = memory_estimate.fit_of(read_model(Path(llama.reference)).facts, config, memory_estimate.this_machine())
     estimated = next(line.bytes for line in found.lines if line.part == "Statistics kept")
     stored = sum(path.stat().st_size for path in (home() / "statistics").rglob("*.safetensors"))
     assert stored == pytest.approx(estimated, rel=0.1)  # means, groups and headers come on top, and are small

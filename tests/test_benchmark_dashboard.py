@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core.benchmarks import browser, dashboard
-from lowrank_core.benchmarks.browser import PageLoad
 from lowrank_core.cli import main
 from lowrank_core.config import RunConfig, SearchConfig
 from lowrank_core.errors import ConfigError, RunError
 from lowrank_core.runs import Run, create_run, recorded_run
-from lowrank_core.search.records import read_trials
-from lowrank_core.search.replay import Replay
 from lowrank_core.speed import Spread
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studies.replay import Replay
+from tests.benchmarks import browser, dashboard
+from tests.benchmarks.browser import PageLoad
 
 
 def recorded() -> Run:

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_core.benchmarks import allocation, layer_speed, quality, search, speed
 from lowrank_core.cli import main
+from lowrank_core.commands.benchmarks import allocation, layer_speed, quality, search, speed
 from lowrank_core.config import ModelSource, TextConfig
 from lowrank_core.errors import ConfigError
-from lowrank_core.figures.convergence import convergence_figure
-from lowrank_core.figures.quality import quality_figure
-from lowrank_core.presets import PRESETS, VARIANTS
+from lowrank_core.presets.recipes import PRESETS, VARIANTS
 from lowrank_core.speed import Spread
+from lowrank_core.studio.compare.quality_chart import quality_figure
+from lowrank_core.studio.search.convergence_chart import convergence_figure
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def _scripted(monkeypatch: pytest.MonkeyPatch, *seconds: float) -> list[object]:
         timed.append(action)
         return next(left)
 
-    monkeypatch.setattr("lowrank_core.benchmarks.speed_rows._seconds", took)
-    monkeypatch.setattr("lowrank_core.benchmarks.speed_rows.TURNS", 3)
+    monkeypatch.setattr("lowrank_core.commands.benchmarks.speed_rows._seconds", took)
+    monkeypatch.setattr("lowrank_core.commands.benchmarks.speed_rows.TURNS", 3)
     return timed
 
 

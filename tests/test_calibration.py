@@ -10,14 +10,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowrank_core import calibration, statistics_store
-from lowrank_core.calibration import cached_statistics, collect_statistics, load_statistics, statistics_key
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import Cancelled, ConfigError, ModelError, NumericalError
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import blocks_of
-from lowrank_core.moments import InputStatistics
-from lowrank_core.statistics_store import exclusive, statistics_folder
+from lowrank_core.statistics import calibration
+from lowrank_core.statistics import store as statistics_store
+from lowrank_core.statistics.calibration import cached_statistics, collect_statistics, load_statistics, statistics_key
+from lowrank_core.statistics.moments import InputStatistics
+from lowrank_core.statistics.store import exclusive, statistics_folder
 from lowrank_core.text import WindowSet
 
 CONFIG = CalibrationConfig(group_size=8, batch_size=5)

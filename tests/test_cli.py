@@ -22,11 +22,11 @@ from checkpoints import VOCABULARY, save_checkpoint
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 
 from lowrank_core import __version__
-from lowrank_core.bases import BASES
 from lowrank_core.cli import main
-from lowrank_core.presets import PRESETS
+from lowrank_core.metrics import BASES
+from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import open_run
-from lowrank_core.search.records import read_trials
+from lowrank_core.studies.records import read_trials
 
 COMMANDS = (
     "analyze",
@@ -339,7 +339,7 @@ def test_an_interrupted_search_says_how_to_go_on(places: Places, monkeypatch: py
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("lowrank_core.search.worker.open_study", interrupted)
+    monkeypatch.setattr("lowrank_core.worker.main.open_study", interrupted)
     outcome = _lowrank(*_search(places, "--compression-ratio", 0.2))
     assert outcome.status == 130
     assert outcome.out == ""

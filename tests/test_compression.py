@@ -12,23 +12,23 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_core.accounting import HeadUnit, Unit, allocated_parameters, budget_for_ratio
 from lowrank_core.allocation import Draft, RankAllocation, allocate, allocation_from_ranks
-from lowrank_core.bases import BASES
-from lowrank_core.calibration import LayerStatistics, collect_statistics
-from lowrank_core.compression import CompressedModel, compress, low_rank_layers, swapped
+from lowrank_core.compression.build import CompressedModel, compress, low_rank_layers, swapped
 from lowrank_core.config import CalibrationConfig, CompressionConfig
-from lowrank_core.decomposition import Bases, error_curves, factorize, operand_of, units_of
+from lowrank_core.decomposition.units import Bases, error_curves, factorize, operand_of, units_of
 from lowrank_core.errors import ConfigError, NumericalError, RankError
-from lowrank_core.gradients import collect_gradients
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.layers.forms import Factors
+from lowrank_core.metrics import BASES
 from lowrank_core.models import ModelHandle, describe
-from lowrank_core.models.compressed import CompressedModule
 from lowrank_core.models.handle import weight_of
-from lowrank_core.models.storage import Factors
+from lowrank_core.parameters import HeadUnit, Unit, allocated_parameters, budget_for_ratio
 from lowrank_core.runs import Run, write_json
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
+from lowrank_core.statistics.gradients import collect_gradients
+from lowrank_core.studio.manual.rank_table import bill
+from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.text import WindowSet
-from lowrank_core.views.draft import bill
-from lowrank_core.views.model import model_facts
 
 IDS = torch.tensor([[0, 5, 9, 44, 120, 7, 80, 3]])
 CONFIGS = {

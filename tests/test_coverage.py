@@ -12,17 +12,17 @@ from families import FAMILIES, load_family
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowrank_core.calibration import statistics_key
 from lowrank_core.cli import main
-from lowrank_core.compression import CompressionReport
+from lowrank_core.compression.build import CompressionReport
 from lowrank_core.config import CalibrationConfig, ModelSource
 from lowrank_core.coverage import KINDS, Coverage, kind_by_name, shown
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export.manifest import read_manifest, report_of
 from lowrank_core.models import ModelHandle, describe, load_model
 from lowrank_core.models.handle import find_layers
+from lowrank_core.statistics.calibration import statistics_key
+from lowrank_core.studio.overview.checkpoint import read_model
 from lowrank_core.text import WindowSet
-from lowrank_core.views.checkpoint import read_model
 
 
 def counted(module: PreTrainedModel, *endings: str) -> int:

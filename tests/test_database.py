@@ -19,9 +19,9 @@ import pytest
 
 from lowrank_core.errors import ConfigError
 from lowrank_core.runs import Run, open_run
-from lowrank_core.search.joining import run_of_study
-from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.search.storage import dashboard_command, open_database, redacted
+from lowrank_core.studies.records import TrialRecord, read_trials
+from lowrank_core.studies.storage import dashboard_command, open_database, redacted
+from lowrank_core.worker.joining import run_of_study
 
 PATIENCE = 180.0
 

@@ -13,7 +13,7 @@ from lowrank_core.config import ModelSource, TextConfig
 from lowrank_core.evaluation import evaluate
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.runs import recorded_run
-from lowrank_core.search.records import best_trial, read_trials
+from lowrank_core.studies.records import best_trial, read_trials
 from lowrank_core.text import load_windows
 
 DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo-lm"

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank_core.calibration import LayerStatistics, collect_statistics
 from lowrank_core.config import CalibrationConfig
-from lowrank_core.directions.config import SIDES, DirectionsConfig
-from lowrank_core.directions.measuring import top_directions
+from lowrank_core.config.directions import SIDES, DirectionsConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import weight_of
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
+from lowrank_core.statistics.directions import top_directions
 from lowrank_core.text import WindowSet
 
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from priced import cheapest_step, models, single
 
-from lowrank_core.accounting import HeadUnit, MatrixShape, Unit, budget_for_ratio
 from lowrank_core.allocation import Draft, DraftHistory, allocate, allocation_from_ranks, began, parse_allocation
+from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, load_curves, save_curves
+from lowrank_core.allocation.units import plan_units
 from lowrank_core.config import CompressionConfig, RunConfig
-from lowrank_core.curves import CURVES_FILE, CurveRecord, load_curves, save_curves
-from lowrank_core.drafts import has_draft, load_draft, new_token, save_draft
 from lowrank_core.errors import BudgetError, ConfigError, RankError, RunError
+from lowrank_core.parameters import HeadUnit, MatrixShape, Unit, budget_for_ratio
 from lowrank_core.runs import Run, create_run, write_json
-from lowrank_core.units import plan_units
+from lowrank_core.runs.drafts import has_draft, load_draft, new_token, save_draft
 
 Change = Callable[[Draft], Draft]
 
@@ -325,7 +325,7 @@ def test_drafts_of_a_recorded_run_are_kept_elsewhere(run: Run):
 
 
 def test_old_drafts_make_room(run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowrank_core.drafts._MOST_FILES", 2)
+    monkeypatch.setattr("lowrank_core.runs.drafts._MOST_FILES", 2)
     tokens = [new_token() for _ in range(4)]
     for token in tokens:
         save_draft(run, token, _history())

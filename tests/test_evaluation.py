@@ -8,16 +8,16 @@ import torch
 from checkpoints import VOCABULARY
 from torch.nn import functional
 
-from lowrank_core.calibration import collect_statistics
+from lowrank_core.compression.pipeline import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ConfigError, ModelError, NumericalError, TextError
 from lowrank_core.evaluation import DenseReference, WindowScores, evaluate, score_windows
+from lowrank_core.evaluation.generation import continue_prompt
 from lowrank_core.evaluation.intervals import bootstrap_interval
 from lowrank_core.evaluation.tokens import score_coarse
-from lowrank_core.generation import continue_prompt
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.recipe import decompose
 from lowrank_core.search.objective import objective_value
+from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet
 
 

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 
-from lowrank_core import evaluation_commands
 from lowrank_core.cli import main
+from lowrank_core.commands import evaluate
+from lowrank_core.commands.evaluate import EvaluationRequest, continue_with, evaluate_on, evaluate_on_texts
 from lowrank_core.config import ModelSource, TextConfig
 from lowrank_core.errors import ConfigError, TextError
-from lowrank_core.evaluation_commands import EvaluationRequest, continue_with, evaluate_on, evaluate_on_texts
-from lowrank_core.generation import Sampling, continue_prompt
+from lowrank_core.evaluation.generation import Sampling, continue_prompt
 from lowrank_core.models import ModelHandle
 
 
@@ -89,8 +89,8 @@ def test_people_read_the_protocol_beside_every_number(options: list[object], tex
 
 
 def test_models_are_loaded_once_for_all_texts(texts: list[str], llama_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    loaded, load = [], evaluation_commands.load_model
-    monkeypatch.setattr(evaluation_commands, "load_model", lambda source: loaded.append(source) or load(source))
+    loaded, load = [], evaluate.load_model
+    monkeypatch.setattr(evaluate, "load_model", lambda source: loaded.append(source) or load(source))
     source = ModelSource(str(llama_checkpoint))
     evaluate_on_texts(source, [TextConfig(text, context=32) for text in texts], EvaluationRequest(windows=4, against=source.reference))
     assert len(loaded) == 2
@@ -99,7 +99,7 @@ def test_models_are_loaded_once_for_all_texts(texts: list[str], llama_checkpoint
 def test_a_text_that_is_not_there_is_told_before_anything_is_loaded(
     texts: list[str], llama_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation_commands, "load_model", lambda source: pytest.fail("loaded"))
+    monkeypatch.setattr(evaluate, "load_model", lambda source: pytest.fail("loaded"))
     chosen = [TextConfig(text, context=32) for text in (texts[0], "gutenberg")]
     with pytest.raises(TextError, match="'gutenberg' is none of python-stdlib"):
         evaluate_on_texts(ModelSource(str(llama_checkpoint)), chosen, EvaluationRequest())
@@ -109,7 +109,7 @@ def test_a_text_too_short_is_told_before_anything_is_measured(
     texts: list[str], llama_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "short.txt").write_text("a word", encoding="utf-8")
-    monkeypatch.setattr(evaluation_commands, "evaluate", lambda *_, **__: pytest.fail("measured"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("measured"))
     chosen = [TextConfig(text, context=32) for text in (texts[0], f"file:{tmp_path / 'short.txt'}")]
     with pytest.raises(TextError, match=r"file:short\.txt has .* fewer than one window of 32"):
         evaluate_on_texts(ModelSource(str(llama_checkpoint)), chosen, EvaluationRequest())

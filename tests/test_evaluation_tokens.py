@@ -10,7 +10,7 @@ from checkpoints import VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_core.calibration import collect_statistics
+from lowrank_core.compression.pipeline import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.evaluation import EvaluationReport, evaluate, scoring
 from lowrank_core.evaluation import tokens as tokens_module
@@ -18,7 +18,7 @@ from lowrank_core.evaluation.positions import position_rows
 from lowrank_core.evaluation.scoring import score_tokens
 from lowrank_core.evaluation.tokens import TokenScores, compare_logits
 from lowrank_core.models import ModelHandle
-from lowrank_core.recipe import decompose
+from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet
 
 

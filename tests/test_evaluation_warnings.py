@@ -13,20 +13,20 @@ import pytest
 import torch
 from checkpoints import VOCABULARY
 
-from lowrank_core.calibration import collect_statistics
 from lowrank_core.cli import main
+from lowrank_core.commands.evaluate import _one, _several
+from lowrank_core.compression.pipeline import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, RunConfig
 from lowrank_core.evaluation import DenseReference, EvaluationReport, evaluate
 from lowrank_core.evaluation.intervals import Sample, bootstrap_interval
 from lowrank_core.evaluation.warnings import FEW_WINDOWS, uniform_warning, window_warning
-from lowrank_core.evaluation_commands import _one, _several
 from lowrank_core.export.manifest import measurement_from
 from lowrank_core.export.measuring import figures_of
 from lowrank_core.models import ModelHandle
-from lowrank_core.recipe import decompose
 from lowrank_core.runs import Run, create_run
-from lowrank_core.search.reporter import Reporter
+from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet
+from lowrank_core.worker.reporter import Reporter
 
 SAYS_NOTHING = "the dense model is no better than a uniform guess on this text"
 INTERVALS = [name for name in EvaluationReport.__dataclass_fields__ if name.endswith("_interval")]

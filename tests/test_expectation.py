@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from predictions import NEAR, Bench, as_trials, measure, unpacked
 
-from lowrank_core.accounting import Unit
-from lowrank_core.curves import CurveRecord, load_curves
+from lowrank_core.allocation.curves import CurveRecord, load_curves
+from lowrank_core.parameters import Unit
 from lowrank_core.runs import Run
-from lowrank_core.search.records import TrialRecord
-from lowrank_core.views.allocation import search_units
-from lowrank_core.views.expectation import LEVEL, KlRegression, expectation_help, expectation_words
-from lowrank_core.views.model import model_facts
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.manual.expectation import LEVEL, KlRegression, expectation_help, expectation_words
+from lowrank_core.studio.shared.allocation_map import search_units
+from lowrank_core.studio.shared.model_facts import model_facts
 
 RECORDED = Path(__file__).resolve().parents[1] / "assets" / "recorded-run"
 MEASURED = json.loads((Path(__file__).parent / "predictions.json").read_text())

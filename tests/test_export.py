@@ -15,14 +15,14 @@ import pytest
 import torch
 from checkpoints import assert_cache_changes_nothing
 
-from lowrank_core.calibration import collect_statistics
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.compression.pipeline import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ModelError, RunError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import check_free, export
 from lowrank_core.models import LowRankLinear, ModelHandle, load_model
-from lowrank_core.recipe import decompose
+from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet
 
 ARCHITECTURES = ("llama", "gpt2", "qwen2")

@@ -12,7 +12,8 @@ import yaml
 from exported import all_forms, logits_of
 from huggingface_hub import ModelCard
 
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.compression.quantization import quantized
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.errors import ModelError, TextError
 from lowrank_core.evaluation import evaluate
@@ -20,7 +21,6 @@ from lowrank_core.export import HeldOut, export, figures_of, held_out, read_mani
 from lowrank_core.export import base_model as base_model_module
 from lowrank_core.export.base_model import base_model_of
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.quantization import quantized
 from lowrank_core.text import WindowSet, load_windows
 
 PROVENANCE = {"preset": "studio", "basis": "two_sided", "allocation": "marginal", "command": "lowrank compress --model here"}

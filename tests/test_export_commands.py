@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core import jobs
 from lowrank_core.cli import main
 from lowrank_core.config import ModelSource
 from lowrank_core.export import read_manifest
 from lowrank_core.models import load_model
-from lowrank_core.runs import open_run, read_json
+from lowrank_core.runs import client, open_run, read_json
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +103,9 @@ def test_a_worker_exports_and_verifies(run: Path, capsys: pytest.CaptureFixture[
         ("verify", {"path": "uniform-dense"}),
         ("verify", {"path": "../../elsewhere"}),
     ]
-    requests = [jobs.ask(record, kind, launch=False, **arguments) for kind, arguments in wanted]
+    requests = [client.ask(record, kind, launch=False, **arguments) for kind, arguments in wanted]
     assert main(["worker", "--run", str(run)]) == 0
-    written, refused, verified, missing = (read_json(jobs.result_path(record, request)) for request in requests)
+    written, refused, verified, missing = (read_json(client.result_path(record, request)) for request in requests)
     assert written["ok"], written
     assert written["path"] == str(run / "exports" / "uniform-dense")
     assert read_manifest(Path(str(written["path"]))).form == "dense"

@@ -17,8 +17,8 @@ from lowrank_core.config import ExportConfig, ModelSource
 from lowrank_core.errors import ModelError
 from lowrank_core.export import export, read_manifest
 from lowrank_core.export.dense import merged
+from lowrank_core.layers.base import CompressedModule
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.models.compressed import CompressedModule
 
 DENSE = ExportConfig(form="dense")
 WITHOUT_OURS = """

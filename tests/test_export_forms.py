@@ -20,7 +20,7 @@ from exported import all_forms, logits_of
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ExportConfig, ModelSource
 from lowrank_core.errors import ConfigError, ModelError, NumericalError
 from lowrank_core.export import export

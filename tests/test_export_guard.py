@@ -30,7 +30,7 @@ from lowrank_core.export.manifest import listed_files
 from lowrank_core.models import load_model
 from lowrank_core.models.guard import guard_name, guards, unguarded
 from lowrank_core.models.integrity import check_folder
-from lowrank_core.views.checkpoint import read_model
+from lowrank_core.studio.overview.checkpoint import read_model
 
 SCRIPT = Path(__file__).with_name("plain_transformers.py")
 OTHERS = [folder for folder in os.environ.get("LOWRANK_TRANSFORMERS", "").split(os.pathsep) if folder]

@@ -11,10 +11,10 @@ import torch
 from operands import applied, factorized, gradients, inputs_of, operand, outputs_of, random, rows, second_moment
 from torch import Tensor
 
-from lowrank_core.bases import BASES, Operand, basis_named
+from lowrank_core.decomposition.factorization import Damping, FactorBasis, descending, tail_sums
 from lowrank_core.errors import NumericalError, RankError
-from lowrank_core.factorization import Damping, FactorBasis, descending, tail_sums
 from lowrank_core.linalg import damped_root, eigenvalues, square_root, svd
+from lowrank_core.metrics import BASES, Operand, basis_named
 
 EPSILON = torch.finfo(torch.float64).eps
 TOLERANCE = 1e7 * EPSILON  # decompositions of matrices of a few dozen rows, metrics of a condition up to 1e6

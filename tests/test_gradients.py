@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowrank_core import gradients
-from lowrank_core.calibration import collect_statistics
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import Cancelled, ConfigError, ModelError, NumericalError
-from lowrank_core.gradients import cached_gradients, collect_gradients, gradients_key, sampled_labels
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import weight_of
-from lowrank_core.moments import OutputStatistics
+from lowrank_core.statistics import gradients
+from lowrank_core.statistics.calibration import collect_statistics
+from lowrank_core.statistics.gradients import cached_gradients, collect_gradients, gradients_key, sampled_labels
+from lowrank_core.statistics.moments import OutputStatistics
 from lowrank_core.text import WindowSet
 
 CONFIG = CalibrationConfig(batch_size=5)

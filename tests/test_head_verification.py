@@ -13,14 +13,14 @@ from transformers import PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from lowrank_core.allocation import allocation_from_ranks
-from lowrank_core.calibration import collect_statistics
-from lowrank_core.compression import compress
+from lowrank_core.compression.build import compress
 from lowrank_core.config import CalibrationConfig, CompressionConfig
-from lowrank_core.decomposition import factorize, units_of
+from lowrank_core.decomposition.units import factorize, units_of
 from lowrank_core.models import ModelHandle
 from lowrank_core.models import attention as attention_module
 from lowrank_core.models.attention import find_heads, head_units
 from lowrank_core.models.handle import random_tokens
+from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet
 
 PLAIN = ("llama", "gptj", "opt", "mixtral", "qwen2_moe")

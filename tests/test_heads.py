@@ -9,21 +9,21 @@ import torch
 from operands import gradients, inputs_of, outputs_of, random, rows
 from torch import Tensor
 
-from lowrank_core.accounting import HeadUnit, MatrixShape
 from lowrank_core.allocation import allocation_from_ranks
-from lowrank_core.bases import Operand, basis_named
-from lowrank_core.calibration import collect_statistics
-from lowrank_core.compression import compress, low_rank_layers, swapped
+from lowrank_core.compression.build import compress, low_rank_layers, swapped
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
-from lowrank_core.decomposition import factorize, units_of
+from lowrank_core.decomposition.factorization import Damping, descending
+from lowrank_core.decomposition.head_factorization import HeadBasis, factorize_heads
+from lowrank_core.decomposition.units import factorize, units_of
 from lowrank_core.errors import NumericalError, RankError
-from lowrank_core.factorization import Damping, descending
-from lowrank_core.gradients import collect_gradients
-from lowrank_core.head_factorization import HeadBasis, factorize_heads
+from lowrank_core.layers.forms import HeadFactors
+from lowrank_core.layers.heads import OutputHeads, ValueHeads
+from lowrank_core.metrics import Operand, basis_named
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.attention import head_units
-from lowrank_core.models.heads import OutputHeads, ValueHeads
-from lowrank_core.models.storage import HeadFactors
+from lowrank_core.parameters import HeadUnit, MatrixShape
+from lowrank_core.statistics.calibration import collect_statistics
+from lowrank_core.statistics.gradients import collect_gradients
 from lowrank_core.text import WindowSet
 
 DIM, WIDTH, HEIGHT = 5, 16, 12

@@ -13,23 +13,23 @@ import torch
 from checkpoints import VOCABULARY
 from torch import nn
 
-from lowrank_core.calibration import collect_statistics
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.quantization import quantized_handle
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
+from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
 from lowrank_core.errors import Cancelled, ConfigError, ModelError, RunError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.healing.base import distillation_loss
-from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
 from lowrank_core.healing.diagonal import DiagonalAdapter
 from lowrank_core.healing.healers import HEALERS
 from lowrank_core.healing.optimizers import adam, packed_state, soap, unpacked_state
 from lowrank_core.healing.rates import measured_rate
-from lowrank_core.healing.records import read_history, read_report, write_report
 from lowrank_core.healing.trainer import Healed, heal
+from lowrank_core.layers.base import CompressedModule
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.models.compressed import CompressedModule
-from lowrank_core.quantization import quantized_handle
-from lowrank_core.recipe import decompose
+from lowrank_core.runs.healing_records import read_history, read_report, write_report
+from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet
 
 FORMS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lowrank_core.heavy_tails import LEAST_TAIL, bulk_density, bulk_edges, entry_variance, fit_tail, outliers
+from lowrank_core.spectra.heavy_tails import LEAST_TAIL, bulk_density, bulk_edges, entry_variance, fit_tail, outliers
 
 
 def _energies(matrix: np.ndarray) -> np.ndarray:

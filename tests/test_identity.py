@@ -13,18 +13,17 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
-from lowrank_core import jobs
 from lowrank_core.cli import main
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig, to_mapping
 from lowrank_core.errors import Cancelled, ConfigError, ModelError
 from lowrank_core.models import load_model
-from lowrank_core.runs import Run, create_run, read_json, write_json
-from lowrank_core.search.joining import join_run
-from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.search.storage import open_storage
-from lowrank_core.search.worker import measure_alone, run_worker
+from lowrank_core.runs import Run, client, create_run, read_json, write_json
 from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.speed import SpeedConfig, compare_speed
+from lowrank_core.studies.records import TrialRecord, read_trials
+from lowrank_core.studies.storage import open_storage
+from lowrank_core.worker.joining import join_run
+from lowrank_core.worker.main import measure_alone, run_worker
 
 WEIGHTS = "the weights of its model differ from what it was begun with"
 
@@ -199,7 +198,7 @@ def test_a_run_knows_its_model_before_it_is_calibrated(config: RunConfig, model:
         raise Cancelled
 
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank_core.search.session.cached_statistics", killed)
+        patch.setattr("lowrank_core.worker.session.cached_statistics", killed)
         with pytest.raises(Cancelled):
             run_worker(run, verbose=False)
     known = read_json(run.path / "identity.json") or {}
@@ -228,22 +227,22 @@ ASKED = {
 
 
 def test_no_request_is_answered_with_another_model(run: Run, model: Path):
-    requests = [jobs.ask(run, kind, launch=False, **arguments) for kind, arguments in ASKED.items()]
+    requests = [client.ask(run, kind, launch=False, **arguments) for kind, arguments in ASKED.items()]
     trials = read_trials(run)
     scale(model)
     refused(run, WEIGHTS)
-    assert not any(jobs.result_path(run, request).exists() for request in requests)
-    assert {body["id"] for body in jobs.pending_requests(run)} == set(requests)
+    assert not any(client.result_path(run, request).exists() for request in requests)
+    assert {body["id"] for body in client.pending_requests(run)} == set(requests)
     assert read_trials(run) == trials
 
 
 def test_comparisons_are_answered_on_the_same_test_text(run: Run, text: Path):
-    jobs.ask(run, "compare", launch=False, trial=0)
+    client.ask(run, "compare", launch=False, trial=0)
     run_worker(run, verbose=False)
     rewrite(text, 0.92, 1.0)
-    request = jobs.ask(run, "compare", launch=False, trial=1)
+    request = client.ask(run, "compare", launch=False, trial=1)
     refused(run, "the tokens of its test text differ")
-    assert not jobs.result_path(run, request).exists()
+    assert not client.result_path(run, request).exists()
 
 
 def test_answers_on_a_second_text_are_on_the_same_tokens(run: Run, text: Path, tmp_path: Path):
@@ -251,9 +250,9 @@ def test_answers_on_a_second_text_are_on_the_same_tokens(run: Run, text: Path, t
     shutil.copy(text, other)
 
     def answer(trial: int) -> dict[str, object]:
-        request = jobs.ask(run, "other_text", launch=False, trial=trial, text=f"file:{other}")
+        request = client.ask(run, "other_text", launch=False, trial=trial, text=f"file:{other}")
         run_worker(run, verbose=False)
-        return read_json(jobs.result_path(run, request)) or {}
+        return read_json(client.result_path(run, request)) or {}
 
     first = answer(0)
     assert first["ok"]

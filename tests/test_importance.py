@@ -11,9 +11,9 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, create_trial
 
 from lowrank_core.config import SearchConfig
-from lowrank_core.search.importance import VarianceShare, _legendre, _Posterior, _Terms, variance_shares
 from lowrank_core.search.samplers import PointSampler
-from lowrank_core.search.variables import importances
+from lowrank_core.studies.importance import VarianceShare, _legendre, _Posterior, _Terms, variance_shares
+from lowrank_core.studies.variables import importances
 
 WEIGHTS = np.array([1.0, 0.5, 0.2, 0.05, 0.02])
 SPACE = {name: FloatDistribution(0.5, 2.0, log=True) for name in "abcde"}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_core.errors import ModelError
-from lowrank_core.influence import InfluenceAccumulator
+from lowrank_core.statistics.influence import InfluenceAccumulator
 
 
 class Adding(nn.Module):

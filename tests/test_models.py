@@ -28,11 +28,11 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.calibration import collect_statistics
 from lowrank_core.config import CalibrationConfig, ModelSource
 from lowrank_core.errors import ModelError
 from lowrank_core.models import LowRankLinear, ModelHandle, describe, load_model
 from lowrank_core.models.handle import bias_of, find_layers, weight_of
+from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet
 
 SMALL = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}

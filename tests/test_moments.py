@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_core.errors import ConfigError, NumericalError
-from lowrank_core.moments import GradientAccumulator, InputStatistics, MomentAccumulator
-from lowrank_core.pooling import PooledAccumulator, trimmed
+from lowrank_core.statistics.moments import GradientAccumulator, InputStatistics, MomentAccumulator
+from lowrank_core.statistics.pooling import PooledAccumulator, trimmed
 
 TOLERANCE = 1e-10  # float64, a few thousand additions
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from lowrank_core.search.naming import model_name, trial_label
-from lowrank_core.search.records import MANUAL, TrialRecord, counts_of
+from lowrank_core.studies.naming import model_name, trial_label
+from lowrank_core.studies.records import MANUAL, TrialRecord, counts_of
 
 
 def trial(number: int, label: str = "sampled", state: str = "complete") -> TrialRecord:

@@ -15,10 +15,10 @@ from optuna.trial import TrialState, create_trial
 from lowrank_core.config import SAMPLERS, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, create_run
-from lowrank_core.search.numbering import RETRY_OF, place_of, without_losses
 from lowrank_core.search.samplers import GIVEN, PointSampler
-from lowrank_core.search.storage import open_storage
 from lowrank_core.search.study import enqueue_allocation, requeue_lost
+from lowrank_core.studies.numbering import RETRY_OF, place_of, without_losses
+from lowrank_core.studies.storage import open_storage
 
 SPACE = {name: FloatDistribution(0.5, 2.0, log=True) for name in ("a", "b", "c")}
 Point = Mapping[str, float]

@@ -15,9 +15,9 @@ import pytest
 
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.runs import create_run
-from lowrank_core.search.records import read_trials
-from lowrank_core.search.storage import dashboard_command
-from lowrank_core.search.worker import run_worker
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studies.storage import dashboard_command
+from lowrank_core.worker.main import run_worker
 
 pytest.importorskip("optuna_dashboard")
 PATIENCE = 90.0

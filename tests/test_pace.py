@@ -8,21 +8,21 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core.calibration import cached_statistics, collect_statistics, statistics_key
+from lowrank_core.compression.pipeline import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, RunConfig
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import Cancelled
-from lowrank_core.gradients import cached_gradients
-from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.trainer import heal
 from lowrank_core.models import ModelHandle
-from lowrank_core.recipe import decompose
 from lowrank_core.runs import Run, create_run
-from lowrank_core.search.pace import Pace
-from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.worker import _remaining
-from lowrank_core.statistics_store import exclusive
+from lowrank_core.statistics.calibration import cached_statistics, collect_statistics, statistics_key
+from lowrank_core.statistics.gradients import cached_gradients
+from lowrank_core.statistics.store import exclusive
+from lowrank_core.studio.shared.run_list import status_words
 from lowrank_core.text import WindowSet
-from lowrank_core.views.runs import status_words
+from lowrank_core.worker.main import _remaining
+from lowrank_core.worker.pace import Pace
+from lowrank_core.worker.reporter import Reporter
 
 CONFIG = CalibrationConfig(group_size=4, batch_size=2)
 
@@ -40,7 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr("lowrank_core.search.pace.perf_counter", lambda: found.now)
+    monkeypatch.setattr("lowrank_core.worker.pace.perf_counter", lambda: found.now)
     return found
 
 
@@ -144,7 +144,7 @@ def test_who_waits_for_another_calibration_is_told_how_far_that_is(clock: Clock,
 
 
 def test_resumed_gradients(clock: Clock, llama: ModelHandle, few: WindowSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowrank_core.gradients._free_memory", lambda device: 0)
+    monkeypatch.setattr("lowrank_core.statistics.gradients._free_memory", lambda device: 0)
     with pytest.raises(Cancelled):
         cached_gradients(llama, few, CONFIG, tmp_path, progress=Watched(clock, 1.0, lambda calls: calls == 10))
     resumed = Watched(clock, 10.0)

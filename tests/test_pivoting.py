@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank_core.errors import NumericalError, RankError
-from lowrank_core.pivoting import PivotedFactors, fix_gauge, gather_order, pivot, select_rows
+from lowrank_core.layers.pivoting import PivotedFactors, fix_gauge, gather_order, pivot, select_rows
 
 TIGHT = {"rtol": 1e-11, "atol": 1e-11}
 

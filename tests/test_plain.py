@@ -8,8 +8,8 @@ import re
 import pandas as pd
 import pytest
 
-from lowrank_core.views.formatting import interval_words, number, percent, plain
-from lowrank_core.views.spreadsheet import csv_of
+from lowrank_core.studio.shared.formatting import interval_words, number, percent, plain
+from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.wording import NO_INTERVAL, amount, fixed, fixed_interval
 
 

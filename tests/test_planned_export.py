@@ -13,18 +13,18 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from lowrank_core.calibration import collect_statistics
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.compression.pipeline import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig
 from lowrank_core.export import export
 from lowrank_core.models import ModelHandle, describe, load_model
 from lowrank_core.models.attention import head_units
-from lowrank_core.recipe import decompose
+from lowrank_core.statistics.calibration import collect_statistics
+from lowrank_core.studio.export.export_list import loading_of
+from lowrank_core.studio.export.export_plan import Source, files_of, planned, runtimes
+from lowrank_core.studio.shared.allocation_map import search_units
+from lowrank_core.studio.shared.model_facts import ModelFacts, _facts
 from lowrank_core.text import WindowSet
-from lowrank_core.views.allocation import search_units
-from lowrank_core.views.exported import loading_of
-from lowrank_core.views.model import ModelFacts, _facts
-from lowrank_core.views.planned import Source, files_of, planned, runtimes
 
 COMPRESSIONS = {
     "factored": CompressionConfig(basis="pooled_feature", value_dense=False),
@@ -111,8 +111,8 @@ def test_scales_of_int8_are_exact_in_the_dtype_that_is_written(
     made: tuple[CompressionConfig, CompressedModel], tmp_path: Path, windows: WindowSet
 ):
     """Beside it: scales that are exact in float32 alone move when they are cast."""
-    from lowrank_core.models.quantized import Int8Matrix
-    from lowrank_core.quantization import quantized_handle
+    from lowrank_core.compression.quantization import quantized_handle
+    from lowrank_core.layers.quantized import Int8Matrix
 
     _, model = made
     export(model, tmp_path / "out", provenance={}, config=ExportConfig(quantization="int8", dtype="bfloat16"))

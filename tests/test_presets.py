@@ -9,20 +9,20 @@ import torch
 from checkpoints import VOCABULARY, save_checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lowrank_core.accounting import HeadUnit, budget_for_ratio
 from lowrank_core.allocation import ALLOCATORS, allocator_named
-from lowrank_core.bases import BASES, basis_named
-from lowrank_core.calibration import LayerStatistics, collect_statistics
+from lowrank_core.allocation.units import value_layers
+from lowrank_core.compression.pipeline import Decomposed, decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, SearchConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.gradients import collect_gradients
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.metrics import BASES, basis_named
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.models.compressed import CompressedModule
-from lowrank_core.presets import DEFAULT_PRESET, PRESETS, VARIANTS, Preset, preset_named
-from lowrank_core.recipe import Decomposed, decompose
+from lowrank_core.parameters import HeadUnit, budget_for_ratio
+from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, VARIANTS, Preset, preset_named
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
+from lowrank_core.statistics.gradients import collect_gradients
 from lowrank_core.text import WindowSet
-from lowrank_core.units import value_layers
 
 RATIO = 0.4
 EVERY = {**PRESETS, **VARIANTS}

@@ -10,11 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core import jobs
 from lowrank_core.config import ModelSource, RunConfig, TextConfig
 from lowrank_core.export import verify
-from lowrank_core.processes import python_command, python_environment
-from lowrank_core.runs import create_run
+from lowrank_core.runs import client, create_run
+from lowrank_core.runs.processes import python_command, python_environment
 from lowrank_core.speed import SpeedConfig
 from lowrank_core.speed.memory import measure_memory
 
@@ -41,7 +40,7 @@ def python_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 def test_a_worker_imports_nothing_from_its_run(tmp_path: Path):
     run = create_run(RunConfig(ModelSource(str(tmp_path / "no-model")), TextConfig("file:none.txt")), path=tmp_path / "run")
     mark = plant(run.path)
-    jobs.start_worker(run)
+    client.start_worker(run)
     deadline = time.monotonic() + PATIENCE
     while run.status().active and time.monotonic() < deadline:
         time.sleep(0.05)

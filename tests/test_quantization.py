@@ -9,16 +9,16 @@ import torch
 from checkpoints import assert_cache_changes_nothing
 from torch import nn
 
-from lowrank_core.calibration import collect_statistics
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.quantization import quantized, quantized_handle
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ConfigError
 from lowrank_core.export import export
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.layers.quantized import Int8Matrix, applied
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.models.compressed import CompressedModule
-from lowrank_core.models.quantized import Int8Matrix, applied
-from lowrank_core.quantization import quantized, quantized_handle
-from lowrank_core.recipe import decompose
+from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet
 
 FORMS = {

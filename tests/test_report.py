@@ -26,27 +26,27 @@ from lowrank_core.cli.options import calibration_of, source_of, text_of
 from lowrank_core.cli.search import _config
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import RunError
-from lowrank_core.figures.embedding import figure_json, plotly_script
-from lowrank_core.figures.trials import front_figure, history_figure
-from lowrank_core.jobs import answers
-from lowrank_core.presets import PRESETS, search_by
-from lowrank_core.report import report_html, write_report
+from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import Run, RunStatus, create_run, open_run, recorded_run, write_json
-from lowrank_core.search.naming import trial_label
-from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.search.worker import run_worker
-from lowrank_core.views.calibration import calibration_facts
-from lowrank_core.views.compare import comparisons, other_texts
-from lowrank_core.views.exported import written_models
-from lowrank_core.views.formatting import number
-from lowrank_core.views.front import front
-from lowrank_core.views.healing import healings
-from lowrank_core.views.losses import comparison_table, position_table, window_table
-from lowrank_core.views.other_text import other_text
-from lowrank_core.views.reproduction import reproduction
-from lowrank_core.views.search import history, progress
-from lowrank_core.views.speed import speed_numbers, speed_table, speeds
-from lowrank_core.views.summary import (
+from lowrank_core.runs.client import answers
+from lowrank_core.studies.naming import trial_label
+from lowrank_core.studies.records import TrialRecord, read_trials
+from lowrank_core.studio.compare.comparison import comparisons, other_texts
+from lowrank_core.studio.compare.healing_runs import healings
+from lowrank_core.studio.compare.loss_details import comparison_table, position_table, window_table
+from lowrank_core.studio.compare.measured_speed import speed_numbers, speed_table, speeds
+from lowrank_core.studio.compare.second_text import other_text
+from lowrank_core.studio.compare.token_losses import strips, worst_tokens
+from lowrank_core.studio.export.export_list import written_models
+from lowrank_core.studio.overview.calibration_quality import calibration_facts
+from lowrank_core.studio.report import report_html, write_report
+from lowrank_core.studio.search.history import history, progress
+from lowrank_core.studio.search.pareto import front
+from lowrank_core.studio.search.static_chart import front_figure, history_figure
+from lowrank_core.studio.shared.embedding import figure_json, plotly_script
+from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.reproduce import reproduction
+from lowrank_core.studio.shared.summary import (
     by_protocol,
     failures,
     flat_table,
@@ -57,7 +57,7 @@ from lowrank_core.views.summary import (
     type_table,
     unfinished_table,
 )
-from lowrank_core.views.token_losses import strips, worst_tokens
+from lowrank_core.worker.main import run_worker
 
 EVIL = "<script>alert('x')</script><img src=https://elsewhere.example/p.png onerror=alert(1)>"
 ASKED_FOR = ["closely", "second-text", "tokens", "speed"]

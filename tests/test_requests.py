@@ -11,19 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 
-from lowrank_core import jobs
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.evaluation.texts import losses_of, pieces_of, tokens_of_text
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.presets import PRESETS
-from lowrank_core.runs import Run, create_run, read_json
-from lowrank_core.search.desk import Shelf
-from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.worker import run_worker
+from lowrank_core.presets.recipes import PRESETS
+from lowrank_core.runs import Run, client, create_run, read_json
 from lowrank_core.speed import MemoryReport, SpeedConfig
 from lowrank_core.text import load_windows
+from lowrank_core.worker.context import Shelf
+from lowrank_core.worker.main import run_worker
+from lowrank_core.worker.reporter import Reporter
 
 Answer = Mapping[str, object]
 
@@ -43,9 +42,9 @@ def run(llama_checkpoint: Path, text_file: Path) -> Run:
 
 def answered(run: Run, *asked: tuple[str, Mapping[str, object]]) -> list[Answer]:
     """Ask for all of it, and let a worker in this process answer."""
-    requests = [jobs.ask(run, kind, launch=False, **arguments) for kind, arguments in asked]  # type: ignore[arg-type]
+    requests = [client.ask(run, kind, launch=False, **arguments) for kind, arguments in asked]  # type: ignore[arg-type]
     run_worker(run, verbose=False)
-    found = [read_json(jobs.result_path(run, request)) for request in requests]
+    found = [read_json(client.result_path(run, request)) for request in requests]
     assert None not in found
     return found  # type: ignore[return-value]
 
@@ -206,28 +205,28 @@ def test_a_healing_takes_the_one_shot_figures_that_the_session_has_measured(run:
 
 
 def test_a_request_that_is_withdrawn_while_it_waits_is_never_begun(run: Run):
-    first = jobs.ask(run, "compare", launch=False, trial="uniform")
-    gone = jobs.ask(run, "compare", launch=False, trial="lord_manual")
-    jobs.withdraw(run, gone)
+    first = client.ask(run, "compare", launch=False, trial="uniform")
+    gone = client.ask(run, "compare", launch=False, trial="lord_manual")
+    client.withdraw(run, gone)
     run_worker(run, verbose=False)
-    assert read_json(jobs.result_path(run, first)) is not None
-    assert read_json(jobs.result_path(run, gone)) is None
-    assert not jobs.pending_requests(run)
+    assert read_json(client.result_path(run, first)) is not None
+    assert read_json(client.result_path(run, gone)) is None
+    assert not client.pending_requests(run)
 
 
 def test_the_request_in_hand_ends_when_it_is_withdrawn_and_the_next_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch):
-    asked = [jobs.ask(run, "compare", launch=False, trial=trial) for trial in ("uniform", "lord_manual")]
+    asked = [client.ask(run, "compare", launch=False, trial=trial) for trial in ("uniform", "lord_manual")]
     stage = Reporter.stage
 
     def withdraw_first(self: Reporter, name: str, total: int = 0) -> object:
         if name == "Measuring uniform on test text":
-            jobs.withdraw(run, asked[0])
+            client.withdraw(run, asked[0])
         return stage(self, name, total)
 
     monkeypatch.setattr(Reporter, "stage", withdraw_first)
     run_worker(run, verbose=False)
-    assert read_json(jobs.result_path(run, asked[0])) is None
-    second = read_json(jobs.result_path(run, asked[1]))
+    assert read_json(client.result_path(run, asked[0])) is None
+    second = read_json(client.result_path(run, asked[1]))
     assert second is not None
     assert second["ok"]
     assert run.status().state == "finished"  # nothing was stopped

@@ -15,7 +15,6 @@ import pytest
 
 from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig, from_mapping, to_mapping
 from lowrank_core.errors import Cancelled, ConfigError, RunError
-from lowrank_core.jobs import ask, pending_requests, request_stop, result_path, start_worker
 from lowrank_core.runs import (
     Run,
     RunStatus,
@@ -27,7 +26,8 @@ from lowrank_core.runs import (
     read_json,
     write_json,
 )
-from lowrank_core.search.reporter import Reporter
+from lowrank_core.runs.client import ask, pending_requests, request_stop, result_path, start_worker
+from lowrank_core.worker.reporter import Reporter
 
 SEARCH = RunConfig(search=SearchConfig(compression_ratio=0.3, compression=CompressionConfig(basis="weight_svd")))
 

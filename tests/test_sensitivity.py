@@ -10,23 +10,23 @@ import pytest
 import torch
 
 from lowrank_core.allocation import allocation_from_ranks
-from lowrank_core.calibration import LayerStatistics, collect_statistics
-from lowrank_core.compression import compress
+from lowrank_core.compression.build import compress
+from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.sensitivity import evenly_spaced, measured_cell
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, RunConfig, TextConfig, from_mapping, to_mapping
 from lowrank_core.errors import ConfigError, RunError
 from lowrank_core.evaluation import DenseReference, evaluate, score_windows
-from lowrank_core.gradients import collect_gradients
 from lowrank_core.models import ModelHandle
-from lowrank_core.presets import preset_named
-from lowrank_core.recipe import Decomposed, decompose
+from lowrank_core.presets.recipes import preset_named
 from lowrank_core.runs import Run, create_run
-from lowrank_core.search import sensitivity as bench
-from lowrank_core.search.worker import measure_alone
 from lowrank_core.sensitivity.config import MODULE, TYPE, SensitivityConfig, coarse_first, single_compression
-from lowrank_core.sensitivity.measuring import evenly_spaced, measured_cell
 from lowrank_core.sensitivity.planning import PlannedCell, planned_cells
 from lowrank_core.sensitivity.records import SensitivityCell, SensitivitySetting, append_cell, read_record, read_records, record_path
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
+from lowrank_core.statistics.gradients import collect_gradients
 from lowrank_core.text import WindowSet
+from lowrank_core.worker import sensitivity as bench
+from lowrank_core.worker.main import measure_alone
 
 CALIBRATION = CalibrationConfig(group_size=8)
 STUDIO = preset_named("studio").compression

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core import jobs
 from lowrank_core.cli import main
 from lowrank_core.config import ModelSource, RunConfig, TextConfig
-from lowrank_core.runs import Run, bundled_path, create_run, open_run
+from lowrank_core.runs import Run, bundled_path, client, create_run, open_run
 from lowrank_core.sensitivity.records import read_records
 
 
@@ -67,5 +66,5 @@ def test_a_run_with_a_worker_is_left_to_it(
     monkeypatch.setattr(Run, "worker_alive", lambda self: True)
     out, _ = printed(capsys, "--run", run.path, "--kept", 0.4)
     assert "has a worker: it measures when its trials are done" in out
-    (request,) = jobs.pending_requests(run)
+    (request,) = client.pending_requests(run)
     assert request["arguments"]["kept"] == [0.4]

@@ -9,21 +9,21 @@ import torch
 from operands import random, rows
 from torch import Tensor
 
-from lowrank_core.accounting import HeadUnit
 from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks
-from lowrank_core.bases import basis_named
-from lowrank_core.calibration import LayerStatistics, collect_statistics
-from lowrank_core.compression import CompressedModel, compress
+from lowrank_core.compression.build import CompressedModel, compress
+from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.sequential import _CrossAccumulator, compress_sequentially
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
-from lowrank_core.decomposition import factorize, units_of
+from lowrank_core.decomposition.factorization import Damping
+from lowrank_core.decomposition.units import factorize, units_of
 from lowrank_core.errors import Cancelled, ConfigError, NumericalError
-from lowrank_core.factorization import Damping
-from lowrank_core.gradients import collect_gradients
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.metrics import basis_named
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.models.compressed import CompressedModule
 from lowrank_core.models.handle import weight_of
-from lowrank_core.recipe import decompose
-from lowrank_core.sequential import _CrossAccumulator, compress_sequentially
+from lowrank_core.parameters import HeadUnit
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
+from lowrank_core.statistics.gradients import collect_gradients
 from lowrank_core.text import WindowSet
 
 WHITENED = CompressionConfig(basis="drift_aware", value_dense=False)

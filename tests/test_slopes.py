@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowrank_core import slopes
-from lowrank_core.calibration import LayerStatistics, collect_statistics
-from lowrank_core.compression import low_rank_layers, swapped
+from lowrank_core.compression import error_weights
+from lowrank_core.compression.build import low_rank_layers, swapped
+from lowrank_core.compression.error_weights import measured_slopes
+from lowrank_core.compression.pipeline import Decomposed, decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import weight_of
-from lowrank_core.recipe import Decomposed, decompose
-from lowrank_core.slopes import measured_slopes
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
 from lowrank_core.text import WindowSet
 
 RATIO = 0.4
@@ -135,7 +135,7 @@ def test_what_loses_nothing_is_measured_where_it_loses_something(raw: Decomposed
 def test_a_slope_is_positive_where_rounding_says_it_is_not(
     raw: Decomposed, few: WindowSet, dense: DenseReference, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(slopes, "low_rank_layers", lambda *_, **__: {})  # nothing is swapped: KL is rounding
+    monkeypatch.setattr(error_weights, "low_rank_layers", lambda *_, **__: {})  # nothing is swapped: KL is rounding
     assert all(slope > 0 for slope in measured_slopes(raw, few, dense, compression_ratio=RATIO).values())
 
 
@@ -149,7 +149,7 @@ def test_a_unit_that_makes_the_model_diverge_is_named(
                 parameter.data.fill_(torch.nan)
         return layers
 
-    monkeypatch.setattr(slopes, "low_rank_layers", broken)
+    monkeypatch.setattr(error_weights, "low_rank_layers", broken)
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.self_attn\.q_proj at rank \d+, everything else dense: .*diverged"):
         measured_slopes(raw, few, dense, compression_ratio=RATIO)
     assert torch.isfinite(weight_of(raw.handle.module.get_submodule("model.layers.0.self_attn.q_proj"))).all()

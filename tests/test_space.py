@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_core.accounting import MatrixShape, Unit, budget_for_ratio
 from lowrank_core.allocation import allocate, allocation_from_ranks, module_group
+from lowrank_core.allocation.units import plan_units, value_layers
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.errors import BudgetError, ConfigError
-from lowrank_core.search.space import BASELINES, LEAST, PUBLISHED_MARGIN, RATIO, SPREAD, SearchSpace
-from lowrank_core.units import plan_units, value_layers
+from lowrank_core.parameters import MatrixShape, Unit, budget_for_ratio
+from lowrank_core.studies.space import BASELINES, LEAST, PUBLISHED_MARGIN, RATIO, SPREAD, SearchSpace
 
 KINDS = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64), "gate_proj": (160, 64), "up_proj": (160, 64)}
 SHAPES = tuple(

@@ -7,14 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from lowrank_core.accounting import MatrixShape
-from lowrank_core.analysis import shuffled, spectra_of
-from lowrank_core.calibration import collect_statistics
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import RunError
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import weight_of
-from lowrank_core.spectra import (
+from lowrank_core.parameters import MatrixShape
+from lowrank_core.spectra.spectrum import (
     LayerSpectrum,
     effective_rank,
     load_spectra,
@@ -24,6 +22,8 @@ from lowrank_core.spectra import (
     save_spectra,
     stable_rank,
 )
+from lowrank_core.statistics.calibration import collect_statistics
+from lowrank_core.statistics.spectra import shuffled, spectra_of
 from lowrank_core.text import WindowSet
 
 energies = hnp.arrays(np.float64, st.integers(1, 40), elements=st.floats(0, 1e6)).map(lambda e: np.sort(e)[::-1].copy())

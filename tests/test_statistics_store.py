@@ -14,16 +14,16 @@ import torch
 from priced import single
 from safetensors.torch import save_file
 
-from lowrank_core.accounting import MatrixShape
-from lowrank_core.calibration import cached_statistics
+from lowrank_core.allocation.curves import CurveRecord, load_curves, save_curves
 from lowrank_core.config import CalibrationConfig
-from lowrank_core.curves import CurveRecord, load_curves, save_curves
 from lowrank_core.errors import Cancelled, NumericalError, RunError
-from lowrank_core.gradients import cached_gradients
 from lowrank_core.healing.checkpoints import Checkpoint, load_checkpoint, save_checkpoint
 from lowrank_core.models import ModelHandle
+from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import bundled_path
-from lowrank_core.spectra import LayerSpectrum, load_spectra, save_spectra
+from lowrank_core.spectra.spectrum import LayerSpectrum, load_spectra, save_spectra
+from lowrank_core.statistics.calibration import cached_statistics
+from lowrank_core.statistics.gradients import cached_gradients
 from lowrank_core.text import WindowSet
 
 CONFIG = CalibrationConfig(group_size=8, batch_size=5, gradient_windows=8)
@@ -134,7 +134,7 @@ def test_an_interrupted_calibration_checks_its_blocks_before_it_goes_on(
 
 
 def test_an_interrupted_measurement_of_gradients_checks_its_blocks(llama: ModelHandle, windows: WindowSet, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr("lowrank_core.gradients._free_memory", lambda device: 0)  # a pass for each block
+    monkeypatch.setattr("lowrank_core.statistics.gradients._free_memory", lambda device: 0)  # a pass for each block
     with pytest.raises(Cancelled):
         cached_gradients(llama, windows, CONFIG, tmp_path, progress=_stop_after(3))
     _flip(next(tmp_path.glob("*/outputs")))
@@ -160,7 +160,7 @@ def test_a_statistic_that_is_not_finite_is_damage_and_names_its_layer(llama: Mod
     def bad(tensors: dict[str, torch.Tensor], *rest: object, **options: object) -> None:
         good({name: t.fill_(torch.nan) if name.endswith("q_proj/pooled") else t for name, t in tensors.items()}, *rest, **options)
 
-    monkeypatch.setattr("lowrank_core.statistics_store.save_file", bad)
+    monkeypatch.setattr("lowrank_core.statistics.store.save_file", bad)
     statistics, _ = cached_statistics(llama, windows, CONFIG, tmp_path)
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.self_attn\.q_proj: pooled holds NaN or Inf.*Delete that folder"):
         statistics.inputs["model.layers.0.self_attn.q_proj"]

@@ -15,13 +15,13 @@ from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from lowrank_core.errors import ConfigError, NumericalError
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.layers.forms import FORMS, STORAGES, Factors, HeadFactors, build_layers
+from lowrank_core.layers.heads import OutputHeads, ValueHeads
+from lowrank_core.layers.pivoted import PivotedLinear
+from lowrank_core.layers.stacked import StackedLinear
 from lowrank_core.models import LowRankLinear
-from lowrank_core.models.compressed import CompressedModule
-from lowrank_core.models.heads import OutputHeads, ValueHeads
 from lowrank_core.models.hf import replace_module
-from lowrank_core.models.pivoted import PivotedLinear
-from lowrank_core.models.stacking import StackedLinear
-from lowrank_core.models.storage import FORMS, STORAGES, Factors, HeadFactors, build_layers
 
 N = 12
 SIZES = {"single": (10,), "stack": (10, 4, 4), "uneven": (2, 11)}

@@ -15,11 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from lowrank_core import jobs
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig
-from lowrank_core.runs import Run, create_run
-from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.search.worker import run_worker
+from lowrank_core.runs import Run, client, create_run
+from lowrank_core.studies.records import TrialRecord, read_trials
+from lowrank_core.worker.main import run_worker
 
 PATIENCE = 180.0
 
@@ -72,7 +71,7 @@ def test_twenty_kills_lose_no_trial_that_was_complete(config: RunConfig):
         victims = dice.choice(["worker", "helper", "dashboard", "all"])
         if turn and victims in ("helper", "all"):
             _until(lambda: run.status().stage.startswith("Searching"), "search", run)
-            jobs.add_worker(run)
+            client.add_worker(run)
             _until(run.further_workers, "have a further worker", run)
         if turn % 2:  # in the middle of trials, else while it prepares
             _until(lambda before=before: len(_complete(run)) > before, "complete a trial", run)
@@ -89,13 +88,13 @@ def test_twenty_kills_lose_no_trial_that_was_complete(config: RunConfig):
         now = _complete(run)
         assert {number: now[number] for number in seen} == seen
         seen = now
-        jobs.terminate(run)
+        client.terminate(run)
         _until(lambda: run.status().state in ("interrupted", "stopped", "new"), "end", run)
     run.change_search(trials=len(_complete(run)) + 3)
-    jobs.start_worker(run)
+    client.start_worker(run)
     _until(lambda: run.status().state == "idle", "finish", run)
     trials = read_trials(run)
-    jobs.terminate(run)
+    client.terminate(run)
     assert {number: trial for number, trial in _complete(run).items() if number in seen} == seen
     assert [trial.number for trial in trials] == list(range(len(trials)))
     assert {trial.state for trial in trials} <= {"complete", "failed"}

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core.bases import basis_named, with_beta
-from lowrank_core.calibration import LayerStatistics, collect_statistics
 from lowrank_core.cli import main
+from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.tuning import BETAS, DAMPINGS, TuningPoint, _best, tune
 from lowrank_core.config import CalibrationConfig, CompressionConfig, TextConfig
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.gradients import collect_gradients
+from lowrank_core.metrics import basis_named, with_beta
 from lowrank_core.models import ModelHandle
-from lowrank_core.recipe import decompose
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
+from lowrank_core.statistics.gradients import collect_gradients
 from lowrank_core.text import TokenWindows, load_text
-from lowrank_core.tuning import BETAS, DAMPINGS, TuningPoint, _best, tune
 
 STUDIO = CompressionConfig(basis="drift_aware:two_sided", storage="pivoted", value_dense=False)
 

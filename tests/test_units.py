@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 
-from lowrank_core.accounting import STORAGES, HeadUnit, MatrixShape
-from lowrank_core.bases import BASES, basis_named
+from lowrank_core.allocation.units import check_reachable, plan_units, value_layers
 from lowrank_core.config import CompressionConfig
 from lowrank_core.errors import BudgetError, ConfigError
-from lowrank_core.units import check_reachable, plan_units, value_layers
+from lowrank_core.metrics import BASES, basis_named
+from lowrank_core.parameters import STORAGES, HeadUnit, MatrixShape
 
 KINDS = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32), "gate_proj": (80, 32), "up_proj": (80, 32)}
 GROUPS = {"q_proj": "q_proj", "k_proj": "q_proj", "v_proj": "q_proj", "gate_proj": "gate_proj", "up_proj": "gate_proj"}

@@ -25,10 +25,10 @@ from lowrank_core.cli import main
 from lowrank_core.config import ExportConfig, ModelSource
 from lowrank_core.errors import ModelError
 from lowrank_core.export import export
+from lowrank_core.files.weights import weight_files
 from lowrank_core.models import load_model, notes_of
-from lowrank_core.views.checkpoint import read_model
-from lowrank_core.views.headers import read_checkpoint
-from lowrank_core.weight_files import weight_files
+from lowrank_core.studio.overview.checkpoint import read_model
+from lowrank_core.studio.overview.headers import read_checkpoint
 
 OTHERS = [folder for folder in os.environ.get("LOWRANK_TRANSFORMERS", "").split(os.pathsep) if folder]
 INDEX = "model.safetensors.index.json"

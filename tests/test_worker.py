@@ -14,7 +14,8 @@ import numpy as np
 import psutil
 import pytest
 
-from lowrank_core import jobs
+from lowrank_core.allocation.curves import CURVES_FILE, load_curves
+from lowrank_core.allocation.units import plan_units
 from lowrank_core.cli import main
 from lowrank_core.config import (
     SAMPLERS,
@@ -27,28 +28,26 @@ from lowrank_core.config import (
     SearchConfig,
     TextConfig,
 )
-from lowrank_core.curves import CURVES_FILE, load_curves
 from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError, RunError
 from lowrank_core.export import read_manifest
-from lowrank_core.jobs import answers
 from lowrank_core.models import load_model
-from lowrank_core.runs import Run, create_run, read_json
-from lowrank_core.search.desk import complete_trial
-from lowrank_core.search.joining import join_run
-from lowrank_core.search.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
-from lowrank_core.search.reporter import Reporter
-from lowrank_core.search.space import BASELINES
+from lowrank_core.runs import Run, client, create_run, read_json
+from lowrank_core.runs.client import answers
 from lowrank_core.search.study import open_study
-from lowrank_core.search.worker import run_worker
-from lowrank_core.spectra import load_spectra
-from lowrank_core.units import plan_units
-from lowrank_core.views.compare import comparisons
-from lowrank_core.views.directions import direction_facts
-from lowrank_core.views.healed_again import healed_again
-from lowrank_core.views.healing import healings
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.planned import healed_sources
-from lowrank_core.views.starts import Recipe
+from lowrank_core.spectra.spectrum import load_spectra
+from lowrank_core.studies.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
+from lowrank_core.studies.space import BASELINES
+from lowrank_core.studio.compare.comparison import comparisons
+from lowrank_core.studio.compare.healing_commands import healed_again
+from lowrank_core.studio.compare.healing_runs import healings
+from lowrank_core.studio.export.export_plan import healed_sources
+from lowrank_core.studio.manual.starting_points import Recipe
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.spectra.top_directions import direction_facts
+from lowrank_core.worker.context import complete_trial
+from lowrank_core.worker.joining import join_run
+from lowrank_core.worker.main import run_worker
+from lowrank_core.worker.reporter import Reporter
 
 PATIENCE = 120.0
 """Seconds to wait for a process that shares the machine with others; far more than it takes alone."""
@@ -76,14 +75,14 @@ def started() -> Iterator[Callable[[RunConfig], Run]]:
 
     def start(config: RunConfig) -> Run:
         runs.append(create_run(config))
-        jobs.start_worker(runs[-1])
+        client.start_worker(runs[-1])
         return runs[-1]
 
     yield start
     for run in runs:
         _until(run, lambda run=run: run.status().pid is not None or not run.worker_alive(), "come up")
         if run.status().pid != os.getpid():  # should a test fail to be refused the run
-            jobs.terminate(run)
+            client.terminate(run)
 
 
 def _until(run: Run, condition: Callable[[], object], what: str) -> None:
@@ -99,9 +98,9 @@ def _complete(run: Run) -> list[TrialRecord]:
 
 
 def _answer(run: Run, kind: str, **arguments: object) -> dict[str, object]:
-    request = jobs.ask(run, kind, **arguments)
-    _until(run, lambda: read_json(jobs.result_path(run, request)), f"answer {kind}")
-    answer = read_json(jobs.result_path(run, request))
+    request = client.ask(run, kind, **arguments)
+    _until(run, lambda: read_json(client.result_path(run, request)), f"answer {kind}")
+    answer = read_json(client.result_path(run, request))
     assert answer is not None
     return answer
 
@@ -122,7 +121,7 @@ def test_a_search_is_stopped_asked_and_resumed(config: RunConfig, started: Calla
     assert all(run.part(name) for name in ("model", "text", "calibration"))
     assert len(load_spectra(run.path / "spectra.npz")) == 14
 
-    jobs.request_stop(run)
+    client.request_stop(run)
     _until(run, lambda: run.status().state == "stopped", "stop")
     assert 3 <= len(_complete(run)) < 24
     at_stop = read_trials(run)
@@ -134,7 +133,7 @@ def test_a_search_is_stopped_asked_and_resumed(config: RunConfig, started: Calla
     assert run.status().state == "stopped"
     assert read_trials(run) == at_stop  # requests moved nothing on
 
-    jobs.start_worker(run)
+    client.start_worker(run)
     _until(run, lambda: run.status().state == "idle", "finish")
     trials = read_trials(run)
     assert trials[: len(at_stop)] == at_stop
@@ -226,17 +225,17 @@ def test_a_healing_that_is_stopped_goes_on_when_it_is_asked_for_again(config: Ru
     run = started(_search(config, compression_ratio=0.5, trials=2, confirmed=0))
     _until(run, lambda: run.status().state == "idle", "finish")
     settings = {"steps": 400, "batch_size": 4, "validate_every": 10, "patience": 999}
-    request = jobs.ask(run, "heal", trial="uniform", healing=settings)
+    request = client.ask(run, "heal", trial="uniform", healing=settings)
     _until(run, lambda: healings(run) and len(healings(run)[0].history) > 2, "validate twice")
-    jobs.request_stop(run)
-    _until(run, lambda: read_json(jobs.result_path(run, request)), "stop")
-    stopped = read_json(jobs.result_path(run, request))
+    client.request_stop(run)
+    _until(run, lambda: read_json(client.result_path(run, request)), "stop")
+    stopped = read_json(client.result_path(run, request))
     assert stopped is not None
     assert "Stopped before it was done" in str(stopped["error"])
     _until(run, lambda: not run.worker_alive(), "end")
     (before,) = healings(run)
     assert before.report is None
-    jobs.start_worker(run)
+    client.start_worker(run)
     finished = _answer(run, "heal", trial="uniform", healing=settings)
     assert finished["ok"], finished
     (after,) = healings(run)
@@ -278,7 +277,7 @@ def test_a_killed_worker_loses_one_trial(config: RunConfig, started: Callable[[R
     process.kill()
     _until(run, lambda: run.status().state == "interrupted", "be seen as dead")
 
-    jobs.start_worker(run)
+    client.start_worker(run)
     _until(run, lambda: run.status().state == "idle", "finish")
     trials = read_trials(run)
     assert [trial for trial in trials if trial.number in {t.number for t in before}] == before
@@ -309,7 +308,7 @@ def test_a_worker_that_can_not_start_says_why(config: RunConfig, started: Callab
 def test_a_further_worker_takes_trials(config: RunConfig, started: Callable[[RunConfig], Run]):
     run = started(_search(config, trials=4000, sampler="random", confirmed=0))
     _until(run, lambda: len(_complete(run)) >= 1, "complete a trial")
-    jobs.add_worker(run)
+    client.add_worker(run)
     _until(run, lambda: len({trial.worker for trial in _complete(run)}) == 2, "have two workers")
     assert [worker.stage.split(" (")[0] for worker in run.further_workers().values()] == ["Searching"]
     run.change_search(trials=len(_complete(run)) + 150)  # far enough that trials of milliseconds do not run past it before it is read
@@ -325,7 +324,7 @@ def test_a_further_worker_takes_trials(config: RunConfig, started: Callable[[Run
 def test_nobody_joins_where_nobody_works(config: RunConfig):
     run = create_run(config)
     with pytest.raises(RunError, match="nobody works on"):
-        jobs.add_worker(run)
+        client.add_worker(run)
     with pytest.raises(RunError, match="there is nothing to join"):
         join_run(run, verbose=False)
     assert list(run.workers_folder.iterdir()) == []
@@ -415,9 +414,9 @@ def test_other_text_or_seed_is_calibrated_anew(config: RunConfig):
 
 def test_an_analysis_answers_that_it_has_no_trials(config: RunConfig):
     run = create_run(replace(config, search=None))
-    request = jobs.ask(run, "compare", launch=False)
+    request = client.ask(run, "compare", launch=False)
     run_worker(run, verbose=False)
-    answer = read_json(jobs.result_path(run, request))
+    answer = read_json(client.result_path(run, request))
     assert answer is not None
     assert answer["ok"] is False
     assert "Start a rank search first" in str(answer["error"])
@@ -428,7 +427,7 @@ def test_a_stop_in_the_middle_of_a_stage_keeps_what_is_done(config: RunConfig, m
 
     def stop_when_calibrating(self: Reporter, name: str, total: int = 0, original: Callable[..., object] = Reporter.stage) -> object:
         if name == "Calibrating":
-            jobs.request_stop(run)
+            client.request_stop(run)
         return original(self, name, total)
 
     monkeypatch.setattr(Reporter, "stage", stop_when_calibrating)
@@ -482,7 +481,7 @@ def test_what_a_kill_leaves_in_the_journal_is_cleared(config: RunConfig):
 def test_a_recorded_run_is_not_continued(config: RunConfig):
     run = create_run(config)
     (run.path / "run.json").write_text(json.dumps(run.record | {"recorded": True}))
-    for start in (run_worker, jobs.start_worker):
+    for start in (run_worker, client.start_worker):
         with pytest.raises(RunError, match="recording"):
             start(run)
     assert sorted(path.name for path in run.path.iterdir()) == ["run.json"]
@@ -536,10 +535,10 @@ def test_hand_picked_allocations_are_measured_and_hidden_from_the_sampler(config
     _, alone = _searched(_search(config, trials=8))
     run = create_run(_search(config, trials=8))
     ranks = {name: 5 for name in alone[0].ranks if alone[0].ranks[name] is not None}
-    request = jobs.ask(run, "measure", launch=False, ranks=ranks)
+    request = client.ask(run, "measure", launch=False, ranks=ranks)
     run_worker(run, verbose=False)
     trials = read_trials(run)
-    answer = read_json(jobs.result_path(run, request))
+    answer = read_json(client.result_path(run, request))
     assert answer is not None
     assert answer["ok"]
     mine = [trial for trial in trials if trial.label == MANUAL]
@@ -551,7 +550,7 @@ def test_hand_picked_allocations_are_measured_and_hidden_from_the_sampler(config
 
 def test_a_hand_picked_allocation_over_the_budget_is_measured_and_never_the_best(config: RunConfig):
     run, _ = _searched(_search(config, trials=3))
-    jobs.ask(run, "measure", launch=False, ranks={})  # everything dense
+    client.ask(run, "measure", launch=False, ranks={})  # everything dense
     run_worker(run, verbose=False)
     mine = read_trials(run)[-1]
     assert (mine.label, mine.state, mine.compression_ratio) == (MANUAL, "infeasible", 0)
@@ -579,9 +578,9 @@ def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basi
     marginal = next(trial for trial in trials if trial.label == "marginal")
     assert mine == {rank for rank in marginal.ranks.items() if rank[1] is not None}
     path.unlink()
-    request = jobs.ask(run, "curves", launch=False)
+    request = client.ask(run, "curves", launch=False)
     run_worker(run, verbose=False)
-    answer = read_json(jobs.result_path(run, request))
+    answer = read_json(client.result_path(run, request))
     assert answer is not None
     assert answer["estimate"] == estimate
     again = load_curves(path)
@@ -592,11 +591,11 @@ def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basi
 def test_a_partial_choice_is_completed_within_the_budget(config: RunConfig):
     run, trials = _searched(_search(config, trials=3))
     name = next(iter(trials[0].ranks))
-    request = jobs.ask(run, "measure", launch=False, ranks={name: 3}, complete="uniform")
-    bad = jobs.ask(run, "measure", launch=False, ranks={"nowhere": 3}, complete="uniform")
-    worse = jobs.ask(run, "measure", launch=False, ranks={name: 2.5})
+    request = client.ask(run, "measure", launch=False, ranks={name: 3}, complete="uniform")
+    bad = client.ask(run, "measure", launch=False, ranks={"nowhere": 3}, complete="uniform")
+    worse = client.ask(run, "measure", launch=False, ranks={name: 2.5})
     run_worker(run, verbose=False)
-    answers = [read_json(jobs.result_path(run, asked)) for asked in (request, bad, worse)]
+    answers = [read_json(client.result_path(run, asked)) for asked in (request, bad, worse)]
     assert [answer["ok"] for answer in answers] == [True, False, False]  # type: ignore[index]
     assert "nowhere" in str(answers[1])
     assert "whole ranks" in str(answers[2])
@@ -660,10 +659,10 @@ def test_the_top_directions_are_read_on_request_and_a_wrong_module_is_told(confi
     run = create_run(replace(config, search=None))
     name = "model.layers.1.mlp.up_proj"
     asked = [
-        jobs.ask(run, "directions", launch=False, module=module, side="output", directions=2, windows=4) for module in (name, "no.such")
+        client.ask(run, "directions", launch=False, module=module, side="output", directions=2, windows=4) for module in (name, "no.such")
     ]
     run_worker(run, verbose=False)
-    found, refused = (read_json(jobs.result_path(run, request)) for request in asked)
+    found, refused = (read_json(client.result_path(run, request)) for request in asked)
     assert found is not None
     assert refused is not None
     assert found["ok"]

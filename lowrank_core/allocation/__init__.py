@@ -2,20 +2,20 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import ErrorCurves, RankAllocation, Ranks, allocation_from_ranks, module_group
 from lowrank_core.allocation.block_influence import BLOCK_INFLUENCE
 from lowrank_core.allocation.draft import Draft, DraftHistory, began
 from lowrank_core.allocation.energy import ENERGY
 from lowrank_core.allocation.files import AllocationFile, parse_allocation, read_allocation, read_ranks
+from lowrank_core.allocation.lagrangian import MARGINAL
 from lowrank_core.allocation.lord_manual import LORD_MANUAL
-from lowrank_core.allocation.marginal import MARGINAL
 from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import ByMultipliers, kept_fractions, project
 from lowrank_core.allocation.svd_llm_v2 import SVD_LLM_V2
 from lowrank_core.allocation.threshold import THRESHOLD
 from lowrank_core.allocation.uniform import UNIFORM
 from lowrank_core.config import check_choice
+from lowrank_core.parameters import Unit
 
 __all__ = [
     "ALLOCATORS",

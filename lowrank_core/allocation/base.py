@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lowrank_core.accounting import Unit, allocated_parameters, compression_ratio, dense_parameters
 from lowrank_core.errors import ConfigError
+from lowrank_core.parameters import Unit, allocated_parameters, compression_ratio, dense_parameters
 
 __all__ = ["ErrorCurves", "RankAllocation", "Ranks", "allocation_from_ranks", "module_group", "units_by_name"]
 

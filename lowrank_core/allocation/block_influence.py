@@ -12,11 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import Ranks
 from lowrank_core.allocation.problem import AllocationProblem
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import ConfigError
+from lowrank_core.parameters import Unit
 
 __all__ = ["BLOCK_INFLUENCE", "BlockInfluence"]
 

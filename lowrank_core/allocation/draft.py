@@ -17,11 +17,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lowrank_core.accounting import Unit, budget_for_ratio
 from lowrank_core.allocation.base import RankAllocation, Ranks, allocation_from_ranks, units_by_name
 from lowrank_core.allocation.problem import AllocationProblem
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import BudgetError, ConfigError, RankError
+from lowrank_core.parameters import Unit, budget_for_ratio
 
 __all__ = ["Draft", "DraftHistory", "began"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import module_group
 from lowrank_core.allocation.projection import ByMultipliers
+from lowrank_core.parameters import Unit
 
 __all__ = ["LORD_MANUAL", "LordManual"]
 

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.problem import AllocationProblem, unreachable
+from lowrank_core.parameters import Unit
 
 __all__ = ["Keys", "spend_in_order"]
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from lowrank_core.accounting import Unit, budget_for_ratio, compression_ratio, dense_parameters
 from lowrank_core.allocation.base import ErrorCurves, Ranks, units_by_name
 from lowrank_core.errors import BudgetError, ConfigError
+from lowrank_core.parameters import Unit, budget_for_ratio, compression_ratio, dense_parameters
 
 __all__ = ["AllocationProblem", "Allocator", "unreachable"]
 

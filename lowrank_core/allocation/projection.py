@@ -13,9 +13,9 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import Ranks
 from lowrank_core.allocation.problem import AllocationProblem, unreachable
+from lowrank_core.parameters import Unit
 
 __all__ = ["ByMultipliers", "kept_fractions", "project"]
 

@@ -15,10 +15,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import ErrorCurves, Ranks
 from lowrank_core.allocation.problem import AllocationProblem
 from lowrank_core.allocation.projection import project
+from lowrank_core.parameters import Unit
 
 __all__ = ["SVD_LLM_V2", "SvdLlmV2"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.projection import ByMultipliers
+from lowrank_core.parameters import Unit
 
 __all__ = ["UNIFORM", "Uniform"]
 

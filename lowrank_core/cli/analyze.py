@@ -20,7 +20,7 @@ def add(command: Command) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.analysis_commands import analyze
+    from lowrank_core.commands.analyze import analyze
 
     calibration = calibration_of(arguments)
     wanted = (arguments.directions, arguments.side) if arguments.directions else None

@@ -57,7 +57,7 @@ def _ratios(parser: argparse.ArgumentParser, *values: float) -> None:
 def run(arguments: argparse.Namespace) -> Result:
     if arguments.benchmark == "dashboard":
         return _dashboard(arguments)
-    from lowrank_core import benchmark_commands
+    from lowrank_core.commands import benchmark as benchmark_commands
 
     source, text = source_of(arguments), text_of(arguments)
     if arguments.benchmark == "speed":
@@ -82,15 +82,15 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _dashboard(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.benchmarks import dashboard
+    from tests.benchmarks import dashboard
 
     report = dashboard.measure_dashboard(rounds=arguments.rounds, updates=arguments.updates, trials=arguments.trials)
     return {**report.to_mapping(), "text": dashboard.as_markdown(report)}
 
 
 def _drawn(benchmark: str, result: Result) -> Any:
-    from lowrank_core.figures.convergence import convergence_figure
-    from lowrank_core.figures.quality import quality_figure
+    from lowrank_core.studio.compare.quality_chart import quality_figure
+    from lowrank_core.studio.search.convergence_chart import convergence_figure
 
     if benchmark == "search":
         return convergence_figure(result["curves"], str(result["protocol"]))  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ from lowrank_core.cli.options import (
     text_options,
 )
 from lowrank_core.config import CompressRequest
-from lowrank_core.presets import DEFAULT_PRESET
+from lowrank_core.presets.recipes import DEFAULT_PRESET
 
 __all__ = ["add"]
 
@@ -43,7 +43,7 @@ def add(command: Command) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.compression_commands import compress_to
+    from lowrank_core.commands.compress import compress_to
 
     return compress_to(source_of(arguments), text_of(arguments), _request(arguments))
 

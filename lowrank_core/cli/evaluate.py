@@ -22,7 +22,7 @@ def add(command: Command) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.evaluation_commands import EvaluationRequest, evaluate_on, evaluate_on_texts
+    from lowrank_core.commands.evaluate import EvaluationRequest, evaluate_on, evaluate_on_texts
 
     texts = [text_of(arguments, "test_windows", reference=reference) for reference in arguments.text]
     request = EvaluationRequest(arguments.split, arguments.windows, arguments.stride, arguments.against)

@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> Result:
     config = export_config_of(arguments, dtype=arguments.dtype)  # a bad choice is told before torch is loaded
     if arguments.source is not None:
         return _rewritten(arguments, config)
-    from lowrank_core.search_commands import export_from
+    from lowrank_core.commands.search import export_from
 
     return export_from(arguments.folder, arguments.trial, arguments.out, config, command=arguments.line)
 

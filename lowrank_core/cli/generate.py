@@ -22,8 +22,8 @@ def add(command: Command) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.evaluation_commands import continue_with
-    from lowrank_core.generation import Sampling
+    from lowrank_core.commands.evaluate import continue_with
+    from lowrank_core.evaluation.generation import Sampling
 
     sampling = Sampling(arguments.tokens, arguments.temperature, arguments.seed)
     return continue_with(source_of(arguments), arguments.prompt, sampling, arguments.against)

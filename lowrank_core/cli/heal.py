@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lowrank_core.cli.export import export_config_of, export_options
 from lowrank_core.cli.options import Command, Result, model_options, source_of, text_of, text_options
-from lowrank_core.healing.config import CRITERIA, HEALER_LABELS, HealingConfig
+from lowrank_core.config.healing import CRITERIA, HEALER_LABELS, HealingConfig
 
 __all__ = ["add"]
 
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> Result:
     names = ("method", "criterion", *_NUMBERS, *_FRACTIONS, "seed")
     config = HealingConfig(**{name: getattr(arguments, name) for name in names})
     written = export_config_of(arguments)  # a bad choice is told before torch is loaded
-    from lowrank_core.healing_commands import HealRequest, heal_folder
+    from lowrank_core.commands.heal import HealRequest, heal_folder
 
     request = HealRequest(config, arguments.out, arguments.against, written, arguments.line)
     return heal_folder(source_of(arguments), text_of(arguments, "test_windows"), request)

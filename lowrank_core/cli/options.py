@@ -7,10 +7,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NoReturn
 
-from lowrank_core.accounting import STORAGES
-from lowrank_core.bases import BASES
 from lowrank_core.config import ROBUST_RULES, CalibrationConfig, CompressionConfig, ModelSource, TextConfig
-from lowrank_core.presets import DEFAULT_PRESET, PRESETS, Preset, preset_named
+from lowrank_core.metrics import BASES
+from lowrank_core.parameters import STORAGES
+from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, Preset, preset_named
 
 __all__ = [
     "Command",
@@ -93,7 +93,7 @@ def text_of(arguments: argparse.Namespace, windows: str = "calibration_windows",
         ConfigError: a number out of range.
         ModelError: the context is not given, and the model's can't be read.
     """
-    from lowrank_core.commands import fitting_context
+    from lowrank_core.commands.shared import fitting_context
 
     counts = {} if arguments.windows is None else {windows: arguments.windows}
     context = fitting_context(source_of(arguments)) if arguments.context is None else arguments.context

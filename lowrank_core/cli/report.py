@@ -24,8 +24,8 @@ def add(command: Command) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.report import write_report
     from lowrank_core.runs import open_run
+    from lowrank_core.studio.report import write_report
 
     found = open_run(arguments.folder)
     folder = Path.cwd() if found.recorded else found.path  # what ships with the package is only looked at

@@ -23,7 +23,7 @@ from lowrank_core.cli.options import (
 )
 from lowrank_core.config import OBJECTIVES, PRUNERS, SAMPLERS, SPACES, VARIABLES, SearchConfig
 from lowrank_core.errors import ConfigError
-from lowrank_core.presets import DEFAULT_PRESET
+from lowrank_core.presets.recipes import DEFAULT_PRESET
 
 __all__ = ["add"]
 
@@ -100,7 +100,7 @@ def _add_enqueue(parser: argparse.ArgumentParser) -> None:
 
 
 def run_search(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.search_commands import SearchPlace, search_in
+    from lowrank_core.commands.search import SearchPlace, search_in
 
     place = SearchPlace(arguments.folder, arguments.storage_url, arguments.workers, arguments.ranks, arguments.complete)
     return search_in(source_of(arguments), text_of(arguments), calibration_of(arguments), _config(arguments), place)
@@ -119,7 +119,7 @@ def _config(arguments: argparse.Namespace) -> SearchConfig:
 
 
 def run_worker(arguments: argparse.Namespace) -> Result:
-    from lowrank_core import search_commands
+    from lowrank_core.commands import search as search_commands
 
     if (arguments.storage_url is None) != (arguments.study is None):
         raise ConfigError("a study in a database has two names: give --storage-url and --study together.")
@@ -137,6 +137,6 @@ def run_worker(arguments: argparse.Namespace) -> Result:
 
 
 def run_enqueue(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.search_commands import enqueue
+    from lowrank_core.commands.search import enqueue
 
     return enqueue(arguments.folder, arguments.ranks, arguments.complete)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.accounting import STORAGES
-from lowrank_core.bases import BASES
 from lowrank_core.cli.options import (
     Command,
     Result,
@@ -18,6 +16,8 @@ from lowrank_core.cli.options import (
     text_options,
 )
 from lowrank_core.errors import ConfigError
+from lowrank_core.metrics import BASES
+from lowrank_core.parameters import STORAGES
 from lowrank_core.sensitivity.config import SCOPES, SensitivityConfig
 
 __all__ = ["add"]
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> Result:
     config = SensitivityConfig(tuple(a.kept), tuple(a.scopes), tuple(a.kinds), a.windows, a.basis, a.storage)
     if (a.model is None) != (a.text is None):
         raise ConfigError("a new run needs both a model and a text: give --model and --text together.")
-    from lowrank_core.sensitivity_commands import NewRun, sensitivity_in
+    from lowrank_core.commands.sensitivity import NewRun, sensitivity_in
 
     new = None if a.model is None else NewRun(source_of(a), text_of(a, "validation_windows"), calibration_of(a))
     return sensitivity_in(a.folder, new, config)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
 from lowrank_core.cli.tables import aligned
-from lowrank_core.views.formatting import DASH, size
+from lowrank_core.studio.shared.formatting import DASH, size
 
 if TYPE_CHECKING:
     from lowrank_core.speed import SpeedComparison, SpeedReport, Spread

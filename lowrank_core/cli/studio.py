@@ -22,8 +22,8 @@ def add(command: Command) -> None:
 
 def run_dashboard(arguments: argparse.Namespace) -> Result:
     """Become Streamlit: this process is replaced, and nothing is returned."""
-    from lowrank_core.processes import python_command, python_environment
     from lowrank_core.runs import bundled_path
+    from lowrank_core.runs.processes import python_command, python_environment
 
     app = bundled_path("app.py")
     os.chdir(app.parent)  # Streamlit reads its configuration from the working directory

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowrank_core.accounting import STORAGES
 from lowrank_core.config.calibration import CalibrationConfig
 from lowrank_core.config.checks import check_at_least, check_choice, check_ratio
 from lowrank_core.config.export import ExportConfig
 from lowrank_core.errors import ConfigError
+from lowrank_core.parameters import STORAGES
 
 __all__ = ["CompressRequest", "CompressionConfig"]
 
@@ -20,8 +20,8 @@ class CompressionConfig:
     """How matrices are factorised and stored.
 
     Attributes:
-        basis: name in ``lowrank_core.bases.BASES``, or wrappers around one (``shared_input:two_sided``).
-        storage: name in ``lowrank_core.accounting.STORAGES``.
+        basis: name in ``lowrank_core.metrics.BASES``, or wrappers around one (``shared_input:two_sided``).
+        storage: name in ``lowrank_core.parameters.STORAGES``.
         value_dense: keep value projections as they are, as the paper does.
         stacks: offer stacks of matrices with one input as alternatives to single matrices (for an allocation that knows the errors).
         heads: offer per-head value/output factors as alternatives, likewise.

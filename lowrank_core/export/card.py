@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from lowrank_core.compression import CompressionReport
+from lowrank_core.compression.build import CompressionReport
 from lowrank_core.export.base_model import BaseModel
 from lowrank_core.export.manifest import ExportManifest
 from lowrank_core.wording import NO_INTERVAL, fixed_interval

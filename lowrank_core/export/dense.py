@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.bases import BASES
 from lowrank_core.errors import ModelError
-from lowrank_core.models.compressed import CompressedModule
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.metrics import BASES
 from lowrank_core.models.handle import bias_of
 from lowrank_core.models.hf import compressed_modules
 

@@ -6,17 +6,17 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ExportConfig, TextConfig
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.evaluation import EvaluationReport
 from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.manifest import ExportManifest
 from lowrank_core.export.measuring import HeldOut, figures_of
 from lowrank_core.export.writing import export
-from lowrank_core.healing.config import HealingConfig
-from lowrank_core.healing.records import HealingReport
 from lowrank_core.healing.trainer import heal
 from lowrank_core.models import ModelHandle
+from lowrank_core.runs.healing_records import HealingReport
 from lowrank_core.text import WindowSet, load_windows
 
 __all__ = ["healed_model", "write_healed"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_core import __version__
-from lowrank_core.compression import CompressionReport, UnitCount
+from lowrank_core.compression.build import CompressionReport, UnitCount
 from lowrank_core.config import TextConfig, from_mapping
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.models.integrity import MANIFEST, sha256_of

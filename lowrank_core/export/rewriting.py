@@ -19,10 +19,10 @@ from lowrank_core.export.card import model_card, with_todays_loading
 from lowrank_core.export.code import is_ours, write_code
 from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, read_manifest, report_of, versions
+from lowrank_core.files.weights import WeightFiles, read_object, weight_files
 from lowrank_core.models.guard import guards, unguarded
 from lowrank_core.models.hf import CODE, METHOD
 from lowrank_core.models.integrity import MANIFEST, check_weights
-from lowrank_core.weight_files import WeightFiles, read_object, weight_files
 
 __all__ = ["Rewritten", "rewrite"]
 

@@ -17,7 +17,7 @@ from lowrank_core.export.manifest import Measurement, measurement_from, read_man
 from lowrank_core.export.measuring import HeldOut, measured
 from lowrank_core.models.integrity import check_folder
 from lowrank_core.models.loading import load_model
-from lowrank_core.processes import python_command, python_environment
+from lowrank_core.runs.processes import python_command, python_environment
 from lowrank_core.text import load_windows
 
 __all__ = ["Verification", "tolerance_of", "verify"]

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.compression.quantization import quantized
 from lowrank_core.config import ExportConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation.passes import Progress
@@ -22,7 +23,6 @@ from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, versions
 from lowrank_core.export.measuring import HeldOut, loaded_like, measured
 from lowrank_core.models.hf import compressed_modules, mark_compressed
-from lowrank_core.quantization import quantized
 
 __all__ = ["export"]
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
 from lowrank_core.errors import ConfigError
-from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
 from lowrank_core.healing.optimizers import adam
-from lowrank_core.models.compressed import CompressedModule
+from lowrank_core.layers.base import CompressedModule
 
 __all__ = ["Healer", "Student", "compressed_layers", "distillation_loss"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.healing.base import Healer, Student
-from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.distill import trained_factors
 from lowrank_core.models.handle import blocks_of
 

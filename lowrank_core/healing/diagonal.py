@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.healing.base import Healer, Student, compressed_layers
-from lowrank_core.healing.config import HealingConfig
-from lowrank_core.models.heads import OutputHeads
+from lowrank_core.layers.factored import LowRankLinear
+from lowrank_core.layers.heads import OutputHeads
+from lowrank_core.layers.pivoted import PivotedLinear
+from lowrank_core.layers.pivoting import pivot
+from lowrank_core.layers.stacked import StackedLinear
 from lowrank_core.models.hf import replace_module
-from lowrank_core.models.lowrank_linear import LowRankLinear
-from lowrank_core.models.pivoted import PivotedLinear
-from lowrank_core.models.stacking import StackedLinear
-from lowrank_core.pivoting import pivot
 
 __all__ = ["DiagonalAdapter", "DiagonalPostTraining"]
 

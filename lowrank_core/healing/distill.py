@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.healing.base import Healer, Student, compressed_layers
-from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.optimizers import soap
 
 __all__ = ["Distillation", "trained_factors"]

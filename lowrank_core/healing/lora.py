@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.healing.base import Healer, Student, compressed_layers
-from lowrank_core.healing.config import HealingConfig
-from lowrank_core.models.compressed import CompressedModule
-from lowrank_core.models.stacking import StackedLinear
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.layers.stacked import StackedLinear
 
 __all__ = ["LoraHealing"]
 

@@ -14,16 +14,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.healing.base import Healer, Student, compressed_layers
 from lowrank_core.healing.checkpoints import Checkpoint, load_checkpoint, remove_checkpoint, save_checkpoint
-from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.healers import HEALERS
 from lowrank_core.healing.optimizers import packed_state, settle, unpacked_state
 from lowrank_core.healing.rates import measured_rate
-from lowrank_core.healing.records import HealingPoint, HealingReport, write_history
 from lowrank_core.models.handle import ModelHandle
+from lowrank_core.runs.healing_records import HealingPoint, HealingReport, write_history
 from lowrank_core.text import WindowSet
 
 __all__ = ["Healed", "heal"]

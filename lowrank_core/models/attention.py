@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.accounting import HeadUnit, MatrixShape
 from lowrank_core.models.handle import ModelHandle, bias_of, blocks_of, random_tokens, weight_of
 from lowrank_core.models.hf import replace_module
 from lowrank_core.models.walk import linear_maps
+from lowrank_core.parameters import HeadUnit, MatrixShape
 
 __all__ = ["DroppedHeads", "Heads", "find_heads", "head_units"]
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.accounting import INDEX_BYTES, MatrixShape, module_type
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import ModelError
-from lowrank_core.models.compressed import CompressedModule, PivotIndex
-from lowrank_core.models.quantized import Int8Matrix
+from lowrank_core.layers.base import CompressedModule, PivotIndex
+from lowrank_core.layers.quantized import Int8Matrix
 from lowrank_core.models.walk import coverage_of, linear_maps
+from lowrank_core.parameters import INDEX_BYTES, MatrixShape, module_type
 
 __all__ = [
     "LayerSpec",

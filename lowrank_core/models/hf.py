@@ -23,12 +23,12 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_core.errors import ModelError
-from lowrank_core.models.compressed import CompressedModule, Entry
+from lowrank_core.files.weights import unguarded_note
+from lowrank_core.layers.base import CompressedModule, Entry
+from lowrank_core.layers.forms import FORMS
 from lowrank_core.models.guard import guard_pattern, guards, unguarded
 from lowrank_core.models.handle import weight_of
 from lowrank_core.models.integrity import check_weights
-from lowrank_core.models.storage import FORMS
-from lowrank_core.weight_files import unguarded_note
 
 __all__ = [
     "CODE",

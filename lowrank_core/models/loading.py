@@ -19,11 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_core.config import ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
+from lowrank_core.files.weights import WeightFiles, weight_files
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.handle import ModelHandle, find_layers, positions_of
 from lowrank_core.models.integrity import check_weights
 from lowrank_core.runs import bundled_path
-from lowrank_core.weight_files import WeightFiles, weight_files
 
 __all__ = ["load_model", "max_context", "notes_of", "resolve_reference"]
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_core.coverage import LEAST_OUTPUTS, Coverage, has_experts, kind_by_name
-from lowrank_core.models.compressed import CompressedModule
+from lowrank_core.layers.base import CompressedModule
 
 __all__ = ["LinearMap", "coverage_of", "linear_maps"]
 

@@ -26,7 +26,7 @@ from optuna.trial import FrozenTrial, TrialState
 from lowrank_core.config import SearchConfig
 from lowrank_core.config.search import LEAST_LOSS
 from lowrank_core.search.evolution import SafeCmaEsSampler
-from lowrank_core.search.numbering import GIVEN, drawn_before, place_of, without_losses
+from lowrank_core.studies.numbering import GIVEN, drawn_before, place_of, without_losses
 
 __all__ = ["ERROR", "ESTIMATE", "GIVEN", "PointSampler", "phase"]
 

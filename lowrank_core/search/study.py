@@ -17,21 +17,21 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from lowrank_core.accounting import budget_for_ratio
 from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks
-from lowrank_core.compression import low_rank_layers, swapped
+from lowrank_core.compression.build import low_rank_layers, swapped
+from lowrank_core.compression.pipeline import Decomposed
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, WindowScores, score_windows
 from lowrank_core.models.handle import ModelHandle
-from lowrank_core.recipe import Decomposed
+from lowrank_core.parameters import budget_for_ratio
 from lowrank_core.runs import Run, process_started
-from lowrank_core.search.numbering import RETRY_OF
 from lowrank_core.search.objective import objective_value
-from lowrank_core.search.records import MANUAL
 from lowrank_core.search.samplers import ERROR, ESTIMATE, GIVEN, PointSampler
-from lowrank_core.search.space import SearchSpace
-from lowrank_core.search.storage import open_storage
+from lowrank_core.studies.numbering import RETRY_OF
+from lowrank_core.studies.records import MANUAL
+from lowrank_core.studies.space import SearchSpace
+from lowrank_core.studies.storage import open_storage
 from lowrank_core.text.windows import WindowSet
 
 __all__ = [
@@ -146,7 +146,7 @@ def _was_lost(trial: FrozenTrial) -> bool:
 def requeue_lost(run: Run, study: optuna.Study) -> None:
     """Fail the trials whose worker is dead, and put them in line again, three times at most.
 
-    A study in a database tells by heartbeats who is (``search.storage``), one in a journal by the processes of this machine.
+    A study in a database tells by heartbeats who is (``studies.storage``), one in a journal by the processes of this machine.
     """
     if run.storage_url is not None:
         with warnings.catch_warnings():

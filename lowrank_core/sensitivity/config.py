@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lowrank_core.accounting import STORAGES
-from lowrank_core.bases import basis_named
-from lowrank_core.bases.stacks import Wrapper
 from lowrank_core.config import CompressionConfig, check_at_least, check_choice
 from lowrank_core.errors import ConfigError
+from lowrank_core.metrics import basis_named
+from lowrank_core.metrics.stacks import Wrapper
+from lowrank_core.parameters import STORAGES
 
 __all__ = ["MODULE", "SCOPES", "TYPE", "SensitivityConfig", "coarse_first", "single_compression"]
 

@@ -14,7 +14,7 @@ import torch
 
 from lowrank_core.config import ModelSource, to_mapping
 from lowrank_core.errors import ModelError
-from lowrank_core.processes import python_command, python_environment
+from lowrank_core.runs.processes import python_command, python_environment
 from lowrank_core.speed.config import SpeedConfig
 
 __all__ = ["MemoryReport", "Meter", "measure_memory"]

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lowrank_core.documents.benchmarks import HUB_TEXTS, LOADERS, HubDataset, files_of_split
+from lowrank_core.documents.benchmark_texts import HUB_TEXTS, LOADERS, HubDataset, files_of_split
 from lowrank_core.errors import TextError
 
 __all__ = ["HUB_TEXTS", "HubDataset", "HubText"]

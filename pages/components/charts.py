@@ -8,9 +8,9 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from lowrank_core.figures.style import CONFIG, legible
-from lowrank_core.figures.vega import PICKED, ZOOM, VegaChart
-from lowrank_core.views.spreadsheet import csv_of
+from lowrank_core.studio.shared.chart_style import CONFIG, legible
+from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.vega import PICKED, ZOOM, VegaChart
 
 __all__ = ["chart"]
 

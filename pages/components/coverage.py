@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.views.model import ModelFacts
+from lowrank_core.studio.shared.model_facts import ModelFacts
 
 __all__ = ["show", "warn"]
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core.runs import Run
-from lowrank_core.spectra import LayerSpectrum
-from lowrank_core.views.formatting import count
-from lowrank_core.views.runs import is_working, status_words
-from lowrank_core.views.text import text_facts
-from lowrank_core.views.trials import ratio_words
+from lowrank_core.spectra.spectrum import LayerSpectrum
+from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.shared.formatting import count
+from lowrank_core.studio.shared.run_list import is_working, status_words
+from lowrank_core.studio.shared.trial_names import ratio_words
 from pages.components import navigation, state
 from pages.components.loading import spectra_of
 

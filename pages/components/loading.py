@@ -7,19 +7,19 @@ from pathlib import Path
 
 import streamlit as st
 
-from lowrank_core.accounting import Unit
+from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, load_curves
 from lowrank_core.config import SearchConfig
-from lowrank_core.curves import CURVES_FILE, CurveRecord, load_curves
-from lowrank_core.figures.thumbnail import thumbnail
+from lowrank_core.parameters import Unit
 from lowrank_core.runs import Run
-from lowrank_core.search.records import TrialRecord
-from lowrank_core.search.variables import Importances, read_importances
-from lowrank_core.spectra import LayerSpectrum, load_spectra
-from lowrank_core.views.allocation import allocation_map, allocation_of, search_units
-from lowrank_core.views.checkpoint import ModelOnDisk, read_model
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.preview import TextPreview, text_preview
-from lowrank_core.views.sources import model_folder
+from lowrank_core.spectra.spectrum import LayerSpectrum, load_spectra
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studies.variables import Importances, read_importances
+from lowrank_core.studio.overview.checkpoint import ModelOnDisk, read_model
+from lowrank_core.studio.overview.source_checks import model_folder
+from lowrank_core.studio.overview.text_preview import TextPreview, text_preview
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.thumbnail_chart import thumbnail
 
 __all__ = ["curves_of", "importances_of", "model_on_disk", "pictures_of", "preview_of", "spectra_of"]
 

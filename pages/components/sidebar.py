@@ -6,11 +6,10 @@ from typing import Literal
 
 import streamlit as st
 
-from lowrank_core import jobs
-from lowrank_core.run_care import notes_of
-from lowrank_core.runs import Run, RunStatus
-from lowrank_core.views.formatting import plain, shortened
-from lowrank_core.views.runs import STATE_WORDS, all_runs, is_busy, is_working, run_labels, signature, status_words
+from lowrank_core.runs import Run, RunStatus, client
+from lowrank_core.runs.manage import notes_of
+from lowrank_core.studio.shared.formatting import plain, shortened
+from lowrank_core.studio.shared.run_list import STATE_WORDS, all_runs, is_busy, is_working, run_labels, signature, status_words
 from pages.components import state
 from pages.components.boundary import boundary, live
 
@@ -81,17 +80,17 @@ def _status(run: Run, status: RunStatus) -> None:
 
 def _buttons(run: Run, status: RunStatus) -> None:
     if status.state in ("queued", "running") and st.button("Stop", key="stop_run", icon=":material/stop:", width="stretch"):
-        jobs.request_stop(run)
+        client.request_stop(run)
         st.rerun()
     if status.state == "stopping" and st.button(
         "End now", key="end_run", help="Ends the process at once; the step in hand is lost.", width="stretch"
     ):
-        jobs.terminate(run)
+        client.terminate(run)
         st.rerun()
     if status.state == "idle" and st.button(
         "Release memory", key="release_run", help="Ends the worker, which is done and waits for requests.", type="tertiary"
     ):
-        jobs.request_stop(run)
+        client.request_stop(run)
         st.rerun()
     if status.state in _RESUMABLE and not is_busy(run):
         resume_button(run, key="resume_run")
@@ -100,5 +99,5 @@ def _buttons(run: Run, status: RunStatus) -> None:
 def resume_button(run: Run, *, key: str, width: Literal["stretch", "content"] = "stretch") -> None:
     """Draw a button that starts the worker again."""
     if st.button("Resume", key=key, icon=":material/play_arrow:", type="primary", width=width):
-        jobs.start_worker(run)
+        client.start_worker(run)
         st.rerun()

@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import streamlit as st
 
-from lowrank_core.drafts import has_draft
 from lowrank_core.errors import LowRankError
 from lowrank_core.runs import Run
-from lowrank_core.search.records import read_trials
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.runs import default_run, find_run
+from lowrank_core.runs.drafts import has_draft
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.run_list import default_run, find_run
 
 __all__ = [
     "Selection",

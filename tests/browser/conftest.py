@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lowrank_core import jobs
-from lowrank_core.runs import list_runs
+from lowrank_core.runs import client, list_runs
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -52,7 +51,7 @@ def _serving(log: Path) -> Iterator[str]:
             server.terminate()
             server.wait(30)
             for run in list_runs():
-                jobs.terminate(run)
+                client.terminate(run)
 
 
 def _wait_until_healthy(port: int, server: subprocess.Popen[bytes]) -> None:

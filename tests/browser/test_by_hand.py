@@ -10,10 +10,9 @@ from synthetic import make_run, priced_units, write_rich_study
 from test_dashboard import CALIBRATION_SECONDS, TRIAL_SECONDS, assert_sound, console_errors, wait_for
 from test_hand_page import SEARCH, with_curves
 
-from lowrank_core import jobs
 from lowrank_core.config import RunConfig, SearchConfig, TextConfig
-from lowrank_core.runs import Run, create_run
-from lowrank_core.search.records import MANUAL, read_trials
+from lowrank_core.runs import Run, client, create_run
+from lowrank_core.studies.records import MANUAL, read_trials
 
 pytestmark = pytest.mark.browser
 
@@ -103,7 +102,7 @@ def saved(run: Run) -> dict[str, dict[str, int | None]]:
 def test_an_allocation_by_hand_is_measured_while_the_search_goes_on(address, page, home, tmp_path):
     text = TextConfig(context=128, calibration_windows=32, validation_windows=8, test_windows=8)
     run = create_run(RunConfig(text=text, search=SearchConfig(compression_ratio=0.3, trials=500, sampler="random")))
-    jobs.start_worker(run)
+    client.start_worker(run)
     wait_for(lambda: len(read_trials(run)) >= 4, CALIBRATION_SECONDS, "the first trials")
     page.goto(f"{address}/hand?run={run.id}&trial=1")
     page.get_by_text("Started from LoRD, fixed by hand (trial 1)").wait_for()

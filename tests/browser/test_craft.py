@@ -13,8 +13,8 @@ from routes import ROUTES
 from synthetic import make_run, running_status, write_answers, write_study
 from test_dashboard import console_errors
 
-from lowrank_core.benchmarks.browser import load, watched
 from lowrank_core.runs import recorded_run
+from tests.benchmarks.browser import load, watched
 
 Error = pytest.importorskip("playwright.sync_api").Error
 pytestmark = pytest.mark.browser

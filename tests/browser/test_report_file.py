@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from synthetic import make_run, write_answers, write_rich_study
 
-from lowrank_core.report import write_report
 from lowrank_core.runs import recorded_run, write_json
+from lowrank_core.studio.report import write_report
 
 pytestmark = pytest.mark.browser
 

@@ -13,12 +13,11 @@ from synthetic import make_run, write_answers, write_rich_study
 from test_dashboard import CALIBRATION_SECONDS, TRIAL_SECONDS, assert_sound, console_errors, wait_for
 from test_report_file import drawn
 
-from lowrank_core import jobs
 from lowrank_core.config import CompressionConfig, ExportConfig, RunConfig, SearchConfig, TextConfig
-from lowrank_core.jobs import answers
-from lowrank_core.runs import create_run
-from lowrank_core.search.records import best_trial, read_trials
-from lowrank_core.views.exported import written_models
+from lowrank_core.runs import client, create_run
+from lowrank_core.runs.client import answers
+from lowrank_core.studies.records import best_trial, read_trials
+from lowrank_core.studio.export.export_list import written_models
 
 pytestmark = pytest.mark.browser
 
@@ -83,7 +82,7 @@ def test_a_model_is_written_and_proves_itself(address, page, home):
     compression = CompressionConfig(basis="whitened", storage="pivoted", value_dense=False)
     search = SearchConfig(compression_ratio=0.3, trials=2, confirmed=0, compression=compression)
     run = create_run(RunConfig(text=text, search=search))
-    jobs.start_worker(run)
+    client.start_worker(run)
     wait_for(lambda: run.status().state == "idle", CALIBRATION_SECONDS, "the search ends")
     page.goto(f"{address}/export?run={run.id}")
     page.get_by_text("int8 factors").first.click()

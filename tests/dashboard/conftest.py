@@ -19,9 +19,9 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 def home(tmp_path, monkeypatch):
     """An empty home, and no recorded run unless a test makes one."""
     monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: None)
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: None)
     # No test starts a process: a worker that is asked for is seen as queued.
-    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: run.write_status(RunStatus("queued", "Starting the worker")))
+    monkeypatch.setattr("lowrank_core.runs.client._launch", lambda run: run.write_status(RunStatus("queued", "Starting the worker")))
     st.cache_resource.clear()
     return tmp_path / "home"
 

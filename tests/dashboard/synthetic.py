@@ -14,16 +14,16 @@ import optuna
 from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
-from lowrank_core.accounting import MatrixShape, Unit, budget_for_ratio
 from lowrank_core.allocation import AllocationProblem, RankAllocation, allocate, allocation_from_ranks, module_group, project
 from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
-from lowrank_core.healing.records import HealingPoint, HealingReport, write_history, write_report
+from lowrank_core.parameters import MatrixShape, Unit, budget_for_ratio
 from lowrank_core.runs import Run, RunStatus, create_run, process_started, write_json
-from lowrank_core.search.storage import open_journal
+from lowrank_core.runs.healing_records import HealingPoint, HealingReport, write_history, write_report
 from lowrank_core.sensitivity.config import SensitivityConfig, single_compression
 from lowrank_core.sensitivity.planning import planned_cells
 from lowrank_core.sensitivity.records import SensitivityCell, SensitivitySetting, append_cell, record_path
-from lowrank_core.spectra import LayerSpectrum, save_spectra
+from lowrank_core.spectra.spectrum import LayerSpectrum, save_spectra
+from lowrank_core.studies.storage import open_journal
 
 BLOCKS, HIDDEN, FFN, VALUES = 3, 24, 48, 16
 KINDS = {

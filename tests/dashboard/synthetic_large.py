@@ -11,11 +11,11 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 from synthetic_answers import detailed, speed_answer, tokens_answer
 
-from lowrank_core.accounting import MatrixShape
 from lowrank_core.config import SearchConfig
+from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run, write_json
-from lowrank_core.search.storage import open_journal
-from lowrank_core.spectra import LayerSpectrum
+from lowrank_core.spectra.spectrum import LayerSpectrum
+from lowrank_core.studies.storage import open_journal
 
 LAYERS, WIDTH, TRIALS, WINDOWS, TOKENS = 80, 512, 1000, 1000, 2048
 SHAPES = {

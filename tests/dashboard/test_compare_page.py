@@ -13,16 +13,15 @@ from synthetic import comparison, make_run, running_status, write_answers, write
 from synthetic_answers import detailed, on_other_text, speed_answer, tokens_answer
 from test_pages import charts, sound, words
 
-from lowrank_core import jobs
-from lowrank_core.jobs import answers, pending_requests
-from lowrank_core.presets import PRESETS
-from lowrank_core.report import report_html
-from lowrank_core.runs import write_json
-from lowrank_core.search.records import MANUAL
-from lowrank_core.search.storage import open_journal
-from lowrank_core.views.compare import comparisons
-from lowrank_core.views.speed import speeds
-from lowrank_core.views.token_losses import strips
+from lowrank_core.presets.recipes import PRESETS
+from lowrank_core.runs import client, write_json
+from lowrank_core.runs.client import answers, pending_requests
+from lowrank_core.studies.records import MANUAL
+from lowrank_core.studies.storage import open_journal
+from lowrank_core.studio.compare.comparison import comparisons
+from lowrank_core.studio.compare.measured_speed import speeds
+from lowrank_core.studio.compare.token_losses import strips
+from lowrank_core.studio.report import report_html
 from pages.components import tables
 from pages.components.tables import _without_negative_zeros
 
@@ -32,7 +31,7 @@ LOOKS = ("windows", "positions", "tokens", "text", "prompt", "speed")
 @pytest.fixture
 def dead_worker(monkeypatch):
     """As if every worker died at once: requests stay where they are."""
-    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
+    monkeypatch.setattr("lowrank_core.runs.client._launch", lambda run: None)
 
 
 def full_run():
@@ -127,7 +126,7 @@ def test_one_press_asks_for_every_preset(app, dead_worker):
 
 def test_requests_can_be_withdrawn_one_by_one_or_all(app, dead_worker):
     run = make_run()
-    names = [jobs.ask(run, "compare", trial=trial) for trial in (3, "uniform", "marginal")]
+    names = [client.ask(run, "compare", trial=trial) for trial in (3, "uniform", "marginal")]
     test = app("compare", run=run.id)
     assert "3 requests wait for a worker" in words(test)
     assert "Uniform: measuring on test text" in words(test)
@@ -140,7 +139,7 @@ def test_requests_can_be_withdrawn_one_by_one_or_all(app, dead_worker):
 
 def test_a_worker_at_work_shows_stage_and_time_left(app):
     run = make_run(state="running")
-    jobs.ask(run, "compare", trial="preset:svd")
+    client.ask(run, "compare", trial="preset:svd")
     run.write_status(running_status("Factorising by Weight SVD", 3, 40))
     test = app("compare", run=run.id)
     assert sound(test)

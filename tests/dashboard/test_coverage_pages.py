@@ -13,10 +13,10 @@ from test_pages import sound, words
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import RunError
-from lowrank_core.report import report_html
 from lowrank_core.runs import Run, write_json
-from lowrank_core.views.checkpoint import read_model
-from lowrank_core.views.model import model_facts, module_table
+from lowrank_core.studio.overview.checkpoint import read_model
+from lowrank_core.studio.report import report_html
+from lowrank_core.studio.shared.model_facts import model_facts, module_table
 
 PAGES = ("overview", "search", "hand", "compare", "export")
 COMPRESSIBLE = sum(matrix.dense_parameters for matrix in matrices())

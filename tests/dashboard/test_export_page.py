@@ -12,11 +12,10 @@ import pytest
 from synthetic import make_run, running_status, write_answers, write_front, write_healing, write_rich_study
 from test_pages import sound, words
 
-from lowrank_core import jobs
 from lowrank_core.cli import parser
 from lowrank_core.config import ExportConfig
-from lowrank_core.jobs import pending_requests
-from lowrank_core.runs import write_json
+from lowrank_core.runs import client, write_json
+from lowrank_core.runs.client import pending_requests
 
 REPORTED = {"Report (HTML)", "Figures (SVG, PNG, HTML)"}
 TABLES = {"Allocation (JSON)", "Trials (CSV)", "Comparison (CSV)"}
@@ -24,7 +23,7 @@ TABLES = {"Allocation (JSON)", "Trials (CSV)", "Comparison (CSV)"}
 
 @pytest.fixture(autouse=True)
 def no_worker(monkeypatch):
-    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
+    monkeypatch.setattr("lowrank_core.runs.client._launch", lambda run: None)
 
 
 def downloads(test) -> dict[str, bool]:
@@ -241,7 +240,7 @@ def test_a_recorded_run_can_be_downloaded_and_not_written(app, tmp_path, monkeyp
     run = make_run(path=tmp_path / "recorded-run")
     write_answers(run)
     write_json(run.path / "run.json", {**run.record, "recorded": True})
-    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: run)
     test = app("export")
     assert sound(test)
     assert test.button(key="export").disabled
@@ -309,12 +308,12 @@ def test_a_damaged_part_is_told_before_a_report_is_asked_for(app, part):
 def test_a_request_in_hand_can_be_cancelled(app):
     run = make_run(state="running", study=write_rich_study)
     run.write_status(running_status("Writing it, and measuring what was written", 3, 40))
-    request = jobs.ask(run, "export", trial=3)
+    request = client.ask(run, "export", trial=3)
     test = app("export", run=run.id)
     assert sound(test)
     test.button(key="withdraw_all").click().run()
     assert pending_requests(run) == []
-    assert not jobs.request_path(run, request).exists()
+    assert not client.request_path(run, request).exists()
 
 
 def test_a_model_that_was_not_written_is_told(app):

@@ -11,15 +11,21 @@ import plotly.graph_objects as go
 import pytest
 from synthetic import make_run, matrices, priced_units, spectra, write_answers, write_front, write_rich_study
 
-from lowrank_core.accounting import MatrixShape
-from lowrank_core.figures import search
-from lowrank_core.figures.energy import band_figure, groups_figure, left_figure, pooling_figure, retained_figure
-from lowrank_core.figures.front import front_chart
-from lowrank_core.figures.layermap import map_figure
-from lowrank_core.figures.profile import profile_figure
-from lowrank_core.figures.search import history_chart
-from lowrank_core.figures.spectra import density_figure, scree_figure
-from lowrank_core.figures.style import (
+from lowrank_core.parameters import MatrixShape
+from lowrank_core.spectra.spectrum import LayerSpectrum
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.energy.energy_chart import band_figure, groups_figure, left_figure, pooling_figure, retained_figure
+from lowrank_core.studio.energy.energy_table import energy_band, energy_curves, pooling_curves
+from lowrank_core.studio.overview.calibration_quality import calibration_facts, group_table
+from lowrank_core.studio.search import history_chart as search
+from lowrank_core.studio.search.history import history
+from lowrank_core.studio.search.history_chart import history_chart
+from lowrank_core.studio.search.pareto import front
+from lowrank_core.studio.search.pareto_chart import front_chart
+from lowrank_core.studio.search.trial_windows import window_losses
+from lowrank_core.studio.search.trial_windows_chart import window_chart
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of
+from lowrank_core.studio.shared.chart_style import (
     BLUE,
     CONFIG,
     GREEN,
@@ -32,21 +38,15 @@ from lowrank_core.figures.style import (
     legible,
     word_colour,
 )
-from lowrank_core.figures.vega import VegaChart
-from lowrank_core.figures.windows import window_chart
-from lowrank_core.search.records import read_trials
-from lowrank_core.spectra import LayerSpectrum
-from lowrank_core.views.allocation import allocation_map, allocation_of
-from lowrank_core.views.calibration import calibration_facts, group_table
-from lowrank_core.views.choices import Choice, RunFacts
-from lowrank_core.views.density import density
-from lowrank_core.views.energy import energy_band, energy_curves, pooling_curves
-from lowrank_core.views.front import front
-from lowrank_core.views.layermap import layer_map
-from lowrank_core.views.search import history
-from lowrank_core.views.spectrum import atlas, scree_curves
-from lowrank_core.views.trials import KINDS
-from lowrank_core.views.windows import window_losses
+from lowrank_core.studio.shared.layer_map import layer_map
+from lowrank_core.studio.shared.layer_map_chart import map_figure
+from lowrank_core.studio.shared.module_choices import Choice, RunFacts
+from lowrank_core.studio.shared.trial_names import KINDS
+from lowrank_core.studio.shared.vega import VegaChart
+from lowrank_core.studio.spectra.density import density
+from lowrank_core.studio.spectra.depth_profile_chart import profile_figure
+from lowrank_core.studio.spectra.spectrum_chart import density_figure, scree_figure
+from lowrank_core.studio.spectra.spectrum_table import atlas, scree_curves
 
 MEGABYTE = 1_000_000
 

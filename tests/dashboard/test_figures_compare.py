@@ -8,14 +8,14 @@ import pytest
 from synthetic import comparison
 from synthetic_answers import detailed, on_other_text, speed_answer, tokens_answer
 
-from lowrank_core.figures.compare import difference_figure, ratio_figure, speedup_figure
-from lowrank_core.figures.losses import histogram_figure, position_figure, scatter_figure
-from lowrank_core.figures.strip import strip_html
-from lowrank_core.views.compare import comparisons, other_texts
-from lowrank_core.views.losses import difference_table, position_table, window_table
-from lowrank_core.views.other_text import other_text
-from lowrank_core.views.speed import speeds, speedup_table
-from lowrank_core.views.token_losses import strips
+from lowrank_core.studio.compare.comparison import comparisons, other_texts
+from lowrank_core.studio.compare.comparison_chart import difference_figure, ratio_figure, speedup_figure
+from lowrank_core.studio.compare.loss_details import difference_table, position_table, window_table
+from lowrank_core.studio.compare.loss_details_chart import histogram_figure, position_figure, scatter_figure
+from lowrank_core.studio.compare.measured_speed import speeds, speedup_table
+from lowrank_core.studio.compare.second_text import other_text
+from lowrank_core.studio.compare.token_losses import strips
+from lowrank_core.studio.compare.token_losses_chart import strip_html
 
 
 def differences(values: list[float]) -> pd.DataFrame:

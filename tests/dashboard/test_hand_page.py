@@ -10,13 +10,13 @@ from synthetic import RATIO, make_run, priced_units, running_status, write_front
 from test_pages import charts, sound, words
 from test_views_hand import record_of
 
-from lowrank_core.accounting import budget_for_ratio
 from lowrank_core.allocation import allocation_from_ranks
+from lowrank_core.allocation.curves import CURVES_FILE, save_curves
 from lowrank_core.config import CompressionConfig, SearchConfig
-from lowrank_core.curves import CURVES_FILE, save_curves
-from lowrank_core.jobs import ask, pending_requests
+from lowrank_core.parameters import budget_for_ratio
 from lowrank_core.runs import Run, write_json
-from lowrank_core.search.records import read_trials
+from lowrank_core.runs.client import ask, pending_requests
+from lowrank_core.studies.records import read_trials
 
 SEARCH = SearchConfig(RATIO, trials=12, compression=CompressionConfig(value_dense=False))
 
@@ -152,7 +152,7 @@ def test_a_range_of_ratios_can_be_picked_for(app):
 
 def test_a_recorded_run_can_be_edited_but_not_measured(app, run, monkeypatch, home):
     write_json(run.path / "run.json", {**run.record, "recorded": True})
-    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: run)
     test = app("hand", run=run.id)
     slide(test, run, "type-q", 20)
     assert sound(test)

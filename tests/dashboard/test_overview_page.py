@@ -14,8 +14,8 @@ from test_pages import sound, words
 from test_views_model import checkpoint
 
 from lowrank_core.config import to_mapping
-from lowrank_core.run_care import notes_of
 from lowrank_core.runs import list_runs, write_json
+from lowrank_core.runs.manage import notes_of
 
 
 def tree_of(test) -> str:
@@ -74,7 +74,7 @@ def test_the_note_stands_beside_a_run_too(app, tmp_path):
 
 
 def test_a_hub_id_that_is_not_here_says_what_will_be_downloaded(app, tmp_path, monkeypatch):
-    monkeypatch.setattr("lowrank_core.views.sources.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("lowrank_core.studio.overview.source_checks.constants.HF_HUB_CACHE", str(tmp_path))
     test = other_model(app("overview"), "owner/name")
     assert sound(test)
     (info,) = [info.value for info in test.info if "owner/name" in info.value]
@@ -85,9 +85,9 @@ def test_a_hub_id_that_is_not_here_says_what_will_be_downloaded(app, tmp_path, m
 
 
 def test_a_model_that_will_not_fit_is_told(app, monkeypatch):
-    from lowrank_core.views import fit
+    from lowrank_core.studio.overview import memory_estimate as fit
 
-    monkeypatch.setattr("pages.components.before_start.this_machine", lambda: fit.Machine(1, 2**40, None))
+    monkeypatch.setattr("pages.components.overview.preflight.this_machine", lambda: fit.Machine(1, 2**40, None))
     test = app("overview")
     assert any("It will not fit: too little memory" in warning.value for warning in test.warning)
 
@@ -158,7 +158,7 @@ def test_a_run_whose_worker_lives_can_not_be_deleted(app):
 def test_a_recorded_run_can_not_be_changed(app, tmp_path, monkeypatch):
     run = make_run(path=tmp_path / "recorded-run")
     write_json(run.path / "run.json", {**run.record, "recorded": True})
-    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: run)
     test = app("overview")
     assert sound(test)
     assert test.button(key="delete_run").disabled

@@ -15,16 +15,16 @@ from test_views_model import checkpoint
 
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import ModelError, RunError, TextError
-from lowrank_core.figures.tree import tree_html
-from lowrank_core.run_care import delete_run, notes_of, rename_run, run_bytes, write_notes
 from lowrank_core.runs import Run, home, list_runs, write_json
-from lowrank_core.views import fit, preview, sources
-from lowrank_core.views.checkpoint import Part, read_model, tensor_table
-from lowrank_core.views.model import ModelFacts, model_facts
-from lowrank_core.views.run_comparison import compare_runs
-from lowrank_core.views.tree import Node, module_tree
+from lowrank_core.runs.manage import delete_run, notes_of, rename_run, run_bytes, write_notes
+from lowrank_core.studio.overview import memory_estimate, source_checks, text_preview
+from lowrank_core.studio.overview.checkpoint import Part, read_model, tensor_table
+from lowrank_core.studio.overview.module_tree import Node, module_tree
+from lowrank_core.studio.overview.module_tree_chart import tree_html
+from lowrank_core.studio.overview.run_comparison import compare_runs
+from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 
-ROOM = fit.Machine(2**34, 2**36, None)
+ROOM = memory_estimate.Machine(2**34, 2**36, None)
 
 
 # the module tree
@@ -140,15 +140,15 @@ def test_a_second_copy_of_the_weights_is_not_counted(tmp_path):
 
 
 def test_a_hub_id_is_here_once_all_its_files_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(source_checks.constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--owner--name"
-    assert sources.model_folder("owner/name") is None
+    assert source_checks.model_folder("owner/name") is None
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc")
     folder = checkpoint(repository / "snapshots" / "abc")
-    assert sources.model_folder("owner/name") == folder
+    assert source_checks.model_folder("owner/name") == folder
     shard(folder)
-    assert sources.model_folder("owner/name") is None
+    assert source_checks.model_folder("owner/name") is None
 
 
 # will it fit
@@ -160,7 +160,7 @@ def facts() -> ModelFacts:
     return found
 
 
-def line(found: fit.Fit, part: str) -> fit.FitLine:
+def line(found: memory_estimate.Fit, part: str) -> memory_estimate.FitLine:
     return next(line for line in found.lines if line.part.startswith(part))
 
 
@@ -168,7 +168,7 @@ CONFIG = RunConfig(ModelSource(), TextConfig(context=32, calibration_windows=40)
 
 
 def test_the_sum_is_that_of_its_lines():
-    found = fit.fit_of(facts(), CONFIG, ROOM)
+    found = memory_estimate.fit_of(facts(), CONFIG, ROOM)
     squares = 3 * HIDDEN**2 + FFN**2  # q, k, v share an input; so do gate and up
     assert line(found, "Weights").bytes == 4 * facts().parameters
     assert line(found, "Statistics of the block").bytes == squares * 8 * 5
@@ -176,42 +176,42 @@ def test_the_sum_is_that_of_its_lines():
     assert line(found, "Hidden states").bytes == 40 * 32 * HIDDEN * 4 * 2
     passing = sum(m.d_in + m.d_out for m in matrices() if m.depth == 0)
     assert line(found, "Activations").bytes == 4 * 32 * passing * 4
-    table = fit.fit_table(found)
-    for place in (fit.MEMORY, fit.DISK):
+    table = memory_estimate.fit_table(found)
+    for place in (memory_estimate.MEMORY, memory_estimate.DISK):
         own = table[table["place"] == place]
         assert own["bytes"].iloc[-1] == own["bytes"].iloc[:-1].sum() == found.needed(place)
     assert found.short_of == []
 
 
 def test_what_does_not_fit_is_named():
-    found = fit.fit_of(facts(), CONFIG, fit.Machine(1000, 2**40, None))
-    assert found.short_of == [fit.MEMORY]
-    assert fit.fit_of(facts(), CONFIG, fit.Machine(2**40, 1000, None)).short_of == [fit.DISK]
+    found = memory_estimate.fit_of(facts(), CONFIG, memory_estimate.Machine(1000, 2**40, None))
+    assert found.short_of == [memory_estimate.MEMORY]
+    assert memory_estimate.fit_of(facts(), CONFIG, memory_estimate.Machine(2**40, 1000, None)).short_of == [memory_estimate.DISK]
 
 
 def test_weights_count_in_the_dtype_that_they_are_held_in():
     half = replace(CONFIG, model=ModelSource(dtype="bfloat16"))
-    assert line(fit.fit_of(facts(), half, ROOM), "Weights").bytes == 2 * facts().parameters
+    assert line(memory_estimate.fit_of(facts(), half, ROOM), "Weights").bytes == 2 * facts().parameters
     stored = replace(facts(), bytes=2 * facts().parameters)
-    gpu = replace(ROOM, gpu=fit.Gpu("Some GPU", 2**30, 2**29))
-    found = fit.fit_of(stored, CONFIG, gpu)
-    assert line(found, "Weights") == fit.FitLine(
-        "Weights", fit.DEVICE, 2 * facts().parameters, f"{facts().parameters:,} parameters × 2 bytes"
+    gpu = replace(ROOM, gpu=memory_estimate.Gpu("Some GPU", 2**30, 2**29))
+    found = memory_estimate.fit_of(stored, CONFIG, gpu)
+    assert line(found, "Weights") == memory_estimate.FitLine(
+        "Weights", memory_estimate.DEVICE, 2 * facts().parameters, f"{facts().parameters:,} parameters × 2 bytes"
     )
-    assert found.free(fit.DEVICE) == 2**29
+    assert found.free(memory_estimate.DEVICE) == 2**29
     on_cpu = replace(CONFIG, model=ModelSource(device="cpu"))
-    assert line(fit.fit_of(stored, on_cpu, gpu), "Weights").place == fit.MEMORY
+    assert line(memory_estimate.fit_of(stored, on_cpu, gpu), "Weights").place == memory_estimate.MEMORY
 
 
 def test_what_nvidia_smi_prints_is_read():
-    assert fit.gpus_in("NVIDIA H200, 143771, 143000\n") == (fit.Gpu("NVIDIA H200", 143771 * 2**20, 143000 * 2**20),)
-    assert fit.gpus_in("NVIDIA-SMI has failed because it couldn't communicate\n") == ()
-    assert fit.gpus_in("A, [N/A], [N/A]\n") == ()
+    assert memory_estimate.gpus_in("NVIDIA H200, 143771, 143000\n") == (memory_estimate.Gpu("NVIDIA H200", 143771 * 2**20, 143000 * 2**20),)
+    assert memory_estimate.gpus_in("NVIDIA-SMI has failed because it couldn't communicate\n") == ()
+    assert memory_estimate.gpus_in("A, [N/A], [N/A]\n") == ()
 
 
 def test_this_machine_has_room_for_something(home):
     assert not home.exists()  # its disk is that of the folder around it
-    found = fit.this_machine()
+    found = memory_estimate.this_machine()
     assert found.memory > 0
     assert found.disk > 0
 
@@ -227,37 +227,37 @@ def notes(tmp_path) -> Path:
 
 
 def test_the_splits_of_a_file_are_counted_and_begin_where_they_begin(notes):
-    found = preview.text_preview(f"file:{notes}")
+    found = text_preview.text_preview(f"file:{notes}")
     assert sum(split.characters for split in found.splits) == len(notes.read_text())
     assert found.splits[0].beginning.startswith("line 0 ")
     assert found.splits[1].beginning.split("\n")[0].startswith("line 2")
-    table = preview.preview_table(found, TextConfig(context=32, calibration_windows=5))
+    table = text_preview.preview_table(found, TextConfig(context=32, calibration_windows=5))
     assert list(table["split"]) == ["calibration", "validation", "test"]
     assert table["windows"][0] == found.splits[0].characters // 4 // 32
     assert table["asked"][0] == 5
 
 
 def test_a_text_that_is_too_short_is_told_before_the_start(notes):
-    found = preview.text_preview(f"file:{notes}")
-    fewer, none, _ = preview.preview_warnings(found, TextConfig(context=1000, calibration_windows=9))
+    found = text_preview.text_preview(f"file:{notes}")
+    fewer, none, _ = text_preview.preview_warnings(found, TextConfig(context=1000, calibration_windows=9))
     assert "may hold about 1 windows; 9 are asked for" in fewer
     assert "may hold no window of 1000 tokens" in none
-    assert preview.preview_warnings(found, TextConfig(context=8, calibration_windows=2, validation_windows=2, test_windows=2)) == []
+    assert text_preview.preview_warnings(found, TextConfig(context=8, calibration_windows=2, validation_windows=2, test_windows=2)) == []
 
 
 def test_a_text_that_can_hold_no_window_is_refused_before_the_start(notes):
-    found = preview.text_preview(f"file:{notes}")
+    found = text_preview.text_preview(f"file:{notes}")
     shortest = min(split.bytes for split in found.splits)
-    preview.check_long_enough(found, TextConfig(context=shortest + 2))
+    text_preview.check_long_enough(found, TextConfig(context=shortest + 2))
     with pytest.raises(TextError, match=f"bytes, fewer than the tokens of one window .{shortest + 3}"):
-        preview.check_long_enough(found, TextConfig(context=shortest + 3))
+        text_preview.check_long_enough(found, TextConfig(context=shortest + 3))
 
 
 @pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet", "txt"])
 def test_every_form_of_a_file_is_shown(tmp_path, monkeypatch, suffix, large):
     if large:
-        monkeypatch.setattr(preview, "_WHOLE_BYTES", 10)
+        monkeypatch.setattr(text_preview, "_WHOLE_BYTES", 10)
     path = tmp_path / f"text.{suffix}"
     documents = [f"document {number} has words" for number in range(60)]
     if suffix == "jsonl":
@@ -266,7 +266,7 @@ def test_every_form_of_a_file_is_shown(tmp_path, monkeypatch, suffix, large):
         path.write_text("\n".join(documents))
     else:
         pq.write_table(pa.table({"text": documents}), path)
-    found = preview.text_preview(f"file:{path}")
+    found = text_preview.text_preview(f"file:{path}")
     assert found.counted is not large
     assert found.splits[0].beginning.startswith("document 0 has words")
     assert sum(split.characters for split in found.splits) == pytest.approx(60 * 22, rel=1.0 if suffix == "jsonl" else 0.1)
@@ -285,32 +285,32 @@ def test_every_form_of_a_file_is_shown(tmp_path, monkeypatch, suffix, large):
 )
 def test_a_file_that_can_not_be_used_says_what_to_give(tmp_path, monkeypatch, name, content, said, large):
     if large:
-        monkeypatch.setattr(preview, "_WHOLE_BYTES", 10)
+        monkeypatch.setattr(text_preview, "_WHOLE_BYTES", 10)
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(TextError, match=said):
-        preview.text_preview(f"file:{path}")
+        text_preview.text_preview(f"file:{path}")
 
 
 def test_a_benchmark_text_says_what_will_be_downloaded(monkeypatch):
-    found = preview.text_preview("c4")
+    found = text_preview.text_preview("c4")
     assert "allenai/c4" in found.note
     assert "en/c4-train.00000-of-01024.json.gz" in found.note
-    assert preview.preview_table(found, TextConfig())["characters"].isna().all()
-    assert preview.preview_warnings(found, TextConfig()) == []
-    monkeypatch.setattr(preview.importlib.util, "find_spec", lambda name: None)
+    assert text_preview.preview_table(found, TextConfig())["characters"].isna().all()
+    assert text_preview.preview_warnings(found, TextConfig()) == []
+    monkeypatch.setattr(text_preview.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TextError, match=r"pip install"):
-        preview.text_preview("c4")
+        text_preview.text_preview("c4")
 
 
 def test_a_local_copy_of_a_benchmark_text_begins_with_its_first_rows(tmp_path):
     for split in ("train", "validation", "test"):
         pq.write_table(pa.table({"text": [f"{split} row", "more"]}), tmp_path / f"{split}-00000-of-00001.parquet")
-    found = preview.text_preview(f"wikitext-2:{tmp_path}")
+    found = text_preview.text_preview(f"wikitext-2:{tmp_path}")
     assert [split.beginning.split("\n")[0] for split in found.splits] == ["train row", "validation row", "test row"]
     (tmp_path / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(TextError, match="test split"):
-        preview.text_preview(f"wikitext-2:{tmp_path}")
+        text_preview.text_preview(f"wikitext-2:{tmp_path}")
 
 
 # care of runs

@@ -11,11 +11,11 @@ import pytest
 from streamlit.testing.v1 import AppTest
 from synthetic import make_run, model_json, running_status, write_answers, write_healing
 
-from lowrank_core.bases import BASES
 from lowrank_core.config import CompressionConfig
-from lowrank_core.jobs import pending_requests
-from lowrank_core.presets import PRESETS, search_by
+from lowrank_core.metrics import BASES
+from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import list_runs, write_json
+from lowrank_core.runs.client import pending_requests
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {
@@ -208,7 +208,7 @@ def test_a_healing_that_runs_shows_how_far_it_is(app):
 
 
 def test_healing_is_asked_for_with_its_settings(app, monkeypatch):
-    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
+    monkeypatch.setattr("lowrank_core.runs.client._launch", lambda run: None)
     run = make_run()
     test = app("compare", run=run.id)
     test.number_input(key="heal_steps").set_value(50)
@@ -341,7 +341,7 @@ def test_stop_leaves_the_request_that_the_worker_reads(app):
 
 
 def test_measuring_leaves_a_request_for_the_best_trial_and_each_baseline(app, monkeypatch):
-    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)  # as if it had died at once
+    monkeypatch.setattr("lowrank_core.runs.client._launch", lambda run: None)  # as if it had died at once
     run = make_run()
     test = app("compare")
     test.button(key="measure").click().run()
@@ -369,7 +369,7 @@ def test_a_recorded_run_is_marked_and_can_not_be_continued(app, tmp_path, monkey
     run = make_run(path=tmp_path / "recorded-run")
     record = run.record
     write_json(run.path / "run.json", {**record, "recorded": True})
-    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: run)
     test = app("compare")
     assert sound(test)
     assert "Recorded run, shipped with the package" in words(test)

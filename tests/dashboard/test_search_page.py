@@ -18,10 +18,10 @@ from test_pages import charts, sound, words
 from walking import open_panel
 
 from lowrank_core.config import CompressionConfig, SearchConfig
-from lowrank_core.presets import PRESETS, search_by
+from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import Run, list_runs, write_json
-from lowrank_core.search.records import pareto_front, read_trials
-from lowrank_core.views.trials import trial_label
+from lowrank_core.studies.records import pareto_front, read_trials
+from lowrank_core.studio.shared.trial_names import trial_label
 
 RICH = SearchConfig(RATIO, trials=12, pruner="wilcoxon")
 RANGE = SearchConfig(0.2, most_ratio=0.6, trials=9)
@@ -281,7 +281,7 @@ def test_a_sampler_that_the_search_can_not_have_is_refused(app):
 
 def test_a_worker_is_added_where_one_works(app, rich, monkeypatch):
     asked = []
-    monkeypatch.setattr("lowrank_core.jobs._spawn", lambda run, warm, *options: asked.append(options))
+    monkeypatch.setattr("lowrank_core.runs.client._spawn", lambda run, warm, *options: asked.append(options))
     test = app("search")
     test.button(key="add_worker").click().run()
     assert sound(test)
@@ -301,7 +301,7 @@ def test_the_command_of_optunas_dashboard_is_given(app):
 def test_a_recorded_run_can_not_be_steered(app, tmp_path, monkeypatch):
     run = make_run(path=tmp_path / "recorded-run")
     write_json(run.path / "run.json", {**run.record, "recorded": True})
-    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: run)
     test = app("search")
     assert sound(test)
     assert not {"extend", "use_sampler", "add_worker"} & {button.key for button in test.button}

@@ -6,15 +6,14 @@ import pytest
 from synthetic import make_run, matrices, running_status, write_sensitivity
 from test_pages import charts, sound, words
 
-from lowrank_core import jobs
-from lowrank_core.runs import read_json, write_json
+from lowrank_core.runs import client, read_json, write_json
 from lowrank_core.sensitivity.records import read_records
 
 
 @pytest.fixture
 def dead(monkeypatch):
     """No worker comes up."""
-    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
+    monkeypatch.setattr("lowrank_core.runs.client._launch", lambda run: None)
 
 
 def test_before_anything_is_measured_the_form_says_what_it_takes(app, dead):
@@ -28,7 +27,7 @@ def test_before_anything_is_measured_the_form_says_what_it_takes(app, dead):
     test.number_input(key="sensitivity_windows_24").set_value(3)
     test.button(key="start_sensitivity").click().run()
     assert sound(test)
-    (request,) = jobs.pending_requests(run)
+    (request,) = client.pending_requests(run)
     assert request["kind"] == "sensitivity"
     assert (request["arguments"]["windows"], request["arguments"]["basis"]) == (3, "pooled_feature")
     assert "waits for a worker" in words(test)
@@ -55,15 +54,15 @@ def test_everything_is_drawn_and_follows_the_module(app):
 def test_gaps_are_told_while_cells_come_in(app):
     run = make_run(state="running")
     run.write_status(running_status("Measuring sensitivity", 9, 140))
-    request = jobs.ask(run, "sensitivity", launch=False, kept=[0.5])
+    request = client.ask(run, "sensitivity", launch=False, kept=[0.5])
     write_sensitivity(run, cells=9)
     test = app("sensitivity")
     assert sound(test)
     assert f"2 of {len(matrices())} modules measured." in words(test)
     assert "few modules" in words(test) or "–" in words(test)
     test.button(key="stop_sensitivity").click().run()
-    assert read_json(jobs.result_path(run, request)) is None
-    assert not jobs.pending_requests(run)
+    assert read_json(client.result_path(run, request)) is None
+    assert not client.pending_requests(run)
     assert len(read_records(run)[0].cells) == 9
 
 
@@ -76,7 +75,7 @@ def test_only_types_are_enough_for_a_picture(app):
 
 def test_while_trials_run_the_page_says_that_they_go_first(app):
     run = make_run(state="running")
-    jobs.ask(run, "sensitivity", launch=False)
+    client.ask(run, "sensitivity", launch=False)
     assert "begins when the worker is done with what goes first. Now: Searching" in words(app("sensitivity"))
 
 
@@ -115,7 +114,7 @@ def test_a_recorded_run_shows_what_it_has_and_measures_nothing(app, tmp_path, mo
     if measured:
         write_sensitivity(run)
     write_json(run.path / "run.json", {**run.record, "recorded": True})
-    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: run)
     test = app("sensitivity")
     assert sound(test)
     assert test.button(key="start_sensitivity").disabled

@@ -13,7 +13,7 @@ from streamlit.testing.v1.element_tree import Element
 from synthetic_large import large_run
 from walking import charts, elements, views
 
-from lowrank_core.search.records import read_trials
+from lowrank_core.studies.records import read_trials
 
 MEGABYTE = 1_000_000
 CURVE_POINTS = 200 + 32

@@ -8,10 +8,10 @@ import pytest
 from synthetic import FFN, calibration_json, directions, make_run, spectra, write_sensitivity
 from test_pages import charts, sound, words
 
-from lowrank_core.jobs import pending_requests
 from lowrank_core.runs import write_json
-from lowrank_core.spectra import save_spectra
-from lowrank_core.views.metrics import METRICS
+from lowrank_core.runs.client import pending_requests
+from lowrank_core.spectra.spectrum import save_spectra
+from lowrank_core.studio.spectra.map_metrics import METRICS
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -71,7 +71,7 @@ def test_spectra_of_an_older_version_say_nothing_of_shuffling(app):
 
 
 def test_directions_are_asked_for_and_shown(app, monkeypatch):
-    monkeypatch.setattr("lowrank_core.jobs._launch", lambda run: None)
+    monkeypatch.setattr("lowrank_core.runs.client._launch", lambda run: None)
     run = make_run(search=False)
     test = app("spectra", module=NAME)
     assert f"Not read yet for the input of `{NAME}`" in words(test)
@@ -103,7 +103,7 @@ def test_directions_that_failed_are_told_here_and_not_on_compare(app):
 def test_a_recorded_run_is_not_asked(app, tmp_path, monkeypatch):
     run = make_run(path=tmp_path / "recorded-run")
     write_json(run.path / "run.json", {**run.record, "recorded": True})
-    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: run)
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: run)
     test = app("spectra")
     assert sound(test)
     assert test.button(key="find_directions").disabled

@@ -11,10 +11,12 @@ from synthetic import DENSE_NLL, comparison, make_run, write_healing
 from synthetic_answers import PIECES, detailed, on_other_text, speed_answer, tokens_answer
 
 from lowrank_core.errors import RunError
-from lowrank_core.jobs import answers
-from lowrank_core.presets import PRESETS
-from lowrank_core.search.records import read_trials
-from lowrank_core.views import compare, healing, losses, other_text, prompts, speed, subjects, token_losses
+from lowrank_core.presets.recipes import PRESETS
+from lowrank_core.runs.client import answers
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare import comparison as compare
+from lowrank_core.studio.compare import continuations, healing_runs, loss_details, measured_speed, second_text, token_losses
+from lowrank_core.studio.shared import model_refs
 
 # which models
 
@@ -23,27 +25,29 @@ def test_everything_that_can_be_measured_has_a_name_of_its_own():
     run = make_run()
     write_healing(run)
     search, trials = run.config.search, read_trials(run)
-    found = subjects.candidates(trials, search, healing.healings(run), picked=0)
+    found = model_refs.candidates(trials, search, healing_runs.healings(run), picked=0)
     assert next(iter(found)) == 3
     assert found[0] == "Uniform (trial 0), value 0.4100"
     assert list(found)[:4] == [3, 5, 0, 2]  # by value; trial 1 goes by its rule's name, trial 4 failed
     assert found["healed:trial-3-distill-12345678"] == "Healed: Trial 3, healed by distill (5678)"
     assert found["uniform"] == "Baseline: Uniform"
-    assert [key for key in found if str(key).startswith("preset:")] == [f"preset:{name}" for name in PRESETS] == list(subjects.PRESET_KEYS)
+    assert (
+        [key for key in found if str(key).startswith("preset:")] == [f"preset:{name}" for name in PRESETS] == list(model_refs.PRESET_KEYS)
+    )
     assert len(set(found.values())) == len(found)
-    assert subjects.candidates([], search) == {}
-    assert set(subjects.healable(found)).isdisjoint({*subjects.PRESET_KEYS, "healed:trial-3-distill-12345678"})
+    assert model_refs.candidates([], search) == {}
+    assert set(model_refs.healable(found)).isdisjoint({*model_refs.PRESET_KEYS, "healed:trial-3-distill-12345678"})
 
 
 def test_the_usual_choice_is_the_best_trial_and_the_baselines():
     run = make_run()
     trials = read_trials(run)
-    found = subjects.candidates(trials, run.config.search, picked=2)
-    assert subjects.usual_choice(found, trials, None) == [3, "uniform", "lord_manual", "marginal"]
-    assert subjects.usual_choice(found, trials, 2)[0] == 2
-    assert subjects.usual_choice(found, trials, 99)[0] == 3
-    uniform = subjects.candidates(trials, run.config.search, picked=0)
-    assert subjects.usual_choice(uniform, trials, 0) == [0, "lord_manual", "marginal"]  # trial 0 is the uniform baseline
+    found = model_refs.candidates(trials, run.config.search, picked=2)
+    assert model_refs.usual_choice(found, trials, None) == [3, "uniform", "lord_manual", "marginal"]
+    assert model_refs.usual_choice(found, trials, 2)[0] == 2
+    assert model_refs.usual_choice(found, trials, 99)[0] == 3
+    uniform = model_refs.candidates(trials, run.config.search, picked=0)
+    assert model_refs.usual_choice(uniform, trials, 0) == [0, "lord_manual", "marginal"]  # trial 0 is the uniform baseline
 
 
 def test_what_is_measured_or_asked_for_is_not_missing():
@@ -53,8 +57,8 @@ def test_what_is_measured_or_asked_for_is_not_missing():
     found = compare.comparisons(bodies)
     waiting = [{"kind": "compare", "arguments": {"trial": 3}}]
     wanted = [3, 0, "uniform", "preset:svd", "preset:asvd"]  # trial 0 is the uniform baseline
-    assert subjects.unmeasured(wanted, trials, found, waiting) == ["preset:asvd"]
-    assert subjects.unmeasured(wanted, trials, []) == wanted
+    assert model_refs.unmeasured(wanted, trials, found, waiting) == ["preset:asvd"]
+    assert model_refs.unmeasured(wanted, trials, []) == wanted
 
 
 @pytest.mark.parametrize(
@@ -68,7 +72,7 @@ def test_what_is_measured_or_asked_for_is_not_missing():
     ],
 )
 def test_requests_are_told_in_words(kind, arguments, words):
-    assert subjects.request_words({"kind": kind, "arguments": arguments}) == words
+    assert model_refs.request_words({"kind": kind, "arguments": arguments}) == words
 
 
 def test_a_preset_that_was_refused_is_no_failure_of_the_page():
@@ -97,7 +101,7 @@ def test_two_healings_of_one_model_are_told_apart():
 
 def test_differences_are_from_the_original_with_paired_intervals_the_least_first():
     bodies = [comparison("uniform", "uniform", 3.4), comparison("trial 3", 3, 3.2), comparison("preset:svd", "preset:svd", 3.3)]
-    table = losses.difference_table(compare.comparisons(bodies))
+    table = loss_details.difference_table(compare.comparisons(bodies))
     assert list(table["name"]) == ["Trial 3", "Preset: Weight SVD", "Uniform"]
     assert list(table["kind"]) == ["searched", "rule", "rule"]
     assert table["difference"][0] == pytest.approx(math.exp(3.2) - math.exp(DENSE_NLL))
@@ -106,8 +110,8 @@ def test_differences_are_from_the_original_with_paired_intervals_the_least_first
 
 def test_the_table_has_every_figure_and_dashes_where_an_older_worker_measured_less():
     found = compare.comparisons([detailed(comparison("trial 3", 3, 3.2)), comparison("uniform", "uniform", 3.4)])
-    table = losses.comparison_table(found)
-    assert set(table.columns) >= {*losses.LOST, *losses.SAVED}
+    table = loss_details.comparison_table(found)
+    assert set(table.columns) >= {*loss_details.LOST, *loss_details.SAVED}
     assert list(table["difference_interval"]) == ["–", "1.00 to 3.00", "1.00 to 3.00"]
     assert list(table["allocation"]) == ["Original", "Trial 3", "Uniform"]
     assert list(table["flops"].fillna(-1)) == [1200, 900, -1]
@@ -115,7 +119,7 @@ def test_the_table_has_every_figure_and_dashes_where_an_older_worker_measured_le
     assert table["top5"][1] == 0.9
     assert pd.isna(table["reverse_kl"][2])
     assert pd.isna(table["difference"][0])
-    assert losses.comparison_table([]).empty
+    assert loss_details.comparison_table([]).empty
 
 
 # one model
@@ -123,29 +127,29 @@ def test_the_table_has_every_figure_and_dashes_where_an_older_worker_measured_le
 
 def test_windows_are_compared_one_by_one():
     (found,) = compare.comparisons([comparison("trial 3", 3, 3.2)])
-    view = losses.window_table(found)
+    view = loss_details.window_table(found)
     assert list(view.frame["difference"]) == pytest.approx([0.2] * 4)
     assert view.mean == pytest.approx(0.2)
     assert view.better == 0.0
     body = comparison("trial 3", 3, 3.2)
     body["report"] |= {"window_nll": [3.0, 2.9], "dense_window_nll": [3.0, 3.1]}
-    view = losses.window_table(compare.comparisons([body])[0])
+    view = loss_details.window_table(compare.comparisons([body])[0])
     assert (view.better, view.worst) == (0.5, 0)
     assert "better than the original on 50 % of 2 windows" in view.words
     body["report"] |= {"dense_window_nll": []}
-    assert losses.window_table(compare.comparisons([body])[0]) is None
+    assert loss_details.window_table(compare.comparisons([body])[0]) is None
 
 
 def test_positions_are_ranges_of_context():
     (found,) = compare.comparisons([detailed(comparison("trial 3", 3, 3.2))])
-    table = losses.position_table(found)
+    table = loss_details.position_table(found)
     assert list(table["context"]) == ["1", "2–3"]
     assert list(table["extra"]) == pytest.approx([0.2, 0.1])
-    assert losses.position_table(compare.comparisons([comparison("trial 3", 3, 3.2)])[0]).empty
+    assert loss_details.position_table(compare.comparisons([comparison("trial 3", 3, 3.2)])[0]).empty
     damaged = detailed(comparison("trial 3", 3, 3.2))
     damaged["report"] |= {"by_position": [7]}
     with pytest.raises(RunError, match="range of positions"):
-        losses.position_table(compare.comparisons([damaged])[0])
+        loss_details.position_table(compare.comparisons([damaged])[0])
 
 
 # a second text
@@ -155,7 +159,7 @@ def test_ratios_on_both_texts_are_of_the_same_models():
     own = compare.comparisons([detailed(comparison("trial 3", 3, 3.2)), comparison("uniform", "uniform", 3.4)])
     bodies = [on_other_text("uniform", "uniform", 3.5), on_other_text("trial 3", 3, 4.0), on_other_text("preset:svd", "preset:svd", 3.1)]
     others = compare.other_texts(bodies)
-    view = other_text.other_text(own, others["file:/data/notes.txt"])
+    view = second_text.other_text(own, others["file:/data/notes.txt"])
     assert (view.own, view.other) == ("python-stdlib", "file:notes.txt")
     assert list(view.frame["name"]) == ["Preset: Weight SVD", "Uniform", "Trial 3"]
     row = view.frame.set_index("name").loc["Trial 3"]
@@ -168,7 +172,7 @@ def test_ratios_on_both_texts_are_of_the_same_models():
     apart = replace(view, frame=view.frame.assign(**ends))
     assert apart.words.endswith("; the intervals do not overlap.")
     assert replace(view, frame=view.frame.assign(**ends | {"own_high": 2.6})).words.endswith("do not tell them apart.")
-    assert other_text.other_text(own, []) is None
+    assert second_text.other_text(own, []) is None
 
 
 def test_the_text_that_was_asked_for_last_comes_first_and_the_newest_measurement_counts():
@@ -207,32 +211,32 @@ def test_all_that_continued_one_prompt_stand_under_it():
     answer = {"ok": True, "kind": "generate", "prompt": "def f(", "tokens": 8, "seed": 0, "dense_text": "x):"}
     bodies = [{**answer, "trial": name, "label": name, "compressed_text": text} for name, text in (("uniform", "a"), ("trial 3", "b"))]
     bodies.append({**bodies[0], "seed": 1, "compressed_text": "c"})
-    newest, first = prompts.prompts(bodies)
+    newest, first = continuations.prompts(bodies)
     assert (newest.seed, newest.texts) == (1, (("Uniform", "c"),))
     assert first.texts == (("Uniform", "a"), ("Trial 3", "b"))
     assert first.original == "x):"
 
 
 def test_speed_is_told_with_spread_and_protocol():
-    found = speed.speeds([speed_answer(), speed_answer("trial 3", memory=False), speed_answer()])
+    found = measured_speed.speeds([speed_answer(), speed_answer("trial 3", memory=False), speed_answer()])
     assert [each.name for each in found] == ["Uniform", "Trial 3"]
-    table = speed.speed_table(found[0])
+    table = measured_speed.speed_table(found[0])
     assert list(table["original"][:2]) == ["1,000 (900 to 1,100)", "50 (45 to 55)"]
     assert list(table["faster"]) == ["1.00 (0.90 to 1.10)", "2.00 (1.80 to 2.20)", "1.00 (0.90 to 1.10)", "0.50 of it", "0.50 of it"]
-    assert len(speed.speed_table(found[1])) == 3  # memory was not measured, nor anything counted
+    assert len(measured_speed.speed_table(found[1])) == 3  # memory was not measured, nor anything counted
     counted = {"parameters": 100, "bytes": 2048}
     body = speed_answer() | {"dense_flops": 1200, "flops": 900}
     for name, factor in (("dense", 2), ("compressed", 1)):
         body[name] |= {key: factor * value for key, value in counted.items()}
-    rows = speed.speed_table(speed.speeds([body])[0]).set_index("measure")
+    rows = measured_speed.speed_table(measured_speed.speeds([body])[0]).set_index("measure")
     assert list(rows.loc["Parameters"]) == ["200", "100", "0.50 of it"]
     assert list(rows.loc["Stored"]) == ["4.00 KiB", "2.00 KiB", "0.50 of it"]
     assert list(rows.loc["FLOPs per token, linears and head"]) == ["1,200", "900", "0.75 of it"]
-    ups = speed.speedup_table(found)
+    ups = measured_speed.speedup_table(found)
     assert list(ups["median"]) == [1.0, 2.0, 1.0] * 2
-    numbers = speed.speed_numbers(found)
+    numbers = measured_speed.speed_numbers(found)
     assert list(numbers["decode_tokens_per_second"]) == [50.0, 100.0, 50.0, 100.0]
     damaged = speed_answer()
     del damaged["decode_speedup"]
     with pytest.raises(RunError, match="decode_speedup"):
-        speed.speeds([damaged])
+        measured_speed.speeds([damaged])

@@ -10,24 +10,24 @@ import pandas as pd
 import pytest
 from synthetic import RATIO, make_run, model_json, priced_units, write_front, write_rich_study
 
-from lowrank_core.accounting import HeadUnit, Unit, budget_for_ratio, dense_parameters
 from lowrank_core.allocation import Draft, allocate
+from lowrank_core.allocation.curves import CurveRecord
 from lowrank_core.cli import parser
 from lowrank_core.cli.options import compression_of
 from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
-from lowrank_core.curves import CurveRecord
 from lowrank_core.errors import BudgetError, ConfigError, RankError, RunError
-from lowrank_core.figures.prediction import prediction_figure
-from lowrank_core.presets import PRESETS, search_by
+from lowrank_core.parameters import HeadUnit, Unit, budget_for_ratio, dense_parameters
+from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import write_json
-from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.views.allocation import loss_map, search_units
-from lowrank_core.views.draft import RowEdit, bill, dense_words, draft_rows, edited_draft, groupings, row_groups
-from lowrank_core.views.model import ModelFacts, model_facts
-from lowrank_core.views.picked import beside, picked
-from lowrank_core.views.prediction import Trust, estimate_words, measured_as, predicted_kl, trial_predictions, trust
-from lowrank_core.views.reproduction import compress_command, enqueue_command
-from lowrank_core.views.starts import Recipe, first_draft, missing_rules, rules, starts
+from lowrank_core.studies.records import TrialRecord, read_trials
+from lowrank_core.studio.manual.expected_kl import Trust, estimate_words, measured_as, predicted_kl, trial_predictions, trust
+from lowrank_core.studio.manual.expected_kl_chart import prediction_figure
+from lowrank_core.studio.manual.outcome import beside, picked
+from lowrank_core.studio.manual.rank_table import RowEdit, bill, dense_words, draft_rows, edited_draft, groupings, row_groups
+from lowrank_core.studio.manual.starting_points import Recipe, first_draft, missing_rules, rules, starts
+from lowrank_core.studio.shared.allocation_map import loss_map, search_units
+from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
+from lowrank_core.studio.shared.reproduce import compress_command, enqueue_command
 
 SEARCH = SearchConfig(RATIO, trials=12, compression=CompressionConfig(value_dense=False))
 

@@ -14,12 +14,12 @@ from lowrank_core.cli.export import export_config_of
 from lowrank_core.cli.heal import _FRACTIONS, _NUMBERS
 from lowrank_core.cli.options import source_of
 from lowrank_core.config import CompressionConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig
-from lowrank_core.healing.config import HealingConfig
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.runs import Run, recorded_run, write_json
-from lowrank_core.search.records import read_trials
-from lowrank_core.views.healed_again import heal_command, healed_again
-from lowrank_core.views.healing import healings, trial_of
-from lowrank_core.views.planned import Source, healed_source
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare.healing_commands import heal_command, healed_again
+from lowrank_core.studio.compare.healing_runs import healings, trial_of
+from lowrank_core.studio.export.export_plan import Source, healed_source
 
 USUAL = ExportConfig()
 CHANGED = {

@@ -20,10 +20,11 @@ from synthetic import (
 )
 
 from lowrank_core.errors import ModelError, RunError, TextError
-from lowrank_core.records import build
+from lowrank_core.files.records import build
 from lowrank_core.runs import write_json
-from lowrank_core.views import formatting, model, sources, text
-from lowrank_core.views.checkpoint import read_model
+from lowrank_core.studio.overview import source_checks, text_facts
+from lowrank_core.studio.overview.checkpoint import read_model
+from lowrank_core.studio.shared import formatting, model_facts
 
 
 @pytest.mark.parametrize(
@@ -67,15 +68,15 @@ def test_fractions_and_sizes_are_words():
 
 
 def test_model_facts_count_what_the_run_holds():
-    facts = model.model_facts(make_run())
+    facts = model_facts.model_facts(make_run())
     assert facts.compressible_parameters == sum(m.dense_parameters for m in matrices())
     assert facts.compressible_share == pytest.approx(facts.compressible_parameters / (facts.compressible_parameters + 128 * HIDDEN))
     assert [m.name for m in facts.matrices] == [m.name for m in matrices()]
 
 
 def test_the_module_table_adds_up_to_the_model():
-    facts = model.model_facts(make_run())
-    table = model.module_table(facts)
+    facts = model_facts.model_facts(make_run())
+    table = model_facts.module_table(facts)
     assert table["parameters"].sum() == facts.parameters
     assert table["share"].sum() == pytest.approx(1.0)
     assert list(table["type"][:7]) == ["q", "k", "v", "o", "gate", "up", "down"]
@@ -88,12 +89,12 @@ def test_a_record_without_a_key_is_a_message_that_names_it():
     del body["vocabulary"]
     write_json(run.path / "model.json", body)
     with pytest.raises(RunError, match=r"model\.json has no 'vocabulary'"):
-        model.model_facts(run)
+        model_facts.model_facts(run)
 
 
 def test_a_record_with_a_wrong_kind_of_value_is_a_message():
     with pytest.raises(RunError, match="windows holds 'many'"):
-        build(text.SplitFacts, {"name": "test", "windows": "many", "tokens": 1}, "text.json")
+        build(text_facts.SplitFacts, {"name": "test", "windows": "many", "tokens": 1}, "text.json")
 
 
 # headers of a checkpoint
@@ -135,15 +136,15 @@ def test_a_damaged_checkpoint_is_a_message(tmp_path, harm, said):
     folder = checkpoint(tmp_path / "model")
     harm(folder)
     with pytest.raises(ModelError, match=said):
-        sources.check_model(str(folder))
+        source_checks.check_model(str(folder))
 
 
 def test_references_are_told_apart(tmp_path):
-    assert sources.check_model("meta-llama/Llama-2-7b-hf") is None
-    assert sources.check_model(str(checkpoint(tmp_path / "model"))).blocks == BLOCKS
+    assert source_checks.check_model("meta-llama/Llama-2-7b-hf") is None
+    assert source_checks.check_model(str(checkpoint(tmp_path / "model"))).blocks == BLOCKS
     for wrong, said in (("", "No model"), ("two words", "neither"), (str(tmp_path / "none"), "There is no folder")):
         with pytest.raises(ModelError, match=said):
-            sources.check_model(wrong)
+            source_checks.check_model(wrong)
 
 
 def test_texts_are_checked(tmp_path):
@@ -151,8 +152,8 @@ def test_texts_are_checked(tmp_path):
     good.write_text("words")
     empty.touch()
     binary.touch()
-    assert sources.check_text(f"file:{good}") == f"file:{good}"
-    assert sources.check_text("c4") == "c4"
+    assert source_checks.check_text(f"file:{good}") == f"file:{good}"
+    assert source_checks.check_text("c4") == "c4"
     for wrong, said in (
         ("lambada", "Unknown"),
         ("file:", "No file"),
@@ -161,4 +162,4 @@ def test_texts_are_checked(tmp_path):
         ("ptb:/none", "no folder"),
     ):
         with pytest.raises(TextError, match=said):
-            sources.check_text(wrong)
+            source_checks.check_text(wrong)

@@ -22,17 +22,20 @@ from synthetic import (
     write_front,
 )
 
-from lowrank_core.accounting import HeadUnit, MatrixShape, Unit
 from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import RunError
+from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 from lowrank_core.runs import write_json
-from lowrank_core.search.records import TrialRecord, read_trials
-from lowrank_core.spectra import LayerSpectrum, retained_energy
-from lowrank_core.views import calibration, choices, density, energy, metrics, spectrum
-from lowrank_core.views.allocation import allocation_map, allocation_of
-from lowrank_core.views.directions import direction_facts, direction_failure
-from lowrank_core.views.protocol import spectra_protocol, trial_protocol
+from lowrank_core.spectra.spectrum import LayerSpectrum, retained_energy
+from lowrank_core.studies.records import TrialRecord, read_trials
+from lowrank_core.studio.energy import energy_table
+from lowrank_core.studio.overview import calibration_quality
+from lowrank_core.studio.shared import module_choices
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of
+from lowrank_core.studio.shared.protocol import spectra_protocol, trial_protocol
+from lowrank_core.studio.spectra import density, map_metrics, spectrum_table
+from lowrank_core.studio.spectra.top_directions import direction_facts, direction_failure
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -53,17 +56,17 @@ def trial(number: int, ranks: dict[str, int | None], **changes: object) -> Trial
 def test_equal_energies_give_their_number_in_every_rank_metric():
     flat = of_values(np.concatenate([np.full(20, 3.0), np.zeros(12)]), 32, 40)
     for name, expected in (("effective_rank", 20), ("stable_rank", 20), ("participation_ratio", 20), ("rank_90", 18), ("rank_95", 19)):
-        assert spectrum.atlas_table([flat], name)["weights"][0] == pytest.approx(expected), name
+        assert spectrum_table.atlas_table([flat], name)["weights"][0] == pytest.approx(expected), name
 
 
 def test_the_atlas_counts_the_outliers_of_weights_alone():
     noise = np.random.default_rng(0).standard_normal((120, 160))
     spiked = noise + 6 * np.outer(np.ones(120), np.ones(160)) / 12
     found = [of_values(np.linalg.svd(weight, compute_uv=False), 120, 160) for weight in (noise, spiked)]
-    table = spectrum.atlas_table(found, "outliers")
+    table = spectrum_table.atlas_table(found, "outliers")
     assert list(table["weights"]) == [0, 1]
     assert "features" not in table
-    view = spectrum.atlas(found, "outliers", "weights", relative=False)
+    view = spectrum_table.atlas(found, "outliers", "weights", relative=False)
     assert list(view.frame["label"]) == [
         "0 of 120 singular values beyond the bulk",
         "1 of 120 singular values beyond the bulk",
@@ -73,7 +76,7 @@ def test_the_atlas_counts_the_outliers_of_weights_alone():
 def test_an_exponent_says_the_range_it_was_fitted_to_and_is_a_gap_where_there_is_none():
     tail = np.sqrt(np.sort(np.random.default_rng(1).pareto(1.5, 200) + 1)[::-1])
     found = [of_values(tail, 200, 200), of_values(np.ones(24), 24, 24)]
-    view = spectrum.atlas(found, "alpha", "weights", relative=True)  # α is no rank: never relative
+    view = spectrum_table.atlas(found, "alpha", "weights", relative=True)  # α is no rank: never relative
     fit = found[0].weight_tail
     assert fit is not None
     assert view.frame["value"][0] == pytest.approx(fit.alpha)
@@ -86,24 +89,24 @@ def test_an_exponent_says_the_range_it_was_fitted_to_and_is_a_gap_where_there_is
 
 def test_a_matrix_of_zeros_is_a_gap_in_every_metric():
     dead = of_values(np.zeros(24), 24, 24)
-    for name in metrics.offered(choices.RunFacts()):
-        for source in metrics.METRICS[name].sources:
-            assert math.isnan(spectrum.atlas([dead], name, source, relative=True).frame["value"][0]), (name, source)
+    for name in map_metrics.offered(module_choices.RunFacts()):
+        for source in map_metrics.METRICS[name].sources:
+            assert math.isnan(spectrum_table.atlas([dead], name, source, relative=True).frame["value"][0]), (name, source)
 
 
 def test_what_a_trial_keeps_is_offered_only_where_there_is_a_trial():
-    assert "kept" not in metrics.offered(choices.RunFacts())
+    assert "kept" not in map_metrics.offered(module_choices.RunFacts())
     run, units = make_run(), priced_units()
-    chosen = choices.chosen_trial(read_trials(run), run.config.search, None)
+    chosen = module_choices.chosen_trial(read_trials(run), run.config.search, None)
     assert chosen is not None
     assert chosen.number == 3
-    facts = choices.facts_of_trial(chosen, units)
-    assert "kept" in metrics.offered(facts)
-    view = spectrum.atlas(spectra(), "kept", "", relative=True, facts=facts)
+    facts = module_choices.facts_of_trial(chosen, units)
+    assert "kept" in map_metrics.offered(facts)
+    view = spectrum_table.atlas(spectra(), "kept", "", relative=True, facts=facts)
     expected = allocation_map(allocation_of(chosen, units), units).frame
     assert list(view.frame["value"]) == pytest.approx(list(expected["value"]))
     assert view.percent
-    table = spectrum.atlas_table(spectra(), "kept", facts)
+    table = spectrum_table.atlas_table(spectra(), "kept", facts)
     assert list(table["value"]) == list(view.frame["value"])
     assert "value_relative" not in table
 
@@ -111,10 +114,10 @@ def test_what_a_trial_keeps_is_offered_only_where_there_is_a_trial():
 def test_the_users_trial_comes_before_the_best_and_a_range_of_ratios_has_no_best():
     trials = [trial(0, {"a": 1}, value=0.2), trial(1, {"a": 2}), trial(2, {})]
     search = SearchConfig(0.3)
-    assert choices.chosen_trial(trials, search, None) == trials[0]
-    assert choices.chosen_trial(trials, search, 1) == trials[1]
-    assert choices.chosen_trial(trials, search, 2) == trials[0]  # it has no ranks yet
-    assert choices.chosen_trial(trials, SearchConfig(0.2, most_ratio=0.6), None) is None
+    assert module_choices.chosen_trial(trials, search, None) == trials[0]
+    assert module_choices.chosen_trial(trials, search, 1) == trials[1]
+    assert module_choices.chosen_trial(trials, search, 2) == trials[0]  # it has no ranks yet
+    assert module_choices.chosen_trial(trials, SearchConfig(0.2, most_ratio=0.6), None) is None
 
 
 def test_ranks_of_stacks_and_heads_are_those_of_each_matrix():
@@ -122,7 +125,7 @@ def test_ranks_of_stacks_and_heads_are_those_of_each_matrix():
     v, o = MatrixShape("l.0.v", "v", 0, 12, 24), MatrixShape("l.0.o", "o", 0, 24, 24)
     units = [Unit((q, k)), HeadUnit((v, o), heads=4, groups=2, head_dim=6)]
     ranks = {"l.0.q+l.0.k": 14, "l.0.v+l.0.o": 3}
-    found = choices.facts_of_trial(trial(7, dict(allocation_from_ranks("x", units, ranks).ranks)), units).choices
+    found = module_choices.facts_of_trial(trial(7, dict(allocation_from_ranks("x", units, ranks).ranks)), units).choices
     assert {name: choice.rank for name, choice in found.items()} == {"l.0.q": 14, "l.0.k": 12, "l.0.v": 6, "l.0.o": 12}
     assert "by heads" in found["l.0.v"].words
 
@@ -132,29 +135,29 @@ def test_ranks_of_stacks_and_heads_are_those_of_each_matrix():
 
 def test_the_break_even_ranks_are_where_factors_begin_to_cost_more():
     shape = MatrixShape("a", "a", 0, 30, 50)
-    marks = {mark.label: mark.rank for mark in spectrum.rank_marks(shape)}
+    marks = {mark.label: mark.rank for mark in spectrum_table.rank_marks(shape)}
     plain, pivoted = marks["break-even rank"], marks["pivoted break-even rank"]
     assert plain * (30 + 50) < 30 * 50 <= (plain + 1) * (30 + 50)
     assert pivoted * (80 - pivoted) + pivoted < 1500
     assert (pivoted + 1) * (80 - pivoted - 1) + pivoted + 1 >= 1500 or pivoted + 1 > 30
-    facts = choices.RunFacts("Trial 7", {"a": choices.Choice(0.4, 9, "rank 9, 40 % kept")})
-    assert spectrum.rank_marks(shape, facts)[0] == spectrum.RankMark(9, "Trial 7: rank")
-    dense = choices.RunFacts("Trial 7", {"a": choices.Choice(1.0, None, "dense")})
-    assert len(spectrum.rank_marks(shape, dense)) == 2
+    facts = module_choices.RunFacts("Trial 7", {"a": module_choices.Choice(0.4, 9, "rank 9, 40 % kept")})
+    assert spectrum_table.rank_marks(shape, facts)[0] == spectrum_table.RankMark(9, "Trial 7: rank")
+    dense = module_choices.RunFacts("Trial 7", {"a": module_choices.Choice(1.0, None, "dense")})
+    assert len(spectrum_table.rank_marks(shape, dense)) == 2
 
 
 def test_the_scree_shows_chance_on_the_scale_of_the_weights():
     layer = spectra()[0]
-    curves = spectrum.scree_curves(layer)
+    curves = spectrum_table.scree_curves(layer)
     first = layer.weight_singular_values[0]
     assert curves.shuffled is not None
     assert curves.shuffled[2] == pytest.approx(layer.shuffled_singular_values[2] / first)
     spread = math.sqrt((layer.weight_singular_values**2).sum() / HIDDEN**2)
     assert curves.bulk_edge == pytest.approx(spread * 2 * math.sqrt(HIDDEN) / first)
-    assert list(spectrum.scree_table(curves)) == ["rank", "weights", "features", "shuffled_weights", "bulk_edge"]
-    old = spectrum.scree_curves(replace(layer, shuffled_singular_values=None))
+    assert list(spectrum_table.scree_table(curves)) == ["rank", "weights", "features", "shuffled_weights", "bulk_edge"]
+    old = spectrum_table.scree_curves(replace(layer, shuffled_singular_values=None))
     assert old.shuffled is None
-    assert "shuffled_weights" not in spectrum.scree_table(old)
+    assert "shuffled_weights" not in spectrum_table.scree_table(old)
 
 
 @pytest.mark.parametrize("source", ["weights", "features"])
@@ -163,7 +166,7 @@ def test_a_density_integrates_to_all_eigenvalues(source):
     found = density.density(layer, source)
     widths = np.diff(np.log10(found.edges))
     assert (found.shares * widths).sum() + found.below == pytest.approx(1)
-    energies = metrics.energies_of(layer, source)
+    energies = map_metrics.energies_of(layer, source)
     assert found.edges[-1] == pytest.approx(energies.max() / energies.mean())
     assert len(found.edges) <= 100
 
@@ -209,7 +212,7 @@ def test_directions_that_failed_are_told_until_they_are_there():
 
 def test_the_band_of_a_type_is_the_quartiles_over_its_modules():
     found = spectra()
-    band = energy.energy_band(found, "q_proj")
+    band = energy_table.energy_band(found, "q_proj")
     assert len(band) == 200
     alike = [s for s in found if s.shape.kind == "q_proj"]
     row = band[(band["source"] == "features") & np.isclose(band["rank_share"], 0.25)].iloc[0]
@@ -230,19 +233,19 @@ def test_the_loss_beside_an_energy_is_the_nearest_that_was_measured():
         trial(4, {}, state="pruned", compression_ratio=0.5),
         trial(5, {}, state="running", compression_ratio=None),
     ]
-    found = energy.measured_loss(trials, 0.55)
+    found = energy_table.measured_loss(trials, 0.55)
     assert found.kept == pytest.approx(0.598)
     assert list(found.frame["name"]) == ["Trial 1", "Uniform (trial 0)"]  # of the sampled ones the best
     assert "keep 55.0 % of the module's parameters" in found.sentence()
     assert "4.80 points away" in found.sentence()
-    assert energy.measured_loss(trials, 1.4).asked == 1.0
-    assert list(energy.measured_loss(trials, 0.9).frame["kl"]) == [0.1]
-    assert energy.measured_loss(trials[4:], 0.5) is None
+    assert energy_table.measured_loss(trials, 1.4).asked == 1.0
+    assert list(energy_table.measured_loss(trials, 0.9).frame["kl"]) == [0.1]
+    assert energy_table.measured_loss(trials[4:], 0.5) is None
 
 
 def test_over_a_range_of_ratios_the_loss_follows_the_rank():
     trials = read_trials(make_run(config=SearchConfig(0.2, most_ratio=0.6), study=write_front))
-    near = [energy.measured_loss(trials, kept).frame["kl"].min() for kept in (0.8, 0.4)]
+    near = [energy_table.measured_loss(trials, kept).frame["kl"].min() for kept in (0.8, 0.4)]
     assert near[0] < near[1]
 
 
@@ -251,8 +254,8 @@ def test_over_a_range_of_ratios_the_loss_follows_the_rank():
 
 def test_inputs_stand_where_their_readers_are_with_their_condition_damped():
     found = spectra()
-    facts = calibration.calibration_facts(make_run())
-    table = calibration.input_table(facts, found, damping=0.01).set_index("input")
+    facts = calibration_quality.calibration_facts(make_run())
+    table = calibration_quality.input_table(facts, found, damping=0.01).set_index("input")
     assert len(table) == 4 * BLOCKS
     assert table.loc["1.attn", "kind"] == "q, k, v"
     assert table.loc["2.down", "depth"] == 2
@@ -260,13 +263,13 @@ def test_inputs_stand_where_their_readers_are_with_their_condition_damped():
     added = 0.01 * values.mean()
     assert table.loc["0.attn", "damped_condition"] == pytest.approx((values[0] + added) / (values[-1] + added))
     assert not table["thin"].any()
-    assert calibration.input_table(facts, found)["damped_condition"].isna().all()
+    assert calibration_quality.input_table(facts, found)["damped_condition"].isna().all()
 
 
 def test_thin_inputs_are_marked():
     run = make_run()
     write_json(run.path / "calibration.json", calibration_json(tokens=7 * FFN))
-    table = calibration.input_table(calibration.calibration_facts(run), spectra())
+    table = calibration_quality.input_table(calibration_quality.calibration_facts(run), spectra())
     assert set(table.loc[table["thin"], "kind"]) == {"down"}
 
 
@@ -275,10 +278,10 @@ def test_the_quality_map_can_be_picked_from_and_has_gaps():
     body = calibration_json()
     body["inputs"][0]["condition"] = None
     write_json(run.path / "calibration.json", body)
-    facts = calibration.calibration_facts(run)
-    table = calibration.input_table(facts, spectra())
+    facts = calibration_quality.calibration_facts(run)
+    table = calibration_quality.input_table(facts, spectra())
     chosen = matrices()[1].name  # k of block 0 reads the first input
-    view = calibration.quality_map(facts, table, "condition", chosen)
+    view = calibration_quality.quality_map(facts, table, "condition", chosen)
     assert view.frame["module"][0] == chosen
     assert math.isnan(view.frame["value"][0])
     assert view.frame["label"][0] == "– not finite"

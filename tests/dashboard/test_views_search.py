@@ -23,20 +23,22 @@ from synthetic import (
     write_rich_study,
 )
 
-from lowrank_core.accounting import HeadUnit, Unit, allocated_parameters, budget_for_ratio
 from lowrank_core.allocation import allocation_from_ranks
+from lowrank_core.allocation.units import plan_units
 from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import BudgetError, ConfigError
-from lowrank_core.jobs import answers
-from lowrank_core.presets import PRESETS, search_by
-from lowrank_core.search.records import read_trials
-from lowrank_core.units import plan_units
-from lowrank_core.views import allocation, compare, plan, runs, search
-from lowrank_core.views.formatting import short_duration
-from lowrank_core.views.front import front, front_table
-from lowrank_core.views.trials import KINDS, kind_of, ratio_words, state_words, trial_label, trial_note, unit_label
-from lowrank_core.views.windows import window_losses
-from lowrank_core.views.workers import living_workers, worker_table
+from lowrank_core.parameters import HeadUnit, Unit, allocated_parameters, budget_for_ratio
+from lowrank_core.presets.recipes import PRESETS, search_by
+from lowrank_core.runs.client import answers
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare import comparison as compare
+from lowrank_core.studio.search import history, search_plan
+from lowrank_core.studio.search.pareto import front, front_table
+from lowrank_core.studio.search.trial_windows import window_losses
+from lowrank_core.studio.search.worker_list import living_workers, worker_table
+from lowrank_core.studio.shared import allocation_map, run_list
+from lowrank_core.studio.shared.formatting import short_duration
+from lowrank_core.studio.shared.trial_names import KINDS, kind_of, ratio_words, state_words, trial_label, trial_note, unit_label
 
 SEARCH = SearchConfig(RATIO, trials=12, pruner="wilcoxon")
 RANGE = SearchConfig(0.2, most_ratio=0.6, trials=9)
@@ -86,7 +88,7 @@ def test_what_became_of_a_trial_is_said_in_words(rich):
 
 
 def test_stopped_trials_count_and_hand_picked_ones_come_on_top(rich):
-    now = search.progress(rich, SEARCH)
+    now = history.progress(rich, SEARCH)
     assert (now.complete, now.wanted, now.counts.pruned, now.counts.outside, now.counts.manual) == (
         5,
         12,
@@ -99,16 +101,16 @@ def test_stopped_trials_count_and_hand_picked_ones_come_on_top(rich):
 
 
 def test_a_stopped_trial_stands_at_the_loss_it_showed(rich):
-    view = search.history(rich, "kl")
+    view = history.history(rich, "kl")
     assert view.trials["partial"][4] == pytest.approx(sum(rich[4].windows.values()) / 6)
     assert view.trials["partial"].notna().sum() == 1
     assert view.trials["best"][4:].eq(0.33).all()
-    assert search.history(rich, "bolaco").trials["partial"].isna().all()
+    assert history.history(rich, "bolaco").trials["partial"].isna().all()
     assert list(view.baselines) == ["Uniform", "LoRD, fixed by hand", "Marginal (equal slopes)"]
 
 
 def test_the_trial_table_names_kind_worker_and_start(rich):
-    table = search.trial_table(rich, SEARCH)
+    table = history.trial_table(rich, SEARCH)
     assert list(table["kind"][[2, 3, 5]]) == ["Marginal (equal slopes)", "sampled ★ best", "By hand"]
     assert list(table["state"][[4, 6]]) == ["stopped early", "outside budget"]
     assert table["worker"][0] == "elsewhere:77"
@@ -116,13 +118,13 @@ def test_the_trial_table_names_kind_worker_and_start(rich):
 
 
 def test_variables_are_headed_by_what_they_mean(rich, ranged):
-    assert search.search_variables(rich, SEARCH)[0].label == "Kept of q, k"
-    assert "before all are scaled" in search.search_variables(rich, SEARCH)[0].meaning
-    assert "not scaled" in search.search_variables(rich, replace(SEARCH, projected=False))[0].meaning
-    assert search.search_variables(rich, replace(SEARCH, variables="errors"))[1].label == "Weight of o"
-    assert [v.label for v in search.search_variables(ranged, RANGE)] == ["Kept of q, k", "Ratio asked for"]
+    assert history.search_variables(rich, SEARCH)[0].label == "Kept of q, k"
+    assert "before all are scaled" in history.search_variables(rich, SEARCH)[0].meaning
+    assert "not scaled" in history.search_variables(rich, replace(SEARCH, projected=False))[0].meaning
+    assert history.search_variables(rich, replace(SEARCH, variables="errors"))[1].label == "Weight of o"
+    assert [v.label for v in history.search_variables(ranged, RANGE)] == ["Kept of q, k", "Ratio asked for"]
     layer = replace(rich[3], params={"model.layers.1.mlp.up_proj": 0.5, "gate 0-3": 0.4})
-    assert [v.label for v in search.search_variables([layer], SEARCH)] == ["Kept of 1 · up", "Kept of gate 0-3"]
+    assert [v.label for v in history.search_variables([layer], SEARCH)] == ["Kept of 1 · up", "Kept of gate 0-3"]
 
 
 def test_units_are_called_by_block_and_type():
@@ -144,25 +146,25 @@ def rows(*values: float, partial: float = math.nan) -> pd.DataFrame:
 
 
 def test_the_better_half_leaves_out_what_is_worse_than_the_median_and_keeps_the_best_baseline():
-    view = search.History("KL", rows(9.0, 3.0, 1.0, 1.1, 1.2, math.nan), {"Uniform": 9.0, "Marginal": 3.0})
-    found = search.better_half(view)
+    view = history.History("KL", rows(9.0, 3.0, 1.0, 1.1, 1.2, math.nan), {"Uniform": 9.0, "Marginal": 3.0})
+    found = history.better_half(view)
     assert list(found.trials["number"]) == [1, 2, 3, 4, 5]  # up to the best baseline, and the one without a value
     assert found.baselines == {"Marginal": 3.0}
-    found = search.better_half(replace(view, baselines={"Uniform": 9.0, "Marginal": 1.0}))
+    found = history.better_half(replace(view, baselines={"Uniform": 9.0, "Marginal": 1.0}))
     assert list(found.trials["number"]) == [2, 3, 4, 5]
     assert found.objective == view.objective
 
 
 def test_a_trial_that_was_stopped_early_stands_in_the_half_of_what_it_saw():
-    view = search.History("KL", rows(1.0, 2.0, 3.0, math.nan, partial=9.0), {})
-    assert list(search.better_half(view).trials["number"]) == [0, 1]
-    view = search.History("KL", rows(1.0, 2.0, 3.0, math.nan, partial=0.5), {})
-    assert list(search.better_half(view).trials["number"]) == [0, 3]
+    view = history.History("KL", rows(1.0, 2.0, 3.0, math.nan, partial=9.0), {})
+    assert list(history.better_half(view).trials["number"]) == [0, 1]
+    view = history.History("KL", rows(1.0, 2.0, 3.0, math.nan, partial=0.5), {})
+    assert list(history.better_half(view).trials["number"]) == [0, 3]
 
 
 def test_before_any_trial_is_measured_nothing_is_left_out():
-    view = search.History("KL", rows(math.nan, math.nan), {})
-    assert len(search.better_half(view).trials) == 2
+    view = history.History("KL", rows(math.nan, math.nan), {})
+    assert len(history.better_half(view).trials) == 2
 
 
 # windows
@@ -221,52 +223,52 @@ def test_the_front_leaves_out_what_is_beaten(ranged):
 
 
 def test_a_range_has_no_best_trial(ranged):
-    assert search.progress(ranged, RANGE).best is None
-    marks = search.trial_table(ranged, RANGE)["kind"]
+    assert history.progress(ranged, RANGE).best is None
+    marks = history.trial_table(ranged, RANGE)["kind"]
     assert [number for number, kind in enumerate(marks) if kind.endswith("★ front")] == [0, 1, 3, 4]
     assert ratio_words(RANGE) == "20% to 60%"
     run = make_run(config=RANGE, study=write_front)
-    assert runs.run_table([run])["best"].isna().all()
-    assert runs.run_table([run])["ratio"][0] == "20% to 60%"
+    assert run_list.run_table([run])["best"].isna().all()
+    assert run_list.run_table([run])["ratio"][0] == "20% to 60%"
 
 
 # plans
 
 
 def test_a_plan_counts_both_ends_of_a_range_and_the_variables():
-    found = plan.check_budget(RunConfig(search=replace(RANGE, compression=CompressionConfig(value_dense=False))), matrices())
+    found = search_plan.check_budget(RunConfig(search=replace(RANGE, compression=CompressionConfig(value_dense=False))), matrices())
     assert (found.allowed, found.least) == (budget_for_ratio(priced_units(), 0.2), budget_for_ratio(priced_units(), 0.6))
     assert found.variables[-1] == "compression_ratio"
 
 
 @pytest.mark.parametrize("preset", ["studio", "bolaco"])
 def test_recipes_can_be_planned(preset):
-    found = plan.check_budget(RunConfig(search=search_by(PRESETS[preset], RATIO)), matrices(), heads())
+    found = search_plan.check_budget(RunConfig(search=search_by(PRESETS[preset], RATIO)), matrices(), heads())
     assert found.dense == sum(m.dense_parameters for m in matrices())
     assert found.variables
 
 
 def test_the_largest_ratio_of_a_range_must_be_met_too():
     with pytest.raises(BudgetError, match="can't be met"):
-        plan.check_budget(RunConfig(search=replace(RANGE, most_ratio=0.95)), matrices())
+        search_plan.check_budget(RunConfig(search=replace(RANGE, most_ratio=0.95)), matrices())
 
 
 def test_what_the_sampler_can_not_take_is_told_before_the_start():
     wide = SearchConfig(RATIO, space="per-layer", compression=CompressionConfig(value_dense=False))
     many = [replace(m, name=f"{m.name}.{copy}") for m in matrices() for copy in range(2)]
     with pytest.raises(ConfigError, match="variables here"):
-        plan.check_budget(RunConfig(search=wide), many)
+        search_plan.check_budget(RunConfig(search=wide), many)
     with pytest.raises(ConfigError, match=f"{BLOCKS} blocks"):
-        plan.check_budget(RunConfig(search=replace(wide, space="types x 9")), matrices())
+        search_plan.check_budget(RunConfig(search=replace(wide, space="types x 9")), matrices())
 
 
 def test_time_is_estimated_from_earlier_trials_of_the_same_model():
     config = RunConfig(text=TextConfig(context=63, validation_windows=4), search=SearchConfig(RATIO, trials=10))
-    assert plan.time_estimate(config) is None
+    assert search_plan.time_estimate(config) is None
     make_run(config=SEARCH, study=write_rich_study)
-    assert plan.time_estimate(config).trials == pytest.approx(10 * 2.0 / 124 * 4 * 62)
-    assert plan.time_estimate(replace(config, model=replace(config.model, reference="other/model"))) is None
-    assert plan.time_estimate(replace(config, search=None)) is None
+    assert search_plan.time_estimate(config).trials == pytest.approx(10 * 2.0 / 124 * 4 * 62)
+    assert search_plan.time_estimate(replace(config, model=replace(config.model, reference="other/model"))) is None
+    assert search_plan.time_estimate(replace(config, search=None)) is None
 
 
 # alternatives, and allocations by hand
@@ -288,7 +290,7 @@ def test_the_map_draws_each_matrix_once_whatever_unit_holds_it():
     pair = next(unit for unit in units if isinstance(unit, HeadUnit))
     stack = next(unit for unit in units if unit.kind == "gate_proj+up_proj")
     found = allocation_from_ranks("manual", units, {pair.name: 4, stack.name: 5})
-    frame = allocation.allocation_map(found, units).frame.set_index("module")
+    frame = allocation_map.allocation_map(found, units).frame.set_index("module")
     assert len(frame) == len(matrices())
     spent = sum(frame.loc[m.name, "value"] * m.dense_parameters for m in matrices())
     assert spent == pytest.approx(allocated_parameters(units, found.ranks))
@@ -299,7 +301,7 @@ def test_the_map_draws_each_matrix_once_whatever_unit_holds_it():
 
 def test_a_table_of_ranks_has_a_row_for_each_unit():
     units = priced_units()
-    table = allocation.rank_table(allocation_from_ranks("manual", units, {units[0].name: 5}, locked=[units[0].name]), units)
+    table = allocation_map.rank_table(allocation_from_ranks("manual", units, {units[0].name: 5}, locked=[units[0].name]), units)
     assert table["rank"].isna().sum() == len(units) - 1
     assert table.iloc[0].to_dict() == {"layer": "0 · q", "rank": 5, "most": units[0].break_even_rank, "locked": True}
 

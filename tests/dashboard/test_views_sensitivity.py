@@ -13,15 +13,15 @@ from synthetic import make_run, matrices, spectra, write_sensitivity
 
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import RunError
-from lowrank_core.figures.layermap import map_figure
-from lowrank_core.figures.sensitivity import depth_figure, scatter_figure, types_figure
-from lowrank_core.presets import preset_named
+from lowrank_core.presets.recipes import preset_named
 from lowrank_core.runs import Run
 from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.sensitivity.records import SensitivityRecord, append_cell, read_records, record_path
-from lowrank_core.views import sensitivity as views
-from lowrank_core.views.energy import energy_at_rank
-from lowrank_core.views.sensitivity_plan import plan_of, usual_compression
+from lowrank_core.studio.energy.energy_table import energy_at_rank
+from lowrank_core.studio.sensitivity import sensitivity_table as views
+from lowrank_core.studio.sensitivity.sensitivity_chart import depth_figure, scatter_figure, types_figure
+from lowrank_core.studio.sensitivity.sensitivity_plan import plan_of, usual_compression
+from lowrank_core.studio.shared.layer_map_chart import map_figure
 
 TYPES, MODULES = 7, len(matrices())
 UP = "model.layers.1.mlp.up_proj"

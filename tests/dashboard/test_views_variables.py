@@ -14,21 +14,21 @@ import pytest
 from PIL import Image
 from synthetic import RATIO, VARIABLES, make_run, model_json, write_front, write_long_study, write_rich_study
 
-from lowrank_core.accounting import MatrixShape
 from lowrank_core.config import RunConfig, SearchConfig
-from lowrank_core.figures.fingerprint import fingerprint_chart, importance_chart
-from lowrank_core.figures.search import history_chart
-from lowrank_core.figures.thumbnail import BLANK, thumbnail
-from lowrank_core.figures.timeline import timeline_chart
+from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import write_json
-from lowrank_core.search.records import TrialRecord, read_frozen, read_trials
-from lowrank_core.search.variables import Importances, VariableRange, importances, read_importances, read_ranges
-from lowrank_core.views import plan
-from lowrank_core.views.fingerprint import fingerprint, importance_table, missing_words
-from lowrank_core.views.layermap import layer_map
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.search import history
-from lowrank_core.views.timeline import timeline
+from lowrank_core.studies.records import TrialRecord, read_frozen, read_trials
+from lowrank_core.studies.variables import Importances, VariableRange, importances, read_importances, read_ranges
+from lowrank_core.studio.search import search_plan
+from lowrank_core.studio.search.history import history
+from lowrank_core.studio.search.history_chart import history_chart
+from lowrank_core.studio.search.parallel_coordinates import fingerprint, importance_table, missing_words
+from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint_chart, importance_chart
+from lowrank_core.studio.search.timeline import timeline
+from lowrank_core.studio.search.timeline_chart import timeline_chart
+from lowrank_core.studio.shared.layer_map import layer_map
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.thumbnail_chart import BLANK, thumbnail
 
 SEARCH = SearchConfig(RATIO, trials=20)
 
@@ -153,35 +153,35 @@ def test_the_nearest_run_tells_the_time(monkeypatch):
         measured.add_event("stage", name=name, seconds=seconds)
     config = replace(measured.config, search=SearchConfig(0.4, trials=10))
     tokens = config.text.validation_windows * (config.text.context - 1)
-    found = plan.time_estimate(config)
+    found = search_plan.time_estimate(config)
     assert found.trials == pytest.approx(2.0 / 124 * tokens * 10)
     assert found.before == 4.0  # its calibration is kept
     anew = replace(config, calibration=replace(config.calibration, group_size=16))
-    assert plan.time_estimate(anew).before == 7.0  # not the time of a second worker, which found it there
+    assert search_plan.time_estimate(anew).before == 7.0  # not the time of a second worker, which found it there
     assert found.basis == "trials of the same model, text and windows"
     longer = replace(config, text=replace(config.text, validation_windows=48))
-    assert plan.time_estimate(longer).trials == pytest.approx(2 * found.trials)
-    assert plan.time_estimate(longer).basis == "trials of the same model, scaled by tokens"
+    assert search_plan.time_estimate(longer).trials == pytest.approx(2 * found.trials)
+    assert search_plan.time_estimate(longer).basis == "trials of the same model, scaled by tokens"
     other = replace(config, model=replace(config.model, reference="other/model"))
-    assert plan.time_estimate(other) is None
+    assert search_plan.time_estimate(other) is None
     write_json(measured.path / "model.json", model_json())
     twice = replace(model_facts(measured), parameters=2 * model_facts(measured).parameters)
-    scaled = plan.time_estimate(other, twice)
+    scaled = search_plan.time_estimate(other, twice)
     assert scaled.trials == pytest.approx(2 * found.trials)
     assert scaled.before is None
     assert scaled.basis == "trials of another model, scaled by tokens and parameters"
-    assert plan.time_estimate(RunConfig()) is None
+    assert search_plan.time_estimate(RunConfig()) is None
 
 
 def test_a_run_that_was_shipped_is_gone_by_last_and_it_is_said(tmp_path, monkeypatch):
     shipped = make_run(path=tmp_path / "recorded-run", config=SEARCH, study=write_rich_study)
     shipped.add_event("stage", name="Calibrating", seconds=3.0)
     write_json(shipped.path / "run.json", {**shipped.record, "recorded": True})
-    monkeypatch.setattr("lowrank_core.views.runs.recorded_run", lambda: shipped)
-    assert plan.time_estimate(shipped.config).basis == "trials of the same model, text and windows, on another machine"
-    assert plan.time_estimate(shipped.config).before == 3.0  # what another machine keeps is not here
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: shipped)
+    assert search_plan.time_estimate(shipped.config).basis == "trials of the same model, text and windows, on another machine"
+    assert search_plan.time_estimate(shipped.config).before == 3.0  # what another machine keeps is not here
     make_run(config=SEARCH, study=write_rich_study)
-    assert "another machine" not in plan.time_estimate(shipped.config).basis
+    assert "another machine" not in search_plan.time_estimate(shipped.config).basis
 
 
 # the picture of an allocation

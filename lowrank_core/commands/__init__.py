@@ -1,0 +1,1 @@
+"""What each command of ``lowrank`` does; ``cli`` parses and prints."""

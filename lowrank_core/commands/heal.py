@@ -1,0 +1,107 @@
+"""What ``lowrank heal`` does: train a compressed folder, write it as a new one, and measure both on test text."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from lowrank_core.commands.shared import progress_line
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.config import ExportConfig, ModelSource, TextConfig
+from lowrank_core.config.healing import HealingConfig
+from lowrank_core.evaluation import EvaluationReport, evaluate
+from lowrank_core.export import HeldOut, check_free, healed_model, write_healed
+from lowrank_core.export.manifest import read_manifest, report_of
+from lowrank_core.models import load_model
+from lowrank_core.models.loading import resolve_reference
+from lowrank_core.runs.healing_records import HealingReport, read_history
+from lowrank_core.text import load_windows
+from lowrank_core.wording import fixed
+
+__all__ = ["HealRequest", "heal_folder"]
+
+Result = dict[str, object]
+
+
+@dataclass(frozen=True)
+class HealRequest:
+    """What `lowrank heal` was asked for.
+
+    Attributes:
+        out: new folder of the healed model.
+        against: the dense model; None takes the one that the folder says it was made from.
+        export: how the folder is written; command: for its model card.
+    """
+
+    healing: HealingConfig
+    out: Path
+    against: str | None = None
+    export: ExportConfig = field(default_factory=ExportConfig)
+    command: str = ""
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where a healing that was killed left its state."""
+        return self.out.absolute().with_name(f".{self.out.name}.healing")
+
+
+def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> Result:
+    """Train the factors of a compressed folder on the calibration split, choose on validation, measure on test, and write.
+
+    The same command goes on where it was killed.
+
+    Raises:
+        LowRankError: bad input; see ``heal`` and ``export``.
+    """
+    check_free(request.out)
+    manifest = read_manifest(Path(resolve_reference(source.reference)))
+    counts = report_of(manifest)
+    compressed = CompressedModel(load_model(source), counts)
+    dense = load_model(replace(source, reference=request.against or manifest.made_from))
+    config, tokenizer = request.healing, compressed.handle.tokenizer
+    validation = load_windows(text, tokenizer, "validation", count=text.validation_windows)
+    test = load_windows(text, tokenizer, "test", count=text.test_windows)
+    begun = read_history(request.checkpoint)
+    if begun:
+        print(f"going on after step {begun[-1].step} of {config.steps}", file=sys.stderr)
+    healed = healed_model(compressed, dense, (text, validation), config, folder=request.checkpoint, progress=progress_line("Healing"))
+    model, report = healed
+    before = evaluate(compressed.handle, test, against=dense, progress=progress_line("Measuring one-shot"))
+    after = evaluate(model.handle, test, against=dense, progress=progress_line("Measuring healed"))
+    provenance = {**manifest.provenance, "command": request.command}
+    write_healed(healed, request.out, (before, after), provenance=provenance, test=HeldOut(text, test), config=request.export)
+    _forget(request.checkpoint)
+    return {
+        "out": str(request.out),
+        "healing": asdict(report),
+        "one_shot": before.to_mapping(),
+        "healed": after.to_mapping(),
+        "text": _told(report, before, after, request.out),
+    }
+
+
+def _forget(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def _told(report: HealingReport, before: EvaluationReport, after: EvaluationReport, out: Path) -> str:
+    assert before.dense_perplexity is not None
+    lost = before.perplexity - before.dense_perplexity
+    recovered = f", {1 - (after.perplexity - before.dense_perplexity) / lost:.0%} of what one shot lost recovered" if lost > 0 else ""
+    kept = f"step {report.best_step} kept" if report.best_step else "no step was better than the start: the model is as it was"
+    ends = {"steps": "all steps taken", "patience": "validation stopped improving", "diverged": "stopped: a loss was not finite"}
+    return "\n".join(
+        [
+            f"perplexity  dense {before.dense_perplexity:.3f}  one-shot {before.perplexity:.3f}  healed {after.perplexity:.3f}{recovered}",
+            f"KL          one-shot {fixed(before.kl or 0.0, 5)}  healed {fixed(after.kl or 0.0, 5)} nats per token",
+            *(f"warning: {warning}" for warning in before.warnings),
+            before.protocol,
+            f"{report.label}: {report.steps} steps, {report.tokens:,} tokens, {report.seconds:.0f} s, rate {report.learning_rate:.2g}; "
+            f"{ends[report.stopped]}, {kept}.",
+            f"trained on {report.training}",
+            f"Wrote {out}.",
+        ]
+    )

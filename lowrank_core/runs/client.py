@@ -1,0 +1,174 @@
+"""Starting, stopping and asking a worker, from a process that never imports torch."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from lowrank_core.errors import RunError
+from lowrank_core.runs import JsonMapping, Run, RunStatus, read_json, write_json
+from lowrank_core.runs.processes import python_command, python_environment
+
+__all__ = [
+    "BACKGROUND",
+    "add_worker",
+    "answered",
+    "answers",
+    "ask",
+    "pending_requests",
+    "request_path",
+    "request_stop",
+    "result_path",
+    "start_worker",
+    "terminate",
+    "withdraw",
+]
+
+TEMPERATURE = 0.5
+"""Of a prompt's continuation, unless a request says another."""
+BACKGROUND = ("sensitivity",)
+"""Kinds of requests that wait for everything else, trials included, and make way for it at each step."""
+WARM_SECONDS = 300
+"""How long a worker without work keeps its model, to answer the next request at once."""
+
+
+def start_worker(run: Run) -> None:
+    """Start a detached worker for ``run``, or let the one that holds it go on. Also resumes a stopped or interrupted run.
+
+    The worker outlives the caller: closing the page or the dashboard stops nothing.
+
+    Raises:
+        RunError: the run is a recorded one, or the process can't be started.
+    """
+    run.refuse_if_recorded()
+    run.pause_marker.unlink(missing_ok=True)
+    _launch(run)
+
+
+def add_worker(run: Run, *, warm_seconds: float = WARM_SECONDS) -> None:
+    """Start one more detached worker that takes trials of ``run``; it loads the model once more.
+
+    Raises:
+        RunError: the run is a recorded one, nobody works on it, or the process can't be started.
+    """
+    run.refuse_if_recorded()
+    if not run.worker_alive():
+        raise RunError("nobody works on this run, so there is nothing to help with. Start or resume it first.")
+    _spawn(run, warm_seconds, "--join")
+
+
+def _launch(run: Run) -> None:
+    if run.worker_alive():
+        return
+    run.write_status(RunStatus(state="queued", stage="Starting the worker"))
+    _spawn(run, WARM_SECONDS, "--keep-paused")
+
+
+def _spawn(run: Run, warm_seconds: float, *options: str) -> None:
+    try:
+        with (run.path / "worker.log").open("ab") as log:
+            process = subprocess.Popen(
+                python_command("-m", "lowrank_core", "worker", "--run", str(run.path), "--warm", str(warm_seconds), *options),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=python_environment(PYTHONUNBUFFERED="1"),
+                cwd=run.path,
+            )
+    except OSError as error:
+        raise RunError(f"the worker could not be started: {error}.") from error
+    threading.Thread(target=process.wait, daemon=True).start()  # reaps it when it ends; it does not end with us
+
+
+def request_stop(run: Run) -> None:
+    """Ask the worker to stop after the step in hand; what is complete stays, and the worker still answers requests."""
+    run.pause_marker.touch()
+
+
+def terminate(run: Run) -> None:
+    """End the processes of all its workers on this machine at once; trials in flight are measured again on resume."""
+    workers = [*run.further_workers().values(), *([run.status()] if run.worker_alive() else [])]
+    for worker in workers:
+        if worker.pid is not None:
+            with contextlib.suppress(psutil.Error):
+                psutil.Process(worker.pid).kill()
+
+
+def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str:
+    """Leave a request for the worker and return its id; a worker is started if none holds the run (unless ``launch`` is false).
+
+    A search that was stopped or interrupted stays so: the worker only answers.
+
+    Kinds: ``compare`` (trial: a number, an allocator's name, ``preset:NAME`` or ``healed:FOLDER``; also in the next four),
+    ``other_text`` (trial, text: a text's reference), ``tokens`` (trial, and text or window: a test window's number), ``generate``
+    (trial, prompt, tokens, temperature, seed), ``speed`` (trial, memory, and fields of ``SpeedConfig``),
+    ``export`` (trial, or under ``healed`` the folder of a healed model, and fields of ``ExportConfig``),
+    ``verify`` (path: an export's name), ``heal`` (trial, and fields of ``HealingConfig`` under ``healing``),
+    ``directions`` (fields of ``DirectionsConfig``), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a
+    partial choice): the allocation is put in line, and becomes a trial of the study; ``sensitivity`` (fields of
+    ``SensitivityConfig``), in the background; ``curves`` (nothing): the error curves are written.
+
+    Raises:
+        RunError: as ``start_worker``.
+    """
+    run.refuse_if_recorded()
+    if not run.worker_alive() and run.status().state in ("interrupted", "failed"):
+        run.pause_marker.touch()
+    request = f"{time.time_ns()}-{secrets.token_hex(2)}"
+    write_json(request_path(run, request), {"id": request, "kind": kind, "arguments": arguments})
+    if launch:
+        _launch(run)
+    return request
+
+
+def request_path(run: Run, request: str) -> Path:
+    """Return where a request lies until its user withdraws it."""
+    return run.path / "requests" / f"{request}.json"
+
+
+def withdraw(run: Run, *requests: str) -> None:
+    """Take back requests: those that wait are never begun, and the worker leaves the one in hand at its next step."""
+    for request in requests:
+        request_path(run, Path(request).name).unlink(missing_ok=True)
+
+
+def pending_requests(run: Run) -> list[dict[str, object]]:
+    """Return the requests without an answer, the oldest first; those of the background come last."""
+    folder = run.path / "requests"
+    if not folder.is_dir():
+        return []
+    waiting = [path for path in sorted(folder.glob("[0-9]*.json")) if not result_path(run, path.stem).exists()]
+    found = [body for path in waiting if (body := read_json(path)) is not None]
+    return sorted(found, key=lambda body: body.get("kind") in BACKGROUND)
+
+
+def result_path(run: Run, request: str) -> Path:
+    """Return where the answer to a request is, once there is one: ``{"ok": true, …}`` or ``{"ok": false, "error": …}``."""
+    return run.path / "results" / f"{request}.json"
+
+
+def answers(run: Run) -> list[JsonMapping]:
+    """Return the worker's answers, the oldest first.
+
+    Raises:
+        RunError: one is damaged.
+    """
+    folder = run.path / "results"
+    paths = sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
+    return [body for path in paths if (body := read_json(path)) is not None]
+
+
+def answered(run: Run, kind: str) -> list[JsonMapping]:
+    """Return the answers to requests of one kind that could be met, the oldest first.
+
+    Raises:
+        RunError: an answer is damaged.
+    """
+    return [body for body in answers(run) if body.get("kind") == kind and body.get("ok")]

@@ -1,0 +1,290 @@
+"""The search space: one variable for each group of matrices, and what a point of it allocates.
+
+``kept``: a point is a vector x of kept fractions in [LEAST, 1]. Projected, only their ratios matter: they are scaled so that the
+budget is spent exactly, and every trial is feasible. As published, they are the kept fractions themselves, and a point is feasible if
+what it keeps lies between the budget and a tenth of the parameters less. Bounds as in the paper's published code.
+
+``errors``: a point is a vector of weights w in [1/SPREAD, SPREAD] on the errors of the bases, and the allocator ``marginal`` minimises
+Σ w_i e_i(r_i) within the budget: at w = 1 the point is its own allocation, and a search starts there. Only ratios matter, so the group
+with the most parameters has weight 1 and no variable. A stack has the mean weight of its members (geometric, by parameters).
+
+Groups: module types (q and k together), shared by depth or in groups of consecutive blocks, or every unit by itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from optuna.distributions import FloatDistribution
+
+from lowrank_core.allocation import (
+    ALLOCATORS,
+    AllocationProblem,
+    ByMultipliers,
+    ErrorCurves,
+    RankAllocation,
+    Ranks,
+    allocate,
+    allocation_from_ranks,
+    floored,
+    kept_fractions,
+    module_group,
+    project,
+    rounded_down,
+)
+from lowrank_core.config import SearchConfig, depth_groups
+from lowrank_core.errors import ConfigError
+from lowrank_core.parameters import MatrixShape, Unit
+
+__all__ = ["BASELINES", "RATIO", "SPREAD", "Baseline", "SearchSpace"]
+
+LEAST = 0.2
+SPREAD = 2.0
+PUBLISHED_MARGIN = 0.1
+"""Fraction of the parameters that a published trial may remove beyond the ratio."""
+
+RATIO = "compression_ratio"
+"""Variable of a search over a range of ratios."""
+
+BASELINES = ("uniform", "lord_manual", "marginal")
+"""Allocators that are enqueued as the first trials, so that the result is never worse than any of them."""
+
+_RATIOS_OF_BASELINES = 5
+_MOST_GP_VARIABLES = 30
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What an allocator does, as a trial: a point of the space where it is one, else its ranks.
+
+    Attributes:
+        label: name of the allocator.
+        point: variable -> value; empty where it is no point.
+        ranks: unit -> rank; None where it is a point.
+        compression_ratio: that it is meant for.
+    """
+
+    label: str
+    point: Mapping[str, float]
+    ranks: Ranks | None
+    compression_ratio: float
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """Variables of a search and what a point of them means.
+
+    Attributes:
+        units: every compressible matrix, alone or in a stack, with the prices of the storage; alternatives only for ``errors``.
+        compression_ratio: fraction of their parameters to remove.
+        keep_dense: names of matrices that stay as they are.
+        projected: whether a point of kept fractions is scaled onto the budget.
+        rank_multiple: ranks are rounded down to a multiple of it.
+        variables: ``kept`` or ``errors``.
+        depth_groups: in how many groups of blocks a type has variables of its own; None for one of every unit.
+        most_ratio: where the ratio is a variable, its largest value.
+        curves: errors by unit; ``errors`` and the baseline ``marginal`` need them.
+    """
+
+    units: tuple[Unit, ...]
+    compression_ratio: float
+    keep_dense: tuple[str, ...] = ()
+    projected: bool = True
+    rank_multiple: int = 1
+    variables: str = "kept"
+    depth_groups: int | None = 1
+    most_ratio: float | None = None
+    curves: ErrorCurves | None = None
+
+    @classmethod
+    def of(cls, units: tuple[Unit, ...], config: SearchConfig, keep_dense: tuple[str, ...], curves: ErrorCurves | None) -> SearchSpace:
+        """Return the space that ``config`` asks for.
+
+        Raises:
+            ConfigError: there is nothing to search over, there are fewer blocks than groups, or more variables than the sampler takes.
+        """
+        space = cls(
+            units,
+            config.compression_ratio,
+            keep_dense,
+            config.projected,
+            config.compression.rank_multiple,
+            config.variables,
+            depth_groups(config.space),
+            config.most_ratio,
+            curves,
+        )
+        count = len(space.distributions())
+        if config.sampler == "gp" and count > _MOST_GP_VARIABLES:
+            raise ConfigError(
+                f"the space {config.space} has {count} variables here, and a Gaussian process works up to {_MOST_GP_VARIABLES}. "
+                "Choose the sampler tpe or cmaes, or a space with fewer variables."
+            )
+        return space
+
+    @cached_property
+    def _free(self) -> tuple[Unit, ...]:
+        return tuple(unit for unit in self.units if not any(member.name in self.keep_dense for member in unit.members))
+
+    @cached_property
+    def _blocks(self) -> int:
+        return 1 + max(member.depth for unit in self.units for member in unit.members)
+
+    def _group(self, kind: str, depth: int, name: str) -> str:
+        if self.depth_groups is None:
+            return name
+        if self.depth_groups == 1:
+            return module_group(kind)
+        if self.depth_groups > self._blocks:
+            raise ConfigError(f"the model has {self._blocks} blocks; choose a space with at most so many depth groups.")
+        mine = [block for block in range(self._blocks) if block * self.depth_groups // self._blocks == self._depth_group(depth)]
+        return f"{module_group(kind)} {mine[0]}-{mine[-1]}"
+
+    def _depth_group(self, depth: int) -> int:
+        return depth * (self.depth_groups or 1) // self._blocks
+
+    def group_of(self, part: Unit | MatrixShape) -> str:
+        """Return the group of a unit, or of a matrix, whether it has a variable or not."""
+        return self._group(part.kind, part.depth, part.name)
+
+    @cached_property
+    def groups(self) -> tuple[str, ...]:
+        """Names of the groups, in the order of the model."""
+        if self.variables == "kept":
+            return tuple(dict.fromkeys(self.group_of(unit) for unit in self._free))
+        return tuple(dict.fromkeys(self.group_of(matrix) for matrix in self._matrices))
+
+    @cached_property
+    def _matrices(self) -> tuple[MatrixShape, ...]:
+        return tuple({member.name: member for unit in self._free for member in unit.members}.values())
+
+    @cached_property
+    def _reference(self) -> str:
+        """The group whose weight is 1."""
+        sizes = dict.fromkeys(self.groups, 0)
+        for matrix in self._matrices:
+            sizes[self.group_of(matrix)] += matrix.dense_parameters
+        return max(sizes, key=sizes.__getitem__)
+
+    def distributions(self) -> dict[str, FloatDistribution]:
+        """Return the variables for Optuna.
+
+        Raises:
+            ConfigError: nothing is left to search over, or there are fewer blocks than depth groups.
+        """
+        if not self.groups:
+            raise ConfigError("search: every matrix is kept dense; let the value projections be compressed, too.")
+        if self.variables == "kept":
+            found: dict[str, FloatDistribution] = {group: FloatDistribution(LEAST, 1.0) for group in self.groups}
+        else:
+            found = {g: FloatDistribution(1 / SPREAD, SPREAD, log=True) for g in self.groups if g != self._reference}
+        if self.most_ratio is not None:
+            found[RATIO] = FloatDistribution(self.compression_ratio, self.most_ratio)
+        if not found:
+            raise ConfigError("search: one group of matrices has nothing to be weighed against; choose a space with more groups.")
+        return found
+
+    def problem(self, compression_ratio: float | None = None) -> AllocationProblem:
+        """Return what is to be shared out, at the ratio of the search unless another is given."""
+        ratio = self.compression_ratio if compression_ratio is None else compression_ratio
+        return AllocationProblem(self.units, ratio, frozenset(self.keep_dense), self.curves)
+
+    def allocation(self, point: Mapping[str, float], label: str = "sampled") -> RankAllocation:
+        """Return the ranks at ``point`` (variable -> value).
+
+        Raises:
+            BudgetError: the ratio can't be met.
+        """
+        ratio = point.get(RATIO, self.compression_ratio)
+        if self.variables == "errors":
+            found = allocate(
+                "marginal", self.units, ratio, keep_dense=self.keep_dense, curves=self.curves, weights=dict(self._weights(point))
+            )
+            return rounded_down(allocation_from_ranks(label, self.units, found.ranks), self.units, self.rank_multiple)
+        wishes = {unit.name: point.get(self.group_of(unit), 1.0) for unit in self.units}
+        ranks = project(self.problem(ratio), wishes) if self.projected else self._published(wishes)
+        return rounded_down(allocation_from_ranks(label, self.units, ranks), self.units, self.rank_multiple)
+
+    def _weights(self, point: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+        for unit in self._free:
+            sizes = [member.dense_parameters for member in unit.members]
+            logarithms = [math.log(point.get(self.group_of(member), 1.0)) for member in unit.members]
+            yield unit.name, math.exp(sum(s * x for s, x in zip(sizes, logarithms, strict=True)) / sum(sizes))
+
+    def _published(self, kept: Mapping[str, float]) -> dict[str, int | None]:
+        """Return ⌈k·m·n/(m + n)⌉, floored, for each unit, as the published code; a kept fraction of 1 is dense."""
+        ranks: dict[str, int | None] = {}
+        for unit in self.units:
+            exact = kept[unit.name] * unit.d_out * unit.d_in / (unit.d_out + unit.d_in)
+            dense = unit.name in self.keep_dense or kept[unit.name] >= 1
+            ranks[unit.name] = None if dense else floored(min(unit.max_rank, math.ceil(exact)), self.rank_multiple)
+        return ranks
+
+    def constraints(self, allocation: RankAllocation) -> dict[str, float]:
+        """Return by how much an allocation misses each bound; zero or less is feasible. Empty where every point is."""
+        if self.projected:
+            return {}
+        removed = allocation.compression_ratio
+        return {
+            "removes too little": self.compression_ratio - removed,
+            "removes too much": removed - self.compression_ratio - PUBLISHED_MARGIN,
+        }
+
+    def baselines(self) -> tuple[Baseline, ...]:
+        """Return what is measured first, best known last: the fixed rules, and ``marginal`` where the errors are known.
+
+        Over a range of ratios, the rule that is a point of the space stands at several of them, the others at its ends.
+
+        Raises:
+            BudgetError: the ratio can't be met.
+        """
+        names = [name for name in BASELINES if name != "marginal" or (self.projected and self.curves is not None)]
+        return tuple(found for name in names for found in self._baselines(name))
+
+    def _baselines(self, name: str) -> Iterator[Baseline]:
+        is_point = (name == "marginal") == (self.variables == "errors")
+        for ratio in self._ratios(_RATIOS_OF_BASELINES if is_point and name != "lord_manual" else 2):
+            chosen = {RATIO: ratio} if self.most_ratio is not None else {}
+            if is_point:
+                yield Baseline(name, {**self.point_of(name, ratio), **chosen}, None, ratio)
+                continue
+            yield Baseline(name, {}, self.by_allocator(name, ratio).ranks, ratio)
+
+    def by_allocator(
+        self, name: str, compression_ratio: float, *, fixed: Ranks | None = None, influence: Sequence[float] = ()
+    ) -> RankAllocation:
+        """Return what the allocator ``name`` makes of the budget; one that can't choose between alternatives gets single matrices.
+
+        Raises:
+            ConfigError: no such allocator, or it lacks what it works from.
+            BudgetError: the ratio can't be met.
+        """
+        fixed = fixed or {}
+        units = self.units if name == "marginal" else tuple(u for u in self.units if u.name in fixed or self._alone(u))
+        found = allocate(name, units, compression_ratio, keep_dense=self.keep_dense, curves=self.curves, fixed=fixed, influence=influence)
+        return rounded_down(allocation_from_ranks(name, self.units, found.ranks, locked=found.locked), self.units, self.rank_multiple)
+
+    def _ratios(self, count: int) -> list[float]:
+        if self.most_ratio is None:
+            return [self.compression_ratio]
+        return [self.compression_ratio + (self.most_ratio - self.compression_ratio) * index / (count - 1) for index in range(count)]
+
+    def _alone(self, unit: Unit) -> bool:
+        """Return whether no smaller unit holds a part of it: rules that know no errors can't choose between alternatives."""
+        names = {member.name for member in unit.members}
+        return not any(other is not unit and {member.name for member in other.members} < names for other in self.units)
+
+    def point_of(self, allocator: str, compression_ratio: float) -> dict[str, float]:
+        """Return the point that ``allocator`` is: ones for ``marginal``; else kept fractions, which depend on the type alone."""
+        if allocator == "marginal":
+            return {group: 1.0 for group in self.groups if group != self._reference}
+        rule = ALLOCATORS[allocator]
+        assert isinstance(rule, ByMultipliers)
+        wishes = rule.multipliers(self.units)
+        if not self.projected:
+            wishes = {name: max(LEAST, kept) for name, kept in kept_fractions(self.problem(compression_ratio), wishes).items()}
+        first = {self.group_of(unit): wishes[unit.name] for unit in reversed(self._free)}
+        return {group: first[group] for group in self.groups}

@@ -1,0 +1,1 @@
+"""What the dashboard and the report show: tidy tables, and charts drawn from them. Torch-free."""

@@ -1,0 +1,304 @@
+"""Original against compressed, as measured on test text: from the worker's answers in ``results/``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.files.records import build
+from lowrank_core.runs import JsonMapping
+from lowrank_core.runs.client import BACKGROUND
+from lowrank_core.studies.records import HEALED, MANUAL, PRESET, TrialRecord
+from lowrank_core.studio.shared.trial_names import model_name, trial_label
+
+__all__ = [
+    "Comparison",
+    "Confirmed",
+    "Export",
+    "Failure",
+    "comparisons",
+    "confirmed",
+    "exports",
+    "filed_as",
+    "label_of",
+    "last_failure",
+    "other_texts",
+    "refusals",
+    "warnings_of",
+]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One compressed model measured on a text, the original beside it; intervals are of 95 %, and empty where there is none.
+
+    Attributes:
+        label: an allocator's name, ``trial N`` or ``preset:NAME``; of a healed model with the method.
+        form: ``one-shot`` or ``healed``.
+        perplexity_interval, dense_perplexity_interval: of the compressed and the original model, bootstrap over windows.
+        perplexity_difference_interval: of compressed - original, paired by window.
+        kl_interval: of the KL divergence, bootstrap over windows.
+        perplexity_ratio_interval: of compressed / original, paired by window.
+        window_nll, dense_window_nll: mean of each window, in nats per token.
+        by_position: figures over ranges of positions, as ``studio.compare.loss_details`` reads them.
+        flops, dense_flops: for one token, as ``accounting.FLOPS_MEANING`` says; None where they were not counted.
+        compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model.
+        shown: ``model_name`` of the label among the run's trials; empty where they were not given.
+        warnings: what makes these figures say less than they seem to.
+        key: what a request calls the model, but for the number of a trial that a rule chose; see ``label_of``.
+    """
+
+    label: str
+    form: str
+    time: float
+    dataset: str
+    split: str
+    context: int
+    windows: int
+    tokens: int
+    bos: str
+    perplexity: float
+    dense_perplexity: float
+    nll: float
+    dense_nll: float
+    kl: float
+    top1_agreement: float
+    compression_ratio: float
+    model_compression_ratio: float
+    parameters: int
+    dense_parameters: int
+    compressible_parameters: int
+    dense_compressible_parameters: int
+    bytes: int
+    dense_bytes: int
+    protocol: str = ""
+    perplexity_interval: tuple[float, ...] = ()
+    dense_perplexity_interval: tuple[float, ...] = ()
+    perplexity_difference_interval: tuple[float, ...] = ()
+    kl_interval: tuple[float, ...] = ()
+    reverse_kl: float | None = None
+    reverse_kl_interval: tuple[float, ...] = ()
+    top5_agreement: float | None = None
+    perplexity_ratio_interval: tuple[float, ...] = ()
+    window_nll: tuple[float, ...] = ()
+    dense_window_nll: tuple[float, ...] = ()
+    by_position: tuple[object, ...] = ()
+    flops: int | None = None
+    dense_flops: int | None = None
+    key: str = ""
+    warnings: tuple[str, ...] = ()
+    shown: str = ""
+
+    @property
+    def name(self) -> str:
+        """The label as it is shown."""
+        return self.shown or model_name(self.label)
+
+    @property
+    def given(self) -> bool:
+        """Whether a rule or a published recipe made it, not a search."""
+        return self.label in ALLOCATORS or self.label.startswith(PRESET)
+
+
+@dataclass(frozen=True)
+class Export:
+    """A compressed model on disk."""
+
+    path: str
+    trial: object
+    time: float = 0.0
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A request that the worker could not meet."""
+
+    kind: str
+    error: str
+    time: float = 0.0
+
+
+_ELSEWHERE = ("measure", "directions", *BACKGROUND)
+"""Requests of other pages."""
+
+
+def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
+    """Return the label under which the worker files ``trial``, a number or an allocator's name."""
+    record = next((record for record in trials if record.number == trial), None)
+    if record is not None and record.label in ALLOCATORS:
+        return record.label
+    return trial if isinstance(trial, str) else f"trial {trial}"
+
+
+def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
+    return [body for body in bodies if body.get("ok") and body.get("kind") == kind]
+
+
+def filed_as(body: JsonMapping) -> str:
+    """Return under which name an answer is filed: hand-picked trials have one label for all, so theirs is the number."""
+    label, trial = str(body.get("label")), body.get("trial")
+    return f"trial {trial}" if label == MANUAL and type(trial) is int else label
+
+
+def _key(body: JsonMapping) -> str:
+    trial = body.get("trial")
+    return trial if isinstance(trial, str) and trial.startswith(HEALED) else filed_as(body)
+
+
+def comparisons(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Comparison]:
+    """Return the newest measurement of each model on the run's test text, one-shot and healed by themselves; the least perplexity first.
+
+    Models are called what they are called among ``trials``, those of the run.
+    """
+    newest: dict[str, Comparison] = {}
+    for body in bodies:
+        if not body.get("ok"):
+            continue
+        if body.get("kind") == "compare":
+            key = _key(body)
+            newest[key] = _comparison(body, key)
+        elif body.get("kind") == "heal":
+            key = f"{HEALED}{body.get('folder') or body.get('label')}"
+            newest[key] = _comparison(body, key)
+            before = str(body.get("label")).partition(", healed")[0]
+            newest.setdefault(before, _comparison(body, before, "one_shot"))
+    return sorted(_named(_with_flops(_told_apart(list(newest.values()))), trials), key=lambda comparison: comparison.perplexity)
+
+
+def _comparison(body: JsonMapping, key: str, report: str = "report") -> Comparison:
+    healed = key.startswith(HEALED)
+    return build(
+        Comparison,
+        _measured_body(body, report),
+        "a comparison",
+        label=str(body.get("label")) if healed else key,
+        form="healed" if healed else "one-shot",
+        time=float(body.get("time", 0)),
+        key=key,
+    )
+
+
+def _measured_body(body: JsonMapping, report: str = "report") -> JsonMapping:
+    """Return what an answer says of a measurement, without intervals that have no width: older versions drew them from one window."""
+    found: JsonMapping = body.get(report, {})
+    return {name: value for name, value in found.items() if not (name.endswith("_interval") and _has_no_width(value))}
+
+
+def _has_no_width(value: object) -> bool:
+    return value is None or (isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1])
+
+
+def warnings_of(found: Sequence[Comparison]) -> list[str]:
+    """Return why comparisons may say less than they seem to, each reason once."""
+    return list(dict.fromkeys(warning for comparison in found for warning in comparison.warnings))
+
+
+def _told_apart(found: list[Comparison]) -> list[Comparison]:
+    """Return the same, healings of one model by one method with the end of their folder's name."""
+    labels = [comparison.label for comparison in found]
+    return [
+        replace(each, label=f"{each.label} ({each.key[-4:]})") if each.form == "healed" and labels.count(each.label) > 1 else each
+        for each in found
+    ]
+
+
+def _named(found: Sequence[Comparison], trials: Sequence[TrialRecord]) -> list[Comparison]:
+    return [replace(each, shown=model_name(each.label, trials)) for each in found]
+
+
+def _with_flops(found: list[Comparison]) -> list[Comparison]:
+    """Return the same, a healed model with the FLOPs of what it was made from: it has the same ranks."""
+    counted = {each.label: each for each in found if each.flops is not None}
+    return [
+        replace(each, flops=before.flops, dense_flops=before.dense_flops)
+        if each.flops is None and (before := counted.get(each.label.partition(", healed")[0])) is not None
+        else each
+        for each in found
+    ]
+
+
+def other_texts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> dict[str, list[Comparison]]:
+    """Return the newest measurement of each model on each second text, by the text's reference; the text that was asked for last first."""
+    newest: dict[str, dict[str, Comparison]] = {}
+    for body in _of_kind(bodies, "other_text"):
+        found = newest.pop(str(body.get("text")), {})
+        found[_key(body)] = _comparison(body, _key(body))
+        newest[str(body.get("text"))] = found
+    return {text: _named(_told_apart(list(found.values())), trials) for text, found in reversed(newest.items())}
+
+
+def exports(bodies: Sequence[JsonMapping]) -> list[Export]:
+    """Return the exports, the newest first."""
+    return [build(Export, body, "an export") for body in reversed(_of_kind(bodies, "export"))]
+
+
+@dataclass(frozen=True)
+class Confirmed:
+    """Trials of a search, measured on test text.
+
+    Attributes:
+        protocol: how, in words.
+        frame: columns trial, name, value (on search-validation text), perplexity, low, high, kl, kl_low, kl_high; the original first,
+            then by value.
+        warnings: why these figures may say less than they seem to.
+    """
+
+    protocol: str
+    frame: pd.DataFrame
+    warnings: tuple[str, ...] = ()
+
+
+def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> Confirmed | None:
+    """Return the trials that were measured on test text, each as it was measured last; None without any."""
+    known = {trial.number: trial for trial in trials}
+    newest = {body["trial"]: body for body in _of_kind(bodies, "compare") if type(body.get("trial")) is int and body["trial"] in known}
+    if not newest:
+        return None
+    found = {
+        number: build(
+            Comparison,
+            _measured_body(body),
+            "a comparison",
+            label=str(body.get("label")),
+            form="one-shot",
+            time=float(body.get("time", 0)),
+        )
+        for number, body in newest.items()
+    }
+    first = next(iter(found.values()))
+    ordered = sorted(found, key=lambda number: (known[number].value is None, known[number].value or 0.0, number))
+    rows = [_ends({"name": "Original", "perplexity": first.dense_perplexity}, first.dense_perplexity_interval, ())]
+    for number in ordered:
+        report, trial = found[number], known[number]
+        row = {"trial": number, "name": trial_label(trial), "value": trial.value, "perplexity": report.perplexity, "kl": report.kl}
+        rows.append(_ends(row, report.perplexity_interval, report.kl_interval))
+    frame = pd.DataFrame(rows, columns=["trial", "name", "value", "perplexity", "low", "high", "kl", "kl_low", "kl_high"])
+    return Confirmed(first.protocol, frame.astype({"trial": "Int64"}), tuple(warnings_of(list(found.values()))))
+
+
+def _ends(row: dict[str, object], perplexity: Sequence[float], kl: Sequence[float]) -> dict[str, object]:
+    low, high = perplexity or (None, None)
+    kl_low, kl_high = kl or (None, None)
+    return {**row, "low": low, "high": high, "kl_low": kl_low, "kl_high": kl_high}
+
+
+def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
+    """Return the newest answer if it is a failure; what is told elsewhere is left out, and so is what was said of a preset."""
+    told = [body for body in bodies if body.get("kind") not in _ELSEWHERE and not _is_preset(body)]
+    if not told or told[-1].get("ok"):
+        return None
+    return build(Failure, {"kind": "request", "error": "no reason given", **told[-1]}, "an answer")
+
+
+def _is_preset(body: JsonMapping) -> bool:
+    arguments = body.get("arguments")
+    return isinstance(arguments, dict) and str(arguments.get("trial")).startswith(PRESET)
+
+
+def refusals(bodies: Sequence[JsonMapping]) -> dict[str, str]:
+    """Return why presets could not be measured, by their names on screen: of those whose newest answer says so."""
+    newest = {str(body["arguments"]["trial"]): body for body in bodies if body.get("kind") == "compare" and _is_preset(body)}
+    return {model_name(key): str(body.get("error") or "no reason given") for key, body in newest.items() if not body.get("ok")}

@@ -1,0 +1,133 @@
+"""Original against compressed: every model in one picture."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, finished
+
+__all__ = ["difference_figure", "ratio_figure", "speedup_figure"]
+
+_ROW, _FRAME = 36, 84  # pixels; a row holds a name in two lines
+_MARKS = {"searched": (BLUE, "circle"), "healed": (GREEN, "star"), "rule": (ORANGE, "square")}
+_WIDE = 30.0  # times the smallest: above, a linear axis would put most dots on top of each other
+
+
+def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure:
+    """Draw perplexity above the original's (columns of ``difference_table``): dots with 95 % intervals, zero is the original.
+
+    Where differences are of very different sizes the axis is linear around zero and logarithmic beyond, and says so.
+    """
+    values = table["difference"].to_numpy(dtype=float)
+    sizes = np.abs(values[values != 0])
+    unit = float(sizes.min()) if len(sizes) and sizes.max() > _WIDE * sizes.min() else None
+    figure = go.Figure([_dots(table, "difference", unit)])
+    finished(figure, height=_FRAME + _ROW * len(table), x="", y="", top=28)
+    scale = ", logarithmic away from zero" if unit is not None else ""
+    _zero(figure, 0.0, f"Original, {dense_perplexity:.4g}")
+    figure.update_xaxes(title={"text": f"Perplexity above the original{scale}"})
+    if unit is not None:
+        _signed_log_axis(figure, table, unit)
+    return figure
+
+
+def _dots(table: pd.DataFrame, column: str, unit: float | None) -> go.Scatter:
+    value, low, high = _with_ends(table, column, "low", "high")
+    words = [f"{v:+z.4g}" + (f" ({a:+z.3g} to {b:+z.3g})" if b > a else "") for v, a, b in zip(value, low, high, strict=True)]
+    at, least, most = (_placed(array, unit) for array in (value, low, high))
+    marks = [_MARKS[kind] for kind in table["kind"]]
+    return go.Scatter(
+        x=at,
+        y=table["name"].to_list(),
+        mode="markers",
+        marker={"size": 11, "color": [colour for colour, _ in marks], "symbol": [symbol for _, symbol in marks]},
+        error_x=_whiskers(at, least, most),
+        customdata=words,
+        hovertemplate="<b>%{y}</b><br>%{customdata}<extra></extra>",
+    )
+
+
+def _with_ends(table: pd.DataFrame, value: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return values and the ends of their intervals; one that is missing has no width."""
+    middle = table[value].to_numpy(dtype=float)
+    least, most = (table[name].fillna(table[value]).to_numpy(dtype=float) for name in (low, high))
+    return middle, least, most
+
+
+def _whiskers(value: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str = GREY) -> dict[str, object]:
+    ends = {"array": high - value, "arrayminus": value - low}
+    return {"type": "data", "symmetric": False, **ends, "thickness": 1.5, "width": 5, "color": colour}
+
+
+def _placed(values: np.ndarray, unit: float | None) -> np.ndarray:
+    return values if unit is None else np.arcsinh(values / unit)
+
+
+def _zero(figure: go.Figure, x: float, words: str, *, log: bool = False) -> None:
+    """Mark where the original is; annotations on a log axis stand at the logarithm, lines do not."""
+    place = float(np.log10(x)) if log else x
+    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": GREY, "width": 1.5, "dash": "dot"})
+    figure.add_annotation(text=words, x=place, y=1, yref="paper", showarrow=False, yanchor="bottom", font={"size": 11, "color": GREY})
+    figure.update_yaxes(autorange="reversed", title=None, type="category")
+
+
+def _signed_log_axis(figure: go.Figure, table: pd.DataFrame, unit: float) -> None:
+    ends = table[["difference", "low", "high"]].to_numpy(dtype=float)
+    most = float(np.nanmax(np.abs(ends)))
+    # Below the unit the axis is linear, and a power of ten would stand on zero.
+    powers = [10.0**power for power in range(int(np.ceil(np.log10(unit))), int(np.ceil(np.log10(most))) + 1)]
+    ticks = np.array([*(-power for power in reversed(powers)), 0.0, *powers])
+    ticks = ticks[(ticks >= min(0.0, 2 * float(np.nanmin(ends)))) & (ticks <= 2 * most)]
+    figure.update_xaxes(tickvals=_placed(ticks, unit), ticktext=[f"{tick:+g}" if tick else "0" for tick in ticks], tickangle=0)
+
+
+def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
+    """Draw perplexity over the original's on two texts (columns of ``OtherText.frame``), two dots a model; 1 is the original."""
+    pairs = table[["own_ratio", "other_ratio"]].to_numpy(dtype=float)
+    gaps = np.concatenate([pairs, np.full((len(pairs), 1), np.nan)], axis=1).ravel()
+    names = [name for name in table["name"] for _ in range(3)]
+    figure = go.Figure(go.Scatter(x=gaps, y=names, mode="lines", line={"color": GREY, "width": 2}, hoverinfo="skip", showlegend=False))
+    for prefix, text, colour, symbol in (("own", own, BLUE, "circle"), ("other", other, VERMILLION, "diamond")):
+        ratio, low, high = _with_ends(table, f"{prefix}_ratio", f"{prefix}_low", f"{prefix}_high")
+        figure.add_trace(
+            go.Scatter(
+                x=ratio,
+                y=table["name"].to_list(),
+                name=text,
+                mode="markers",
+                marker={"size": 11, "color": colour, "symbol": symbol},
+                error_x=_whiskers(ratio, low, high, colour),
+                hovertemplate=f"<b>%{{y}}</b><br>{text}: %{{x:.4g}} times the original's<extra></extra>",
+            )
+        )
+    title = "Perplexity, times the original's on the same text (log scale)"
+    finished(figure, height=_FRAME + _ROW * len(table) + 24, x=title, y="", top=52)
+    _zero(figure, 1.0, "Original", log=True)
+    figure.update_xaxes(type="log", tickformat="~g", nticks=8)
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": 1.0, "yref": "container", "yanchor": "top"})
+    return figure
+
+
+def speedup_figure(table: pd.DataFrame) -> go.Figure:
+    """Draw how many times faster each model is (columns of ``speedup_table``): medians, from the least to the most of all rounds."""
+    median, low, high = _with_ends(table, "median", "low", "high")
+    colours = dict(zip(table["measure"].unique(), (BLUE, ORANGE, PURPLE), strict=False))
+    labels = [f"{name}, {measure.lower()}" for name, measure in zip(table["name"], table["measure"], strict=True)]
+    dots = go.Scatter(
+        x=median,
+        y=labels,
+        mode="markers+text",
+        text=[f"{value:.2f}×" for value in median],
+        textposition="top center",
+        cliponaxis=False,
+        marker={"size": 10, "color": [colours[measure] for measure in table["measure"]]},
+        error_x=_whiskers(median, low, high),
+        hovertemplate="<b>%{y}</b><br>%{x:.3g} times as fast<extra></extra>",
+    )
+    figure = go.Figure(dots)
+    finished(figure, height=_FRAME + _ROW * len(table), x="Times as fast as the original (above 1 is faster)", y="", top=40)
+    _zero(figure, 1.0, "Original")
+    figure.layout.annotations[0].update(yshift=12)
+    return figure

@@ -1,0 +1,161 @@
+"""Measured speed and memory, the original beside each compressed model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import pandas as pd
+
+from lowrank_core.files.records import build
+from lowrank_core.runs import JsonMapping
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.compare.comparison import filed_as
+from lowrank_core.studio.shared.formatting import DASH, size
+from lowrank_core.studio.shared.trial_names import model_name
+
+__all__ = ["Speed", "speed_numbers", "speed_table", "speeds", "speedup_table"]
+
+_MEASURES = {"prefill_speedup": "Reading the prompt", "decode_speedup": "Writing tokens", "first_token_speedup": "First token"}
+
+
+@dataclass(frozen=True)
+class _Spread:
+    median: float
+    low: float
+    high: float
+
+    def words(self, factor: float = 1.0, digits: int = 0) -> str:
+        return f"{factor * self.median:,.{digits}f} ({factor * self.low:,.{digits}f} to {factor * self.high:,.{digits}f})"
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two models."""
+
+    prefill: _Spread
+    decode: _Spread
+    first_token: _Spread
+    running: int | None
+    loading: int | None
+    parameters: int | None
+    stored: int | None
+    flops: int | None
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A compressed model and the original, timed in turns.
+
+    Attributes:
+        name: of the compressed model.
+        protocol: batch, lengths, rounds, dtype, device; memory: what its peaks are, empty if they were not measured.
+        dense, compressed: each by itself; speedups: time of the original over that of the compressed model in the same round.
+    """
+
+    name: str
+    protocol: str
+    memory: str
+    dense: _Side
+    compressed: _Side
+    speedups: Mapping[str, _Spread]
+
+
+def speeds(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Speed]:
+    """Return the newest timing of each model at each batch and length, the newest first.
+
+    Raises:
+        RunError: an answer is damaged.
+    """
+    newest: dict[tuple[str, str], Speed] = {}
+    for body in bodies:
+        if body.get("ok") and body.get("kind") == "speed":
+            key = str(body.get("trial")), str(body.get("config"))
+            newest.pop(key, None)
+            newest[key] = _speed(body, trials)
+    return list(reversed(newest.values()))
+
+
+def _part(body: Mapping[str, object], name: str) -> Mapping[str, object]:
+    found = body.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _spread(body: Mapping[str, object], name: str) -> _Spread:
+    return build(_Spread, _part(body, name), f"a timing: {name}")
+
+
+def _speed(body: JsonMapping, trials: Sequence[TrialRecord]) -> Speed:
+    compressed = _part(body, "compressed")
+    return Speed(
+        name=model_name(filed_as(body), trials),
+        protocol=str(compressed.get("protocol", "")),
+        memory=str(_part(compressed, "memory").get("measured", "")),
+        dense=_side(_part(body, "dense"), body.get("dense_flops")),
+        compressed=_side(compressed, body.get("flops")),
+        speedups={name: _spread(body, name) for name in _MEASURES},
+    )
+
+
+def _side(body: Mapping[str, object], flops: object) -> _Side:
+    memory = _part(body, "memory")
+    counts = (memory.get("running"), memory.get("loading"), body.get("parameters"), body.get("bytes"), flops)
+    return _Side(
+        _spread(body, "prefill_tokens_per_second"),
+        _spread(body, "decode_tokens_per_second"),
+        _spread(body, "first_token_seconds"),
+        *(count if isinstance(count, int) else None for count in counts),
+    )
+
+
+def speed_table(speed: Speed) -> pd.DataFrame:
+    """Return the figures in words, median (least to most): columns measure, original, compressed, faster (times, or share of memory)."""
+    dense, ours = speed.dense, speed.compressed
+    times = {name: spread.words(digits=2) for name, spread in speed.speedups.items()}
+    rows = [
+        ("Reading the prompt, tokens/s", dense.prefill.words(), ours.prefill.words(), times["prefill_speedup"]),
+        ("Writing, tokens/s", dense.decode.words(), ours.decode.words(), times["decode_speedup"]),
+        ("First token, ms", dense.first_token.words(1e3, 1), ours.first_token.words(1e3, 1), times["first_token_speedup"]),
+    ]
+    if speed.memory:
+        rows += [
+            ("Peak memory, running", size(dense.running), size(ours.running), _share(ours.running, dense.running)),
+            ("Peak memory, loading", size(dense.loading), size(ours.loading), _share(ours.loading, dense.loading)),
+        ]
+    counts = (
+        ("Parameters", dense.parameters, ours.parameters, "{:,}".format),
+        ("Stored", dense.stored, ours.stored, size),
+        ("FLOPs per token, linears and head", dense.flops, ours.flops, "{:,}".format),
+    )
+    rows += [(name, words(a), words(b), _share(b, a)) for name, a, b, words in counts if a is not None and b is not None]
+    return pd.DataFrame(rows, columns=["measure", "original", "compressed", "faster"])
+
+
+def _share(ours: int | None, theirs: int | None) -> str:
+    return DASH if ours is None or not theirs else f"{ours / theirs:.2f} of it"
+
+
+def speedup_table(found: Sequence[Speed]) -> pd.DataFrame:
+    """Return columns name, measure, median, low, high: how many times faster each model is; above 1 it is faster."""
+    rows = [
+        (speed.name, label, speed.speedups[name].median, speed.speedups[name].low, speed.speedups[name].high)
+        for speed in found
+        for name, label in _MEASURES.items()
+    ]
+    return pd.DataFrame(rows, columns=["name", "measure", "median", "low", "high"])
+
+
+def speed_numbers(found: Sequence[Speed]) -> pd.DataFrame:
+    """Return every number: a row for each model and side, rates as median, low and high, memory in bytes, the protocol."""
+    rows = []
+    for speed in found:
+        for side, figures in (("original", speed.dense), ("compressed", speed.compressed)):
+            row: dict[str, object] = {"name": speed.name, "side": side}
+            for name, spread in (
+                ("prefill_tokens_per_second", figures.prefill),
+                ("decode_tokens_per_second", figures.decode),
+                ("first_token_seconds", figures.first_token),
+            ):
+                row |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
+            rows.append(row | {"running_bytes": figures.running, "loading_bytes": figures.loading, "protocol": speed.protocol})
+    return pd.DataFrame(rows)

@@ -1,0 +1,124 @@
+"""A text token by token: what each cost the compressed model more than the original."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lowrank_core.errors import RunError
+from lowrank_core.files.records import build
+from lowrank_core.runs import JsonMapping
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.compare.comparison import filed_as
+from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.trial_names import model_name
+
+__all__ = ["TokenStrip", "strips", "worst_tokens"]
+
+_LEAST_SCALE = 0.1  # nats: below, differences are noise of rounding, and would be painted as losses
+_QUANTILE = 0.98
+_BEFORE = 32  # characters of context in the table
+
+
+@dataclass(frozen=True)
+class TokenStrip:
+    """One text read by both models.
+
+    Attributes:
+        name: of the compressed model; protocol: which text, and how many tokens.
+        beginning: characters of the first token, which nobody predicts (empty where BOS goes first).
+        frame: a row for each predicted token: position, piece (its characters), nll, dense_nll, extra (nll - dense_nll), kl,
+            likeliest and dense_likeliest (the token that each model held likeliest); nats.
+        scale: nats at which colours end, on both sides.
+    """
+
+    name: str
+    protocol: str
+    beginning: str
+    frame: pd.DataFrame
+    scale: float
+
+    @property
+    def title(self) -> str:
+        """Name and text, to tell strips apart: stable as long as the answer is there."""
+        text = " ".join((self.beginning + "".join(self.frame["piece"])).split())
+        return f"{self.name}: {text[:48]}{'…' if len(text) > 48 else ''}"
+
+    @property
+    def words(self) -> str:
+        extra = self.frame["extra"]
+        return (
+            f"Mean extra loss {extra.mean():+z.3g} nats per token; half of all that is lost lies in {_few(extra)} of {len(extra)} tokens; "
+            f"original {number(self.frame['dense_nll'].mean(), 4)}, compressed {number(self.frame['nll'].mean(), 4)} nats per token."
+        )
+
+
+def _few(extra: pd.Series) -> int:
+    """Return how many tokens carry half of the loss that is above zero."""
+    losses = np.sort(np.clip(extra.to_numpy(dtype=float), 0.0, None))[::-1]
+    total = losses.sum()
+    return int(np.searchsorted(np.cumsum(losses), total / 2) + 1) if total > 0 else 0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    label: str
+    protocol: str
+    pieces: tuple[object, ...]
+    nll: tuple[float, ...]
+    dense_nll: tuple[float, ...]
+    kl: tuple[float, ...]
+    likeliest: tuple[object, ...]
+    dense_likeliest: tuple[object, ...]
+
+
+def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[TokenStrip]:
+    """Return the texts that were read, the newest first; the same text by the same model only once.
+
+    Raises:
+        RunError: an answer is damaged.
+    """
+    found: dict[tuple[str, tuple[object, ...]], TokenStrip] = {}
+    for body in bodies:
+        if body.get("ok") and body.get("kind") == "tokens":
+            answer = build(_Answer, body, "an answer about tokens")
+            key = filed_as(body), answer.pieces
+            found.pop(key, None)
+            found[key] = _strip(answer, model_name(key[0], trials))
+    return list(reversed(found.values()))
+
+
+def _strip(answer: _Answer, name: str) -> TokenStrip:
+    columns = (answer.nll, answer.dense_nll, answer.kl, answer.likeliest, answer.dense_likeliest)
+    if not answer.nll or any(len(column) != len(answer.pieces) - 1 for column in columns):
+        raise RunError("an answer about tokens does not have one figure for each token. Ask for it again.")
+    beginning, *pieces = map(str, answer.pieces)
+    frame = pd.DataFrame({"position": range(1, len(pieces) + 1), "piece": pieces, "nll": answer.nll, "dense_nll": answer.dense_nll})
+    frame = frame.astype({"nll": float, "dense_nll": float})
+    frame["extra"] = frame["nll"] - frame["dense_nll"]
+    frame["kl"], frame["likeliest"], frame["dense_likeliest"] = (
+        answer.kl,
+        list(map(str, answer.likeliest)),
+        list(map(str, answer.dense_likeliest)),
+    )
+    scale = max(_LEAST_SCALE, float(frame["extra"].abs().quantile(_QUANTILE)))
+    return TokenStrip(name, answer.protocol, beginning, frame, scale)
+
+
+def worst_tokens(strip: TokenStrip, count: int = 15) -> pd.DataFrame:
+    """Return the ``count`` tokens that lost most, the worst first; ``before`` is the text in front of each, blanks and breaks marked."""
+    text, before = strip.beginning, []
+    for piece in strip.frame["piece"]:
+        before.append(_visible(text[-_BEFORE:]))
+        text += piece
+    frame = strip.frame.assign(before=before)
+    for name in ("piece", "likeliest", "dense_likeliest"):
+        frame[name] = frame[name].map(_visible)
+    return frame.nlargest(count, "extra").reset_index(drop=True)
+
+
+def _visible(text: str) -> str:
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(part of a character)"

@@ -1,0 +1,236 @@
+"""How good a calibration is: tokens per dimension, condition, and what pooling changed; from calibration.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import pandas as pd
+
+from lowrank_core.config import TOKENS_PER_DIMENSION
+from lowrank_core.files.records import build
+from lowrank_core.parameters import MatrixShape
+from lowrank_core.runs import Run
+from lowrank_core.spectra.spectrum import LayerSpectrum, Vector
+from lowrank_core.studio.shared.formatting import DASH, kind_label, number
+from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
+
+__all__ = [
+    "CalibrationFacts",
+    "InputFacts",
+    "QUALITIES",
+    "Quality",
+    "calibration_facts",
+    "group_table",
+    "input_table",
+    "quality_map",
+    "quality_table",
+    "quality_warnings",
+]
+
+
+@dataclass(frozen=True)
+class InputFacts:
+    """Statistics of one distinct input, shared by ``layers``.
+
+    Attributes:
+        condition: of the pooled covariance; None where its least eigenvalue is zero.
+        group_traces: trace of each group's covariance, in the order of the windows.
+        pooled_to_sample: relative Frobenius distance between pooled and sample covariance; 0 with a single group.
+    """
+
+    input_group: str
+    width: int
+    layers: tuple[str, ...]
+    tokens_per_dimension: float
+    condition: float | None = None
+    group_tokens: tuple[int, ...] = ()
+    group_traces: tuple[float, ...] = ()
+    pooled_to_sample: float | None = None
+
+    @property
+    def readers(self) -> str:
+        """How many modules read it, in words."""
+        return "1 module" if len(self.layers) == 1 else f"{len(self.layers)} modules"
+
+
+@dataclass(frozen=True)
+class CalibrationFacts:
+    """Figures of a calibration; ``cached`` says that statistics of an earlier run were taken."""
+
+    tokens: int
+    windows: int
+    seconds: float
+    cached: bool
+    group_size: int
+    group_weights: str
+    inputs: tuple[InputFacts, ...]
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def groups(self) -> int:
+        """Number of groups of the pooled covariance."""
+        return max((len(entry.group_traces) for entry in self.inputs), default=0)
+
+    @property
+    def least_tokens_per_dimension(self) -> float | None:
+        return min((entry.tokens_per_dimension for entry in self.inputs), default=None)
+
+    @property
+    def worst_condition(self) -> float | None:
+        return max((entry.condition for entry in self.inputs if entry.condition is not None), default=None)
+
+    def input_of(self, module: str) -> InputFacts | None:
+        """Return the input that ``module`` reads."""
+        return next((entry for entry in self.inputs if module in entry.layers), None)
+
+
+def calibration_facts(run: Run) -> CalibrationFacts | None:
+    """Return the facts in calibration.json, or None before the calibration is done.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    body = run.part("calibration")
+    if body is None:
+        return None
+    inputs = tuple(build(InputFacts, entry, "calibration.json") for entry in body.get("inputs", []))
+    return build(CalibrationFacts, body, "calibration.json", inputs=inputs)
+
+
+def quality_table(facts: CalibrationFacts) -> pd.DataFrame:
+    """Return a row for each distinct input."""
+    rows = [
+        {
+            "input": entry.input_group,
+            "width": entry.width,
+            "modules": len(entry.layers),
+            "tokens_per_dimension": entry.tokens_per_dimension,
+            "condition": entry.condition,
+            "pooled_to_sample": entry.pooled_to_sample,
+        }
+        for entry in facts.inputs
+    ]
+    return pd.DataFrame(rows, columns=["input", "width", "modules", "tokens_per_dimension", "condition", "pooled_to_sample"])
+
+
+def quality_warnings(facts: CalibrationFacts) -> list[str]:
+    """Return what a reader of the spectra should know first."""
+    if facts.warnings:
+        return list(facts.warnings)
+    thin = [entry for entry in facts.inputs if entry.tokens_per_dimension < TOKENS_PER_DIMENSION]
+    if not thin:
+        return []
+    least = min(thin, key=lambda entry: entry.tokens_per_dimension)
+    return [
+        f"{len(thin)} of {len(facts.inputs)} inputs saw fewer than {TOKENS_PER_DIMENSION} tokens per dimension "
+        f"(the least: {number(least.tokens_per_dimension)} at {least.input_group}, {least.width} wide). "
+        "Small eigenvalues are noisy there; use more calibration windows."
+    ]
+
+
+def group_table(entry: InputFacts) -> pd.DataFrame:
+    """Return a row for each group of windows: its number from 1, tokens, and its trace relative to the groups' mean."""
+    frame = pd.DataFrame({"group": range(1, len(entry.group_traces) + 1), "trace": entry.group_traces}, columns=["group", "trace"])
+    frame["tokens"] = list(entry.group_tokens) if len(entry.group_tokens) == len(frame) else None
+    mean = float(frame["trace"].mean()) if len(frame) else 0.0
+    frame["relative"] = frame["trace"] / mean if mean > 0 else 0.0
+    return frame
+
+
+@dataclass(frozen=True)
+class Quality:
+    """A figure of an input, in a column of ``input_table``; ``logarithm`` shows its decimal logarithm."""
+
+    label: str
+    measure: str
+    meaning: str
+    logarithm: bool = False
+
+
+QUALITIES: Mapping[str, Quality] = MappingProxyType(
+    {
+        "tokens_per_dimension": Quality(
+            "Tokens per dimension", "Tokens per dimension", f"below {TOKENS_PER_DIMENSION}, small eigenvalues are noise"
+        ),
+        "condition": Quality(
+            "Condition number",
+            "log₁₀ of the condition number",
+            "largest over smallest eigenvalue of the pooled covariance; the larger, the less its inverse means",
+            logarithm=True,
+        ),
+        "damped_condition": Quality(
+            "Condition number after damping",
+            "log₁₀ of the condition number",
+            "the same once the damping in use is added to every eigenvalue: what a method that inverts the covariance meets",
+            logarithm=True,
+        ),
+        "pooled_to_sample": Quality(
+            "Pooled to sample distance", "Relative Frobenius distance", "how much pooling within groups changed the covariance"
+        ),
+    }
+)
+
+
+def input_table(facts: CalibrationFacts, spectra: Sequence[LayerSpectrum], damping: float | None = None) -> pd.DataFrame:
+    """Return a row for each distinct input that ``spectra`` know, with its place in the model.
+
+    Columns input, kind (module types that read it), depth, width, modules, tokens_per_dimension, condition, damped_condition (NaN
+    without ``damping``, which is relative to the mean eigenvalue), pooled_to_sample, thin (whether too few tokens were seen).
+    """
+    known = {spectrum.shape.name: spectrum for spectrum in spectra}
+    rows = []
+    for entry in facts.inputs:
+        readers = [known[layer] for layer in entry.layers if layer in known]
+        if not readers:
+            continue
+        rows.append(
+            {
+                "input": entry.input_group,
+                "kind": ", ".join(dict.fromkeys(kind_label(reader.shape.kind) for reader in readers)),
+                "depth": readers[0].shape.depth,
+                "width": entry.width,
+                "modules": len(entry.layers),
+                "tokens_per_dimension": entry.tokens_per_dimension,
+                "condition": entry.condition,
+                "damped_condition": _damped(readers[0].input_eigenvalues, damping),
+                "pooled_to_sample": entry.pooled_to_sample,
+                "thin": entry.tokens_per_dimension < TOKENS_PER_DIMENSION,
+            }
+        )
+    columns = ["input", "kind", "depth", "width", "modules", *QUALITIES, "thin"]
+    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(QUALITIES, float))
+
+
+def _damped(values: Vector, damping: float | None) -> float | None:
+    """Return (λ_1 + δ) / (λ_n + δ), δ = damping times the mean eigenvalue; None where that is not finite."""
+    if damping is None or not values.size:
+        return None
+    added = damping * float(values.mean())
+    least = float(values[-1]) + added
+    return (float(values[0]) + added) / least if least > 0 else None
+
+
+def quality_map(facts: CalibrationFacts, table: pd.DataFrame, name: str, chosen: str) -> LayerMap:
+    """Return one of QUALITIES over depth and inputs (``input_table``); an input stands for ``chosen`` where that reads it."""
+    quality = QUALITIES[name]
+    readers = {entry.input_group: entry.layers for entry in facts.inputs}
+    values = [_shown(value, logarithm=quality.logarithm) for value in table[name]]
+    labels = [
+        f"{number(value)}, {width} wide, read by {kind}" if math.isfinite(value) else f"{DASH} not finite"
+        for value, width, kind in zip(table[name], table["width"], table["kind"], strict=True)
+    ]
+    shapes = [
+        MatrixShape(chosen if chosen in readers[group] else readers[group][0], str(kind), int(depth), int(width), int(width))
+        for group, kind, depth, width in zip(table["input"], table["kind"], table["depth"], table["width"], strict=True)
+    ]
+    view = layer_map(shapes, values, labels, quality.measure)
+    return replace(view, low=min([0.0, *(value for value in values if math.isfinite(value))]))
+
+
+def _shown(value: float, *, logarithm: bool) -> float:
+    if not math.isfinite(value) or (logarithm and value <= 0):
+        return math.nan
+    return math.log10(value) if logarithm else value

@@ -1,0 +1,65 @@
+"""Training after the compression: what was spent, and what came of it."""
+
+from __future__ import annotations
+
+from lowrank_core.runs import Run
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare.healing_chart import healing_figure
+from lowrank_core.studio.compare.healing_commands import healed_again
+from lowrank_core.studio.compare.healing_runs import Healing, curve_table, ends_in_words, healings
+from lowrank_core.studio.export.export_plan import healed_source
+from lowrank_core.studio.report.blocks import Block, Code, Note, Prose, Section, drawn
+from lowrank_core.studio.shared.formatting import number, percent
+
+__all__ = ["healing_section"]
+
+
+def healing_section(run: Run) -> Section:
+    """Raises: RunError, ConfigError: a file of a healing, or the study, is damaged."""
+    found = healings(run)
+    blocks: list[Block] = [block for healing in found for block in (_told(healing), *_curve(healing), *_again(run, healing))]
+    if not blocks:
+        blocks = [Prose("Nothing was healed: every compressed model of this run is as it came out.")]
+    return Section("healing", "Healing", "What did training the factors win back, and what did it take?", tuple(blocks))
+
+
+def _told(healing: Healing) -> Block:
+    report = healing.report
+    if report is None:
+        done = healing.history[-1].step if healing.history else 0
+        return Prose(
+            f"{healing.name}: {healing.method}, not done when this was written; validated up to step {done:,} of {healing.steps:,}."
+        )
+    return Prose(
+        f"{healing.name}: {report.label}, {report.steps:,} steps on {report.tokens:,} tokens in {report.seconds:,.0f} s, largest rate "
+        f"{number(report.learning_rate, 2)}, {report.trained_parameters:,} numbers trained. KL on validation text "
+        f"{number(report.kl_before)} before, {number(report.kl_after)} after ({percent(report.recovered)} of it gone). "
+        f"{ends_in_words(report)}"
+    )
+
+
+def _curve(healing: Healing) -> tuple[Block, ...]:
+    if not healing.history:
+        return ()
+    curve = curve_table(healing.history)
+    figure = drawn(
+        healing_figure(curve, healing.steps),
+        curve,
+        name=f"healing-{healing.folder}",
+        title=f"Healing {healing.name}",
+        how="each point is a validation; the starred state is what is kept, however the curve goes on.",
+        alt="KL divergence and perplexity on validation text over the steps of a healing",
+        protocol="" if healing.report is None else f"Trained on {healing.report.training}. Validated on {healing.report.validation}.",
+    )
+    return (figure,)
+
+
+def _again(run: Run, healing: Healing) -> tuple[Block, ...]:
+    """Return the commands that repeat a healing; nothing where they would need a file that is not in the report."""
+    search = run.config.search
+    if search is None or healing.report is None:
+        return ()
+    found = healed_again(run, healed_source(healing, read_trials(run), search))
+    if found.why_not:
+        return (Note("info", found.why_not),)
+    return () if found.ranks else (Code(f"Write the one-shot model, and repeat healing {healing.name}", found.lines),)

@@ -1,0 +1,268 @@
+"""The end of the story: what was measured on test text, what was written, and how all of it is repeated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from lowrank_core.runs import JsonMapping, Run
+from lowrank_core.runs.client import answers
+from lowrank_core.studies.records import TrialRecord, trials_of
+from lowrank_core.studio.compare.comparison import Comparison, Confirmed, comparisons, confirmed, warnings_of
+from lowrank_core.studio.compare.comparison_chart import difference_figure
+from lowrank_core.studio.compare.continuations import prompts
+from lowrank_core.studio.compare.loss_details import difference_table
+from lowrank_core.studio.export.export_list import Written, written_models
+from lowrank_core.studio.report.blocks import (
+    Block,
+    Code,
+    Folded,
+    Note,
+    Prose,
+    Section,
+    drawn,
+    json_link,
+    share,
+    sized,
+    table,
+    text,
+    value,
+    whole,
+)
+from lowrank_core.studio.shared.formatting import DASH, NO_INTERVAL, number
+from lowrank_core.studio.shared.reproduce import export_command, reproduction, test_command
+from lowrank_core.studio.shared.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table
+from lowrank_core.studio.shared.trial_names import answers_of, model_name, trial_label
+
+__all__ = ["configuration_section", "exports_section", "measured_section", "reproduction_section"]
+
+
+def measured_section(run: Run) -> Section:
+    """Raises: RunError: an answer of the worker, or the study, is damaged."""
+    bodies, trials = answers(run), trials_of(run)
+    found = comparisons(bodies, trials)
+    blocks: list[Block] = [Prose(_INTRODUCTION)] if found else []
+    for protocol, alike in by_protocol(found).items():
+        warnings = [Note("warning", warning) for warning in warnings_of(alike)]
+        blocks += [*warnings, _differences(alike, protocol), *_tables(alike, protocol)]
+    seen = confirmed(bodies, trials)
+    blocks += [_confirmed(seen)] if seen is not None else []
+    blocks += [*_verdicts(found), *_missing(run, found, bodies, trials), *_failures(bodies), *_continued(bodies, trials)]
+    return Section(
+        "measured", "Measured on test text", "What does the compressed model lose, on text that nothing was chosen on?", tuple(blocks)
+    )
+
+
+_INTRODUCTION = (
+    "Every model saw the same windows. Rows are the dense original, the compressed models as they came out (one-shot), and those whose "
+    "factors were trained afterwards (healed). Intervals are of 95 %, bootstrap over windows; that of the difference is paired by window."
+)
+
+
+def _differences(found: Sequence[Comparison], protocol: str) -> Block:
+    frame = difference_table(found)
+    return drawn(
+        difference_figure(frame, found[0].dense_perplexity),
+        frame,
+        name=f"perplexity-{found[0].dataset}-{found[0].split}",
+        title="Perplexity above the original's, on the same test windows",
+        how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
+        "Circles were searched for, squares are rules and presets, stars were healed.",
+        alt="Dots with intervals: test perplexity of each measured model less that of the original; the table below has the numbers",
+        protocol=f"{protocol}.",
+    )
+
+
+def _tables(found: Sequence[Comparison], protocol: str) -> tuple[Block, Block]:
+    """Return what is lost, and what is saved."""
+    frame, file = measured_table(found), f"test-{found[0].dataset}-{found[0].split}"
+    names = (text("model", "Model"), text("form", "Form", short=True))
+    lost = (
+        *names,
+        value("perplexity", "Perplexity", 5),
+        text("interval", "95 % interval", short=True),
+        value("difference", "Difference", 3, "Compressed less original."),
+        text("difference_interval", "95 % interval", "Paired by window.", short=True),
+        value("kl", "KL (nats per token)"),
+        text("kl_interval", "95 % interval", short=True),
+        share("agreement", "Top-1 agreement", "Tokens where both models rank the same one first."),
+    )
+    saved = (
+        *names,
+        share("removed", "Removed, linears", digits=2),
+        share("model_removed", "Removed, model", digits=2),
+        whole("linears", "Parameters, linears"),
+        whole("parameters", "Parameters, model"),
+        sized("bytes", "Size"),
+    )
+    shown = frame.assign(
+        interval=_ends(frame, "perplexity", "low", "high"),
+        difference_interval=_ends(frame, "difference", "difference_low", "difference_high"),
+        kl_interval=_ends(frame, "kl", "kl_low", "kl_high"),
+    )
+    return (
+        table(shown, lost, caption=f"What is lost, dense beside compressed. {protocol}", file=file, data=frame),
+        table(frame, saved, caption="What is saved: parameters (biases and index tables counted) and bytes", file=f"{file}-sizes"),
+    )
+
+
+def _ends(frame: pd.DataFrame, measured: str, low: str, high: str) -> list[str]:
+    """Return intervals in words; a dash where nothing was measured of which one could be."""
+    rows = zip(frame[measured], frame[low], frame[high], strict=True)
+    return [DASH if pd.isna(value) else _interval(least, most) for value, least, most in rows]
+
+
+def _interval(low: float, high: float) -> str:
+    return NO_INTERVAL if pd.isna(low) or pd.isna(high) else f"{number(low, 4)} to {number(high, 4)}"
+
+
+def _confirmed(seen: Confirmed) -> Block:
+    columns = (
+        text("name", "Allocation"),
+        value("value", "Value on validation text"),
+        value("perplexity", "Perplexity on test text", 5),
+        text("interval", "95 % interval", short=True),
+        value("kl", "KL on test text (nats per token)"),
+        text("kl_interval", "95 % interval", short=True),
+    )
+    shown = seen.frame.assign(
+        interval=_ends(seen.frame, "perplexity", "low", "high"), kl_interval=_ends(seen.frame, "kl", "kl_low", "kl_high")
+    )
+    caption = f"Trials of the search by their validation value, confirmed on test text. {seen.protocol}"
+    return table(shown, columns, caption=caption, file="confirmed", data=seen.frame)
+
+
+def _verdicts(found: Sequence[Comparison]) -> list[Block]:
+    """Say where a baseline did at least as well as every trial that was searched for: a table sorted by perplexity hides it."""
+    notes: list[Block] = []
+    for alike in by_protocol(found).values():
+        searched = [comparison for comparison in alike if not comparison.given]
+        rules = [comparison for comparison in alike if comparison.given]
+        best = min(searched, key=lambda comparison: comparison.perplexity, default=None)
+        better = [rule for rule in rules if best is not None and rule.perplexity <= best.perplexity]
+        if best is not None and better:
+            names = ", ".join(f"{rule.name} ({number(rule.perplexity, 5)})" for rule in better)
+            notes.append(
+                Note(
+                    "warning",
+                    f"No searched trial is better than {names} on {protocol_of(best)}: "
+                    f"the best is {best.name}, {number(best.perplexity, 5)}.",
+                )
+            )
+    return notes
+
+
+def _missing(run: Run, found: Sequence[Comparison], bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> list[Block]:
+    """Say what a reader would look for and was not measured."""
+    search = run.config.search
+    if search is None:
+        return [Note("info", "Nothing is compressed in a run that only analyses, so nothing was measured on test text.")]
+    if not found:
+        return [
+            Note(
+                "missing",
+                "Nothing was measured on test text yet. A search measures its best trials when it ends; the Compare page any other.",
+            )
+        ]
+    measured = {body.get("trial") for body in bodies if body.get("ok") and body.get("kind") == "compare"}
+    names = [trial_label(trial) for trial in answers_of(trials, search) if trial.number not in measured and trial.label not in measured]
+    blocks: list[Block] = []
+    if names:
+        blocks.append(Note("missing", f"Not measured on test text: {', '.join(names)} (the answer of the search, or part of it)."))
+    if "uniform" not in measured and not any(comparison.label == "uniform" for comparison in found):
+        blocks.append(Note("missing", "The uniform baseline was not measured on test text; the Compare page does it."))
+    return blocks
+
+
+def _failures(bodies: Sequence[JsonMapping]) -> list[Block]:
+    return [Note("error", f"A request ({failure.kind}) failed: {failure.error}") for failure in failures(bodies)]
+
+
+def _continued(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> list[Block]:
+    blocks: list[Block] = []
+    for entry in prompts(bodies, trials):
+        how = f"{entry.tokens} tokens, temperature {entry.temperature:g}, seed {entry.seed}"
+        compressed = (Code(f"Compressed, {name}", text) for name, text in entry.texts)
+        names = ", ".join(name for name, _ in entry.texts)
+        blocks.append(Folded(f"The same prompt, continued by both ({names}; {how})", (Code("Original", entry.original), *compressed)))
+    return blocks
+
+
+def exports_section(run: Run) -> Section:
+    """Raises: RunError: an answer of the worker is damaged."""
+    found = written_models(run, answers(run))
+    blocks: tuple[Block, ...] = (Note("missing", "No compressed model was written from this run yet."),)
+    if found:
+        rows = [
+            {
+                "folder": str(entry.path),
+                "allocation": model_name(entry.allocation, trials_of(run)),
+                "removed": entry.compression_ratio,
+                "model_removed": entry.model_compression_ratio,
+                "bytes": entry.bytes,
+                "state": _state(entry),
+                "perplexity": entry.perplexity,
+                "proof": entry.proof_words,
+            }
+            for entry in found
+        ]
+        columns = (
+            text("folder", "Folder"),
+            text("allocation", "Allocation"),
+            share("removed", "Removed, linears", digits=2),
+            share("model_removed", "Removed, model", digits=2),
+            sized("bytes", "Weight files"),
+            text("state", "When this was written"),
+            value("perplexity", "Perplexity as written", 5, "On test windows, measured when it was written."),
+            text("proof", "Read again in a fresh process", "What `lowrank verify` found."),
+        )
+        blocks = (table(pd.DataFrame(rows), columns, caption="Compressed models on disk, each a valid --model", file="exports"),)
+    return Section("exports", "What was written", "Which compressed models are there to take away?", blocks)
+
+
+def _state(entry: Written) -> str:
+    if entry.damage:
+        return f"damaged: {entry.damage}"
+    merged = ", merged" if entry.form == "dense" else ""
+    return f"there{merged}" if entry.bytes is not None else "gone"
+
+
+def reproduction_section(run: Run) -> Section:
+    """Raises: RunError: run.json, or the study, is damaged."""
+    record, config = run.record, run.config
+    found = reproduction(record, config)
+    save = json_link(found.record, "run.json", "run.json")
+    exact = (
+        f"Exactly: save this run.json, alone, in a new folder {found.folder}, and let a worker repeat what it says. "
+        "The model and the text must be where it says."
+    )
+    blocks: list[Block] = [Prose(exact), save, Code("Repeat the run", found.exact)]
+    if found.options:
+        blocks.append(Code("The same in options", found.options))
+    else:
+        unsaid = ", ".join(f"{name} = {value}" for name, value in found.unsaid.items())
+        blocks.append(Note("info", f"No single command says the same: these have no option of their own: {unsaid}."))
+    trials = answers_of(trials_of(run), config.search) if config.search is not None else []
+    if trials:
+        number_of = trials[0].number
+        lines = [export_command(str(run.path), number_of), test_command(config, f"trial-{number_of}")]
+        blocks.append(Code(f"Write {trial_label(trials[0])}, and measure it on test text beside the dense model", "\n".join(lines)))
+    blocks.append(Code("This report", f"lowrank report --run {run.path}"))
+    return Section("reproduction", "How to repeat it", "Which commands give these numbers again?", tuple(blocks))
+
+
+def configuration_section(run: Run) -> Section:
+    """Raises: RunError: run.json is damaged."""
+    record = run.record
+    config = dict(record["config"])
+    versions = pd.DataFrame(list(dict(record.get("versions", {})).items()), columns=["name", "value"])
+    pair = (text("name", "Name"), text("value", "Value"))
+    blocks = (
+        table(seed_table(config), pair, caption="Seeds", file="seeds"),
+        table(versions, pair, caption="Versions that the run was made with", file="versions"),
+        Folded(
+            "The whole configuration", (table(flat_table(config), pair, caption="Configuration, as in run.json", file="configuration"),)
+        ),
+    )
+    return Section("configuration", "Configuration, versions, seeds", "What exactly was run?", blocks)

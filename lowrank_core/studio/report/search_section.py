@@ -1,0 +1,212 @@
+"""The middle of the story: the search, what it found, and what became of every trial."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowrank_core.config import SearchConfig
+from lowrank_core.runs import Run
+from lowrank_core.studies.records import TrialRecord, read_trials
+from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.report.blocks import (
+    Block,
+    Column,
+    Facts,
+    Folded,
+    Note,
+    Section,
+    drawn,
+    json_link,
+    share,
+    table,
+    text,
+    value,
+    whole,
+)
+from lowrank_core.studio.search.history import OBJECTIVE_LABELS, SAMPLER_LABELS, Progress, history, progress, search_variables, trial_table
+from lowrank_core.studio.search.pareto import front, front_table
+from lowrank_core.studio.search.static_chart import front_figure, history_figure
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, rank_table, search_units
+from lowrank_core.studio.shared.formatting import DASH, number, percent, short_duration
+from lowrank_core.studio.shared.layer_map_chart import map_figure
+from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
+from lowrank_core.studio.shared.summary import unfinished_table
+from lowrank_core.studio.shared.trial_names import answers_of, ratio_words, trial_label
+
+__all__ = ["search_section"]
+
+_MOST_MAPS = 3
+_MOST_VARIABLES = 8  # columns of a table; all of them are in its CSV
+
+
+def search_section(run: Run) -> Section:
+    """Raises: RunError: the study or model.json is damaged, or the database of the study does not answer."""
+    search = run.config.search
+    if search is None:
+        blocks: tuple[Block, ...] = (Note("info", "This run only analyses the model: it has no search. `lowrank search` starts one."),)
+    else:
+        trials = read_trials(run)
+        blocks = (_choices(search, model_facts(run)), *(_found(run, search, trials) if trials else (_no_trial(run),)))
+    return Section("search", "The rank search", "How should a parameter budget be spent over the layers?", blocks)
+
+
+def _no_trial(run: Run) -> Note:
+    return Note("missing", f"No trial has begun yet. `lowrank worker --run {run.path}` goes on with this run.")
+
+
+def _choices(search: SearchConfig, facts: ModelFacts | None) -> Facts:
+    meaning = "of the compressible linears' parameters" if facts is None else facts.coverage.ratio_words(search.compression_ratio)
+    compression = search.compression
+    value_words = "value projections stay dense" if compression.value_dense else "value projections are compressed too"
+    spent = "projected onto the budget" if search.projected else "as published, not projected onto the budget"
+    return Facts(
+        (
+            ("To remove", ratio_words(search), meaning),
+            ("Objective", OBJECTIVE_LABELS[search.objective], "on search-validation text; lower is better"),
+            ("Sampler", SAMPLER_LABELS[search.sampler], f"seed {search.seed}, {search.startup_trials} points before its model"),
+            ("Space", search.space, f"variables: {search.variables}; points are {spent}"),
+            ("Basis", compression.basis, f"storage {compression.storage}; {value_words}"),
+            ("Stopping early", search.pruner, "rule that stops bad trials"),
+        )
+    )
+
+
+def _found(run: Run, search: SearchConfig, trials: Sequence[TrialRecord]) -> tuple[Block, ...]:
+    now, protocol = progress(trials, search), search_protocol(run, search)
+    best = (_headline(now, search), *_verdict(now), _history(trials, search, protocol))
+    if search.most_ratio is not None:  # no single best value, so no history of it
+        best = _front(trials, search, protocol)
+    facts = model_facts(run)
+    maps = _allocations(run, trials, search, facts, protocol) if facts is not None else ()
+    return (*best, *maps, _unfinished(trials), _all_trials(trials, search))
+
+
+def search_protocol(run: Run, search: SearchConfig) -> str:
+    """Return the line under every figure of a search: text, windows, tokens, dtype."""
+    facts, model = text_facts(run), model_facts(run)
+    split = next((split for split in facts.splits if split.name == "validation"), None) if facts else None
+    words = [
+        f"{facts.reference}, validation split, {split.windows} windows of {facts.context} tokens"
+        if facts and split
+        else "Validation split",
+        f"model {model.reference} held as {model.dtype}" if model else "",
+        "trials in bfloat16" if search.autocast else "",
+        f"KL on the {search.top_k} likeliest tokens and the rest: a lower bound" if search.top_k else "",
+    ]
+    return "; ".join(word for word in words if word) + ". Search-validation figures: what was minimised, not what is reported."
+
+
+def _headline(now: Progress, search: SearchConfig) -> Facts:
+    best = now.best
+    return Facts(
+        (
+            ("Trials complete", f"{now.complete} of {now.wanted}", ", ".join(now.counts.parts)),
+            ("Best trial", trial_label(best) if best else DASH, "least value; on validation text"),
+            ("Best value", number(best.value, 4) if best else DASH, OBJECTIVE_LABELS[search.objective]),
+            (
+                "Its perplexity",
+                number(best.perplexity, 4) if best else DASH,
+                f"on validation text; uniform: {number(now.uniform_perplexity, 4)}",
+            ),
+            ("Below uniform", percent(now.gain), f"of the uniform baseline's value, {number(now.uniform_value, 4)}"),
+            ("Removed", percent(best.compression_ratio, 2) if best else DASH, "of the compressible linears' parameters, as counted"),
+            ("Time of a trial", short_duration(now.seconds), "median"),
+        )
+    )
+
+
+def _verdict(now: Progress) -> list[Note]:
+    """Say a result that the headline could be read past: nothing complete, or no better than uniform."""
+    if now.best is None:
+        return [Note("missing", "No trial is complete, so there is no best one.")]
+    if now.gain is not None and now.gain <= 0:
+        return [Note("warning", "The search found nothing better than the uniform baseline.")]
+    if now.best.label != "sampled":
+        return [Note("info", f"No sampled trial beat {trial_label(now.best)}: the search ended where it began.")]
+    return []
+
+
+def _history(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -> Block:
+    view = history(trials, search.objective)
+    return drawn(
+        history_figure(view),
+        view.trials,
+        name="history",
+        title="Every trial on search-validation text",
+        how="lower is better; green steps are the best so far, dashed lines the baselines. Triangles that point down were stopped "
+        "early and stand at the loss of the windows they saw; crosses failed, and stand above all others.",
+        alt="Objective of each trial in the order of asking, with baselines and the best so far; the table of trials has the same",
+        protocol=protocol,
+    )
+
+
+def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -> tuple[Block, ...]:
+    view, frame = front(trials, search.objective), front_table(trials)
+    if frame.empty:
+        return (Note("missing", "No trial is complete, so there is no Pareto front."),)
+    figure = drawn(
+        front_figure(view),
+        view.trials,
+        name="front",
+        title="How much can be removed at which loss",
+        how="lower is better, and so is further right. The green steps are the Pareto front: to remove at least so much, this is the least "
+        "loss found. Dashed lines join the points of a baseline.",
+        alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front; the table below has the front",
+        protocol=protocol,
+    )
+    columns = [text("name", "On the front"), share("removed", "Removed, linears", digits=2), *_values(search)]
+    return figure, table(frame, columns, caption="Pareto front: no other trial removes as much at less loss", file="pareto-front")
+
+
+def _values(search: SearchConfig) -> list[Column]:
+    """Return the columns of what a trial measures; the objective is named once."""
+    found = [value("value", OBJECTIVE_LABELS[search.objective]), value("perplexity", "Perplexity"), value("kl", "KL (nats per token)")]
+    return [column for column in found if column.name != search.objective]
+
+
+def _allocations(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, facts: ModelFacts, protocol: str) -> list[Block]:
+    """Return where the answers of the search keep their parameters: the best trial, or some of the front, evenly spaced."""
+    answers = [trial for trial in answers_of(trials, search) if trial.ranks]
+    count = min(_MOST_MAPS, len(answers))
+    chosen = [answers[round(index * (len(answers) - 1) / max(1, count - 1))] for index in range(count)]
+    return [block for trial in chosen for block in _allocation(run, trial, search, facts, protocol)]
+
+
+def _allocation(run: Run, trial: TrialRecord, search: SearchConfig, facts: ModelFacts, protocol: str) -> tuple[Block, ...]:
+    units = search_units(facts.matrices, search.compression, facts.head_units)
+    found = allocation_of(trial, units)
+    view, ranks, name = allocation_map(found, units), rank_table(found, units), f"trial-{trial.number}"
+    figure = drawn(
+        map_figure(view),
+        view.frame,
+        name=f"allocation-{name}",
+        title=f"Where {trial_label(trial)} keeps its parameters (%)",
+        how=f"bright cells keep most of their parameters, 100 is dense; {percent(found.compression_ratio)} of the linears' parameters are "
+        "removed in all. Modules that share a rank show that of their unit.",
+        alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}; the table of its ranks has the same",
+        protocol=protocol,
+    )
+    columns = (text("layer", "Unit"), whole("rank", "Rank (– is dense)"), whole("most", "Largest rank that saves"))
+    rows = table(ranks.reset_index(), columns, caption=f"Ranks of {trial_label(trial)}", file=f"ranks-{name}")
+    file = json_link(found.to_json(), f"{run.id}-{name}.json", "Allocation (JSON), for `lowrank compress --ranks`")
+    return figure, Folded(f"Ranks of {trial_label(trial)}", (file, rows))
+
+
+def _unfinished(trials: Sequence[TrialRecord]) -> Block:
+    frame = unfinished_table(trials)
+    if frame.empty:
+        return Note("info", "Every trial was measured to the end, within the budget.")
+    columns = (text("name", "Trial"), text("state", "What it is"), text("reason", "What became of it"))
+    caption = "Trials that do not count: stopped early, outside the budget, failed, or not at their end"
+    return table(frame, columns, caption=caption, file="unfinished-trials")
+
+
+def _all_trials(trials: Sequence[TrialRecord], search: SearchConfig) -> Block:
+    frame, variables = trial_table(trials, search), search_variables(trials, search)
+    columns = [whole("trial", "Trial"), text("state", "State"), text("kind", "Kind"), *_values(search)]
+    columns += [share("removed", "Removed, linears", digits=2), value("seconds", "Seconds", 3)]
+    columns += [value(found.name, found.label, 3, found.meaning) for found in variables[:_MOST_VARIABLES]]
+    rows = table(frame, columns, caption="Every trial, on search-validation text", file="trials")
+    hidden = len(variables) - _MOST_VARIABLES
+    notes = (Note("info", f"{hidden} more variables of the space are in the CSV file."),) if hidden > 0 else ()
+    return Folded(f"All {len(trials)} trials", (*notes, rows))

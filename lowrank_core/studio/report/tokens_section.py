@@ -1,0 +1,45 @@
+"""A text token by token: where a compressed model is surprised more than the original."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from markupsafe import Markup
+
+from lowrank_core.runs import Run
+from lowrank_core.runs.client import answers
+from lowrank_core.studies.records import trials_of
+from lowrank_core.studio.compare.token_losses import TokenStrip, strips, worst_tokens
+from lowrank_core.studio.compare.token_losses_chart import strip_html
+from lowrank_core.studio.report.blocks import Block, Folded, Section, Strip, table, text, value, whole
+
+__all__ = ["tokens_section"]
+
+_WORST = 10
+
+
+def tokens_section(run: Run) -> Section:
+    """Raises: RunError: an answer of the worker is damaged."""
+    found = strips(answers(run), trials_of(run))
+    blocks = tuple(block for number, strip in enumerate(found, 1) for block in _told(strip, number))
+    return Section("tokens", "Token by token", "Where in a text is a compressed model surprised more than the original?", blocks)
+
+
+def _told(strip: TokenStrip, number: int) -> Iterator[Block]:
+    words = f"Coloured by what each token costs it above the original. {strip.words}"
+    yield Strip(strip.name, words, Markup(strip_html(strip)), strip.protocol)
+    columns = (
+        whole("position", "Position"),
+        text("before", "After", "The text in front of it; ␣ is a blank, ⏎ a line break."),
+        text("piece", "Token", short=True),
+        value("extra", "Extra loss (nats)", 3, "Of the compressed model above the original."),
+        value("dense_nll", "Original (nats)", 3, "-log p."),
+        value("nll", "Compressed (nats)", 3, "-log q."),
+        value("kl", "KL (nats)", 3, "Between the two predictions."),
+        text("dense_likeliest", "Original expects", short=True),
+        text("likeliest", "Compressed expects", short=True),
+    )
+    worst = worst_tokens(strip, _WORST)
+    caption = f"The tokens on which {strip.name} lost most; all of them are in the file. {strip.protocol}"
+    rows = table(worst, columns, caption=caption, file=f"tokens-{number}", data=strip.frame)
+    yield Folded(f"The {len(worst)} tokens on which {strip.name} lost most", (rows,))

@@ -1,0 +1,186 @@
+"""A rank search as it streams in: history, baselines, best so far, and the trials as a table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.config import SearchConfig
+from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
+from lowrank_core.studies.space import RATIO
+from lowrank_core.studio.shared.trial_names import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
+
+__all__ = [
+    "OBJECTIVE_LABELS",
+    "SAMPLER_LABELS",
+    "History",
+    "Progress",
+    "Variable",
+    "better_half",
+    "history",
+    "progress",
+    "search_variables",
+    "trial_table",
+]
+
+
+OBJECTIVE_LABELS = {
+    "kl": "KL to the dense model (nats per token)",
+    "perplexity": "Perplexity",
+    "bolaco": "Bolaco: perplexity + weighted KL",
+}
+SAMPLER_LABELS = {
+    "gp": "Gaussian process",
+    "tpe": "TPE (tree-structured Parzen estimator)",
+    "cmaes": "CMA-ES",
+    "qmc": "Quasi-random (Sobol)",
+    "random": "Random",
+}
+_COLUMNS = ("trial", "state", "kind", "value", "perplexity", "kl", "removed", "seconds", "worker", "started")
+
+
+@dataclass(frozen=True)
+class History:
+    """The study over its trials.
+
+    Attributes:
+        objective: label of the value, with its unit.
+        trials: columns number, state, kind (one of ``KINDS``), value (NaN without one), partial (of what was stopped early: the mean
+            over the windows it saw, where the objective is one), best (least value so far), note.
+        baselines: label -> value of the enqueued baselines that are complete.
+    """
+
+    objective: str
+    trials: pd.DataFrame
+    baselines: Mapping[str, float]
+
+
+def history(trials: Sequence[TrialRecord], objective: str) -> History:
+    """Return the history of ``trials`` by number."""
+    stopped = [partial_value(trial) if trial.state == "pruned" and objective == "kl" else None for trial in trials]
+    frame = pd.DataFrame(
+        {
+            "number": [trial.number for trial in trials],
+            "state": [trial.state for trial in trials],
+            "kind": [kind_of(trial) for trial in trials],
+            "value": pd.Series([trial.value for trial in trials], dtype=float),
+            "partial": pd.Series(stopped, dtype=float),
+            "note": [trial_note(trial) for trial in trials],
+        }
+    )
+    frame["best"] = frame["value"].where(frame["state"] == "complete").cummin().ffill()
+    return History(OBJECTIVE_LABELS[objective], frame, _baselines(trials))
+
+
+def better_half(view: History) -> History:
+    """Return ``view`` with what is worse than the median of its values left out; the best baseline stays, as do trials without a value."""
+    height = view.trials["value"].fillna(view.trials["partial"])
+    limit = max([height.median(), *sorted(view.baselines.values())[:1]])
+    kept = {name: value for name, value in view.baselines.items() if value <= limit}
+    return replace(view, trials=view.trials[~(height > limit)], baselines=kept)
+
+
+def _baselines(trials: Sequence[TrialRecord]) -> dict[str, float]:
+    complete = [trial for trial in trials if trial.label in ALLOCATORS and trial.state == "complete"]
+    return {ALLOCATORS[trial.label].label: trial.value for trial in complete if trial.value is not None}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a search is, and its best so far against the uniform baseline, on search-validation text.
+
+    Attributes:
+        counts: of its trials.
+        best: None without one, and for a search over a range of ratios.
+        seconds: median time of a trial that was measured to the end.
+    """
+
+    counts: TrialCounts
+    wanted: int
+    best: TrialRecord | None
+    uniform_value: float | None
+    uniform_perplexity: float | None
+    seconds: float | None = None
+
+    @property
+    def complete(self) -> int:
+        """Trials of the search that are done, stopped early or not; hand-picked ones left out."""
+        return self.counts.complete
+
+    @property
+    def gain(self) -> float | None:
+        """The fraction by which the best value lies below the uniform one; None without both."""
+        if self.best is None or self.best.value is None or not self.uniform_value:
+            return None
+        return 1 - self.best.value / self.uniform_value
+
+
+def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
+    """Return how far a search is."""
+    uniform = next((trial for trial in trials if trial.label == "uniform" and trial.state == "complete"), None)
+    times = [trial.seconds for trial in trials if trial.finished and trial.seconds is not None]
+    return Progress(
+        counts=counts_of(trials),
+        wanted=search.trials,
+        best=best_trial(trials) if search.most_ratio is None else None,
+        uniform_value=uniform.value if uniform else None,
+        uniform_perplexity=uniform.perplexity if uniform else None,
+        seconds=statistics.median(times) if times else None,
+    )
+
+
+def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:
+    """Return a row for each trial, by number, with a column for each variable of the space."""
+    chosen = {trial.number for trial in answers_of(trials, search)}
+    mark = " ★ best" if search.most_ratio is None else " ★ front"
+    rows = [
+        {
+            "trial": trial.number,
+            "state": kind_of(trial) if trial.state in ("pruned", "infeasible") else trial.state,
+            "kind": _kind(trial) + (mark if trial.number in chosen else ""),
+            "value": trial.value,
+            "perplexity": trial.perplexity,
+            "kl": trial.kl,
+            "removed": trial.compression_ratio,
+            "seconds": trial.seconds,
+            "worker": trial.worker or None,
+            "started": None if trial.started is None else pd.Timestamp(trial.started, unit="s"),
+            **trial.params,
+        }
+        for trial in trials
+    ]
+    return pd.DataFrame(rows, columns=None if rows else list(_COLUMNS))
+
+
+def _kind(trial: TrialRecord) -> str:
+    return trial_label(trial).split(" (trial")[0] if trial.label != "sampled" else "sampled"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of the search space: its name in the study, the head of its column, and what its values mean."""
+
+    name: str
+    label: str
+    meaning: str
+
+
+def search_variables(trials: Sequence[TrialRecord], search: SearchConfig) -> list[Variable]:
+    """Return the variables of the space, in the order of the study."""
+    names = dict.fromkeys(name for trial in trials for name in trial.params)
+    return [_variable(name, search) for name in names]
+
+
+def _variable(name: str, search: SearchConfig) -> Variable:
+    if name == RATIO:
+        return Variable(name, "Ratio asked for", "Fraction of parameters to remove, as the sampler proposed it.")
+    group = unit_label(name) if "." in name else {"qk": "q, k"}.get(name, name)
+    if search.variables == "errors":
+        return Variable(name, f"Weight of {group}", "On the errors of these matrices when they are traded; 1 is the allocation `marginal`.")
+    if search.projected:
+        return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, before all are scaled onto the budget.")
+    return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, as published: not scaled onto the budget.")

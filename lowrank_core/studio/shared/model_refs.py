@@ -1,0 +1,104 @@
+"""Which compressed models can be measured, what they are called, and what requests say in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.config import SearchConfig
+from lowrank_core.presets.recipes import PRESETS
+from lowrank_core.studies.records import HEALED, PRESET, TrialRecord
+from lowrank_core.studies.space import BASELINES
+from lowrank_core.studio.compare.comparison import Comparison, label_of
+from lowrank_core.studio.compare.healing_runs import Healing
+from lowrank_core.studio.shared.formatting import number, percent
+from lowrank_core.studio.shared.trial_names import answers_of, model_name, trial_label
+
+__all__ = ["PRESET_KEYS", "Subject", "candidates", "healable", "request_words", "unmeasured", "usual_choice"]
+
+Subject = int | str
+"""A trial's number, an allocator's name, ``preset:NAME`` or ``healed:FOLDER``."""
+
+PRESET_KEYS: tuple[Subject, ...] = tuple(f"{PRESET}{name}" for name in PRESETS)
+
+_KINDS = {
+    "compare": "measuring on test text",
+    "other_text": "measuring on a second text",
+    "tokens": "reading a text token by token",
+    "generate": "continuing a prompt",
+    "speed": "timing",
+    "directions": "reading the top directions",
+    "export": "writing the model",
+    "measure": "putting an allocation in line",
+    "heal": "healing",
+    "sensitivity": "measuring sensitivities",
+    "verify": "measuring an exported folder again",
+}
+
+
+def candidates(
+    trials: Sequence[TrialRecord], search: SearchConfig, healings: Sequence[Healing] = (), picked: int | None = None
+) -> dict[Subject, str]:
+    """Return what can be measured: complete trials (the best one first, or the Pareto front), healed models, what allocators choose,
+    and presets. Empty without a complete trial.
+
+    A label stays the same while its model is there: Streamlit knows an option by it. Trials that a rule chose go by the rule's name,
+    but for those of the answer and the one that is ``picked``.
+    """
+    answers = answers_of(trials, search)
+    if not answers:
+        return {}
+    first = [trial.number for trial in answers]
+    complete = sorted((trial for trial in trials if trial.state == "complete"), key=lambda trial: (trial.value or 0.0, trial.number))
+    others = [trial for trial in complete if trial.number == picked or search.most_ratio is not None or trial.label not in ALLOCATORS]
+    found: dict[Subject, str] = {
+        trial.number: _trial_label(trial, search) for trial in (*answers, *(trial for trial in others if trial.number not in first))
+    }
+    at = "" if search.most_ratio is None else f" at {percent(search.compression_ratio, 0)} removed"
+    healed: dict[Subject, str] = {f"{HEALED}{each.folder}": f"Healed: {each.name}" for each in healings if each.report is not None}
+    rules: dict[Subject, str] = {
+        name: f"{'Baseline' if name in BASELINES else 'Allocator'}: {method.label}{at}" for name, method in ALLOCATORS.items()
+    }
+    presets: dict[Subject, str] = {f"{PRESET}{name}": f"Preset: {preset.label}{at}" for name, preset in PRESETS.items()}
+    return found | healed | rules | presets
+
+
+def _trial_label(trial: TrialRecord, search: SearchConfig) -> str:
+    removed = "" if search.most_ratio is None else f"{percent(trial.compression_ratio)} removed, "
+    return f"{trial_label(trial)}, {removed}value {number(trial.value, 4)}"
+
+
+def usual_choice(found: Mapping[Subject, str], trials: Sequence[TrialRecord], picked: int | None) -> list[Subject]:
+    """Return what is chosen before the user chooses: the picked trial or the first of all, and the baselines that it is not."""
+    first = picked if picked in found else next(iter(found))
+    assert first is not None
+    return [first, *(name for name in BASELINES if name in found and name != label_of(first, trials))]
+
+
+def healable(found: Mapping[Subject, str]) -> dict[Subject, str]:
+    """Return those that are allocations of the run's own search: they can be healed and exported."""
+    return {key: label for key, label in found.items() if not str(key).startswith((PRESET, HEALED))}
+
+
+def unmeasured(
+    subjects: Sequence[Subject], trials: Sequence[TrialRecord], found: Sequence[Comparison], waiting: Sequence[Mapping[str, object]] = ()
+) -> list[Subject]:
+    """Return those of ``subjects`` that have no measurement in ``found``, nor wait for one among the requests ``waiting``."""
+    asked = {_argument(request, "trial") for request in waiting}
+    known = {comparison.key for comparison in found}
+    return [subject for subject in subjects if label_of(subject, trials) not in known and subject not in asked]
+
+
+def _argument(request: Mapping[str, object], name: str) -> object:
+    arguments = request.get("arguments")
+    return arguments.get(name) if isinstance(arguments, Mapping) else None
+
+
+def request_words(request: Mapping[str, object]) -> str:
+    """Return what a request asks for: ``Trial 3: measuring on test text``."""
+    kind, trial = str(request.get("kind")), _argument(request, "trial")
+    label = f"trial {trial}" if isinstance(trial, int) else trial.removeprefix(HEALED) if isinstance(trial, str) else ""
+    name = model_name(label)
+    text = _argument(request, "text") if kind == "other_text" else None
+    words = _KINDS.get(kind, kind) + (f" ({text})" if text else "")
+    return f"{name}: {words}" if name else words

@@ -1,0 +1,55 @@
+"""What a worker does when nothing else is to be done: it waits for trials and all other requests, and makes way for them when they come."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
+from types import MappingProxyType
+
+from lowrank_core.config import from_mapping
+from lowrank_core.runs.client import BACKGROUND, pending_requests
+from lowrank_core.search.study import completed_trials, waiting_trials
+from lowrank_core.sensitivity.config import SensitivityConfig
+from lowrank_core.worker.context import Desk
+from lowrank_core.worker.handlers import Kind, answer
+
+__all__ = ["answer_in_background"]
+
+
+class _PutOff(Exception):
+    """The request makes way, or was withdrawn: it gets no answer now."""
+
+
+def answer_in_background(desk: Desk) -> bool:
+    """Work on the first waiting request of the background until it is answered or makes way; return whether there was one."""
+    request = next((request for request in pending_requests(desk.run) if request.get("kind") in BACKGROUND), None)
+    if request is None:
+        return False
+    with suppress(_PutOff):
+        answer(desk, request, _KINDS)
+    return True
+
+
+def _sensitivity(desk: Desk, arguments: Mapping[str, object]) -> dict[str, object]:
+    config = from_mapping(SensitivityConfig, {f.name: arguments[f.name] for f in fields(SensitivityConfig) if f.name in arguments})
+
+    def go_on() -> None:
+        if desk.reporter.withdrawn or _is_urgent(desk):
+            raise _PutOff
+
+    found = desk.sensitivity.measure(config, go_on)
+    return {"file": found.file, "cells": len(found.cells), "measured": found.measured}
+
+
+_KINDS: Mapping[str, Kind] = MappingProxyType({"sensitivity": _sensitivity})
+
+
+def _is_urgent(desk: Desk) -> bool:
+    """Return whether there is something that the background makes way for."""
+    if any(request.get("kind") not in BACKGROUND for request in pending_requests(desk.run)):
+        return True
+    search = desk.run.config.search
+    if desk.study is None or search is None:
+        return False
+    return waiting_trials(desk.study) > 0 or (completed_trials(desk.study) < search.trials and not desk.reporter.paused)

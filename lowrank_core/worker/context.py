@@ -1,0 +1,143 @@
+"""What a worker answers requests with, and which compressed model a request means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import optuna
+
+from lowrank_core.allocation import ALLOCATORS, RankAllocation, Ranks, allocation_from_ranks
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.config import SearchConfig
+from lowrank_core.errors import ConfigError
+from lowrank_core.evaluation import EvaluationReport
+from lowrank_core.runs import Run
+from lowrank_core.search.study import TrialBench
+from lowrank_core.studies.records import TrialRecord, best_trial, pareto_front, read_trials
+from lowrank_core.worker.reporter import Reporter
+from lowrank_core.worker.sensitivity import SensitivityBench
+from lowrank_core.worker.session import Session
+
+__all__ = ["Desk", "Shelf", "Tested", "chosen_allocation", "chosen_model", "complete_trial"]
+
+
+class Shelf:
+    """Keeps what was built last, for requests in a row that ask for the same: one model at most."""
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._held: object = None
+
+    def take(self, key: object, build: Callable[[], object]) -> object:
+        """Return what is kept under ``key``, else build it and keep that instead."""
+        if self._held is None or key != self._key:
+            self.clear()  # before another one is built: two would not fit where one does
+            self._held = build()
+            self._key = key
+        return self._held
+
+    def clear(self) -> None:
+        self._key = self._held = None
+
+
+class Tested:
+    """Keeps what was measured on test text of the search's own factors, by their ranks.
+
+    All else that a figure depends on is the session's: the model, the factors, the windows, and how many of them are in a pass.
+    """
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[tuple[str, int | None], ...], EvaluationReport] = {}
+
+    def keep(self, ranks: Ranks, report: EvaluationReport) -> EvaluationReport:
+        """Keep ``report`` as that of ``ranks``, and return it."""
+        self._found[tuple(sorted(ranks.items()))] = report
+        return report
+
+    def of(self, ranks: Ranks) -> EvaluationReport | None:
+        """Return what was measured at ``ranks``; None if nothing was."""
+        return self._found.get(tuple(sorted(ranks.items())))
+
+
+@dataclass(frozen=True)
+class Desk:
+    """What a worker answers with: the run and what it holds ready; ``bench`` and ``study`` are None where nothing is searched."""
+
+    run: Run
+    session: Session
+    reporter: Reporter
+    bench: TrialBench | None = None
+    study: optuna.Study | None = None
+    shelf: Shelf = field(default_factory=Shelf, compare=False)
+    tested: Tested = field(default_factory=Tested, compare=False)
+    sensitivity: SensitivityBench = field(init=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sensitivity", SensitivityBench(self.run, self.session, self.reporter, self.bench))
+
+    @property
+    def search(self) -> tuple[TrialBench, optuna.Study, SearchConfig]:
+        """Return what a search has.
+
+        Raises:
+            ConfigError: nothing is searched.
+        """
+        config = self.run.config.search
+        if self.bench is None or self.study is None or config is None:
+            raise ConfigError("this run only analyses the model. Start a rank search first.")
+        return self.bench, self.study, config
+
+
+def complete_trial(run: Run, number: int | None) -> TrialRecord:
+    """Return trial ``number``, or the best one.
+
+    Raises:
+        ConfigError: it is not complete.
+    """
+    trials = read_trials(run)
+    search = run.config.search
+    if number is None and search is not None and search.most_ratio is not None:
+        front = ", ".join(str(trial.number) for trial in pareto_front(trials))
+        raise ConfigError(
+            f"a search over a range of ratios has no single best trial. Choose one of its Pareto front: {front or 'none yet'}."
+        )
+    if number is None:
+        best = best_trial(trials)
+        if best is None:
+            raise ConfigError("no trial of this run is complete yet. Wait for one, or resume the search.")
+        return best
+    chosen = next((trial for trial in trials if trial.number == number), None)
+    if chosen is None or chosen.state != "complete":
+        raise ConfigError(
+            f"trial {number} of this run is not complete; it has {sum(t.state == 'complete' for t in trials)} complete trials."
+        )
+    return chosen
+
+
+def chosen_allocation(run: Run, bench: TrialBench, trial: object) -> RankAllocation:
+    """Return the allocation of ``trial``: a number, None or ``best``, or an allocator's name.
+
+    Raises:
+        ConfigError: there is no such trial.
+    """
+    if isinstance(trial, str) and trial in ALLOCATORS:
+        return bench.space.by_allocator(trial, bench.space.compression_ratio, influence=bench.decomposed.statistics.influence)
+    if trial is not None and trial != "best" and type(trial) is not int:
+        raise ConfigError(f"trial must be a number, `best` or one of {', '.join(ALLOCATORS)}; got {trial!r}.")
+    record = complete_trial(run, trial if type(trial) is int else None)
+    config = run.config.search
+    single = config is not None and config.most_ratio is None
+    # Only a rule at the one ratio of the search is known by its name; a second hand-picked trial would pass for the first.
+    label = record.label if single and record.label in ALLOCATORS else f"trial {record.number}"
+    return allocation_from_ranks(label, bench.space.units, record.ranks)
+
+
+def chosen_model(run: Run, session: Session, bench: TrialBench, trial: object) -> tuple[RankAllocation, CompressedModel]:
+    """Return what ``trial`` (a number, None or ``best``, or an allocator's name) allocates, and the model compressed so.
+
+    Raises:
+        ConfigError: there is no such trial.
+    """
+    allocation = chosen_allocation(run, bench, trial)
+    return allocation, bench.decomposed.compress(allocation, session.windows.calibration)

@@ -1,0 +1,264 @@
+"""The worker: one process that prepares a run, runs its trials and answers requests, and can be killed at any moment.
+
+Further workers, on this machine or on others, join it for the trials alone (``worker.joining``).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import optuna
+from filelock import FileLock, Timeout
+
+from lowrank_core.config import SearchConfig, to_mapping
+from lowrank_core.errors import Cancelled, LowRankError, NumericalError, RunError
+from lowrank_core.runs import Run, client
+from lowrank_core.search.samplers import phase
+from lowrank_core.search.study import (
+    TrialBench,
+    completed_trials,
+    equip,
+    open_study,
+    requeue_lost,
+    run_trial,
+    running_trials,
+    waiting_trials,
+)
+from lowrank_core.sensitivity.config import SensitivityConfig
+from lowrank_core.worker.background import answer_in_background
+from lowrank_core.worker.context import Desk
+from lowrank_core.worker.handlers import answer_requests, confirm
+from lowrank_core.worker.identity import RunIdentity, signed_in
+from lowrank_core.worker.reporter import Reporter
+from lowrank_core.worker.sensitivity import SensitivityBench, SensitivityOutcome
+from lowrank_core.worker.session import Session, fingerprint, prepare, record_curves, search_bench
+
+__all__ = ["Failures", "log_trial", "measure_alone", "run_worker"]
+
+_POLL_SECONDS = 0.3
+_MOST_FAILURES = 5
+"""Failed trials in a row after which the search gives up: the model diverges everywhere."""
+
+
+@contextmanager
+def _sole_worker(run: Run) -> Iterator[None]:
+    lock = FileLock(run.path / "worker.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"another worker holds {run.path}. Stop it first, help it with `lowrank worker --run {run.path} --join`, "
+            "or start a second search in a folder of its own."
+        ) from error
+    except OSError as error:
+        raise RunError(f"can't write in {run.path}: {error.strerror}. Give a folder that you can write to.") from error
+    try:
+        yield
+    finally:
+        lock.release()  # the system releases it too, if this process is killed
+
+
+def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, helpers: int = 0) -> tuple[Session, TrialBench | None]:
+    """Do everything that is left to do in ``run``, then answer requests for ``warm_seconds`` without one.
+
+    ``helpers`` further processes on this machine take trials, too; they end with the search.
+
+    Returns what it holds, for a caller in the same process. A stop by the user is not an error: the state tells.
+    ``verbose`` writes a line for each stage to stderr: the log of a detached worker.
+
+    Raises:
+        LowRankError: the run is a recorded one, or it failed; its status says why.
+        Cancelled: stopped before there was anything to return.
+    """
+    run.refuse_if_recorded()
+    with _sole_worker(run), _reporting(run, Reporter(run, verbose=verbose)) as reporter:
+        session = prepare(run, reporter)
+        search = run.config.search
+        if search is None:
+            _serve(Desk(run, session, reporter), warm_seconds)
+            reporter.close("finished")
+            return session, None
+        bench = search_bench(session, search, run.config.calibration.batch_size, reporter)
+        RunIdentity.of(run).keep(found := fingerprint(session, bench))
+        record_curves(run, search, bench)
+        study = open_study(run, search, bench.space)
+        _sign(run, study, found)
+        for _ in range(helpers):
+            client.add_worker(run, warm_seconds=0.0)
+        complete = _search(Desk(run, session, reporter, bench, study), warm_seconds)
+        reporter.close("finished" if complete else "stopped")
+        return session, bench
+
+
+def measure_alone(run: Run, config: SensitivityConfig, *, verbose: bool = True) -> SensitivityOutcome:
+    """Measure sensitivities here, without a step of the search; the run's state is afterwards what it was.
+
+    Raises:
+        LowRankError: as ``run_worker`` and ``SensitivityBench.measure``.
+        Cancelled: the user asked to stop; measured cells are kept.
+    """
+    run.refuse_if_recorded()
+    with _sole_worker(run):
+        before = run.status()
+        reporter = Reporter(run, verbose=verbose)
+        with _reporting(run, reporter):
+            session = prepare(run, reporter)
+        try:
+            return SensitivityBench(run, session, reporter).measure(config)
+        finally:
+            unchanged = not before.active and before.state != "new"
+            reporter.close(before.state if unchanged else "finished", before.message)
+
+
+@contextmanager
+def _reporting(run: Run, reporter: Reporter) -> Iterator[Reporter]:
+    """Yield ``reporter``; if the work inside fails, its last word says why."""
+    try:
+        yield reporter
+    except (Cancelled, KeyboardInterrupt):
+        reporter.close("stopped", "Stopped. Resume to go on; finished stages and trials are kept.")
+        raise
+    except LowRankError as error:
+        reporter.close("failed", str(error))
+        raise
+    except OSError as error:
+        failure = RunError(f"can't write in {run.path}: {error.strerror or error}. Free some space, then resume: what is complete is kept.")
+        reporter.close("failed", str(failure))
+        raise failure from error
+    except BaseException as error:
+        reporter.close("failed", f"{type(error).__name__}: {error}. The log has the details.")
+        raise
+
+
+def _sign(run: Run, study: optuna.Study, found: Mapping[str, object]) -> None:
+    """Leave in the study what another worker needs to join, and to see whether it may."""
+    study.set_user_attr("run", json.dumps(to_mapping(run.config)))
+    study.set_user_attr("fingerprint", json.dumps({**found, **signed_in(study)}))
+
+
+class _Orders:
+    """What the run's user wants, as it changes: the search's config for this worker, and the study's copy of it for further ones."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._published: tuple[SearchConfig, bool] | None = None
+
+    def read(self) -> SearchConfig:
+        """Return the search as it is wanted now; the study samples and prunes accordingly."""
+        bench, study, config = self._desk.search
+        now = config, self._desk.reporter.paused
+        if now != self._published:
+            equip(study, config, bench.space)
+            study.set_user_attr("search", json.dumps(to_mapping(config)))
+            study.set_user_attr("paused", now[1])
+            self._published = now
+        return config
+
+
+def _search(desk: Desk, warm_seconds: float) -> bool:
+    """Run trials until all are complete or the user stops; between trials, answer requests. Return whether all are complete."""
+    _, study, _ = desk.search
+    orders = _Orders(desk)
+    while True:
+        if completed_trials(study) < orders.read().trials and not desk.reporter.paused:
+            _run_trials(desk, orders)
+        complete = completed_trials(study) >= orders.read().trials
+        if complete:
+            confirm(desk)
+        if not _serve(desk, warm_seconds, orders):
+            return complete
+
+
+class Failures:
+    """Counts failed trials in a row."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def count(self, trial: optuna.trial.FrozenTrial) -> None:
+        """Take notice of a trial.
+
+        Raises:
+            NumericalError: it was one failure too many.
+        """
+        self._count = self._count + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
+        if self._count == _MOST_FAILURES:
+            reason = trial.user_attrs.get("error", "")
+            raise NumericalError(f"{self._count} trials in a row failed. {reason} Lower the compression ratio.")
+
+
+def _run_trials(desk: Desk, orders: _Orders) -> None:
+    bench, study, _ = desk.search
+    failures = Failures()
+    seconds: list[float] = []
+    while not desk.reporter.paused:
+        done, config = completed_trials(study), orders.read()
+        if done >= config.trials and not running_trials(study):
+            return
+        answer_requests(desk)
+        requeue_lost(desk.run, study)
+        helpers = len(desk.run.further_workers())
+        eta = _remaining(seconds, config.trials - done, workers=1 + helpers)
+        stage = f"Searching ({phase(config, done)})"
+        desk.reporter.say(state="running", stage=stage, done=done, total=config.trials, eta_seconds=eta)
+        if done + running_trials(study) >= config.trials and not waiting_trials(study):
+            time.sleep(_POLL_SECONDS)  # the last ones are with other workers
+            continue
+        began = time.perf_counter()
+        trial = run_trial(study, bench, config)
+        seconds.append(time.perf_counter() - began)
+        log_trial(study, trial)
+        failures.count(trial)
+
+
+def _remaining(seconds: Sequence[float], trials: int, *, workers: int) -> float | None:
+    """Return how long ``trials`` take ``workers`` by the trials of this session alone; None before its first one."""
+    return sum(seconds) / len(seconds) * max(0, trials) / workers if seconds else None
+
+
+def log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+    """Write a line for a finished trial to stderr."""
+    complete = trial.state == optuna.trial.TrialState.COMPLETE
+    found = " ".join(f"{value:.6g}" for value in trial.values) if complete else trial.state.name.lower()
+    best = ""
+    if len(study.directions) == 1:
+        others = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
+        feasible = [other.value for other in others if other.value is not None and all(e <= 0 for e in other.constraints.values())]
+        best = f", best {min(feasible):.6g}" if feasible else ""
+    print(f"trial {trial.number} ({trial.user_attrs.get('label', 'sampled')}): {found}{best}", file=sys.stderr, flush=True)
+
+
+def _serve(desk: Desk, warm_seconds: float, orders: _Orders | None = None) -> bool:
+    """Answer requests until none has come for ``warm_seconds``; return True as soon as there are trials to run again."""
+    reporter = desk.reporter
+    reporter.serve()
+    last = time.monotonic()
+    told: bool | None = None
+    while True:
+        wanted = orders is not None and desk.study is not None and completed_trials(desk.study) < orders.read().trials
+        if wanted and not reporter.paused:
+            return True
+        if told != wanted:
+            told = wanted
+            reporter.say(state="stopped" if wanted else "idle", stage="", done=0, total=0, eta_seconds=None)
+        answered = answer_requests(desk)
+        if _measure_waiting(desk) or answered or answer_in_background(desk):
+            last, told = time.monotonic(), None
+            continue
+        if (reporter.paused and not wanted) or time.monotonic() - last > warm_seconds:
+            return False
+        time.sleep(_POLL_SECONDS)
+
+
+def _measure_waiting(desk: Desk) -> bool:
+    """Measure hand-picked allocations, whether the search is stopped or done; return whether there was one."""
+    if desk.study is None or not waiting_trials(desk.study):
+        return False
+    bench, study, config = desk.search
+    desk.reporter.say(state="running", stage="Measuring a hand-picked allocation", done=0, total=0, eta_seconds=None)
+    log_trial(study, run_trial(study, bench, config))
+    return True

@@ -1,0 +1,100 @@
+"""Which compressed model a request is about: a trial, what an allocator chooses, a whole preset, or a healed model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from lowrank_core.allocation import RankAllocation, Ranks
+from lowrank_core.allocation.units import check_reachable
+from lowrank_core.compression.build import CompressedModel, CompressionReport
+from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.decomposition.units import units_of
+from lowrank_core.errors import ConfigError
+from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.presets.recipes import Preset, preset_named
+from lowrank_core.runs import read_json
+from lowrank_core.studies.records import HEALED, PRESET
+from lowrank_core.worker.context import Desk, chosen_allocation
+from lowrank_core.worker.session import statistics_for
+
+__all__ = ["Subject", "subject_of"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A compressed model, ready to be measured.
+
+    Attributes:
+        label: what its measurements are filed under.
+        handle: the model.
+        ranks: by unit; empty for a healed one.
+        report: what was counted while it was made; None for one that was loaded.
+        folder: where it lies on disk; None for one that was built.
+        of_search: whether it was made of the factors that the search's trials are made of.
+    """
+
+    label: str
+    handle: ModelHandle
+    ranks: Ranks
+    report: CompressionReport | None = None
+    folder: Path | None = None
+    of_search: bool = False
+
+
+def subject_of(desk: Desk, trial: object) -> Subject:
+    """Return the model that ``trial`` names: a number, None or ``best``, an allocator, ``preset:NAME`` or ``healed:FOLDER``.
+
+    Requests in a row for the same one share it.
+
+    Raises:
+        ConfigError: there is no such trial, preset or folder, or nothing is searched.
+        BudgetError: the preset can't meet the run's ratio.
+        NumericalError: a decomposition failed; names the layer.
+        Cancelled: stopped or withdrawn.
+    """
+    found = desk.shelf.take(trial, lambda: _built(desk, trial))
+    assert isinstance(found, Subject)
+    return found
+
+
+def _built(desk: Desk, trial: object) -> Subject:
+    if isinstance(trial, str) and trial.startswith(PRESET):
+        return _by_preset(desk, preset_named(trial.removeprefix(PRESET)))
+    if isinstance(trial, str) and trial.startswith(HEALED):
+        return _healed(desk, trial.removeprefix(HEALED))
+    bench, _, _ = desk.search
+    allocation = chosen_allocation(desk.run, bench, trial)
+    return _compressed(desk, bench.decomposed, allocation, allocation.allocator)
+
+
+def _compressed(desk: Desk, decomposed: Decomposed, allocation: RankAllocation, label: str) -> Subject:
+    with desk.reporter.stage(f"Compressing by {label}") as progress:
+        model: CompressedModel = decomposed.compress(allocation, desk.session.windows.calibration, progress=progress)
+    bench, _, _ = desk.search
+    return Subject(label, model.handle, dict(allocation.ranks), model.report, of_search=decomposed is bench.decomposed)
+
+
+def _by_preset(desk: Desk, preset: Preset) -> Subject:
+    """Compress by the preset's own basis, storage and allocation, on the run's calibration and at its ratio."""
+    bench, _, _ = desk.search
+    ratio, label = bench.space.compression_ratio, f"{PRESET}{preset.name}"
+    decomposed = bench.decomposed
+    if preset.compression != decomposed.config:
+        handle, compression = desk.session.handle, preset.compression
+        units = units_of(handle, compression)
+        check_reachable(units, ratio, compression)  # told before minutes of work
+        statistics = statistics_for(desk.session, compression, desk.reporter)
+        with desk.reporter.stage(f"Factorising by {preset.label}", len(units)) as progress:
+            decomposed = decompose(handle, statistics, compression, progress=progress)
+    return _compressed(desk, decomposed, decomposed.allocate(preset.allocation, ratio), label)
+
+
+def _healed(desk: Desk, name: str) -> Subject:
+    folder = desk.run.path / "exports" / Path(name).name
+    request = read_json(desk.run.path / "healed" / Path(name).name / "request.json")
+    if not name or request is None or not folder.is_dir():
+        raise ConfigError(f"this run has no healed model {name!r}. Heal an allocation first.")
+    with desk.reporter.stage(f"Loading {request.get('label')}"):
+        handle = load_model(replace(desk.run.config.model, reference=str(folder)))
+    return Subject(str(request.get("label")), handle, {}, folder=folder)

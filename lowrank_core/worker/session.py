@@ -1,0 +1,157 @@
+"""The stages before a search, in the order of the architecture's table, for one run."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from dataclasses import dataclass
+
+from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, save_curves
+from lowrank_core.allocation.units import check_reachable, value_layers
+from lowrank_core.compression.error_weights import measured_slopes
+from lowrank_core.compression.pipeline import decompose, with_gradients
+from lowrank_core.config import CompressionConfig, SearchConfig
+from lowrank_core.decomposition.units import error_curves, units_of
+from lowrank_core.evaluation import DenseReference
+from lowrank_core.models import ModelHandle, describe, load_model
+from lowrank_core.models.attention import Heads, find_heads
+from lowrank_core.runs import Run, statistics_home, write_json
+from lowrank_core.search.study import TrialBench
+from lowrank_core.spectra.spectrum import load_spectra, save_spectra
+from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics
+from lowrank_core.statistics.spectra import spectra_of
+from lowrank_core.studies.space import SearchSpace
+from lowrank_core.text import TokenWindows, load_text
+from lowrank_core.worker.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
+from lowrank_core.worker.reporter import Reporter
+
+__all__ = ["Session", "fingerprint", "prepare", "record_curves", "search_bench", "statistics_for"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What a worker keeps warm."""
+
+    handle: ModelHandle
+    windows: TokenWindows
+    statistics: LayerStatistics
+    notes: tuple[str, ...] = ()
+    """What a user should know of the model: how little of it can be compressed, and what is not compressed by heads."""
+
+
+def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
+    """Load model and text, calibrate, compute spectra; for who ``leads``, each writes its part of the run directory when it is done.
+
+    Raises:
+        ConfigError: the model or the text is not what the run was begun with; says which, before anything is computed.
+        LowRankError: bad input, or a numerical failure.
+        Cancelled: the user asked to stop.
+    """
+    config = run.config
+    identity = RunIdentity.of(run, RESUME if leads else JOIN)
+    meet = identity.keep if leads else identity.check
+    with reporter.stage("Loading the model"):
+        handle = load_model(config.model)
+        meet(identity_of_model(handle))
+    heads = find_heads(handle)
+    notes = _notes(run, handle, heads)
+    reporter.say(warnings=notes)  # before work is spent
+    with reporter.stage("Reading the text"):
+        handle.check_context(config.text.context)
+        windows = load_text(config.text, handle.tokenizer)
+        meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
+        if leads:
+            write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
+            write_json(run.path / "text.json", windows.describe(config.text.seed))
+    with reporter.stage("Calibrating", windows.calibration.windows) as progress:
+        statistics, cached = cached_statistics(handle, windows.calibration, config.calibration, statistics_home(), progress=progress)
+    session = Session(handle, windows, statistics, notes)
+    if leads:
+        _describe(run, session, reporter, cached)
+    reporter.say(warnings=(*notes, *statistics.warnings()))
+    return session
+
+
+def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
+    search = run.config.search
+    warning = handle.coverage.warning(None if search is None else search.compression_ratio)
+    by_heads = search is not None and search.compression.heads
+    notes = (*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads))
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr, flush=True)
+    return notes
+
+
+def _describe(run: Run, session: Session, reporter: Reporter, cached: bool) -> None:
+    """Write spectra and the figures of the calibration."""
+    path, handle = run.path / "spectra.npz", session.handle
+    if not path.exists():
+        with reporter.stage("Computing spectra", len(handle.layers)) as progress:
+            save_spectra(path, spectra_of(handle, session.statistics, progress=progress))
+    figures = session.statistics.describe(load_spectra(path), handle.layers)
+    write_json(run.path / "calibration.json", {**figures, "windows": session.windows.calibration.windows, "cached": cached})
+
+
+def statistics_for(session: Session, compression: CompressionConfig, reporter: Reporter) -> LayerStatistics:
+    """Return the statistics that the basis of ``compression`` needs: with gradients where it weighs by them.
+
+    Raises:
+        LowRankError: a numerical failure.
+        Cancelled: stopped or withdrawn.
+    """
+    calibration = session.windows.calibration
+    stage = reporter.stage("Measuring gradients", calibration.windows)
+    return with_gradients(session.handle, session.statistics, calibration, (compression.basis,), measuring=stage)
+
+
+def search_bench(session: Session, config: SearchConfig, batch_size: int, reporter: Reporter) -> TrialBench:
+    """Factorise every layer once and measure the dense model once: all that trials share.
+
+    Raises:
+        LowRankError: the ratio can't be met, or a numerical failure.
+    """
+    handle, compression = session.handle, config.compression
+    units = units_of(handle, compression)
+    dense = value_layers(handle.shapes) if compression.value_dense else ()
+    SearchSpace.of(units, config, dense, None)  # what can't be searched, like an unreachable ratio, is told before minutes of work
+    for ratio in filter(None, (config.compression_ratio, config.most_ratio)):
+        check_reachable(units, ratio, compression)
+    statistics = statistics_for(session, compression, reporter)
+    with reporter.stage("Factorising", len(units)) as progress:
+        decomposed = decompose(handle, statistics, compression, progress=progress)
+    allocator = "marginal" if config.variables == "errors" else ""
+    reporter.say(warnings=(*session.notes, *statistics.warnings(), *decomposed.warnings(allocator, weighted=config.slopes)))
+    windows = session.windows.validation
+    with reporter.stage("Measuring the dense model", windows.windows) as progress:
+        reverse = config.objective == "bolaco"
+        reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
+    reporter.say(dense_warnings=reference.warnings)
+    curves = error_curves(decomposed.bases)
+    if config.slopes:
+        with reporter.stage("Measuring slopes", len(units)) as progress:
+            ratio = config.compression_ratio
+            slopes = measured_slopes(decomposed, windows, reference, compression_ratio=ratio, batch_size=batch_size, progress=progress)
+        curves = {name: curve * slopes.get(name, 1.0) for name, curve in curves.items()}
+    space = SearchSpace.of(units, config, dense, curves)
+    return TrialBench(decomposed, windows, reference, space, batch_size)
+
+
+def record_curves(run: Run, config: SearchConfig, bench: TrialBench) -> str:
+    """Leave in ``run`` the errors that its allocators trade, and return what they estimate (``curves.ESTIMATES``).
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    decomposed, space = bench.decomposed, bench.space
+    estimate = "slopes" if config.slopes else "kl" if decomposed.basis.comparable else "own"
+    record = CurveRecord(config.compression.basis, estimate, space.curves or {}, tuple(decomposed.statistics.influence))
+    save_curves(run.path / CURVES_FILE, record, space.units)
+    return estimate
+
+
+def fingerprint(session: Session, bench: TrialBench) -> dict[str, object]:
+    """Return what two workers must share for their trials to be of one study: hashes, and the energy that the bases trade."""
+    handle, windows = session.handle, session.windows
+    text = hashlib.sha256((windows.calibration.sha256 + bench.windows.sha256).encode()).hexdigest()[:32]
+    texts = identity_of_texts(handle, session.statistics.config, windows.calibration, windows.validation, windows.test)
+    return {**identity_of_model(handle), **texts, "text": text, **identity_of_factors(bench.decomposed)}

@@ -1,0 +1,125 @@
+"""What the worker measured, on the Compare page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import streamlit as st
+
+from lowrank_core.parameters import FLOPS_MEANING
+from lowrank_core.studio.compare.comparison import Comparison, warnings_of
+from lowrank_core.studio.compare.comparison_chart import difference_figure
+from lowrank_core.studio.compare.loss_details import LOST, SAVED, comparison_table, difference_table
+from lowrank_core.studio.shared.formatting import count, interval_words, number, percent, size
+from lowrank_core.studio.shared.summary import protocol_of
+from pages.components import tables
+from pages.components.charts import chart
+
+__all__ = ["headline", "show_all", "show_refusals"]
+
+_WIDTHS = [1.15, 1.2, 1.05, 1.05, 1.15]  # of the cards: the longest labels fit at 1280 pixels
+_TABLES = {"lost": "What is lost", "saved": "What is saved"}
+
+
+def show_all(found: Sequence[Comparison]) -> None:
+    """Draw everything that was measured in this run, beside the original."""
+    for warning in warnings_of(found):
+        st.warning(warning, icon=":material/warning:")
+    table = difference_table(found)
+    chart(
+        difference_figure(table, found[0].dense_perplexity),
+        key="perplexity_differences",
+        title="Perplexity above the original's, on the same test windows",
+        how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
+        "Circles were searched for, squares are rules and presets, stars were healed.",
+        alt="Dots with intervals: test perplexity of each measured model less that of the original",
+        data=table,
+    )
+    _table(found)
+    st.caption(f"Protocol: {protocol_of(found[0])}. Intervals are of 95 %, bootstrap over windows.")
+
+
+def show_refusals(reasons: Mapping[str, str]) -> None:
+    """Say which presets could not be measured, and why."""
+    for name, reason in reasons.items():
+        st.caption(f":material/block: **{name}** was not measured: {reason}")
+
+
+def headline(shown: Comparison) -> None:
+    """Draw one model's figures as cards: what it loses, and what it saves."""
+    change = shown.perplexity - shown.dense_perplexity
+    cards = (
+        ("Perplexity, original", number(shown.dense_perplexity, 4), interval_words(shown.dense_perplexity_interval), None),
+        ("Perplexity, compressed", number(shown.perplexity, 4), interval_words(shown.perplexity_interval), None),
+        (
+            "Difference",
+            f"{change:+z.3g}",
+            interval_words(shown.perplexity_difference_interval),
+            "Compressed less original, paired by window.",
+        ),
+        ("KL to the original", number(shown.kl), "nats per token", None),
+        ("Top-1 agreement", percent(shown.top1_agreement), "of tokens", "Where both models rank the same token first."),
+    )
+    for column, card in zip(st.columns(_WIDTHS, gap="small"), cards, strict=True):
+        with column:
+            _card(*card)
+    _sizes(shown)
+
+
+def _card(label: str, value: str, below: str, meaning: str | None = None) -> None:
+    with st.container(border=True, gap="xxsmall"):
+        st.metric(label, value, help=meaning)
+        st.caption(below)
+
+
+def _sizes(shown: Comparison) -> None:
+    linears = f"{count(shown.dense_compressible_parameters)} → {count(shown.compressible_parameters)}"
+    model = f"{count(shown.dense_parameters)} → {count(shown.parameters)}"
+    stored = f"{size(shown.dense_bytes)} → {size(shown.bytes)}"
+    cards = (
+        ("Compressible linears, parameters", linears, f"{percent(shown.compression_ratio)} removed"),
+        ("Whole model, parameters", model, f"{percent(shown.model_compression_ratio)} removed"),
+        ("Whole model, bytes", stored, f"{percent(1 - shown.bytes / shown.dense_bytes)} removed"),
+    )
+    for column, card in zip(st.columns(len(cards), gap="small"), cards, strict=True):
+        with column:
+            _card(*card)
+
+
+def _table(found: Sequence[Comparison]) -> None:
+    shown = st.segmented_control(
+        "Table",
+        list(_TABLES),
+        key="comparison_columns",
+        default="lost",
+        required=True,
+        format_func=_TABLES.__getitem__,
+        label_visibility="collapsed",
+        persist_state="session",
+    )
+    columns = {
+        "allocation": tables.text("Model", width="medium"),
+        "form": tables.text("Form"),
+        "perplexity": tables.number("Perplexity", 3),
+        "interval": tables.text("95 %", "Of each perplexity by itself."),
+        "difference": tables.figure("Difference", "Perplexity above the original's."),
+        "difference_interval": tables.text("95 %, paired", "Of the difference, paired by window."),
+        "kl": tables.figure("KL", "Of the compressed from the original, nats per token."),
+        "reverse_kl": tables.figure("Reverse KL", "Of the original from the compressed, nats per token."),
+        "agreement": tables.share("Top-1", "Tokens where both models rank the same one first."),
+        "top5": tables.share("Top-5", "Share that the five likeliest tokens of both have in common."),
+        "kl_interval": tables.text("KL, 95 %"),
+        "removed": tables.share("Removed, linears"),
+        "model_removed": tables.share("Removed, model"),
+        "linears": tables.whole("Parameters, linears"),
+        "parameters": tables.whole("Parameters, model"),
+        "bytes": st.column_config.NumberColumn("Size", format="bytes"),
+        "flops": tables.whole("FLOPs per token", FLOPS_MEANING),
+    }
+    wanted = LOST if shown == "lost" else SAVED
+    tables.table(
+        comparison_table(found),
+        {name: columns[name] for name in wanted},
+        key=f"comparison_table_{shown}",
+        alt="All measured models beside the original",
+    )

@@ -1,0 +1,60 @@
+"""Which models the Compare page works with, and the buttons that have them measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import streamlit as st
+
+from lowrank_core.runs import Run, client
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.compare.comparison import Comparison
+from lowrank_core.studio.shared.formatting import percent
+from lowrank_core.studio.shared.model_refs import PRESET_KEYS, Subject, unmeasured, usual_choice
+from pages.components import state
+from pages.components.request_controls import ask, why_not
+
+__all__ = ["choose"]
+
+
+def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecord], found: Sequence[Comparison]) -> list[Subject]:
+    """Draw the choice of models and the buttons that have them measured on test text; return the choice."""
+    picked = state.selection().trial
+    chosen = st.multiselect(
+        "Compressed models",
+        list(options),
+        default=usual_choice(options, trials, picked),
+        key=f"subjects_{run.id}_{picked}",
+        format_func=lambda key: options.get(key, str(key)),
+        help=f"Trials by their value, then healed models, rules and presets. First in the list: {next(iter(options.values()))}.",
+        placeholder="Choose trials, baselines, healed models or presets",
+        persist_state="session",
+    )
+    search = run.config.search
+    assert search is not None
+    waiting = [request for request in client.pending_requests(run) if request.get("kind") == "compare"]
+    missing = unmeasured(chosen, trials, found, waiting)
+    presets = unmeasured(PRESET_KEYS, trials, found, waiting)
+    ratio = percent(search.compression_ratio, 0)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        if st.button(
+            "Measure on test text",
+            key="measure",
+            type="primary",
+            icon=":material/straighten:",
+            disabled=run.recorded or not missing,
+            help=why_not(run) or ("Each on the same windows as the original." if missing else "All that is chosen is measured."),
+        ):
+            ask(run, "compare", missing)
+        if st.button(
+            f"Every preset at {ratio} removed",
+            key="measure_presets",
+            icon=":material/playlist_add:",
+            disabled=run.recorded or not presets,
+            help=why_not(run)
+            or "Whole published recipes, each with its own basis, storage and ranks, on this run's calibration. "
+            "Some first measure gradients or fit block by block: minutes on a large model.",
+        ):
+            ask(run, "compare", presets)
+        st.caption(f"{len(chosen) - len(missing)} of {len(chosen)} measured or asked for", width="content")
+    return chosen

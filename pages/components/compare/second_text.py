@@ -1,0 +1,119 @@
+"""A second text on the Compare page: does what was calibrated on one text hold on another?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import streamlit as st
+
+from lowrank_core.runs import Run, client
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.compare.comparison import Comparison, warnings_of
+from lowrank_core.studio.compare.comparison_chart import ratio_figure
+from lowrank_core.studio.compare.second_text import other_text
+from lowrank_core.studio.overview.source_checks import TEXTS, check_text
+from lowrank_core.studio.shared.model_refs import Subject, unmeasured
+from pages.components import tables
+from pages.components.boundary import boundary
+from pages.components.charts import chart
+from pages.components.request_controls import ask_all, why_not
+
+__all__ = ["say", "show"]
+
+_RATIO = "Compressed over original; 1 is no loss."
+
+
+def say(own: Sequence[Comparison], others: Mapping[str, Sequence[Comparison]]) -> None:
+    """Say in a line what the second text that was measured last showed; nothing without one."""
+    view = other_text(own, next(iter(others.values()), ()))
+    if view is not None:
+        st.caption(f":material/compare_arrows: Second text. {view.words}")
+
+
+def show(
+    run: Run,
+    chosen: Sequence[Subject],
+    trials: Sequence[TrialRecord],
+    own: Sequence[Comparison],
+    others: Mapping[str, Sequence[Comparison]],
+) -> None:
+    """Draw the form that asks for another text, and what was measured on those that were asked for."""
+    _form(run, chosen, trials, own, others)
+    if not others:
+        st.caption("Statistics of one text decide what is kept: another kind of text can lose far more. Measure one to see.")
+        return
+    reference = st.selectbox("Shown", list(others), key="second_text_shown") if len(others) > 1 else next(iter(others))
+    view = other_text(own, others[reference])
+    if view is None:
+        return
+    for warning in warnings_of(others[reference]):
+        st.warning(warning, icon=":material/warning:")
+    st.markdown(view.words)
+    chart(
+        ratio_figure(view.frame, view.own or "the run's text", view.other),
+        key="second_text_ratios",
+        title=f"Perplexity over the original's: {view.own} and {view.other}",
+        how="two dots a model, one for each text; the longer the line between them, the more the compression fits its own text alone. "
+        "Whiskers are 95 % intervals, paired by window.",
+        alt="Two dots for each model: its perplexity over the original's on both texts",
+        data=view.frame,
+    )
+    columns = {
+        "name": tables.text("Model", width="medium"),
+        "own_ratio": tables.number(f"Ratio on {view.own}", 4, _RATIO),
+        "other_ratio": tables.number(f"Ratio on {view.other}", 4, _RATIO),
+        "own": tables.number(f"Perplexity, {view.own}", 3),
+        "own_dense": tables.number("of the original", 3),
+        "other": tables.number(f"Perplexity, {view.other}", 3),
+        "other_dense": tables.number("of the original", 3),
+        "kl_own": tables.figure(f"KL, {view.own}", "Nats per token."),
+        "kl_other": tables.figure(f"KL, {view.other}", "Nats per token."),
+    }
+    tables.table(view.frame, columns, key="second_text_table", alt="Every model on both texts")
+    st.caption(f"Protocols: {view.own_protocol or 'not measured'}; {view.other_protocol}.")
+
+
+def _form(
+    run: Run,
+    chosen: Sequence[Subject],
+    trials: Sequence[TrialRecord],
+    own: Sequence[Comparison],
+    others: Mapping[str, Sequence[Comparison]],
+) -> None:
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        text = st.selectbox(
+            "Second text", list(TEXTS)[::-1], key="second_text", format_func=TEXTS.__getitem__, persist_state="session", width=260
+        )
+        path = ""
+        if text == "file":
+            path = st.text_input(
+                "Path of the file",
+                key="second_text_path",
+                placeholder="/data/notes.txt",
+                help="UTF-8 .txt, .jsonl or .parquet with a `text` column; its last fifth is measured.",
+                persist_state="session",
+                width=320,
+            )
+        pressed = st.button(
+            "Measure the chosen models on it",
+            key="measure_second",
+            icon=":material/compare_arrows:",
+            disabled=run.recorded or not chosen,
+            help=why_not(run) or "Beside the original, on the same windows; on the run's own text, too, where that is missing.",
+        )
+    if not pressed:
+        return
+    with boundary():
+        reference = check_text(f"file:{path.strip()}" if text == "file" else text)
+        pending = client.pending_requests(run)
+        missing = unmeasured(chosen, trials, own, [request for request in pending if request.get("kind") == "compare"])
+        wanted = unmeasured(chosen, trials, others.get(reference, ()))
+        requests = [
+            (kind, {"trial": subject, **more})
+            for subject in chosen
+            for kind, more, needed in (("compare", {}, missing), ("other_text", {"text": reference}, wanted))
+            if subject in needed
+        ]
+        if requests:
+            ask_all(run, requests)
+        st.info("All that is chosen was measured on this text.", icon=":material/check:")

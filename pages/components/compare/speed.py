@@ -1,0 +1,60 @@
+"""Measured speed and memory on the Compare page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from lowrank_core.runs import Run
+from lowrank_core.studio.compare.comparison_chart import speedup_figure
+from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, speed_table, speedup_table
+from lowrank_core.studio.shared.model_refs import Subject
+from pages.components import tables
+from pages.components.charts import chart
+from pages.components.request_controls import ask, why_not
+
+__all__ = ["show"]
+
+
+def show(run: Run, chosen: Sequence[Subject], found: Sequence[Speed]) -> None:
+    """Draw the form, and what was timed."""
+    _form(run, chosen)
+    if not found:
+        st.caption("Each model is timed in turns with the original, warm. Fewer parameters are not always faster: this tells.")
+        return
+    chart(
+        speedup_figure(speedup_table(found)),
+        key="speedups",
+        title="Times as fast as the original, in the same rounds",
+        how="right of the dotted line the compressed model is faster; whiskers reach from the slowest round to the fastest.",
+        alt="Dots with ranges: how many times faster each model reads, writes and begins",
+        data=speed_numbers(found),
+    )
+    columns = {
+        "measure": tables.text("Median (least to most)", width="medium"),
+        "original": tables.text("Original"),
+        "compressed": tables.text("Compressed"),
+        "faster": tables.text("Times as fast", "Round by round; of memory and counts, the share that is left."),
+    }
+    for index, speed in enumerate(found):
+        st.markdown(f"**{speed.name}**")
+        tables.table(speed_table(speed), columns, key=f"speed_table_{index}", alt=f"Speed and memory of {speed.name} beside the original")
+        st.caption(f"Protocol: {speed.protocol}." + (f" Memory: {speed.memory}." if speed.memory else " Memory was not measured."))
+
+
+def _form(run: Run, chosen: Sequence[Subject]) -> None:
+    with st.form("speed_form"), st.container(horizontal=True, vertical_alignment="bottom"):
+        batch = st.number_input("Batch", 1, 64, 1, key="speed_batch", width=110, help="Prompts that are continued at once.")
+        prompt = st.number_input("Prompt tokens", 1, 8192, 128, key="speed_prompt", width=150)
+        new = st.number_input("New tokens", 2, 2048, 64, key="speed_new", width=140)
+        rounds = st.number_input("Rounds", 1, 50, 7, key="speed_rounds", width=110, help="Timed generations of each model.")
+        memory = st.checkbox("Peak memory", True, key="speed_memory", help="In a fresh process for each model, which takes longer.")
+        pressed = st.form_submit_button(
+            "Time the chosen models", key="time_models", icon=":material/speed:", disabled=run.recorded, help=why_not(run)
+        )
+    if pressed and not chosen:
+        st.warning("No model is chosen above.")
+    elif pressed:
+        sizes = {"batch_size": int(batch), "prompt_tokens": int(prompt), "new_tokens": int(new), "rounds": int(rounds)}
+        ask(run, "speed", chosen, memory=memory, **sizes)

@@ -1,0 +1,97 @@
+"""A text token by token on the Compare page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import streamlit as st
+
+from lowrank_core.runs import Run
+from lowrank_core.studio.compare.loss_details import WindowTable
+from lowrank_core.studio.compare.token_losses import TokenStrip, worst_tokens
+from lowrank_core.studio.compare.token_losses_chart import strip_html
+from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.shared.model_refs import Subject
+from lowrank_core.studio.shared.spreadsheet import csv_of
+from pages.components import tables
+from pages.components.request_controls import ask, why_not
+
+__all__ = ["show"]
+
+_SOURCES = {"window": "A test window", "text": "A text of mine"}
+_TEXT = "def mean(values):\n    return sum(values) / len(values)\n"
+
+
+def show(run: Run, chosen: Mapping[Subject, str], found: Sequence[TokenStrip], windows: WindowTable | None) -> None:
+    """Draw the form that asks for a text, and the texts that were read; ``windows`` says where most is lost."""
+    _form(run, chosen, windows)
+    if not found:
+        st.caption("Shows where in a text the compressed model is surprised more than the original.")
+        return
+    titles = [strip.title for strip in found]
+    index = st.selectbox("Shown", range(len(found)), key=f"strip_{len(found)}", format_func=titles.__getitem__) if len(found) > 1 else 0
+    strip = found[index]
+    st.caption(f"{strip.name}. {strip.words}")
+    with st.container(border=True, height=360 if len(strip.frame) > 150 else "content", key="token_strip"):
+        st.html(strip_html(strip))
+    st.caption(f"Hover over a token for its figures. Protocol: {strip.protocol}.")
+    columns = {
+        "before": tables.text("After", "The text in front of it; ␣ is a blank, ⏎ a line break.", width="medium"),
+        "piece": tables.text("Token"),
+        "extra": tables.number("Extra loss (nats)", 3, "Of the compressed model above the original."),
+        "dense_nll": tables.number("Original", 3, "-log p, nats."),
+        "nll": tables.number("Compressed", 3, "-log q, nats."),
+        "kl": tables.number("KL", 3, "Between the two predictions, nats."),
+        "dense_likeliest": tables.text("Original expects"),
+        "likeliest": tables.text("Compressed expects"),
+    }
+    st.markdown("**The tokens that lost most**")
+    tables.table(worst_tokens(strip), columns, key="worst_tokens", alt="The tokens that lost most, with both models' guesses")
+    st.download_button(
+        "All tokens (CSV)",
+        lambda: csv_of(strip.frame).encode(),
+        "tokens.csv",
+        "text/csv",
+        key="tokens_csv",
+        icon=":material/download:",
+        type="tertiary",
+        on_click="ignore",
+    )
+
+
+def _form(run: Run, chosen: Mapping[Subject, str], windows: WindowTable | None) -> None:
+    if not chosen:
+        st.caption("Choose a model above.")
+        return
+    facts = text_facts(run)
+    last = next((split.windows for split in facts.splits if split.name == "test"), 1) - 1 if facts else 0
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        subject = st.selectbox("Model", list(chosen), key="token_model", format_func=lambda key: chosen.get(key, str(key)), width=380)
+        source = st.segmented_control(
+            "Text",
+            list(_SOURCES),
+            key="token_source",
+            default="window",
+            required=True,
+            format_func=_SOURCES.__getitem__,
+            persist_state="session",
+        )
+        if source == "window":
+            worst = windows.worst if windows is not None else 0
+            window = st.number_input(
+                "Window",
+                0,
+                max(0, last),
+                min(worst, max(0, last)),
+                key=f"token_window_{run.id}",
+                width=140,
+                help="Of the test text. Begins at the one where the model above loses most.",
+            )
+    text = st.text_area("Text", _TEXT, key="token_text", height=110, persist_state="session") if source == "text" else ""
+    if st.button("Read it with both", key="read_tokens", icon=":material/format_color_text:", disabled=run.recorded, help=why_not(run)):
+        if source == "window":
+            ask(run, "tokens", [subject], window=int(window))
+        elif text.strip():
+            ask(run, "tokens", [subject], text=text)
+        else:
+            st.warning("The text is empty: write a sentence or more.")

@@ -1,0 +1,168 @@
+"""The models that were written: what they are, the proof, how to load them, the files."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import streamlit as st
+
+from lowrank_core.runs import Run, client
+from lowrank_core.runs.client import answers
+from lowrank_core.studio.export.export_list import (
+    MOST_BYTES,
+    Proof,
+    Written,
+    card_of,
+    loading_of,
+    rank_table_of,
+    ranks_in_words,
+    written_models,
+    zipped,
+)
+from lowrank_core.studio.shared.formatting import DASH, count, number, percent, size, timestamp
+from lowrank_core.studio.shared.reproduce import verify_command
+from pages.components import layout, tables
+from pages.components.boundary import boundary
+
+__all__ = ["show"]
+
+
+def show(run: Run) -> None:
+    """Draw every written model, the newest first.
+
+    Raises:
+        RunError: an answer of the worker is damaged.
+    """
+    found = sorted(written_models(run, answers(run)), key=lambda entry: entry.changed or 0.0, reverse=True)
+    if not found:
+        st.caption("None yet. A written folder is a valid `--model` of the command line, and can prove that it is what was measured.")
+    asked = {str(_arguments(request).get("path")) for request in client.pending_requests(run) if request.get("kind") == "verify"}
+    for position, entry in enumerate(found):
+        with st.container(border=True, key=f"written_{position}"), boundary():
+            _entry(run, entry, waits=entry.path.name in asked)
+
+
+def _arguments(request: dict[str, object]) -> dict[str, object]:
+    arguments = request.get("arguments")
+    return arguments if isinstance(arguments, dict) else {}
+
+
+def _entry(run: Run, entry: Written, *, waits: bool) -> None:
+    name = entry.path.name
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown(f"**{name}**" + (f" · healed ({entry.healed})" if entry.healed else ""), width="content")
+        _badge(entry.proof)
+    if entry.damage:
+        st.error(f"{entry.damage} Delete the folder, and write the model again.", icon=":material/error:")
+        return
+    if entry.bytes is None:
+        st.warning(f"The folder has gone: {entry.path}. Write the model again.", icon=":material/folder_off:")
+        return
+    _facts(entry)
+    _proof(entry, waits=waits)
+    with st.container(horizontal=True):
+        _verify_button(run, name, waits=waits)
+        _folder_button(entry)
+        _card_button(entry)
+    _details(entry)
+
+
+def _badge(proof: Proof | None) -> None:
+    if proof is None:
+        st.badge("Not proven yet", icon=":material/help:", color="gray")
+    elif proof.ok:
+        st.badge("Proven", icon=":material/verified:", color="green")
+    else:
+        st.badge("Failed", icon=":material/cancel:", color="red")
+
+
+def _facts(entry: Written) -> None:
+    removed = f"{percent(entry.compression_ratio)} of the linears, {percent(entry.model_compression_ratio)} of the model"
+    words = [
+        entry.form_words,
+        f"{size(entry.bytes)} of weights, {count(entry.parameters)} parameters",
+        f"removed: {removed}" if entry.compression_ratio is not None else "",
+        ranks_in_words(entry.ranks) if entry.ranks else "",
+        f"written {timestamp(entry.changed)}" if entry.changed else "",
+    ]
+    st.caption(" · ".join(word for word in words if word))
+
+
+def _proof(entry: Written, *, waits: bool) -> None:
+    """Show what reloading gave; the verdict is in words and by a sign, not by colour alone."""
+    found = entry.proof
+    if waits:
+        st.caption("Being loaded and measured again in a fresh process…")
+        return
+    if found is None:
+        if entry.perplexity is not None:
+            st.caption(f"As it was written: perplexity {number(entry.perplexity, 5)}. {entry.protocol}")
+        return
+    if found.error:
+        st.error(f"{found.verdict}. {found.error}", icon=":material/cancel:")
+        return
+    box, icon = (st.success, ":material/check_circle:") if found.ok else (st.error, ":material/cancel:")
+    layout.figures_row(
+        {
+            "Perplexity as written": (number(found.recorded, 6), "Measured on the folder when it was written."),
+            "As reloaded": (number(found.measured, 6), "By a process that knows nothing of the first one."),
+            "Difference": (_signed(found.difference), f"Rounding allows {number(found.tolerance, 2)}."),
+        }
+    )
+    box(_told(found), icon=icon)
+
+
+def _signed(difference: float | None) -> str:
+    return DASH if difference is None else f"{difference:+.2g}" if difference else "0"
+
+
+def _told(found: Proof) -> str:
+    when = f", {timestamp(found.time)}" if found.time else ""
+    files = "1 weight file has" if found.files == 1 else f"{found.files} weight files have"
+    return f"{found.verdict}{when}. {files} the listed size and SHA-256. {found.protocol}."
+
+
+def _verify_button(run: Run, name: str, *, waits: bool) -> None:
+    """Draw the button that has an export loaded in a fresh process and measured again."""
+    why_not = "A recorded run has no worker." if run.recorded else "It is on its way." if waits else None
+    if st.button("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", disabled=why_not is not None, help=why_not):
+        with boundary():
+            client.ask(run, "verify", path=name)
+            st.rerun()
+
+
+def _folder_button(entry: Written) -> None:
+    name, fits = entry.path.name, entry.folder_bytes <= MOST_BYTES
+    st.download_button(
+        f"Folder (.zip, {size(entry.folder_bytes)})",
+        partial(zipped, entry.path),
+        f"{name}.zip",
+        "application/zip",
+        key=f"zip_{name}",
+        icon=":material/folder_zip:",
+        disabled=not fits,
+        help=None if fits else f"Larger than {size(MOST_BYTES)}, too large for a browser's download. Copy the folder: {entry.path}",
+        on_click="ignore",
+    )
+
+
+def _card_button(entry: Written) -> None:
+    card = card_of(entry.path)
+    if card is not None:
+        name = entry.path.name
+        st.download_button(
+            "Model card", card, f"{name}-README.md", "text/markdown", key=f"card_{name}", icon=":material/article:", on_click="ignore"
+        )
+
+
+def _details(entry: Written) -> None:
+    name = entry.path.name
+    with st.expander("Load it, prove it on the command line, ranks", key=f"details_{name}"):
+        for way in loading_of(entry.path, entry.form, with_code=entry.with_code):
+            st.caption(way.title)
+            st.code(way.code, language=way.language, wrap_lines=True)
+        st.caption("The same proof without the dashboard")
+        st.code(verify_command(str(entry.path)), language="bash", wrap_lines=True)
+        if entry.ranks:
+            columns = {"layer": tables.text("Layer"), "rank": tables.whole("Rank", "A dash: stays dense.")}
+            tables.table(rank_table_of(entry.ranks), columns, key=f"ranks_{name}", height=240, alt=f"Ranks of {name}")

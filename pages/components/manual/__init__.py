@@ -1,0 +1,1 @@
+"""Sections of the page where ranks are chosen manually."""

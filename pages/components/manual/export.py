@@ -1,0 +1,39 @@
+"""Taking a draft away: the file, and the command that makes a model of it."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.allocation import Draft
+from lowrank_core.studies.records import MANUAL
+from lowrank_core.studio.shared.reproduce import compress_command, enqueue_command
+from pages.components.manual.draft_state import Desk
+
+__all__ = ["show"]
+
+
+def show(desk: Desk, draft: Draft) -> None:
+    """Draw the download, and the commands that take the file."""
+    name = f"{desk.run.id}-by-hand.json"
+    st.subheader("Take it away", anchor=False)
+    st.download_button(
+        "Allocation (JSON)",
+        draft.to_json(MANUAL),
+        name,
+        "application/json",
+        key="hand_download",
+        icon=":material/download:",
+        on_click="ignore",
+        help="Ranks and locks, to be imported here again, edited, or compressed.",
+    )
+    command = compress_command(desk.run.config, name, f"{desk.run.id}-by-hand")
+    if command:
+        st.caption("Make a model of it, with the recipe of this run:")
+        st.code(command, language="bash", wrap_lines=True)
+    else:
+        st.caption(
+            "No options of `lowrank compress` say the recipe of this run. Measure the draft, and export its trial on the Compare page."
+        )
+    if not desk.run.recorded:
+        st.caption("Or have it measured from a terminal, where the file is:")
+        st.code(enqueue_command(str(desk.run.path), name), language="bash", wrap_lines=True)

@@ -1,0 +1,67 @@
+"""The layer x module map of a draft, and how the picked module is grouped."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.allocation import Draft
+from lowrank_core.studio.manual.rank_table import groupings
+from lowrank_core.studio.shared.allocation_map import allocation_map, loss_map
+from lowrank_core.studio.shared.formatting import percent
+from lowrank_core.studio.shared.layer_map_chart import map_figure
+from pages.components import state
+from pages.components.charts import chart
+from pages.components.manual.draft_state import Desk, edit
+
+__all__ = ["show"]
+
+
+def show(desk: Desk, draft: Draft) -> None:
+    """Draw what every module keeps, or its share of the predicted loss; a click picks the module."""
+    record, units = desk.recipe.record, desk.recipe.units
+    allocation, module = draft.allocation("draft"), state.selection().module
+    loss = record is not None and record.predicts and _wants_loss()
+    view = loss_map(allocation, units, record) if record is not None and loss else allocation_map(allocation, units)
+    chart(
+        map_figure(view, module),
+        key="hand_map",
+        title="Share of the predicted ΔKL" if loss else "Where this draft keeps its parameters",
+        how="bright cells are predicted to cost most; the members of a stack show the share of the whole stack. Click one to pick it."
+        if loss
+        else f"bright cells keep most, 100 % is dense; {percent(allocation.compression_ratio)} are removed in all. Click one to pick it.",
+        alt="Kept fraction of parameters, or share of the predicted loss, by block and module type",
+        data=view.frame,
+        on_pick=state.pick_from_chart("module", "hand_map"),
+    )
+    if module is not None:
+        _grouping(desk, draft, module)
+
+
+def _wants_loss() -> bool:
+    words = {"kept": "Parameters kept", "loss": "Predicted ΔKL"}
+    found = st.segmented_control(
+        "Map of", list(words), key="hand_map_of", default="kept", required=True, format_func=words.__getitem__, persist_state="session"
+    )
+    return found == "loss"
+
+
+def _grouping(desk: Desk, draft: Draft, module: str) -> None:
+    found = groupings(draft, module)
+    if len(found) < 2:
+        return
+    key = state.control(desk.key("grouping"), next(iter(found)))
+    st.selectbox(
+        f"Compress `{module}`",
+        list(found),
+        key=key,
+        format_func=lambda name: found.get(name, name),
+        on_change=_regroup,
+        args=(desk, key),
+        help="What shared its row stands by itself again. Every matrix keeps about the fraction that it kept before.",
+        width=420,
+    )
+
+
+def _regroup(desk: Desk, key: str) -> None:
+    name = state.held(key, "")
+    edit(desk, lambda draft: draft.regrouped(name))

@@ -1,0 +1,74 @@
+"""The calibration-quality panel: what every covariance rests on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+import streamlit as st
+
+from lowrank_core.config import TOKENS_PER_DIMENSION
+from lowrank_core.runs import Run
+from lowrank_core.spectra.spectrum import LayerSpectrum
+from lowrank_core.studio.overview.calibration_quality import QUALITIES, CalibrationFacts, input_table, quality_map, quality_warnings
+from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.layer_map_chart import map_figure
+from pages.components import layout, state, tables
+from pages.components.charts import chart
+
+__all__ = ["show"]
+
+
+def show(run: Run, spectra: Sequence[LayerSpectrum], facts: CalibrationFacts, module: str) -> None:
+    """Draw the figures, the map and the table of every distinct input."""
+    st.subheader("Calibration quality", anchor=False)
+    for warning in quality_warnings(facts):
+        st.warning(warning, icon=":material/warning:")
+    search = run.config.search
+    damping = search.compression.input_damping if search is not None else None
+    layout.figures_row(
+        {
+            "Tokens per dimension, least": (
+                number(facts.least_tokens_per_dimension),
+                f"Over all inputs; below {TOKENS_PER_DIMENSION} small eigenvalues are noise.",
+            ),
+            "Condition number, largest": (number(facts.worst_condition, 2), "Over all inputs with a finite one, before any damping."),
+            "Damping in use": (
+                f"{damping:g}" if damping is not None else "none",
+                "Added to every eigenvalue of an input's covariance before it is inverted, relative to their mean."
+                if damping is not None
+                else "This run only analyses: nothing is inverted. A search, or `lowrank compress`, damps.",
+            ),
+            "Groups × windows": (f"{facts.groups} × {facts.group_size}", f"Weights: {facts.group_weights}. Pooled within groups."),
+        }
+    )
+    table = input_table(facts, spectra, damping)
+    names = [name for name in QUALITIES if name != "damped_condition" or damping is not None]
+    name = st.selectbox("Quality", names, key="quality", format_func=lambda key: QUALITIES[key].label, persist_state="session", width=330)
+    quality = QUALITIES[name]
+    chart(
+        map_figure(quality_map(facts, table, name, module), module),
+        key="quality_map",
+        title=f"{quality.label} of every distinct input",
+        how=f"{quality.meaning}. A row is an input, named by the module types that read it; click a cell to look into one of them.",
+        alt=f"Map of {quality.label.lower()} by block and input",
+        data=table,
+        on_pick=state.pick_from_chart("module", "quality_map"),
+    )
+    _table(table, facts)
+
+
+def _table(table: pd.DataFrame, facts: CalibrationFacts) -> None:
+    columns = {
+        "input": tables.text("Input", width="medium"),
+        "kind": tables.text("Read by"),
+        "depth": tables.whole("Block"),
+        "width": tables.whole("Width"),
+        "tokens_per_dimension": tables.number("Tokens per dimension", 1),
+        "thin": st.column_config.CheckboxColumn("Too few", help=f"Fewer than {TOKENS_PER_DIMENSION} tokens per dimension."),
+        "condition": st.column_config.NumberColumn("Condition", format="scientific"),
+        "damped_condition": st.column_config.NumberColumn("After damping", format="scientific"),
+        "pooled_to_sample": tables.number("Pooled to sample distance", 4, "Relative Frobenius distance of the two covariances."),
+    }
+    with st.expander(f"All {len(facts.inputs)} distinct inputs"):
+        tables.table(table, columns, key="input_table", height=320, alt="Calibration quality of each input")

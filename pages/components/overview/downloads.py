@@ -1,0 +1,139 @@
+"""Everything of a run that can be fetched as a file, and the commands that repeat it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import streamlit as st
+
+from lowrank_core.allocation import allocation_from_ranks
+from lowrank_core.errors import LowRankError
+from lowrank_core.runs import Run
+from lowrank_core.runs.client import answers
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare.comparison import comparisons
+from lowrank_core.studio.compare.healing_runs import healings
+from lowrank_core.studio.export.export_plan import Source
+from lowrank_core.studio.overview.calibration_quality import calibration_facts
+from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.report import figures_html, report_html
+from lowrank_core.studio.search.history import trial_table
+from lowrank_core.studio.shared.allocation_map import search_units
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.reproduce import reproduction
+from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.summary import comparisons_table
+from pages.components.loading import spectra_of
+
+__all__ = ["show"]
+
+
+def show(run: Run, source: Source | None) -> None:
+    """Draw the downloads; ``source`` is what was chosen above.
+
+    Raises:
+        LowRankError: a file of the run is damaged.
+    """
+    damage = _damage(run)
+    if damage:
+        st.error(f"The report and the figures can't be made: {damage}", icon=":material/error:")
+    why_not = "A file of this run is damaged." if damage else ""
+    _offer(
+        "Report (HTML)", "report", partial(report_html, run), "text/html", "One file, no server: figures, tables, protocol, seeds.", why_not
+    )
+    pictures = "Every figure in one file that loads nothing; each has buttons for SVG, PNG, CSV, and interactive HTML of its own."
+    _offer("Figures (SVG, PNG, HTML)", "figures", partial(figures_html, run), "text/html", pictures, why_not)
+    _tables(run, source)
+    st.caption(
+        "On the pages, the camera above a figure saves it as SVG, and the button beside it its numbers as CSV. Your browser draws the "
+        "pictures; nothing is sent anywhere. Model cards are with the written models."
+    )
+    _again(run)
+
+
+def _damage(run: Run) -> str:
+    """Return why a part of the run can't be read; empty where all can. What is made on demand can't tell it any more."""
+    readers: tuple[Callable[[Run], object], ...] = (model_facts, text_facts, calibration_facts, spectra_of, answers, healings)
+    try:
+        for read in readers if run.config.search is None else (*readers, read_trials):
+            read(run)
+    except LowRankError as error:
+        return str(error)
+    return ""
+
+
+def _tables(run: Run, source: Source | None) -> None:
+    search = run.config.search
+    if search is None:
+        return
+    trials = read_trials(run)
+    found = comparisons(answers(run), trials)
+    why_not = "" if source is not None and source.ranks else "Its ranks are known once the worker has built or measured it."
+    chosen = source.label if source is not None else "Nothing is chosen"
+    meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or to start from by hand."
+    name = source.name.replace(" ", "-") if source is not None else "allocation"
+    _offer("Allocation (JSON)", name, partial(_allocation, run, source), "application/json", meaning, why_not)
+    rows = "Every trial: state, value, perplexity, KL, ratio, seconds, variables."
+    _offer(
+        "Trials (CSV)",
+        "trials",
+        lambda: csv_of(trial_table(trials, search)),
+        "text/csv",
+        rows,
+        "" if trials else "No trial yet.",
+    )
+    rows = "Original and everything measured on test text, with intervals, sizes and protocol."
+    table = comparisons_table(found)
+    _offer(
+        "Comparison (CSV)",
+        "comparison",
+        lambda: csv_of(table),
+        "text/csv",
+        rows,
+        "" if found else "Nothing was measured on test text yet.",
+    )
+
+
+def _allocation(run: Run, source: Source | None) -> str:
+    search, facts = run.config.search, model_facts(run)
+    assert source is not None
+    assert source.ranks is not None
+    assert search is not None
+    assert facts is not None
+    units = search_units(facts.matrices, search.compression, facts.head_units)
+    return allocation_from_ranks(source.name, units, source.ranks).to_json()
+
+
+def _again(run: Run) -> None:
+    """Offer the record of the run, and show the commands that repeat it."""
+    found = reproduction(run.record, run.config)
+    with st.expander("Repeat the whole run", icon=":material/replay:", key="again_panel"):
+        _offer("run.json", "run", lambda: found.record, "application/json", f"Save it, alone, in a new folder {found.folder}, then:")
+        st.code(found.exact, language="bash", wrap_lines=True)
+        if found.options:
+            st.caption("The same in options")
+            st.code(found.options, language="bash", wrap_lines=True)
+        else:
+            unsaid = ", ".join(f"{name} = {value}" for name, value in found.unsaid.items())
+            st.caption(f"No single command says the same: these have no option of their own: {unsaid}.")
+
+
+_ENDINGS = {"text/html": "html", "application/json": "json", "text/csv": "csv"}
+
+
+def _offer(label: str, name: str, made: Callable[[], str], media: str, meaning: str, why_not: str = "") -> None:
+    """Draw a download that is made when it is pressed, and what it is."""
+    left, right = st.columns([1, 2.6], vertical_alignment="center")
+    left.download_button(
+        label,
+        lambda: made().encode("utf-8"),
+        f"{name}.{_ENDINGS[media]}",
+        media,
+        key=f"download_{label}",
+        icon=":material/download:",
+        disabled=bool(why_not),
+        width="stretch",
+        on_click="ignore",
+    )
+    right.caption(f"{meaning} {why_not}".strip())

@@ -1,0 +1,142 @@
+"""The sections of the Overview."""
+
+from __future__ import annotations
+
+import contextlib
+
+import streamlit as st
+
+from lowrank_core.config import TOKENS_PER_DIMENSION
+from lowrank_core.errors import ModelError
+from lowrank_core.runs import Run
+from lowrank_core.studio.overview.calibration_quality import CalibrationFacts, quality_table, quality_warnings
+from lowrank_core.studio.overview.text_facts import TextFacts, split_table
+from lowrank_core.studio.shared.formatting import count, duration, number, percent, size
+from lowrank_core.studio.shared.model_facts import ModelFacts, module_table
+from pages.components import coverage, navigation, tables
+from pages.components.boundary import boundary
+from pages.components.layout import figures_row
+from pages.components.loading import model_on_disk
+from pages.components.overview import preflight
+
+__all__ = ["calibration_section", "failure", "model_section", "next_steps", "text_section"]
+
+
+def failure(run: Run) -> None:
+    """Show why a run failed, with the end of its log."""
+    status = run.status()
+    if status.state == "failed":
+        st.error(f"This run failed. {status.message}", icon=":material/error:")
+        with st.expander("End of the worker's log"):
+            st.code(run.log_tail() or "The log is empty.", language=None)
+    for warning in (*status.warnings, *status.dense_warnings):
+        st.warning(warning, icon=":material/info:")
+
+
+def model_section(model: ModelFacts, reference: str) -> None:
+    st.subheader("What the model is made of", anchor=False)
+    coverage.warn(model)
+    figures_row(
+        {
+            "Parameters": (count(model.parameters), f"{model.parameters:,}"),
+            "Compressible": (count(model.compressible_parameters), "In linear layers of the blocks, biases counted."),
+            "Share compressible": (
+                percent(model.compressible_share),
+                "Of all parameters; the table says what the rest is, and why it is left alone.",
+            ),
+            "Size": (size(model.bytes), f"Of the checkpoint; it is held as {model.dtype} while it is measured."),
+            "Blocks × hidden": (f"{model.blocks} × {model.hidden:,}", "Number of blocks, and the width of the residual stream."),
+            "Vocabulary": (
+                f"{model.vocabulary:,}",
+                "Embedding and head share one matrix." if model.tied_embeddings else "Embedding and head are separate.",
+            ),
+        }
+    )
+    st.caption(
+        f"{model.architecture} · {model.dtype} · {model.device or 'cpu'} · context up to {model.max_context or '–'} · "
+        f"embeddings {'tied' if model.tied_embeddings else 'not tied'} · fingerprint `{model.fingerprint[:12] or '–'}`"
+    )
+    coverage.show(model)
+    for reason in model.heads_dropped:
+        st.caption(reason)
+    columns = {
+        "type": tables.text("Module type, or what is left alone", width="medium"),
+        "count": tables.whole("Count"),
+        "shape": tables.text("Shape (out × in), or why"),
+        "break_even": tables.text("Break-even rank", "The largest rank whose two factors cost less than the matrix."),
+        "parameters": tables.whole("Parameters"),
+        "share": tables.share("Share of the model"),
+    }
+    tables.table(module_table(model), columns, key="module_table", alt="Compressible modules by type")
+    _tree(reference)
+
+
+def _tree(reference: str) -> None:
+    """Draw every module of the checkpoint, if it is still where the run found it."""
+    with contextlib.suppress(ModelError):  # shown below
+        preflight.notes(model_on_disk(reference))
+    with st.expander("Every module, with what is left alone and why", icon=":material/account_tree:", key="tree_panel"), boundary():
+        found = model_on_disk(reference)
+        if found is None:
+            st.caption(f"{reference} is no longer in the cache of the hub: its modules are listed once it is on this machine again.")
+        else:
+            preflight.tree(found, key="run_tree")
+
+
+def text_section(text: TextFacts) -> None:
+    st.subheader("The text it saw", anchor=False)
+    bos = "BOS first in every window" if text.bos == "window" else "no BOS"
+    st.caption(f"{text.reference} · context {text.context} tokens · {bos} · seed {text.seed} · three disjoint splits")
+    left, right = st.columns([3, 2], gap="small") if text.preview else (st.container(), None)
+    columns = {
+        "split": tables.text("Split"),
+        "windows": tables.whole("Windows"),
+        "tokens": tables.whole("Tokens"),
+        "available": tables.whole("Available tokens"),
+        "sha256": tables.text("SHA-256", "Of the tokens, so that two runs can be told to have seen the same text."),
+    }
+    with left:
+        tables.table(split_table(text), columns, key="split_table", alt="Windows and tokens of each split")
+    if right is not None:
+        right.code(text.preview, language=None, height=142)
+
+
+def calibration_section(calibration: CalibrationFacts) -> None:
+    st.subheader("How well it was measured", anchor=False)
+    for warning in quality_warnings(calibration):
+        st.warning(warning, icon=":material/warning:")
+    took = "from the cache" if calibration.cached else f"in {duration(calibration.seconds)}"
+    figures_row(
+        {
+            "Calibration tokens": (count(calibration.tokens), f"{calibration.windows} windows, measured {took}."),
+            "Tokens per dimension": (
+                number(calibration.least_tokens_per_dimension),
+                f"The least over all inputs. Below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
+            ),
+            "Worst condition": (
+                number(calibration.worst_condition, 2),
+                "Largest over smallest eigenvalue of an input's covariance, the largest over all inputs.",
+            ),
+            "Groups × windows": (
+                f"{calibration.groups} × {calibration.group_size}",
+                f"Weights: {calibration.group_weights}. The pooled covariance averages within groups.",
+            ),
+        }
+    )
+    with st.expander(f"All {len(calibration.inputs)} distinct inputs"):
+        columns = {
+            "input": tables.text("Input"),
+            "width": tables.whole("Width"),
+            "modules": tables.whole("Modules that read it"),
+            "tokens_per_dimension": tables.number("Tokens per dimension", 1),
+            "condition": st.column_config.NumberColumn("Condition", format="scientific"),
+            "pooled_to_sample": tables.number("Pooled to sample distance", 4, "Relative Frobenius distance of the two covariances."),
+        }
+        tables.table(quality_table(calibration), columns, key="quality_table", alt="Calibration quality of each input")
+
+
+def next_steps(run: Run) -> None:
+    if (run.path / "spectra.npz").exists():
+        with st.container(horizontal=True):
+            st.page_link(navigation.SPECTRA, label="See where it is low-rank", icon=":material/grid_view:")
+            st.page_link(navigation.SEARCH, label="Search how to spend a budget", icon=":material/query_stats:")

@@ -1,0 +1,140 @@
+"""The runs: pick one, compare several, rename, note, delete."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import TypedDict
+
+import streamlit as st
+
+from lowrank_core.runs import Run
+from lowrank_core.runs.manage import check_deletable, delete_run, notes_of, rename_run, run_bytes, write_notes
+from lowrank_core.studio.overview.run_comparison import compare_runs
+from lowrank_core.studio.shared.formatting import size
+from lowrank_core.studio.shared.run_list import run_table
+from pages.components import state, tables
+from pages.components.boundary import boundary
+
+__all__ = ["show"]
+
+
+class _Guard(TypedDict):
+    disabled: bool
+    help: str | None
+
+
+_RECORDED = "This run ships with the package: it can be looked at, not changed."
+
+
+def show(runs: Sequence[Run], shown: Run | None) -> None:
+    """List ``runs``; what can be done with those that are picked, or with the run on screen, stands below."""
+    if not runs or shown is None:
+        return
+    st.subheader("Runs", anchor=False)
+    picked = _table(runs)
+    st.caption("Pick a row to look at that run on every page, several to compare them.")
+    if len(picked) > 1:
+        _comparison(picked)
+        _delete_button(picked)
+        return
+    with st.container(horizontal=True, vertical_alignment="center", gap="small"):
+        st.markdown(f"**{shown.record['name']}**", width="content")
+        _rename(shown)
+        _notes(shown)
+        _delete_button([shown])
+
+
+def _table(runs: Sequence[Run]) -> list[Run]:
+    frame = run_table(runs)
+    columns = {
+        "name": tables.text("Name", width=330),
+        "state": tables.text("State"),
+        "ratio": tables.text("Removed", "Compression ratio that the search aims at, or its range."),
+        "trials": tables.whole("Trials complete"),
+        "best": tables.figure("Best value"),
+        "created": st.column_config.DatetimeColumn("Started", format="distance"),
+        "notes": tables.text("Notes", width=220),
+    }
+    ids = list(frame["id"])
+    key = f"runs_table_{zlib.crc32(' '.join(ids).encode()):08x}"  # rows of another list of runs are not those that were picked
+    tables.table(frame, columns, key=key, on_pick=state.pick_from_table("run", key, ids), several=True, alt="Runs, the newest first")
+    known = {run.id: run for run in runs}
+    return [known[identifier] for identifier in state.picked_rows(key, ids)]
+
+
+def _comparison(runs: Sequence[Run]) -> None:
+    found = compare_runs(runs)
+    columns = {
+        "run": tables.text("Run", width=180),
+        "model": tables.text("Model"),
+        "text": tables.text("Text"),
+        "removed": tables.text("Removed"),
+        "trials": tables.whole("Trials"),
+        "best": tables.text("Best trial"),
+        "value": tables.figure("Best value", "The objective, on search-validation text."),
+        "value_group": tables.text("Alike", "Best values with one letter were measured alike."),
+        "perplexity": tables.number("Perplexity (test)", 3, "Of the best trial, as measured on test text."),
+        "interval": tables.text("95 % interval", "Bootstrap over test windows."),
+        "original": tables.number("Original", 3, "Perplexity of the dense model on the same windows."),
+        "test_group": tables.text("Alike (test)", "Perplexities with one letter were measured alike."),
+    }
+    for group in ("value_group", "test_group"):
+        if found.frame[group].nunique() < 2:
+            columns.pop(group)
+    st.markdown("**Side by side**")
+    tables.table(found.frame, columns, key="run_comparison", alt="The picked runs side by side")
+    for note in found.notes:
+        st.caption(note)
+
+
+def _rename(run: Run) -> None:
+    with st.popover("Rename", icon=":material/edit:", key="rename_popover", **_only_own(run)):
+        name = st.text_input("Name", run.record["name"], key=f"rename_{run.id}", max_chars=200)
+        if st.button("Rename", key="rename", type="primary", disabled=run.recorded):
+            with boundary():
+                rename_run(run, name)
+                st.rerun()
+
+
+def _notes(run: Run) -> None:
+    with st.popover("Notes", icon=":material/sticky_note_2:", key="notes_popover", **_only_own(run)), boundary():
+        asked = "What was this run for? What did it show?"
+        notes = st.text_area("Notes", notes_of(run), key=f"notes_{run.id}", height=160, max_chars=20_000, placeholder=asked)
+        st.caption("Kept in the run's folder; shown in the sidebar of every page.")
+        if st.button("Save", key="save_notes", type="primary", disabled=run.recorded):
+            write_notes(run, notes)
+            st.rerun()
+
+
+def _only_own(*runs: Run) -> _Guard:
+    recorded = any(run.recorded for run in runs)
+    return {"disabled": recorded, "help": _RECORDED if recorded else None}
+
+
+def _delete_button(runs: Sequence[Run]) -> None:
+    label = "Delete" if len(runs) == 1 else f"Delete these {len(runs)} runs"
+    if st.button(label, key="delete_run", icon=":material/delete:", **_only_own(*runs)):
+        _confirm(runs)
+
+
+@st.dialog("Delete for good?")
+def _confirm(runs: Sequence[Run]) -> None:
+    """Say what will be gone; delete only on a second press."""
+    with boundary():
+        for run in runs:
+            check_deletable(run)
+        for run in runs:
+            exports = [path.name for path in (run.path / "exports").glob("*") if path.is_dir()]
+            also = f", with its exported models ({', '.join(exports)})" if exports else ""
+            st.markdown(f"**{run.record['name']}** · {size(run_bytes(run))}{also}  \n`{run.path}`")
+        st.caption("Trials, measurements and notes go with it and can't be brought back. Calibration statistics stay: runs share them.")
+        if any(run.storage_url for run in runs):
+            st.caption("A study in a database stays there.")
+        if st.button("Delete", key="delete_confirm", type="primary", icon=":material/delete_forever:"):
+            for run in runs:
+                delete_run(run)
+            state.choose(run=None)
+            st.rerun()
+    if st.button("Keep", key="delete_keep"):
+        st.rerun()

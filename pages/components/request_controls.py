@@ -1,0 +1,69 @@
+"""Asking the worker for measurements, and watching or withdrawing what was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import streamlit as st
+
+from lowrank_core.runs import Run, client
+from lowrank_core.studio.shared.model_refs import Subject, request_words
+from lowrank_core.studio.shared.run_list import is_working, status_words
+from pages.components.boundary import boundary
+from pages.components.sidebar import resume_button
+
+__all__ = ["ask", "ask_all", "waiting", "why_not"]
+
+_RECORDED = "A recorded run has no worker: start a search of your own to measure."
+
+
+def why_not(run: Run) -> str | None:
+    """Return why nothing can be asked of ``run``, for a disabled button's help; None where it can."""
+    return _RECORDED if run.recorded else None
+
+
+def ask(run: Run, kind: str, subjects: Sequence[Subject], **arguments: object) -> None:
+    """Leave a request of ``kind`` for each of ``subjects``, and draw the page anew."""
+    ask_all(run, [(kind, {"trial": subject, **arguments}) for subject in subjects])
+
+
+def ask_all(run: Run, requests: Sequence[tuple[str, Mapping[str, object]]]) -> None:
+    """Leave requests (kind, arguments) in their order, and draw the page anew."""
+    with boundary():
+        for kind, arguments in requests:
+            client.ask(run, kind, **arguments)  # type: ignore[arg-type]
+        st.rerun()
+
+
+def waiting(run: Run) -> None:
+    """Say what the worker is at and what waits, each with a button that takes it back; nothing if all is answered."""
+    requests = client.pending_requests(run)
+    if not requests:
+        return
+    status, alive = run.status(), run.worker_alive()
+    with st.container(border=True):
+        if alive:
+            doing = f"{status.stage} · {status_words(status)}".strip(" ·") if is_working(status) else request_words(requests[0])
+            st.progress(status.fraction or 0.0, text=doing)
+        else:
+            st.warning(f"{len(requests)} requests wait for a worker, which is not running.", icon=":material/pause:")
+            resume_button(run, key="resume_requests", width="content")
+        _list(run, requests)
+
+
+def _list(run: Run, requests: Sequence[Mapping[str, object]]) -> None:
+    names = [str(request.get("id")) for request in requests]
+    with st.container(horizontal=True, vertical_alignment="center"):
+        with st.popover(f"{len(requests)} asked for", icon=":material/list:", key="waiting_list"):
+            for name, request in zip(names, requests, strict=True):
+                with st.container(horizontal=True, vertical_alignment="center"):
+                    st.caption(request_words(request), width=340)
+                    if st.button("Withdraw", key=f"withdraw_{name}", type="tertiary", icon=":material/close:"):
+                        _withdraw(run, names=[name])
+        if st.button("Withdraw all", key="withdraw_all", type="tertiary", icon=":material/close:", help="What is measured already stays."):
+            _withdraw(run, names=names)
+
+
+def _withdraw(run: Run, names: Sequence[str]) -> None:
+    client.withdraw(run, *names)
+    st.rerun()

@@ -1,0 +1,185 @@
+"""The form that starts a search, with the model, text and calibration of the run on screen."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import streamlit as st
+
+from lowrank_core.config import OBJECTIVES, RunConfig, SearchConfig
+from lowrank_core.presets.recipes import PRESETS, search_by
+from lowrank_core.studio.search.history import OBJECTIVE_LABELS
+from lowrank_core.studio.search.search_plan import Plan, check_budget, time_estimate
+from lowrank_core.studio.shared.formatting import count, duration, percent
+from lowrank_core.studio.shared.model_facts import ModelFacts
+from pages.components import coverage
+from pages.components.boundary import boundary
+from pages.components.search import form_options
+from pages.components.start import start
+
+__all__ = ["search_form"]
+
+_DEFAULT = SearchConfig()
+_RECIPES = {"studio": "Ours", "bolaco": "The paper's, as published", "own": "My own"}
+_ABOUT = {
+    "studio": "Factors fitted block by block and weighed by what they do to the output; stacks and per-head factors as alternatives; "
+    "the search starts at the allocation that trades errors best, and tunes its weights.",
+    "bolaco": "Bolaco to the letter: pooled feature covariances, perplexity plus KL as the objective, a Gaussian process after 3 initial "
+    "points, kept fractions that are not scaled onto the budget (a trial outside it does not count), ranks in eights, value projections "
+    "dense.",
+    "own": "Choose basis, storage and variables under Advanced.",
+}
+
+
+def search_form(base: RunConfig, facts: ModelFacts | None) -> None:
+    """Draw the form; a press on its button starts a search of its own run, and selects it.
+
+    Args:
+        facts: of the model, to check the budget; None where they are not known yet.
+    """
+    config: RunConfig | None = None
+    with boundary():
+        config = replace(base, search=_inputs())
+    feasible = config is not None and _budget_line(config, facts)
+    with st.container(horizontal=True, vertical_alignment="center"):
+        pressed = st.button("Start search", key="start_search", type="primary", icon=":material/play_arrow:", disabled=config is None)
+        _time_line(config, facts)
+    text, batch = base.text, base.text.validation_windows * base.text.context
+    space = config.search.space if config is not None and config.search is not None else _DEFAULT.space
+    st.caption(
+        f"Each trial is judged on {text.validation_windows} search-validation windows of {text.context} tokens ({batch:,} tokens), "
+        f"in the space {space}; statistics come from {text.calibration_windows} calibration windows."
+    )
+    if pressed and feasible and config is not None:
+        with boundary():
+            start(config)
+
+
+def _inputs() -> SearchConfig:
+    """Draw the inputs and return what they ask for.
+
+    Raises:
+        ConfigError: they do not go together.
+    """
+    recipe = st.segmented_control(
+        "Recipe",
+        list(_RECIPES),
+        default="studio",
+        required=True,
+        key="search_recipe",
+        format_func=_RECIPES.__getitem__,
+        help="How the matrices are factorised and what the search varies.",
+        persist_state="session",
+    )
+    recipe = str(recipe)
+    st.caption(_ABOUT[recipe])
+    least, most, trials, objective = _simple(published=recipe == "bolaco")
+    if recipe == "bolaco":
+        seed = form_options.seed_alone()
+        return replace(search_by(PRESETS["bolaco"], least, seed=seed), trials=trials)
+    options = form_options.advanced(own=recipe == "own", ranged=most is not None, objective=objective)
+    chosen = {"compression_ratio": least, "most_ratio": most, "objective": objective, "trials": trials}
+    return replace(search_by(PRESETS["studio"], least), **{**options, **chosen})  # type: ignore[arg-type]
+
+
+def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
+    """Draw what everybody should look at; return the ratio, the end of its range or None, the trials and the objective."""
+    far = st.toggle(
+        "How far can I go?",
+        key="search_far",
+        disabled=published,
+        help="Search a range of ratios at once, for the least loss at each. The answer is a front instead of one best trial; give it more "
+        "trials. The paper's search has one ratio.",
+        persist_state="session",
+    )
+    left, right = st.columns(2, gap="large")
+    with left:
+        least, most = _range() if far and not published else (_ratio(), None)
+    trials = right.slider(
+        "Trials",
+        2,
+        200,
+        _DEFAULT.trials,
+        key="search_trials",
+        help="The baselines included. A search can be extended later.",
+        persist_state="session",
+    )
+    objective = left.selectbox(
+        "Objective",
+        OBJECTIVES,
+        key="search_objective",
+        format_func=OBJECTIVE_LABELS.__getitem__,
+        disabled=published,
+        help="What a trial is judged by, on search-validation text that is neither calibration nor test. As published, it is Bolaco's.",
+        persist_state="session",
+    )
+    return least, most, trials, objective
+
+
+def _ratio() -> float:
+    ratio = st.slider(
+        "Compression ratio (parameters removed)",
+        5,
+        80,
+        round(100 * _DEFAULT.compression_ratio),
+        format="%d %%",
+        key="search_ratio",
+        help="Fraction of the compressible linears' parameters to remove.",
+        persist_state="session",
+    )
+    return float(ratio / 100)
+
+
+def _range() -> tuple[float, float]:
+    low, high = st.slider(
+        "Compression ratios (parameters removed)",
+        5,
+        80,
+        (20, 60),
+        format="%d %%",
+        key="search_ratios",
+        help="Every trial removes a fraction of its own between these two.",
+        persist_state="session",
+    )
+    return low / 100, high / 100
+
+
+def _budget_line(config: RunConfig, facts: ModelFacts | None) -> bool:
+    """Say what the budget is; return whether it can be met."""
+    if facts is None or not facts.matrices:
+        st.caption("The budget is counted once the model was read.")
+        return True
+    with boundary():
+        plan = check_budget(config, facts.matrices, facts.head_units)
+        if plan is not None and config.search is not None:
+            st.caption(_budget_words(plan, config.search, len(facts.matrices)))
+            coverage.show(facts, config.search.compression_ratio)
+            coverage.warn(facts, config.search.compression_ratio)
+        return True
+    return False
+
+
+def _budget_words(plan: Plan, search: SearchConfig, layers: int) -> str:
+    variables = f"{len(plan.variables)} variables"
+    if search.most_ratio is not None:
+        return (
+            f"Keeps **{count(plan.allowed)}** ({percent(search.compression_ratio)} removed) down to **{count(plan.least)}** "
+            f"({percent(search.most_ratio)} removed) of {count(plan.dense)} parameters in {layers} linear layers; {variables}."
+        )
+    spends = "every trial spends this budget" if search.projected else "trials within a tenth below it count"
+    return (
+        f"Keeps **{count(plan.allowed)}** of {count(plan.dense)} parameters in {layers} linear layers "
+        f"({percent(search.compression_ratio)} removed); {spends}; {variables}."
+    )
+
+
+def _time_line(config: RunConfig | None, facts: ModelFacts | None) -> None:
+    """Say how long it may take, and by what that was told."""
+    if config is None:
+        return
+    found = time_estimate(config, facts)
+    if found is None:
+        st.caption("How long it takes isn't known until the first trial: nothing was measured on this machine yet.", width="content")
+        return
+    before = f", after about {duration(found.before)} until the first" if found.before is not None else ""
+    st.caption(f"Estimate: about **{duration(found.trials)}** for the trials{before}, going by {found.basis}.", width="content")

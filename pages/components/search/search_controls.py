@@ -1,0 +1,85 @@
+"""How a search is changed while it runs, or continued when it is done."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import streamlit as st
+
+from lowrank_core.config import SAMPLERS, SearchConfig
+from lowrank_core.runs import Run, client
+from lowrank_core.studies.storage import dashboard_command
+from lowrank_core.studio.search.history import SAMPLER_LABELS
+from lowrank_core.studio.search.search_plan import check_budget
+from lowrank_core.studio.shared.model_facts import ModelFacts
+from pages.components.boundary import boundary
+
+__all__ = ["show"]
+
+
+def show(run: Run, search: SearchConfig, facts: ModelFacts | None) -> None:
+    """Draw the controls of the search of ``run``; a recorded one can only be looked at."""
+    with st.container(horizontal=True, gap="small"):
+        if not run.recorded:
+            _extension(run, search)
+            _sampler(run, search, facts)
+            _worker(run)
+        _optuna(run)
+
+
+def _extension(run: Run, search: SearchConfig) -> None:
+    with st.popover("Extend", icon=":material/add:", key="extend_popover"):
+        more = st.number_input(
+            "Further trials",
+            min_value=1,
+            max_value=1000,
+            value=20,
+            key="extend_by",
+            help=f"On top of the {search.trials} that this search has now.",
+        )
+        st.caption("Goes on where the search is, with all its trials; starts the worker if none is there.")
+        if st.button(f"Extend by {int(more)} trials", key="extend", type="primary"):
+            with boundary():
+                run.change_search(trials=search.trials + int(more))
+                client.start_worker(run)
+                st.rerun()
+
+
+def _sampler(run: Run, search: SearchConfig, facts: ModelFacts | None) -> None:
+    with st.popover("Sampler", icon=":material/shuffle:", key="sampler_popover"):
+        sampler = st.selectbox(
+            "Sampler from the next trial on",
+            SAMPLERS,
+            SAMPLERS.index(search.sampler),
+            key=f"sampler_now_{run.id}",
+            format_func=SAMPLER_LABELS.__getitem__,
+            help="It goes by the trials that are there, whoever proposed them.",
+        )
+        if st.button("Use it", key="use_sampler", disabled=sampler == search.sampler):
+            with boundary():
+                if facts is not None:  # e.g. too many variables for a Gaussian process
+                    changed = replace(run.config, search=replace(search, sampler=sampler))
+                    check_budget(changed, facts.matrices, facts.head_units)
+                run.change_search(sampler=sampler)
+                st.rerun()
+
+
+def _worker(run: Run) -> None:
+    alive = run.worker_alive()
+    if st.button(
+        "Add a worker",
+        key="add_worker",
+        icon=":material/group_add:",
+        disabled=not alive,
+        help="One more process on this machine that takes trials. It loads the model once more, so it needs as much memory again; "
+        "worth it with cores or devices to spare." + ("" if alive else " Nobody works on this run now: extend or resume it first."),
+    ):
+        with boundary():
+            client.add_worker(run)
+            st.toast("A further worker is starting; it is listed under Workers once it takes trials.", icon=":material/group_add:")
+
+
+def _optuna(run: Run) -> None:
+    with st.popover("Open in optuna-dashboard", icon=":material/open_in_new:", key="optuna_popover"):
+        st.caption("Optuna's own dashboard reads the study as it is (`pip install optuna-dashboard`). In a terminal:")
+        st.code(dashboard_command(run), language="bash", wrap_lines=True)

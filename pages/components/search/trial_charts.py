@@ -1,0 +1,231 @@
+"""Charts and tables of a search: its trials, one trial's windows, one trial's allocation."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import streamlit as st
+
+from lowrank_core.config import SearchConfig
+from lowrank_core.runs import Run
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studies.variables import read_ranges
+from lowrank_core.studio.search import pareto as fronts
+from lowrank_core.studio.search.history import better_half, search_variables, trial_table
+from lowrank_core.studio.search.history import history as history_of
+from lowrank_core.studio.search.history_chart import history_chart
+from lowrank_core.studio.search.parallel_coordinates import fingerprint as fingerprint_of
+from lowrank_core.studio.search.parallel_coordinates import importance_table, missing_words
+from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint_chart, importance_chart
+from lowrank_core.studio.search.pareto_chart import front_chart
+from lowrank_core.studio.search.timeline import timeline
+from lowrank_core.studio.search.timeline_chart import timeline_chart
+from lowrank_core.studio.search.trial_windows import window_losses
+from lowrank_core.studio.search.trial_windows_chart import window_chart
+from lowrank_core.studio.search.worker_list import living_workers
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
+from lowrank_core.studio.shared.formatting import number, percent
+from lowrank_core.studio.shared.layer_map_chart import map_figure
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.trial_names import state_words, trial_label
+from lowrank_core.studio.shared.vega import PICKED
+from pages.components import navigation, state, tables
+from pages.components.charts import chart
+from pages.components.loading import importances_of, pictures_of
+
+__all__ = ["allocation", "fingerprint", "front", "history", "importance", "table", "times", "windows"]
+
+
+def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw the objective of every trial."""
+    view = history_of(trials, search.objective)
+    near = st.toggle(
+        "Only the better half",
+        key="history_near",
+        persist_state="session",
+        help="Leaves out trials and baselines that are worse than the median, so that small gains can be seen. The best baseline stays.",
+    )
+    shown = better_half(view) if near else view
+    left_out = len(view.trials) - len(shown.trials) + len(view.baselines) - len(shown.baselines)
+    chart(
+        history_chart(shown, chosen.number if chosen else None, pictures_of(run, trials, search)),
+        key="history",
+        title=f"{'The better half of the trials' if near else 'Every trial'} on search-validation text",
+        how="lower is better; the green steps are the best so far, dashed lines the baselines. Point at a trial for a "
+        "small map of its allocation, click it for a large one; drag moves, Ctrl + wheel zooms, a double click resets."
+        + (f" **Left out**, as worse than half of the trials: {left_out} points and lines." if near else ""),
+        alt="Objective of each trial in the order of asking, with baselines and the best so far",
+        data=view.trials,
+        on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),
+    )
+
+
+def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw the losses of the running (or chosen) trial window by window; nothing where none were recorded."""
+    view = window_losses(trials, chosen.number if chosen else None, search.objective)
+    if view is None:
+        return
+    who = f"{view.shown}, running now" if view.running else view.shown
+    chart(
+        window_chart(view),
+        key="windows",
+        title=f"{who}, window by window" if view.shown == view.other else f"{who}, against {view.other} window by window",
+        how=f"dots are {view.shown}, green bars {view.other}; a dot below its bar is better there. On the {view.measured} windows that "
+        f"both have seen: {number(view.shown_mean, 4)} against {number(view.other_mean, 4)}.",
+        alt=f"Loss of {view.shown} on each search-validation window, beside {view.other}",
+        data=view.frame,
+    )
+
+
+def front(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw what is removed against what is lost, and the trials that no other beats."""
+    view = fronts.front(trials, search.objective)
+    chart(
+        front_chart(view, chosen.number if chosen else None),
+        key="front",
+        title="How much can be removed at which loss, on search-validation text",
+        how="lower is better, and so is further right. The green steps are the Pareto front: to remove at least so much, this is the least "
+        "loss found. Dashed lines join the points of a baseline. Click a point for its allocation.",
+        alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front",
+        data=view.trials,
+        on_pick=state.pick_from_vega("trial", "front", PICKED, "number"),
+    )
+    frame = fronts.front_table(trials)
+    columns = {
+        "name": tables.text("On the front"),
+        "removed": tables.share("Removed"),
+        "value": tables.figure("Value", "The objective."),
+        "perplexity": tables.number("Perplexity", 2),
+        "kl": tables.figure("KL (nats/token)"),
+    }
+    columns.pop(search.objective, None)
+    pick = state.pick_from_table("trial", "front_table", list(frame["trial"]))
+    tables.table(frame, columns, key="front_table", height=230, on_pick=pick, alt="Trials of the Pareto front")
+
+
+def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
+    """Draw where a trial keeps its parameters, and offer it as a file."""
+    facts = model_facts(run)
+    if facts is None:
+        return
+    units = search_units(facts.matrices, search.compression, facts.head_units)
+    found = allocation_of(trial, units)
+    if trial.state not in ("complete", "running"):
+        st.caption(f"{trial_label(trial)}: {state_words(trial)}.")
+    view = allocation_map(found, units)
+    chart(
+        map_figure(view, state.selection().module),
+        key="allocation_map",
+        title=f"Where {trial_label(trial)} keeps its parameters",
+        how=f"bright cells keep most of their parameters, 100 % is dense; {percent(found.compression_ratio)} are removed in all.",
+        alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}",
+        data=view.frame,
+        on_pick=state.pick_from_chart("module", "allocation_map"),
+    )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.download_button(
+            "Allocation (JSON)",
+            found.to_json(),
+            f"{run.id}-trial-{trial.number}.json",
+            "application/json",
+            key="download_allocation",
+            icon=":material/download:",
+            help="Valid for `lowrank compress --ranks`, and on the page Pick by hand.",
+            on_click="ignore",
+        )
+        st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")
+
+
+def fingerprint(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw which values of the variables made which trial; nothing below two measured points of the space."""
+    view = fingerprint_of(trials, search, read_ranges(run))
+    if view is None:
+        return
+    rest = ""
+    if view.trials < view.of_trials or view.variables < view.of_variables:
+        rest = f" Shown: the best {view.trials} of {view.of_trials} trials, {view.variables} of {view.of_variables} variables."
+    chart(
+        fingerprint_chart(view, chosen.number if chosen else None),
+        key="fingerprint",
+        title="What the trials were made of, the best at the left",
+        how="a column is a trial, a row a variable; where a row keeps one shade at the left and mixes at the right, good trials agree on "
+        f"that variable. Click a column for its allocation; drag moves, Ctrl + wheel zooms.{rest}",
+        alt="Value of each variable in each trial, trials ordered by their objective",
+        data=view.frame,
+        on_pick=state.pick_from_vega("trial", "fingerprint", PICKED, "number"),
+    )
+
+
+def importance(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
+    """Draw how much each variable mattered, or say how many trials are missing."""
+    found = importances_of(run, trials)
+    if found.missing:
+        st.caption(missing_words(found))
+        return
+    frame = importance_table(found, trials, search)
+    chart(
+        importance_chart(frame),
+        key="importance",
+        title="Which variables mattered",
+        how=f"the share of the variance of {_importance_of(search)} over the whole search space that is due to a variable: its own effect "
+        "and half of each interaction with another (Shapley effect). A Gaussian process fitted to "
+        f"{found.trials} trials, wherever the sampler put them, estimates it. The lines are 90 % credible intervals; where they overlap, "
+        "the order is open.",
+        alt="Importance of each variable of the search, with intervals",
+        data=frame,
+    )
+
+
+def _importance_of(search: SearchConfig) -> str:
+    words = {"kl": "the KL divergence", "perplexity": "perplexity", "bolaco": "the objective"}[search.objective]
+    return f"the logarithm of {words}" if search.models_logarithms else words
+
+
+def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -> None:
+    """Draw when each worker measured which trial."""
+    frame = timeline(trials, {} if run.recorded else living_workers(run), time.time())
+    if frame.empty:
+        return
+    chart(
+        timeline_chart(frame, chosen.number if chosen else None),
+        key="timeline",
+        title="When each worker measured which trial",
+        how="a bar is a trial, its mark says what became of it; gaps are time between trials. Click a mark for its allocation; drag moves, "
+        "Ctrl + wheel zooms, a double click resets.",
+        alt="Trials as bars from start to end, a row for each worker",
+        data=frame,
+        on_pick=state.pick_from_vega("trial", "timeline", PICKED, "number"),
+    )
+
+
+def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
+    """Draw every trial as a row, and offer them as a file."""
+    frame = trial_table(trials, search)
+    columns = {
+        "trial": tables.whole("Trial"),
+        "state": tables.text("State"),
+        "kind": tables.text("Kind", width=220),
+        "value": tables.figure("Value", "The objective.", width=90),
+        "perplexity": tables.number("Perplexity", 2),
+        "kl": tables.figure("KL (nats/token)"),
+        "removed": tables.share("Removed"),
+        "seconds": tables.number("Seconds", 1),
+        **{found.name: tables.number(found.label, 3, found.meaning) for found in search_variables(trials, search)},
+        "worker": tables.text("Worker", "Machine and process that measured it."),
+        "started": st.column_config.DatetimeColumn("Started", format="D MMM, HH:mm:ss"),
+    }
+    columns.pop(search.objective, None)  # it is the value
+    st.markdown("**Trials**")
+    pick = state.pick_from_table("trial", "trial_table", list(frame["trial"]))
+    tables.table(frame, columns, key="trial_table", height=300, on_pick=pick, alt="Trials of the search")
+    st.download_button(
+        "Trials (CSV)",
+        csv_of(frame),
+        f"{run.id}-trials.csv",
+        "text/csv",
+        key="download_trials",
+        icon=":material/download:",
+        on_click="ignore",
+    )

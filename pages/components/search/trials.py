@@ -1,0 +1,145 @@
+"""The live part of the Rank search page."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import streamlit as st
+
+from lowrank_core.config import SearchConfig
+from lowrank_core.errors import RunError
+from lowrank_core.runs import Run, RunStatus
+from lowrank_core.studies.records import TrialRecord, best_trial, read_trials
+from lowrank_core.studio.search.history import OBJECTIVE_LABELS, Progress, progress
+from lowrank_core.studio.search.pareto import front_table
+from lowrank_core.studio.search.worker_list import living_workers, worker_table
+from lowrank_core.studio.shared.formatting import number, percent, short_duration
+from lowrank_core.studio.shared.run_list import STATE_WORDS, is_working, status_words
+from lowrank_core.studio.shared.trial_names import ratio_words, trial_label
+from pages.components import state, tables
+from pages.components.layout import figures_row
+from pages.components.search import trial_charts
+
+__all__ = ["show", "show_importance"]
+
+
+def show(run: Run) -> None:
+    """Draw the study of ``run`` as it is now.
+
+    Raises:
+        RunError: a file of the run is damaged.
+    """
+    search = run.config.search
+    if search is None:
+        raise RunError("this run has no search.")
+    trials, status = read_trials(run), run.status()
+    now = progress(trials, search)
+    _stage(run, status, now)
+    if not trials:
+        return
+    chosen = _chosen(trials, search)
+    if search.most_ratio is None:
+        _figures(now, search)
+        trial_charts.history(run, trials, search, chosen)
+        trial_charts.windows(trials, search, chosen)
+    else:
+        _front_figures(trials, now, search)
+        trial_charts.front(trials, search, chosen)
+    if chosen is not None and chosen.ranks:
+        trial_charts.allocation(run, chosen, search)
+    trial_charts.fingerprint(run, trials, search, chosen)
+    trial_charts.table(run, trials, search)
+    _workers(run, trials, chosen)
+
+
+def show_importance(run: Run, search: SearchConfig) -> None:
+    """Draw which variables mattered; apart from the trials, as it takes a moment to tell and changes little from one to the next.
+
+    Raises:
+        RunError: a file of the run is damaged.
+    """
+    trials = read_trials(run)
+    if any(trial.params for trial in trials):
+        trial_charts.importance(run, trials, search)
+
+
+def _chosen(trials: Sequence[TrialRecord], search: SearchConfig) -> TrialRecord | None:
+    """Return the trial that the user picked, else the best; over a range of ratios there is none."""
+    picked = next((trial for trial in trials if trial.number == state.selection().trial), None)
+    return picked or (best_trial(trials) if search.most_ratio is None else None)
+
+
+def _stage(run: Run, status: RunStatus, now: Progress) -> None:
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown(f"**{now.complete} of {now.wanted} trials complete**", width="content")
+        doing = f"{status.stage} · {status_words(status)}".strip(" ·") if is_working(status) else STATE_WORDS.get(status.state, "")
+        st.caption("recorded" if run.recorded else doing, width="content")
+    for warning in status.dense_warnings:
+        st.warning(warning, icon=":material/warning:")
+    st.caption(_counts(now, 0 if run.recorded else len(living_workers(run))) or " ")
+    if not run.recorded and (is_working(status) or now.complete < now.wanted):
+        st.progress(min(1.0, now.complete / now.wanted) if now.complete else status.fraction or 0.0)
+    if status.state in ("stopped", "interrupted") and now.complete < now.wanted:
+        st.caption("Resume in the sidebar: complete trials are kept.")
+
+
+def _counts(now: Progress, workers: int) -> str:
+    words = [
+        f"{short_duration(now.seconds)} per trial (median)" if now.seconds is not None else "",
+        *now.counts.parts,
+        f"{workers} workers" if workers > 1 else "1 worker" if workers else "",
+    ]
+    return " · ".join(word for word in words if word)
+
+
+def _figures(now: Progress, search: SearchConfig) -> None:
+    best = now.best
+    figures_row(
+        {
+            "Best trial": (trial_label(best) if best else "–", "The least value so far."),
+            "Best value": (number(best.value, 4) if best else "–", OBJECTIVE_LABELS[search.objective]),
+            "Its perplexity": (
+                number(best.perplexity) if best else "–",
+                f"On search-validation text; uniform: {number(now.uniform_perplexity)}.",
+            ),
+            "Below uniform": (percent(now.gain), "How far the best value lies below that of the uniform baseline."),
+            "Removed": (percent(best.compression_ratio) if best else "–", "Of the compressible linears' parameters, as counted."),
+        }
+    )
+
+
+def _front_figures(trials: Sequence[TrialRecord], now: Progress, search: SearchConfig) -> None:
+    found = front_table(trials)
+    least, most = (found.iloc[0], found.iloc[-1]) if len(found) else (None, None)
+    figures_row(
+        {
+            "Ratios": (ratio_words(search), "Every trial removes a fraction of its own within this range."),
+            "On the front": (f"{len(found)} trials", "No other trial removes as much at less loss."),
+            "Least removed": (
+                f"{percent(least['removed'], 0)} at {number(least['value'], 3)}" if least is not None else "–",
+                OBJECTIVE_LABELS[search.objective],
+            ),
+            "Most removed": (
+                f"{percent(most['removed'], 0)} at {number(most['value'], 3)}" if most is not None else "–",
+                OBJECTIVE_LABELS[search.objective],
+            ),
+        }
+    )
+
+
+def _workers(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -> None:
+    """Draw the workers and the timeline; only where the panel is open, as both grow and would be sent with every trial."""
+    panel = st.expander("Workers and timeline", key="workers_panel", icon=":material/group:", on_change="rerun")
+    if not panel.open:
+        return
+    frame = worker_table(trials, {} if run.recorded else living_workers(run), time.time())
+    columns = {
+        "worker": tables.text("Worker", "Machine and process."),
+        "measured": tables.whole("Trials measured"),
+        "now": tables.text("Now", width="large"),
+    }
+    with panel:
+        if not frame.empty:
+            tables.table(frame, columns, key="worker_table", alt="Workers of this search")
+        trial_charts.times(run, trials, chosen)

@@ -1,0 +1,77 @@
+"""What the top directions of the chosen module mean: a request to the worker, and its answer."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.runs import Run, client
+from lowrank_core.runs.client import answers
+from lowrank_core.studio.shared.run_list import is_busy
+from lowrank_core.studio.spectra.top_directions import direction_facts, direction_failure
+from pages.components import request_controls, tables
+from pages.components.boundary import boundary, live
+
+__all__ = ["show"]
+
+_SIDES = {"input": "Input", "output": "Output (features)"}
+_RECORDED = (
+    "A recorded run has no worker, and holds no text of others to show tokens in: start a calibration of your own on the Overview to ask."
+)
+
+
+def show(run: Run, module: str) -> None:
+    """Draw the form, what is being worked on, and the newest answer for the module."""
+    st.subheader("What the top directions mean", anchor=False)
+    st.caption(
+        "The directions along which this module's input, or output, varies most (eigenvectors of the pooled covariance), each with "
+        "the tokens that lie furthest along it. A direction has no sign of its own: its strongest token is positive."
+    )
+    side = _form(run, module)
+    if not run.recorded:
+        live(request_controls.waiting, 1.0 if is_busy(run) else None, run)
+    bodies = answers(run)
+    failure = direction_failure(bodies, module, side)
+    if failure is not None:
+        st.error(f"The directions could not be read: {failure}", icon=":material/error:")
+    found = direction_facts(bodies, module, side)
+    if found is None:
+        st.caption(_RECORDED if run.recorded else f"Not read yet for the {side} of `{module}`.")
+        return
+    columns = {
+        "direction": tables.whole("Direction", "The largest eigenvalue first."),
+        "share": tables.share("Energy", "The direction's eigenvalue over the sum of all."),
+        "token": tables.text("Token", "␣ is a space, ↵ a new line."),
+        "context": tables.text("In its context", "The token stands between ⟦ and ⟧.", width="large"),
+        "projection": tables.number("Projection (SD)", 1, "In standard deviations along the direction, over the calibration text."),
+    }
+    tables.table(found.frame, columns, key="directions_table", height=380, alt=f"Tokens along the top directions of {module}")
+    st.caption(f"{found.protocol}. Each different token is shown once for a direction, where it lies furthest.")
+
+
+def _form(run: Run, module: str) -> str:
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        side = st.segmented_control(
+            "Of its",
+            list(_SIDES),
+            key="direction_side",
+            default="input",
+            required=True,
+            format_func=_SIDES.__getitem__,
+            persist_state="session",
+        )
+        count = st.number_input("Directions", 1, 32, 6, key="direction_count", width=130, persist_state="session")
+        windows = st.number_input(
+            "Windows", 1, 4096, 32, key="direction_windows", width=130, help="Of the calibration text, at most.", persist_state="session"
+        )
+        pressed = st.button(
+            "Find their tokens",
+            key="find_directions",
+            icon=":material/explore:",
+            disabled=run.recorded,
+            help=_RECORDED if run.recorded else None,
+        )
+    if pressed:
+        with boundary():
+            client.ask(run, "directions", module=module, side=side, directions=int(count), windows=int(windows))
+            st.rerun()
+    return str(side)

@@ -1,0 +1,76 @@
+"""Pick by hand: which rank would you give each module, and what would it cost?"""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.manual.expected_kl import trial_predictions
+from lowrank_core.studio.manual.starting_points import Recipe
+from lowrank_core.studio.shared.allocation_map import search_units
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.run_list import is_busy, is_working
+from pages.components import layout, navigation
+from pages.components.boundary import boundary, live
+from pages.components.loading import curves_of
+from pages.components.manual import draft_state, export, layer_map, meter, rank_table, starting_point
+from pages.components.manual import measurement as hand_measure
+
+layout.header("Pick by hand", "Which rank would you give each module, and what would it cost?")
+
+
+@st.fragment
+def bench(desk: draft_state.Desk) -> None:
+    """Draw the draft; by itself, so that an edit draws nothing else anew."""
+    with boundary():
+        history = draft_state.history(desk)
+        draft, tick = history.present, 1.0 if is_busy(desk.run) else None
+
+        def expectation() -> None:
+            hand_measure.expectation(desk, draft)
+
+        def measurement() -> None:
+            hand_measure.status(desk, draft)
+
+        def result() -> None:
+            hand_measure.result(desk, draft)
+
+        predictions = trial_predictions(read_trials(desk.run), desk.recipe.record)
+        # Each part in a place of its own: what comes and goes in one, such as a warning, moves no other, which would be there twice
+        # until the page is drawn.
+        with st.container():
+            starting_point.show(desk)
+        with st.container():
+            meter.meter(desk, history)
+        live(expectation, tick)
+        with st.container(horizontal=True, gap="small", vertical_alignment="center"):
+            meter.steps(desk, history)
+            hand_measure.button(desk, draft)
+        live(measurement, tick)
+        left, right = st.columns([1, 4.3], gap="medium")
+        with left:
+            rank_table.sliders(desk, draft)
+        with right:
+            rank_table.table(desk, draft)
+            layer_map.show(desk, draft)
+        live(result, tick)
+        hand_measure.trusted(desk, draft, predictions)
+        export.show(desk, draft)
+
+
+with boundary():
+    run = layout.page_run()
+    search = run.config.search if run is not None else None
+    if run is None or search is None:
+        text = "Ranks are picked for a search: it factorises every module once, and measures what you pick. Start a search first."
+        layout.empty("No search to pick ranks for", text, icon=":material/tune:", page=navigation.SEARCH, label="Start a search")
+        st.stop()
+    facts = model_facts(run)
+    if facts is None and is_working(run.status()):
+        st.info("The worker is reading the model. This page fills in by itself.", icon=":material/hourglass_top:")
+    elif facts is None or not facts.matrices:
+        text = f"This run ended before its model was read. {run.status().message}"
+        layout.empty("No modules in this run", text, icon=":material/warning:", page=navigation.SEARCH, label="Start another search")
+    else:
+        units = search_units(facts.matrices, search.compression, facts.head_units)
+        bench(draft_state.Desk(run, search, facts, Recipe(units, search, curves_of(run))))
