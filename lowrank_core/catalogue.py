@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lowrank_core.allocation import ALLOCATORS
-from lowrank_core.metrics import BASES, Basis
+from lowrank_core.metrics import METRICS, ErrorMetric
 from lowrank_core.presets.recipes import PRESETS
 
 __all__ = ["allocator_table", "as_markdown", "basis_table", "methods", "preset_table"]
@@ -13,7 +13,7 @@ __all__ = ["allocator_table", "as_markdown", "basis_table", "methods", "preset_t
 Table = list[dict[str, str]]
 
 
-def _needs(basis: Basis) -> str:
+def _needs(basis: ErrorMetric) -> str:
     needs = {"inputs": basis.needs_data, "gradients": basis.needs_gradients, "block by block": basis.sequential}
     return ", ".join(name for name, needed in needs.items() if needed) or "weights alone"
 
@@ -22,7 +22,7 @@ def basis_table() -> Table:
     """Return a row for each basis: its name, label, what it needs, and its source."""
     return [
         {"basis": f"`{name}`", "method": basis.label, "works from": _needs(basis), "source": basis.reference}
-        for name, basis in BASES.items()
+        for name, basis in METRICS.items()
     ]
 
 

@@ -15,7 +15,7 @@ from types import MappingProxyType
 __all__ = [
     "COMPRESSIBLE",
     "KINDS",
-    "LEAST_OUTPUTS",
+    "MIN_OUTPUTS",
     "Coverage",
     "CoverageRow",
     "Kind",
@@ -25,10 +25,10 @@ __all__ = [
     "shown",
 ]
 
-LEAST_OUTPUTS = 16
+MIN_OUTPUTS = 16
 """A map with fewer outputs (a one-row gate, a router over few experts) is left alone: its two factors save nothing that counts."""
 
-_LEAST_SHARE = 0.5
+_MIN_SHARE = 0.5
 """Of the parameters outside the embeddings: below it, a ratio of the linears says little of the model, and that is a warning."""
 
 
@@ -51,7 +51,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "lowrank": Kind("low-rank layers", "low-rank already"),
         "experts": Kind("experts", "an expert sees only the tokens that are routed to it, which no metric here knows yet"),
         "router": Kind("routers", "a router chooses the experts"),
-        "narrow": Kind("narrow maps", f"fewer than {LEAST_OUTPUTS} outputs: two factors save nothing that counts"),
+        "narrow": Kind("narrow maps", f"fewer than {MIN_OUTPUTS} outputs: two factors save nothing that counts"),
         "convolution": Kind("convolutions", "no linear map of one token"),
         "recurrence": Kind("recurrences", "the state of a recurrence, no linear map"),
         "shared": Kind("shared layers", "one matrix that several layers of the model share"),
@@ -161,14 +161,14 @@ class Coverage:
     def warning(self, compression_ratio: float | None = None) -> str | None:
         """Return a warning where most of what is not an embedding can't be compressed, else None."""
         left = [row for row in self.rows if row.kind not in (*COMPRESSIBLE, *_TABLES)]
-        if self.inner_share >= _LEAST_SHARE or not left:
+        if self.inner_share >= _MIN_SHARE or not left:
             return None
-        most = max(left, key=lambda row: row.parameters)
-        why = f" ({most.why})" if most.why else ""
+        maximum = max(left, key=lambda row: row.parameters)
+        why = f" ({maximum.why})" if maximum.why else ""
         meaning = "" if compression_ratio is None else f" {self.ratio_words(compression_ratio)}."
         return (
             f"only {shown(self.inner_share)} of the parameters outside the embeddings can be compressed; "
-            f"the largest part that can't: {most.label}, {shown(most.share)} of the model{why}.{meaning}"
+            f"the largest part that can't: {maximum.label}, {shown(maximum.share)} of the model{why}.{meaning}"
         )
 
     @classmethod
@@ -234,4 +234,4 @@ def _by_shape(module: str, leaf: str, shape: Sequence[int]) -> str:
         return "experts"
     if not matrix or "embed" in module.rpartition(".")[2]:
         return "other"
-    return "narrow" if shape[0] < LEAST_OUTPUTS else "linear"
+    return "narrow" if shape[0] < MIN_OUTPUTS else "linear"

@@ -182,8 +182,8 @@ class Unit:
     @cached_property
     def prices(self) -> npt.NDArray[np.int64]:
         """What is stored at each rank from 1 to break-even (break_even_rank,)."""
-        found: object = self._price(np.arange(1, self.break_even_rank + 1))  # type: ignore[arg-type]  # prices are polynomials
-        return np.asarray(found, dtype=np.int64)
+        result: object = self._price(np.arange(1, self.break_even_rank + 1))  # type: ignore[arg-type]  # prices are polynomials
+        return np.asarray(result, dtype=np.int64)
 
     def rank_for_parameters(self, parameters: float) -> int | None:
         """Return the largest rank that costs at most ``parameters``, at least 1; None where dense fits, too."""

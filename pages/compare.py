@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare.comparison import comparisons, label_of, last_failure, other_texts, refusals
 from lowrank_core.studio.compare.continuations import prompts
@@ -45,7 +45,7 @@ with boundary():
         layout.empty("No allocation in this run", text, icon=":material/balance:", page=navigation.SEARCH, label="Go to the rank search")
         st.stop()
 
-    bodies = answers(run)
+    bodies = results(run)
     found = comparisons(bodies, trials)
     picked = models.choose(run, options, trials, found)
     live(request_controls.waiting, 1.0 if is_busy(run) else None, run)

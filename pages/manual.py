@@ -20,42 +20,42 @@ layout.header("Pick by hand", "Which rank would you give each module, and what w
 
 
 @st.fragment
-def bench(desk: draft_state.Desk) -> None:
+def bench(editor: draft_state.DraftState) -> None:
     """Draw the draft; by itself, so that an edit draws nothing else anew."""
     with boundary():
-        history = draft_state.history(desk)
-        draft, tick = history.present, 1.0 if is_busy(desk.run) else None
+        history = draft_state.history(editor)
+        draft, tick = history.present, 1.0 if is_busy(editor.run) else None
 
         def expectation() -> None:
-            hand_measure.expectation(desk, draft)
+            hand_measure.expectation(editor, draft)
 
         def measurement() -> None:
-            hand_measure.status(desk, draft)
+            hand_measure.status(editor, draft)
 
         def result() -> None:
-            hand_measure.result(desk, draft)
+            hand_measure.result(editor, draft)
 
-        predictions = trial_predictions(read_trials(desk.run), desk.recipe.record)
+        predictions = trial_predictions(read_trials(editor.run), editor.recipe.record)
         # Each part in a place of its own: what comes and goes in one, such as a warning, moves no other, which would be there twice
         # until the page is drawn.
         with st.container():
-            starting_point.show(desk)
+            starting_point.show(editor)
         with st.container():
-            meter.meter(desk, history)
+            meter.meter(editor, history)
         live(expectation, tick)
         with st.container(horizontal=True, gap="small", vertical_alignment="center"):
-            meter.steps(desk, history)
-            hand_measure.button(desk, draft)
+            meter.steps(editor, history)
+            hand_measure.button(editor, draft)
         live(measurement, tick)
         left, right = st.columns([1, 4.3], gap="medium")
         with left:
-            rank_table.sliders(desk, draft)
+            rank_table.sliders(editor, draft)
         with right:
-            rank_table.table(desk, draft)
-            layer_map.show(desk, draft)
+            rank_table.table(editor, draft)
+            layer_map.show(editor, draft)
         live(result, tick)
-        hand_measure.trusted(desk, draft, predictions)
-        export.show(desk, draft)
+        hand_measure.trusted(editor, draft, predictions)
+        export.show(editor, draft)
 
 
 with boundary():
@@ -73,4 +73,4 @@ with boundary():
         layout.empty("No modules in this run", text, icon=":material/warning:", page=navigation.SEARCH, label="Start another search")
     else:
         units = search_units(facts.matrices, search.compression, facts.head_units)
-        bench(draft_state.Desk(run, search, facts, Recipe(units, search, curves_of(run))))
+        bench(draft_state.DraftState(run, search, facts, Recipe(units, search, curves_of(run))))

@@ -38,7 +38,7 @@ with boundary():
         live(trials.show, 1.0 if busy else None, run)
         live(trials.show_importance, IMPORTANCE_TICK if busy else None, run, config.search)
         confirmed.show(run)
-        st.page_link(navigation.HAND, label="Pick ranks by hand, and have them measured in this search", icon=":material/tune:")
+        st.page_link(navigation.MANUAL, label="Pick ranks by hand, and have them measured in this search", icon=":material/tune:")
     elif run is not None:
         st.info(
             "The run on screen measured spectra only. Start a search above: it takes over the calibration, so trials begin at once.",

@@ -22,7 +22,7 @@ from lowrank_core.allocation import (
     kept_fractions,
     module_group,
     project,
-    rounded_down,
+    round_ranks_down,
 )
 from lowrank_core.errors import BudgetError, ConfigError, RankError
 from lowrank_core.parameters import STORAGES, HeadUnit, MatrixShape, Unit, allocated_parameters, budget_for_ratio, dense_parameters
@@ -36,15 +36,15 @@ def test_a_projection_meets_the_budget_exactly(units: tuple[Unit, ...], ratio: f
     """Never over it, under it by less than the cheapest step that is left, and what is locked stays dense."""
     members = [member.name for unit in units for member in unit.members]
     keep = {name for name in members if data.draw(st.booleans())}
-    wishes = {unit.name: data.draw(st.floats(0.2, 1.0)) for unit in units}
+    targets = {unit.name: data.draw(st.floats(0.2, 1.0)) for unit in units}
     problem = AllocationProblem(units, ratio, frozenset(keep))
     budget = budget_for_ratio(units, ratio)
-    least = sum(unit.dense_parameters if kept_dense(unit, keep) else unit.parameters(1) for unit in units)
-    if least > budget:
+    minimum = sum(unit.dense_parameters if kept_dense(unit, keep) else unit.parameters(1) for unit in units)
+    if minimum > budget:
         with pytest.raises(BudgetError, match="can't be met"):
-            project(problem, wishes)
+            project(problem, targets)
         return
-    ranks = project(problem, wishes)
+    ranks = project(problem, targets)
     spent = allocated_parameters(units, ranks)
     assert spent <= budget
     assert all(ranks[unit.name] is None for unit in units if kept_dense(unit, keep))
@@ -57,27 +57,27 @@ def test_a_projection_meets_the_budget_exactly(units: tuple[Unit, ...], ratio: f
 @given(models(), st.floats(0.01, 0.9), st.sampled_from(["uniform", "lord_manual"]))
 def test_a_rule_meets_the_budget_exactly(units: tuple[Unit, ...], ratio: float, name: str):
     try:
-        found = allocate(name, units, ratio)
+        result = allocate(name, units, ratio)
     except BudgetError:
         assert sum(unit.parameters(1) if unit.break_even_rank else unit.dense_parameters for unit in units) > budget_for_ratio(units, ratio)
         return
-    assert found.allocator == name
-    assert found.parameters == allocated_parameters(units, found.ranks) <= budget_for_ratio(units, ratio)
-    assert found.compression_ratio >= ratio - 1e-6
-    step = cheapest_step(units, dict(found.ranks))
-    assert step is None or found.parameters + step > budget_for_ratio(units, ratio)
+    assert result.allocator == name
+    assert result.parameters == allocated_parameters(units, result.ranks) <= budget_for_ratio(units, ratio)
+    assert result.compression_ratio >= ratio - 1e-6
+    step = cheapest_step(units, dict(result.ranks))
+    assert step is None or result.parameters + step > budget_for_ratio(units, ratio)
 
 
 @settings(max_examples=100, deadline=None)
 @given(models(), st.floats(0.05, 0.8), st.floats(0.1, 7.0))
 def test_only_ratios_between_multipliers_matter(units: tuple[Unit, ...], ratio: float, factor: float):
-    wishes = {unit.name: 0.2 + 0.1 * (index % 5) for index, unit in enumerate(units)}
+    targets = {unit.name: 0.2 + 0.1 * (index % 5) for index, unit in enumerate(units)}
     problem = AllocationProblem(units, ratio)
     try:
-        first = allocated_parameters(units, project(problem, wishes))
+        first = allocated_parameters(units, project(problem, targets))
     except BudgetError:
         return
-    second = allocated_parameters(units, project(problem, {name: factor * wish for name, wish in wishes.items()}))
+    second = allocated_parameters(units, project(problem, {name: factor * target for name, target in targets.items()}))
     # rounding of the scale may move a single rank, never the total by more than a step
     assert abs(first - second) <= max(unit.parameters(1) for unit in units if unit.break_even_rank)
 
@@ -86,14 +86,14 @@ def test_only_ratios_between_multipliers_matter(units: tuple[Unit, ...], ratio: 
 @given(models(), st.floats(0.05, 0.8))
 def test_a_larger_wish_never_gets_less(units: tuple[Unit, ...], ratio: float):
     """In proportion: the kept fractions before rounding are ordered as the multipliers are."""
-    wishes = {unit.name: 0.2 + 0.1 * (index % 5) for index, unit in enumerate(units)}
+    targets = {unit.name: 0.2 + 0.1 * (index % 5) for index, unit in enumerate(units)}
     problem = AllocationProblem(units, ratio)
-    kept = kept_fractions(problem, wishes)
-    free = sorted((unit.name for unit in problem.free), key=lambda name: wishes[name])
+    kept = kept_fractions(problem, targets)
+    free = sorted((unit.name for unit in problem.free), key=lambda name: targets[name])
     assert all(kept[low] <= kept[high] * (1 + 1e-12) for low, high in itertools.pairwise(free))
     below = [name for name in free if kept[name] < 1]
     if below:
-        np.testing.assert_allclose([kept[name] / wishes[name] for name in below], kept[below[0]] / wishes[below[0]], rtol=1e-9)
+        np.testing.assert_allclose([kept[name] / targets[name] for name in below], kept[below[0]] / targets[below[0]], rtol=1e-9)
         total = sum(kept[unit.name] * unit.dense_parameters for unit in units)
         assert total == pytest.approx(budget_for_ratio(units, ratio), rel=1e-9)
 
@@ -171,16 +171,16 @@ def test_marginal_meets_the_budget_and_leaves_no_step_that_fits(units: tuple[Uni
     keep = {member.name for unit in units for member in unit.members if data.draw(st.integers(0, 3)) == 0}
     curves = {unit.name: falling(unit, seed + index, 10.0 ** (index % 4)) for index, unit in enumerate(units)}
     budget = budget_for_ratio(units, ratio)
-    least = sum(unit.dense_parameters if kept_dense(unit, keep) else unit.parameters(1) for unit in units)
-    if least > budget:
+    minimum = sum(unit.dense_parameters if kept_dense(unit, keep) else unit.parameters(1) for unit in units)
+    if minimum > budget:
         with pytest.raises(BudgetError, match="can't be met"):
             allocate("marginal", units, ratio, keep_dense=keep, curves=curves)
         return
-    found = allocate("marginal", units, ratio, keep_dense=keep, curves=curves)
-    assert found.parameters == allocated_parameters(units, found.ranks) <= budget
-    assert all(found.ranks.get(unit.name) is None for unit in units if kept_dense(unit, keep))
-    step = cheapest_step(units, dict(found.ranks))
-    assert step is None or found.parameters + step > budget
+    result = allocate("marginal", units, ratio, keep_dense=keep, curves=curves)
+    assert result.parameters == allocated_parameters(units, result.ranks) <= budget
+    assert all(result.ranks.get(unit.name) is None for unit in units if kept_dense(unit, keep))
+    step = cheapest_step(units, dict(result.ranks))
+    assert step is None or result.parameters + step > budget
 
 
 @settings(max_examples=60, deadline=None)
@@ -190,27 +190,27 @@ def test_marginal_is_optimal_where_curves_are_convex_and_steps_equal(shapes: lis
     units = [single(f"{index}", 10, 10) for index in range(len(shapes))]
     curves = {unit.name: decaying(unit, rate, scale) for unit, (rate, scale) in zip(units, shapes, strict=True)}
     assume(20 * len(units) <= budget <= 100 * len(units))
-    found = marginal(units, curves, budget)
-    assert error_of(units, curves, dict(found.ranks)) == pytest.approx(brute_force(units, curves, budget), rel=1e-9, abs=1e-15)
+    result = marginal(units, curves, budget)
+    assert error_of(units, curves, dict(result.ranks)) == pytest.approx(brute_force(units, curves, budget), rel=1e-9, abs=1e-15)
 
 
 @settings(max_examples=150, deadline=None)
-@given(models(most=3, least_size=2, size=14), st.floats(0.05, 0.8), st.integers(0, 1000))
+@given(models(maximum=3, least_size=2, size=14), st.floats(0.05, 0.8), st.integers(0, 1000))
 def test_marginal_is_within_one_step_of_the_best_there_is(units: tuple[Unit, ...], ratio: float, seed: int):
     """No choice whatever does better with a budget that is smaller by the longest step between hull points."""
     curves = {unit.name: falling(unit, seed + index, 10.0 ** (index % 3)) for index, unit in enumerate(units)}
     free = [unit for unit in units if unit.break_even_rank]
     budget = budget_for_ratio(units, ratio) - dense_parameters(units) + dense_parameters(free)
     assume(free and sum(unit.parameters(1) for unit in free) <= budget)
-    found = allocate("marginal", units, ratio, curves=curves)
-    ours = error_of(free, curves, dict(found.ranks))
+    result = allocate("marginal", units, ratio, curves=curves)
+    ours = error_of(free, curves, dict(result.ranks))
     longest = max(step for unit in free for step in hull_steps(unit, curves[unit.name]))
     assert ours <= brute_force(free, curves, budget - longest) * (1 + 1e-9) + 1e-12
     assert ours >= brute_force(free, curves, budget) * (1 - 1e-9) - 1e-12
 
 
 @settings(max_examples=60, deadline=None)
-@given(models(most=4, size=40), st.integers(0, 1000))
+@given(models(maximum=4, size=40), st.integers(0, 1000))
 def test_marginal_never_loses_by_a_larger_budget_between_hull_points(units: tuple[Unit, ...], seed: int):
     """Between two prices, not between any two budgets: what fills the gap to the next hull point is chosen greedily."""
     units = tuple(unit for unit in units if unit.break_even_rank)
@@ -222,21 +222,21 @@ def test_marginal_never_loses_by_a_larger_budget_between_hull_points(units: tupl
         picked = [min(choices(unit, curves[unit.name]), key=lambda choice, p=price: choice[1] + p * choice[0]) for unit in units]
         hull.append((sum(cost for cost, _ in picked), sum(error for _, error in picked)))
     errors = []
-    for budget, least in hull:
-        found = marginal(units, curves, budget)
-        errors.append(error_of(units, curves, dict(found.ranks)))
-        assert errors[-1] <= least * (1 + 1e-9) + 1e-12
+    for budget, minimum in hull:
+        result = marginal(units, curves, budget)
+        errors.append(error_of(units, curves, dict(result.ranks)))
+        assert errors[-1] <= minimum * (1 + 1e-9) + 1e-12
     assert all(later <= earlier * (1 + 1e-9) + 1e-12 for earlier, later in itertools.pairwise(errors))
 
 
 def test_marginal_follows_the_scales_of_the_errors_where_uniform_can_not():
     units = [single("loud"), single("quiet")]
     curves = {"loud": decaying(units[0], 0.9, 1000.0), "quiet": decaying(units[1], 0.9, 1.0)}
-    found, plain = allocate("marginal", units, 0.5, curves=curves).ranks, allocate("uniform", units, 0.5).ranks
+    result, plain = allocate("marginal", units, 0.5, curves=curves).ranks, allocate("uniform", units, 0.5).ranks
     assert plain["loud"] == plain["quiet"]
-    assert found["loud"] is None or found["loud"] > 2 * found["quiet"]  # type: ignore[operator]
+    assert result["loud"] is None or result["loud"] > 2 * result["quiet"]  # type: ignore[operator]
     same = allocate("marginal", units, 0.5, curves={name: 7.0 * curve for name, curve in curves.items()}).ranks
-    assert same == found  # one unit for all errors, whichever
+    assert same == result  # one unit for all errors, whichever
 
 
 def test_marginal_follows_the_shapes_of_the_errors():
@@ -264,9 +264,9 @@ def test_marginal_takes_dense_where_it_is_the_better_buy():
     """Break-even of a square factored matrix is half its rank: past it, dense costs hardly more and loses nothing."""
     units = [single("needed"), single("spare")]
     curves = {"needed": 100 * np.linspace(1, 0, 65), "spare": decaying(units[1], 0.5)}
-    found = allocate("marginal", units, 0.3, curves=curves)
-    assert found.ranks["needed"] is None
-    assert found.ranks["spare"] is not None
+    result = allocate("marginal", units, 0.3, curves=curves)
+    assert result.ranks["needed"] is None
+    assert result.ranks["spare"] is not None
 
 
 @pytest.mark.parametrize("together", [True, False])
@@ -277,9 +277,9 @@ def test_of_alternatives_marginal_takes_the_better_cover(together: bool):
     alone = decaying(q, 0.8)
     curves = {"q": alone, "k": alone, "o": decaying(o, 0.8)}
     curves[stack.name] = np.append(2 * alone[:-1], np.zeros(stack.max_rank - q.max_rank + 1)) if together else decaying(stack, 0.95, 2.0)
-    found = allocate("marginal", [q, k, stack, o], 0.5, curves=curves)
-    assert {name for name, rank in found.ranks.items() if rank is not None} == ({"q+k", "o"} if together else {"q", "k", "o"})
-    assert found.parameters <= budget_for_ratio([q, k, o], 0.5)
+    result = allocate("marginal", [q, k, stack, o], 0.5, curves=curves)
+    assert {name for name, rank in result.ranks.items() if rank is not None} == ({"q+k", "o"} if together else {"q", "k", "o"})
+    assert result.parameters <= budget_for_ratio([q, k, o], 0.5)
 
 
 @settings(max_examples=100, deadline=None)
@@ -292,17 +292,17 @@ def test_alternatives_cover_each_matrix_exactly_once_and_no_other_cover_is_bette
     units.append(Unit((shapes["q"], shapes["k"], shapes["v"]), storage))
     units.append(HeadUnit((shapes["v"], shapes["o"]), storage, heads=4, groups=2, head_dim=6))
     curves = {unit.name: falling(unit, seed + index, 1.0 + index % 3) for index, unit in enumerate(units)}
-    found = allocate("marginal", units, ratio, curves=curves)
-    members = [member for name in found.ranks for member in name.split("+")]
+    result = allocate("marginal", units, ratio, curves=curves)
+    members = [member for name in result.ranks for member in name.split("+")]
     assert sorted(members) == sorted(sizes)
-    assert found.parameters <= budget_for_ratio(units, ratio)
+    assert result.parameters <= budget_for_ratio(units, ratio)
     covers = [["q", "k", "v", "o"], ["q+k+v", "o"], ["q", "k", "v+o"]]
     named = {unit.name: unit for unit in units}
     for cover in covers:
         own = [named[name] for name in cover]
         step = max(step for unit in own for step in hull_steps(unit, curves[unit.name]))
         less = error_within(own, curves, budget_for_ratio(units, ratio) - 2 * step)
-        assert error_of(units, curves, dict(found.ranks)) <= less * (1 + 1e-9) + 1e-12
+        assert error_of(units, curves, dict(result.ranks)) <= less * (1 + 1e-9) + 1e-12
 
 
 def error_within(units: Sequence[Unit], curves: ErrorCurves, budget: float) -> float:
@@ -317,17 +317,17 @@ def test_a_stack_with_a_locked_member_is_not_offered():
     q, v = single("q"), single("v")
     stack = Unit((q.members[0], v.members[0]))
     curves = {"q": decaying(q, 0.9), "v": decaying(v, 0.9), stack.name: 1e-9 * decaying(stack, 0.5)}
-    found = allocate("marginal", [q, v, stack], 0.3, keep_dense=["v"], curves=curves)
-    assert found.ranks["v"] is None
-    assert found.ranks["q"] is not None
-    assert found.ranks.get(stack.name) is None
+    result = allocate("marginal", [q, v, stack], 0.3, keep_dense=["v"], curves=curves)
+    assert result.ranks["v"] is None
+    assert result.ranks["q"] is not None
+    assert result.ranks.get(stack.name) is None
 
 
 def test_marginal_works_where_nothing_is_lost():
     """Zero weights: all errors are zero, and any rank will do."""
     units = [single("a"), single("b")]
-    found = allocate("marginal", units, 0.5, curves={unit.name: np.zeros(65) for unit in units})
-    assert found.parameters <= budget_for_ratio(units, 0.5)
+    result = allocate("marginal", units, 0.5, curves={unit.name: np.zeros(65) for unit in units})
+    assert result.parameters <= budget_for_ratio(units, 0.5)
 
 
 @pytest.mark.parametrize("name", [name for name, method in ALLOCATORS.items() if method.needs_curves])
@@ -360,12 +360,12 @@ def test_unknown_allocators_list_the_known_ones():
 @given(models(size=120), st.floats(0.05, 0.8), st.integers(2, 16))
 def test_rounding_down_never_adds_a_parameter(units: tuple[Unit, ...], ratio: float, multiple: int):
     try:
-        found = allocate("uniform", units, ratio)
+        result = allocate("uniform", units, ratio)
     except BudgetError:
         return
-    rounded = rounded_down(found, units, multiple)
-    assert rounded.parameters <= found.parameters
-    for name, rank in found.ranks.items():
+    rounded = round_ranks_down(result, units, multiple)
+    assert rounded.parameters <= result.parameters
+    for name, rank in result.ranks.items():
         after = rounded.ranks[name]
         if rank is None or rank < multiple:
             assert after == rank
@@ -373,7 +373,7 @@ def test_rounding_down_never_adds_a_parameter(units: tuple[Unit, ...], ratio: fl
             assert after is not None
             assert after % multiple == 0
             assert rank - multiple < after <= rank
-    assert rounded_down(found, units, 1) == found
+    assert round_ranks_down(result, units, 1) == result
 
 
 def test_q_and_k_share_a_group_and_unknown_types_are_their_own():
@@ -394,9 +394,9 @@ def test_given_ranks_are_checked():
 
 def test_what_is_not_named_stays_dense():
     units = [single("a"), single("b")]
-    found = allocation_from_ranks("manual", units, {"b": 3})
-    assert found.ranks == {"a": None, "b": 3}
-    assert found.parameters == 64 * 64 + 3 * 128
+    result = allocation_from_ranks("manual", units, {"b": 3})
+    assert result.ranks == {"a": None, "b": 3}
+    assert result.parameters == 64 * 64 + 3 * 128
 
 
 @pytest.mark.parametrize(("storage", "last"), [("factored", 31), ("pivoted", 56)])

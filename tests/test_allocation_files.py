@@ -17,35 +17,35 @@ UNITS = [single("a"), Unit((single("b").members[0], single("c").members[0])), si
 
 
 def test_ranks_survive_a_file(tmp_path: Path):
-    found = allocate("uniform", UNITS, 0.3)
+    result = allocate("uniform", UNITS, 0.3)
     path = tmp_path / "ranks.json"
-    path.write_text(found.to_json())
-    assert read_ranks(path) == found.ranks
-    path.write_text(json.dumps(dict(found.ranks)))
-    assert allocation_from_ranks("manual", UNITS, read_ranks(path)).parameters == found.parameters
+    path.write_text(result.to_json())
+    assert read_ranks(path) == result.ranks
+    path.write_text(json.dumps(dict(result.ranks)))
+    assert allocation_from_ranks("manual", UNITS, read_ranks(path)).parameters == result.parameters
 
 
 def test_locks_survive_a_file(tmp_path: Path):
-    found = allocate("uniform", UNITS, 0.3, fixed={"a": 5, "d": None})
-    assert found.locked == ("a", "d")
+    result = allocate("uniform", UNITS, 0.3, fixed={"a": 5, "d": None})
+    assert result.locked == ("a", "d")
     path = tmp_path / "ranks.json"
-    path.write_text(found.to_json())
+    path.write_text(result.to_json())
     read = read_allocation(path)
     assert read.locked == ("a", "d")
     assert read.fixed == {"a": 5, "d": None}
-    assert read.ranks == found.ranks
-    assert allocate("uniform", UNITS, 0.3, fixed=read.fixed) == found
+    assert read.ranks == result.ranks
+    assert allocate("uniform", UNITS, 0.3, fixed=read.fixed) == result
 
 
 def test_without_a_list_of_locks_every_named_rank_is_locked():
-    found = allocate("uniform", UNITS, 0.3)
-    assert "locked" not in json.loads(found.to_json())
-    assert parse_allocation(found.to_json(), "x").fixed == found.ranks
+    result = allocate("uniform", UNITS, 0.3)
+    assert "locked" not in json.loads(result.to_json())
+    assert parse_allocation(result.to_json(), "x").fixed == result.ranks
     assert parse_allocation('{"a": 3, "d": null}', "x").fixed == {"a": 3, "d": None}
     assert parse_allocation('{"ranks": {"a": 3}}', "x").fixed == {"a": 3}
     assert parse_allocation('{"ranks": {"a": 3}, "locked": []}', "x").fixed == {}
     assert parse_allocation('{"ranks": {"a": 3, "d": 1}, "locked": ["d", "d"]}', "x").locked == ("d",)
-    assert parse_allocation(replace(found, locked=("a",)).to_json(), "x").fixed == {"a": found.ranks["a"]}
+    assert parse_allocation(replace(result, locked=("a",)).to_json(), "x").fixed == {"a": result.ranks["a"]}
 
 
 @pytest.mark.parametrize(

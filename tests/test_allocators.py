@@ -30,7 +30,7 @@ from lowrank_core.allocation import (
     allocate,
     kept_fractions,
     project,
-    rounded_down,
+    round_ranks_down,
 )
 from lowrank_core.allocation.block_influence import BlockInfluence
 from lowrank_core.allocation.units import check_reachable
@@ -76,24 +76,24 @@ def test_every_allocator_spends_the_budget_exactly_and_leaves_locks_alone(
     keep = {member.name for unit in units for member in unit.members if data.draw(st.integers(0, 4)) == 0}
     fixed, curves, budget = some_locks(data, units), curves_of(units, seed), budget_for_ratio(units, ratio)
     free = [unit for unit in units if unit.name not in fixed and not kept_dense(unit, keep)]
-    least = sum(unit.parameters(1) for unit in free)
-    least += sum(unit.parameters(stored(unit, fixed.get(unit.name))) for unit in units if unit not in free)
-    if least > budget:
+    minimum = sum(unit.parameters(1) for unit in free)
+    minimum += sum(unit.parameters(stored(unit, fixed.get(unit.name))) for unit in units if unit not in free)
+    if minimum > budget:
         with pytest.raises(BudgetError, match="can't be met"):
             allocate(name, units, ratio, keep_dense=keep, curves=curves, fixed=fixed, influence=INFLUENCE)
         return
     if name == "block_influence" and not free:
         return
-    found = allocate(name, units, ratio, keep_dense=keep, curves=curves, fixed=fixed, influence=INFLUENCE)
-    assert found.parameters <= budget
-    assert set(found.locked) == set(fixed)
+    result = allocate(name, units, ratio, keep_dense=keep, curves=curves, fixed=fixed, influence=INFLUENCE)
+    assert result.parameters <= budget
+    assert set(result.locked) == set(fixed)
     for unit in units:
         if unit.name in fixed:
-            assert found.ranks[unit.name] == stored(unit, fixed[unit.name])
+            assert result.ranks[unit.name] == stored(unit, fixed[unit.name])
         elif unit not in free:
-            assert found.ranks.get(unit.name) is None
-    step = cheapest_step(free, dict(found.ranks))
-    assert step is None or found.parameters + step > budget
+            assert result.ranks.get(unit.name) is None
+    step = cheapest_step(free, dict(result.ranks))
+    assert step is None or result.parameters + step > budget
 
 
 @settings(max_examples=150, deadline=None)
@@ -101,12 +101,12 @@ def test_every_allocator_spends_the_budget_exactly_and_leaves_locks_alone(
 def test_locking_all_that_an_allocator_chose_gives_it_back(first: str, second: str, units: tuple[Unit, ...], ratio: float, seed: int):
     curves = curves_of(units, seed)
     try:
-        found = allocate(first, units, ratio, curves=curves, influence=INFLUENCE)
+        result = allocate(first, units, ratio, curves=curves, influence=INFLUENCE)
     except BudgetError:
         return
-    again = allocate(second, units, ratio, curves=curves, fixed=found.ranks, influence=INFLUENCE)
-    assert again.ranks == found.ranks
-    assert again.parameters == found.parameters
+    again = allocate(second, units, ratio, curves=curves, fixed=result.ranks, influence=INFLUENCE)
+    assert again.ranks == result.ranks
+    assert again.parameters == result.parameters
 
 
 @settings(max_examples=150, deadline=None)
@@ -116,11 +116,11 @@ def test_locking_some_of_what_one_threshold_chose_changes_nothing(
 ):
     curves = curves_of(units, seed)
     try:
-        found = allocate(name, units, ratio, curves=curves)
+        result = allocate(name, units, ratio, curves=curves)
     except BudgetError:
         return
-    fixed = {unit: rank for unit, rank in found.ranks.items() if data.draw(st.booleans())}
-    assert allocate(name, units, ratio, curves=curves, fixed=fixed).ranks == found.ranks
+    fixed = {unit: rank for unit, rank in result.ranks.items() if data.draw(st.booleans())}
+    assert allocate(name, units, ratio, curves=curves, fixed=fixed).ranks == result.ranks
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
@@ -130,17 +130,17 @@ def test_a_lock_shifts_what_the_others_get(name: str):
     curves = {unit.name: decaying(unit, 0.9) for unit in units}
     ranks = []
     for rank in (5, 15, 25):
-        found = allocate(name, units, 0.5, curves=curves, fixed={"a": rank}, influence=[0.1]).ranks
-        assert found["a"] == rank
-        ranks.append(sum(found[other] or 36 for other in "bcd"))
+        result = allocate(name, units, 0.5, curves=curves, fixed={"a": rank}, influence=[0.1]).ranks
+        assert result["a"] == rank
+        ranks.append(sum(result[other] or 36 for other in "bcd"))
     assert ranks[0] > ranks[1] > ranks[2]
 
 
 def test_a_lock_beats_what_is_kept_dense():
     units = [single("v"), single("q")]
-    found = allocate("uniform", units, 0.5, keep_dense=["v"], fixed={"v": 8})
-    assert found.ranks["v"] == 8
-    assert found.ranks["q"] is not None
+    result = allocate("uniform", units, 0.5, keep_dense=["v"], fixed={"v": 8})
+    assert result.ranks["v"] == 8
+    assert result.ranks["q"] is not None
 
 
 def test_what_is_kept_of_a_lock_is_what_it_costs():
@@ -153,8 +153,8 @@ def test_what_is_kept_of_a_lock_is_what_it_costs():
 
 def test_rounding_down_leaves_locks_alone():
     units = [single("a", 64, 64), single("b", 64, 64)]
-    found = allocate("uniform", units, 0.5, fixed={"a": 13})
-    rounded = rounded_down(found, units, 8)
+    result = allocate("uniform", units, 0.5, fixed={"a": 13})
+    rounded = round_ranks_down(result, units, 8)
     assert rounded.ranks["a"] == 13
     assert rounded.ranks["b"] == 16
     assert rounded.locked == ("a",)
@@ -177,10 +177,10 @@ def test_a_locked_unit_excludes_what_shares_a_matrix_with_it(rank: int | None):
     for locked, gone in (("q+k", {"q", "k"}), ("q", {"q+k"}), ("v+o", {"v", "o"}), ("o", {"v+o"})):
         problem = AllocationProblem(units, 0.4, fixed={locked: rank})
         assert {unit.name for unit in units} - {unit.name for unit in problem.free} == {locked} | gone
-        found = allocate("marginal", units, 0.4, curves=curves, fixed={locked: rank})
-        assert found.ranks[locked] == rank
-        assert not gone & {name for name, rank in found.ranks.items() if rank is not None}
-        assert found.parameters <= budget_for_ratio(units, 0.4)
+        result = allocate("marginal", units, 0.4, curves=curves, fixed={locked: rank})
+        assert result.ranks[locked] == rank
+        assert not gone & {name for name, rank in result.ranks.items() if rank is not None}
+        assert result.parameters <= budget_for_ratio(units, 0.4)
 
 
 @pytest.mark.parametrize("name", ALLOCATORS)
@@ -189,11 +189,11 @@ def test_locks_may_settle_every_alternative(name: str, locks: dict[str, int | No
     """Then every rule works, for it has nothing left to choose between."""
     units = with_alternatives()
     curves = {unit.name: decaying(unit, 0.9) for unit in units}
-    found = allocate(name, units, 0.2, curves=curves, fixed=locks, influence=[0.1])
-    assert {name: found.ranks[name] for name in locks} == locks
-    members = [member for name in found.ranks for member in name.split("+")]
+    result = allocate(name, units, 0.2, curves=curves, fixed=locks, influence=[0.1])
+    assert {name: result.ranks[name] for name in locks} == locks
+    members = [member for name in result.ranks for member in name.split("+")]
     assert sorted(members) == ["k", "o", "q", "v"]
-    assert found.parameters <= budget_for_ratio(units, 0.2)
+    assert result.parameters <= budget_for_ratio(units, 0.2)
 
 
 def test_locks_that_leave_alternatives_leave_the_choice_to_marginal():
@@ -230,12 +230,12 @@ def test_locks_that_leave_too_little_say_which_to_loosen(name: str):
     units = [single(kind, 64, 64) for kind in "abcde"]
     curves = {unit.name: decaying(unit, 0.9) for unit in units}
     fixed = {"a": None, "b": 31, "c": 30, "d": 1}
-    most = 1 - (4096 + 128 * (31 + 30 + 1 + 1)) / (5 * 4096)
+    maximum = 1 - (4096 + 128 * (31 + 30 + 1 + 1)) / (5 * 4096)
     with pytest.raises(BudgetError) as caught:
         allocate(name, units, 0.7, curves=curves, fixed=fixed, influence=[0.1])
     text = str(caught.value)
     assert "compression ratio 0.7 can't be met: the matrices that stay dense and the 4 locked ranks" in text
-    assert f"remove only {most:.3f}" in text
+    assert f"remove only {maximum:.3f}" in text
     assert "Lower the ratio to at most 0.406, or loosen a lock: " in text
     assert text.endswith("a (dense, 4,096 parameters), b (rank 31, 3,968 parameters), c (rank 30, 3,840 parameters).")
     reachable = allocate(name, units, 0.406, curves=curves, fixed=fixed, influence=[0.1])
@@ -268,14 +268,14 @@ def test_weights_multiply_the_errors(units: tuple[Unit, ...], ratio: float, seed
     weights = {unit.name: data.draw(st.floats(1e-3, 1e3)) for unit in units if data.draw(st.booleans())}
     multiplied = {name: weights.get(name, 1.0) * curve for name, curve in curves.items()}
     try:
-        found = allocate("marginal", units, ratio, curves=curves, weights=weights)
+        result = allocate("marginal", units, ratio, curves=curves, weights=weights)
     except BudgetError:
         return
-    assert found == allocate("marginal", units, ratio, curves=multiplied)
+    assert result == allocate("marginal", units, ratio, curves=multiplied)
 
 
 @settings(max_examples=150, deadline=None)
-@given(models(most=4, least_size=2, size=12), st.floats(0.05, 0.8), st.integers(0, 1000), st.data())
+@given(models(maximum=4, least_size=2, size=12), st.floats(0.05, 0.8), st.integers(0, 1000), st.data())
 def test_marginal_is_within_one_step_of_the_best_under_locks_and_weights(
     units: tuple[Unit, ...], ratio: float, seed: int, data: st.DataObject
 ):
@@ -287,8 +287,8 @@ def test_marginal_is_within_one_step_of_the_best_under_locks_and_weights(
     committed = sum(unit.parameters(stored(unit, fixed[unit.name])) for unit in units if unit not in free)
     budget = budget_for_ratio(units, ratio) - committed
     assume(free and sum(unit.parameters(1) for unit in free) <= budget)
-    found = allocate("marginal", units, ratio, curves=curves, fixed=fixed, weights=weights)
-    ours = error_of(free, weighed, dict(found.ranks))
+    result = allocate("marginal", units, ratio, curves=curves, fixed=fixed, weights=weights)
+    ours = error_of(free, weighed, dict(result.ranks))
     longest = max(step for unit in free for step in hull_steps(unit, weighed[unit.name]))
     assert ours <= brute_force(free, weighed, budget - longest) * (1 + 1e-9) + 1e-12
     assert ours >= brute_force(free, weighed, budget) * (1 - 1e-9) - 1e-12
@@ -297,8 +297,8 @@ def test_marginal_is_within_one_step_of_the_best_under_locks_and_weights(
 def test_a_heavier_unit_gets_more():
     units = [single("a"), single("b")]
     curves = {unit.name: decaying(unit, 0.9) for unit in units}
-    found = allocate("marginal", units, 0.6, curves=curves, weights={"a": 100.0}).ranks
-    assert found["a"] is None or found["a"] > (found["b"] or 64)
+    result = allocate("marginal", units, 0.6, curves=curves, weights={"a": 100.0}).ranks
+    assert result["a"] is None or result["a"] > (result["b"] or 64)
 
 
 # --- one threshold for all: energy and singular values ---------------------------------------------------------------
@@ -346,8 +346,8 @@ def test_no_singular_value_is_kept_where_a_larger_one_is_not(ratio: float, seed:
 def test_a_larger_budget_takes_nothing_away_where_steps_cost_the_same(name: str):
     """In general what is left over may go elsewhere."""
     curves = curves_of(SQUARES, 7)
-    found = [allocate(name, SQUARES, ratio, curves=curves).ranks for ratio in np.linspace(0.9, 0.0, 40)]
-    for smaller, larger in itertools.pairwise(found):
+    result = [allocate(name, SQUARES, ratio, curves=curves).ranks for ratio in np.linspace(0.9, 0.0, 40)]
+    for smaller, larger in itertools.pairwise(result):
         assert all((smaller[unit] or 99) <= (larger[unit] or 99) for unit in smaller)
 
 
@@ -361,10 +361,10 @@ def test_the_unit_of_each_unit_s_errors_does_not_matter(name: str, units: tuple[
 
 def same(name: str, units: tuple[Unit, ...], ratio: float, first: ErrorCurves, second: ErrorCurves) -> bool:
     try:
-        found = allocate(name, units, ratio, curves=first, influence=INFLUENCE)
+        result = allocate(name, units, ratio, curves=first, influence=INFLUENCE)
     except BudgetError:
         return True
-    return found == allocate(name, units, ratio, curves=second, influence=INFLUENCE)
+    return result == allocate(name, units, ratio, curves=second, influence=INFLUENCE)
 
 
 def test_energy_goes_to_the_slow_curve_and_ends_dense_above_break_even():
@@ -398,8 +398,8 @@ def test_equal_curves_share_what_there_is_evenly(name: str):
 # --- SVD-LLM V2 ------------------------------------------------------------------------------------------------------
 
 
-def removed(units: Sequence[Unit], found: RankAllocation) -> Mapping[str, float]:
-    return {unit.name: 1 - unit.parameters(found.ranks[unit.name]) / unit.dense_parameters for unit in units}
+def removed(units: Sequence[Unit], result: RankAllocation) -> Mapping[str, float]:
+    return {unit.name: 1 - unit.parameters(result.ranks[unit.name]) / unit.dense_parameters for unit in units}
 
 
 def test_what_svd_llm_v2_removes_is_inverse_to_the_logarithm_of_the_loss():
@@ -410,21 +410,21 @@ def test_what_svd_llm_v2_removes_is_inverse_to_the_logarithm_of_the_loss():
     line = np.linspace(1, 0, 501)
     curves = {unit.name: loss**2 / 524_288 * line / line[rank] for unit, loss in zip(units, losses, strict=True)}
     expected = 1 / np.log(losses)
-    found = removed(units, allocate("svd_llm_v2", units, 0.3, curves=curves))
-    np.testing.assert_allclose(list(found.values()), 0.3 * expected / expected.mean(), atol=0.005)
-    assert np.mean(list(found.values())) == pytest.approx(0.3, abs=0.001)
+    result = removed(units, allocate("svd_llm_v2", units, 0.3, curves=curves))
+    np.testing.assert_allclose(list(result.values()), 0.3 * expected / expected.mean(), atol=0.005)
+    assert np.mean(list(result.values())) == pytest.approx(0.3, abs=0.001)
 
 
 def test_svd_llm_v2_compares_matrices_of_one_type_only():
     units = [single(f"{kind}{index}", 300, 200, kind=kind) for kind in ("q_proj", "up_proj") for index in range(3)]
     curves = {unit.name: (1.0 + index) * decaying(unit, 0.97) for index, unit in enumerate(units)}
     louder = {name: 9.0 * curve if name.startswith("up") else curve for name, curve in curves.items()}
-    found = allocate("svd_llm_v2", units, 0.4, curves=curves)
+    result = allocate("svd_llm_v2", units, 0.4, curves=curves)
     quiet = [unit for unit in units if unit.kind == "q_proj"]
     before, after = (removed(quiet, allocate("svd_llm_v2", units, 0.4, curves=each)) for each in (curves, louder))
     np.testing.assert_allclose(list(before.values()), list(after.values()), atol=0.01)  # up to the remainder
     for kind in ("q_proj", "up_proj"):
-        mine = [share for name, share in removed(units, found).items() if name.startswith(kind)]
+        mine = [share for name, share in removed(units, result).items() if name.startswith(kind)]
         assert mine == sorted(mine, reverse=True)
         assert np.mean(mine) == pytest.approx(0.4, abs=0.01)
 
@@ -462,11 +462,11 @@ def in_blocks(blocks: int, size: int = 400) -> list[Unit]:
 
 def test_a_block_loses_in_proportion_to_the_softmax_of_its_influence():
     units, influence = in_blocks(4), np.array([0.05, 0.02, 0.1, 0.08])
-    found = removed(units, allocate("block_influence", units, 0.3, influence=influence.tolist()))
+    result = removed(units, allocate("block_influence", units, 0.3, influence=influence.tolist()))
     weights = np.exp(-influence / BlockInfluence().epsilon)
     expected = 0.3 * weights / weights.mean()
-    np.testing.assert_allclose([found[f"{block}.up_proj"] for block in range(4)], expected, atol=0.005)
-    np.testing.assert_allclose([found[f"{block}.q_proj"] for block in range(4)], expected, atol=0.005)
+    np.testing.assert_allclose([result[f"{block}.up_proj"] for block in range(4)], expected, atol=0.005)
+    np.testing.assert_allclose([result[f"{block}.q_proj"] for block in range(4)], expected, atol=0.005)
 
 
 def test_a_large_epsilon_is_uniform_and_a_small_one_takes_all_from_one_block():
@@ -481,18 +481,18 @@ def test_a_large_epsilon_is_uniform_and_a_small_one_takes_all_from_one_block():
 def test_a_stack_across_blocks_takes_the_mean_of_theirs():
     shapes = [MatrixShape(f"{block}", "up_proj", block, 400, 400) for block in range(4)]
     units = [Unit((shapes[0], shapes[3])), Unit((shapes[1],)), Unit((shapes[2],))]
-    found = removed(units, allocate("block_influence", units, 0.2, influence=[0.05, 0.02, 0.1, 0.08]))
+    result = removed(units, allocate("block_influence", units, 0.2, influence=[0.05, 0.02, 0.1, 0.08]))
     weights = np.exp(-np.array([0.05, 0.02, 0.1, 0.08]) / BlockInfluence().epsilon)
     expected = 0.2 * weights / weights.mean()
-    assert found["0+3"] == pytest.approx((expected[0] + expected[3]) / 2, abs=0.01)
-    assert found["1"] == pytest.approx(expected[1], abs=0.01)
+    assert result["0+3"] == pytest.approx((expected[0] + expected[3]) / 2, abs=0.01)
+    assert result["1"] == pytest.approx(expected[1], abs=0.01)
 
 
 def test_blocks_that_are_fixed_leave_their_part_to_the_others():
     units = in_blocks(3)
     fixed: dict[str, int | None] = {"0.q_proj": None, "0.up_proj": None}
-    found = removed(units, allocate("block_influence", units, 0.2, fixed=fixed, influence=[0.3, 0.1, 0.1]))
-    others = [share for name, share in found.items() if not name.startswith("0.")]
+    result = removed(units, allocate("block_influence", units, 0.2, fixed=fixed, influence=[0.3, 0.1, 0.1]))
+    others = [share for name, share in result.items() if not name.startswith("0.")]
     np.testing.assert_allclose(others, 0.3, atol=0.005)
 
 

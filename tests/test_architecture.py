@@ -70,7 +70,7 @@ STAGES = (
     {"quantization", "healing"},
     {"sequential"},
     {"recipe"},
-    {"tuning", "slopes", "sensitivity"},
+    {"tuning", "error_weights", "sensitivity"},
     {"export"},
     {"search"},
     {"benchmarks"},
@@ -121,15 +121,15 @@ def _running(node: ast.AST) -> Iterator[ast.AST]:
 @cache
 def _arrows(name: str) -> frozenset[str]:
     """Modules that ``name`` imports: ours with the packages around them, others by their first part."""
-    found = set()
+    result = set()
     for target in _imported(name):
         first = target.split(".")[0]
         if first not in OURS:
-            found.add("torch" if target.startswith("safetensors.torch") else first)
+            result.add("torch" if target.startswith("safetensors.torch") else first)
             continue
         parts = target.split(".")
-        found |= {prefix for length in range(1, len(parts) + 1) if (prefix := ".".join(parts[:length])) in _modules()}
-    return frozenset(found - {name})
+        result |= {prefix for length in range(1, len(parts) + 1) if (prefix := ".".join(parts[:length])) in _modules()}
+    return frozenset(result - {name})
 
 
 def _reachable(start: str) -> dict[str, str]:

@@ -54,14 +54,14 @@ def test_trials_and_requests_come_first_wherever_they_stand(
     make: Callable[..., Run], before_cells: Callable[[Callable[[int], None]], None]
 ):
     run = make(SearchConfig(compression_ratio=0.3, trials=4, startup_trials=2, confirmed=0))
-    request = client.ask(run, "sensitivity", launch=False, **ASKED)
+    request = client.submit(run, "sensitivity", launch=False, **ASKED)
     seen: dict[int, tuple[int, int]] = {}
     asked: list[str] = []
 
     def watch(number: int) -> None:
         seen[number] = len(read_trials(run)), sum(read_json(client.result_path(run, one)) is not None for one in asked)
         if number == 1:
-            asked.append(client.ask(run, "compare", launch=False, trial="uniform"))
+            asked.append(client.submit(run, "compare", launch=False, trial="uniform"))
         if number == 2:
             run.change_search(trials=6)
 
@@ -79,8 +79,8 @@ def test_a_request_that_is_withdrawn_ends_after_the_cell_in_hand(
     make: Callable[..., Run], before_cells: Callable[[Callable[[int], None]], None]
 ):
     run = make()
-    request = client.ask(run, "sensitivity", launch=False, **ASKED)
-    before_cells(lambda number: client.withdraw(run, request))
+    request = client.submit(run, "sensitivity", launch=False, **ASKED)
+    before_cells(lambda number: client.cancel(run, request))
     run_worker(run, verbose=False)
     assert read_json(client.result_path(run, request)) is None
     assert not client.pending_requests(run)
@@ -92,7 +92,7 @@ def test_stop_ends_it_and_the_next_request_measures_the_rest(
     make: Callable[..., Run], before_cells: Callable[[Callable[[int], None]], None]
 ):
     run = make()
-    first = client.ask(run, "sensitivity", launch=False, **ASKED)
+    first = client.submit(run, "sensitivity", launch=False, **ASKED)
     before_cells(lambda number: client.request_stop(run) if number == 2 else None)
     run_worker(run, verbose=False)
     answer = read_json(client.result_path(run, first))
@@ -100,7 +100,7 @@ def test_stop_ends_it_and_the_next_request_measures_the_rest(
     assert (answer["ok"], answer["error"]) == (False, "Stopped before it was done. Ask again.")
     assert cells(run) == 2
     run.pause_marker.unlink()
-    second = client.ask(run, "sensitivity", launch=False, **ASKED)
+    second = client.submit(run, "sensitivity", launch=False, **ASKED)
     run_worker(run, verbose=False)
     answer = read_json(client.result_path(run, second))
     assert answer is not None
@@ -109,7 +109,7 @@ def test_stop_ends_it_and_the_next_request_measures_the_rest(
 
 def test_a_bad_request_is_answered_with_the_reason(make: Callable[..., Run]):
     run = make()
-    request = client.ask(run, "sensitivity", launch=False, kept=[2.0])
+    request = client.submit(run, "sensitivity", launch=False, kept=[2.0])
     run_worker(run, verbose=False)
     answer = read_json(client.result_path(run, request))
     assert answer is not None
@@ -119,5 +119,5 @@ def test_a_bad_request_is_answered_with_the_reason(make: Callable[..., Run]):
 def test_the_background_is_listed_last(make: Callable[..., Run]):
     run = make()
     for kind in ("sensitivity", "compare"):
-        client.ask(run, kind, launch=False)
+        client.submit(run, kind, launch=False)
     assert [request["kind"] for request in client.pending_requests(run)] == ["compare", "sensitivity"]

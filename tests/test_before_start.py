@@ -16,13 +16,13 @@ from lowrank_core.text import WindowSet
 
 
 def test_headers_tell_what_the_worker_finds(any_handle: ModelHandle):
-    found = read_model(Path(any_handle.reference))
-    assert found.facts.matrices == any_handle.shapes
-    assert found.facts.parameters == any_handle.parameters
-    assert found.facts.compressible_parameters == any_handle.linear_parameters
-    assert found.facts.bytes == any_handle.bytes
-    assert found.facts.max_context == any_handle.max_context
-    assert sum(part.parameters for part in found.parts if part.compressible or part.why.startswith("bias")) == any_handle.linear_parameters
+    result = read_model(Path(any_handle.reference))
+    assert result.facts.matrices == any_handle.shapes
+    assert result.facts.parameters == any_handle.parameters
+    assert result.facts.compressible_parameters == any_handle.linear_parameters
+    assert result.facts.bytes == any_handle.bytes
+    assert result.facts.max_context == any_handle.max_context
+    assert sum(part.parameters for part in result.parts if part.compressible or part.why.startswith("bias")) == any_handle.linear_parameters
 
 
 def test_the_estimate_of_the_disk_is_what_a_calibration_leaves_there(llama: ModelHandle, windows: WindowSet):
@@ -32,11 +32,11 @@ def test_the_estimate_of_the_disk_is_what_a_calibration_leaves_there(llama: Mode
         CalibrationConfig(group_size=8, batch_size=4),
     )
     cached_statistics(llama, windows, config.calibration, home() / "statistics")
-    found = memory_estimate.fit_of(read_model(Path(llama.reference)).facts, config, memory_estimate.this_machine())
-    estimated = next(line.bytes for line in found.lines if line.part == "Statistics kept")
+    result = memory_estimate.fit_of(read_model(Path(llama.reference)).facts, config, memory_estimate.this_machine())
+    estimated = next(line.bytes for line in result.lines if line.part == "Statistics kept")
     stored = sum(path.stat().st_size for path in (home() / "statistics").rglob("*.safetensors"))
     assert stored == pytest.approx(estimated, rel=0.1)  # means, groups and headers come on top, and are small
     assert stored > estimated
-    weights = next(line.bytes for line in found.lines if line.part == "Weights")
-    if found.machine.gpu is None:
+    weights = next(line.bytes for line in result.lines if line.part == "Weights")
+    if result.machine.gpu is None:
         assert weights == sum(parameter.numel() * parameter.element_size() for parameter in llama.module.parameters())

@@ -21,9 +21,9 @@ from tests.benchmarks.browser import PageLoad
 
 
 def recorded() -> Run:
-    found = recorded_run()
-    assert found is not None
-    return found
+    result = recorded_run()
+    assert result is not None
+    return result
 
 
 def test_a_replay_copies_complete_trials_in_their_order_and_begins_again() -> None:

@@ -166,17 +166,17 @@ def test_what_a_layer_does_are_its_products_and_it_gives_what_it_stands_for() ->
 
 
 def test_a_verdict_says_how_much_and_why() -> None:
-    def told(low: float, median: float, high: float, products: float = 0.6, storage: str = "pivoted") -> str:
+    def reported(low: float, median: float, high: float, products: float = 0.6, storage: str = "pivoted") -> str:
         return layer_speed.verdict(Spread(median, low, high), products, 0.6, storage)
 
-    assert told(0.7, 0.8, 0.9) == "faster"
-    assert told(0.7, 0.8, 1.3) == "faster, though not in every turn"
-    assert told(0.9, 1.01, 1.1) == "as fast as dense"
-    assert told(1.1, 1.2, 1.3) == "slower by 20%: gathering rows and calling the layer take 50% of its time"
-    assert told(0.9, 1.25, 1.3, 1.2, "factored") == (
+    assert reported(0.7, 0.8, 0.9) == "faster"
+    assert reported(0.7, 0.8, 1.3) == "faster, though not in every turn"
+    assert reported(0.9, 1.01, 1.1) == "as fast as dense"
+    assert reported(1.1, 1.2, 1.3) == "slower by 20%: gathering rows and calling the layer take 50% of its time"
+    assert reported(0.9, 1.25, 1.3, 1.2, "factored") == (
         "slower by 25%, though not in every turn: its products alone take 1.20 of the dense time (50% of its rate)"
     )
-    both = told(1.1, 2.0, 3.0, 1.0, "factored")
+    both = reported(1.1, 2.0, 3.0, 1.0, "factored")
     assert both.endswith("1.00 of the dense time (60% of its rate), and calling the layer takes 50% of its time")
 
 
@@ -199,9 +199,9 @@ def test_every_scheme_is_run_with_every_seed(curves: list[search.Curve]) -> None
 
 def test_a_curve_never_rises_and_seeds_share_their_baselines(curves: list[search.Curve]) -> None:
     for curve in curves:
-        found = [value for value in curve.best if value is not None]
-        assert found == sorted(found, reverse=True)
-        assert curve.best == (None,) * (6 - len(found)) + tuple(found)
+        result = [value for value in curve.best if value is not None]
+        assert result == sorted(result, reverse=True)
+        assert curve.best == (None,) * (6 - len(result)) + tuple(result)
     for first, second in zip(curves[::2], curves[1::2], strict=True):
         assert first.best[:2] == second.best[:2]
     projected = [curve for curve in curves if not curve.scheme.startswith("published")]

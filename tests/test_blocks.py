@@ -88,11 +88,11 @@ def whole_pass(handle: ModelHandle, ids: Tensor) -> list[Tensor]:
 
 
 def chained(handle: ModelHandle, ids: Tensor) -> list[Tensor]:
-    runner, found = BlockRunner(handle), []
+    runner, result = BlockRunner(handle), []
     with torch.inference_mode():
         for index in range(len(runner.names)):
-            found.append(runner.run(index, ids, found[-1] if found else None))
-    return found
+            result.append(runner.run(index, ids, result[-1] if result else None))
+    return result
 
 
 def check(handle: ModelHandle) -> None:

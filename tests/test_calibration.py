@@ -39,10 +39,10 @@ def test_moments_are_those_of_the_layer_s_inputs(any_handle: ModelHandle, window
     assert set(statistics.inputs) == {layer.input_group for layer in any_handle.layers}
     for layer in any_handle.layers:  # also those that share another's input
         rows = captured_inputs(any_handle, windows, layer.name)
-        found = statistics.inputs[layer.input_group]
-        assert found.count == len(rows) == windows.ids.numel()
-        torch.testing.assert_close(found.mean, rows.mean(0), rtol=1e-4, atol=1e-5)  # batches of another size: float32 rounding
-        torch.testing.assert_close(found.sample, torch.cov(rows.T), rtol=1e-3, atol=1e-5)
+        result = statistics.inputs[layer.input_group]
+        assert result.count == len(rows) == windows.ids.numel()
+        torch.testing.assert_close(result.mean, rows.mean(0), rtol=1e-4, atol=1e-5)  # batches of another size: float32 rounding
+        torch.testing.assert_close(result.sample, torch.cov(rows.T), rtol=1e-3, atol=1e-5)
 
 
 def test_the_model_is_left_as_it_was(llama: ModelHandle, windows: WindowSet) -> None:
@@ -228,9 +228,9 @@ def test_two_at_once_measure_once(llama: ModelHandle, windows: WindowSet, tmp_pa
     statistics, cached = cached_statistics(llama, windows, CONFIG, tmp_path, progress=first)
     second.join(30)
     assert not cached
-    ((found, cached),) = results
+    ((result, cached),) = results
     assert cached
-    assert equal(found.inputs, statistics.inputs)
+    assert equal(result.inputs, statistics.inputs)
 
 
 def test_waiting_for_another_can_be_cancelled(llama: ModelHandle, windows: WindowSet, tmp_path: Path) -> None:
@@ -323,10 +323,10 @@ def block_states(handle: ModelHandle, windows: WindowSet) -> list[tuple[torch.Te
 
 
 def test_the_influence_of_a_block_is_how_far_it_turns_the_hidden_states(any_handle: ModelHandle, windows: WindowSet) -> None:
-    found = collect_statistics(any_handle, windows, CONFIG).influence
+    result = collect_statistics(any_handle, windows, CONFIG).influence
     expected = [1 - torch.cosine_similarity(before, after, dim=-1).mean().item() for before, after in block_states(any_handle, windows)]
-    assert found == pytest.approx(expected, rel=1e-5, abs=1e-7)  # batches of another size: float32 rounding
-    assert all(0 < value < 2 for value in found)
+    assert result == pytest.approx(expected, rel=1e-5, abs=1e-7)  # batches of another size: float32 rounding
+    assert all(0 < value < 2 for value in result)
 
 
 def test_a_block_that_passes_on_what_it_is_given_has_no_influence(llama: ModelHandle, windows: WindowSet) -> None:

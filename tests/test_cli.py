@@ -23,7 +23,7 @@ from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausa
 
 from lowrank_core import __version__
 from lowrank_core.cli import main
-from lowrank_core.metrics import BASES
+from lowrank_core.metrics import METRICS
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import open_run
 from lowrank_core.studies.records import read_trials
@@ -173,7 +173,7 @@ def test_analyze_lists_every_layer(places: Places):
 
 def test_methods_lists_every_registry():
     body = _lowrank("methods", "--json").body
-    assert {row["basis"] for row in body["bases"]} == {f"`{name}`" for name in BASES}
+    assert {row["basis"] for row in body["bases"]} == {f"`{name}`" for name in METRICS}
     assert {row["preset"] for row in body["presets"]} == {f"`{name}`" for name in PRESETS}
     assert "arXiv 2405.10616" in _lowrank("methods").out
 
@@ -232,16 +232,16 @@ def test_damping_and_beta_can_be_given(places: Places):
 
 
 def test_an_unknown_preset_lists_the_known_ones(places: Places):
-    found = _lowrank("compress", *places.source, "--preset", "best", "--compression-ratio", 0.3, "--out", places.out)
-    assert found.status == 2
-    assert "studio, bolaco, svd" in found.err
+    result = _lowrank("compress", *places.source, "--preset", "best", "--compression-ratio", 0.3, "--out", places.out)
+    assert result.status == 2
+    assert "studio, bolaco, svd" in result.err
 
 
 def test_errors_in_different_units_are_traded_with_a_warning(places: Places):
     options = ["--basis", "whitened", "--allocation", "marginal", "--compression-ratio", 0.3]
-    found = _lowrank("compress", *places.source, *options, "--out", places.out, "--json")
-    assert any("in its own unit" in warning for warning in found.body["warnings"])
-    assert "warning: marginal trades errors" in found.err
+    result = _lowrank("compress", *places.source, *options, "--out", places.out, "--json")
+    assert any("in its own unit" in warning for warning in result.body["warnings"])
+    assert "warning: marginal trades errors" in result.err
 
 
 def test_robust_pooling_changes_what_is_measured_and_is_checked(places: Places):

@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from lowrank_core.allocation import Draft, RankAllocation, allocate, allocation_from_ranks
-from lowrank_core.compression.build import CompressedModel, compress, low_rank_layers, swapped
+from lowrank_core.compression.build import CompressedModel, compress, low_rank_layers, swap_layers
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.decomposition.units import Bases, error_curves, factorize, operand_of, units_of
 from lowrank_core.errors import ConfigError, NumericalError, RankError
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.layers.forms import Factors
-from lowrank_core.metrics import BASES
+from lowrank_core.metrics import METRICS
 from lowrank_core.models import ModelHandle, describe
 from lowrank_core.models.handle import weight_of
 from lowrank_core.parameters import HeadUnit, Unit, allocated_parameters, budget_for_ratio
@@ -32,7 +32,7 @@ from lowrank_core.text import WindowSet
 
 IDS = torch.tensor([[0, 5, 9, 44, 120, 7, 80, 3]])
 CONFIGS = {
-    **{name: CompressionConfig(basis=name, value_dense=False) for name in BASES},
+    **{name: CompressionConfig(basis=name, value_dense=False) for name in METRICS},
     "pivoted": CompressionConfig(basis="two_sided", storage="pivoted", value_dense=False),
     "pivoted stacks": CompressionConfig(basis="shared_input:two_sided", storage="pivoted", value_dense=False),
     "pivoted stacks across layers": CompressionConfig(basis="cross_layer", storage="pivoted", value_dense=False),
@@ -69,8 +69,8 @@ def case(request: pytest.FixtureRequest, any_handle: ModelHandle, statistics: La
 
 def logits(handle: ModelHandle) -> Tensor:
     with torch.inference_mode():
-        found: Tensor = handle.module(input_ids=IDS, use_cache=False).logits
-    return found
+        result: Tensor = handle.module(input_ids=IDS, use_cache=False).logits
+    return result
 
 
 def counted(model: torch.nn.Module) -> tuple[int, int]:
@@ -101,12 +101,12 @@ def test_the_bill_of_a_draft_is_that_of_the_built_model(case: Case, tmp_path: Pa
     write_json(tmp_path / "model.json", describe(case.handle))
     facts = model_facts(run)
     assert facts is not None
-    found = bill(Draft.of(case.units, allocation.ranks), facts, 0.4, run_ratio=0.4)
-    assert (found.kept, found.dense) == (report.linear_parameters_after, report.linear_parameters_before)
-    assert (found.model, found.dense_model) == (report.parameters_after, report.parameters_before)
-    assert (found.bytes, found.dense_bytes) == (report.bytes_after, report.bytes_before)
-    assert (found.flops, found.dense_flops) == (report.model_flops_after, report.model_flops_before)  # as Compare shows it
-    assert (found.removed, found.model_removed) == (report.compression_ratio, report.model_compression_ratio)
+    result = bill(Draft.of(case.units, allocation.ranks), facts, 0.4, run_ratio=0.4)
+    assert (result.kept, result.dense) == (report.linear_parameters_after, report.linear_parameters_before)
+    assert (result.model, result.dense_model) == (report.parameters_after, report.parameters_before)
+    assert (result.bytes, result.dense_bytes) == (report.bytes_after, report.bytes_before)
+    assert (result.flops, result.dense_flops) == (report.model_flops_after, report.model_flops_before)  # as Compare shows it
+    assert (result.removed, result.model_removed) == (report.compression_ratio, report.model_compression_ratio)
 
 
 def test_the_budget_is_met_and_reported(case: Case):
@@ -164,7 +164,7 @@ def test_full_rank_factors_give_the_dense_logits(case: Case):
     dense = logits(case.handle)
     for ranks in (singles, stacks, heads):
         layers = low_rank_layers(case.handle, case.bases, ranks)
-        with swapped(case.handle, layers):
+        with swap_layers(case.handle, layers):
             assert sum(isinstance(module, CompressedModule) for module in case.handle.module.modules()) == len(layers)
             torch.testing.assert_close(logits(case.handle), dense, rtol=1e-4, atol=1e-4)
 
@@ -194,7 +194,7 @@ def test_a_trials_swap_measures_what_the_compressed_model_is(case: Case):
     model = compress(case.handle, case.bases, allocation)
     layers = low_rank_layers(case.handle, case.bases, allocation.ranks, storage="factored")
     assert not any("Pivoted" in type(layer).__name__ for layer in layers.values())
-    with swapped(case.handle, layers):
+    with swap_layers(case.handle, layers):
         inside = logits(case.handle)
     exact = case.config.storage == "factored"
     torch.testing.assert_close(inside, logits(model.handle), rtol=1e-6 if exact else 1e-4, atol=1e-6 if exact else 1e-4)
@@ -205,7 +205,7 @@ def test_swapped_layers_come_back_after_a_failure(case: Case):
     layers = low_rank_layers(case.handle, case.bases, case.allocation(0.3).ranks)
 
     def fail() -> None:
-        with swapped(case.handle, layers):
+        with swap_layers(case.handle, layers):
             raise ValueError("in the middle of a trial")
 
     with pytest.raises(ValueError, match="in the middle"):
@@ -239,7 +239,7 @@ def test_more_rank_never_measures_worse_on_the_calibration_features(llama: Model
     last = llama.layers[-1].name  # nothing is compressed before it: its error is that of the basis
     dense, gaps = logits(llama), []
     for rank in (4, 12, 24, 32):
-        with swapped(llama, low_rank_layers(llama, bases, {last: rank})):
+        with swap_layers(llama, low_rank_layers(llama, bases, {last: rank})):
             gaps.append(float((logits(llama) - dense).square().mean()))
     assert gaps == sorted(gaps, reverse=True)
     assert gaps[0] > 100 * gaps[-1]
@@ -263,7 +263,7 @@ def test_the_error_of_a_layer_in_the_model_is_the_reported_one(llama: ModelHandl
 
     dense = run()
     for rank in (2, 8, 16):
-        with swapped(llama, low_rank_layers(llama, bases, {name: rank})):
+        with swap_layers(llama, low_rank_layers(llama, bases, {name: rank})):
             error = (run() - dense).square().sum() / (len(dense) - 1)
         assert float(error) == pytest.approx(float(bases[name].errors[rank]), rel=1e-3)
 

@@ -80,8 +80,8 @@ def test_a_router_that_is_a_linear_layer_is_seen_by_what_it_stands_beside(tmp_pa
     before = handle.coverage.parameters["router"]
     layer = handle.module.model.layers[0].mlp
     layer.chooser = nn.Linear(32, 20, bias=False)
-    found = replace(handle)
-    assert found.coverage.parameters["router"] == before + 20 * 32
+    result = replace(handle)
+    assert result.coverage.parameters["router"] == before + 20 * 32
 
 
 def test_a_linear_with_a_forward_of_its_own_counts_where_it_is_linear(tmp_path: Path, sample_text: str):
@@ -117,22 +117,22 @@ def test_the_description_holds_the_table_and_it_can_be_read_back(llama: ModelHan
 
 # --- words -----------------------------------------------------------------------------------------------------------
 
-MOST_EXPERTS = Coverage.of([("linear", 30), ("experts", 900), ("tied", 70)])
+MAX_EXPERTS = Coverage.of([("linear", 30), ("experts", 900), ("tied", 70)])
 
 
 def test_a_ratio_is_told_for_the_whole_model():
-    assert MOST_EXPERTS.ratio_words(0.3) == "30.0 % of the compressible linears = 0.9 % of the model"
-    assert MOST_EXPERTS.statement() == (
+    assert MAX_EXPERTS.ratio_words(0.3) == "30.0 % of the compressible linears = 0.9 % of the model"
+    assert MAX_EXPERTS.statement() == (
         "3.0 % of the model's parameters can be compressed; not compressible: experts 90.0 %, tied embeddings 7.0 %"
     )
 
 
 def test_little_is_a_warning_and_much_is_none():
-    warning = MOST_EXPERTS.warning(0.3)
+    warning = MAX_EXPERTS.warning(0.3)
     assert warning is not None
     assert warning.startswith("only 3.2 % of the parameters outside the embeddings can be compressed")
     assert "experts, 90.0 % of the model" in warning
-    assert MOST_EXPERTS.ratio_words(0.3) in warning
+    assert MAX_EXPERTS.ratio_words(0.3) in warning
     assert Coverage.of([("linear", 30), ("tied", 900), ("vector", 1)]).warning() is None
     assert Coverage.of([("linear", 10), ("tied", 900)]).warning() is None
 
@@ -225,8 +225,8 @@ def test_statistics_are_keyed_by_the_layers_and_what_they_read(llama: ModelHandl
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[str, str]:
     assert main(list(words)) == 0
-    found = capsys.readouterr()
-    return found.out, found.err
+    result = capsys.readouterr()
+    return result.out, result.err
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])

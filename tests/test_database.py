@@ -28,9 +28,9 @@ PATIENCE = 180.0
 
 def _server_programs() -> Path | None:
     """Return the folder of initdb and postgres: Debian keeps them off the PATH."""
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
+    result = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: float(path.parts[-3]))
     on_path = shutil.which("initdb")
-    return found[-1].parent if found else Path(on_path).parent if on_path else None
+    return result[-1].parent if result else Path(on_path).parent if on_path else None
 
 
 @pytest.fixture(scope="session")
@@ -103,14 +103,14 @@ class Machine:
 
 @pytest.fixture
 def machines(tmp_path: Path) -> Iterator[Callable[[], Machine]]:
-    found: list[Machine] = []
+    result: list[Machine] = []
 
     def machine() -> Machine:
-        found.append(Machine(tmp_path / f"machine-{len(found)}"))
-        return found[-1]
+        result.append(Machine(tmp_path / f"machine-{len(result)}"))
+        return result[-1]
 
     yield machine
-    for process in (process for machine in found for process in machine.processes):
+    for process in (process for machine in result for process in machine.processes):
         if process.poll() is None:
             process.kill()
         process.wait()

@@ -34,7 +34,7 @@ def test_tokens_are_those_of_largest_projection_in_standard_deviations(any_handl
     layer = any_handle.layers[-1]
     statistics = _statistics(any_handle, windows)
     config = DirectionsConfig(layer.name, side, directions=3, tokens=4, windows=windows.windows, batch_size=7)
-    found = top_directions(any_handle, windows, statistics, config)
+    result = top_directions(any_handle, windows, statistics, config)
 
     inputs = statistics.inputs[layer.input_group]
     rows = _inputs(any_handle, windows, layer.name) - inputs.mean
@@ -43,8 +43,8 @@ def test_tokens_are_those_of_largest_projection_in_standard_deviations(any_handl
         weight = weight_of(any_handle.module.get_submodule(layer.name)).detach().double()
         rows, covariance = rows @ weight.T, weight @ covariance @ weight.T
     values, vectors = np.linalg.eigh(covariance.numpy())
-    assert [direction.share for direction in found.directions] == pytest.approx(list(values[::-1][:3] / values.sum()))
-    for index, direction in enumerate(found.directions, start=1):
+    assert [direction.share for direction in result.directions] == pytest.approx(list(values[::-1][:3] / values.sum()))
+    for index, direction in enumerate(result.directions, start=1):
         projections = np.abs(rows.numpy() @ vectors[:, -index]) / np.sqrt(values[-index])
         best: dict[int, float] = {}
         for token, value in zip(windows.ids.flatten().tolist(), projections, strict=True):
@@ -57,11 +57,11 @@ def test_tokens_are_those_of_largest_projection_in_standard_deviations(any_handl
 
 def test_the_context_is_what_stands_around_the_token(llama: ModelHandle, windows: WindowSet) -> None:
     config = DirectionsConfig(llama.layers[0].name, directions=1, tokens=1)
-    found = top_directions(llama, windows, _statistics(llama, windows), config)
-    (hit,) = found.directions[0].tokens
+    result = top_directions(llama, windows, _statistics(llama, windows), config)
+    (hit,) = result.directions[0].tokens
     texts = [llama.tokenizer.decode(row.tolist(), clean_up_tokenization_spaces=False) for row in windows.first(32).ids]
     assert any(hit.before + hit.token + hit.after in text for text in texts)
-    assert "32 windows of 16 tokens, 512 tokens, float32" in found.protocol
+    assert "32 windows of 16 tokens, 512 tokens, float32" in result.protocol
 
 
 def test_the_model_is_left_as_it_was(llama: ModelHandle, windows: WindowSet) -> None:

@@ -26,7 +26,7 @@ Change = Callable[[Draft], Draft]
 @st.composite
 def drafts(draw: st.DrawFn) -> Draft:
     """A draft of random ranks, some of them locked."""
-    units = draw(models(most=4, size=40))
+    units = draw(models(maximum=4, size=40))
     ranks = {unit.name: draw(st.one_of(st.none(), st.integers(1, unit.max_rank))) for unit in units}
     locked = [unit.name for unit in units if draw(st.integers(0, 3)) == 0]
     return Draft.of(units, ranks, locked=locked, rank_multiple=draw(st.sampled_from([1, 1, 4])))
@@ -80,11 +80,11 @@ def test_a_fit_meets_the_budget_exactly_or_says_why_not(draft: Draft, ratio: flo
         with pytest.raises(BudgetError, match="locked" if draft.locked or not free else "can't be met"):
             draft.fitted(ratio)
         return
-    found = draft.fitted(ratio)
-    assert found.parameters <= budget
-    step = cheapest_step(free, found.ranks)
+    result = draft.fitted(ratio)
+    assert result.parameters <= budget
+    step = cheapest_step(free, result.ranks)
     if draft.rank_multiple == 1 and step is not None:
-        assert budget - found.parameters < step
+        assert budget - result.parameters < step
 
 
 @settings(max_examples=60, deadline=None)
@@ -92,11 +92,11 @@ def test_a_fit_meets_the_budget_exactly_or_says_why_not(draft: Draft, ratio: flo
 def test_a_slider_spends_its_share_and_leaves_the_others_alone(draft: Draft, kept: float):
     names = [unit.name for unit in draft.rows[::2]]
     free = draft.movable(names)
-    found = draft.scaled(names, kept)
-    assert {n: r for n, r in found.ranks.items() if n not in names} == {n: r for n, r in draft.ranks.items() if n not in names}
-    spent = sum(unit.parameters(found.ranks[unit.name]) for unit in free)
-    least = sum(unit.parameters(1) for unit in free)
-    assert spent <= max(least, kept * sum(unit.dense_parameters for unit in free) + 1e-3)
+    result = draft.scaled(names, kept)
+    assert {n: r for n, r in result.ranks.items() if n not in names} == {n: r for n, r in draft.ranks.items() if n not in names}
+    spent = sum(unit.parameters(result.ranks[unit.name]) for unit in free)
+    minimum = sum(unit.parameters(1) for unit in free)
+    assert spent <= max(minimum, kept * sum(unit.dense_parameters for unit in free) + 1e-3)
 
 
 def test_a_fit_keeps_proportions():
@@ -194,11 +194,11 @@ def test_modules_are_regrouped_and_each_is_in_one_row():
     assert stacked.kept([stack]) == pytest.approx(draft.kept(["0.q_proj", "0.k_proj", "0.v_proj"]), abs=0.1)
     by_heads = stacked.regrouped(heads)
     assert {"0.q_proj", "0.k_proj", heads} <= set(by_heads.ranks)
-    for found in (stacked, by_heads):
-        members = [member.name for unit in found.rows for member in unit.members]
+    for result in (stacked, by_heads):
+        members = [member.name for unit in result.rows for member in unit.members]
         assert sorted(members) == sorted(shape.name for shape in _shapes())
-        assert found.parameters == found.allocation("manual").parameters
-        assert {n: r for n, r in found.ranks.items() if n.startswith("1.")} == {n: r for n, r in draft.ranks.items() if n.startswith("1.")}
+        assert result.parameters == result.allocation("manual").parameters
+        assert {n: r for n, r in result.ranks.items() if n.startswith("1.")} == {n: r for n, r in draft.ranks.items() if n.startswith("1.")}
     assert by_heads.regrouped(heads) is by_heads
     with pytest.raises(RankError, match=r"taken apart\. Unlock it first"):
         by_heads.with_locks([heads], locked=True).regrouped("0.v_proj")
@@ -208,10 +208,10 @@ def test_an_allocator_may_regroup_and_leaves_locks():
     units = _grouped()
     curves = {unit.name: np.linspace(1.0, 0.0, unit.max_rank + 1) for unit in units}
     draft = Draft.of(units, {"0.o_proj": 5}, locked=["0.o_proj"])
-    found = draft.completed(allocate("marginal", units, 0.3, curves=curves, fixed={"0.o_proj": 5}))
-    assert found.ranks["0.o_proj"] == 5
-    assert found.locked == {"0.o_proj"}
-    assert found.parameters <= budget_for_ratio(units, 0.3)
+    result = draft.completed(allocate("marginal", units, 0.3, curves=curves, fixed={"0.o_proj": 5}))
+    assert result.ranks["0.o_proj"] == 5
+    assert result.locked == {"0.o_proj"}
+    assert result.parameters <= budget_for_ratio(units, 0.3)
     with pytest.raises(ConfigError, match=r"would move 0\.o_proj"):
         draft.completed(allocation_from_ranks("uniform", units, {"0.o_proj": 6}))
 
@@ -295,9 +295,9 @@ def _history() -> DraftHistory:
 def test_a_draft_survives_on_disk_with_its_beginning(run: Run):
     history, token = _history(), new_token()
     save_draft(run, token, history)
-    found = load_draft(run, token, history.present.units)
-    assert found is not None
-    assert (found.present, found.start, found.past) == (history.present, history.start, ())
+    result = load_draft(run, token, history.present.units)
+    assert result is not None
+    assert (result.present, result.start, result.past) == (history.present, history.start, ())
 
 
 def test_two_authors_do_not_meet(run: Run):
@@ -305,9 +305,9 @@ def test_two_authors_do_not_meet(run: Run):
     save_draft(run, mine, history)
     save_draft(run, yours, history.undone())
     assert mine != yours
-    found = load_draft(run, mine, history.present.units)
-    assert found is not None
-    assert found.present == history.present
+    result = load_draft(run, mine, history.present.units)
+    assert result is not None
+    assert result.present == history.present
 
 
 @pytest.mark.parametrize("token", ["", "..", "../../run", "0123456789ab", "ABCDEF012345"])
@@ -353,11 +353,11 @@ def test_curves_are_read_back_exactly_up_to_where_ranks_end(run: Run):
     units = [single("a"), single("b", 8, 30, storage="pivoted")]
     record = _record(units)
     save_curves(run.path / CURVES_FILE, record, units)
-    found = load_curves(run.path / CURVES_FILE)
-    assert found is not None
-    assert (found.basis, found.estimate, found.influence, list(found.curves)) == ("two_sided", "kl", (0.5, 0.1), ["a", "b"])
+    result = load_curves(run.path / CURVES_FILE)
+    assert result is not None
+    assert (result.basis, result.estimate, result.influence, list(result.curves)) == ("two_sided", "kl", (0.5, 0.1), ["a", "b"])
     for unit in units:
-        assert np.array_equal(found.curves[unit.name], record.curves[unit.name][: unit.break_even_rank + 2])
+        assert np.array_equal(result.curves[unit.name], record.curves[unit.name][: unit.break_even_rank + 2])
 
 
 def test_allocators_choose_by_the_file_as_by_the_curves(run: Run):
@@ -365,10 +365,10 @@ def test_allocators_choose_by_the_file_as_by_the_curves(run: Run):
     record = _record(units)
     record = replace(record, curves={name: curve * (1 + len(curve)) for name, curve in record.curves.items()})
     save_curves(run.path / CURVES_FILE, record, units)
-    found = load_curves(run.path / CURVES_FILE)
-    assert found is not None
+    result = load_curves(run.path / CURVES_FILE)
+    assert result is not None
     for name in ("energy", "marginal", "threshold", "svd_llm_v2"):
-        assert allocate(name, units, 0.4, curves=found.curves) == allocate(name, units, 0.4, curves=record.curves), name
+        assert allocate(name, units, 0.4, curves=result.curves) == allocate(name, units, 0.4, curves=record.curves), name
 
 
 def test_energy_and_error_of_a_rank():

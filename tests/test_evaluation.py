@@ -93,13 +93,13 @@ def test_a_cached_reference_gives_the_same_scores(llama: ModelHandle, smaller: M
 def test_a_trial_s_short_way_gives_the_same_nll_and_kl_to_rounding(llama: ModelHandle, smaller: ModelHandle, windows: WindowSet) -> None:
     short = DenseReference.compute(llama, windows, batch_size=8)
     full, _ = score_windows(smaller, windows, batch_size=8, dense=llama)
-    found, _ = score_windows(smaller, windows, batch_size=8, dense=short)
+    result, _ = score_windows(smaller, windows, batch_size=8, dense=short)
     same, _ = score_windows(llama, windows, batch_size=8, dense=short)
-    assert found.kl is not None
+    assert result.kl is not None
     assert full.kl is not None
     assert same.kl is not None
-    torch.testing.assert_close(found.nll, full.nll, rtol=1e-6, atol=0)
-    torch.testing.assert_close(found.kl, full.kl, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(result.nll, full.nll, rtol=1e-6, atol=0)
+    torch.testing.assert_close(result.kl, full.kl, rtol=1e-4, atol=1e-6)
     assert float(same.kl.abs().max()) < 1e-6
 
 
@@ -156,13 +156,13 @@ def test_kl_on_the_likeliest_tokens_is_a_lower_bound_that_rises_to_the_whole(
     smaller: ModelHandle, llama: ModelHandle, windows: WindowSet
 ) -> None:
     whole = _kl(smaller, llama, windows, 0)
-    found = [_kl(smaller, llama, windows, k) for k in (1, 4, 16, 64, VOCABULARY)]
-    for lower, higher in itertools.pairwise(found):
+    result = [_kl(smaller, llama, windows, k) for k in (1, 4, 16, 64, VOCABULARY)]
+    for lower, higher in itertools.pairwise(result):
         assert (lower <= higher + 1e-7).all()
-    assert (found[0] >= -1e-7).all()
-    np.testing.assert_allclose(found[-1], whole, atol=1e-6)
-    np.testing.assert_array_equal(_kl(smaller, llama, windows, 10 * VOCABULARY), found[-1])
-    assert found[0].mean() < 0.9 * whole.mean()
+    assert (result[0] >= -1e-7).all()
+    np.testing.assert_allclose(result[-1], whole, atol=1e-6)
+    np.testing.assert_array_equal(_kl(smaller, llama, windows, 10 * VOCABULARY), result[-1])
+    assert result[0].mean() < 0.9 * whole.mean()
 
 
 def test_kl_on_the_likeliest_tokens_is_that_of_k_and_the_rest(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet) -> None:
@@ -171,8 +171,8 @@ def test_kl_on_the_likeliest_tokens_is_that_of_k_and_the_rest(smaller: ModelHand
     kept = p.topk(5, -1).indices
     p, q = p.gather(-1, kept), q.gather(-1, kept)
     others, theirs = 1 - p.sum(-1), 1 - q.sum(-1)
-    by_hand = (p * (p / q).log()).sum(-1) + others * (others / theirs).log()
-    np.testing.assert_allclose(_kl(smaller, llama, windows, 5), by_hand.mean(1), rtol=1e-4, atol=1e-7)
+    manual = (p * (p / q).log()).sum(-1) + others * (others / theirs).log()
+    np.testing.assert_allclose(_kl(smaller, llama, windows, 5), manual.mean(1), rtol=1e-4, atol=1e-7)
 
 
 def test_a_rest_too_small_for_a_float_keeps_its_logarithm() -> None:
@@ -183,10 +183,10 @@ def test_a_rest_too_small_for_a_float_keeps_its_logarithm() -> None:
     scores = score_coarse(torch.tensor([[[0.0, -150.0, -160.0]]]), ids, dense, indices)
     assert scores.kl is not None
     assert float(scores.kl) == pytest.approx(0, abs=1e-12)
-    swapped = score_coarse(torch.tensor([[[-150.0, 0.0, -1.0]]]), ids, dense, indices)
-    assert swapped.kl is not None
-    assert float(swapped.kl) == pytest.approx(150 + math.log1p(math.exp(-1)))
-    assert float(swapped.nll) == float(swapped.kl)
+    swap_layers = score_coarse(torch.tensor([[[-150.0, 0.0, -1.0]]]), ids, dense, indices)
+    assert swap_layers.kl is not None
+    assert float(swap_layers.kl) == pytest.approx(150 + math.log1p(math.exp(-1)))
+    assert float(swap_layers.nll) == float(swap_layers.kl)
 
 
 def test_a_model_beside_its_own_likeliest_tokens_differs_by_nothing(any_handle: ModelHandle, windows: WindowSet) -> None:
@@ -240,25 +240,25 @@ def test_nll_does_not_depend_on_the_reference_nor_on_the_batches(
 @pytest.mark.parametrize("top_k", [0, 16])
 def test_every_batch_is_told_in_order(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, top_k: int) -> None:
     dense = DenseReference.compute(llama, windows, batch_size=16, top_k=top_k)
-    told: list[WindowScores] = []
-    scores, _ = score_windows(smaller, windows, batch_size=16, dense=dense, on_batch=told.append)
-    assert [len(batch.nll) for batch in told] == [16, 16, 8]
+    reported: list[WindowScores] = []
+    scores, _ = score_windows(smaller, windows, batch_size=16, dense=dense, on_batch=reported.append)
+    assert [len(batch.nll) for batch in reported] == [16, 16, 8]
     assert scores.kl is not None
-    assert torch.equal(torch.cat([batch.kl for batch in told if batch.kl is not None]), scores.kl)
-    assert torch.equal(torch.cat([batch.nll for batch in told]), scores.nll)
+    assert torch.equal(torch.cat([batch.kl for batch in reported if batch.kl is not None]), scores.kl)
+    assert torch.equal(torch.cat([batch.nll for batch in reported]), scores.nll)
 
 
 def test_who_is_told_may_end_the_pass(smaller: ModelHandle, windows: WindowSet) -> None:
-    told: list[WindowScores] = []
+    reported: list[WindowScores] = []
 
     def stop(scores: WindowScores) -> None:
-        told.append(scores)
-        if len(told) == 2:
+        reported.append(scores)
+        if len(reported) == 2:
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         score_windows(smaller, windows, batch_size=8, on_batch=stop)
-    assert len(told) == 2
+    assert len(reported) == 2
 
 
 class _Poisoned(torch.nn.Module):
@@ -269,20 +269,20 @@ class _Poisoned(torch.nn.Module):
         self.module, self._left, self._value = module, window, value
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
-        found = self.module(input_ids=input_ids, use_cache=use_cache)
-        found.logits[max(self._left, 0) :, 2, 5] = self._value
+        result = self.module(input_ids=input_ids, use_cache=use_cache)
+        result.logits[max(self._left, 0) :, 2, 5] = self._value
         self._left -= len(input_ids)
-        return found
+        return result
 
 
 @pytest.mark.parametrize(("top_k", "value"), [(0, math.nan), (16, math.nan), (0, math.inf), (16, math.inf), (VOCABULARY, -math.inf)])
 def test_a_window_that_diverged_is_named_and_never_told(llama: ModelHandle, windows: WindowSet, top_k: int, value: float) -> None:
     dense = DenseReference.compute(llama, windows, batch_size=4, top_k=top_k)
     broken = replace(llama, module=_Poisoned(llama.module, 22, value))  # type: ignore[arg-type]
-    told: list[WindowScores] = []
+    reported: list[WindowScores] = []
     with pytest.raises(NumericalError, match=r"the loss of window 22 \(of 40\) is not finite"):
-        score_windows(broken, windows, batch_size=4, dense=dense, on_batch=told.append)
-    assert len(told) == 5
+        score_windows(broken, windows, batch_size=4, dense=dense, on_batch=reported.append)
+    assert len(reported) == 5
 
 
 @pytest.mark.parametrize("top_k", [0, 16])

@@ -33,7 +33,7 @@ def _pair(generator: np.random.Generator) -> tuple[Sample, Sample]:
 def test_paired_intervals_cover_the_difference_of_perplexities() -> None:
     def experiment(generator: np.random.Generator) -> tuple[float, float]:
         ours, theirs = _pair(generator)
-        return ours.beside(theirs).interval(_difference)
+        return ours.alongside(theirs).interval(_difference)
 
     assert 0.90 <= _coverage(math.exp(3.1) - math.exp(3.0), experiment) <= 0.99
 
@@ -41,9 +41,9 @@ def test_paired_intervals_cover_the_difference_of_perplexities() -> None:
 def test_pairing_makes_intervals_narrow() -> None:
     """Text that is hard is hard for both: unpaired, the difference would drown in it."""
     ours, theirs = _pair(np.random.default_rng(0))
-    low, high = ours.beside(theirs).interval(_difference)
+    low, high = ours.alongside(theirs).interval(_difference)
     shuffled = Sample(np.random.default_rng(1).permutation(theirs.means))
-    apart = ours.beside(shuffled).interval(_difference)
+    apart = ours.alongside(shuffled).interval(_difference)
     assert high - low < (apart[1] - apart[0]) / 4
     assert low > 0 > apart[0]
 
@@ -90,11 +90,11 @@ def _strided(losses: np.ndarray, context: int, stride: int) -> tuple[torch.Tenso
 
 def _stream(generator: np.random.Generator, tokens: int) -> np.ndarray:
     """Losses of mean 0 that go on for some ten tokens, as a hard passage does."""
-    noise, level, found = generator.normal(size=tokens), 0.0, np.empty(tokens)
+    noise, level, result = generator.normal(size=tokens), 0.0, np.empty(tokens)
     for index in range(tokens):
         level = 0.9 * level + noise[index]
-        found[index] = level
-    return found
+        result[index] = level
+    return result
 
 
 def test_intervals_of_a_stride_cover_and_single_windows_would_not() -> None:

@@ -85,12 +85,12 @@ def test_the_longest_stride_is_the_protocol_without_overlap(llama: ModelHandle, 
     text = replace(text, bos=bos)
     strided, plain = (load_windows(text, llama.tokenizer, "test", count=30, stride=chosen) for chosen in (stride, None))
     assert torch.equal(strided.ids, plain.ids)
-    found, expected = evaluate(llama, strided, against=llama), evaluate(llama, plain, against=llama)
-    assert found.tokens == expected.tokens
-    assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
-    assert found.perplexity_interval == pytest.approx(expected.perplexity_interval, rel=1e-12)
-    assert found.nll_stderr == pytest.approx(expected.nll_stderr)
-    assert found.window_nll == pytest.approx(expected.window_nll)
+    result, expected = evaluate(llama, strided, against=llama), evaluate(llama, plain, against=llama)
+    assert result.tokens == expected.tokens
+    assert result.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
+    assert result.perplexity_interval == pytest.approx(expected.perplexity_interval, rel=1e-12)
+    assert result.nll_stderr == pytest.approx(expected.nll_stderr)
+    assert result.window_nll == pytest.approx(expected.window_nll)
 
 
 def test_without_a_stride_perplexity_equals_the_library_s_own_loss(any_handle: ModelHandle, text: TextConfig) -> None:
@@ -126,20 +126,20 @@ def test_fewer_windows_begin_with_the_first_and_score_what_all_would(text: TextC
     assert all(tuple(row.tolist()) in rows for row in few.ids)
 
 
-@pytest.mark.parametrize(("stride", "bos", "most"), [(0, "none", 16), (-1, "none", 16), (17, "none", 16), (16, "window", 15)])
+@pytest.mark.parametrize(("stride", "bos", "maximum"), [(0, "none", 16), (-1, "none", 16), (17, "none", 16), (16, "window", 15)])
 def test_a_stride_out_of_range_says_the_range(
-    text: TextConfig, tokenizer: PreTrainedTokenizerBase, stride: int, bos: str, most: int
+    text: TextConfig, tokenizer: PreTrainedTokenizerBase, stride: int, bos: str, maximum: int
 ) -> None:
-    with pytest.raises(ConfigError, match=rf"at least 1 and at most {most}.*got {stride}\. Try --stride 8"):
+    with pytest.raises(ConfigError, match=rf"at least 1 and at most {maximum}.*got {stride}\. Try --stride 8"):
         load_windows(replace(text, bos=bos), tokenizer, "test", stride=stride)
 
 
 def test_a_reference_scores_the_same_positions(llama: ModelHandle, text: TextConfig) -> None:
     windows = load_windows(text, llama.tokenizer, "test", count=12, stride=4)
     dense = DenseReference.compute(llama, windows, batch_size=8)
-    found, _ = score_windows(llama, windows, batch_size=8, dense=dense)
+    result, _ = score_windows(llama, windows, batch_size=8, dense=dense)
     expected, _ = score_windows(llama, windows, batch_size=8)
-    torch.testing.assert_close(found.nll, expected.nll, rtol=1e-5, atol=0)
+    torch.testing.assert_close(result.nll, expected.nll, rtol=1e-5, atol=0)
 
 
 class _Poisoned(nn.Module):
@@ -154,21 +154,21 @@ class _Poisoned(nn.Module):
         return self.module.get_input_embeddings()
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> object:
-        found = self.module(input_ids=input_ids, use_cache=use_cache)
+        result = self.module(input_ids=input_ids, use_cache=use_cache)
         if 0 <= self._left < len(input_ids):
-            found.logits[self._left, self._position] = self._value
+            result.logits[self._left, self._position] = self._value
         self._left -= len(input_ids)
-        return found
+        return result
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("position", [0, 14])
-@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("alongside", [False, True])
 @pytest.mark.parametrize("stride", [None, 4])
 def test_a_window_that_diverged_is_named_scored_there_or_not(
-    llama: ModelHandle, text: TextConfig, stride: int | None, beside: bool, position: int, value: float
+    llama: ModelHandle, text: TextConfig, stride: int | None, alongside: bool, position: int, value: float
 ) -> None:
     windows: WindowSet = load_windows(text, llama.tokenizer, "test", count=30, stride=stride)
     broken = replace(llama, module=_Poisoned(llama.module, 19, position, value))  # type: ignore[arg-type]
     with pytest.raises(NumericalError, match=r"the loss of window 19 \(of 30\) is not finite"):
-        evaluate(broken, windows, against=llama if beside else None)
+        evaluate(broken, windows, against=llama if alongside else None)

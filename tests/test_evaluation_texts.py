@@ -50,8 +50,8 @@ def test_several_texts_are_as_each_alone(options: list[object], texts: list[str]
     body = json.loads(_lowrank(*options, "--text", *texts))
     assert set(body) == {"model", "texts"}
     alone = [json.loads(_lowrank(*options, "--text", text)) for text in texts]
-    assert [_without_time(found) for found in body["texts"]] == [_without_time(found) for found in alone]
-    assert [found["dataset"] for found in alone] == ["file:sample.txt", "file:other.txt"]
+    assert [_without_time(result) for result in body["texts"]] == [_without_time(result) for result in alone]
+    assert [result["dataset"] for result in alone] == ["file:sample.txt", "file:other.txt"]
     assert alone[0]["perplexity"] != alone[1]["perplexity"]
     assert alone[0]["stride"] == 8
 
@@ -141,7 +141,7 @@ def test_both_models_continue_and_are_named(llama: ModelHandle, llama_checkpoint
     options = ["generate", "--model", gpt2_checkpoint, "--against", llama_checkpoint, "--prompt", "the rank", "--tokens", 8]
     body = json.loads(_lowrank(*options, "--json"))
     assert (body["prompt"], body["tokens"], body["temperature"], body["seed"]) == ("the rank", 8, 0.0, 0)
-    assert [found["model"] for found in body["continuations"]] == [str(llama_checkpoint), str(gpt2_checkpoint)]
+    assert [result["model"] for result in body["continuations"]] == [str(llama_checkpoint), str(gpt2_checkpoint)]
     assert body["continuations"][0]["text"] == continue_prompt(llama, "the rank", tokens=8)
     lines = _lowrank(*options).splitlines()
     assert lines[0] == "prompt: the rank"
@@ -159,7 +159,7 @@ def test_a_model_alone_prints_the_prompt_and_goes_on(llama: ModelHandle, llama_c
 def test_a_seed_draws_the_same_for_both(llama_checkpoint: Path) -> None:
     source = ModelSource(str(llama_checkpoint))
     bodies = [continue_with(source, "the rank", Sampling(8, 1.0, seed), against=source.reference) for seed in range(4)]
-    pairs = [[found["text"] for found in body["continuations"]] for body in bodies]  # type: ignore[attr-defined]
+    pairs = [[result["text"] for result in body["continuations"]] for body in bodies]  # type: ignore[attr-defined]
     assert all(first == second for first, second in pairs)
     assert len({first for first, _ in pairs}) > 1
 

@@ -41,9 +41,9 @@ def _probabilities(handle: ModelHandle, windows: WindowSet) -> torch.Tensor:
 def test_the_reverse_divergence_is_the_divergence_with_roles_swapped(
     report: EvaluationReport, smaller: ModelHandle, llama: ModelHandle, windows: WindowSet
 ) -> None:
-    swapped = evaluate(llama, windows, against=smaller)
-    assert report.reverse_kl == pytest.approx(swapped.kl, rel=1e-4)
-    assert report.kl == pytest.approx(swapped.reverse_kl, rel=1e-4)
+    swap_layers = evaluate(llama, windows, against=smaller)
+    assert report.reverse_kl == pytest.approx(swap_layers.kl, rel=1e-4)
+    assert report.kl == pytest.approx(swap_layers.reverse_kl, rel=1e-4)
     assert report.reverse_kl != pytest.approx(report.kl, rel=1e-4)
     p, q = _probabilities(llama, windows), _probabilities(smaller, windows)
     assert report.reverse_kl == pytest.approx(float((q * (q / p).log()).sum(-1).mean()), rel=1e-4)
@@ -56,18 +56,18 @@ def test_top_five_agreement_is_what_two_sets_have_in_common(
 ) -> None:
     p, q = _probabilities(llama, windows).flatten(0, 1).tolist(), _probabilities(smaller, windows).flatten(0, 1).tolist()
     common = 0
-    for dense, found in zip(p, q, strict=True):
-        a, b = (set(sorted(range(VOCABULARY), key=row.__getitem__)[-5:]) for row in (dense, found))
+    for dense, result in zip(p, q, strict=True):
+        a, b = (set(sorted(range(VOCABULARY), key=row.__getitem__)[-5:]) for row in (dense, result))
         common += len(a & b)
     assert report.top5_agreement == pytest.approx(common / 5 / len(p))
     assert 0 < common / 5 / len(p) < 1
 
 
 def test_a_model_agrees_with_itself(any_handle: ModelHandle, windows: WindowSet) -> None:
-    found = evaluate(any_handle, windows, against=any_handle)
-    assert found.top1_agreement == found.top5_agreement == 1
-    assert found.reverse_kl == pytest.approx(0, abs=1e-7)
-    assert found.reverse_kl_interval is None  # no spread: an interval of no width would read as certainty
+    result = evaluate(any_handle, windows, against=any_handle)
+    assert result.top1_agreement == result.top5_agreement == 1
+    assert result.reverse_kl == pytest.approx(0, abs=1e-7)
+    assert result.reverse_kl_interval is None  # no spread: an interval of no width would read as certainty
 
 
 @settings(max_examples=60, deadline=None)
@@ -76,23 +76,23 @@ def test_divergences_are_not_negative_and_agreements_are_shares(seed: int, vocab
     generator = torch.Generator().manual_seed(seed)
     logits, dense = (spread * torch.randn(2, 3, vocabulary, generator=generator) for _ in range(2))
     ids = torch.randint(0, vocabulary, (2, 4), generator=generator)
-    found = compare_logits(logits, ids, dense)
-    assert found.kl is not None
-    assert found.reverse_kl is not None
-    assert found.top5_agreement is not None
-    assert float(torch.minimum(found.kl, found.reverse_kl).min()) > -1e-4
-    assert bool((found.top5_agreement >= 0).all())
-    assert bool((found.top5_agreement <= 1).all())
+    result = compare_logits(logits, ids, dense)
+    assert result.kl is not None
+    assert result.reverse_kl is not None
+    assert result.top5_agreement is not None
+    assert float(torch.minimum(result.kl, result.reverse_kl).min()) > -1e-4
+    assert bool((result.top5_agreement >= 0).all())
+    assert bool((result.top5_agreement <= 1).all())
     if vocabulary <= 5:
-        assert bool((found.top5_agreement == 1).all())  # of fewer than five tokens all are among the likeliest
+        assert bool((result.top5_agreement == 1).all())  # of fewer than five tokens all are among the likeliest
 
 
 def test_opposite_models_have_no_likely_token_in_common() -> None:
     logits = torch.arange(10.0).repeat(1, 3, 1)
-    found = compare_logits(logits, torch.zeros(1, 4, dtype=torch.int64), -logits)
-    assert found.top5_agreement is not None
-    assert found.top1_agreement is not None
-    assert float(found.top5_agreement.max()) == float(found.top1_agreement.max()) == 0
+    result = compare_logits(logits, torch.zeros(1, 4, dtype=torch.int64), -logits)
+    assert result.top5_agreement is not None
+    assert result.top1_agreement is not None
+    assert float(result.top5_agreement.max()) == float(result.top1_agreement.max()) == 0
 
 
 # --- by position -----------------------------------------------------------------------------------------------------
@@ -151,15 +151,15 @@ def test_pieces_give_the_whole(
     smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No piece is larger than was allowed: the memory that a large vocabulary takes is bounded, at any batch size."""
-    beside = llama if dense else None
-    whole = score_tokens(smaller, windows, batch_size=16, dense=beside)
+    alongside = llama if dense else None
+    whole = score_tokens(smaller, windows, batch_size=16, dense=alongside)
     sizes, passes = [], []
     compare, forward = tokens_module._compare_chunk, scoring.logits_of
     monkeypatch.setattr(tokens_module, "_compare_chunk", lambda *a: sizes.append(4 * a[0].numel()) or compare(*a))
     monkeypatch.setattr(scoring, "logits_of", lambda module, ids: passes.append(len(ids)) or forward(module, ids))
     monkeypatch.setattr(tokens_module, "_CHUNK_BYTES", 4 * 3 * 2 * VOCABULARY)
     monkeypatch.setattr(scoring, "_PASS_BYTES", 4 * 3 * 16 * VOCABULARY)
-    pieces = score_tokens(smaller, windows, batch_size=16, dense=beside)
+    pieces = score_tokens(smaller, windows, batch_size=16, dense=alongside)
     assert max(sizes) == 4 * 3 * 2 * VOCABULARY
     assert max(passes) == 3
     assert set(pieces.columns) == set(whole.columns)
@@ -176,6 +176,6 @@ def test_a_window_larger_than_the_limit_goes_alone(llama: ModelHandle, windows: 
 
 def test_logits_in_bfloat16_are_compared_in_float32() -> None:
     logits = torch.tensor([[[0.0, 1.0, 2.0]]], dtype=torch.bfloat16)
-    found = compare_logits(logits, torch.tensor([[0, 2]]), logits)
-    assert float(found.nll) == pytest.approx(math.log(1 + math.exp(-1) + math.exp(-2)), rel=1e-6)
-    assert found.nll.dtype == torch.float64
+    result = compare_logits(logits, torch.tensor([[0, 2]]), logits)
+    assert float(result.nll) == pytest.approx(math.log(1 + math.exp(-1) + math.exp(-2)), rel=1e-6)
+    assert result.nll.dtype == torch.float64

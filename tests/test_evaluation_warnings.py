@@ -21,7 +21,7 @@ from lowrank_core.evaluation import DenseReference, EvaluationReport, evaluate
 from lowrank_core.evaluation.intervals import Sample, bootstrap_interval
 from lowrank_core.evaluation.warnings import FEW_WINDOWS, uniform_warning, window_warning
 from lowrank_core.export.manifest import measurement_from
-from lowrank_core.export.measuring import figures_of
+from lowrank_core.export.measuring import metrics_of
 from lowrank_core.models import ModelHandle
 from lowrank_core.runs import Run, create_run
 from lowrank_core.statistics.calibration import collect_statistics
@@ -87,9 +87,9 @@ def test_one_run_of_overlapping_windows_has_no_interval(smaller: ModelHandle, ll
 def test_few_windows_have_an_interval_and_a_warning(smaller: ModelHandle, llama: ModelHandle, windows: WindowSet, count: int):
     report = evaluate(smaller, first(windows, count), against=llama)
     assert report.kl_interval is not None
-    told = [warning for warning in report.warnings if "windows of text alone" in warning]
-    assert [warning.split()[0] for warning in told] == ([str(count)] if count < FEW_WINDOWS else [])
-    assert len(window_warning(Sample(np.arange(count)))) == len(told)
+    reported = [warning for warning in report.warnings if "windows of text alone" in warning]
+    assert [warning.split()[0] for warning in reported] == ([str(count)] if count < FEW_WINDOWS else [])
+    assert len(window_warning(Sample(np.arange(count)))) == len(reported)
 
 
 def test_a_folder_measured_on_one_window_is_read_again():
@@ -105,41 +105,41 @@ def test_a_silent_dense_model_is_told(silent: ModelHandle, windows: WindowSet):
     report = evaluate(silent, windows, against=silent)
     assert report.dense_nll == pytest.approx(math.log(VOCABULARY), abs=1e-6)
     assert (report.kl, report.top1_agreement) == (0.0, 1.0)
-    (told,) = report.warnings
-    assert told.startswith(SAYS_NOTHING)
-    assert "KL and agreement say nothing" in told
+    (reported,) = report.warnings
+    assert reported.startswith(SAYS_NOTHING)
+    assert "KL and agreement say nothing" in reported
     assert "-0.0000" not in _one(report)
-    assert f"warning: {told}" in _one(report)
-    assert f"warning: {told}" in _several([report])
-    assert figures_of(report.to_mapping())["warnings"] == [told]
+    assert f"warning: {reported}" in _one(report)
+    assert f"warning: {reported}" in _several([report])
+    assert metrics_of(report.to_mapping())["warnings"] == [reported]
 
 
 def test_what_is_measured_alone_is_told_too(silent: ModelHandle, windows: WindowSet):
-    (told,) = evaluate(silent, windows).warnings
-    assert told.startswith("the model is no better than a uniform guess")
+    (reported,) = evaluate(silent, windows).warnings
+    assert reported.startswith("the model is no better than a uniform guess")
 
 
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"top_k": 16}])
 def test_what_trials_are_compared_with_is_judged(llama: ModelHandle, silent: ModelHandle, windows: WindowSet, options: dict[str, object]):
-    found = DenseReference.compute(silent, windows, batch_size=7, **options)  # type: ignore[arg-type]
-    (told,) = found.warnings
-    assert told.startswith(SAYS_NOTHING)
+    result = DenseReference.compute(silent, windows, batch_size=7, **options)  # type: ignore[arg-type]
+    (reported,) = result.warnings
+    assert reported.startswith(SAYS_NOTHING)
     other = DenseReference.compute(llama, windows, batch_size=7, **options)  # type: ignore[arg-type]
     assert other.nll is not None
     assert other.nll.tolist() == pytest.approx(evaluate(llama, windows).window_nll, rel=1e-5)
 
 
 def test_noise_decides_what_is_below_a_uniform_guess():
-    def told(mean: float, spread: float, windows: int = 16) -> bool:
+    def reported(mean: float, spread: float, windows: int = 16) -> bool:
         means = mean + spread * np.tile([-1.0, 1.0], windows // 2)
         return bool(uniform_warning(Sample(means), 512, name="the model", compared=False))
 
     uniform = math.log(512)
-    assert not told(uniform - 1.0, 0.5)
-    assert told(uniform + 1.0, 0.5)
-    assert told(uniform - 0.1, 0.5)  # its standard error is 0.13
-    assert not told(uniform - 0.1, 0.05)
-    assert told(uniform - 1e-5, 0.0)  # rounding
+    assert not reported(uniform - 1.0, 0.5)
+    assert reported(uniform + 1.0, 0.5)
+    assert reported(uniform - 0.1, 0.5)  # its standard error is 0.13
+    assert not reported(uniform - 0.1, 0.05)
+    assert reported(uniform - 1e-5, 0.0)  # rounding
 
 
 @pytest.fixture

@@ -33,9 +33,9 @@ def units() -> tuple[Unit, ...]:
 
 @pytest.fixture(scope="module")
 def record() -> CurveRecord:
-    found = load_curves(RECORDED / "curves.npz")
-    assert found is not None
-    return found
+    result = load_curves(RECORDED / "curves.npz")
+    assert result is not None
+    return result
 
 
 def held(regression: KlRegression, units: tuple[Unit, ...], drafts: list) -> dict[str, float]:
@@ -55,11 +55,11 @@ def held(regression: KlRegression, units: tuple[Unit, ...], drafts: list) -> dic
     ids=["baselines", "12 trials", "30 trials", "20%", "60%"],
 )
 def test_the_interval_holds_nine_of_ten_measurements_near_and_far(units, record, search, trials):
-    found = held(KlRegression(record, units, as_trials(units, MEASURED["searches"][search])[:trials]), units, MEASURED["drafts"])
+    result = held(KlRegression(record, units, as_trials(units, MEASURED["searches"][search])[:trials]), units, MEASURED["drafts"])
     assert len(MEASURED["drafts"]) >= 100
-    assert 0.85 <= found["all"] <= 0.95
-    assert found["near"] >= 0.8
-    assert found["far"] >= 0.75  # the least, 78 %, from a search at 60 %, where most drafts lose less than every trial
+    assert 0.85 <= result["all"] <= 0.95
+    assert result["near"] >= 0.8
+    assert result["far"] >= 0.75  # the least, 78 %, from a search at 60 %, where most drafts lose less than every trial
 
 
 def test_quantiles_of_the_ratio_which_said_what_to_expect_before_hold_far_less(units, record):
@@ -76,9 +76,9 @@ def record_sum(record: CurveRecord, units: tuple[Unit, ...], places: list[int]) 
 @pytest.mark.slow
 def test_the_interval_holds_what_is_measured_anew():
     bench = Bench("demo", windows=48)
-    found = measure(bench, {"40%": (0.4, 3)}, near=12, far=36, seed=2)
-    regression = KlRegression(bench.record, bench.units, as_trials(bench.units, found["searches"]["40%"]))
-    assert held(regression, bench.units, found["drafts"])["all"] >= 0.8
+    result = measure(bench, {"40%": (0.4, 3)}, near=12, far=36, seed=2)
+    regression = KlRegression(bench.record, bench.units, as_trials(bench.units, result["searches"]["40%"]))
+    assert held(regression, bench.units, result["drafts"])["all"] >= 0.8
 
 
 # how it widens
@@ -99,7 +99,7 @@ def width(expected) -> float:
 
 def test_the_interval_is_narrow_at_a_trial_and_wide_away_from_all(units, record, searched):
     regression = KlRegression(record, units, searched)
-    best = min(searched, key=lambda found: found.kl or 0.0)
+    best = min(searched, key=lambda result: result.kl or 0.0)
     at = regression.expected(best.ranks)
     assert at.low < at.median < at.high
     assert at.low <= best.kl <= at.high
@@ -124,13 +124,13 @@ def test_every_trial_narrows_the_interval_and_three_are_enough_to_begin(units, r
 def test_a_run_whose_losses_are_all_larger_is_believed(units, record, searched):
     draft = next(unpacked(units, places) for where, _, places, _ in MEASURED["drafts"] if where == NEAR)
     plain = KlRegression(record, units, searched).expected(draft)
-    doubled = [trial(found.number, dict(found.ranks), 2 * found.kl) for found in searched]
+    doubled = [trial(result.number, dict(result.ranks), 2 * result.kl) for result in searched]
     assert KlRegression(record, units, doubled).expected(draft).median == pytest.approx(2 * plain.median, rel=0.1)
 
 
 def test_trials_that_scatter_more_than_the_prior_widen_every_interval(units, record, searched):
     draft = next(unpacked(units, places) for where, _, places, _ in MEASURED["drafts"] if where == NEAR)
-    loud = [trial(found.number, dict(found.ranks), found.kl * (1.3 if found.number % 2 else 0.8)) for found in searched]
+    loud = [trial(result.number, dict(result.ranks), result.kl * (1.3 if result.number % 2 else 0.8)) for result in searched]
     assert width(KlRegression(record, units, loud).expected(draft)) > 3 * width(KlRegression(record, units, searched).expected(draft))
 
 
@@ -148,7 +148,7 @@ def test_trials_without_a_loss_are_left_out(units, record, searched):
 
 
 def test_of_many_sampled_trials_the_newest_are_enough(units, record, searched):
-    sampled = [found for found in searched if found.label == "sampled"]
+    sampled = [result for result in searched if result.label == "sampled"]
     many = [trial(number, dict(sampled[number % len(sampled)].ranks), 0.001) for number in range(300)]
     assert KlRegression(record, units, [*searched[:3], *many]).trials == 203
 

@@ -17,7 +17,7 @@ from lowrank_core.compression.quantization import quantized
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.errors import ModelError, TextError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.export import HeldOut, export, figures_of, held_out, read_manifest
+from lowrank_core.export import HeldOut, export, held_out, metrics_of, read_manifest
 from lowrank_core.export import base_model as base_model_module
 from lowrank_core.export.base_model import base_model_of
 from lowrank_core.models import ModelHandle, load_model
@@ -45,7 +45,7 @@ def model(dense: ModelHandle) -> CompressedModel:
 def folder(model: CompressedModel, dense: ModelHandle, windows: WindowSet, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("card") / "out"
     report = evaluate(model.handle, windows, against=dense).to_mapping()
-    figures = figures_of(report, healed={**report, "perplexity": 1.5, "perplexity_interval": (1.25, 1.75)})
+    figures = metrics_of(report, healed={**report, "perplexity": 1.5, "perplexity_interval": (1.25, 1.75)})
     export(model, out, provenance=PROVENANCE, figures=figures, test=HeldOut(TextConfig("python-stdlib"), windows))
     return out
 
@@ -144,8 +144,8 @@ def test_a_folder_without_a_manifest_is_told(tmp_path: Path):
 
 def test_held_out_windows_are_those_of_the_test_split(dense: ModelHandle, text_file: Path):
     config = TextConfig(f"file:{text_file}", context=32, test_windows=5)
-    found = held_out(dense, config)
-    assert found.windows.sha256 == load_windows(config, dense.tokenizer, "test", count=5).sha256
+    result = held_out(dense, config)
+    assert result.windows.sha256 == load_windows(config, dense.tokenizer, "test", count=5).sha256
     with pytest.raises(TextError, match="fewer than one window"):
         held_out(dense, TextConfig(f"file:{text_file}", context=10**6))
 

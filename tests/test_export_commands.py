@@ -103,7 +103,7 @@ def test_a_worker_exports_and_verifies(run: Path, capsys: pytest.CaptureFixture[
         ("verify", {"path": "uniform-dense"}),
         ("verify", {"path": "../../elsewhere"}),
     ]
-    requests = [client.ask(record, kind, launch=False, **arguments) for kind, arguments in wanted]
+    requests = [client.submit(record, kind, launch=False, **arguments) for kind, arguments in wanted]
     assert main(["worker", "--run", str(run)]) == 0
     written, refused, verified, missing = (read_json(client.result_path(record, request)) for request in requests)
     assert written["ok"], written
@@ -112,9 +112,9 @@ def test_a_worker_exports_and_verifies(run: Path, capsys: pytest.CaptureFixture[
     assert not refused["ok"]
     assert "form must be one of" in str(refused["error"])
     assert verified["ok"], verified
-    found = verified["verification"]
-    assert found["ok"]
-    assert found["measured"] == pytest.approx(found["recorded"])
+    result = verified["verification"]
+    assert result["ok"]
+    assert result["measured"] == pytest.approx(result["recorded"])
     assert not missing["ok"]
     assert "no export 'elsewhere'" in str(missing["error"])
 

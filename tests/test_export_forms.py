@@ -85,12 +85,12 @@ def biased_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str
 
 @pytest.fixture(scope="module")
 def models(request: pytest.FixtureRequest) -> dict[str, CompressedModel]:
-    found = {}
+    result = {}
     for case in CASES:
         name, _, centred = case.partition("-")
         dense = load_model(ModelSource(str(request.getfixturevalue(f"{name}_checkpoint"))))
-        found[case] = all_forms(dense, centred=bool(centred))
-    return found
+        result[case] = all_forms(dense, centred=bool(centred))
+    return result
 
 
 @pytest.fixture(scope="module")

@@ -90,17 +90,17 @@ def _plainly(folders: Sequence[Path], home: Path, *, packages: str = "") -> list
 
 @pytest.mark.parametrize("packages", ["", *OTHERS])
 def test_without_our_package_no_way_loads_a_folder_of_factors(packages: str, exports: dict[str, Path], tmp_path: Path):
-    for found in _plainly(list(exports.values()), tmp_path, packages=packages):
-        assert "loaded" not in found["ways"].values(), found
-        for way, told in found["ways"].items():
-            assert "mismatched" in told or way == "pipeline", found
+    for result in _plainly(list(exports.values()), tmp_path, packages=packages):
+        assert "loaded" not in result["ways"].values(), result
+        for way, reported in result["ways"].items():
+            assert "mismatched" in reported or way == "pipeline", result
 
 
 @pytest.mark.parametrize("packages", ["", *OTHERS])
 def test_the_same_ways_load_a_dense_model_and_a_folder_without_guards(packages: str, llama_checkpoint: Path, one: Path, tmp_path: Path):
     """The test above has teeth: the fault is there without the guard."""
-    for found in _plainly([llama_checkpoint, _without_guards(one, tmp_path / "old")], tmp_path, packages=packages):
-        assert set(found["ways"].values()) == {"loaded"}, found
+    for result in _plainly([llama_checkpoint, _without_guards(one, tmp_path / "old")], tmp_path, packages=packages):
+        assert set(result["ways"].values()) == {"loaded"}, result
 
 
 def test_what_a_user_saves_again_is_guarded_too(exports: dict[str, Path], tmp_path: Path):
@@ -109,8 +109,8 @@ def test_what_a_user_saves_again_is_guarded_too(exports: dict[str, Path], tmp_pa
         AutoModelForCausalLM.from_pretrained(exports[f"{case} one file"]).save_pretrained(tmp_path / case)
         (tmp_path / case / "tokenizer.json").write_bytes((exports[f"{case} one file"] / "tokenizer.json").read_bytes())
         folders.append(tmp_path / case)
-    for found in _plainly(folders, tmp_path):
-        assert "loaded" not in found["ways"].values(), found
+    for result in _plainly(folders, tmp_path):
+        assert "loaded" not in result["ways"].values(), result
 
 
 @pytest.mark.parametrize("name", [f"{case} {form}" for case in CASES for form in FORMS])
@@ -136,9 +136,9 @@ def test_headers_count_a_guard_as_nothing_and_say_what_it_is(one: Path):
 
 def test_our_ways_pass_over_the_guards_without_a_word(one: Path, caplog: pytest.LogCaptureFixture):
     with caplog.at_level(logging.WARNING):
-        module, told = AutoModelForCausalLM.from_pretrained(one, output_loading_info=True)
-    assert not told["unexpected_keys"]
-    assert not told["mismatched_keys"]
+        module, reported = AutoModelForCausalLM.from_pretrained(one, output_loading_info=True)
+    assert not reported["unexpected_keys"]
+    assert not reported["mismatched_keys"]
     assert caplog.text == ""
     assert not any(name.endswith(tuple(guards(_layers(one), module.dtype))) for name in module.state_dict())
 
@@ -149,11 +149,11 @@ def test_a_folder_of_an_earlier_version_loads_and_is_told_how_to_be_rewritten(on
     with caplog.at_level(logging.WARNING):
         loaded = AutoModelForCausalLM.from_pretrained(old)
     assert torch.equal(logits_of(loaded), logits_of(AutoModelForCausalLM.from_pretrained(one)))
-    told = [record.getMessage() for record in caplog.records if record.name.startswith("lowrank_core")]
-    assert len(told) == 1
-    assert "random weights and no error" in told[0]
-    assert f"lowrank export --from {old} --out NEW" in told[0]
-    assert "\n" not in told[0]
+    reported = [record.getMessage() for record in caplog.records if record.name.startswith("lowrank_core")]
+    assert len(reported) == 1
+    assert "random weights and no error" in reported[0]
+    assert f"lowrank export --from {old} --out NEW" in reported[0]
+    assert "\n" not in reported[0]
 
 
 # --- an older export is rewritten ------------------------------------------------------------------------------------

@@ -48,14 +48,14 @@ def _edit(folder: Path, change: Callable[[dict[str, object]], object]) -> None:
 
 
 def test_a_fresh_process_measures_the_same(whole: Path):
-    found = verify(whole)
-    assert found.ok
-    assert found.files == 1
-    assert found.recorded == json.loads((whole / "lowrank.json").read_text())["measured"]["perplexity"]
-    assert found.measured == pytest.approx(found.recorded, rel=1e-9)
-    assert found.difference == found.measured - found.recorded
-    assert 0 < found.tolerance < 1e-3
-    assert "test split: 6 non-overlapping windows of 32 tokens" in found.protocol
+    result = verify(whole)
+    assert result.ok
+    assert result.files == 1
+    assert result.recorded == json.loads((whole / "lowrank.json").read_text())["measured"]["perplexity"]
+    assert result.measured == pytest.approx(result.recorded, rel=1e-9)
+    assert result.difference == result.measured - result.recorded
+    assert 0 < result.tolerance < 1e-3
+    assert "test split: 6 non-overlapping windows of 32 tokens" in result.protocol
 
 
 def test_another_model_behind_right_hashes_is_told(copied: Path, capsys: pytest.CaptureFixture[str]):
@@ -87,16 +87,16 @@ def test_the_command_prints_both(whole: Path, capsys: pytest.CaptureFixture[str]
 def test_another_text_is_measured_but_not_compared(whole: Path, text_file: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--text", f"file:{text_file}", "--windows", "3", "--context", "16", "--split", "validation"]
     assert main(["verify", "--model", str(whole), *options]) == 0
-    told = capsys.readouterr().out
-    assert "there is nothing to compare with" in told
-    assert "validation split: 3 non-overlapping windows of 16 tokens" in told
+    reported = capsys.readouterr().out
+    assert "there is nothing to compare with" in reported
+    assert "validation split: 3 non-overlapping windows of 16 tokens" in reported
 
 
 def test_the_same_text_elsewhere_is_compared(whole: Path, text: TextConfig, text_file: Path):
     assert Path(text.reference.removeprefix("file:")) != text_file
-    found = verify(whole, text=TextConfig(f"file:{text_file}", context=32, test_windows=6))
-    assert found.ok
-    assert found.recorded is not None
+    result = verify(whole, text=TextConfig(f"file:{text_file}", context=32, test_windows=6))
+    assert result.ok
+    assert result.recorded is not None
 
 
 def test_a_text_that_changed_since_is_told(copied: Path, text_file: Path, tmp_path: Path):

@@ -48,9 +48,9 @@ def directly(handle: ModelHandle, ids: Tensor, name: str, seed: int) -> tuple[Te
 
 
 def test_moments_are_those_of_the_gradients(any_handle: ModelHandle, few: WindowSet):
-    found = collect_gradients(any_handle, few, replace(CONFIG, gradient_seed=4))
-    assert list(found) == [layer.name for layer in any_handle.layers]
-    for name, statistics in found.items():
+    result = collect_gradients(any_handle, few, replace(CONFIG, gradient_seed=4))
+    assert list(result) == [layer.name for layer in any_handle.layers]
+    for name, statistics in result.items():
         rows, inputs = directly(any_handle, few.ids, name, 4)
         assert statistics.count == few.ids.numel() == len(rows)
         scale = float(rows.square().mean())
@@ -239,9 +239,9 @@ def test_statistics_take_them_along_and_warn_of_few_tokens(llama: ModelHandle, w
     assert not statistics.outputs
     assert not statistics.warnings()
     outputs = collect_gradients(llama, few, CONFIG)
-    found = statistics.with_outputs(outputs)
-    assert found.inputs is statistics.inputs
-    assert found.outputs is outputs
-    (warning,) = found.warnings()
+    result = statistics.with_outputs(outputs)
+    assert result.inputs is statistics.inputs
+    assert result.outputs is outputs
+    (warning,) = result.warnings()
     assert "gradient moments rest on fewer than 8 tokens per dimension" in warning
     assert "112 tokens for 80 dimensions" in warning

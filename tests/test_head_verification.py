@@ -62,14 +62,14 @@ def with_attention(handle: ModelHandle, kind: type[LlamaAttention], depth: int) 
 @pytest.mark.parametrize("name", PLAIN)
 def test_plain_values_are_units_and_whole_heads_give_the_dense_model(name: str, tmp_path: Path, sample_text: str, windows: WindowSet):
     handle = load_family(tmp_path, sample_text, name)
-    found = find_heads(handle)
-    assert len(found.units) == 2
-    assert found.dropped == ()
+    result = find_heads(handle)
+    assert len(result.units) == 2
+    assert result.dropped == ()
     statistics = collect_statistics(handle, windows, CalibrationConfig(group_size=8, batch_size=8))
     config = CompressionConfig(basis="whitened", storage="factored", heads=True, value_dense=False)
     units = units_of(handle, config)
     bases = factorize(handle, statistics, units, config)
-    ranks = {unit.name: unit.max_rank for unit in found.units}
+    ranks = {unit.name: unit.max_rank for unit in result.units}
     model = compress(handle, bases, allocation_from_ranks("manual", units, ranks))
     ids = random_tokens(handle.module, 2, seed=5)
     with torch.no_grad():
@@ -102,23 +102,23 @@ def test_one_pass_verifies_all_units_where_all_are_sound(tmp_path: Path, sample_
 def test_a_value_with_two_readers_is_never_a_unit(tmp_path: Path, sample_text: str):
     """Doge reads its values a second time, to mask what it attends to: compressing them as heads changed the model."""
     handle = load_family(tmp_path, sample_text, "doge", lively_doge)
-    found = find_heads(handle)
-    assert found.units == ()
-    assert {entry.value for entry in found.dropped} == {ATTENTION(depth, "v") for depth in range(2)}
-    assert all("2 layers read the value" in str(entry) for entry in found.dropped)
+    result = find_heads(handle)
+    assert result.units == ()
+    assert {entry.value for entry in result.dropped} == {ATTENTION(depth, "v") for depth in range(2)}
+    assert all("2 layers read the value" in str(entry) for entry in result.dropped)
     assert not any("dt_proj" in unit.name for unit in units_of(handle, CompressionConfig(heads=True, value_dense=False)))
 
 
 @pytest.mark.parametrize("kind", [Leaky, Normed])
 def test_a_false_pair_is_dropped_with_the_reason_and_the_others_stay(kind: type[LlamaAttention], tmp_path: Path, sample_text: str):
     handle = with_attention(load_family(tmp_path, sample_text, "llama"), kind, 0)
-    found = find_heads(handle)
-    assert [unit.members[0].name for unit in found.units] == [ATTENTION(1, "v")]
-    (dropped,) = found.dropped
+    result = find_heads(handle)
+    assert [unit.members[0].name for unit in result.units] == [ATTENTION(1, "v")]
+    (dropped,) = result.dropped
     assert (dropped.value, dropped.output) == (ATTENTION(0, "v"), ATTENTION(0, "o"))
     assert "the logits change by" in dropped.reason
-    assert head_units(handle) == found.units
-    assert found.describe()["heads_dropped"] == [str(dropped)]
+    assert head_units(handle) == result.units
+    assert result.describe()["heads_dropped"] == [str(dropped)]
 
 
 def test_the_gauge_is_exact_in_narrow_dtypes(tmp_path: Path, sample_text: str):

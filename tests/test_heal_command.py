@@ -33,19 +33,19 @@ def arguments(folder: Path, text_file: Path, out: Path, *more: str) -> list[str]
 def test_a_folder_is_healed_into_a_folder(folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "healed"
     assert main(arguments(folder, text_file, out)) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["healing"]["kl_after"] < found["healing"]["kl_before"]
-    assert found["healed"]["kl"] < found["one_shot"]["kl"]
-    assert found["healed"]["dense_perplexity"] == found["one_shot"]["dense_perplexity"]
-    assert found["healed"]["parameters"] == found["one_shot"]["parameters"]
+    result = json.loads(capsys.readouterr().out)
+    assert result["healing"]["kl_after"] < result["healing"]["kl_before"]
+    assert result["healed"]["kl"] < result["one_shot"]["kl"]
+    assert result["healed"]["dense_perplexity"] == result["one_shot"]["dense_perplexity"]
+    assert result["healed"]["parameters"] == result["one_shot"]["parameters"]
     manifest = json.loads((out / "lowrank.json").read_text())
     assert manifest["made_from"] == json.loads((folder / "lowrank.json").read_text())["made_from"]
     assert manifest["ranks"] == json.loads((folder / "lowrank.json").read_text())["ranks"]
-    assert manifest["healing"]["tokens"] == found["healing"]["tokens"] > 0
-    assert manifest["measured"]["perplexity"] == pytest.approx(found["healed"]["perplexity"], rel=1e-6)
+    assert manifest["healing"]["tokens"] == result["healing"]["tokens"] > 0
+    assert manifest["measured"]["perplexity"] == pytest.approx(result["healed"]["perplexity"], rel=1e-6)
     card = (out / "README.md").read_text()
     assert "healed" in card
-    assert load_model(ModelSource(str(out))).parameters == found["healed"]["parameters"]
+    assert load_model(ModelSource(str(out))).parameters == result["healed"]["parameters"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["healed"]  # no checkpoint is left
     assert main(["verify", "--model", str(out)]) == 0
 

@@ -72,8 +72,8 @@ def small(llama: ModelHandle, windows: WindowSet) -> ModelHandle:
 
 def logits(module: nn.Module, windows: WindowSet) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = module(input_ids=windows.ids[:4]).logits
-    return found
+        result: torch.Tensor = module(input_ids=windows.ids[:4]).logits
+    return result
 
 
 def weights(handle: ModelHandle) -> dict[str, torch.Tensor]:
@@ -82,16 +82,16 @@ def weights(handle: ModelHandle) -> dict[str, torch.Tensor]:
 
 def test_the_loss_is_the_divergence_at_a_temperature_and_the_cross_entropy():
     generator = torch.Generator().manual_seed(0)
-    found, target = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
+    result, target = torch.randn(2, 3, 5, generator=generator), torch.randn(2, 3, 5, generator=generator)
     tokens = torch.tensor([[0, 4, 2], [1, 1, 3]])
     divergence, entropy = 0.0, 0.0
     for row in range(2):
         for place in range(3):
-            p, q = (torch.softmax(z[row, place].double() / 2.0, -1) for z in (target, found))
+            p, q = (torch.softmax(z[row, place].double() / 2.0, -1) for z in (target, result))
             divergence += float((p * (p / q).log()).sum()) / 6
-            entropy -= float(torch.softmax(found[row, place].double(), -1)[tokens[row, place]].log()) / 6
-    assert float(distillation_loss(found, target, tokens, 2.0, 0.0)) == pytest.approx(4 * divergence, rel=1e-5)
-    assert float(distillation_loss(found, target, tokens, 2.0, 0.3)) == pytest.approx(4 * divergence + 0.3 * entropy, rel=1e-5)
+            entropy -= float(torch.softmax(result[row, place].double(), -1)[tokens[row, place]].log()) / 6
+    assert float(distillation_loss(result, target, tokens, 2.0, 0.0)) == pytest.approx(4 * divergence, rel=1e-5)
+    assert float(distillation_loss(result, target, tokens, 2.0, 0.3)) == pytest.approx(4 * divergence + 0.3 * entropy, rel=1e-5)
     assert float(distillation_loss(target, target, tokens, 2.0, 0.0)) == pytest.approx(0, abs=1e-6)
 
 
@@ -177,8 +177,8 @@ def test_a_block_learns_nothing_from_the_blocks_after_it(small: ModelHandle, lla
     first = {name: value for name, value in student.trained.items() if ".layers.0." in name}
 
     def gradients() -> dict[str, torch.Tensor]:
-        found = torch.autograd.grad(healer.loss(student.module, llama.module, windows.ids[:4], HealingConfig()), list(first.values()))
-        return dict(zip(first, found, strict=True))
+        result = torch.autograd.grad(healer.loss(student.module, llama.module, windows.ids[:4], HealingConfig()), list(first.values()))
+        return dict(zip(first, result, strict=True))
 
     before = gradients()
     with torch.no_grad():
@@ -369,9 +369,9 @@ def test_the_state_of_an_optimiser_is_packed_and_unpacked(make: Callable[[list[n
     _, optimizer = matrix_regression(make, 25)
     tensors, words = packed_state(optimizer)
     assert all(isinstance(tensor, torch.Tensor) for tensor in tensors.values())
-    found = unpacked_state(tensors, json.loads(json.dumps(words)))
+    result = unpacked_state(tensors, json.loads(json.dumps(words)))
     other = make([nn.Parameter(torch.zeros(12, 12))])
-    other.load_state_dict(found)  # type: ignore[arg-type]
+    other.load_state_dict(result)  # type: ignore[arg-type]
     again, _ = packed_state(other)
     assert again.keys() == tensors.keys()
     assert all(torch.equal(again[name], value) for name, value in tensors.items())

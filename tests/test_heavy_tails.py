@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lowrank_core.spectra.heavy_tails import LEAST_TAIL, bulk_density, bulk_edges, entry_variance, fit_tail, outliers
+from lowrank_core.spectra.heavy_tails import MIN_TAIL, bulk_density, bulk_edges, entry_variance, fit_tail, outliers
 
 
 def _energies(matrix: np.ndarray) -> np.ndarray:
@@ -88,20 +88,20 @@ def test_the_tail_is_told_from_the_bulk() -> None:
     values = np.sort(np.concatenate([generator.uniform(0.2, 3.0, 1500), 3 * _pareto(3.0, 500, 6)]))[::-1]
     fit = fit_tail(values)
     assert fit is not None
-    assert 2 < fit.least < 4
+    assert 2 < fit.minimum < 4
     assert abs(fit.alpha - 3.0) < 3 * fit.error
     assert fit.total == 2000
 
 
-def test_the_fit_is_maximum_likelihood_from_its_least_value_on() -> None:
+def test_the_fit_is_maximum_likelihood_from_its_min_value_on() -> None:
     values = _pareto(2.2, 400, 7)
     fit = fit_tail(values)
     assert fit is not None
-    tail = values[values >= fit.least * (1 - 1e-12)]
+    tail = values[values >= fit.minimum * (1 - 1e-12)]
     assert tail.size == fit.count
-    assert fit.alpha == pytest.approx(1 + tail.size / np.log(tail / fit.least).sum())
+    assert fit.alpha == pytest.approx(1 + tail.size / np.log(tail / fit.minimum).sum())
 
 
-@pytest.mark.parametrize("values", [np.zeros(50), np.ones(50), np.arange(1.0, LEAST_TAIL)[::-1], np.array([])])
+@pytest.mark.parametrize("values", [np.zeros(50), np.ones(50), np.arange(1.0, MIN_TAIL)[::-1], np.array([])])
 def test_where_there_is_no_tail_there_is_no_exponent(values: np.ndarray) -> None:
     assert fit_tail(values) is None

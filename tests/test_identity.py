@@ -100,23 +100,23 @@ def stages(run: Run) -> list[str]:
 def refused(run: Run, message: str, work: Callable[[], object] | None = None) -> str:
     """Check that the run refuses to work with ``message``, that nothing was computed, and that its files are as they were."""
     before, done = files(run), stages(run)
-    with pytest.raises(ConfigError, match=message) as told:
+    with pytest.raises(ConfigError, match=message) as reported:
         (work or (lambda: run_worker(run, verbose=False)))()
     assert files(run) == before
     assert set(stages(run)[len(done) :]) <= {"Loading the model", "Waiting for the first worker"}
-    assert "\n" not in str(told.value)
-    return str(told.value)
+    assert "\n" not in str(reported.value)
+    return str(reported.value)
 
 
 def test_a_changed_weight_is_refused_before_anything_is_measured(run: Run, model: Path):
     trials = read_trials(run)
     run.change_search(trials=4)
     scale(model)
-    told = refused(run, WEIGHTS)
-    assert f"Put the old model back at {model}, or start a new run with `lowrank search`." in told
+    reported = refused(run, WEIGHTS)
+    assert f"Put the old model back at {model}, or start a new run with `lowrank search`." in reported
     assert read_trials(run) == trials
     assert run.status().state == "failed"
-    assert run.status().message == told
+    assert run.status().message == reported
     scale(model, 0.5)
     run_worker(run, verbose=False)
     assert len(complete(run)) == 4
@@ -227,7 +227,7 @@ ASKED = {
 
 
 def test_no_request_is_answered_with_another_model(run: Run, model: Path):
-    requests = [client.ask(run, kind, launch=False, **arguments) for kind, arguments in ASKED.items()]
+    requests = [client.submit(run, kind, launch=False, **arguments) for kind, arguments in ASKED.items()]
     trials = read_trials(run)
     scale(model)
     refused(run, WEIGHTS)
@@ -237,10 +237,10 @@ def test_no_request_is_answered_with_another_model(run: Run, model: Path):
 
 
 def test_comparisons_are_answered_on_the_same_test_text(run: Run, text: Path):
-    client.ask(run, "compare", launch=False, trial=0)
+    client.submit(run, "compare", launch=False, trial=0)
     run_worker(run, verbose=False)
     rewrite(text, 0.92, 1.0)
-    request = client.ask(run, "compare", launch=False, trial=1)
+    request = client.submit(run, "compare", launch=False, trial=1)
     refused(run, "the tokens of its test text differ")
     assert not client.result_path(run, request).exists()
 
@@ -250,7 +250,7 @@ def test_answers_on_a_second_text_are_on_the_same_tokens(run: Run, text: Path, t
     shutil.copy(text, other)
 
     def answer(trial: int) -> dict[str, object]:
-        request = client.ask(run, "other_text", launch=False, trial=trial, text=f"file:{other}")
+        request = client.submit(run, "other_text", launch=False, trial=trial, text=f"file:{other}")
         run_worker(run, verbose=False)
         return read_json(client.result_path(run, request)) or {}
 
@@ -258,9 +258,9 @@ def test_answers_on_a_second_text_are_on_the_same_tokens(run: Run, text: Path, t
     assert first["ok"]
     assert answer(1)["sha256"] == first["sha256"]
     rewrite(other, 0.92, 1.0)
-    told = answer(1)
-    assert not told["ok"]
-    assert f"file:{other} has changed since models of this run were measured on it" in str(told["error"])
+    reported = answer(1)
+    assert not reported["ok"]
+    assert f"file:{other} has changed since models of this run were measured on it" in str(reported["error"])
 
 
 def test_sensitivities_are_not_measured_of_another_model(run: Run, model: Path):
@@ -296,8 +296,8 @@ def test_nothing_is_exported_from_another_model(run: Run, model: Path, text: Pat
 def test_a_further_worker_is_refused_before_it_calibrates(run: Run, model: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Run, "worker_alive", lambda self: True)
     scale(model)
-    told = refused(run, f"this worker can't join: {WEIGHTS}", lambda: join_run(run, verbose=False))
-    assert "Give it the same model and text" in told
+    reported = refused(run, f"this worker can't join: {WEIGHTS}", lambda: join_run(run, verbose=False))
+    assert "Give it the same model and text" in reported
 
 
 def test_memory_is_measured_of_the_model_that_is_timed(model: Path):

@@ -45,35 +45,35 @@ def test_the_gradient_is_that_of_the_posterior():
     posterior = _Posterior(_Terms.of(points_of(12, 0, 3), range(3)), np.random.default_rng(1).standard_normal(12))
     theta = posterior.prior_mean + 0.3 * np.arange(6)
     steps = 1e-5 * np.eye(6)
-    slopes = [(posterior.negative(theta + step)[0] - posterior.negative(theta - step)[0]) / 2e-5 for step in steps]
-    assert posterior.negative(theta)[1] == pytest.approx(slopes, rel=1e-5, abs=1e-6)
+    error_weights = [(posterior.negative(theta + step)[0] - posterior.negative(theta - step)[0]) / 2e-5 for step in steps]
+    assert posterior.negative(theta)[1] == pytest.approx(error_weights, rel=1e-5, abs=1e-6)
 
 
 def test_known_shares_are_told_and_add_up_to_one():
     centre = np.full(5, 0.3)
     points = points_of(40, 0)
-    found = variance_shares(points, quadratic(points, centre))
-    assert [entry.share for entry in found] == pytest.approx(shares_of_quadratic(centre), abs=0.02)
-    assert sum(entry.share for entry in found) == pytest.approx(1.0)
-    assert all(0 <= entry.low <= entry.share <= entry.high <= 1 for entry in found)
-    assert found == variance_shares(points, quadratic(points, centre))  # the draws are seeded
+    result = variance_shares(points, quadratic(points, centre))
+    assert [entry.share for entry in result] == pytest.approx(shares_of_quadratic(centre), abs=0.02)
+    assert sum(entry.share for entry in result) == pytest.approx(1.0)
+    assert all(0 <= entry.low <= entry.share <= entry.high <= 1 for entry in result)
+    assert result == variance_shares(points, quadratic(points, centre))  # the draws are seeded
 
 
 def test_an_interaction_belongs_to_both():
     points = points_of(60, 0, 3)
-    found = variance_shares(points, (points[:, 0] - 0.5) * (points[:, 1] - 0.5))
-    assert [entry.share for entry in found] == pytest.approx([0.5, 0.5, 0.0], abs=0.02)
+    result = variance_shares(points, (points[:, 0] - 0.5) * (points[:, 1] - 0.5))
+    assert [entry.share for entry in result] == pytest.approx([0.5, 0.5, 0.0], abs=0.02)
 
 
 def test_more_variables_than_can_interact():
     points = points_of(60, 0, 14)
-    found = variance_shares(points, 3 * points[:, 13] + points[:, 2] ** 2)
-    assert [int(at) for at in np.argsort([-entry.share for entry in found])[:2]] == [13, 2]
+    result = variance_shares(points, 3 * points[:, 13] + points[:, 2] ** 2)
+    assert [int(at) for at in np.argsort([-entry.share for entry in result])[:2]] == [13, 2]
 
 
 def test_losses_that_are_all_the_same_tell_nothing():
-    found = variance_shares(points_of(20, 0), np.full(20, 0.3))
-    assert found == (VarianceShare(0.2, 0.0, 1.0),) * 5
+    result = variance_shares(points_of(20, 0), np.full(20, 0.3))
+    assert result == (VarianceShare(0.2, 0.0, 1.0),) * 5
 
 
 def test_intervals_cover_the_truth():
@@ -82,8 +82,8 @@ def test_intervals_cover_the_truth():
     for seed in range(24):
         generator = np.random.default_rng(seed)
         centre, points = generator.uniform(-0.6, 0.6, 5), points_of(30, 1000 + seed)
-        found = variance_shares(points, quadratic(points, centre) + (0.1, 0.3)[seed % 2] * generator.standard_normal(30))
-        covered += [entry.low <= truth <= entry.high for entry, truth in zip(found, shares_of_quadratic(centre), strict=True)]
+        result = variance_shares(points, quadratic(points, centre) + (0.1, 0.3)[seed % 2] * generator.standard_normal(30))
+        covered += [entry.low <= truth <= entry.high for entry, truth in zip(result, shares_of_quadratic(centre), strict=True)]
     assert 0.8 <= np.mean(covered) <= 0.97
 
 
@@ -97,9 +97,9 @@ def as_trials(points: np.ndarray, losses: np.ndarray) -> list[FrozenTrial]:
 def test_with_logarithms_one_bad_trial_tells_nothing_false():
     centre, points = np.full(5, 0.3), points_of(40, 0)
     perplexities = 40 * np.exp(quadratic(points, centre))
-    found = importances(as_trials(points, perplexities), logarithms=True).found
-    assert [entry.name for entry in found[:3]] == ["a", "b", "c"]
-    assert [entry.share for entry in found] == pytest.approx(shares_of_quadratic(centre), abs=0.02)
+    result = importances(as_trials(points, perplexities), logarithms=True).found
+    assert [entry.name for entry in result[:3]] == ["a", "b", "c"]
+    assert [entry.share for entry in result] == pytest.approx(shares_of_quadratic(centre), abs=0.02)
 
 
 def searched(seed: int, trials: int) -> tuple[list[FrozenTrial], np.ndarray]:
@@ -123,6 +123,6 @@ def test_searches_by_a_gaussian_process_name_the_heaviest_variable_first(seeds: 
     """PED-ANOVA names it in 1 of these 8 by 30 trials, and in none by 50."""
     for seed in seeds:
         trials, truth = searched(seed, 50 if seed == 7 else 30)
-        found = importances(trials).found
-        assert [entry.name for entry in found[:3]] == ["a", "b", "c"]
-        assert [entry.share for entry in found] == pytest.approx(truth, abs=0.15)
+        result = importances(trials).found
+        assert [entry.name for entry in result[:3]] == ["a", "b", "c"]
+        assert [entry.share for entry in result] == pytest.approx(truth, abs=0.15)

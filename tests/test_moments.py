@@ -73,45 +73,45 @@ def test_merging_is_associative() -> None:
 
 def test_one_group_pools_to_the_sample_covariance() -> None:
     windows = rows(24, 5).reshape(6, 4, 5)
-    found = gathered(windows, [2, 4], group_size=6)
-    assert torch.equal(found.pooled, found.sample)
-    assert found.pooled_to_sample == 0
+    result = gathered(windows, [2, 4], group_size=6)
+    assert torch.equal(result.pooled, result.sample)
+    assert result.pooled_to_sample == 0
 
 
 @pytest.mark.parametrize("chunks", [[10], [1] * 10, [3, 3, 4], [7, 3]])
 def test_pooling_averages_the_covariances_of_the_groups(chunks: list[int]) -> None:
     windows = rows(50, 4).reshape(10, 5, 4)
-    found = gathered(windows, chunks, group_size=4)
+    result = gathered(windows, chunks, group_size=4)
     groups = [windows[:4], windows[4:8], windows[8:]]
     covariances = [np.cov(group.reshape(-1, 4).numpy(), rowvar=False) for group in groups]
     weights = np.array([1.0, 1.0, 0.5])  # the remainder is half a group
-    np.testing.assert_allclose(found.pooled.numpy(), np.average(covariances, axis=0, weights=weights), rtol=1e-9)
-    np.testing.assert_allclose(found.group_weights.numpy(), weights / weights.sum())
-    np.testing.assert_allclose(found.group_traces.numpy(), [np.trace(c) for c in covariances], rtol=1e-9)
-    assert found.group_counts.tolist() == [20, 20, 10]
+    np.testing.assert_allclose(result.pooled.numpy(), np.average(covariances, axis=0, weights=weights), rtol=1e-9)
+    np.testing.assert_allclose(result.group_weights.numpy(), weights / weights.sum())
+    np.testing.assert_allclose(result.group_traces.numpy(), [np.trace(c) for c in covariances], rtol=1e-9)
+    assert result.group_counts.tolist() == [20, 20, 10]
 
 
 def test_degrees_of_freedom_weigh_groups_by_their_rows() -> None:
     windows = rows(50, 4).reshape(10, 5, 4)
-    found = gathered(windows, [10], group_size=4, group_weights="dof")
+    result = gathered(windows, [10], group_size=4, group_weights="dof")
     groups = [windows[:4], windows[4:8], windows[8:]]
     within = sum(np.cov(g.reshape(-1, 4).numpy(), rowvar=False) * (g.shape[0] * 5 - 1) for g in groups)
-    np.testing.assert_allclose(found.pooled.numpy(), within / (50 - 3), rtol=1e-9)
+    np.testing.assert_allclose(result.pooled.numpy(), within / (50 - 3), rtol=1e-9)
 
 
 def test_pooling_leaves_out_what_differs_between_groups() -> None:
     windows = rows(80, 3).reshape(8, 10, 3)
     windows[4:] += 100.0
-    found = gathered(windows, [8], group_size=4)
-    assert float(found.sample.trace()) > 50 * float(found.pooled.trace())
-    assert found.pooled_to_sample > 0.9
+    result = gathered(windows, [8], group_size=4)
+    assert float(result.sample.trace()) > 50 * float(result.pooled.trace())
+    assert result.pooled_to_sample > 0.9
 
 
 def test_the_second_moment_is_uncentred() -> None:
     windows = rows(30, 4).reshape(6, 5, 4)
-    found = gathered(windows, [6], group_size=2)
+    result = gathered(windows, [6], group_size=2)
     flat = windows.reshape(-1, 4)
-    torch.testing.assert_close(found.second_moment, flat.T @ flat / len(flat), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(result.second_moment, flat.T @ flat / len(flat), rtol=1e-10, atol=1e-10)
 
 
 def test_sums_of_float32_rows_do_not_drift() -> None:
@@ -157,48 +157,48 @@ def test_no_chunking_of_windows_changes_the_statistics(chunks: list[int], robust
 
 def test_the_mean_magnitude_is_that_of_all_rows() -> None:
     windows = rows(60, 4, mean=0).reshape(12, 5, 4)
-    found = gathered(windows, [5, 7], group_size=5)
-    torch.testing.assert_close(found.absolute_mean, windows.abs().mean((0, 1)), rtol=TOLERANCE, atol=0)
-    assert (found.absolute_mean >= found.mean.abs()).all()
+    result = gathered(windows, [5, 7], group_size=5)
+    torch.testing.assert_close(result.absolute_mean, windows.abs().mean((0, 1)), rtol=TOLERANCE, atol=0)
+    assert (result.absolute_mean >= result.mean.abs()).all()
 
 
 # robust pooling
 
 
-def distance(found: InputStatistics, clean: InputStatistics) -> float:
-    return float(torch.linalg.matrix_norm(found.pooled - clean.pooled) / torch.linalg.matrix_norm(clean.pooled))
+def distance(result: InputStatistics, clean: InputStatistics) -> float:
+    return float(torch.linalg.matrix_norm(result.pooled - clean.pooled) / torch.linalg.matrix_norm(clean.pooled))
 
 
 def test_trimming_withstands_an_outlier_group() -> None:
     clean = rows(2400, 4).reshape(48, 50, 4)
     spoilt = clean.clone()
     spoilt[8:12] *= 30
-    found = {rule: gathered(spoilt, [48], group_size=4, robust=rule) for rule in ("none", "trimmed")}
+    result = {rule: gathered(spoilt, [48], group_size=4, robust=rule) for rule in ("none", "trimmed")}
     reference = gathered(clean, [48], group_size=4)
-    assert distance(found["none"], reference) > 10
-    assert distance(found["trimmed"], reference) < 0.1
-    assert torch.linalg.eigvalsh(found["trimmed"].pooled).min() > 0
-    assert torch.equal(found["trimmed"].sample, found["none"].sample)  # only pooling knows groups
+    assert distance(result["none"], reference) > 10
+    assert distance(result["trimmed"], reference) < 0.1
+    assert torch.linalg.eigvalsh(result["trimmed"].pooled).min() > 0
+    assert torch.equal(result["trimmed"].sample, result["none"].sample)  # only pooling knows groups
 
 
 @pytest.mark.parametrize("group_weights", ["equal", "dof"])
 def test_trimming_leaves_out_the_largest_and_smallest_traces(group_weights: str) -> None:
     windows = rows(230 * 3, 3).reshape(230, 3, 3) * torch.rand(230, 1, 1, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    found = gathered(windows, [230], group_size=10, group_weights=group_weights, robust="trimmed")
-    order = found.group_traces.argsort()
+    result = gathered(windows, [230], group_size=10, group_weights=group_weights, robust="trimmed")
+    order = result.group_traces.argsort()
     out = set(torch.cat([order[:3], order[-3:]]).tolist())  # ceil(0.1 · 23)
-    assert {index for index, weight in enumerate(found.group_weights.tolist()) if weight == 0} == out
+    assert {index for index, weight in enumerate(result.group_weights.tolist()) if weight == 0} == out
     groups = windows.reshape(23, 30, 3)
     kept = [np.cov(group.numpy(), rowvar=False) for index, group in enumerate(groups) if index not in out]
-    np.testing.assert_allclose(found.pooled.numpy(), np.mean(kept, axis=0), rtol=1e-9, atol=TOLERANCE)
-    assert float(found.group_weights.sum()) == pytest.approx(1)
+    np.testing.assert_allclose(result.pooled.numpy(), np.mean(kept, axis=0), rtol=1e-9, atol=TOLERANCE)
+    assert float(result.group_weights.sum()) == pytest.approx(1)
 
 
 def test_three_groups_are_the_fewest_to_trim() -> None:
     assert [trimmed(groups) for groups in (3, 10, 11, 20, 21, 100)] == [1, 1, 2, 2, 3, 10]
     windows = rows(60, 3).reshape(12, 5, 3)
-    found = gathered(windows, [12], group_size=4, robust="trimmed")
-    assert sorted(found.group_weights.tolist()) == [0, 0, 1]
+    result = gathered(windows, [12], group_size=4, robust="trimmed")
+    assert sorted(result.group_weights.tolist()) == [0, 0, 1]
     with pytest.raises(ConfigError, match=r"12 windows in groups of 6 make 2\. Lower the group size"):
         gathered(windows, [12], group_size=6, robust="trimmed")
 
@@ -207,29 +207,29 @@ def test_downweighting_withstands_an_outlier_token() -> None:
     clean = rows(2400, 4, mean=1.0).reshape(48, 50, 4)
     spoilt = clean.clone()
     spoilt[::5, 3] *= 1000
-    found = {rule: gathered(spoilt, [48], group_size=12, robust=rule) for rule in ("none", "downweighted")}
+    result = {rule: gathered(spoilt, [48], group_size=12, robust=rule) for rule in ("none", "downweighted")}
     reference = gathered(clean, [48], group_size=12)
-    assert distance(found["none"], reference) > 100
-    assert distance(found["downweighted"], reference) < 0.2
-    assert torch.linalg.vector_norm(found["downweighted"].mean - reference.mean) < 0.2
-    assert found["downweighted"].count == 2400
+    assert distance(result["none"], reference) > 100
+    assert distance(result["downweighted"], reference) < 0.2
+    assert torch.linalg.vector_norm(result["downweighted"].mean - reference.mean) < 0.2
+    assert result["downweighted"].count == 2400
 
 
 def test_weighted_moments_are_those_of_numpy() -> None:
     windows = rows(60, 3).reshape(4, 15, 3)
     windows[:, 2] *= 40
-    found = gathered(windows, [1, 3], group_size=4, robust="downweighted")
+    result = gathered(windows, [1, 3], group_size=4, robust="downweighted")
     norms = windows.norm(dim=-1)
     weights = (3 * norms.median(1, keepdim=True).values / norms).square().clamp(max=1).flatten()
     assert (weights < 1).sum() == 4
     flat = windows.reshape(-1, 3)
     mean = (weights[:, None] * flat).sum(0) / weights.sum()
-    torch.testing.assert_close(found.mean, mean, rtol=TOLERANCE, atol=0)
-    torch.testing.assert_close(found.absolute_mean, (weights[:, None] * flat.abs()).sum(0) / weights.sum(), rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(result.mean, mean, rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(result.absolute_mean, (weights[:, None] * flat.abs()).sum(0) / weights.sum(), rtol=TOLERANCE, atol=0)
     expected = np.cov(flat.numpy(), rowvar=False, aweights=weights.numpy(), ddof=0) * 60 / 59
-    np.testing.assert_allclose(found.sample.numpy(), expected, rtol=1e-9)
+    np.testing.assert_allclose(result.sample.numpy(), expected, rtol=1e-9)
     second = torch.einsum("t,ti,tj->ij", weights / weights.sum(), flat, flat)
-    torch.testing.assert_close(found.second_moment, second, rtol=1e-9, atol=0)
+    torch.testing.assert_close(result.second_moment, second, rtol=1e-9, atol=0)
 
 
 def test_without_outliers_nothing_is_weighed_down() -> None:
@@ -241,8 +241,8 @@ def test_without_outliers_nothing_is_weighed_down() -> None:
 def test_a_window_of_zeros_is_no_outlier() -> None:
     windows = torch.zeros(2, 5, 3)
     windows[0, 0] = 1.0
-    found = gathered(windows, [2], group_size=2, robust="downweighted")
-    assert float(found.mean[0]) == pytest.approx(0.1)
+    result = gathered(windows, [2], group_size=2, robust="downweighted")
+    assert float(result.mean[0]) == pytest.approx(0.1)
 
 
 # output gradients
@@ -253,10 +253,10 @@ def test_gradient_moments_are_uncentred_means() -> None:
     accumulator = GradientAccumulator("layer", 6)
     for part, norm in zip(data.split(1700), norms.split(1700), strict=True):
         accumulator.update(part, norm)
-    found = accumulator.finish()
-    torch.testing.assert_close(found.gradient, data.T @ data / 3000, rtol=TOLERANCE, atol=0)
-    torch.testing.assert_close(found.fisher_rows, (data.square() * norms[:, None]).mean(0), rtol=TOLERANCE, atol=0)
-    assert (found.count, found.width) == (3000, 6)
+    result = accumulator.finish()
+    torch.testing.assert_close(result.gradient, data.T @ data / 3000, rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(result.fisher_rows, (data.square() * norms[:, None]).mean(0), rtol=TOLERANCE, atol=0)
+    assert (result.count, result.width) == (3000, 6)
 
 
 def test_a_bad_gradient_names_the_layer() -> None:
@@ -268,10 +268,10 @@ def test_a_bad_gradient_names_the_layer() -> None:
 
 
 def test_a_constant_input_has_no_variance_and_no_nan() -> None:
-    found = gathered(torch.full((4, 5, 3), 2.0), [4], group_size=2)
-    assert not found.pooled.any()
-    assert found.pooled_to_sample == 0
-    assert math.isfinite(float(found.group_traces.sum()))
+    result = gathered(torch.full((4, 5, 3), 2.0), [4], group_size=2)
+    assert not result.pooled.any()
+    assert result.pooled_to_sample == 0
+    assert math.isfinite(float(result.group_traces.sum()))
 
 
 @pytest.mark.parametrize("robust", ["none", "downweighted"])

@@ -48,10 +48,10 @@ def test_a_rule_without_a_single_trial_goes_by_its_own_name():
 
 
 def test_one_count_says_what_is_counted():
-    found = counts_of(TRIALS)
-    assert (found.complete, found.pruned, found.outside, found.manual, found.failed) == (5, 1, 1, 2, 1)
-    assert found.measured == sum(record.finished for record in TRIALS) == 6
-    assert found.words == (
+    result = counts_of(TRIALS)
+    assert (result.complete, result.pruned, result.outside, result.manual, result.failed) == (5, 1, 1, 2, 1)
+    assert result.measured == sum(record.finished for record in TRIALS) == 6
+    assert result.words == (
         "5 trials complete (1 stopped early; 1 outside the budget, measured and never the best; 2 picked by hand, on top; "
         "1 failed, not counted)"
     )

@@ -31,24 +31,24 @@ def search(run: Run, sampler: str, points: int, kills: Mapping[int, int]) -> lis
         kills: how many variables of the point with this index are drawn when its worker is killed; it is resumed at once.
     """
     study = optuna.create_study(storage=open_storage(run), study_name=run.study_name)
-    found: list[Point] = []
+    result: list[Point] = []
     left = dict(kills)
     enqueue_allocation(study, {"u": 1}, label="uniform")
-    while len(found) < points:
+    while len(result) < points:
         study.sampler = PointSampler(SearchConfig(sampler=sampler, startup_trials=4, seed=1), SPACE)
         requeue_lost(run, study)
         trial = study.ask()
         if trial.user_attrs.get(GIVEN):
             study.tell(trial, 0.7)
             continue
-        drawn = left.pop(len(found), None)
+        drawn = left.pop(len(result), None)
         for name, bounds in list(SPACE.items())[:drawn]:
             trial.suggest_float(name, bounds.low, bounds.high, log=bounds.log)
         if drawn is not None:
             continue  # killed: it stays a running trial whose worker has not even said its name
-        found.append(dict(trial.params))
+        result.append(dict(trial.params))
         study.tell(trial, sum((value - 1.2) ** 2 for value in trial.params.values()) + 0.1)
-    return found
+    return result
 
 
 @pytest.fixture

@@ -39,9 +39,9 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    found = Clock()
-    monkeypatch.setattr("lowrank_core.worker.pace.perf_counter", lambda: found.now)
-    return found
+    result = Clock()
+    monkeypatch.setattr("lowrank_core.worker.pace.perf_counter", lambda: result.now)
+    return result
 
 
 @pytest.fixture
@@ -56,9 +56,9 @@ def run() -> Run:
 
 @pytest.fixture
 def reporter(run: Run) -> Iterator[Reporter]:
-    found = Reporter(run, verbose=False)
-    yield found
-    found.close("stopped")
+    result = Reporter(run, verbose=False)
+    yield result
+    result.close("stopped")
 
 
 def test_steps_of_earlier_sessions_are_not_counted(clock: Clock):
@@ -119,9 +119,9 @@ class Watched:
 
     def check(self) -> None:
         """Every estimate is the time of a step times the steps that are left."""
-        told = [(done, total, left) for done, total, left in self.said if left is not None]
-        assert told
-        for done, total, left in told:
+        reported = [(done, total, left) for done, total, left in self.said if left is not None]
+        assert reported
+        for done, total, left in reported:
             assert left == pytest.approx(self._seconds * (total - done))
 
 

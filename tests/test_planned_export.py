@@ -76,20 +76,20 @@ def test_the_planned_bytes_are_those_of_the_tensors_that_are_written(
 ):
     compression, model = made
     units = search_units(facts.matrices, compression, facts.head_units)
-    told = planned(
+    reported = planned(
         facts, units, Source("a", "a", 1, ranks=model.report.ranks), SearchConfig(0.4, variables="errors", compression=compression), config
     )
     export(model, tmp_path / "out", provenance={}, config=config)
     numbers, size = stored(tmp_path / "out")
     files = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
-    assert (told.parameters, told.bytes) == (numbers, size)
+    assert (reported.parameters, reported.bytes) == (numbers, size)
     assert size < sum(files) < size + HEADER
-    assert told.exact or (config.form == "dense" and compression.basis == "pooled_feature")
-    listed = " ".join(name for name, _ in files_of(told, config))
+    assert reported.exact or (config.form == "dense" and compression.basis == "pooled_feature")
+    listed = " ".join(name for name, _ in files_of(reported, config))
     assert ("index.json" in listed) == (len(files) > 1)
     assert ("modeling_lowrank.py" in listed) == (tmp_path / "out" / "modeling_lowrank.py").exists()
     body = json.loads((tmp_path / "out" / "lowrank.json").read_text())
-    assert (body["stored_dtype"], body["written_parameters"]) == (told.dtype, told.parameters)
+    assert (body["stored_dtype"], body["written_parameters"]) == (reported.dtype, reported.parameters)
 
 
 def test_where_only_the_worker_knows_the_ranks_the_plan_is_an_upper_bound(
@@ -119,10 +119,10 @@ def test_scales_of_int8_are_exact_in_the_dtype_that_is_written(
     loaded = load_model(ModelSource(str(tmp_path / "out")))
     once = dict(quantized_handle(model.handle, scales=torch.bfloat16).module.named_modules())
     wide = dict(quantized_handle(model.handle, scales=torch.float32).module.named_modules())
-    found = {name: child for name, child in loaded.module.named_modules() if isinstance(child, Int8Matrix)}
-    assert found
-    assert all(torch.equal(child.scales, once[name].scales) for name, child in found.items())
-    assert any(not torch.equal(child.scales, wide[name].scales) for name, child in found.items())
+    result = {name: child for name, child in loaded.module.named_modules() if isinstance(child, Int8Matrix)}
+    assert result
+    assert all(torch.equal(child.scales, once[name].scales) for name, child in result.items())
+    assert any(not torch.equal(child.scales, wide[name].scales) for name, child in result.items())
 
 
 def test_who_can_load_it_follows_the_form():

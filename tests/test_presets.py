@@ -16,7 +16,7 @@ from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSourc
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.layers.base import CompressedModule
-from lowrank_core.metrics import BASES, basis_named
+from lowrank_core.metrics import METRICS, metric_named
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.parameters import HeadUnit, budget_for_ratio
 from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, VARIANTS, Preset, preset_named
@@ -58,7 +58,7 @@ def with_gradients(handle: ModelHandle, windows: WindowSet, plain: LayerStatisti
 
 
 def decomposed(preset: Preset, handle: ModelHandle, statistics: LayerStatistics, gradients: LayerStatistics) -> Decomposed:
-    needs = basis_named(preset.compression.basis).needs_gradients
+    needs = metric_named(preset.compression.basis).needs_gradients
     return decompose(handle, gradients if needs else statistics, preset.compression)
 
 
@@ -67,10 +67,10 @@ def test_every_preset_compresses_within_the_budget(
     name: str, handle: ModelHandle, windows: WindowSet, plain: LayerStatistics, with_gradients: LayerStatistics
 ):
     preset = EVERY[name]
-    found = decomposed(preset, handle, plain, with_gradients)
-    allocation = found.allocate(preset.allocation, RATIO)
-    model = found.compress(allocation, windows)
-    budget = budget_for_ratio(found.units, RATIO)
+    result = decomposed(preset, handle, plain, with_gradients)
+    allocation = result.allocate(preset.allocation, RATIO)
+    model = result.compress(allocation, windows)
+    budget = budget_for_ratio(result.units, RATIO)
     assert model.report.linear_parameters_after == allocation.parameters <= budget
     assert model.report.compression_ratio == pytest.approx(RATIO, abs=0.01 if preset.compression.rank_multiple == 1 else 0.1)
     assert any(isinstance(module, CompressedModule) for module in model.handle.module.modules())
@@ -81,16 +81,16 @@ def test_every_preset_compresses_within_the_budget(
 
 def test_bolaco_keeps_values_dense_and_ranks_in_multiples_of_8(handle: ModelHandle, windows: WindowSet, plain: LayerStatistics):
     preset = PRESETS["bolaco"]
-    found = decompose(handle, plain, preset.compression)
-    ranks = found.allocate(preset.allocation, RATIO).ranks
+    result = decompose(handle, plain, preset.compression)
+    ranks = result.allocate(preset.allocation, RATIO).ranks
     values = set(value_layers(handle.shapes))
-    assert found.keep_dense == tuple(sorted(values))
+    assert result.keep_dense == tuple(sorted(values))
     assert {name for name, rank in ranks.items() if rank is None} == values
     assert all(rank % 8 == 0 for rank in ranks.values() if rank is not None)
-    assert (found.basis.name, preset.compression.storage) == ("pooled_feature", "factored")
+    assert (result.basis.name, preset.compression.storage) == ("pooled_feature", "factored")
     kept = {name: rank / min(s.d_out, s.d_in) for s in handle.shapes if (rank := ranks[name := s.name]) is not None}
     assert kept["model.layers.0.self_attn.q_proj"] <= kept["model.layers.0.self_attn.o_proj"]  # 0.7 beside 0.8
-    module = found.compress(found.allocate(preset.allocation, RATIO), windows).handle.module
+    module = result.compress(result.allocate(preset.allocation, RATIO), windows).handle.module
     assert all(not isinstance(module.get_submodule(name), CompressedModule) for name in values)
 
 
@@ -119,16 +119,16 @@ def test_our_default_is_offered_first_and_trades_comparable_errors(
     handle: ModelHandle, plain: LayerStatistics, with_gradients: LayerStatistics
 ):
     assert next(iter(PRESETS)) == DEFAULT_PRESET.name
-    found = decomposed(DEFAULT_PRESET, handle, plain, with_gradients)
-    assert found.basis.comparable
-    assert found.warnings(DEFAULT_PRESET.allocation) == ()
-    assert any(len(unit.members) > 1 and not isinstance(unit, HeadUnit) for unit in found.units)
+    result = decomposed(DEFAULT_PRESET, handle, plain, with_gradients)
+    assert result.basis.comparable
+    assert result.warnings(DEFAULT_PRESET.allocation) == ()
+    assert any(len(unit.members) > 1 and not isinstance(unit, HeadUnit) for unit in result.units)
 
 
 def test_errors_of_different_units_are_traded_with_a_warning(handle: ModelHandle, plain: LayerStatistics):
-    found = decompose(handle, plain, CompressionConfig(basis="whitened", value_dense=False))
-    assert found.warnings("uniform") == ()
-    assert "measures each in its own unit" in found.warnings("marginal")[0]
+    result = decompose(handle, plain, CompressionConfig(basis="whitened", value_dense=False))
+    assert result.warnings("uniform") == ()
+    assert "measures each in its own unit" in result.warnings("marginal")[0]
 
 
 def test_presets_name_what_is_there():
@@ -136,7 +136,7 @@ def test_presets_name_what_is_there():
         assert name == preset.name
         assert preset.label
         assert preset.reference
-        basis_named(preset.compression.basis)
+        metric_named(preset.compression.basis)
         allocator_named(preset.allocation)
         assert set(preset.search) <= {field.name for field in fields(SearchConfig)}
     assert len({preset.label for preset in EVERY.values()}) == len(EVERY)
@@ -145,7 +145,7 @@ def test_presets_name_what_is_there():
 
 def test_every_single_basis_and_allocator_is_in_some_preset():
     wrapped = {part for preset in EVERY.values() for part in preset.compression.basis.split(":")}
-    assert set(BASES) - wrapped <= {"shared_input"}  # it is an alternative in our default, chosen by its error
+    assert set(METRICS) - wrapped <= {"shared_input"}  # it is an alternative in our default, chosen by its error
     assert {preset.allocation for preset in EVERY.values()} == set(ALLOCATORS)
 
 

@@ -81,15 +81,15 @@ def test_what_a_process_starts_is_as_careful(tmp_path: Path):
 def test_the_environment_keeps_what_was_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["", "some/place", str(tmp_path)]))
     monkeypatch.setenv("OTHER", "kept")
-    found = python_environment(OMP_NUM_THREADS="3")
-    assert found["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(Path.cwd() / "some" / "place"), str(tmp_path)]
-    assert (found["OTHER"], found["OMP_NUM_THREADS"], found["PYTHONSAFEPATH"]) == ("kept", "3", "1")
+    result = python_environment(OMP_NUM_THREADS="3")
+    assert result["PYTHONPATH"].split(os.pathsep) == [str(ROOT), str(Path.cwd() / "some" / "place"), str(tmp_path)]
+    assert (result["OTHER"], result["OMP_NUM_THREADS"], result["PYTHONSAFEPATH"]) == ("kept", "3", "1")
 
 
 def test_one_place_alone_starts_interpreters():
     """A process that is started elsewhere would search the working directory again."""
     paths = [*ROOT.glob("lowrank_core/**/*.py"), *ROOT.glob("pages/**/*.py"), ROOT / "app.py", *ROOT.glob("assets/*.py")]
-    found = [
+    result = [
         str(path.relative_to(ROOT)) for path in paths if re.search(r"sys\.executable|\bmultiprocessing\b", path.read_text(encoding="utf-8"))
     ]
-    assert found == ["lowrank_core/processes.py"]
+    assert result == ["lowrank_core/processes.py"]

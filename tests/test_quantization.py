@@ -40,8 +40,8 @@ def model(request: pytest.FixtureRequest, llama: ModelHandle, windows: WindowSet
 
 def logits(handle: ModelHandle, windows: WindowSet) -> torch.Tensor:
     with torch.no_grad():
-        found: torch.Tensor = handle.module(input_ids=windows.ids[:4]).logits
-    return found
+        result: torch.Tensor = handle.module(input_ids=windows.ids[:4]).logits
+    return result
 
 
 def layers(handle: ModelHandle) -> dict[str, CompressedModule]:

@@ -28,7 +28,7 @@ from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSourc
 from lowrank_core.errors import RunError
 from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import Run, RunStatus, create_run, open_run, recorded_run, write_json
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.naming import trial_label
 from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studio.compare.comparison import comparisons, other_texts
@@ -50,8 +50,8 @@ from lowrank_core.studio.shared.summary import (
     by_protocol,
     failures,
     flat_table,
-    least_relative,
     measured_table,
+    min_relative,
     protocol_of,
     seed_table,
     type_table,
@@ -125,7 +125,7 @@ class Page(HTMLParser):
 
     def rows(self, caption: str) -> list[dict[str, str]]:
         """Return the rows of the table whose caption begins so."""
-        head, *body = next(rows for found, rows in self.tables.items() if found.startswith(caption))
+        head, *body = next(rows for result, rows in self.tables.items() if result.startswith(caption))
         return [dict(zip(head, row, strict=True)) for row in body]
 
 
@@ -153,18 +153,18 @@ def assert_sound(html: str) -> None:
     names = [str(attributes["id"]) for _, attributes in page.elements if "id" in attributes]
     assert len(names) == len(set(names))
     anchors = [link[1:] for link in links if link.startswith("#")]
-    assert anchors == [found["id"] for found in page.all("section")] == [name for name in ANCHORS if name in anchors]
+    assert anchors == [result["id"] for result in page.all("section")] == [name for name in ANCHORS if name in anchors]
     assert set(ANCHORS) - set(anchors) <= set(ASKED_FOR)
     assert not re.search(r"\b(nan|None|NaT|inf|undefined)\b", page.text), re.search(r".{40}\b(nan|None|NaT|inf|undefined)\b", page.text)
     assert "NaN" not in without_plotly(html)
     assert len(without_plotly(html)) < 3_000_000
-    for plot in [found for found in page.all("div") if found.get("class") == "plot"]:
+    for plot in [result for result in page.all("div") if result.get("class") == "plot"]:
         assert plot["role"] == "img"
         assert len(str(plot["aria-label"])) > 30
 
 
 def charts(page: Page) -> list[str]:
-    return [str(found["id"]) for found in page.all("div") if found.get("class") == "plot"]
+    return [str(result["id"]) for result in page.all("div") if result.get("class") == "plot"]
 
 
 @pytest.fixture(scope="module")
@@ -183,16 +183,16 @@ def page(recorded: Run) -> Page:
 def best(recorded: Run) -> TrialRecord:
     search = recorded.config.search
     assert search is not None
-    found = progress(read_trials(recorded), search).best
-    assert found is not None
-    return found
+    result = progress(read_trials(recorded), search).best
+    assert result is not None
+    return result
 
 
 # --- the recorded run: the same numbers as the views' ------------------------------------------------------------------
 
 
 def test_the_story_is_told_in_order(recorded: Run, page: Page, best: TrialRecord):
-    assert [found["id"] for found in page.all("section")] == ANCHORS
+    assert [result["id"] for result in page.all("section")] == ANCHORS
     (healed,) = healings(recorded)
     drawn = ["map-features", "map-weights", "scree", "history", f"allocation-trial-{best.number}", "perplexity-python-stdlib-test"]
     assert charts(page) == [
@@ -220,23 +220,23 @@ def test_trials_and_the_best_value_are_those_of_the_search(recorded: Run, page: 
 
 
 def test_perplexities_and_intervals_are_those_of_the_comparison(recorded: Run, page: Page):
-    found = comparisons(answers(recorded), read_trials(recorded))
-    table = comparison_table(found)
+    result = comparisons(results(recorded), read_trials(recorded))
+    table = comparison_table(result)
     frame = page.frame("test-python-stdlib-test.csv")
     for ours, theirs in (("model", "allocation"), ("perplexity",) * 2, ("low",) * 2, ("high",) * 2, ("kl",) * 2, ("bytes",) * 2):
         left, right = frame[ours], table[theirs]
         assert list(left) == (list(right) if ours == "model" else pytest.approx(list(right), rel=1e-12, nan_ok=True))
     rows = page.rows("What is lost")
     assert [row["Perplexity"] for row in rows] == [number(value, 5) for value in table["perplexity"]]
-    assert [row["Form"] for row in rows] == ["dense", *(comparison.form for comparison in found)]
-    ends = {comparison.name: comparison.perplexity_difference_interval for comparison in found}
+    assert [row["Form"] for row in rows] == ["dense", *(comparison.form for comparison in result)]
+    ends = {comparison.name: comparison.perplexity_difference_interval for comparison in result}
     paired = frame[frame["form"] != "dense"]
     assert list(zip(paired["difference_low"], paired["difference_high"], strict=True)) == [ends[name] for name in paired["model"]]
-    assert found[0].protocol in page.text
+    assert result[0].protocol in page.text
 
 
 def test_the_best_searched_model_is_looked_at_closely(recorded: Run, page: Page, best: TrialRecord):
-    (shown,) = [found for found in comparisons(answers(recorded), read_trials(recorded)) if found.name == trial_label(best)]
+    (shown,) = [result for result in comparisons(results(recorded), read_trials(recorded)) if result.name == trial_label(best)]
     view, positions = window_table(shown), position_table(shown)
     assert view is not None
     assert f"{shown.name}: {view.words}" in page.text
@@ -256,9 +256,9 @@ def test_of_baselines_alone_the_best_is_looked_at():
 
 
 def test_the_second_text_stands_beside_the_own_one_as_on_the_compare_page(recorded: Run, page: Page):
-    bodies, trials = answers(recorded), read_trials(recorded)
-    ((reference, found),) = other_texts(bodies, trials).items()
-    view = other_text(comparisons(bodies, trials), found)
+    bodies, trials = results(recorded), read_trials(recorded)
+    ((reference, result),) = other_texts(bodies, trials).items()
+    view = other_text(comparisons(bodies, trials), result)
     assert view is not None
     assert view.words in page.text
     assert f"{view.own_protocol}. {view.other_protocol}." in page.text
@@ -271,12 +271,12 @@ def test_the_second_text_stands_beside_the_own_one_as_on_the_compare_page(record
 
 
 def test_every_text_that_was_read_token_by_token_is_there_with_its_worst_tokens(recorded: Run, page: Page):
-    found = strips(answers(recorded), read_trials(recorded))
-    assert len(found) == 3
+    result = strips(results(recorded), read_trials(recorded))
+    assert len(result) == 3
     assert len([figure for figure in page.all("figure") if figure.get("class") == "strip"]) == 3
     coloured = [span for span in page.all("span") if "background-color" in str(span.get("style"))]
-    assert len(coloured) > len(found[0].frame)
-    for index, strip in enumerate(found, 1):
+    assert len(coloured) > len(result[0].frame)
+    for index, strip in enumerate(result, 1):
         assert strip.words in page.text
         frame = page.frame(f"tokens-{index}.csv")
         assert list(frame["extra"]) == pytest.approx(list(strip.frame["extra"]), rel=1e-12)
@@ -287,12 +287,12 @@ def test_every_text_that_was_read_token_by_token_is_there_with_its_worst_tokens(
 
 
 def test_speed_and_memory_are_those_of_the_compare_page(recorded: Run, page: Page):
-    (speed,) = speeds(answers(recorded), read_trials(recorded))
+    (speed,) = speeds(results(recorded), read_trials(recorded))
     assert f"Memory of {speed.name}: {speed.memory}." in page.text
     rows = page.rows(f"{speed.name} beside the original. {speed.protocol}")
-    told = speed_table(speed)
-    assert [row["Compressed"] for row in rows] == list(told["compressed"])
-    assert [row["Times as fast"] for row in rows] == list(told["faster"])
+    reported = speed_table(speed)
+    assert [row["Compressed"] for row in rows] == list(reported["compressed"])
+    assert [row["Times as fast"] for row in rows] == list(reported["faster"])
     numbers, frame = speed_numbers([speed]), page.frame("speedups.csv")
     assert list(frame["decode_tokens_per_second"]) == pytest.approx(list(numbers["decode_tokens_per_second"]), rel=1e-12)
     assert list(frame["protocol"]) == [speed.protocol] * 2
@@ -393,7 +393,7 @@ def test_trials_of_every_kind_are_listed_with_what_became_of_them():
 
 
 def test_two_objectives_have_a_front_and_maps_along_it():
-    run = make_run(config=SearchConfig(0.2, most_ratio=0.6, trials=6), study=write_front)
+    run = make_run(config=SearchConfig(0.2, max_ratio=0.6, trials=6), study=write_front)
     page = report(run)
     assert [row["On the front"] for row in page.rows("Pareto front")] == ["Uniform (trial 0)", "Uniform (trial 1)", "Trial 4", "Trial 3"]
     maps = [name for name in charts(page) if name.startswith("allocation")]
@@ -418,7 +418,7 @@ def test_a_protocol_is_never_mixed_with_another():
     other["label"] = "trial 5"
     write_json(run.path / "results" / "9.json", other)
     page = report(run)
-    assert len(by_protocol(comparisons(answers(run)))) == 2
+    assert len(by_protocol(comparisons(results(run)))) == 2
     assert [row["Model"] for row in page.rows("What is lost, dense beside compressed. wikitext-2")] == ["Original", "Trial 5"]
     assert len([name for name in charts(page) if name.startswith("perplexity")]) == 2
 
@@ -443,10 +443,10 @@ def test_an_answer_that_was_not_measured_is_named():
 
 def test_what_was_not_asked_for_is_said_where_a_reader_would_look_for_it():
     run = make_run()
-    assert not set(ASKED_FOR) & {found["id"] for found in report(run).all("section")}
+    assert not set(ASKED_FOR) & {result["id"] for result in report(run).all("section")}
     write_answers(run)
     page = report(run)
-    assert [found["id"] for found in page.all("section")] == [name for name in ANCHORS if name != "tokens"]
+    assert [result["id"] for result in page.all("section")] == [name for name in ANCHORS if name != "tokens"]
     assert "Missing: No second text was measured" in page.text
     assert "Missing: No model was timed" in page.text
 
@@ -536,12 +536,12 @@ def test_what_comes_from_files_is_escaped():
     page = Page(html)
     assert "alert('x')" in page.text  # shown, as text
     assert len(page.all("img")) == 0
-    types = [found.get("type") for found in page.all("script")]
+    types = [result.get("type") for result in page.all("script")]
     assert [kind for kind in types if kind != "application/json"] == [None, None]
 
 
 def test_no_script_runs_but_the_two_of_the_page(page: Page):
-    policy = next(str(found["content"]) for found in page.all("meta") if found.get("http-equiv") == "Content-Security-Policy")
+    policy = next(str(result["content"]) for result in page.all("meta") if result.get("http-equiv") == "Content-Security-Policy")
     assert policy.startswith("default-src 'none'; script-src 'sha256-")
     assert policy.count("sha256-") == 2
     assert "unsafe-eval" not in policy
@@ -600,20 +600,20 @@ def test_an_older_report_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_types_have_the_ends_and_the_middle_of_their_modules():
-    found = type_table(spectra(), "effective_rank").set_index("type")
-    assert list(found.index) == ["q", "k", "v", "o", "gate", "up", "down"]
-    assert (found["modules"] == 3).all()
+    result = type_table(spectra(), "effective_rank").set_index("type")
+    assert list(result.index) == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert (result["modules"] == 3).all()
     for source in ("features", "weights"):
-        assert (found[f"{source}_least"] <= found[f"{source}_median"]).all()
-        assert (found[f"{source}_median"] <= found[f"{source}_most"]).all()
-    least = least_relative(spectra(), "effective_rank")
-    assert found.loc[least.shape.kind.removesuffix("_proj"), "features_least"] == found["features_least"].min()
+        assert (result[f"{source}_least"] <= result[f"{source}_median"]).all()
+        assert (result[f"{source}_median"] <= result[f"{source}_most"]).all()
+    minimum = min_relative(spectra(), "effective_rank")
+    assert result.loc[minimum.shape.kind.removesuffix("_proj"), "features_least"] == result["features_least"].min()
 
 
 def test_the_dense_model_is_the_first_row_and_the_differences_are_from_it():
     run = make_run()
     write_answers(run)
-    frame = measured_table(comparisons(answers(run)))
+    frame = measured_table(comparisons(results(run)))
     assert list(frame["form"]) == ["dense", "one-shot", "one-shot"]
     assert list(frame["perplexity"][1:] - frame["perplexity"][0]) == pytest.approx(list(frame["difference"][1:]))
     assert pd.isna(frame["difference"][0])
@@ -638,7 +638,7 @@ def test_the_figures_of_a_finished_search_hold_its_numbers():
     highest = max(value for trace in figure.data for value in trace.y if value == value)
     assert list(points["failed"].y) == [highest]
     assert len(figure.layout.annotations) == 3
-    ranged = make_run(config=SearchConfig(0.2, most_ratio=0.6, trials=6), study=write_front)
+    ranged = make_run(config=SearchConfig(0.2, max_ratio=0.6, trials=6), study=write_front)
     view = front(read_trials(ranged), "kl")
     drawn = front_figure(view)
     assert list(drawn.data[0].x) == list(view.best["removed"])
@@ -663,16 +663,16 @@ def _configurations() -> Iterator[RunConfig]:
         search = search_by(preset, 0.35, seed=2)
         yield RunConfig(text=TextConfig(seed=2, calibration_windows=9), search=search, calibration=CalibrationConfig(robust="trimmed"))
         if name == "studio":
-            yield RunConfig(search=replace(search, seed=0, most_ratio=0.5, space="types x 3", sampler="tpe", top_k=9, autocast=True))
+            yield RunConfig(search=replace(search, seed=0, max_ratio=0.5, space="types x 3", sampler="tpe", top_k=9, autocast=True))
             changed = replace(search.compression, gradient_damping=0.123456789, drift_beta=0.5)
-            yield RunConfig(search=replace(search, seed=0, slopes=True, confirmed=0, compression=changed))
+            yield RunConfig(search=replace(search, seed=0, error_weights=True, confirmed=0, compression=changed))
 
 
 @pytest.mark.parametrize("config", list(_configurations()))
 def test_the_command_in_options_means_the_same_run(config: RunConfig):
-    found = reproduction({"id": "run", "recorded": True}, config)
-    assert found.unsaid == {}
-    arguments = parser().parse_args(shlex.split(found.options)[1:])
+    result = reproduction({"id": "run", "recorded": True}, config)
+    assert result.unsaid == {}
+    arguments = parser().parse_args(shlex.split(result.options)[1:])
     search = None if config.search is None else _config(arguments)
     assert RunConfig(source_of(arguments), text_of(arguments), calibration_of(arguments), search) == config
 
@@ -687,9 +687,9 @@ def test_the_command_in_options_means_the_same_run(config: RunConfig):
     ],
 )
 def test_what_no_option_says_is_named_instead_of_left_out(config: RunConfig, name: str):
-    found = reproduction({"id": "run"}, config)
-    assert found.options == ""
-    assert name in found.unsaid
+    result = reproduction({"id": "run"}, config)
+    assert result.options == ""
+    assert name in result.unsaid
 
 
 def test_the_commands_shown_are_ones_that_the_command_line_takes(page: Page):

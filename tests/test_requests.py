@@ -20,7 +20,7 @@ from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import Run, client, create_run, read_json
 from lowrank_core.speed import MemoryReport, SpeedConfig
 from lowrank_core.text import load_windows
-from lowrank_core.worker.context import Shelf
+from lowrank_core.worker.context import LastBuilt
 from lowrank_core.worker.main import run_worker
 from lowrank_core.worker.reporter import Reporter
 
@@ -40,13 +40,13 @@ def run(llama_checkpoint: Path, text_file: Path) -> Run:
     )
 
 
-def answered(run: Run, *asked: tuple[str, Mapping[str, object]]) -> list[Answer]:
+def results_of(run: Run, *asked: tuple[str, Mapping[str, object]]) -> list[Answer]:
     """Ask for all of it, and let a worker in this process answer."""
-    requests = [client.ask(run, kind, launch=False, **arguments) for kind, arguments in asked]  # type: ignore[arg-type]
+    requests = [client.submit(run, kind, launch=False, **arguments) for kind, arguments in asked]  # type: ignore[arg-type]
     run_worker(run, verbose=False)
-    found = [read_json(client.result_path(run, request)) for request in requests]
-    assert None not in found
-    return found  # type: ignore[return-value]
+    result = [read_json(client.result_path(run, request)) for request in requests]
+    assert None not in result
+    return result  # type: ignore[return-value]
 
 
 def report_of(answer: Answer) -> Mapping[str, object]:
@@ -67,27 +67,27 @@ PUBLISHED = ("bolaco", "fwsvd", "pifa", "welore", "basis_sharing", "aa_svd")
 
 def test_presets_are_measured_by_their_own_recipe_at_the_runs_ratio(run: Run):
     assert set(PUBLISHED) <= set(PRESETS)
-    answers = answered(run, *(("compare", {"trial": f"preset:{name}"}) for name in PUBLISHED))
-    assert [answer["error"] for answer in answers if not answer["ok"]] == []
-    for answer in answers:
+    results = results_of(run, *(("compare", {"trial": f"preset:{name}"}) for name in PUBLISHED))
+    assert [answer["error"] for answer in results if not answer["ok"]] == []
+    for answer in results:
         report = report_of(answer)
         assert answer["label"] == answer["trial"]
         assert float(str(report["compression_ratio"])) >= 0.3
         assert 0 < float(str(report["flops"])) <= float(str(report["dense_flops"]))
-    assert len({report_of(answer)["kl"] for answer in answers}) > len(answers) // 2  # not one model for all
+    assert len({report_of(answer)["kl"] for answer in results}) > len(results) // 2  # not one model for all
 
 
 def test_a_preset_that_can_not_meet_the_ratio_gives_the_reason(run: Run):
     search = SearchConfig(compression_ratio=0.91, trials=1, confirmed=0, compression=CompressionConfig(value_dense=False))
     tight = create_run(replace(run.config, search=search))
-    refused, unknown = answered(tight, ("compare", {"trial": "preset:bolaco"}), ("compare", {"trial": "preset:magic"}))
+    refused, unknown = results_of(tight, ("compare", {"trial": "preset:bolaco"}), ("compare", {"trial": "preset:magic"}))
     assert refused["ok"] is unknown["ok"] is False
     assert "can't be met" in str(refused["error"])
     assert "preset must be one of" in str(unknown["error"])
 
 
 def test_an_answer_says_what_figures_by_window_and_position_need(run: Run):
-    (answer,) = answered(run, ("compare", {"trial": "uniform"}))
+    (answer,) = results_of(run, ("compare", {"trial": "uniform"}))
     report = report_of(answer)
     ours, theirs = numbers(report["window_nll"]), numbers(report["dense_window_nll"])
     assert len(ours) == len(theirs) == 6
@@ -104,7 +104,7 @@ def test_an_answer_says_what_figures_by_window_and_position_need(run: Run):
 def test_a_second_text_is_measured_beside_the_original_on_the_same_windows(run: Run, tmp_path: Path, sample_text: str):
     other = tmp_path / "other.txt"
     other.write_text(sample_text[::-1], encoding="utf-8")
-    own, second, missing, unnamed = answered(
+    own, second, missing, unnamed = results_of(
         run,
         ("compare", {"trial": "uniform"}),
         ("other_text", {"trial": "uniform", "text": f"file:{other}"}),
@@ -126,7 +126,7 @@ def test_a_second_text_is_measured_beside_the_original_on_the_same_windows(run: 
 
 def test_tokens_are_those_of_the_comparison_and_join_to_the_text(run: Run):
     words = "the rank of a matrix tells <b>how many</b> directions"
-    own, window, given, far, empty = answered(
+    own, window, given, far, empty = results_of(
         run,
         ("compare", {"trial": "uniform"}),
         ("tokens", {"trial": "uniform", "window": 2}),
@@ -155,7 +155,7 @@ def test_speed_is_timed_in_turns_with_memory_and_leaves_nothing_behind(run: Run,
 
     monkeypatch.setattr("lowrank_core.speed.comparison.measure_memory", fresh_process)  # a process that imports torch takes long
     settings = {"prompt_tokens": 8, "new_tokens": 3, "rounds": 2}
-    with_memory, without, too_long = answered(
+    with_memory, without, too_long = results_of(
         run,
         ("speed", {"trial": "uniform", **settings}),
         ("speed", {"trial": "uniform", "memory": False, **settings}),
@@ -176,10 +176,10 @@ def test_speed_is_timed_in_turns_with_memory_and_leaves_nothing_behind(run: Run,
 
 def test_a_healed_model_is_measured_like_any_other(run: Run):
     settings = {"method": "diagonal", "steps": 2, "batch_size": 4, "validate_every": 1}
-    (healing,) = answered(run, ("heal", {"trial": "uniform", "healing": settings}))
+    (healing,) = results_of(run, ("heal", {"trial": "uniform", "healing": settings}))
     assert healing["ok"], healing
     name = str(healing["folder"])
-    again, said, lost = answered(
+    again, said, lost = results_of(
         run,
         ("compare", {"trial": f"healed:{name}"}),
         ("generate", {"trial": f"healed:{name}", "prompt": "the rank", "tokens": 3}),
@@ -196,18 +196,18 @@ def test_a_healing_takes_the_one_shot_figures_that_the_session_has_measured(run:
         return sum(json.loads(line).get("name") == "Measuring uniform on test text" for line in lines)
 
     first, second = ({"trial": "uniform", "healing": {"method": "diagonal", "steps": steps, "validate_every": 1}} for steps in (1, 2))
-    other, compared, healing = answered(run, ("compare", {"trial": "preset:bolaco"}), ("compare", {"trial": "uniform"}), ("heal", first))
+    other, compared, healing = results_of(run, ("compare", {"trial": "preset:bolaco"}), ("compare", {"trial": "uniform"}), ("heal", first))
     assert healing["one_shot"]["kl"] == report_of(compared)["kl"] != report_of(other)["kl"]  # type: ignore[index]
     assert measured() == 1
-    (again,) = answered(run, ("heal", second))  # a worker that knows only what it measured itself
+    (again,) = results_of(run, ("heal", second))  # a worker that knows only what it measured itself
     assert measured() == 2
     assert again["one_shot"]["kl"] == pytest.approx(report_of(compared)["kl"])  # type: ignore[index]
 
 
 def test_a_request_that_is_withdrawn_while_it_waits_is_never_begun(run: Run):
-    first = client.ask(run, "compare", launch=False, trial="uniform")
-    gone = client.ask(run, "compare", launch=False, trial="lord_manual")
-    client.withdraw(run, gone)
+    first = client.submit(run, "compare", launch=False, trial="uniform")
+    gone = client.submit(run, "compare", launch=False, trial="lord_manual")
+    client.cancel(run, gone)
     run_worker(run, verbose=False)
     assert read_json(client.result_path(run, first)) is not None
     assert read_json(client.result_path(run, gone)) is None
@@ -215,12 +215,12 @@ def test_a_request_that_is_withdrawn_while_it_waits_is_never_begun(run: Run):
 
 
 def test_the_request_in_hand_ends_when_it_is_withdrawn_and_the_next_is_answered(run: Run, monkeypatch: pytest.MonkeyPatch):
-    asked = [client.ask(run, "compare", launch=False, trial=trial) for trial in ("uniform", "lord_manual")]
+    asked = [client.submit(run, "compare", launch=False, trial=trial) for trial in ("uniform", "lord_manual")]
     stage = Reporter.stage
 
     def withdraw_first(self: Reporter, name: str, total: int = 0) -> object:
         if name == "Measuring uniform on test text":
-            client.withdraw(run, asked[0])
+            client.cancel(run, asked[0])
         return stage(self, name, total)
 
     monkeypatch.setattr(Reporter, "stage", withdraw_first)
@@ -233,15 +233,15 @@ def test_the_request_in_hand_ends_when_it_is_withdrawn_and_the_next_is_answered(
 
 
 def test_requests_in_a_row_share_one_model():
-    shelf, built = Shelf(), []
+    last_built, built = LastBuilt(), []
 
     def build(name: str) -> Callable[[], object]:
         return lambda: built.append(name) or name  # type: ignore[func-returns-value]
 
-    assert [shelf.take(key, build(key)) for key in ("a", "a", "b", "a")] == ["a", "a", "b", "a"]
+    assert [last_built.take(key, build(key)) for key in ("a", "a", "b", "a")] == ["a", "a", "b", "a"]
     assert built == ["a", "b", "a"]
-    shelf.clear()
-    shelf.take("a", build("a"))
+    last_built.clear()
+    last_built.take("a", build("a"))
     assert built == ["a", "b", "a", "a"]
 
 
@@ -249,17 +249,17 @@ def test_requests_in_a_row_share_one_model():
 
 
 def test_the_same_model_twice_costs_no_token_anything(llama: ModelHandle):
-    ids, left_out = tokens_of_text(llama, "the rank of a matrix", bos=True, most=64)
-    found = losses_of(llama, llama, ids)
+    ids, left_out = tokens_of_text(llama, "the rank of a matrix", bos=True, maximum=64)
+    result = losses_of(llama, llama, ids)
     assert left_out == 0
-    assert found.nll == found.dense_nll
-    assert max(map(abs, found.kl)) < 1e-4
-    assert found.likeliest == found.dense_likeliest
+    assert result.nll == result.dense_nll
+    assert max(map(abs, result.kl)) < 1e-4
+    assert result.likeliest == result.dense_likeliest
     with torch.no_grad():
         logits = llama.module(input_ids=ids[None]).logits[0, :-1]
     expected = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-    assert found.nll == pytest.approx(expected.tolist(), abs=1e-3)
-    assert all(math.isfinite(value) for value in found.nll)
+    assert result.nll == pytest.approx(expected.tolist(), abs=1e-3)
+    assert all(math.isfinite(value) for value in result.nll)
 
 
 def test_pieces_join_to_the_text_also_inside_characters(llama: ModelHandle):
@@ -272,8 +272,8 @@ def test_pieces_join_to_the_text_also_inside_characters(llama: ModelHandle):
 
 
 def test_a_long_text_is_cut_and_says_by_how_much(llama: ModelHandle):
-    ids, left_out = tokens_of_text(llama, "rank " * 50, bos=False, most=10)
+    ids, left_out = tokens_of_text(llama, "rank " * 50, bos=False, maximum=10)
     assert len(ids) == 10
     assert left_out > 0
     with pytest.raises(ConfigError, match="fewer than two tokens"):
-        tokens_of_text(llama, "", bos=True, most=10)
+        tokens_of_text(llama, "", bos=True, maximum=10)

@@ -26,7 +26,7 @@ from lowrank_core.runs import (
     read_json,
     write_json,
 )
-from lowrank_core.runs.client import ask, pending_requests, request_stop, result_path, start_worker
+from lowrank_core.runs.client import pending_requests, request_stop, result_path, start_worker, submit
 from lowrank_core.worker.reporter import Reporter
 
 SEARCH = RunConfig(search=SearchConfig(compression_ratio=0.3, compression=CompressionConfig(basis="weight_svd")))
@@ -316,7 +316,7 @@ def test_the_longest_of_each_stage_is_told_and_a_torn_line_is_passed_over(run):
 
 def test_requests_wait_in_order_until_they_are_answered(run: Run):
     _held_by(run, os.getpid())  # a worker that is never started
-    first, second = ask(run, "compare", trial=3), ask(run, "generate", prompt="a")
+    first, second = submit(run, "compare", trial=3), submit(run, "generate", prompt="a")
     assert [request["id"] for request in pending_requests(run)] == [first, second]
     assert pending_requests(run)[0]["arguments"] == {"trial": 3}
     assert read_json(result_path(run, first)) is None
@@ -330,5 +330,5 @@ def test_a_recorded_run_is_looked_at_only(run: Run):
     with pytest.raises(RunError, match="recording"):
         start_worker(run)
     with pytest.raises(RunError, match="recording"):
-        ask(run, "compare")
+        submit(run, "compare")
     assert sorted(path.name for path in run.path.iterdir()) == ["run.json"]

@@ -97,7 +97,7 @@ def test_bounded_the_worst_fifth_is_no_worse_than_the_next():
 
 def test_what_is_modelled_by_its_logarithm():
     assert not SearchConfig(objective="kl").models_logarithms
-    assert SearchConfig(objective="kl", most_ratio=0.6).models_logarithms
+    assert SearchConfig(objective="kl", max_ratio=0.6).models_logarithms
     assert SearchConfig(objective="perplexity").models_logarithms
     assert SearchConfig(objective="bolaco").models_logarithms
     assert not SearchConfig(objective="bolaco", projected=False).models_logarithms  # as published
@@ -110,12 +110,12 @@ def test_a_loss_of_nothing_has_a_logarithm():
 
 def proposals(sampler: str, study: optuna.Study, count: int = 6, seed: int = 0) -> list[dict[str, float]]:
     study.sampler = PointSampler(SearchConfig(sampler=sampler, startup_trials=3, seed=seed), SPACE)
-    found = []
+    result = []
     for _ in range(count):
         asked = study.ask(dict(SPACE))
-        found.append(asked.params)
+        result.append(asked.params)
         study.tell(asked, sum((value - 1.2) ** 2 for value in asked.params.values()) + 0.1)
-    return found
+    return result
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)

@@ -148,7 +148,7 @@ def test_the_middle_is_measured_first_then_the_gaps(ratios: tuple[float, ...], o
     assert coarse_first(ratios) == order
 
 
-def test_cells_come_ratio_by_ratio_and_keep_at_most_what_was_asked_for(llama: ModelHandle):
+def test_cells_come_ratio_by_ratio_and_keep_at_max_what_was_asked_for(llama: ModelHandle):
     cells = planned_cells(llama.shapes, SINGLE, SensitivityConfig(kept=(0.3, 0.5, 0.7)))
     each = 7 + len(llama.shapes)
     assert len(cells) == 3 * each
@@ -162,8 +162,8 @@ def test_cells_come_ratio_by_ratio_and_keep_at_most_what_was_asked_for(llama: Mo
 
 
 def test_matrices_are_factorised_one_by_one_whatever_the_run_does(llama: ModelHandle):
-    found = single_compression(STUDIO, SensitivityConfig())
-    assert (found.basis, found.storage, found.stacks, found.heads, found.value_dense) == ("two_sided", "pivoted", False, False, False)
+    result = single_compression(STUDIO, SensitivityConfig())
+    assert (result.basis, result.storage, result.stacks, result.heads, result.value_dense) == ("two_sided", "pivoted", False, False, False)
     inner = single_compression(CompressionConfig(basis="cross_layer:drift_aware:two_sided_half"), SensitivityConfig(storage="factored"))
     assert (inner.basis, inner.storage) == ("two_sided_half", "factored")
     assert single_compression(CompressionConfig(), SensitivityConfig(basis="data_free_joint")).basis == "weight_svd"
@@ -277,10 +277,10 @@ def test_what_is_measured_is_not_measured_again(run: Run, monkeypatch: pytest.Mo
     before = path.read_bytes()
 
     monkeypatch.setattr(bench, "measured_cell", real)
-    found = measure_alone(run, config, verbose=False)
-    assert (found.measured, len(found.cells)) == (2, 6)
+    result = measure_alone(run, config, verbose=False)
+    assert (result.measured, len(result.cells)) == (2, 6)
     assert path.read_bytes().startswith(before)
-    assert record_path(run, found.setting) == path
+    assert record_path(run, result.setting) == path
     assert measure_alone(run, config, verbose=False).measured == 0
     assert run.status().state == "finished"
 

@@ -16,8 +16,8 @@ from lowrank_core.sensitivity.records import read_records
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> tuple[str, str]:
     capsys.readouterr()
     assert main(["sensitivity", *map(str, arguments)]) == status
-    found = capsys.readouterr()
-    return found.out, found.err
+    result = capsys.readouterr()
+    return result.out, result.err
 
 
 def test_a_run_is_made_measured_and_gone_on_with(

@@ -18,7 +18,7 @@ from lowrank_core.decomposition.factorization import Damping
 from lowrank_core.decomposition.units import factorize, units_of
 from lowrank_core.errors import Cancelled, ConfigError, NumericalError
 from lowrank_core.layers.base import CompressedModule
-from lowrank_core.metrics import basis_named
+from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.handle import weight_of
 from lowrank_core.parameters import HeadUnit
@@ -46,7 +46,7 @@ def compressed(
     **options: object,
 ) -> CompressedModel:
     bases = factorize(handle, statistics, units_of(handle, config), config)
-    basis, damping = basis_named(config.basis), Damping(config.input_damping, config.gradient_damping)
+    basis, damping = metric_named(config.basis), Damping(config.input_damping, config.gradient_damping)
     return compress_sequentially(handle, windows, statistics, bases, allocation, basis, damping=damping, **options)  # type: ignore[arg-type]
 
 
@@ -61,8 +61,8 @@ def uniform(handle: ModelHandle, config: CompressionConfig, ratio: float = 0.5) 
 def hidden_states(handle: ModelHandle, windows: WindowSet) -> Tensor:
     """Return what the head reads, over all windows."""
     with torch.inference_mode():
-        found: Tensor = handle.module.base_model(input_ids=windows.ids, use_cache=False).last_hidden_state
-    return found.double()
+        result: Tensor = handle.module.base_model(input_ids=windows.ids, use_cache=False).last_hidden_state
+    return result.double()
 
 
 def outputs(handle: ModelHandle, name: str, windows: WindowSet) -> Tensor:
@@ -102,7 +102,7 @@ def test_drift_aware_is_closer_to_the_dense_hidden_states_than_whitened_at_equal
     assert gaps[0] < 0.99 * gaps[1]
 
 
-def test_each_layer_is_least_squares_optimal_for_the_inputs_it_really_reads(
+def test_each_layer_is_min_squares_optimal_for_the_inputs_it_really_reads(
     llama: ModelHandle, windows: WindowSet, statistics: LayerStatistics
 ):
     """The last layer: no other weights of its rank come closer to the dense output from x'; those fitted at once don't come as close."""
@@ -113,14 +113,14 @@ def test_each_layer_is_least_squares_optimal_for_the_inputs_it_really_reads(
     target = outputs(llama, name, windows)
     reads: list[Tensor] = []
     hook = model.handle.module.get_submodule(name).register_forward_pre_hook(lambda _, arguments: reads.append(arguments[0].double()))
-    found = outputs(model.handle, name, windows)
+    result = outputs(model.handle, name, windows)
     hook.remove()
     x = reads[0].flatten(0, 1)
     fitted = x @ torch.linalg.lstsq(x, target).solution
     assert rank is not None
     top = torch.linalg.svd(fitted, full_matrices=False).Vh[:rank]
     best = float((target - fitted @ top.T @ top).square().sum())
-    assert float((target - found).square().sum()) == pytest.approx(best, rel=1e-2)
+    assert float((target - result).square().sum()) == pytest.approx(best, rel=1e-2)
 
 
 def test_a_centred_basis_keeps_the_dense_mean_output_of_every_layer(llama: ModelHandle, windows: WindowSet, statistics: LayerStatistics):
@@ -237,7 +237,7 @@ def test_full_ranks_reproduce_the_dense_model(llama: ModelHandle, windows: Windo
     units = units_of(llama, config)
     bases = factorize(llama, statistics, units, config)
     allocation = RankAllocation("manual", {unit.name: unit.max_rank for unit in units}, 1, 1)
-    basis = basis_named(config.basis)
+    basis = metric_named(config.basis)
     model = compress_sequentially(llama, windows, statistics, bases, allocation, basis, damping=Damping(columns=1e-2))
     for shape in llama.shapes:
         expected = weight_of(llama.module.get_submodule(shape.name))
@@ -253,9 +253,9 @@ def test_a_recipe_with_a_sequential_basis_is_fitted_on_its_first_windows(
         return torch.equal(hidden_states(one.handle, windows), hidden_states(other.handle, windows))
 
     config = replace(TWO_SIDED, fit_windows=16)
-    found = decompose(llama, statistics, config)
-    allocation = found.allocate("uniform", 0.5)
-    fitted = found.compress(allocation, windows)
+    result = decompose(llama, statistics, config)
+    allocation = result.allocate("uniform", 0.5)
+    fitted = result.compress(allocation, windows)
     assert same(fitted, compressed(llama, windows.first(16), statistics, config, allocation))
     assert not same(fitted, compressed(llama, windows, statistics, config, allocation))
     plain = decompose(llama, statistics, replace(config, basis="two_sided"))
@@ -272,15 +272,15 @@ def test_cross_moments_are_those_of_two_passes(chunk: int):
     accumulator = _CrossAccumulator(x.mean(0), torch.device("cpu"))
     for dense, own in zip(x.split(chunk), y.split(chunk), strict=True):
         accumulator.update(dense[None], own[None])
-    found = accumulator.finish()
-    statistics = found.statistics()
+    result = accumulator.finish()
+    statistics = result.statistics()
     tolerance = {"rtol": 1e-5, "atol": 1e-5}  # products are taken in float32
     torch.testing.assert_close(statistics.mean, y.mean(0), **tolerance)
     torch.testing.assert_close(statistics.absolute_mean, y.abs().mean(0), **tolerance)
     torch.testing.assert_close(statistics.sample, torch.cov(y.T), **tolerance)
     torch.testing.assert_close(statistics.second_moment, y.T @ y / len(y), **tolerance)
-    torch.testing.assert_close(found.between(centred=False), x.T @ y / len(x), **tolerance)
-    torch.testing.assert_close(found.between(centred=True), torch.cov(torch.cat([x, y], 1).T)[:10, 10:], **tolerance)
+    torch.testing.assert_close(result.between(centred=False), x.T @ y / len(x), **tolerance)
+    torch.testing.assert_close(result.between(centred=True), torch.cov(torch.cat([x, y], 1).T)[:10, 10:], **tolerance)
     assert torch.equal(statistics.pooled, statistics.sample)
 
 
@@ -289,6 +289,6 @@ def test_without_drift_the_cross_moment_is_the_own_one(centred: bool):
     x = rows(10, mean=3.0)
     accumulator = _CrossAccumulator(x.mean(0) + 0.1, torch.device("cpu"))
     accumulator.update(x[None], x[None])
-    found = accumulator.finish()
-    own = found.statistics().sample if centred else found.statistics().second_moment
-    torch.testing.assert_close(found.between(centred=centred), own, rtol=1e-12, atol=1e-12)
+    result = accumulator.finish()
+    own = result.statistics().sample if centred else result.statistics().second_moment
+    torch.testing.assert_close(result.between(centred=centred), own, rtol=1e-12, atol=1e-12)

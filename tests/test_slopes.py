@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lowrank_core.compression import error_weights
-from lowrank_core.compression.build import low_rank_layers, swapped
-from lowrank_core.compression.error_weights import measured_slopes
+from lowrank_core.compression.build import low_rank_layers, swap_layers
+from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.pipeline import Decomposed, decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.errors import ConfigError, NumericalError
@@ -45,7 +45,7 @@ def dense(llama: ModelHandle, few: WindowSet) -> DenseReference:
 
 @pytest.fixture(scope="module")
 def measured(raw: Decomposed, few: WindowSet, dense: DenseReference) -> dict[str, float]:
-    return measured_slopes(raw, few, dense, compression_ratio=RATIO)
+    return measure_error_weights(raw, few, dense, compression_ratio=RATIO)
 
 
 def scaled(decomposed: Decomposed, factors: dict[str, float]) -> Decomposed:
@@ -55,7 +55,7 @@ def scaled(decomposed: Decomposed, factors: dict[str, float]) -> Decomposed:
 
 
 def kl_of(decomposed: Decomposed, windows: WindowSet, dense: DenseReference, ranks: dict[str, int | None]) -> float:
-    with swapped(decomposed.handle, low_rank_layers(decomposed.handle, decomposed.bases, ranks, storage="factored")):
+    with swap_layers(decomposed.handle, low_rank_layers(decomposed.handle, decomposed.bases, ranks, storage="factored")):
         scores, _ = score_windows(decomposed.handle, windows, batch_size=8, dense=dense)
     assert scores.kl is not None
     return float(scores.kl.mean())
@@ -80,17 +80,17 @@ def test_the_unit_of_a_unit_s_errors_cancels(raw: Decomposed, few: WindowSet, de
     """Errors c times as large have slopes c times as small: the same allocation, where the raw errors give another."""
     factors = {unit.name: 16.0 ** (index % 4 - 1) for index, unit in enumerate(raw.units)}
     other = scaled(raw, factors)
-    again = measured_slopes(other, few, dense, compression_ratio=RATIO)
+    again = measure_error_weights(other, few, dense, compression_ratio=RATIO)
     assert again == {name: pytest.approx(slope / factors[name], rel=1e-12) for name, slope in measured.items()}
-    found = raw.allocate("marginal", RATIO, weights=measured)
-    assert other.allocate("marginal", RATIO, weights=again) == found
+    result = raw.allocate("marginal", RATIO, weights=measured)
+    assert other.allocate("marginal", RATIO, weights=again) == result
     assert other.allocate("marginal", RATIO).ranks != raw.allocate("marginal", RATIO).ranks
 
 
 def test_slopes_mend_errors_in_units_of_their_own(raw: Decomposed, few: WindowSet, dense: DenseReference):
     """On the validation text itself: what is lost by trading incomparable errors is won back."""
     other = scaled(raw, {unit.name: 16.0 ** (index % 4 - 1) for index, unit in enumerate(raw.units)})
-    slopes_of_it = measured_slopes(other, few, dense, compression_ratio=RATIO)
+    slopes_of_it = measure_error_weights(other, few, dense, compression_ratio=RATIO)
     plain = kl_of(other, few, dense, dict(other.allocate("marginal", RATIO).ranks))
     weighted = kl_of(other, few, dense, dict(other.allocate("marginal", RATIO, weights=slopes_of_it).ranks))
     assert weighted < plain
@@ -103,18 +103,18 @@ def test_alternatives_are_measured_and_locks_are_not(
     decomposed = decompose(llama, statistics, config)
     seen: list[tuple[int, int]] = []
     locked = "model.layers.0.self_attn.q_proj"
-    found = measured_slopes(
+    result = measure_error_weights(
         decomposed, few, dense, compression_ratio=RATIO, fixed={locked: 5}, progress=lambda *counts: seen.append(counts)
     )
     names = {unit.name for unit in decomposed.units}
-    assert names - set(found) == {name for name in names if locked in name.split("+")}
-    assert any("+" in name for name in found)
-    assert all(slope > 0 for slope in found.values())
-    assert seen == [(done, len(found)) for done in range(1, len(found) + 1)]
-    allocation = decomposed.allocate("marginal", RATIO, fixed={locked: 5}, weights=found)
+    assert names - set(result) == {name for name in names if locked in name.split("+")}
+    assert any("+" in name for name in result)
+    assert all(slope > 0 for slope in result.values())
+    assert seen == [(done, len(result)) for done in range(1, len(result) + 1)]
+    allocation = decomposed.allocate("marginal", RATIO, fixed={locked: 5}, weights=result)
     assert allocation.ranks[locked] == 5
     with pytest.raises(ConfigError, match="no compressible layer"):
-        measured_slopes(decomposed, few, dense, compression_ratio=RATIO, fixed={"z": 5})
+        measure_error_weights(decomposed, few, dense, compression_ratio=RATIO, fixed={"z": 5})
 
 
 def test_what_loses_nothing_is_measured_where_it_loses_something(raw: Decomposed, few: WindowSet, dense: DenseReference):
@@ -127,16 +127,16 @@ def test_what_loses_nothing_is_measured_where_it_loses_something(raw: Decomposed
         first: replace(raw.bases[first], errors=errors),
         second: replace(raw.bases[second], errors=torch.zeros_like(raw.bases[second].errors)),
     }
-    found = measured_slopes(replace(raw, bases=bases), few, dense, compression_ratio=RATIO)
-    assert found[first] == pytest.approx(kl_of(raw, few, dense, {first: 1}) / float(errors[1]), rel=1e-9)
-    assert found[second] == 1.0
+    result = measure_error_weights(replace(raw, bases=bases), few, dense, compression_ratio=RATIO)
+    assert result[first] == pytest.approx(kl_of(raw, few, dense, {first: 1}) / float(errors[1]), rel=1e-9)
+    assert result[second] == 1.0
 
 
 def test_a_slope_is_positive_where_rounding_says_it_is_not(
     raw: Decomposed, few: WindowSet, dense: DenseReference, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(error_weights, "low_rank_layers", lambda *_, **__: {})  # nothing is swapped: KL is rounding
-    assert all(slope > 0 for slope in measured_slopes(raw, few, dense, compression_ratio=RATIO).values())
+    assert all(slope > 0 for slope in measure_error_weights(raw, few, dense, compression_ratio=RATIO).values())
 
 
 def test_a_unit_that_makes_the_model_diverge_is_named(
@@ -151,7 +151,7 @@ def test_a_unit_that_makes_the_model_diverge_is_named(
 
     monkeypatch.setattr(error_weights, "low_rank_layers", broken)
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.self_attn\.q_proj at rank \d+, everything else dense: .*diverged"):
-        measured_slopes(raw, few, dense, compression_ratio=RATIO)
+        measure_error_weights(raw, few, dense, compression_ratio=RATIO)
     assert torch.isfinite(weight_of(raw.handle.module.get_submodule("model.layers.0.self_attn.q_proj"))).all()
 
 
@@ -164,9 +164,9 @@ def test_weights_take_the_warning_away(raw: Decomposed):
 
 def test_every_rule_allocates_from_what_a_decomposed_model_knows(raw: Decomposed, statistics: LayerStatistics):
     for rule in ("uniform", "lord_manual", "energy", "threshold", "svd_llm_v2", "block_influence", "marginal"):
-        found = raw.allocate(rule, RATIO, fixed={raw.units[0].name: 3})
-        assert found.ranks[raw.units[0].name] == 3
-        assert found.compression_ratio == pytest.approx(RATIO, abs=0.01)
+        result = raw.allocate(rule, RATIO, fixed={raw.units[0].name: 3})
+        assert result.ranks[raw.units[0].name] == 3
+        assert result.compression_ratio == pytest.approx(RATIO, abs=0.01)
     old = replace(raw, statistics=replace(statistics, influence=()))
     with pytest.raises(ConfigError, match="Calibrate again"):
         old.allocate("block_influence", RATIO)

@@ -16,7 +16,7 @@ from lowrank_core.allocation.units import plan_units, value_layers
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.errors import BudgetError, ConfigError
 from lowrank_core.parameters import MatrixShape, Unit, budget_for_ratio
-from lowrank_core.studies.space import BASELINES, LEAST, PUBLISHED_MARGIN, RATIO, SPREAD, SearchSpace
+from lowrank_core.studies.space import BASELINES, MIN, PUBLISHED_MARGIN, RATIO, SPREAD, SearchSpace
 
 KINDS = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64), "gate_proj": (160, 64), "up_proj": (160, 64)}
 SHAPES = tuple(
@@ -63,12 +63,12 @@ def test_a_baseline_s_point_gives_the_baseline_s_ranks(name: str, keep: bool, un
 @given(st.sampled_from([LLAMA, PIVOTED, STACKED]), st.floats(0.05, 0.7), st.lists(st.floats(0.2, 1.0), min_size=5, max_size=5))
 def test_every_projected_point_is_feasible_and_spends_the_budget(units: tuple[Unit, ...], ratio: float, values: list[float]):
     space = SearchSpace(units, ratio, VALUES)
-    found = space.allocation(dict(zip(space.groups, values, strict=True)))
+    result = space.allocation(dict(zip(space.groups, values, strict=True)))
     budget = budget_for_ratio(units, ratio)
     step = max(unit.parameters(1) for unit in units)
-    assert budget - step < found.parameters <= budget
-    assert space.constraints(found) == {}
-    assert all(found.ranks[name] is None for name in VALUES)
+    assert budget - step < result.parameters <= budget
+    assert space.constraints(result) == {}
+    assert all(result.ranks[name] is None for name in VALUES)
 
 
 def test_only_ratios_between_projected_variables_matter():
@@ -97,10 +97,10 @@ def test_a_published_point_is_the_kept_fractions_themselves(values: list[float],
     """rank = ⌈k·m·n/(m + n)⌉, floored to a multiple of 8; a kept fraction of 1 is dense. Whatever the ratio is."""
     space = SearchSpace(LLAMA, 0.3, VALUES, projected=False, rank_multiple=multiple)
     point = dict(zip(space.groups, values, strict=True))
-    found = space.allocation(point)
-    assert found.ranks == SearchSpace(LLAMA, 0.9, VALUES, projected=False, rank_multiple=multiple).allocation(point).ranks
+    result = space.allocation(point)
+    assert result.ranks == SearchSpace(LLAMA, 0.9, VALUES, projected=False, rank_multiple=multiple).allocation(point).ranks
     for unit in LLAMA:
-        rank, kept = found.ranks[unit.name], point.get(module_group(unit.kind), 1.0)
+        rank, kept = result.ranks[unit.name], point.get(module_group(unit.kind), 1.0)
         if unit.name in VALUES or kept == 1:
             assert rank is None
             continue
@@ -130,10 +130,10 @@ def test_the_bounds_of_feasibility_are_the_ratio_and_a_tenth_more():
     space = SearchSpace(LLAMA, 0.3, projected=False)
     for removed in (0.25, 0.31, 0.39, 0.41):
         uniform = allocate("uniform", LLAMA, removed)
-        found = space.constraints(allocation_from_ranks("manual", LLAMA, uniform.ranks))
-        assert found["removes too little"] == pytest.approx(0.3 - uniform.compression_ratio)
-        assert found["removes too much"] == pytest.approx(uniform.compression_ratio - 0.3 - PUBLISHED_MARGIN)
-        assert (max(found.values()) <= 0) == (0.3 <= uniform.compression_ratio <= 0.4)
+        result = space.constraints(allocation_from_ranks("manual", LLAMA, uniform.ranks))
+        assert result["removes too little"] == pytest.approx(0.3 - uniform.compression_ratio)
+        assert result["removes too much"] == pytest.approx(uniform.compression_ratio - 0.3 - PUBLISHED_MARGIN)
+        assert (max(result.values()) <= 0) == (0.3 <= uniform.compression_ratio <= 0.4)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -142,10 +142,10 @@ def test_a_published_baseline_is_feasible_up_to_rounding_and_within_the_bounds(n
     space = SearchSpace(LLAMA, ratio, VALUES, projected=False)
     point = space.point_of(name, space.compression_ratio)
     assert set(point) == set(space.groups)
-    assert all(LEAST <= value <= 1 for value in point.values())
-    found = space.allocation(point)
-    step = max(unit.parameters(1) for unit in LLAMA) * len(LLAMA) / found.dense_parameters
-    assert max(space.constraints(found).values()) <= step
+    assert all(MIN <= value <= 1 for value in point.values())
+    result = space.allocation(point)
+    step = max(unit.parameters(1) for unit in LLAMA) * len(LLAMA) / result.dense_parameters
+    assert max(space.constraints(result).values()) <= step
     if name == "lord_manual":
         assert point["qk"] / point["o"] == pytest.approx(0.7 / 0.8)
 
@@ -154,7 +154,7 @@ def test_a_published_baseline_is_feasible_up_to_rounding_and_within_the_bounds(n
 def test_a_published_baseline_stays_within_the_bounds_of_its_variables(name: str):
     """At a ratio where its kept fractions would fall below the least that may be sampled."""
     space = SearchSpace(LLAMA, 0.85, projected=False)
-    assert min(space.point_of(name, 0.85).values()) == LEAST
+    assert min(space.point_of(name, 0.85).values()) == MIN
 
 
 # --- weights of errors -----------------------------------------------------------------------------------------------
@@ -165,11 +165,11 @@ ALTERNATIVES = plan_units(SHAPES, CompressionConfig(basis="two_sided", storage="
 def curves_of(units: tuple[Unit, ...], seed: int = 0) -> dict[str, np.ndarray]:
     """Convex curves down to 0 at full rank, of different heights."""
     generator = np.random.default_rng(seed)
-    found = {}
+    result = {}
     for unit in units:
         energies = np.sort(generator.exponential(size=unit.max_rank) * generator.uniform(0.1, 10))[::-1]
-        found[unit.name] = np.append(energies[::-1].cumsum()[::-1], 0.0)
-    return found
+        result[unit.name] = np.append(energies[::-1].cumsum()[::-1], 0.0)
+    return result
 
 
 def weighted(units: tuple[Unit, ...], ratio: float = 0.3, **changes: object) -> SearchSpace:
@@ -194,9 +194,9 @@ def test_the_largest_group_has_no_variable():
 @given(st.sampled_from([LLAMA, ALTERNATIVES]), st.floats(0.1, 0.7), st.lists(st.floats(1 / SPREAD, SPREAD), min_size=5, max_size=5))
 def test_every_point_of_weights_spends_the_budget(units: tuple[Unit, ...], ratio: float, values: list[float]):
     space = weighted(units, ratio)
-    found = space.allocation(dict(zip(space.distributions(), values, strict=True)))
+    result = space.allocation(dict(zip(space.distributions(), values, strict=True)))
     budget = budget_for_ratio(units, ratio)
-    assert budget - max(unit.parameters(1) for unit in units) < found.parameters <= budget
+    assert budget - max(unit.parameters(1) for unit in units) < result.parameters <= budget
 
 
 def test_a_heavier_group_keeps_more():
@@ -264,21 +264,21 @@ def test_more_variables_than_a_gaussian_process_takes_are_told():
 
 
 def test_the_ratio_is_a_variable_of_a_search_over_ratios():
-    space = weighted(LLAMA, 0.2, most_ratio=0.6)
+    space = weighted(LLAMA, 0.2, max_ratio=0.6)
     bounds = space.distributions()[RATIO]
     assert (bounds.low, bounds.high) == (0.2, 0.6)
     for ratio in (0.2, 0.4, 0.6):
-        found = space.allocation({**space.point_of("marginal", ratio), RATIO: ratio})
-        assert found.ranks == allocate("marginal", LLAMA, ratio, curves=space.curves).ranks
+        result = space.allocation({**space.point_of("marginal", ratio), RATIO: ratio})
+        assert result.ranks == allocate("marginal", LLAMA, ratio, curves=space.curves).ranks
 
 
 @pytest.mark.parametrize("variables", ["kept", "errors"])
 def test_baselines_span_the_range(variables: str):
-    space = SearchSpace(LLAMA, 0.2, variables=variables, most_ratio=0.6, curves=curves_of(LLAMA))
+    space = SearchSpace(LLAMA, 0.2, variables=variables, max_ratio=0.6, curves=curves_of(LLAMA))
     own = "marginal" if variables == "errors" else "uniform"
-    found = [baseline for baseline in space.baselines() if baseline.label == own]
-    assert [round(baseline.compression_ratio, 6) for baseline in found] == [0.2, 0.3, 0.4, 0.5, 0.6]
-    assert all(baseline.point[RATIO] == baseline.compression_ratio and baseline.ranks is None for baseline in found)
+    result = [baseline for baseline in space.baselines() if baseline.label == own]
+    assert [round(baseline.compression_ratio, 6) for baseline in result] == [0.2, 0.3, 0.4, 0.5, 0.6]
+    assert all(baseline.point[RATIO] == baseline.compression_ratio and baseline.ranks is None for baseline in result)
 
 
 # --- baselines -------------------------------------------------------------------------------------------------------
@@ -290,9 +290,9 @@ def test_each_baseline_is_what_its_allocator_does(variables: str, units: tuple[U
     if variables == "kept" and units is ALTERNATIVES:
         pytest.skip("kept fractions can't choose between alternatives")
     space = SearchSpace(units, 0.3, variables=variables, curves=curves_of(units))
-    found = {baseline.label: baseline for baseline in space.baselines()}
-    assert tuple(found) == BASELINES
-    for name, baseline in found.items():
+    result = {baseline.label: baseline for baseline in space.baselines()}
+    assert tuple(result) == BASELINES
+    for name, baseline in result.items():
         rest = units if name == "marginal" else tuple(unit for unit in units if len(unit.members) == 1)
         expected = allocate(name, rest, 0.3, curves=space.curves)
         measured = space.allocation(baseline.point) if baseline.ranks is None else allocation_from_ranks(name, units, baseline.ranks)

@@ -57,9 +57,9 @@ def test_known_values() -> None:
 @given(energies)
 def test_measures_stay_in_their_range_and_finite(values: np.ndarray) -> None:
     for measure in (effective_rank, stable_rank, participation_ratio):
-        found = measure(values)
-        assert np.isfinite(found)
-        assert 0 <= found <= len(values) * (1 + 1e-9)
+        result = measure(values)
+        assert np.isfinite(result)
+        assert 0 <= result <= len(values) * (1 + 1e-9)
     assert np.isfinite(retained_energy(values)).all()
 
 
@@ -78,10 +78,10 @@ def test_spectra_survive_a_file(tmp_path: Path) -> None:
     shape = MatrixShape("model.layers.0.q_proj", "q_proj", 0, 4, 6, bias=True)
     spectrum = LayerSpectrum(shape, np.array([3.0, 2, 1, 0]), np.array([9.0, 4, 1, 0]), np.array([8.0, 4, 1, 0]), np.arange(6.0)[::-1])
     save_spectra(tmp_path / "spectra.npz", [spectrum])
-    (found,) = load_spectra(tmp_path / "spectra.npz")
-    assert found.shape == shape
-    np.testing.assert_array_equal(found.weight_energy, spectrum.weight_energy)
-    np.testing.assert_array_equal(found.input_eigenvalues, spectrum.input_eigenvalues)
+    (result,) = load_spectra(tmp_path / "spectra.npz")
+    assert result.shape == shape
+    np.testing.assert_array_equal(result.weight_energy, spectrum.weight_energy)
+    np.testing.assert_array_equal(result.input_eigenvalues, spectrum.input_eigenvalues)
 
 
 def test_a_file_without_shuffled_matrices_is_still_read_and_a_later_one_is_refused(tmp_path: Path) -> None:
@@ -94,9 +94,9 @@ def test_a_file_without_shuffled_matrices_is_still_read_and_a_later_one_is_refus
         stored = {name: array for name, array in archive.items() if name != "sha256"}
     old = {name: array for name, array in stored.items() if name != "format" and "shuffled" not in name}
     np.savez(path, **old)
-    (found,) = load_spectra(path)
-    assert found.shuffled_singular_values is None
-    np.testing.assert_array_equal(found.weight_singular_values, values)
+    (result,) = load_spectra(path)
+    assert result.shuffled_singular_values is None
+    np.testing.assert_array_equal(result.weight_singular_values, values)
     np.savez(path, **{**stored, "format": np.array(99)})
     with pytest.raises(RunError, match="written by a later version"):
         load_spectra(path)

@@ -98,25 +98,25 @@ def test_a_comparison_pairs_rounds_and_alternates(llama: ModelHandle, monkeypatc
     twin = ModelHandle("twin", llama.module, llama.tokenizer, llama.layers, llama.stored_dtype)
     fast, slow = (0.5, 0.5, 1.0), (1.0, 0.5, 4.0)
     # Who goes first: dense to warm up, then dense, compressed, dense; the last round is disturbed, for both alike.
-    found = compare_speed(llama, twin, SMALL, clock=_clock(slow, fast, slow, fast, fast, slow, (10.0, 5.0, 40.0), (5.0, 5.0, 10.0)))
+    result = compare_speed(llama, twin, SMALL, clock=_clock(slow, fast, slow, fast, fast, slow, (10.0, 5.0, 40.0), (5.0, 5.0, 10.0)))
     assert [handle.reference == "twin" for handle in order] == [False, True, False, True, True, False, False, True]
-    assert found.prefill_speedup == Spread(2.0, pytest.approx(2.0), pytest.approx(2.0))
-    assert found.decode_speedup == Spread(4.0, pytest.approx(4.0), pytest.approx(4.0))
-    assert found.first_token_speedup == Spread(1.5, pytest.approx(1.5), pytest.approx(1.5))
-    assert found.dense.decode_tokens_per_second.low == pytest.approx(0.2)
-    assert (found.dense.model, found.compressed.model) == (llama.reference, "twin")
+    assert result.prefill_speedup == Spread(2.0, pytest.approx(2.0), pytest.approx(2.0))
+    assert result.decode_speedup == Spread(4.0, pytest.approx(4.0), pytest.approx(4.0))
+    assert result.first_token_speedup == Spread(1.5, pytest.approx(1.5), pytest.approx(1.5))
+    assert result.dense.decode_tokens_per_second.low == pytest.approx(0.2)
+    assert (result.dense.model, result.compressed.model) == (llama.reference, "twin")
 
 
 def test_a_model_is_as_fast_as_itself_under_a_steady_clock(llama: ModelHandle):
-    found = compare_speed(llama, llama, SMALL, clock=_clock(*repeat((1.0, 1.0, 1.0), 8)))
-    assert found.decode_speedup == found.prefill_speedup == Spread(1.0, 1.0, 1.0)
+    result = compare_speed(llama, llama, SMALL, clock=_clock(*repeat((1.0, 1.0, 1.0), 8)))
+    assert result.decode_speedup == result.prefill_speedup == Spread(1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "least"), [("batch_size", 0, 1), ("prompt_tokens", 0, 1), ("new_tokens", 1, 2), ("rounds", 0, 1), ("warmup", 0, 1)]
+    ("field", "value", "minimum"), [("batch_size", 0, 1), ("prompt_tokens", 0, 1), ("new_tokens", 1, 2), ("rounds", 0, 1), ("warmup", 0, 1)]
 )
-def test_numbers_out_of_range_are_told(field: str, value: int, least: int):
-    with pytest.raises(ConfigError, match=f"{field.replace('_', ' ')} must be at least {least}, got {value}"):
+def test_numbers_out_of_range_are_told(field: str, value: int, minimum: int):
+    with pytest.raises(ConfigError, match=f"{field.replace('_', ' ')} must be at least {minimum}, got {value}"):
         SpeedConfig(**{field: value})
 
 
@@ -131,10 +131,10 @@ def test_what_passes_the_context_is_told(any_handle: ModelHandle):
 
 @pytest.fixture(scope="module")
 def meter() -> memory_module.Meter:
-    found = memory_module.Meter(torch.device("cpu"))
-    if not found.available:
-        pytest.skip(found.measured)
-    return found
+    result = memory_module.Meter(torch.device("cpu"))
+    if not result.available:
+        pytest.skip(result.measured)
+    return result
 
 
 def test_a_peak_holds_what_was_held_and_let_go_until_the_meter_restarts(meter: memory_module.Meter):
@@ -154,19 +154,19 @@ def test_a_peak_holds_what_was_held_and_let_go_until_the_meter_restarts(meter: m
 
 def test_a_system_that_tells_no_peaks_is_told_not_guessed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setattr(memory_module, "_RESET", tmp_path / "clear_refs")
-    found = memory_module.Meter(torch.device("cpu"))
-    assert found.peak() is None
-    assert "not available" in found.measured
+    result = memory_module.Meter(torch.device("cpu"))
+    assert result.peak() is None
+    assert "not available" in result.measured
 
 
 @pytest.mark.usefixtures("meter")
-def test_a_fresh_process_measures_at_least_the_weights(demo_source: ModelSource):
-    found = measure_memory(demo_source, SpeedConfig(new_tokens=2, prompt_tokens=8))
+def test_a_fresh_process_measures_at_min_the_weights(demo_source: ModelSource):
+    result = measure_memory(demo_source, SpeedConfig(new_tokens=2, prompt_tokens=8))
     weights = 4 * 6_852_864  # float32 on a CPU
-    assert found.running is not None
-    assert found.loading is not None
-    assert weights < found.running < 3 * weights
-    assert weights < found.loading < 3 * weights
+    assert result.running is not None
+    assert result.loading is not None
+    assert weights < result.running < 3 * weights
+    assert weights < result.loading < 3 * weights
 
 
 @pytest.fixture
@@ -211,11 +211,11 @@ def test_the_command_compares_two_models(llama_checkpoint: Path, gpt2_checkpoint
     arguments = ["speed", "--model", str(llama_checkpoint), "--against", str(gpt2_checkpoint), "--no-memory"]
     short = ["--prompt-tokens", "4", "--new-tokens", "3", "--rounds", "2"]
     assert main([*arguments, *short, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert _finite(found)
-    assert found["dense"]["model"] == str(gpt2_checkpoint)
-    assert found["prefill_speedup"]["low"] <= found["prefill_speedup"]["median"] <= found["prefill_speedup"]["high"]
-    assert found["memory_ratio"] is None
+    result = json.loads(capsys.readouterr().out)
+    assert _finite(result)
+    assert result["dense"]["model"] == str(gpt2_checkpoint)
+    assert result["prefill_speedup"]["low"] <= result["prefill_speedup"]["median"] <= result["prefill_speedup"]["high"]
+    assert result["memory_ratio"] is None
     assert main([*arguments, *short]) == 0
     text = capsys.readouterr().out
     for word in ("dense", "compressed", "decode, tokens/s", "above 1 the compressed model is faster", "4 random tokens"):

@@ -93,11 +93,11 @@ def test_damaged_blocks_are_named_when_they_are_opened(stored: tuple[Path, Calla
     spoil, message = DAMAGE[damage]
     opened()
     spoil(part)
-    with pytest.raises(NumericalError, match=message) as told:
+    with pytest.raises(NumericalError, match=message) as reported:
         opened()
-    assert f"the stored statistics in {part.parent} are damaged" in str(told.value)
-    assert "Delete that folder and calibrate again" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert f"the stored statistics in {part.parent} are damaged" in str(reported.value)
+    assert "Delete that folder and calibrate again" in str(reported.value)
+    assert "\n" not in str(reported.value)
 
 
 def test_blocks_of_other_statistics_are_not_taken(stored: tuple[Path, Callable[[], object]]):
@@ -205,10 +205,10 @@ def test_whatever_byte_of_an_archive_is_hit_it_is_told_or_nothing_has_changed(na
         content[place] ^= 1 << dice.randrange(8)
         path.write_bytes(content)
         try:
-            found = repr(load(path))
+            result = repr(load(path))
         except RunError as error:
-            found = expected if "can't be read" in str(error) else str(error)
-        assert found == expected, place
+            result = expected if "can't be read" in str(error) else str(error)
+        assert result == expected, place
 
 
 @pytest.mark.parametrize("name", ARCHIVES)
@@ -237,9 +237,9 @@ def test_a_healing_does_not_go_on_from_a_checkpoint_with_other_bits(tmp_path: Pa
     values = {"a": torch.arange(2048.0)}
     state = Checkpoint("mine", 0.1, 4, 2, [], values, {"a": torch.ones(3)}, {}, {})
     save_checkpoint(tmp_path, state)
-    found = load_checkpoint(tmp_path, "mine", torch.device("cpu"))
-    assert found is not None
-    assert torch.equal(found.values["a"], values["a"])
+    result = load_checkpoint(tmp_path, "mine", torch.device("cpu"))
+    assert result is not None
+    assert torch.equal(result.values["a"], values["a"])
     path = tmp_path / "checkpoint.safetensors"
     content = bytearray(path.read_bytes())
     content[-4096:] = bytes(4096)

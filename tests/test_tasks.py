@@ -73,14 +73,14 @@ metadata: {version: 1.0}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two tasks with choices, a group of them, and one without choices."""
-    found = tmp_path_factory.mktemp("tasks")
-    data, cache = found / "questions.jsonl", tmp_path_factory.mktemp("cache")
+    result = tmp_path_factory.mktemp("tasks")
+    data, cache = result / "questions.jsonl", tmp_path_factory.mktemp("cache")
     data.write_text("\n".join(map(json.dumps, DOCUMENTS)), encoding="utf-8")
     for name in ("colours", "numbers"):
-        (found / f"{name}.yaml").write_text(CHOICES.format(name=name, data=data, cache=cache), encoding="utf-8")
-    (found / "words.yaml").write_text(ROLLING.format(data=data, cache=cache), encoding="utf-8")
-    (found / "both.yaml").write_text(GROUP, encoding="utf-8")
-    return found
+        (result / f"{name}.yaml").write_text(CHOICES.format(name=name, data=data, cache=cache), encoding="utf-8")
+    (result / "words.yaml").write_text(ROLLING.format(data=data, cache=cache), encoding="utf-8")
+    (result / "both.yaml").write_text(GROUP, encoding="utf-8")
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -271,8 +271,8 @@ def test_differences_need_the_same_documents_and_means():
 
 
 def test_warnings_of_a_kind_are_told_once():
-    told = ["cut 3 of 70 tokens", "no such metric", "cut 5 of  70\ntokens"]
-    assert harness_module._by_kind(told[:2]) == ("cut 3 of 70 tokens", "no such metric")
+    reported = ["cut 3 of 70 tokens", "no such metric", "cut 5 of  70\ntokens"]
+    assert harness_module._by_kind(reported[:2]) == ("cut 3 of 70 tokens", "no such metric")
     assert harness_module._by_kind(["cut 3 of 70", "cut 5 of 70"]) == ("cut 3 of 70 (2 like this)",)
 
 
@@ -283,9 +283,9 @@ def test_the_command_shows_both_models(llama_checkpoint: Path, qwen2_checkpoint:
     models = ["--model", str(llama_checkpoint), "--against", str(qwen2_checkpoint)]
     arguments = ["tasks", *models, "--tasks", "colours", "--include-path", str(folder), "--limit", "4"]
     assert main([*arguments, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert [score["metric"] for score in found["scores"]] == ["acc", "acc_norm"]
-    assert found["against"] == str(qwen2_checkpoint)
+    result = json.loads(capsys.readouterr().out)
+    assert [score["metric"] for score in result["scores"]] == ["acc", "acc_norm"]
+    assert result["against"] == str(qwen2_checkpoint)
     assert main(arguments) == 0
     text = capsys.readouterr().out
     for word in ("compressed", "difference", "colours  acc_norm", "±", "the first 4 documents"):

@@ -14,7 +14,7 @@ from lowrank_core.compression.tuning import BETAS, DAMPINGS, TuningPoint, _best,
 from lowrank_core.config import CalibrationConfig, CompressionConfig, TextConfig
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.metrics import basis_named, with_beta
+from lowrank_core.metrics import metric_named, with_beta
 from lowrank_core.models import ModelHandle
 from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
 from lowrank_core.statistics.gradients import collect_gradients
@@ -35,33 +35,33 @@ def statistics(llama: ModelHandle, text: TokenWindows) -> LayerStatistics:
     return collect_statistics(llama, text.calibration, config).with_outputs(collect_gradients(llama, text.calibration, config))
 
 
-def test_the_setting_with_the_least_kl_on_validation_text_is_taken(llama: ModelHandle, statistics: LayerStatistics, text: TokenWindows):
+def test_the_setting_with_the_min_kl_on_validation_text_is_taken(llama: ModelHandle, statistics: LayerStatistics, text: TokenWindows):
     ticks: list[tuple[int, int]] = []
     progress = lambda done, total: ticks.append((done, total))  # noqa: E731
-    found, points = tune(llama, statistics, STUDIO, text, allocator="marginal", compression_ratio=0.5, progress=progress)
+    result, points = tune(llama, statistics, STUDIO, text, allocator="marginal", compression_ratio=0.5, progress=progress)
     assert {point.gradient_damping for point in points} == set(DAMPINGS)
     assert {point.drift_beta for point in points} == set(BETAS)
     best = min(points, key=lambda point: point.kl or 0.0)
-    assert (found.gradient_damping, found.drift_beta) == (best.gradient_damping, best.drift_beta)
-    assert found == replace(STUDIO, gradient_damping=best.gradient_damping, drift_beta=best.drift_beta)
+    assert (result.gradient_damping, result.drift_beta) == (best.gradient_damping, best.drift_beta)
+    assert result == replace(STUDIO, gradient_damping=best.gradient_damping, drift_beta=best.drift_beta)
     assert ticks == [(done, len(points)) for done in range(1, len(points) + 1)]
-    decomposed = decompose(llama, statistics, found)
+    decomposed = decompose(llama, statistics, result)
     model = decomposed.compress(decomposed.allocate("marginal", 0.5), text.calibration)
     assert evaluate(model.handle, text.validation, against=llama).kl == pytest.approx(best.kl, rel=1e-3)
 
 
 def test_what_a_basis_does_not_have_is_not_tried(llama: ModelHandle, statistics: LayerStatistics, text: TokenWindows):
     plain = CompressionConfig(basis="whitened", value_dense=False)
-    found, points = tune(llama, statistics, plain, text, allocator="uniform", compression_ratio=0.4)
-    assert found == plain
+    result, points = tune(llama, statistics, plain, text, allocator="uniform", compression_ratio=0.4)
+    assert result == plain
     assert len(points) == 1
 
 
 def test_beta_reaches_the_basis_through_wrappers():
     for name in ("drift_aware", "drift_aware:two_sided", "shared_input:drift_aware:whitened"):
-        changed = with_beta(basis_named(name), 0.25)
+        changed = with_beta(metric_named(name), 0.25)
         assert "beta=0.25" in repr(changed)
-    assert with_beta(basis_named("whitened"), 0.25) == basis_named("whitened")
+    assert with_beta(metric_named("whitened"), 0.25) == metric_named("whitened")
 
 
 def test_a_model_that_diverges_everywhere_is_an_error():
@@ -79,9 +79,9 @@ def test_the_command_tells_what_it_tried_and_keeps_it_in_the_export(llama_checkp
     source = ["--model", str(llama_checkpoint), "--text", f"file:{text_file}", "--context", "32", "--windows", "40"]
     options = ["--basis", "two_sided", "--allocation", "marginal", "--compression-ratio", "0.4", "--tune", "--out", str(tmp_path / "out")]
     assert main(["compress", *source, *options, "--json"]) == 0
-    told = capsys.readouterr()
-    body = json.loads(told.out)
+    reported = capsys.readouterr()
+    body = json.loads(reported.out)
     assert len(body["tuning"]) == len(DAMPINGS)
-    assert told.err.count("on validation text") == len(DAMPINGS)
+    assert reported.err.count("on validation text") == len(DAMPINGS)
     assert json.loads((tmp_path / "out" / "lowrank.json").read_text())["gradient_damping"] == body["gradient_damping"]
     assert main(["compress", *source, "--ranks", "ranks.json", "--tune", "--out", str(tmp_path / "other")]) == 2

@@ -10,7 +10,7 @@ import pytest
 from lowrank_core.allocation.units import check_reachable, plan_units, value_layers
 from lowrank_core.config import CompressionConfig
 from lowrank_core.errors import BudgetError, ConfigError
-from lowrank_core.metrics import BASES, basis_named
+from lowrank_core.metrics import METRICS, metric_named
 from lowrank_core.parameters import STORAGES, HeadUnit, MatrixShape
 
 KINDS = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "o_proj": (32, 32), "gate_proj": (80, 32), "up_proj": (80, 32)}
@@ -27,14 +27,14 @@ def names(config: CompressionConfig) -> list[str]:
     return [unit.name for unit in plan_units(SHAPES, config, HEADS)]
 
 
-@pytest.mark.parametrize("basis", [*BASES, "shared_input:two_sided", "drift_aware:shared_input"])
+@pytest.mark.parametrize("basis", [*METRICS, "shared_input:two_sided", "drift_aware:shared_input"])
 @pytest.mark.parametrize("value_dense", [True, False])
 def test_without_alternatives_each_matrix_is_in_one_unit(basis: str, value_dense: bool):
     units = plan_units(SHAPES, CompressionConfig(basis=basis, value_dense=value_dense))
     assert Counter(member.name for unit in units for member in unit.members) == {shape.name: 1 for shape in SHAPES}
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("basis", METRICS)
 @pytest.mark.parametrize("stacks", [True, False])
 def test_value_projections_that_stay_dense_stand_alone(basis: str, stacks: bool):
     units = plan_units(SHAPES, CompressionConfig(basis=basis, value_dense=True, stacks=stacks, heads=True), HEADS)
@@ -52,29 +52,29 @@ def test_stacks_stand_beside_single_matrices():
 
 
 def test_a_basis_that_stacks_by_itself_offers_no_stack_twice():
-    found = names(CompressionConfig(basis="shared_input", value_dense=False, stacks=True))
-    assert len(found) == len(set(found))
+    result = names(CompressionConfig(basis="shared_input", value_dense=False, stacks=True))
+    assert len(result) == len(set(result))
 
 
 def test_heads_stand_beside_single_matrices_where_values_are_compressed():
-    found = plan_units(SHAPES, CompressionConfig(basis="two_sided", value_dense=False, heads=True), HEADS)
-    heads = [unit for unit in found if isinstance(unit, HeadUnit)]
+    result = plan_units(SHAPES, CompressionConfig(basis="two_sided", value_dense=False, heads=True), HEADS)
+    heads = [unit for unit in result if isinstance(unit, HeadUnit)]
     assert [unit.name for unit in heads] == [f"{depth}.v_proj+{depth}.o_proj" for depth in range(3)]
     assert all(unit.adds_bias for unit in heads)
-    assert {shape.name for shape in SHAPES} < {unit.name for unit in found}
+    assert {shape.name for shape in SHAPES} < {unit.name for unit in result}
     assert not any(isinstance(unit, HeadUnit) for unit in plan_units(SHAPES, CompressionConfig(value_dense=False), HEADS))
 
 
-@pytest.mark.parametrize("basis", BASES)
+@pytest.mark.parametrize("basis", METRICS)
 @pytest.mark.parametrize("storage", STORAGES)
 def test_units_have_the_prices_of_the_basis_and_the_storage(basis: str, storage: str):
     units = plan_units(SHAPES, CompressionConfig(basis=basis, storage=storage, value_dense=False))
     assert all(unit.storage == storage for unit in units)
-    assert all(unit.adds_bias == basis_named(basis).centred for unit in units)
+    assert all(unit.adds_bias == metric_named(basis).centred for unit in units)
 
 
 def test_units_are_in_the_order_of_the_model():
-    for basis in BASES:
+    for basis in METRICS:
         units = plan_units(SHAPES, CompressionConfig(basis=basis, value_dense=False, stacks=True))
         first = [SHAPES.index(unit.members[0]) for unit in units]
         assert first == sorted(first)

@@ -118,9 +118,9 @@ def test_what_we_read_is_what_transformers_loads(packages: str, folder: Path, tm
     for name, (_, expected) in CASES.items():
         assert theirs[str(folders[name])] == expected, f"transformers itself: {name}"
         if expected is None:
-            with pytest.raises(ModelError) as told:
+            with pytest.raises(ModelError) as reported:
                 weight_files(folders[name])
-            assert "\n" not in str(told.value)
+            assert "\n" not in str(reported.value)
             with pytest.raises(ModelError):
                 load_model(ModelSource(str(folders[name])))
             continue

@@ -32,13 +32,13 @@ from lowrank_core.errors import BudgetError, Cancelled, ConfigError, ModelError,
 from lowrank_core.export import read_manifest
 from lowrank_core.models import load_model
 from lowrank_core.runs import Run, client, create_run, read_json
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.search.study import open_study
 from lowrank_core.spectra.spectrum import load_spectra
 from lowrank_core.studies.records import MANUAL, TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.studies.space import BASELINES
 from lowrank_core.studio.compare.comparison import comparisons
-from lowrank_core.studio.compare.healing_commands import healed_again
+from lowrank_core.studio.compare.healing_commands import healing_commands
 from lowrank_core.studio.compare.healing_runs import healings
 from lowrank_core.studio.export.export_plan import healed_sources
 from lowrank_core.studio.manual.starting_points import Recipe
@@ -98,7 +98,7 @@ def _complete(run: Run) -> list[TrialRecord]:
 
 
 def _answer(run: Run, kind: str, **arguments: object) -> dict[str, object]:
-    request = client.ask(run, kind, **arguments)
+    request = client.submit(run, kind, **arguments)
     _until(run, lambda: read_json(client.result_path(run, request)), f"answer {kind}")
     answer = read_json(client.result_path(run, request))
     assert answer is not None
@@ -158,8 +158,8 @@ def test_a_trial_is_healed_written_and_found_again(config: RunConfig, started: C
     assert healed["dense_perplexity"] == one_shot["dense_perplexity"]
     assert healed["compressible_parameters"] == one_shot["compressible_parameters"]
     assert load_model(ModelSource(str(first["path"]))).linear_parameters == healed["compressible_parameters"]
-    found = {(comparison.form, comparison.perplexity) for comparison in comparisons(answers(run))}
-    assert found == {("one-shot", one_shot["perplexity"]), ("healed", healed["perplexity"])}
+    result = {(comparison.form, comparison.perplexity) for comparison in comparisons(results(run))}
+    assert result == {("one-shot", one_shot["perplexity"]), ("healed", healed["perplexity"])}
 
     again = _answer(run, "heal", trial=1, healing=settings)  # nothing is trained twice
     assert again["ok"], again
@@ -187,15 +187,15 @@ def test_the_two_commands_of_a_healing_give_it_again(
     first = _answer(run, "heal", trial=1, healing={"steps": 12, "batch_size": 4, "validate_every": 4, "cross_entropy": 0.1, "seed": 3})
     assert first["ok"], first
     (source,) = healed_sources(run, read_trials(run))
-    lines = healed_again(run, source, ExportConfig(dtype="float32")).lines.splitlines()
+    lines = healing_commands(run, source, ExportConfig(dtype="float32")).lines.splitlines()
     monkeypatch.chdir(tmp_path)
     assert [main([*shlex.split(line)[1:], "--json"]) for line in lines] == [0, 0]
     again = json.loads(capsys.readouterr().out.splitlines()[-1])
     for ours, theirs in (("one_shot", "one_shot"), ("report", "healed")):
-        told = first[ours]
-        assert isinstance(told, dict)
+        reported = first[ours]
+        assert isinstance(reported, dict)
         for figure in ("kl", "perplexity", "dense_perplexity"):
-            assert again[theirs][figure] == pytest.approx(told[figure], rel=1e-4)
+            assert again[theirs][figure] == pytest.approx(reported[figure], rel=1e-4)
     healing = first["healing"]
     assert isinstance(healing, dict)
     assert again["healing"]["tokens"] == healing["tokens"]
@@ -225,7 +225,7 @@ def test_a_healing_that_is_stopped_goes_on_when_it_is_asked_for_again(config: Ru
     run = started(_search(config, compression_ratio=0.5, trials=2, confirmed=0))
     _until(run, lambda: run.status().state == "idle", "finish")
     settings = {"steps": 400, "batch_size": 4, "validate_every": 10, "patience": 999}
-    request = client.ask(run, "heal", trial="uniform", healing=settings)
+    request = client.submit(run, "heal", trial="uniform", healing=settings)
     _until(run, lambda: healings(run) and len(healings(run)[0].history) > 2, "validate twice")
     client.request_stop(run)
     _until(run, lambda: read_json(client.result_path(run, request)), "stop")
@@ -414,7 +414,7 @@ def test_other_text_or_seed_is_calibrated_anew(config: RunConfig):
 
 def test_an_analysis_answers_that_it_has_no_trials(config: RunConfig):
     run = create_run(replace(config, search=None))
-    request = client.ask(run, "compare", launch=False)
+    request = client.submit(run, "compare", launch=False)
     run_worker(run, verbose=False)
     answer = read_json(client.result_path(run, request))
     assert answer is not None
@@ -535,7 +535,7 @@ def test_hand_picked_allocations_are_measured_and_hidden_from_the_sampler(config
     _, alone = _searched(_search(config, trials=8))
     run = create_run(_search(config, trials=8))
     ranks = {name: 5 for name in alone[0].ranks if alone[0].ranks[name] is not None}
-    request = client.ask(run, "measure", launch=False, ranks=ranks)
+    request = client.submit(run, "measure", launch=False, ranks=ranks)
     run_worker(run, verbose=False)
     trials = read_trials(run)
     answer = read_json(client.result_path(run, request))
@@ -550,7 +550,7 @@ def test_hand_picked_allocations_are_measured_and_hidden_from_the_sampler(config
 
 def test_a_hand_picked_allocation_over_the_budget_is_measured_and_never_the_best(config: RunConfig):
     run, _ = _searched(_search(config, trials=3))
-    client.ask(run, "measure", launch=False, ranks={})  # everything dense
+    client.submit(run, "measure", launch=False, ranks={})  # everything dense
     run_worker(run, verbose=False)
     mine = read_trials(run)[-1]
     assert (mine.label, mine.state, mine.compression_ratio) == (MANUAL, "infeasible", 0)
@@ -561,12 +561,12 @@ def test_a_hand_picked_allocation_over_the_budget_is_measured_and_never_the_best
 
 
 @pytest.mark.parametrize(
-    ("basis", "slopes", "estimate"), [("two_sided", False, "kl"), ("whitened", True, "slopes"), ("whitened", False, "own")]
+    ("basis", "error_weights", "estimate"), [("two_sided", False, "kl"), ("whitened", True, "error_weights"), ("whitened", False, "own")]
 )
-def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basis: str, slopes: bool, estimate: str):
+def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basis: str, error_weights: bool, estimate: str):
     """A page that reads the file chooses as the worker did, and a run of an older version gets one when it is asked for."""
     compression = CompressionConfig(basis=basis, storage="pivoted", value_dense=False, stacks=True, heads=True)
-    run, trials = _searched(_search(config, trials=3, variables="errors", slopes=slopes, compression=compression))
+    run, trials = _searched(_search(config, trials=3, variables="errors", error_weights=error_weights, compression=compression))
     path = run.path / CURVES_FILE
     record, facts, search = load_curves(path), model_facts(run), run.config.search
     assert record is not None
@@ -578,7 +578,7 @@ def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basi
     marginal = next(trial for trial in trials if trial.label == "marginal")
     assert mine == {rank for rank in marginal.ranks.items() if rank[1] is not None}
     path.unlink()
-    request = client.ask(run, "curves", launch=False)
+    request = client.submit(run, "curves", launch=False)
     run_worker(run, verbose=False)
     answer = read_json(client.result_path(run, request))
     assert answer is not None
@@ -591,14 +591,14 @@ def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basi
 def test_a_partial_choice_is_completed_within_the_budget(config: RunConfig):
     run, trials = _searched(_search(config, trials=3))
     name = next(iter(trials[0].ranks))
-    request = client.ask(run, "measure", launch=False, ranks={name: 3}, complete="uniform")
-    bad = client.ask(run, "measure", launch=False, ranks={"nowhere": 3}, complete="uniform")
-    worse = client.ask(run, "measure", launch=False, ranks={name: 2.5})
+    request = client.submit(run, "measure", launch=False, ranks={name: 3}, complete="uniform")
+    bad = client.submit(run, "measure", launch=False, ranks={"nowhere": 3}, complete="uniform")
+    worse = client.submit(run, "measure", launch=False, ranks={name: 2.5})
     run_worker(run, verbose=False)
-    answers = [read_json(client.result_path(run, asked)) for asked in (request, bad, worse)]
-    assert [answer["ok"] for answer in answers] == [True, False, False]  # type: ignore[index]
-    assert "nowhere" in str(answers[1])
-    assert "whole ranks" in str(answers[2])
+    results = [read_json(client.result_path(run, asked)) for asked in (request, bad, worse)]
+    assert [answer["ok"] for answer in results] == [True, False, False]  # type: ignore[index]
+    assert "nowhere" in str(results[1])
+    assert "whole ranks" in str(results[2])
     mine = read_trials(run)[-1]
     assert mine.ranks[name] == 3
     assert mine.state == "complete"
@@ -620,7 +620,7 @@ def test_the_best_trials_are_measured_on_test_text_once(config: RunConfig):
 
 
 def test_a_search_over_ratios_has_a_front(config: RunConfig):
-    run, trials = _searched(_search(config, trials=14, most_ratio=0.6, variables="errors", startup_trials=3, confirmed=2))
+    run, trials = _searched(_search(config, trials=14, max_ratio=0.6, variables="errors", startup_trials=3, confirmed=2))
     front = pareto_front(trials)
     assert len(front) >= 3
     ratios, values = [t.compression_ratio for t in front], [t.value for t in front]
@@ -659,18 +659,19 @@ def test_the_top_directions_are_read_on_request_and_a_wrong_module_is_told(confi
     run = create_run(replace(config, search=None))
     name = "model.layers.1.mlp.up_proj"
     asked = [
-        client.ask(run, "directions", launch=False, module=module, side="output", directions=2, windows=4) for module in (name, "no.such")
+        client.submit(run, "directions", launch=False, module=module, side="output", directions=2, windows=4)
+        for module in (name, "no.such")
     ]
     run_worker(run, verbose=False)
-    found, refused = (read_json(client.result_path(run, request)) for request in asked)
-    assert found is not None
+    result, refused = (read_json(client.result_path(run, request)) for request in asked)
+    assert result is not None
     assert refused is not None
-    assert found["ok"]
-    assert (found["module"], found["side"]) == (name, "output")
-    assert [direction["number"] for direction in found["directions"]] == [1, 2]  # type: ignore[attr-defined]
-    assert "4 windows of 32 tokens" in str(found["protocol"])
+    assert result["ok"]
+    assert (result["module"], result["side"]) == (name, "output")
+    assert [direction["number"] for direction in result["directions"]] == [1, 2]  # type: ignore[attr-defined]
+    assert "4 windows of 32 tokens" in str(result["protocol"])
     assert not refused["ok"]
     assert "no compressible module 'no.such'" in str(refused["error"])
-    shown = direction_facts(answers(run), name, "output")
+    shown = direction_facts(results(run), name, "output")
     assert shown is not None
     assert len(shown.frame) == 12

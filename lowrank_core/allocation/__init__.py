@@ -7,7 +7,7 @@ from lowrank_core.allocation.block_influence import BLOCK_INFLUENCE
 from lowrank_core.allocation.draft import Draft, DraftHistory, began
 from lowrank_core.allocation.energy import ENERGY
 from lowrank_core.allocation.files import AllocationFile, parse_allocation, read_allocation, read_ranks
-from lowrank_core.allocation.lagrangian import MARGINAL
+from lowrank_core.allocation.lagrangian import LAGRANGIAN
 from lowrank_core.allocation.lord_manual import LORD_MANUAL
 from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import ByMultipliers, kept_fractions, project
@@ -32,17 +32,17 @@ __all__ = [
     "allocation_from_ranks",
     "allocator_named",
     "began",
-    "floored",
+    "round_down",
     "kept_fractions",
     "module_group",
     "parse_allocation",
     "project",
     "read_allocation",
     "read_ranks",
-    "rounded_down",
+    "round_ranks_down",
 ]
 
-_METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, MARGINAL)
+_METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, LAGRANGIAN)
 
 ALLOCATORS: dict[str, Allocator] = {method.name: method for method in _METHODS}
 
@@ -88,15 +88,15 @@ def allocate(
     return allocation_from_ranks(name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed)
 
 
-def floored(rank: int, multiple: int) -> int:
+def round_down(rank: int, multiple: int) -> int:
     """Return ``rank`` rounded down to a multiple of ``multiple``; a smaller one stays, so that no rank rises."""
     return rank if rank < multiple else rank - rank % multiple
 
 
-def rounded_down(allocation: RankAllocation, units: Sequence[Unit], multiple: int) -> RankAllocation:
-    """Return ``allocation`` with every rank ``floored`` that is not locked."""
+def round_ranks_down(allocation: RankAllocation, units: Sequence[Unit], multiple: int) -> RankAllocation:
+    """Return ``allocation`` with every rank ``round_down`` that is not locked."""
     if multiple == 1:
         return allocation
     locked = allocation.locked
-    ranks = {n: rank if rank is None or n in locked else floored(rank, multiple) for n, rank in allocation.ranks.items()}
+    ranks = {n: rank if rank is None or n in locked else round_down(rank, multiple) for n, rank in allocation.ranks.items()}
     return allocation_from_ranks(allocation.allocator, units, ranks, locked=locked)

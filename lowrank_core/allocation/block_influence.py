@@ -20,7 +20,7 @@ from lowrank_core.parameters import Unit
 
 __all__ = ["BLOCK_INFLUENCE", "BlockInfluence"]
 
-_LEAST_KEPT = 0.01
+_MIN_KEPT = 0.01
 """Of the parameters, where the formula asks for less, or for nothing at all."""
 
 
@@ -47,10 +47,10 @@ class BlockInfluence:
         blocks = sorted({member.depth for unit in problem.without_alternatives() for member in unit.members})
         removed = self._removed(problem, blocks)
 
-        def wish(unit: Unit) -> float:
-            return max(_LEAST_KEPT, 1 - sum(removed[member.depth] for member in unit.members) / len(unit.members))
+        def target(unit: Unit) -> float:
+            return max(_MIN_KEPT, 1 - sum(removed[member.depth] for member in unit.members) / len(unit.members))
 
-        return project(problem, {unit.name: wish(unit) for unit in problem.free})
+        return project(problem, {unit.name: target(unit) for unit in problem.free})
 
     def _removed(self, problem: AllocationProblem, blocks: list[int]) -> dict[int, float]:
         """Return φ of each block."""

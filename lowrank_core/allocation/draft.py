@@ -25,8 +25,8 @@ from lowrank_core.parameters import Unit, budget_for_ratio
 
 __all__ = ["Draft", "DraftHistory", "began"]
 
-_MOST_STEPS = 50
-_LEAST_KEPT = 1e-6
+_MAX_STEPS = 50
+_MIN_KEPT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Draft:
             ConfigError: a name that is no unit, or a matrix in two compressed ones.
             RankError: a rank outside its limits.
         """
-        found = allocation_from_ranks("", units, ranks).ranks
-        rows = _cover(units, [name for name, rank in found.items() if rank is not None], list(found))
-        kept = {name: found.get(name) for name in rows}
+        result = allocation_from_ranks("", units, ranks).ranks
+        rows = _cover(units, [name for name, rank in result.items() if rank is not None], list(result))
+        kept = {name: result.get(name) for name in rows}
         return cls(tuple(units), kept, frozenset(locked).intersection(kept), rank_multiple)
 
     @cached_property
@@ -174,7 +174,7 @@ class Draft:
         return self._moved({n: r for n, r in project(problem, self._proportions(free)).items() if n not in stay})
 
     def _proportions(self, free: Sequence[Unit]) -> dict[str, float]:
-        return {unit.name: max(_LEAST_KEPT, self.kept([unit.name])) for unit in free}
+        return {unit.name: max(_MIN_KEPT, self.kept([unit.name])) for unit in free}
 
     def _moved(self, ranks: Ranks) -> Draft:
         multiple = self.rank_multiple
@@ -270,7 +270,7 @@ class DraftHistory:
         if draft == self.present:
             return self
         past = self.past if goes_on else (*self.past, self.present)
-        return DraftHistory(self.start, draft, past[-_MOST_STEPS:], (), gesture)
+        return DraftHistory(self.start, draft, past[-_MAX_STEPS:], (), gesture)
 
     def undone(self) -> DraftHistory:
         if not self.past:

@@ -25,7 +25,7 @@ from lowrank_core.allocation.base import Ranks
 from lowrank_core.allocation.problem import AllocationProblem, unreachable
 from lowrank_core.parameters import Unit
 
-__all__ = ["MARGINAL", "Marginal"]
+__all__ = ["LAGRANGIAN", "Lagrangian"]
 
 Table = npt.NDArray[np.float64]
 
@@ -33,7 +33,7 @@ _BISECTION_STEPS = 80  # of the logarithm of λ, over 60 decades: to the last bi
 
 
 @dataclass(frozen=True)
-class Marginal:
+class Lagrangian:
     """Minimise Σ w_i e_i(r_i) subject to Σ cost_i(r_i) <= budget. METHODS §5; equal slopes as in reverse water-filling."""
 
     name: str = "marginal"
@@ -159,4 +159,4 @@ def _covers(names: frozenset[str], units: Sequence[int], members: Sequence[froze
                 yield (unit, *rest)
 
 
-MARGINAL = Marginal()
+LAGRANGIAN = Lagrangian()

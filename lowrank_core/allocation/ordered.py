@@ -94,10 +94,10 @@ def spend_in_order(problem: AllocationProblem, keys: Keys) -> dict[str, int | No
         ConfigError: units are alternatives of each other.
     """
     free = problem.without_alternatives()
-    least = sum(unit.parameters(1) for unit in free)
-    if problem.available < least:
-        raise unreachable(problem, least)
+    minimum = sum(unit.parameters(1) for unit in free)
+    if problem.available < minimum:
+        raise unreachable(problem, minimum)
     if not free:
         return {}
-    taken = _Steps.of(free, keys).taken(problem.available - least)
+    taken = _Steps.of(free, keys).taken(problem.available - minimum)
     return {unit.name: None if steps == unit.break_even_rank else 1 + steps for unit, steps in zip(free, taken, strict=True)}

@@ -110,14 +110,14 @@ class AllocationProblem:
 
     def completed(self, ranks: Ranks) -> dict[str, int | None]:
         """Return ``ranks`` of free units together with the fixed ones, and None for units that hold none of their matrices."""
-        found = {**ranks, **self.fixed}
-        covered = {member.name for unit in self.units if unit.name in found for member in unit.members}
+        result = {**ranks, **self.fixed}
+        covered = {member.name for unit in self.units if unit.name in result for member in unit.members}
         for unit in sorted(self.units, key=lambda unit: len(unit.members)):
             names = {member.name for member in unit.members}
             if not names & covered:
-                found[unit.name] = None
+                result[unit.name] = None
                 covered |= names
-        return found
+        return result
 
 
 class Allocator(Protocol):
@@ -150,20 +150,20 @@ class Allocator(Protocol):
         """
 
 
-def unreachable(problem: AllocationProblem, least: int) -> BudgetError:
+def unreachable(problem: AllocationProblem, minimum: int) -> BudgetError:
     """Return the error for a budget below ``least``, what the free units cost at rank 1."""
     dense = dense_parameters(problem.units)
-    most = compression_ratio(dense, problem.committed + least)
+    maximum = compression_ratio(dense, problem.committed + minimum)
     start = f"compression ratio {problem.compression_ratio:g} can't be met: the matrices that stay dense"
     if not problem.fixed:
         return BudgetError(
-            f"{start}, with rank 1 everywhere else, remove only {most:.3f}. Lower the ratio, or compress the value projections too."
+            f"{start}, with rank 1 everywhere else, remove only {maximum:.3f}. Lower the ratio, or compress the value projections too."
         )
     locks = f"the {len(problem.fixed)} locked ranks" if len(problem.fixed) > 1 else "the locked rank"
     loosen = _heaviest_locks(problem)
     return BudgetError(
-        f"{start} and {locks}, with rank 1 everywhere else, remove only {most:.3f}. "
-        f"Lower the ratio to at most {math.floor(most * 1000) / 1000:g}{f', or loosen a lock: {loosen}' if loosen else ''}."
+        f"{start} and {locks}, with rank 1 everywhere else, remove only {maximum:.3f}. "
+        f"Lower the ratio to at most {math.floor(maximum * 1000) / 1000:g}{f', or loosen a lock: {loosen}' if loosen else ''}."
     )
 
 

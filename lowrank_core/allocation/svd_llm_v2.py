@@ -22,7 +22,7 @@ from lowrank_core.parameters import Unit
 
 __all__ = ["SVD_LLM_V2", "SvdLlmV2"]
 
-_LEAST_KEPT = 0.01
+_MIN_KEPT = 0.01
 """Of the parameters, where the formula asks for less, or for nothing at all."""
 
 _TOKENS = 256 * 2048
@@ -49,11 +49,11 @@ class SvdLlmV2:
         groups: dict[str, list[Unit]] = {}
         for unit in problem.without_alternatives():
             groups.setdefault(unit.kind, []).append(unit)
-        wishes: dict[str, float] = {}
+        targets: dict[str, float] = {}
         for group in groups.values():
             shares = _shares([_loss(unit, curves, kept) for unit in group])
-            wishes |= {u.name: max(_LEAST_KEPT, 1 - (1 - kept) * share) for u, share in zip(group, shares, strict=True)}
-        return project(problem, wishes)
+            targets |= {u.name: max(_MIN_KEPT, 1 - (1 - kept) * share) for u, share in zip(group, shares, strict=True)}
+        return project(problem, targets)
 
 
 def _loss(unit: Unit, curves: ErrorCurves, kept: float) -> float:

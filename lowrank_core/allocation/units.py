@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lowrank_core.allocation import AllocationProblem, Ranks, allocate, module_group
 from lowrank_core.config import CompressionConfig
-from lowrank_core.metrics import basis_named, by_input
+from lowrank_core.metrics import by_input, metric_named
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 
 __all__ = ["check_reachable", "plan_units", "value_layers"]
@@ -28,7 +28,7 @@ def plan_units(shapes: Sequence[MatrixShape], config: CompressionConfig, heads: 
     Raises:
         ConfigError: no such basis.
     """
-    basis = basis_named(config.basis)
+    basis = metric_named(config.basis)
     dense = set(value_layers(shapes)) if config.value_dense else set()
     free = [shape for shape in shapes if shape.name not in dense]
     groups = list(basis.grouping(free))

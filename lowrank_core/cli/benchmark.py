@@ -19,10 +19,10 @@ def add(command: Command) -> None:
     kinds = parser.add_subparsers(dest="benchmark", required=True, metavar="KIND", parser_class=Parser)
 
     def kind(name: str, summary: str) -> argparse.ArgumentParser:
-        found = kinds.add_parser(name, help=summary, description=summary)
-        model_options(found)
-        text_options(found)
-        return found
+        result = kinds.add_parser(name, help=summary, description=summary)
+        model_options(result)
+        text_options(result)
+        return result
 
     quality = kind("quality", "Perplexity and KL of every preset on test text, at equal parameters.")
     _ratios(quality, 0.2, 0.4, 0.6)

@@ -60,7 +60,7 @@ def _request(arguments: argparse.Namespace) -> CompressRequest:
         ranks=arguments.ranks,
         out=arguments.out,
         complete=arguments.complete,
-        slopes=bool(arguments.slopes),
+        error_weights=bool(arguments.error_weights),
         export=export_config_of(arguments),
         command=arguments.line,
     )

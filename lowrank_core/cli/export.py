@@ -75,12 +75,12 @@ def _rewritten(arguments: argparse.Namespace, config: ExportConfig) -> Result:
         )
     from lowrank_core.export import rewrite
 
-    found = rewrite(arguments.source, arguments.out)
-    left = f" Not copied, as nothing loads them: {', '.join(found.left)}." if found.left else ""
+    result = rewrite(arguments.source, arguments.out)
+    left = f" Not copied, as nothing loads them: {', '.join(result.left)}." if result.left else ""
     return {
         "out": str(arguments.out),
-        "guards": found.guards,
-        "not_copied": list(found.left),
-        "text": f"Wrote {arguments.out}: the tensors of {arguments.source} bit for bit, and {found.guards} guards: where lowrank_core is "
+        "guards": result.guards,
+        "not_copied": list(result.left),
+        "text": f"Wrote {arguments.out}: the tensors of {arguments.source} bit for bit, and {result.guards} guards: where lowrank_core is "
         f"not imported, transformers now refuses it.{left}",
     }

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NoReturn
 
 from lowrank_core.config import ROBUST_RULES, CalibrationConfig, CompressionConfig, ModelSource, TextConfig
-from lowrank_core.metrics import BASES
+from lowrank_core.metrics import METRICS
 from lowrank_core.parameters import STORAGES
 from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, Preset, preset_named
 
@@ -110,15 +110,17 @@ def calibration_of(arguments: argparse.Namespace) -> CalibrationConfig:
 
 def compression_options(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument("--preset", metavar="P", help=f"a whole recipe: one of {', '.join(PRESETS)} (default: {default})")
-    parser.add_argument("--basis", metavar="B", help=f"one of {', '.join(BASES)}, or around another (shared_input:two_sided)")
+    parser.add_argument("--basis", metavar="B", help=f"one of {', '.join(METRICS)}, or around another (shared_input:two_sided)")
     parser.add_argument("--storage", metavar="S", help=f"how factors are stored: {' or '.join(STORAGES)}")
     parser.add_argument(
         "--compress-value",
         action=argparse.BooleanOptionalAction,
         help="compress the value projections too; the paper keeps them dense",
     )
-    slopes = "weigh errors by what they cost the model, measured unit by unit (for marginal, where a basis' errors are not comparable)"
-    parser.add_argument("--slopes", action="store_true", default=None, help=slopes)
+    error_weights = (
+        "weigh errors by what they cost the model, measured unit by unit (for marginal, where a basis' errors are not comparable)"
+    )
+    parser.add_argument("--slopes", action="store_true", default=None, help=error_weights)
     for name, meaning in _NUMBERS.items():
         usual = getattr(CompressionConfig(), name)
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{meaning} (default: {usual:g})")

@@ -27,8 +27,8 @@ def run(arguments: argparse.Namespace) -> Result:
     from lowrank_core.runs import open_run
     from lowrank_core.studio.report import write_report
 
-    found = open_run(arguments.folder)
-    folder = Path.cwd() if found.recorded else found.path  # what ships with the package is only looked at
+    result = open_run(arguments.folder)
+    folder = Path.cwd() if result.recorded else result.path  # what ships with the package is only looked at
     out: Path = (arguments.out or folder / "report.html").absolute()
-    size = write_report(found, out)
-    return {"out": str(out), "bytes": size, "run": str(found.path), "text": f"Wrote {out} ({size / 1e6:.1f} MB): open it in any browser."}
+    size = write_report(result, out)
+    return {"out": str(out), "bytes": size, "run": str(result.path), "text": f"Wrote {out} ({size / 1e6:.1f} MB): open it in any browser."}

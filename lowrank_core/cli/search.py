@@ -29,7 +29,7 @@ __all__ = ["add"]
 
 _SEARCH = SearchConfig()
 _FIELDS = (
-    *("most_ratio", "space", "variables", "slopes", "sampler", "objective", "trials", "startup_trials"),
+    *("max_ratio", "space", "variables", "error_weights", "sampler", "objective", "trials", "startup_trials"),
     *("pruner", "top_k", "autocast", "confirmed"),
 )
 """Fields of ``SearchConfig`` that are options of the same name."""

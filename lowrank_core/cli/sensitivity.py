@@ -16,7 +16,7 @@ from lowrank_core.cli.options import (
     text_options,
 )
 from lowrank_core.errors import ConfigError
-from lowrank_core.metrics import BASES
+from lowrank_core.metrics import METRICS
 from lowrank_core.parameters import STORAGES
 from lowrank_core.sensitivity.config import SCOPES, SensitivityConfig
 
@@ -39,7 +39,7 @@ def add(command: Command) -> None:
     )
     parser.add_argument("--scopes", nargs="+", default=list(SCOPES), metavar="S", help=f"{' or '.join(SCOPES)} (default: both)")
     parser.add_argument("--kinds", nargs="+", default=[], metavar="T", help="module types, such as q_proj (default: all)")
-    parser.add_argument("--basis", default="", metavar="B", help=f"one of {', '.join(BASES)} (default: the run's)")
+    parser.add_argument("--basis", default="", metavar="B", help=f"one of {', '.join(METRICS)} (default: the run's)")
     parser.add_argument("--storage", default="", metavar="S", help=f"{' or '.join(STORAGES)} (default: the run's)")
     parser.set_defaults(run=run)
 

@@ -47,20 +47,20 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _text(report: TasksReport) -> str:
-    beside = report.against is not None
-    headings = ["task", "metric", "documents", "shots", "version", *(["dense", "compressed", "difference"] if beside else ["score"])]
-    lines = [aligned([headings, *(_cells(score, beside=beside) for score in report.scores)], left=2), report.protocol]
-    if beside:
+    alongside = report.against is not None
+    headings = ["task", "metric", "documents", "shots", "version", *(["dense", "compressed", "difference"] if alongside else ["score"])]
+    lines = [aligned([headings, *(_cells(score, alongside=alongside) for score in report.scores)], left=2), report.protocol]
+    if alongside:
         lines.append("± is one standard error; that of a difference is over documents, as both models were asked the same.")
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report.warnings)])
 
 
-def _cells(score: TaskScore, *, beside: bool) -> list[str]:
+def _cells(score: TaskScore, *, alongside: bool) -> list[str]:
     metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
     shots = DASH if score.few_shot is None else str(score.few_shot)
     first = [score.task, metric, f"{score.documents:,}", shots, score.version or DASH]
     ours = _measured(score.value, score.stderr)
-    if not beside:
+    if not alongside:
         return [*first, ours]
     return [*first, _measured(score.dense, score.dense_stderr), ours, _measured(score.difference, score.difference_stderr, sign="+")]
 

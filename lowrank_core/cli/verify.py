@@ -31,17 +31,17 @@ def run(arguments: argparse.Namespace) -> Result:
     if arguments.text is None and (arguments.windows, arguments.context) != (None, None):
         raise ConfigError("--windows and --context cut a text: give it with --text, or leave them out to measure as was recorded.")
     text = None if arguments.text is None else text_of(arguments, "test_windows")
-    found = verify(Path(arguments.model), text=text, split=arguments.split, device=arguments.device)
-    return {**to_mapping(found), "text": _told(found)}
+    result = verify(Path(arguments.model), text=text, split=arguments.split, device=arguments.device)
+    return {**to_mapping(result), "text": _told(result)}
 
 
-def _told(found: Verification) -> str:
-    lines = [f"{found.files} files are as they were exported", f"perplexity {found.measured:.6f}, loaded in a fresh process"]
-    if found.recorded is None:
+def _told(result: Verification) -> str:
+    lines = [f"{result.files} files are as they were exported", f"perplexity {result.measured:.6f}, loaded in a fresh process"]
+    if result.recorded is None:
         lines.append("nothing is recorded for these windows: there is nothing to compare with")
     else:
-        verdict = "the same to rounding" if found.ok else "NOT the same"
+        verdict = "the same to rounding" if result.ok else "NOT the same"
         lines.append(
-            f"recorded   {found.recorded:.6f}: {verdict} (difference {found.difference:+z.2e}, rounding may make {found.tolerance:.0e})"
+            f"recorded   {result.recorded:.6f}: {verdict} (difference {result.difference:+z.2e}, rounding may make {result.tolerance:.0e})"
         )
-    return "\n".join([*lines, found.protocol])
+    return "\n".join([*lines, result.protocol])

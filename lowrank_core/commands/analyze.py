@@ -45,9 +45,9 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
         "warnings": [*notes_of(source.reference), *doubts, *statistics.warnings()],
     }
     if config is not None:
-        found = top_directions(handle, windows, statistics, config)
-        result["directions"] = found.to_mapping()
-        lines += ["", found.to_text()]
+        output = top_directions(handle, windows, statistics, config)
+        result["directions"] = output.to_mapping()
+        lines += ["", output.to_text()]
     return {**result, "text": "\n".join(lines)}
 
 

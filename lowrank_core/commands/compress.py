@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, allocator_named, read_allocation, read_ranks
 from lowrank_core.allocation.units import check_reachable
 from lowrank_core.commands.shared import calibrated, coverage_warnings, progress_line
-from lowrank_core.compression.error_weights import measured_slopes
+from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.pipeline import Decomposed, decompose
 from lowrank_core.compression.tuning import TuningPoint, tune
 from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
@@ -18,7 +18,7 @@ from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_free, export, held_out
 from lowrank_core.export.manifest import report_of
-from lowrank_core.metrics import basis_named
+from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model, notes_of
 from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import LayerStatistics
@@ -33,7 +33,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     """Calibrate, factorise, allocate, compress and write."""
     began = time.perf_counter()
     check_free(request.out)
-    basis_named(request.compression.basis)  # bad names, like a bad file, are told before anything is loaded
+    metric_named(request.compression.basis)  # bad names, like a bad file, are told before anything is loaded
     allocator_named(request.allocation)
     fixed = read_allocation(request.ranks).fixed if request.ranks is not None and request.complete is not None else {}
     if request.complete is not None:
@@ -53,9 +53,9 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     decomposed = decompose(handle, statistics, compression, progress=progress_line("Factorising"))
     if allocation is None:
         assert request.compression_ratio is not None
-        weights = _slopes(decomposed, text, request, fixed) if request.slopes else None
+        weights = _slopes(decomposed, text, request, fixed) if request.error_weights else None
         allocation = decomposed.allocate(request.complete or request.allocation, request.compression_ratio, fixed=fixed, weights=weights)
-    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.slopes), *lacks)
+    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lacks)
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
     model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
@@ -64,7 +64,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "allocation": allocation.allocator,
         "text": text.reference,
         "seed": text.seed,
-        "slopes": request.slopes,
+        "error_weights": request.error_weights,
         **to_mapping(compression),
         "tuning": [to_mapping(point) for point in tuning],
         "command": request.command,
@@ -112,14 +112,14 @@ def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation |
     ratio = request.compression_ratio
     if request.ranks is None or request.complete is not None:
         return None
-    found = allocation_from_ranks("manual", units, read_ranks(request.ranks))
-    if ratio is not None and found.compression_ratio < ratio:
+    result = allocation_from_ranks("manual", units, read_ranks(request.ranks))
+    if ratio is not None and result.compression_ratio < ratio:
         raise BudgetError(
-            f"the ranks of {request.ranks} remove {found.compression_ratio:.4f} of the parameters, "
+            f"the ranks of {request.ranks} remove {result.compression_ratio:.4f} of the parameters, "
             f"less than the ratio {ratio:g} asked for. "
             "Lower some ranks, or leave --compression-ratio out."
         )
-    return found
+    return result
 
 
 def _tuned(
@@ -147,7 +147,7 @@ def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, 
     handle = decomposed.handle
     windows = load_windows(text, handle.tokenizer, "validation", count=text.validation_windows)
     dense = DenseReference.compute(handle, windows, batch_size=request.calibration.batch_size)
-    return measured_slopes(
+    return measure_error_weights(
         decomposed,
         windows,
         dense,

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from itertools import zip_longest
 
 from lowrank_core.commands.shared import progress_line
-from lowrank_core.config import ModelSource, TextConfig, check_at_least, check_choice
+from lowrank_core.config import ModelSource, TextConfig, check_choice, check_min
 from lowrank_core.coverage import Coverage, shown
 from lowrank_core.evaluation import EvaluationReport, PositionRow, evaluate
 from lowrank_core.evaluation.generation import Continuation, Sampling, side_by_side
@@ -42,7 +42,7 @@ class EvaluationRequest:
     def __post_init__(self) -> None:
         check_choice("split", self.split, (*SPLITS, "all"))
         if self.windows is not None:
-            check_at_least(1, windows=self.windows)
+            check_min(1, windows=self.windows)
 
 
 def evaluate_on(source: ModelSource, text: TextConfig, request: EvaluationRequest) -> Result:
@@ -86,8 +86,8 @@ def continue_with(source: ModelSource, prompt: str, sampling: Sampling, against:
         ModelError: a model can't be used.
     """
     others = () if against is None else (ModelSource(against, source.device, source.dtype),)
-    found = side_by_side([load_model(each) for each in (*others, source)], prompt, sampling)
-    return {"prompt": prompt, **asdict(sampling), "continuations": [asdict(each) for each in found], "text": _columns(prompt, found)}
+    result = side_by_side([load_model(each) for each in (*others, source)], prompt, sampling)
+    return {"prompt": prompt, **asdict(sampling), "continuations": [asdict(each) for each in result], "text": _columns(prompt, result)}
 
 
 def _covered(coverage: Coverage | None) -> Result:
@@ -111,8 +111,8 @@ def _reports(
     handle = load_model(source)
     dense = None if request.against is None else load_model(ModelSource(request.against, source.device, source.dtype))
     sets = [load_windows(text, handle.tokenizer, request.split, count=_count(text, request), stride=request.stride) for text in texts]
-    found = [evaluate(handle, windows, against=dense, progress=progress_line(f"Evaluating {windows.dataset}")) for windows in sets]
-    return found, None if dense is None else dense.coverage
+    result = [evaluate(handle, windows, against=dense, progress=progress_line(f"Evaluating {windows.dataset}")) for windows in sets]
+    return result, None if dense is None else dense.coverage
 
 
 def _count(text: TextConfig, request: EvaluationRequest) -> int | None:
@@ -139,30 +139,30 @@ def _warnings(report: EvaluationReport) -> list[str]:
 def _positions(rows: Sequence[PositionRow]) -> list[str]:
     if not rows:
         return []
-    beside = rows[0].kl is not None
-    head = f"{'context':>12} {'tokens':>8} {'NLL':>8}" + (f" {'dense':>8} {'KL':>8} {'top-1':>7}" if beside else "")
+    alongside = rows[0].kl is not None
+    head = f"{'context':>12} {'tokens':>8} {'NLL':>8}" + (f" {'dense':>8} {'KL':>8} {'top-1':>7}" if alongside else "")
     lines = ["", head]
     for row in rows:
         span = f"{row.first}" if row.first == row.last else f"{row.first} to {row.last}"
-        more = f" {row.dense_nll:8.4f} {_fixed(row.kl):>8} {row.top1_agreement:7.1%}" if beside else ""
+        more = f" {row.dense_nll:8.4f} {_fixed(row.kl):>8} {row.top1_agreement:7.1%}" if alongside else ""
         lines.append(f"{span:>12} {row.tokens:>8} {row.nll:8.4f}{more}")
     return lines
 
 
 def _several(reports: Sequence[EvaluationReport]) -> str:
-    beside = reports[0].kl is not None
+    alongside = reports[0].kl is not None
     head = f"{'text':24} {'perplexity (95 %)':>28}"
-    lines = [head + (f" {'dense':>9} {'difference (95 %)':>28} {'KL':>8} {'reverse':>8} {'top-1':>7} {'top-5':>7}" if beside else "")]
+    lines = [head + (f" {'dense':>9} {'difference (95 %)':>28} {'KL':>8} {'reverse':>8} {'top-1':>7} {'top-5':>7}" if alongside else "")]
     for report in reports:
         line = f"{report.dataset[:24]:24} {f'{report.perplexity:.3f} ({fixed_interval(report.perplexity_interval, 3)})':>28}"
-        if beside:
+        if alongside:
             difference = f"{_difference(report)} ({fixed_interval(report.perplexity_difference_interval, 3)})"
             line += (
                 f" {report.dense_perplexity:>9.3f} {difference:>28}"
                 f" {_fixed(report.kl):>8} {_fixed(report.reverse_kl):>8} {report.top1_agreement:7.1%} {report.top5_agreement:7.1%}"
             )
         lines += [line, *(f"  {warning}" for warning in _warnings(report)), f"  {report.protocol}"]
-    return "\n".join([*lines, *(["KL in nats per token."] if beside else [])])
+    return "\n".join([*lines, *(["KL in nats per token."] if alongside else [])])
 
 
 def _difference(report: EvaluationReport) -> str:
@@ -182,11 +182,11 @@ def _interval(ends: tuple[float, float] | None, *, paired: bool = False) -> str:
     return f"95 % interval{', paired' if paired else ''} {fixed_interval(ends, 3)}"
 
 
-def _columns(prompt: str, found: Sequence[Continuation]) -> str:
+def _columns(prompt: str, result: Sequence[Continuation]) -> str:
     """Return the continuations beside each other under the models' names; a single one keeps its lines."""
-    if len(found) == 1:
-        return f"{found[0].model}\n\n{prompt}{found[0].text}"
-    columns = [[*_wrapped(each.model), "-" * min(_COLUMN, len(each.model)), *_wrapped(each.text)] for each in found]
+    if len(result) == 1:
+        return f"{result[0].model}\n\n{prompt}{result[0].text}"
+    columns = [[*_wrapped(each.model), "-" * min(_COLUMN, len(each.model)), *_wrapped(each.text)] for each in result]
     lines = [" | ".join(f"{part:{_COLUMN}}" for part in parts).rstrip() for parts in zip_longest(*columns, fillvalue="")]
     return "\n".join([f"prompt: {prompt}", "", *lines])
 

@@ -15,7 +15,7 @@ from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, Ru
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.export import check_free, export, held_out
-from lowrank_core.metrics import basis_named
+from lowrank_core.metrics import metric_named
 from lowrank_core.models import load_model
 from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.studies.naming import model_name, trial_label
@@ -23,7 +23,7 @@ from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, par
 from lowrank_core.studies.storage import open_database
 from lowrank_core.text import load_windows
 from lowrank_core.worker.context import complete_trial
-from lowrank_core.worker.handlers import export_trial, figures_of_trial, provenance_of
+from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of
 from lowrank_core.worker.identity import EXPORT, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.worker.joining import join_run, run_of_study
 from lowrank_core.worker.main import run_worker
@@ -61,7 +61,7 @@ def _figures(trial: TrialRecord, coverage: Coverage) -> Result:
 
 def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, config: SearchConfig, place: SearchPlace) -> Result:
     """Make a run, work through it here, and export its best trial."""
-    basis_named(config.compression.basis)
+    metric_named(config.compression.basis)
     if place.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {place.workers}.")
     given = _read_given(place.ranks, place.complete)
@@ -71,14 +71,14 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
             open_database(place.storage_url)  # told before minutes of work
             run.keep_study_at(place.storage_url, run.id)
         if given is not None:
-            client.ask(run, "measure", launch=False, **given)
+            client.submit(run, "measure", launch=False, **given)
         session, bench = run_worker(run, verbose=sys.stderr.isatty(), helpers=place.workers - 1)
     except LowRankError as error:
         if not isinstance(error, Cancelled) and not _has_begun(run):
             shutil.rmtree(run.path)  # bad input: no trial was begun, and the folder was empty or not there
         raise
     assert bench is not None
-    if config.most_ratio is not None:
+    if config.max_ratio is not None:
         return _front_found(run, config, session.handle.coverage)
     trials = read_trials(run)
     best, coverage = _best_found(run, trials, config), session.handle.coverage
@@ -155,8 +155,8 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
 
 def _warnings(run: Run, confirmed: list[JsonMapping]) -> list[str]:
     """Return why the figures may say less than they seem to, each reason once."""
-    told = [warning for row in confirmed for warning in row["warnings"]]
-    return list(dict.fromkeys([*run.status().dense_warnings, *told]))
+    reported = [warning for row in confirmed for warning in row["warnings"]]
+    return list(dict.fromkeys([*run.status().dense_warnings, *reported]))
 
 
 def _warning_lines(warnings: list[str]) -> list[str]:
@@ -170,7 +170,7 @@ def _confirmed(run: Run) -> list[JsonMapping]:
         *("compression_ratio", "model_compression_ratio", "protocol"),
     )
     trials = read_trials(run)
-    found: list[JsonMapping] = [
+    result: list[JsonMapping] = [
         {
             "trial": body.get("trial"),
             "label": body.get("label"),
@@ -178,9 +178,9 @@ def _confirmed(run: Run) -> list[JsonMapping]:
             **{name: body["report"].get(name) for name in names},
             "warnings": body["report"].get("warnings", []),
         }
-        for body in client.answered(run, "compare")
+        for body in client.results_of(run, "compare")
     ]
-    return sorted(found, key=lambda row: float(row["kl"]))
+    return sorted(result, key=lambda row: float(row["kl"]))
 
 
 def _confirmed_lines(confirmed: list[JsonMapping]) -> list[str]:
@@ -213,7 +213,7 @@ def enqueue(folder: Path, ranks: Path, complete: str | None) -> Result:
     config = run.config
     if config.search is None:
         raise ConfigError(f"{run.path} only analyses a model; it measures no allocations. Run `lowrank search`.")
-    request = client.ask(run, "measure", launch=False, **given)
+    request = client.submit(run, "measure", launch=False, **given)
     next_step = "its worker measures it next" if run.status().active else f"`lowrank worker --run {run.path}` will measure it"
     return {"run": str(run.path), "request": request, "text": f"{ranks} is in line: {next_step}."}
 
@@ -287,7 +287,7 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
     allocation = allocation_from_ranks(f"trial {record.number}", decomposed.units, record.ranks)
     model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
     provenance = {**provenance_of(run, allocation), "command": command}
-    figures = figures_of_trial(run, record.number)
+    figures = metrics_of_trial(run, record.number)
     written = export(model, out, provenance=provenance, config=config, figures=figures, test=test)
     return {
         "out": str(out),

@@ -18,7 +18,7 @@ from lowrank_core.worker.sensitivity import SensitivityOutcome
 __all__ = ["NewRun", "sensitivity_in"]
 
 Result = dict[str, object]
-_MOST_ROWS = 10
+_MAX_ROWS = 10
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def sensitivity_in(folder: Path | None, new: NewRun | None, config: SensitivityC
     run = _run(folder, new)
     run.refuse_if_recorded()
     if run.worker_alive() and run.status().pid != os.getpid():
-        request = client.ask(run, "sensitivity", launch=False, **to_mapping(config))
+        request = client.submit(run, "sensitivity", launch=False, **to_mapping(config))
         return {
             "run": str(run.path),
             "request": request,
@@ -62,21 +62,21 @@ def _run(folder: Path | None, new: NewRun | None) -> Run:
     return open_run(folder)
 
 
-def _told(run: Run, found: SensitivityOutcome) -> Result:
-    warnings, counted = run.status().dense_warnings, f"{found.measured} cells measured now, {len(found.cells)} in {run.path}"
+def _told(run: Run, result: SensitivityOutcome) -> Result:
+    warnings, counted = run.status().dense_warnings, f"{result.measured} cells measured now, {len(result.cells)} in {run.path}"
     return {
         "run": str(run.path),
-        "file": found.file,
-        "measured": found.measured,
-        "setting": asdict(found.setting),
-        "cells": [asdict(cell) for cell in found.cells],
+        "file": result.file,
+        "measured": result.measured,
+        "setting": asdict(result.setting),
+        "cells": [asdict(cell) for cell in result.cells],
         "warnings": list(warnings),
-        "text": "\n".join([*_lines(found.cells), _protocol(found), *(f"warning: {warning}" for warning in warnings), counted]),
+        "text": "\n".join([*_lines(result.cells), _protocol(result), *(f"warning: {warning}" for warning in warnings), counted]),
     }
 
 
-def _protocol(found: SensitivityOutcome) -> str:
-    setting = found.setting
+def _protocol(result: SensitivityOutcome) -> str:
+    setting = result.setting
     top = f", {setting.top_k} likeliest tokens" if setting.top_k else ""
     return (
         f"KL to the dense model, nats per token{top}; {setting.basis}, {setting.storage}, one by one, {setting.dtype}; {setting.protocol}"
@@ -94,7 +94,7 @@ def _lines(cells: tuple[SensitivityCell, ...]) -> list[str]:
     if modules:
         first = sorted((cell for cell in modules if cell.kept == modules[0].kept), key=lambda cell: -(cell.kl or 0.0))
         lines.append(f"the most sensitive modules at {modules[0].kept:.0%} kept, each alone:")
-        lines += [f"  {cell.name:40} {_word(cell):>12}" for cell in first[:_MOST_ROWS]]
+        lines += [f"  {cell.name:40} {_word(cell):>12}" for cell in first[:_MAX_ROWS]]
     return lines
 
 

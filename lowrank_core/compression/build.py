@@ -22,7 +22,7 @@ from lowrank_core.models.handle import ModelHandle, head_flops, weight_of
 from lowrank_core.models.hf import replace_module
 from lowrank_core.parameters import compression_ratio
 
-__all__ = ["CompressedModel", "CompressionReport", "UnitCount", "assembled", "compress", "low_rank_layers", "swapped"]
+__all__ = ["CompressedModel", "CompressionReport", "UnitCount", "build_model", "compress", "low_rank_layers", "swap_layers"]
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def low_rank_layers(handle: ModelHandle, bases: Bases, ranks: Ranks, *, storage:
 
 
 @contextmanager
-def swapped(handle: ModelHandle, layers: Mapping[str, nn.Module]) -> Iterator[None]:
+def swap_layers(handle: ModelHandle, layers: Mapping[str, nn.Module]) -> Iterator[None]:
     """Put ``layers`` in place for a while: a search trial without a copy of the model. The dense ones always come back."""
     dense = {name: handle.module.get_submodule(name) for name in layers}
     try:
@@ -145,10 +145,10 @@ def compress(handle: ModelHandle, bases: Bases, allocation: RankAllocation) -> C
     Raises:
         ConfigError, RankError, NumericalError: as ``low_rank_layers``.
     """
-    return assembled(handle, low_rank_layers(handle, bases, allocation.ranks), bases, allocation.ranks)
+    return build_model(handle, low_rank_layers(handle, bases, allocation.ranks), bases, allocation.ranks)
 
 
-def assembled(handle: ModelHandle, layers: Mapping[str, nn.Module], bases: Bases, ranks: Ranks) -> CompressedModel:
+def build_model(handle: ModelHandle, layers: Mapping[str, nn.Module], bases: Bases, ranks: Ranks) -> CompressedModel:
     """Return a copy of the model with ``layers`` in place, and its counts; ``ranks`` are by unit."""
     # deepcopy takes a replaced layer from its memo, so that no dense weight is copied to be thrown away.
     memo: dict[int, object] = {id(handle.module.get_submodule(name)): layer for name, layer in layers.items()}

@@ -15,25 +15,25 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.allocation import Ranks
-from lowrank_core.compression.build import low_rank_layers, swapped
+from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.pipeline import Decomposed
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.parameters import Unit
 from lowrank_core.text.windows import WindowSet
 
-__all__ = ["measured_slopes"]
+__all__ = ["measure_error_weights"]
 
 Progress = Callable[[int, int], None]
 
-_LEAST_KL = 1e-9
+_MIN_KL = 1e-9
 """Nats per token; a smaller or negative divergence is rounding, and a weight must be positive."""
 
-_LEAST_ERROR = 1e-9
+_MIN_ERROR = 1e-9
 """Relative to e_0: an error that is rounding of zero has no slope."""
 
 
-def measured_slopes(
+def measure_error_weights(
     decomposed: Decomposed,
     windows: WindowSet,
     dense_reference: DenseReference,
@@ -60,20 +60,22 @@ def measured_slopes(
         NumericalError: the model diverges; names the unit.
     """
     problem = decomposed.problem(compression_ratio, fixed=fixed)
-    slopes: dict[str, float] = {}
+    error_weights: dict[str, float] = {}
     for done, unit in enumerate(problem.free, start=1):
         errors = decomposed.bases[unit.name].errors.numpy()
         rank = _measured_rank(unit, errors, problem.kept_share)
-        slopes[unit.name] = 1.0 if rank is None else _kl(decomposed, unit, rank, windows, dense_reference, batch_size) / float(errors[rank])
+        error_weights[unit.name] = (
+            1.0 if rank is None else _kl(decomposed, unit, rank, windows, dense_reference, batch_size) / float(errors[rank])
+        )
         if progress is not None:
             progress(done, len(problem.free))
-    return slopes
+    return error_weights
 
 
 def _measured_rank(unit: Unit, errors: npt.NDArray[np.float64], kept: float) -> int | None:
     """Return the uniform rank, or the largest below it that leaves an error; None where none does: then there is nothing to weigh."""
     uniform = unit.rank_for_parameters(kept * unit.dense_parameters) or unit.break_even_rank
-    left = np.flatnonzero(errors[1 : uniform + 1] > _LEAST_ERROR * errors[0])
+    left = np.flatnonzero(errors[1 : uniform + 1] > _MIN_ERROR * errors[0])
     return int(left[-1]) + 1 if len(left) else None
 
 
@@ -81,7 +83,7 @@ def _kl(decomposed: Decomposed, unit: Unit, rank: int, windows: WindowSet, dense
     handle = decomposed.handle
     layers = low_rank_layers(handle, decomposed.bases, {unit.name: rank}, storage="factored")
     try:
-        with swapped(handle, layers):
+        with swap_layers(handle, layers):
             scores, _ = score_windows(handle, windows, batch_size=batch_size, dense=dense)
     except NumericalError as error:
         raise NumericalError(f"{unit.name} at rank {rank}, everything else dense: {error}") from error
@@ -89,4 +91,4 @@ def _kl(decomposed: Decomposed, unit: Unit, rank: int, windows: WindowSet, dense
     kl = float(scores.kl.mean())
     if not math.isfinite(kl):
         raise NumericalError(f"{unit.name} at rank {rank}, everything else dense: the KL divergence is not finite. Keep it dense.")
-    return max(_LEAST_KL, kl)
+    return max(_MIN_KL, kl)

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from lowrank_core.allocation import ALLOCATORS, AllocationProblem, RankAllocation, Ranks, allocate, rounded_down
+from lowrank_core.allocation import ALLOCATORS, AllocationProblem, RankAllocation, Ranks, allocate, round_ranks_down
 from lowrank_core.allocation.units import value_layers
 from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.sequential import compress_sequentially
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.units import Bases, damping_of, error_curves, factorize, units_of
-from lowrank_core.metrics import Basis, basis_named, with_beta
+from lowrank_core.metrics import ErrorMetric, metric_named, with_beta
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.parameters import Unit
 from lowrank_core.runs import statistics_home
@@ -45,8 +45,8 @@ class Decomposed:
     bases: Bases
 
     @property
-    def basis(self) -> Basis:
-        return with_beta(basis_named(self.config.basis), self.config.drift_beta)
+    def basis(self) -> ErrorMetric:
+        return with_beta(metric_named(self.config.basis), self.config.drift_beta)
 
     @property
     def keep_dense(self) -> tuple[str, ...]:
@@ -74,7 +74,7 @@ class Decomposed:
 
         Args:
             fixed: ranks by unit that the user chose; neither the allocator nor ``rank_multiple`` changes them.
-            weights: positive, on the errors of units (``measured_slopes``), for an allocator that trades them.
+            weights: positive, on the errors of units (``measure_error_weights``), for an allocator that trades them.
 
         Raises:
             ConfigError: no such allocator, it can't choose between the alternatives of the config, or it needs the influence of the
@@ -82,7 +82,7 @@ class Decomposed:
             RankError: a fixed rank outside its limits.
             BudgetError: the ratio can't be met.
         """
-        found = allocate(
+        result = allocate(
             allocator,
             self.units,
             compression_ratio,
@@ -92,23 +92,23 @@ class Decomposed:
             weights=weights,
             influence=self.statistics.influence,
         )
-        return rounded_down(found, self.units, self.config.rank_multiple)
+        return round_ranks_down(result, self.units, self.config.rank_multiple)
 
     def warnings(self, allocator: str, *, weighted: bool = False) -> tuple[str, ...]:
         """Return what a user should know before trusting an allocation; ``weighted``: by measured slopes."""
-        found = []
+        result = []
         if allocator in ALLOCATORS and ALLOCATORS[allocator].trades_errors and not (self.basis.comparable or weighted):
-            found.append(
+            result.append(
                 f"{allocator} trades errors of one matrix for another's, and {self.basis.label} measures each in its own unit. "
                 "The basis two_sided makes them comparable."
             )
         singular = [basis for basis in self.bases.values() if math.isinf(basis.condition)]
         if singular:
-            found.append(
+            result.append(
                 f"{len(singular)} of {len(self.bases)} input metrics are singular (dead or duplicated features, or fewer tokens than "
                 f"dimensions; the first: {singular[0].unit.name}). Damped by {self.config.input_damping:g} of the mean eigenvalue."
             )
-        return tuple(found)
+        return tuple(result)
 
     def compress(self, allocation: RankAllocation, calibration: WindowSet, *, progress: Progress | None = None) -> CompressedModel:
         """Return the smaller model; a sequential basis is fitted block by block on ``calibration``.
@@ -148,7 +148,7 @@ def with_gradients(
         ConfigError: no such basis.
         LowRankError: as ``cached_gradients``.
     """
-    if not any(basis_named(name).needs_gradients for name in bases):
+    if not any(metric_named(name).needs_gradients for name in bases):
         return statistics
     with measuring or nullcontext() as progress:
         return statistics.with_outputs(cached_gradients(handle, windows, statistics.config, statistics_home(), progress=progress))

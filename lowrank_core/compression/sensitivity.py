@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from lowrank_core.compression.build import low_rank_layers, swapped
+from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.pipeline import Decomposed
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
@@ -73,7 +73,7 @@ def _divergence(
         NumericalError: a factor or a loss is not finite.
     """
     handle = decomposed.handle
-    with swapped(handle, low_rank_layers(handle, decomposed.bases, planned.ranks, storage="factored")):
+    with swap_layers(handle, low_rank_layers(handle, decomposed.bases, planned.ranks, storage="factored")):
         scores, _ = score_windows(handle, windows, batch_size=batch_size, dense=dense)
     assert scores.kl is not None
     losses = scores.kl.double()

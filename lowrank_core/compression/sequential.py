@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_core.allocation import RankAllocation
-from lowrank_core.compression.build import CompressedModel, assembled, low_rank_layers
+from lowrank_core.compression.build import CompressedModel, build_model, low_rank_layers
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit
 from lowrank_core.decomposition.units import Bases, operand_of
 from lowrank_core.errors import ConfigError, ModelError, NumericalError
-from lowrank_core.metrics import Basis
+from lowrank_core.metrics import ErrorMetric
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.models.hf import replace_module
@@ -164,10 +164,10 @@ class _Pair:
                 reads = [_read(runner, block, ids, states[index]) for runner, states in zip(self._runners, self._states, strict=True)]
                 accumulator.update(*reads)
                 tick()
-        found = accumulator.finish()
-        if not torch.isfinite(found.own).all() or not torch.isfinite(found.cross).all():
+        result = accumulator.finish()
+        if not torch.isfinite(result.own).all() or not torch.isfinite(result.cross).all():
             raise NumericalError(f"{layer}: its input holds NaN or Inf in the model compressed so far. Keep more ranks, or run in float32.")
-        return found
+        return result
 
     def advance(self, block: int, tick: Callable[[], None]) -> None:
         """Take both models past ``block``."""
@@ -180,11 +180,11 @@ class _Pair:
 
 def _by_input(units: Sequence[Unit], allocation: RankAllocation) -> dict[str, list[Unit]]:
     """Return the compressed units by the input that their first member reads, in the order of the model."""
-    found: dict[str, list[Unit]] = {}
+    result: dict[str, list[Unit]] = {}
     for unit in units:
         if allocation.ranks.get(unit.name) is not None:
-            found.setdefault(unit.members[0].input_group, []).append(unit)
-    return found
+            result.setdefault(unit.members[0].input_group, []).append(unit)
+    return result
 
 
 def compress_sequentially(
@@ -193,7 +193,7 @@ def compress_sequentially(
     statistics: LayerStatistics,
     bases: Bases,
     allocation: RankAllocation,
-    basis: Basis,
+    basis: ErrorMetric,
     *,
     damping: Damping,
     batch_size: int = 8,
@@ -240,7 +240,7 @@ def compress_sequentially(
             for name, layer in built.items():
                 replace_module(pair.working.module, name, layer)
         pair.advance(block, tick)
-    return assembled(handle, layers, bases, allocation.ranks)
+    return build_model(handle, layers, bases, allocation.ranks)
 
 
 def _fitted(
@@ -249,7 +249,7 @@ def _fitted(
     statistics: LayerStatistics,
     moments: CrossMoments,
     bases: Bases,
-    basis: Basis,
+    basis: ErrorMetric,
     damping: Damping,
 ) -> FactorBasis:
     given = bases[unit.name]

@@ -9,7 +9,7 @@ from lowrank_core.compression.pipeline import Decomposed, decompose
 from lowrank_core.config import CompressionConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
-from lowrank_core.metrics import basis_named
+from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.text import TokenWindows
@@ -70,7 +70,7 @@ def tune(
     Raises:
         LowRankError: as ``decompose`` and ``Decomposed.allocate``; NumericalError also where the model diverged at every setting.
     """
-    basis = basis_named(config.basis)
+    basis = metric_named(config.basis)
     dampings = DAMPINGS if basis.needs_gradients else (config.gradient_damping,)
     betas = BETAS if basis.sequential else (config.drift_beta,)
     dense = DenseReference.compute(handle, windows.validation, batch_size=8)

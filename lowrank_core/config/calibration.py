@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.config.checks import check_at_least, check_choice
+from lowrank_core.config.checks import check_choice, check_min
 
 __all__ = ["GROUP_WEIGHTS", "ROBUST_RULES", "TOKENS_PER_DIMENSION", "CalibrationConfig"]
 
@@ -37,7 +37,7 @@ class CalibrationConfig:
     gradient_seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(1, group_size=self.group_size, batch_size=self.batch_size, gradient_windows=self.gradient_windows)
-        check_at_least(0, gradient_seed=self.gradient_seed)
+        check_min(1, group_size=self.group_size, batch_size=self.batch_size, gradient_windows=self.gradient_windows)
+        check_min(0, gradient_seed=self.gradient_seed)
         check_choice("group weights", self.group_weights, GROUP_WEIGHTS)
         check_choice("robust", self.robust, ROBUST_RULES)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_core.config.calibration import CalibrationConfig
-from lowrank_core.config.checks import check_at_least, check_choice, check_ratio
+from lowrank_core.config.checks import check_choice, check_min, check_ratio
 from lowrank_core.config.export import ExportConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import STORAGES
@@ -45,7 +45,7 @@ class CompressionConfig:
 
     def __post_init__(self) -> None:
         check_choice("storage", self.storage, STORAGES)
-        check_at_least(1, rank_multiple=self.rank_multiple, fit_windows=self.fit_windows)
+        check_min(1, rank_multiple=self.rank_multiple, fit_windows=self.fit_windows)
         for name, value in (("input damping", self.input_damping), ("gradient damping", self.gradient_damping)):
             if not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be a number from 0 up, relative to the mean eigenvalue; got {value:g}. Try 0.01.")
@@ -71,7 +71,7 @@ class CompressRequest:
     ranks: str | None
     out: Path
     complete: str | None = None
-    slopes: bool = False
+    error_weights: bool = False
     export: ExportConfig = field(default_factory=ExportConfig)
     command: str = ""
 
@@ -82,7 +82,7 @@ class CompressRequest:
             check_ratio(self.compression_ratio)
         if self.complete is not None and (self.ranks is None or self.compression_ratio is None):
             raise ConfigError("--complete completes a file of ranks at a ratio: give --ranks and --compression-ratio.")
-        if self.slopes and self.compression_ratio is None:
+        if self.error_weights and self.compression_ratio is None:
             raise ConfigError("--slopes weighs the errors of an allocation at a ratio: give --compression-ratio.")
         if self.tune and self.ranks is not None:
             raise ConfigError("--tune compares settings at a ratio; give --compression-ratio instead of --ranks.")

@@ -10,7 +10,7 @@ __all__ = ["SIDES", "DirectionsConfig"]
 
 SIDES = ("input", "output")
 
-_MOST = 32  # directions, and tokens of each: an answer is for reading
+_MAX = 32  # directions, and tokens of each: an answer is for reading
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DirectionsConfig:
         if self.side not in SIDES:
             raise ConfigError(f"side must be input or output, got {self.side!r}.")
         for name, value in (("directions", self.directions), ("tokens", self.tokens)):
-            if not 1 <= value <= _MOST:
-                raise ConfigError(f"{name} must lie between 1 and {_MOST}, got {value}.")
+            if not 1 <= value <= _MAX:
+                raise ConfigError(f"{name} must lie between 1 and {_MAX}, got {value}.")
         if self.windows < 1 or self.batch_size < 1:
             raise ConfigError(f"windows and batch size must be at least 1, got {self.windows} and {self.batch_size}.")

@@ -66,6 +66,6 @@ class ExportConfig:
     def options(self) -> dict[str, object]:
         """Options of the command line that say the same, by name; True is a flag. What is usual is left out."""
         usual = ExportConfig()
-        found = {"form": self.form, "with_code": self.with_code, "dtype": self.dtype, "max_shard_size": self.max_shard_size}
-        said: dict[str, object] = {name: value for name, value in found.items() if value != getattr(usual, name)}
+        result = {"form": self.form, "with_code": self.with_code, "dtype": self.dtype, "max_shard_size": self.max_shard_size}
+        said: dict[str, object] = {name: value for name, value in result.items() if value != getattr(usual, name)}
         return said | ({} if self.quantization == usual.quantization else {"quantize": self.quantization})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lowrank_core.config import check_at_least, check_choice
+from lowrank_core.config import check_choice, check_min
 from lowrank_core.errors import ConfigError
 
 __all__ = ["CRITERIA", "HEALER_LABELS", "HealingConfig"]
@@ -61,7 +61,7 @@ class HealingConfig:
         check_choice("healing", self.method, HEALER_LABELS)
         check_choice("criterion", self.criterion, CRITERIA)
         names = ("steps", "batch_size", "validate_every", "patience", "train_windows", "lora_rank")
-        check_at_least(1, **{name: getattr(self, name) for name in names})
+        check_min(1, **{name: getattr(self, name) for name in names})
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"the learning rate must be a positive number, got {self.learning_rate:g}. Try 1e-3.")
         if not 0 < self.temperature < math.inf:
@@ -70,7 +70,7 @@ class HealingConfig:
             raise ConfigError(f"the weight of the cross-entropy must be a number from 0 up, got {self.cross_entropy:g}. Try 0.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"the warm-up is a fraction of the steps, in [0, 1); got {self.warmup:g}. Try 0.05.")
-        check_at_least(0, seed=self.seed)
+        check_min(0, seed=self.seed)
 
     def figure(self, kl: float, nll: float) -> float:
         """Return what validation chooses by, in nats per token: less is better."""

@@ -5,17 +5,17 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 
-from lowrank_core.config.checks import check_at_least, check_choice, check_ratio
+from lowrank_core.config.checks import check_choice, check_min, check_ratio
 from lowrank_core.config.compression import CompressionConfig
 from lowrank_core.errors import ConfigError
 
-__all__ = ["LEAST_LOSS", "OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABLES", "SearchConfig", "depth_groups"]
+__all__ = ["MIN_LOSS", "OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABLES", "SearchConfig", "depth_groups"]
 
 OBJECTIVES = ("kl", "perplexity", "bolaco")
 SAMPLERS = ("gp", "tpe", "cmaes", "qmc", "random")
 VARIABLES = ("kept", "errors")
 PRUNERS = ("none", "wilcoxon")
-LEAST_LOSS = 1e-9
+MIN_LOSS = 1e-9
 """A loss below it has the logarithm of this one."""
 SPACES = ("5x1", "5x4", "per-layer")
 """The usual spaces; ``types x N`` with any number N of depth groups is one, too."""
@@ -50,10 +50,10 @@ class SearchConfig:
     """
 
     compression_ratio: float = 0.2
-    most_ratio: float | None = None
+    max_ratio: float | None = None
     space: str = "5x1"
     variables: str = "kept"
-    slopes: bool = False
+    error_weights: bool = False
     sampler: str = "gp"
     objective: str = "kl"
     trials: int = 30
@@ -68,15 +68,15 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         check_ratio(self.compression_ratio)
-        check_at_least(1, trials=self.trials, startup_trials=self.startup_trials)
-        check_at_least(0, seed=self.seed, top_k=self.top_k, confirmed=self.confirmed)
+        check_min(1, trials=self.trials, startup_trials=self.startup_trials)
+        check_min(0, seed=self.seed, top_k=self.top_k, confirmed=self.confirmed)
         depth_groups(self.space)
         check_choice("variables", self.variables, VARIABLES)
         check_choice("sampler", self.sampler, SAMPLERS)
         check_choice("objective", self.objective, OBJECTIVES)
         check_choice("pruner", self.pruner, PRUNERS)
-        if self.most_ratio is not None:
-            self._check_two_objectives(check_ratio(self.most_ratio))
+        if self.max_ratio is not None:
+            self._check_two_objectives(check_ratio(self.max_ratio))
         if not self.projected and self.variables != "kept":
             raise ConfigError(
                 "a search as published has kept fractions for variables; choose variables `kept`, or let points be projected."
@@ -94,11 +94,11 @@ class SearchConfig:
         process no resolution for what distinguishes them. Over a range of ratios every loss spans decades. A search as published
         models the values themselves; and so does one by KL at one ratio, where logarithms gained nothing.
         """
-        return self.most_ratio is not None or (self.projected and self.objective != "kl")
+        return self.max_ratio is not None or (self.projected and self.objective != "kl")
 
-    def _check_two_objectives(self, most: float) -> None:
-        if most <= self.compression_ratio:
-            raise ConfigError(f"the largest ratio, {most:g}, must lie above the compression ratio {self.compression_ratio:g}.")
+    def _check_two_objectives(self, maximum: float) -> None:
+        if maximum <= self.compression_ratio:
+            raise ConfigError(f"the largest ratio, {maximum:g}, must lie above the compression ratio {self.compression_ratio:g}.")
         if self.sampler == "cmaes":
             raise ConfigError("CMA-ES has one objective; for a range of ratios choose the sampler gp, tpe, qmc or random.")
         if self.pruner != "none":
@@ -115,7 +115,7 @@ def depth_groups(space: str) -> int | None:
     """
     if space == "per-layer":
         return None
-    found = re.fullmatch(r"(?:5|types) ?x ?([1-9]\d*)", space)
-    if found is None:
+    result = re.fullmatch(r"(?:5|types) ?x ?([1-9]\d*)", space)
+    if result is None:
         raise ConfigError(f"space must be one of {', '.join(SPACES)}, or `types x N` with N depth groups; got {space!r}.")
-    return int(found[1])
+    return int(result[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.config.checks import check_at_least, check_choice
+from lowrank_core.config.checks import check_choice, check_min
 from lowrank_core.errors import ConfigError
 
 __all__ = ["BOS_RULES", "DTYPES", "ModelSource", "TextConfig", "looks_like_path"]
@@ -58,15 +58,15 @@ class TextConfig:
     def __post_init__(self) -> None:
         if not self.reference.strip():
             raise ConfigError("text: give `python-stdlib`, `file:PATH`, `wikitext-2`, `c4` or `ptb`.")
-        check_at_least(2, context=self.context)
-        check_at_least(
+        check_min(2, context=self.context)
+        check_min(
             1,
             calibration_windows=self.calibration_windows,
             validation_windows=self.validation_windows,
             test_windows=self.test_windows,
         )
         check_choice("bos", self.bos, BOS_RULES)
-        check_at_least(0, seed=self.seed)
+        check_min(0, seed=self.seed)
 
 
 def looks_like_path(reference: str) -> bool:

@@ -23,11 +23,11 @@ from torch import Tensor
 from lowrank_core.errors import ConfigError, NumericalError, RankError
 from lowrank_core.layers.forms import Factors
 from lowrank_core.linalg import Root, damped_root, invertible, svd
-from lowrank_core.metrics import Basis, Operand
+from lowrank_core.metrics import ErrorMetric, LayerData
 from lowrank_core.metrics.base import Metric
 from lowrank_core.parameters import Unit
 
-__all__ = ["Damping", "FactorBasis", "check_finite", "descending", "factorize_unit", "tail_sums"]
+__all__ = ["Damping", "FactorBasis", "check_finite", "isotonic_upper_bound", "factorize_unit", "tail_sums"]
 
 
 @dataclass(frozen=True)
@@ -97,20 +97,20 @@ def tail_sums(energies: Tensor) -> Tensor:
     return torch.cat([tails, tails.new_zeros(1)])
 
 
-def descending(errors: Tensor) -> Tensor:
+def isotonic_upper_bound(errors: Tensor) -> Tensor:
     """Return the least curve that never rises and is nowhere below ``errors``; where the metric is shared, it is ``errors`` itself."""
     return errors.clamp(min=0).flip(0).cummax(0).values.flip(0)
 
 
-def check_finite(operand: Operand) -> None:
+def check_finite(layer_data: LayerData) -> None:
     """Raise unless the weight and the bias are finite.
 
     Raises:
         NumericalError: they are not; names the layer.
     """
-    for part in (operand.weight, operand.bias):
+    for part in (layer_data.weight, layer_data.bias):
         if part is not None and not torch.isfinite(part).all():
-            raise NumericalError(f"{operand.shape.name}: its weight or bias holds NaN or Inf. Load another checkpoint.")
+            raise NumericalError(f"{layer_data.shape.name}: its weight or bias holds NaN or Inf. Load another checkpoint.")
 
 
 def left(root: Root | None, matrix: Tensor, *, inverse: bool = False) -> Tensor:
@@ -138,17 +138,17 @@ def _column_root(metrics: Sequence[Metric], damping: Damping, name: str) -> Root
     return damped_root(torch.stack(columns).mean(0), damping.columns, name)
 
 
-def _target(operand: Operand, basis: Basis, metric: Metric, columns: Root | None) -> Tensor:
+def _target(layer_data: LayerData, basis: ErrorMetric, metric: Metric, columns: Root | None) -> Tensor:
     """Return T_i; the damping draws towards W, so that without drift it is W itself."""
-    moment = basis.target_moment(operand)
+    moment = basis.target_moment(layer_data)
     if moment is None:
-        return operand.weight
+        return layer_data.weight
     if metric.columns is None or metric.columns.ndim == 1 or columns is None:
         raise ConfigError(
             f"{basis.label}: drift is corrected in the moments of the inputs. Wrap whitened, pooled_feature or two_sided instead."
         )
-    inverse = invertible(columns, operand.shape.name).inverse
-    return operand.weight + operand.weight @ (moment - metric.columns) @ inverse @ inverse
+    inverse = invertible(columns, layer_data.shape.name).inverse
+    return layer_data.weight + layer_data.weight @ (moment - metric.columns) @ inverse @ inverse
 
 
 def _errors(parts: Sequence[Tensor], down: Tensor, metrics: Sequence[Metric], columns: Root | None) -> Tensor:
@@ -159,43 +159,43 @@ def _errors(parts: Sequence[Tensor], down: Tensor, metrics: Sequence[Metric], co
     products = sum((_right(down, c) @ down.T) * (part.T @ part) for part, c in zip(parts, own, strict=True))
     assert isinstance(products, Tensor)
     corners = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)  # Σ_{j,k>r}
-    return descending(torch.cat([corners, corners.new_zeros(1)])) * metrics[0].scale
+    return isotonic_upper_bound(torch.cat([corners, corners.new_zeros(1)])) * metrics[0].scale
 
 
-def factorize_unit(unit: Unit, operands: Sequence[Operand], basis: Basis, damping: Damping) -> FactorBasis:
+def factorize_unit(unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping) -> FactorBasis:
     """Decompose the members of ``unit`` together; all float64.
 
     Raises:
         ConfigError: the basis corrects drift in a metric that is no moment of the inputs.
         NumericalError: NaN, Inf, or no convergence; names the layer.
     """
-    for operand in operands:
-        check_finite(operand)
-    metrics = [basis.metric(operand) for operand in operands]
-    rows = [row_root(metric, damping, operand.shape.name) for metric, operand in zip(metrics, operands, strict=True)]
+    for layer_data in operands:
+        check_finite(layer_data)
+    metrics = [basis.metric(layer_data) for layer_data in operands]
+    rows = [row_root(metric, damping, layer_data.shape.name) for metric, layer_data in zip(metrics, operands, strict=True)]
     columns = _column_root(metrics, damping, unit.name)
-    targets = [_target(operand, basis, metric, columns) for operand, metric in zip(operands, metrics, strict=True)]
+    targets = [_target(layer_data, basis, metric, columns) for layer_data, metric in zip(operands, metrics, strict=True)]
     weighed = torch.cat([left(root, target) for root, target in zip(rows, targets, strict=True)])
     directions, _, _ = svd(_right(weighed, None if columns is None else columns.damped), unit.name)
     down = directions.T @ weighed
-    parts = torch.split(directions, [operand.shape.d_out for operand in operands])
+    parts = torch.split(directions, [layer_data.shape.d_out for layer_data in operands])
     ups = [left(root, part, inverse=True) for root, part in zip(rows, parts, strict=True)]
     balance = _balance(torch.cat(ups), down)
     return FactorBasis(
         unit=unit,
         ups=tuple(up * balance for up in ups),
         down=down / balance[:, None],
-        biases=tuple(operand.bias for operand in operands),
-        means=tuple(_means(operand) for operand in operands) if basis.centred else (),
+        biases=tuple(layer_data.bias for layer_data in operands),
+        means=tuple(_means(layer_data) for layer_data in operands) if basis.centred else (),
         errors=_errors(parts, down, metrics, columns),
         damping=0.0 if columns is None else columns.added,
         condition=1.0 if columns is None else columns.condition,
     )
 
 
-def _means(operand: Operand) -> tuple[Tensor, Tensor]:
-    dense = operand.inputs.mean if operand.dense_mean is None else operand.dense_mean
-    return operand.weight @ dense, operand.inputs.mean
+def _means(layer_data: LayerData) -> tuple[Tensor, Tensor]:
+    dense = layer_data.inputs.mean if layer_data.dense_mean is None else layer_data.dense_mean
+    return layer_data.weight @ dense, layer_data.inputs.mean
 
 
 def _balance(up: Tensor, down: Tensor) -> Tensor:

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_core.decomposition.factorization import Damping, check_finite, check_rank, descending, left, row_root
+from lowrank_core.decomposition.factorization import Damping, check_finite, check_rank, isotonic_upper_bound, left, row_root
 from lowrank_core.layers.forms import HeadFactors
 from lowrank_core.linalg import damped_root, invertible, svd
-from lowrank_core.metrics import Basis, Operand
+from lowrank_core.metrics import ErrorMetric, LayerData
 from lowrank_core.parameters import HeadUnit
 
 __all__ = ["HeadBasis", "factorize_heads"]
@@ -75,7 +75,7 @@ class HeadBasis:
         return correction if self.output_bias is None else self.output_bias + correction
 
 
-def factorize_heads(unit: HeadUnit, value: Operand, output: Operand, basis: Basis, damping: Damping) -> HeadBasis:
+def factorize_heads(unit: HeadUnit, value: LayerData, output: LayerData, basis: ErrorMetric, damping: Damping) -> HeadBasis:
     """Decompose each group of heads; all float64.
 
     Raises:
@@ -115,7 +115,7 @@ def factorize_heads(unit: HeadUnit, value: Operand, output: Operand, basis: Basi
     )
 
 
-def _head_moments(columns: Tensor | None, value: Operand, unit: HeadUnit) -> Tensor:
+def _head_moments(columns: Tensor | None, value: LayerData, unit: HeadUnit) -> Tensor:
     """Return K_h (heads, d, d); without data, that of values of white inputs."""
     heads, groups, dim = unit.heads, unit.groups, unit.head_dim
     if columns is None:
@@ -140,4 +140,4 @@ def _errors(weighed: Tensor, moments: Tensor, mixes: list[tuple[Tensor, Tensor]]
             gone = torch.eye(dim, dtype=gram.dtype) - restore[:, :rank] @ reduce[:rank]
             curves[rank] += ((gram @ gone) * (gone @ moment)).sum()
     curves[-1] = 0.0
-    return descending(curves)
+    return isotonic_upper_bound(curves)

@@ -13,7 +13,7 @@ from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit
 from lowrank_core.decomposition.head_factorization import HeadBasis, factorize_heads
 from lowrank_core.errors import ConfigError
-from lowrank_core.metrics import Operand, basis_named
+from lowrank_core.metrics import LayerData, metric_named
 from lowrank_core.models.attention import head_units
 from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
@@ -38,11 +38,11 @@ def damping_of(config: CompressionConfig) -> Damping:
     return Damping(columns=config.input_damping, rows=config.gradient_damping)
 
 
-def operand_of(handle: ModelHandle, statistics: LayerStatistics, shape: MatrixShape) -> Operand:
+def operand_of(handle: ModelHandle, statistics: LayerStatistics, shape: MatrixShape) -> LayerData:
     """Return a matrix of the model with its statistics, in float64 on the CPU."""
     module = handle.module.get_submodule(shape.name)
     bias = bias_of(module)
-    return Operand(
+    return LayerData(
         shape=shape,
         weight=weight_of(module).detach().to("cpu", torch.float64),
         bias=None if bias is None else bias.detach().to("cpu", torch.float64),
@@ -65,21 +65,21 @@ def factorize(
         ConfigError: no such basis, or it needs gradients and the statistics have none.
         NumericalError: NaN, Inf or no convergence; names the layer.
     """
-    basis, damping = basis_named(config.basis), damping_of(config)
+    basis, damping = metric_named(config.basis), damping_of(config)
     if basis.needs_gradients and not statistics.outputs:
         raise ConfigError(
             f"{basis.label} weighs outputs by their gradients, which were not collected. Collect them with `collect_gradients`."
         )
-    found: dict[str, FactorBasis | HeadBasis] = {}
+    result: dict[str, FactorBasis | HeadBasis] = {}
     for done, unit in enumerate(units, start=1):
         operands = [operand_of(handle, statistics, member) for member in unit.members]
         if isinstance(unit, HeadUnit):
-            found[unit.name] = factorize_heads(unit, operands[0], operands[1], basis, damping)
+            result[unit.name] = factorize_heads(unit, operands[0], operands[1], basis, damping)
         else:
-            found[unit.name] = factorize_unit(unit, operands, basis, damping)
+            result[unit.name] = factorize_unit(unit, operands, basis, damping)
         if progress is not None:
             progress(done, len(units))
-    return found
+    return result
 
 
 def error_curves(bases: Bases) -> ErrorCurves:

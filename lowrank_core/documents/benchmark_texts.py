@@ -36,7 +36,7 @@ class HubDataset:
     column: str = "text"
     joiner: str = "\n\n"
     revision: str | None = None
-    most_documents: int | None = None
+    max_documents: int | None = None
     files: Mapping[str, str] | None = None
 
 
@@ -50,7 +50,7 @@ HUB_TEXTS: dict[str, HubDataset] = {
         None,
         # C4 has no test split: its validation split is dealt out in turn, even documents and odd ones.
         {"calibration": ("train", "whole"), "validation": ("validation", "even"), "test": ("validation", "odd")},
-        most_documents=4000,
+        max_documents=4000,
         files={"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"},
     ),
     "ptb": HubDataset("ptb", "ptb-text-only/ptb_text_only", "penn_treebank", _THREE, "sentence", " ", "refs/convert/parquet"),

@@ -97,5 +97,5 @@ def _column(table: pd.DataFrame, path: Path) -> list[str]:
 
 def _line_break(text: str, position: int) -> int:
     """Return the position after the first line break from ``position`` on, so that no line is in two splits."""
-    found = text.find("\n", position)
-    return position if found < 0 else found + 1
+    result = text.find("\n", position)
+    return position if result < 0 else result + 1

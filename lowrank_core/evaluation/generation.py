@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowrank_core.config import check_at_least
+from lowrank_core.config import check_min
 from lowrank_core.errors import ConfigError
 from lowrank_core.models.handle import ModelHandle
 
@@ -33,7 +33,7 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_at_least(1, tokens=self.tokens)
+        check_min(1, tokens=self.tokens)
         if not 0 <= self.temperature < math.inf:
             raise ConfigError(f"temperature must be a number from 0 (the likeliest token) up, got {self.temperature:g}. Try 0.7.")
         if not 0 <= self.seed < 2**63:

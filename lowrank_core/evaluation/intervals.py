@@ -44,7 +44,7 @@ class Sample:
         parts = self.counts * (self.means - self.mean) / self.counts.sum()
         return float(math.sqrt(n / (n - 1) * (parts**2).sum()))
 
-    def beside(self, other: Sample) -> Sample:
+    def alongside(self, other: Sample) -> Sample:
         """Return both figures of the same windows, (n, 2): drawn together, their difference is paired."""
         return Sample(np.stack([self.means, other.means], axis=-1), self.counts)
 

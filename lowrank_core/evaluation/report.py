@@ -90,10 +90,10 @@ class EvaluationReport:
         left_out = {f.name for f in fields(self) if f.default is None}
         if self.dense_perplexity is not None:
             left_out -= {name for name in left_out if name.endswith("_interval")}
-        found = {name: value for name, value in asdict(self).items() if value is not None or name not in left_out}
+        result = {name: value for name, value in asdict(self).items() if value is not None or name not in left_out}
         if self.by_position is not None:
-            found["by_position"] = [row.to_mapping() for row in self.by_position]
-        return found
+            result["by_position"] = [row.to_mapping() for row in self.by_position]
+        return result
 
 
 def evaluate(
@@ -156,19 +156,19 @@ def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: Toke
         "reverse_kl_interval": reverse.interval(),
         "top1_agreement": top1.mean,
         "top5_agreement": top5.mean,
-        "perplexity_difference_interval": ours.beside(theirs).interval(lambda pair: np.exp(pair[..., 0]) - np.exp(pair[..., 1])),
-        "perplexity_ratio_interval": ours.beside(theirs).interval(lambda pair: np.exp(pair[..., 0] - pair[..., 1])),
+        "perplexity_difference_interval": ours.alongside(theirs).interval(lambda pair: np.exp(pair[..., 0]) - np.exp(pair[..., 1])),
+        "perplexity_ratio_interval": ours.alongside(theirs).interval(lambda pair: np.exp(pair[..., 0] - pair[..., 1])),
         "dense_window_nll": tuple(WindowScores.of(TokenScores(tokens.dense_nll), windows.scored).nll.tolist()),
     }
 
 
 def _warnings(handle: ModelHandle, against: ModelHandle | None, tokens: TokenScores, windows: WindowSet) -> tuple[str, ...]:
     nll, vocabulary = sample_of(tokens.nll, windows), int(handle.module.config.vocab_size)
-    found = window_warning(nll)
+    result = window_warning(nll)
     if tokens.dense_nll is None:
-        return found + uniform_warning(nll, vocabulary, name="the model", compared=False)
+        return result + uniform_warning(nll, vocabulary, name="the model", compared=False)
     dense = uniform_warning(sample_of(tokens.dense_nll, windows), vocabulary, name="the dense model", compared=True)
-    return found + (dense or uniform_warning(nll, vocabulary, name="the compressed model", compared=False))
+    return result + (dense or uniform_warning(nll, vocabulary, name="the compressed model", compared=False))
 
 
 def _samples(tokens: TokenScores, windows: WindowSet) -> tuple[Sample, ...]:

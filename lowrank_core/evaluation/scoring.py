@@ -68,18 +68,18 @@ def score_windows(
         ConfigError: the reference was computed on other batches.
         NumericalError: a window's loss or KL divergence is NaN or Inf; it is never skipped, nor given to ``on_batch``.
     """
-    found, references = [], []
+    result, references = [], []
     for first, tokens in _scored_batches(handle, windows, batch_size, dense, autocast):
         done = first + len(tokens.nll)
         scored = None if windows.scored is None else windows.scored[first:done].to(tokens.nll.device)
-        found.append(WindowScores.of(tokens, scored))
+        result.append(WindowScores.of(tokens, scored))
         if tokens.dense_nll is not None:
             references.append(WindowScores.of(TokenScores(tokens.dense_nll), scored))
         if on_batch is not None:
-            on_batch(found[-1])
+            on_batch(result[-1])
         if progress is not None:
             progress(done, windows.windows)
-    return _joined(found), _joined(references) if references else None
+    return _joined(result), _joined(references) if references else None
 
 
 def score_tokens(

@@ -3,7 +3,7 @@
 from lowrank_core.export.folder import check_free
 from lowrank_core.export.healed import healed_model, write_healed
 from lowrank_core.export.manifest import ExportManifest, Measurement, Protocol, read_manifest
-from lowrank_core.export.measuring import HeldOut, figures_of, held_out
+from lowrank_core.export.measuring import HeldOut, held_out, metrics_of
 from lowrank_core.export.rewriting import Rewritten, rewrite
 from lowrank_core.export.verification import Verification, verify
 from lowrank_core.export.writing import export
@@ -17,7 +17,7 @@ __all__ = [
     "Verification",
     "check_free",
     "export",
-    "figures_of",
+    "metrics_of",
     "healed_model",
     "held_out",
     "read_manifest",

@@ -78,11 +78,11 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
 
 def rank_rows(report: CompressionReport) -> list[tuple[str, int, int, float, int]]:
     """Return module type, how many are compressed, and the least, the median and the largest rank, in the order of the model."""
-    found: dict[str, list[int]] = {}
+    result: dict[str, list[int]] = {}
     for name, rank in report.ranks.items():
         if rank is not None:
-            found.setdefault(_kind(name), []).append(rank)
-    return [(kind, len(ranks), min(ranks), median(ranks), max(ranks)) for kind, ranks in found.items()]
+            result.setdefault(_kind(name), []).append(rank)
+    return [(kind, len(ranks), min(ranks), median(ranks), max(ranks)) for kind, ranks in result.items()]
 
 
 def _kind(unit: str) -> str:
@@ -91,7 +91,7 @@ def _kind(unit: str) -> str:
 
 
 def _ranks(report: CompressionReport) -> str:
-    rows = [f"| {kind} | {count} | {least} | {middle:g} | {most} |" for kind, count, least, middle, most in rank_rows(report)]
+    rows = [f"| {kind} | {count} | {minimum} | {middle:g} | {maximum} |" for kind, count, minimum, middle, maximum in rank_rows(report)]
     table = _table(("module type", "compressed", "least rank", "median", "largest"), rows)
     dense = sum(rank is None for rank in report.ranks.values())
     kept = f" {dense} others stay dense." if dense else ""
@@ -105,19 +105,19 @@ def _figures(manifest: ExportManifest) -> str:
         lines = [f"| {name} | {row['perplexity']:.3f} | {fixed_interval(row.get('interval'), 3)} |" for name, row in rows.items()]
         warnings = "".join(f"\n\n**Warning**: {warning}" for warning in _sentences(manifest.figures.get("warnings")))
         parts.append(f"{_table(('', 'perplexity', '95 % interval'), lines)}{warnings}\n\nProtocol: {manifest.figures.get('protocol')}.")
-    found = manifest.measured
-    if found is not None:
-        words = fixed_interval(found.perplexity_interval, 3)
+    result = manifest.measured
+    if result is not None:
+        words = fixed_interval(result.perplexity_interval, 3)
         low_high = words if words == NO_INTERVAL else f"95 % interval {words}"
         parts.append(
-            f"This folder, loaded and run in {found.protocol.dtype}: perplexity {found.perplexity:.3f} ({low_high}). "
-            f"Protocol: {found.protocol.line}. `lowrank verify --model .` measures it again."
+            f"This folder, loaded and run in {result.protocol.dtype}: perplexity {result.perplexity:.3f} ({low_high}). "
+            f"Protocol: {result.protocol.line}. `lowrank verify --model .` measures it again."
         )
     return "## Perplexity\n\n" + "\n\n".join(parts or ["Not measured when this was written."])
 
 
-def _sentences(found: object) -> list[str]:
-    return [str(sentence) for sentence in found] if isinstance(found, list | tuple) else []
+def _sentences(result: object) -> list[str]:
+    return [str(sentence) for sentence in result] if isinstance(result, list | tuple) else []
 
 
 def _made(manifest: ExportManifest, base: BaseModel) -> str:

@@ -67,14 +67,14 @@ def _flat(name: str) -> str:
 
 def _needed(start: str) -> dict[str, str]:
     """Return name -> rewritten source of ``start`` and all modules of ours that it reaches."""
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     waiting = [start]
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found[name], imported = _rewritten(name)
+        if name not in result:
+            result[name], imported = _rewritten(name)
             waiting += imported
-    return found
+    return result
 
 
 def _rewritten(name: str) -> tuple[str, list[str]]:

@@ -12,7 +12,7 @@ from lowrank_core.config.healing import HealingConfig
 from lowrank_core.evaluation import EvaluationReport
 from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.manifest import ExportManifest
-from lowrank_core.export.measuring import HeldOut, figures_of
+from lowrank_core.export.measuring import HeldOut, metrics_of
 from lowrank_core.export.writing import export
 from lowrank_core.healing.trainer import heal
 from lowrank_core.models import ModelHandle
@@ -41,8 +41,8 @@ def healed_model(
     """
     text, validation = texts
     training = load_windows(replace(text, seed=config.seed), model.handle.tokenizer, "calibration", count=config.train_windows)
-    found = heal(model.handle, dense, (training, validation), config, folder=folder, progress=progress)
-    return CompressedModel(replace(found.handle, reference=dense.reference), model.report), found.report
+    result = heal(model.handle, dense, (training, validation), config, folder=folder, progress=progress)
+    return CompressedModel(replace(result.handle, reference=dense.reference), model.report), result.report
 
 
 def write_healed(
@@ -64,5 +64,5 @@ def write_healed(
         LowRankError: as ``export``.
     """
     (model, report), (before, after) = healed, measured
-    figures = figures_of(before.to_mapping(), healed=after.to_mapping())
+    figures = metrics_of(before.to_mapping(), healed=after.to_mapping())
     return export(model, folder, provenance={**provenance, "healing": report.summary}, config=config, figures=figures, test=test)

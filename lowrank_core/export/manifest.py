@@ -88,7 +88,7 @@ class ExportManifest:
             dense form, and in a folder of an earlier version. Their lines in the headers are part of the files' bytes.
         details: how it was made, and the counts of ``CompressionReport`` with its two ratios; beside the rest in the file.
         measured: on the model as written, or None.
-        figures: others that were known when it was written (``figures_of``).
+        figures: others that were known when it was written (``metrics_of``).
         versions: of what wrote it.
     """
 
@@ -150,8 +150,8 @@ def read_manifest(folder: Path) -> ExportManifest:
         known = {name: value for name, value in body.items() if name in own - {"details", "files", "measured"}}
         files = {str(name): from_mapping(WeightFile, entry) for name, entry in body["files"].items()}
         rest = {name: value for name, value in body.items() if name not in {*own, "written_bytes"}}
-        found = None if body["measured"] is None else measurement_from(body["measured"])
-        return ExportManifest(**known, files=files, details=rest, measured=found)
+        result = None if body["measured"] is None else measurement_from(body["measured"])
+        return ExportManifest(**known, files=files, details=rest, measured=result)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ModelError(f"model: {MANIFEST} of {folder} is damaged, or of an earlier version. Export the model again.") from error
 

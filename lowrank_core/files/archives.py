@@ -27,11 +27,11 @@ DAMAGE = (
 
 
 def _digest(arrays: Mapping[str, Array]) -> str:
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for name, array in sorted(arrays.items()):
-        found.update(f"{name} {array.dtype.str} {array.shape}".encode())
-        found.update(np.ascontiguousarray(array).tobytes())
-    return found.hexdigest()
+        result.update(f"{name} {array.dtype.str} {array.shape}".encode())
+        result.update(np.ascontiguousarray(array).tobytes())
+    return result.hexdigest()
 
 
 def write_archive(path: Path, arrays: Mapping[str, Array]) -> None:

@@ -22,12 +22,12 @@ def trained_factors(module: PreTrainedModel) -> dict[str, nn.Parameter]:
     Raises:
         ConfigError: there are none.
     """
-    found: dict[str, nn.Parameter] = {}
+    result: dict[str, nn.Parameter] = {}
     for name, layer in compressed_layers(module).items():
         for part, parameter in layer.named_parameters(recurse=False):
             parameter.requires_grad_(True)
-            found[f"{name}.{part}"] = parameter
-    return found
+            result[f"{name}.{part}"] = parameter
+    return result
 
 
 class Distillation(Healer):

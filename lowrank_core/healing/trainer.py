@@ -114,13 +114,13 @@ class _Course:
         """Validate before the first step, or go on from a checkpoint."""
         self._reference = DenseReference.compute(self._dense, self._validation, batch_size=self._config.batch_size)
         self._identity = self._identified() if self._folder is not None else ""
-        found = None if self._folder is None else load_checkpoint(self._folder, self._identity, self._compressed.device)
-        if found is None:
+        result = None if self._folder is None else load_checkpoint(self._folder, self._identity, self._compressed.device)
+        if result is None:
             self._rate = self._config.learning_rate or self._measured_rate()
             kl, nll = self._validated(self._compressed)
             self._note(HealingPoint(0, None, kl, nll, 0.0, 0, 0.0, kept=True))
         else:
-            self._restore(found)
+            self._restore(result)
         self._began = time.perf_counter() - self._history[-1].seconds
 
     def step(self) -> None:
@@ -258,14 +258,14 @@ class _Course:
         )
         save_checkpoint(self._folder, checkpoint)
 
-    def _restore(self, found: Checkpoint) -> None:
-        self._rate = found.rate
-        self.taken, self._best_step, self._best = found.step, found.best_step, dict(found.best)
-        self._history = [HealingPoint(**point) for point in found.history]  # type: ignore[arg-type]
+    def _restore(self, result: Checkpoint) -> None:
+        self._rate = result.rate
+        self.taken, self._best_step, self._best = result.step, result.best_step, dict(result.best)
+        self._history = [HealingPoint(**point) for point in result.history]  # type: ignore[arg-type]
         with torch.no_grad():
             for name, value in self._student.trained.items():
-                value.copy_(found.values[name])
-        self._optimizer.load_state_dict(unpacked_state(found.moments, found.optimizer))  # type: ignore[arg-type]
+                value.copy_(result.values[name])
+        self._optimizer.load_state_dict(unpacked_state(result.moments, result.optimizer))  # type: ignore[arg-type]
         self.stopped = self._end()
 
     def _identified(self) -> str:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 __all__ = ["Factor", "Int8Matrix", "applied", "dense_of"]
 
-_MOST = 127
+_MAX = 127
 
 
 class Int8Matrix(nn.Module):
@@ -29,15 +29,15 @@ class Int8Matrix(nn.Module):
     @classmethod
     def of(cls, matrix: Tensor, stored_dtype: torch.dtype) -> Int8Matrix:
         """Return ``matrix`` (..., rows, columns) in 8 bits, with scales that ``stored_dtype`` holds exactly."""
-        found = cls(*([0] * matrix.ndim))
-        exact = matrix.detach().abs().amax(-1).double() / _MOST
+        result = cls(*([0] * matrix.ndim))
+        exact = matrix.detach().abs().amax(-1).double() / _MAX
         scales = exact.to(stored_dtype)
         scales = torch.where(scales.double() < exact, torch.nextafter(scales, torch.full_like(scales, torch.inf)), scales)
         scales = torch.where(scales > 0, scales, 1.0)
         whole = (matrix.detach().double() / scales.double()[..., None]).round()
-        found.values = whole.clamp(-_MOST, _MOST).to(torch.int8)
-        found.scales = scales.to(matrix.dtype)
-        return found
+        result.values = whole.clamp(-_MAX, _MAX).to(torch.int8)
+        result.scales = scales.to(matrix.dtype)
+        return result
 
     @property
     def dense(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import Metric, Operand, SingleMatrix
+from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
 
 __all__ = ["ACTIVATION_SCALED", "ActivationScaled"]
 
@@ -18,8 +18,8 @@ class ActivationScaled(SingleMatrix):
     label: str = "Activation-scaled (ASVD)"
     reference: str = "arXiv 2312.05821"
 
-    def metric(self, operand: Operand) -> Metric:
-        return Metric(columns=operand.inputs.absolute_mean ** (2 * self.alpha))
+    def metric(self, layer_data: LayerData) -> Metric:
+        return Metric(columns=layer_data.inputs.absolute_mean ** (2 * self.alpha))
 
 
 ACTIVATION_SCALED = ActivationScaled()

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
     from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
 
-__all__ = ["Basis", "Grouping", "Metric", "Operand", "SingleMatrix", "one_by_one"]
+__all__ = ["ErrorMetric", "Grouping", "Metric", "LayerData", "SingleMatrix", "one_by_one"]
 
 Grouping = tuple[tuple[MatrixShape, ...], ...]
 
 
 @dataclass(frozen=True)
-class Operand:
+class LayerData:
     """One matrix, with what calibration learned of both its sides.
 
     Attributes:
@@ -68,7 +68,7 @@ class Metric:
     scale: float = 1.0
 
 
-class Basis(Protocol):
+class ErrorMetric(Protocol):
     """A method of METHODS §3."""
 
     @property
@@ -100,10 +100,10 @@ class Basis(Protocol):
     def grouping(self, shapes: Sequence[MatrixShape]) -> Grouping:
         """Return which matrices share one rank and one factor on their input side."""
 
-    def metric(self, operand: Operand) -> Metric:
+    def metric(self, layer_data: LayerData) -> Metric:
         """Return how an error of this matrix is weighed."""
 
-    def target_moment(self, operand: Operand) -> Tensor | None:
+    def target_moment(self, layer_data: LayerData) -> Tensor | None:
         """Return K (n, n) where the matrix to approximate is W K C⁻¹ instead of W (a basis that corrects drift), else None."""
 
 
@@ -123,5 +123,5 @@ class SingleMatrix:
     def grouping(self, shapes: Sequence[MatrixShape]) -> Grouping:
         return one_by_one(shapes)
 
-    def target_moment(self, operand: Operand) -> Tensor | None:
+    def target_moment(self, layer_data: LayerData) -> Tensor | None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lowrank_core.metrics.base import Basis, Operand
+from lowrank_core.metrics.base import ErrorMetric, LayerData
 from lowrank_core.metrics.stacks import Wrapper
 from lowrank_core.metrics.whitened import WHITENED
 
@@ -22,19 +22,19 @@ class DriftAware(Wrapper):
     S' and C× are the moments of the inner basis, covariances where it is centred.
     """
 
-    inner: Basis = WHITENED
+    inner: ErrorMetric = WHITENED
     title: str = "drift_aware"
     words: str = "Drift-aware"
     reference: str = "arXiv 2604.02119"
     beta: float = 1.0
     sequential: bool = True
 
-    def target_moment(self, operand: Operand) -> Tensor | None:
+    def target_moment(self, layer_data: LayerData) -> Tensor | None:
         """Return (1-β) S' + β C× (n, n); None where the inputs did not drift."""
-        if operand.cross is None:
+        if layer_data.cross is None:
             return None
-        own = operand.inputs.sample if self.centred else operand.inputs.second_moment
-        return (1 - self.beta) * own + self.beta * operand.cross
+        own = layer_data.inputs.sample if self.centred else layer_data.inputs.second_moment
+        return (1 - self.beta) * own + self.beta * layer_data.cross
 
 
 DRIFT_AWARE = DriftAware()

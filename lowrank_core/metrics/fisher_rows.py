@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import Metric, Operand, SingleMatrix
+from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
 
 __all__ = ["FISHER_ROWS", "FisherRows"]
 
@@ -22,9 +22,9 @@ class FisherRows(SingleMatrix):
     needs_data: bool = False
     needs_gradients: bool = True
 
-    def metric(self, operand: Operand) -> Metric:
-        assert operand.outputs is not None
-        return Metric(rows=operand.outputs.fisher_rows)
+    def metric(self, layer_data: LayerData) -> Metric:
+        assert layer_data.outputs is not None
+        return Metric(rows=layer_data.outputs.fisher_rows)
 
 
 FISHER_ROWS = FisherRows()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import Metric, Operand, SingleMatrix
+from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
 
 __all__ = ["POOLED_FEATURE", "PooledFeature"]
 
@@ -21,8 +21,8 @@ class PooledFeature(SingleMatrix):
     reference: str = "arXiv 2405.10616"
     centred: bool = True
 
-    def metric(self, operand: Operand) -> Metric:
-        return Metric(columns=operand.inputs.pooled)
+    def metric(self, layer_data: LayerData) -> Metric:
+        return Metric(columns=layer_data.inputs.pooled)
 
 
 POOLED_FEATURE = PooledFeature()

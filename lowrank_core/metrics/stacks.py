@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from lowrank_core.metrics.base import Basis, Grouping, Metric, Operand
+from lowrank_core.metrics.base import ErrorMetric, Grouping, LayerData, Metric
 from lowrank_core.metrics.weight_svd import WEIGHT_SVD
 from lowrank_core.metrics.whitened import WHITENED
 from lowrank_core.parameters import MatrixShape
@@ -24,7 +24,7 @@ __all__ = ["CROSS_LAYER", "DATA_FREE_JOINT", "SHARED_INPUT", "CrossLayer", "Data
 class Wrapper:
     """A basis that changes one thing about another; its name is ``title``, and ``title:other`` around another than its ``usual`` one."""
 
-    inner: Basis
+    inner: ErrorMetric
     title: str
     words: str
     reference: str
@@ -61,11 +61,11 @@ class Wrapper:
     def grouping(self, shapes: Sequence[MatrixShape]) -> Grouping:
         return self.inner.grouping(shapes)
 
-    def metric(self, operand: Operand) -> Metric:
-        return self.inner.metric(operand)
+    def metric(self, layer_data: LayerData) -> Metric:
+        return self.inner.metric(layer_data)
 
-    def target_moment(self, operand: Operand) -> Tensor | None:
-        return self.inner.target_moment(operand)
+    def target_moment(self, layer_data: LayerData) -> Tensor | None:
+        return self.inner.target_moment(layer_data)
 
 
 def by_input(shapes: Sequence[MatrixShape]) -> Grouping:
@@ -80,7 +80,7 @@ def by_input(shapes: Sequence[MatrixShape]) -> Grouping:
 class SharedInput(Wrapper):
     """q, k, v (or gate, up) read one input: one down-projection for all, an up-projection for each."""
 
-    inner: Basis = WHITENED
+    inner: ErrorMetric = WHITENED
     title: str = "shared_input"
     words: str = "Shared input"
     reference: str = "same-input stacking"
@@ -93,7 +93,7 @@ class SharedInput(Wrapper):
 class CrossLayer(Wrapper):
     """The same module type of ``layers`` neighbouring blocks, their metrics summed. Basis Sharing, arXiv 2410.03765."""
 
-    inner: Basis = WHITENED
+    inner: ErrorMetric = WHITENED
     title: str = "cross_layer"
     words: str = "Basis Sharing"
     reference: str = "arXiv 2410.03765"
@@ -111,7 +111,7 @@ class DataFreeJoint(SharedInput):
     """Rank-k approximation of the stacked weights themselves, without any data. arXiv 2402.16319."""
 
     usual: ClassVar[str] = "weight_svd"
-    inner: Basis = WEIGHT_SVD
+    inner: ErrorMetric = WEIGHT_SVD
     title: str = "data_free_joint"
     words: str = "Data-free joint rank-k"
     reference: str = "arXiv 2402.16319"

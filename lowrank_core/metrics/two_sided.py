@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import Metric, Operand, SingleMatrix
+from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
 
 __all__ = ["TWO_SIDED", "TWO_SIDED_HALF", "TwoSided"]
 
@@ -25,10 +25,10 @@ class TwoSided(SingleMatrix):
     centred: bool = True
     comparable: bool = True
 
-    def metric(self, operand: Operand) -> Metric:
-        assert operand.outputs is not None
-        columns = operand.inputs.sample if self.centred else operand.inputs.second_moment
-        return Metric(rows=operand.outputs.gradient, columns=columns, row_power=self.gamma, scale=0.5)
+    def metric(self, layer_data: LayerData) -> Metric:
+        assert layer_data.outputs is not None
+        columns = layer_data.inputs.sample if self.centred else layer_data.inputs.second_moment
+        return Metric(rows=layer_data.outputs.gradient, columns=columns, row_power=self.gamma, scale=0.5)
 
 
 TWO_SIDED = TwoSided()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import Metric, Operand, SingleMatrix
+from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
 
 __all__ = ["WEIGHT_SVD", "WeightSvd"]
 
@@ -18,7 +18,7 @@ class WeightSvd(SingleMatrix):
     reference: str = "Eckart & Young 1936"
     needs_data: bool = False
 
-    def metric(self, operand: Operand) -> Metric:
+    def metric(self, layer_data: LayerData) -> Metric:
         return Metric()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import Metric, Operand, SingleMatrix
+from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
 
 __all__ = ["WHITENED", "Whitened"]
 
@@ -17,8 +17,8 @@ class Whitened(SingleMatrix):
     label: str = "Whitened (SVD-LLM)"
     reference: str = "arXiv 2403.07378"
 
-    def metric(self, operand: Operand) -> Metric:
-        return Metric(columns=operand.inputs.second_moment)
+    def metric(self, layer_data: LayerData) -> Metric:
+        return Metric(columns=layer_data.inputs.second_moment)
 
 
 WHITENED = Whitened()

@@ -158,8 +158,8 @@ class ModelHandle:
     def coverage(self) -> Coverage:
         """What every parameter is, compressible or left alone and why; adds up to ``parameters``."""
         prefix, blocks = blocks_of(self.module)
-        found = coverage_of(self.module, prefix, blocks, {layer.name for layer in self.layers})
-        return Coverage.of([*found.parameters.items(), ("lowrank", self._indices + self._int8 + self._scales)])
+        result = coverage_of(self.module, prefix, blocks, {layer.name for layer in self.layers})
+        return Coverage.of([*result.parameters.items(), ("lowrank", self._indices + self._int8 + self._scales)])
 
     def _parameters_of(self, names: Iterable[str]) -> int:
         """Return the parameters of linears, each once; with indices, int8 numbers and scales."""

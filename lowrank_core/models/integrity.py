@@ -34,9 +34,9 @@ def check_folder(folder: Path) -> int:
         path = folder / name
         if not path.is_file():
             raise ModelError(f"model: {name}, which {MANIFEST} lists, is missing. {_AGAIN}")
-        found = path.stat().st_size
-        if found != size:
-            raise ModelError(f"model: {name} is damaged or cut short: {found} bytes, {MANIFEST} says {size}. {_AGAIN}")
+        result = path.stat().st_size
+        if result != size:
+            raise ModelError(f"model: {name} is damaged or cut short: {result} bytes, {MANIFEST} says {size}. {_AGAIN}")
         if sha256_of(path) != digest:
             raise ModelError(f"model: {name} is not what was exported, its sha256 differs from that in {MANIFEST}. {_AGAIN}")
     return len(listed)

@@ -173,9 +173,9 @@ def _checked_config(place: str, reference: str) -> PretrainedConfig:
     architectures = config.architectures or []
     known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not known & set(architectures)):
-        found = ", ".join(architectures) or config.model_type
+        result = ", ".join(architectures) or config.model_type
         raise ModelError(
-            f"model: {reference} is not a causal language model ({found}). Give a decoder-only one, such as a Llama or a GPT-2."
+            f"model: {reference} is not a causal language model ({result}). Give a decoder-only one, such as a Llama or a GPT-2."
         )
     return config
 

@@ -18,16 +18,16 @@ from lowrank_core.runs.processes import python_command, python_environment
 __all__ = [
     "BACKGROUND",
     "add_worker",
-    "answered",
-    "answers",
-    "ask",
+    "results_of",
+    "results",
+    "submit",
     "pending_requests",
     "request_path",
     "request_stop",
     "result_path",
     "start_worker",
     "terminate",
-    "withdraw",
+    "cancel",
 ]
 
 TEMPERATURE = 0.5
@@ -101,7 +101,7 @@ def terminate(run: Run) -> None:
                 psutil.Process(worker.pid).kill()
 
 
-def ask(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str:
+def submit(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str:
     """Leave a request for the worker and return its id; a worker is started if none holds the run (unless ``launch`` is false).
 
     A search that was stopped or interrupted stays so: the worker only answers.
@@ -133,7 +133,7 @@ def request_path(run: Run, request: str) -> Path:
     return run.path / "requests" / f"{request}.json"
 
 
-def withdraw(run: Run, *requests: str) -> None:
+def cancel(run: Run, *requests: str) -> None:
     """Take back requests: those that wait are never begun, and the worker leaves the one in hand at its next step."""
     for request in requests:
         request_path(run, Path(request).name).unlink(missing_ok=True)
@@ -145,8 +145,8 @@ def pending_requests(run: Run) -> list[dict[str, object]]:
     if not folder.is_dir():
         return []
     waiting = [path for path in sorted(folder.glob("[0-9]*.json")) if not result_path(run, path.stem).exists()]
-    found = [body for path in waiting if (body := read_json(path)) is not None]
-    return sorted(found, key=lambda body: body.get("kind") in BACKGROUND)
+    result = [body for path in waiting if (body := read_json(path)) is not None]
+    return sorted(result, key=lambda body: body.get("kind") in BACKGROUND)
 
 
 def result_path(run: Run, request: str) -> Path:
@@ -154,7 +154,7 @@ def result_path(run: Run, request: str) -> Path:
     return run.path / "results" / f"{request}.json"
 
 
-def answers(run: Run) -> list[JsonMapping]:
+def results(run: Run) -> list[JsonMapping]:
     """Return the worker's answers, the oldest first.
 
     Raises:
@@ -165,10 +165,10 @@ def answers(run: Run) -> list[JsonMapping]:
     return [body for path in paths if (body := read_json(path)) is not None]
 
 
-def answered(run: Run, kind: str) -> list[JsonMapping]:
+def results_of(run: Run, kind: str) -> list[JsonMapping]:
     """Return the answers to requests of one kind that could be met, the oldest first.
 
     Raises:
         RunError: an answer is damaged.
     """
-    return [body for body in answers(run) if body.get("kind") == kind and body.get("ok")]
+    return [body for body in results(run) if body.get("kind") == kind and body.get("ok")]

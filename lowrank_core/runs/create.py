@@ -70,6 +70,6 @@ def _default_name(config: RunConfig) -> str:
     text = re.split(r"[\\/]", config.text.reference)[-1]
     if config.search is None:
         return f"{model} on {text}"
-    most = config.search.most_ratio
-    ratios = f"{config.search.compression_ratio:.0%}" + (f" to {most:.0%}" if most is not None else "")
+    maximum = config.search.max_ratio
+    ratios = f"{config.search.compression_ratio:.0%}" + (f" to {maximum:.0%}" if maximum is not None else "")
     return f"{model} on {text}, {ratios} removed"

@@ -19,7 +19,7 @@ from lowrank_core.runs import Run, home, read_json, write_json
 __all__ = ["has_draft", "load_draft", "new_token", "save_draft"]
 
 _TOKEN = re.compile(r"[0-9a-f]{12}")
-_MOST_FILES = 200
+_MAX_FILES = 200
 
 
 def new_token() -> str:
@@ -44,7 +44,7 @@ def save_draft(run: Run, token: str, history: DraftHistory) -> None:
     folder = _folder(run)
     write_json(folder / f"{token}.json", {"draft": _body(history.present), "start": _body(history.start)})
     files = sorted(folder.glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    for path in files[:-_MOST_FILES]:
+    for path in files[:-_MAX_FILES]:
         path.unlink(missing_ok=True)
 
 

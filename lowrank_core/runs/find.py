@@ -32,11 +32,11 @@ def recorded_run() -> Run | None:
 def list_runs() -> list[Run]:
     """Return the runs under the home, the newest first; damaged ones are left out."""
     folder = home() / "runs"
-    found = []
+    result = []
     for path in folder.glob("[!.]*") if folder.is_dir() else ():  # a run that is being deleted begins with a dot
         try:
             run = open_run(path)
-            found.append((float(run.record["created"]), run))
+            result.append((float(run.record["created"]), run))
         except (LowRankError, KeyError, TypeError, ValueError):
             continue
-    return [run for _, run in sorted(found, key=lambda pair: pair[0], reverse=True)]
+    return [run for _, run in sorted(result, key=lambda pair: pair[0], reverse=True)]

@@ -113,8 +113,8 @@ def read_report(folder: Path) -> HealingReport | None:
         return None if body is None else HealingReport(**{**body, "history": _points(body["history"])})
 
 
-def _points(found: Iterable[Mapping[str, Any]]) -> tuple[HealingPoint, ...]:
-    return tuple(HealingPoint(**point) for point in found)
+def _points(result: Iterable[Mapping[str, Any]]) -> tuple[HealingPoint, ...]:
+    return tuple(HealingPoint(**point) for point in result)
 
 
 @contextmanager

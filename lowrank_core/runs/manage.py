@@ -15,7 +15,7 @@ from lowrank_core.runs import Run, home, read_json, write_json
 
 __all__ = ["check_deletable", "delete_run", "notes_of", "rename_run", "run_bytes", "write_notes"]
 
-_MOST_NAME, _MOST_NOTES = 200, 20_000  # characters
+_MAX_NAME, _MAX_NOTES = 200, 20_000  # characters
 
 
 def rename_run(run: Run, name: str) -> None:
@@ -26,8 +26,8 @@ def rename_run(run: Run, name: str) -> None:
     """
     run.refuse_if_recorded()
     name = " ".join(name.split())
-    if not 1 <= len(name) <= _MOST_NAME:
-        raise RunError(f"a run's name must have 1 to {_MOST_NAME} characters, got {len(name)}.")
+    if not 1 <= len(name) <= _MAX_NAME:
+        raise RunError(f"a run's name must have 1 to {_MAX_NAME} characters, got {len(name)}.")
     write_json(run.path / "run.json", {**run.record, "name": name})
 
 
@@ -48,8 +48,8 @@ def write_notes(run: Run, notes: str) -> None:
         RunError: it is a recorded one, the notes are too long, or can't be written.
     """
     run.refuse_if_recorded()
-    if len(notes) > _MOST_NOTES:
-        raise RunError(f"notes can have {_MOST_NOTES:,} characters, these have {len(notes):,}. Put the rest into a file of your own.")
+    if len(notes) > _MAX_NOTES:
+        raise RunError(f"notes can have {_MAX_NOTES:,} characters, these have {len(notes):,}. Put the rest into a file of your own.")
     write_json(run.path / "notes.json", {"notes": notes.strip()})
 
 

@@ -26,5 +26,5 @@ def python_environment(**changes: str) -> dict[str, str]:
     """
     package_root = str(Path(__file__).resolve().parents[1])
     entries = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
-    found = {"PYTHONPATH": os.pathsep.join(dict.fromkeys([package_root, *entries])), "PYTHONSAFEPATH": "1"}
-    return {**os.environ, **found, **changes}
+    result = {"PYTHONPATH": os.pathsep.join(dict.fromkeys([package_root, *entries])), "PYTHONSAFEPATH": "1"}
+    return {**os.environ, **result, **changes}

@@ -145,15 +145,15 @@ class Run:
 
     def further_workers(self) -> dict[str, RunStatus]:
         """Return id -> last word of the workers beside the one that holds this run, on this machine, that are alive."""
-        found = {}
+        result = {}
         for path in sorted(self.workers_folder.glob("[0-9]*.json")):
             try:
                 status = status_from(read_json(path) or {}, path)
             except RunError:
                 continue  # it has just ended
             if is_alive(status):
-                found[path.stem] = status
-        return found
+                result[path.stem] = status
+        return result
 
     def add_event(self, kind: str, **details: object) -> None:
         """Append to events.jsonl."""
@@ -163,7 +163,7 @@ class Run:
 
     def stage_seconds(self) -> dict[str, float]:
         """Return the most seconds that each stage ever took: with a later worker, what the first one measured is there already."""
-        found: dict[str, float] = {}
+        result: dict[str, float] = {}
         path = self.path / "events.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
@@ -171,8 +171,8 @@ class Run:
             except ValueError:
                 continue  # a line that is being written, or was when its worker was killed
             if event.get("kind") == "stage":
-                found[event["name"]] = max(float(event["seconds"]), found.get(event["name"], 0.0))
-        return found
+                result[event["name"]] = max(float(event["seconds"]), result.get(event["name"], 0.0))
+        return result
 
     def log_tail(self, lines: int = 40) -> str:
         """Return the end of the worker's log."""

@@ -24,7 +24,7 @@ from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, T
 from optuna.trial import FrozenTrial, TrialState
 
 from lowrank_core.config import SearchConfig
-from lowrank_core.config.search import LEAST_LOSS
+from lowrank_core.config.search import MIN_LOSS
 from lowrank_core.search.evolution import SafeCmaEsSampler
 from lowrank_core.studies.numbering import GIVEN, drawn_before, place_of, without_losses
 
@@ -86,7 +86,7 @@ def _bounds(config: SearchConfig) -> bool:
 
     The other samplers compare ranks.
     """
-    return config.sampler == "gp" and config.projected and config.most_ratio is None
+    return config.sampler == "gp" and config.projected and config.max_ratio is None
 
 
 class _Points:
@@ -133,7 +133,7 @@ class _Points:
         return list(trial.values[:-1]) if trial.values else [float(trial.user_attrs[_RATIO])]
 
     def _modelled(self, loss: float) -> float:
-        return math.log(max(loss, LEAST_LOSS)) if self._logarithms else loss
+        return math.log(max(loss, MIN_LOSS)) if self._logarithms else loss
 
 
 def _bound(losses: Sequence[float]) -> float:

@@ -18,7 +18,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks
-from lowrank_core.compression.build import low_rank_layers, swapped
+from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.pipeline import Decomposed
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError
@@ -48,12 +48,12 @@ __all__ = [
 ]
 
 _SIGNIFICANCE = 0.05
-_LEAST_WINDOWS = 6
+_MIN_WINDOWS = 6
 """Of a trial before it may be stopped: fewer pairs can't reach the significance in a signed-rank test."""
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _UNKNOWN_SECONDS = 60.0
-_MOST_RETRIES = 3
-_MOST_NATS = 500.0  # by which an estimate of the perplexity may lie above the best: math.exp takes no more than 709
+_MAX_RETRIES = 3
+_MAX_NATS = 500.0  # by which an estimate of the perplexity may lie above the best: math.exp takes no more than 709
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def open_study(run: Run, config: SearchConfig, space: SearchSpace) -> optuna.Stu
         RunError: the run directory can't be written to.
     """
     lower, higher = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
-    directions = [lower] if config.most_ratio is None else [higher, lower]
+    directions = [lower] if config.max_ratio is None else [higher, lower]
     storage = open_storage(run)
     study = optuna.create_study(storage=storage, study_name=run.study_name, directions=directions, load_if_exists=True)
     equip(study, config, space)
@@ -116,7 +116,7 @@ def _pruner(config: SearchConfig) -> BasePruner:
         return NopPruner()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return WilcoxonPruner(p_threshold=_SIGNIFICANCE, n_startup_steps=_LEAST_WINDOWS)
+        return WilcoxonPruner(p_threshold=_SIGNIFICANCE, n_startup_steps=_MIN_WINDOWS)
 
 
 def _enqueue_baselines(study: optuna.Study, space: SearchSpace) -> None:
@@ -162,7 +162,7 @@ def requeue_lost(run: Run, study: optuna.Study) -> None:
         elif not _was_lost(trial):
             continue
         retries = trial.user_attrs.get("retries", 0)
-        if trial.number not in again and retries < _MOST_RETRIES:
+        if trial.number not in again and retries < _MAX_RETRIES:
             _add_again(study, trial, retries + 1)
 
 
@@ -186,8 +186,8 @@ def _has_worker(trial: FrozenTrial, others: bool) -> bool:
     if host != socket.gethostname():
         return True
     pid, _, started = process.partition(":")
-    found = process_started(int(pid))
-    return found is not None and abs(found - float(started)) < 1
+    result = process_started(int(pid))
+    return result is not None and abs(result - float(started)) < 1
 
 
 def _me() -> str:
@@ -251,7 +251,7 @@ class _Measurement:
         for name, excess in self._constraints(allocation).items():
             trial.set_constraint(name, excess)
         try:
-            with swapped(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
+            with swap_layers(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
                 scores, _ = score_windows(
                     bench.handle,
                     bench.windows,
@@ -269,7 +269,7 @@ class _Measurement:
         finally:
             self._note({"tokens": len(self._losses) * (bench.windows.context - 1), "seconds": time.perf_counter() - began})
         self._note(measured)
-        return value if config.most_ratio is None else (allocation.compression_ratio, value)
+        return value if config.max_ratio is None else (allocation.compression_ratio, value)
 
     def _note(self, attributes: Mapping[str, object]) -> None:
         for name, value in attributes.items():
@@ -285,17 +285,17 @@ class _Measurement:
 
     def _constraints(self, allocation: RankAllocation) -> dict[str, float]:
         """Return by how much each bound is missed; a hand-picked allocation over the budget is measured, and never the best."""
-        found = self._bench.space.constraints(allocation)
-        if self._label == MANUAL and not found and self._config.most_ratio is None:
+        result = self._bench.space.constraints(allocation)
+        if self._label == MANUAL and not result and self._config.max_ratio is None:
             budget = budget_for_ratio(self._bench.space.units, self._config.compression_ratio)
-            found = {"keeps too much": max(0, allocation.parameters - budget) / allocation.dense_parameters}
-        return found
+            result = {"keeps too much": max(0, allocation.parameters - budget) / allocation.dense_parameters}
+        return result
 
     def _report(self, scores: WindowScores) -> None:
         """Tell the study the loss of every window of a batch, and stop here if it can't become the best."""
         losses = scores.kl if self._config.objective == "kl" else scores.nll
         assert losses is not None
-        single = self._config.most_ratio is None
+        single = self._config.max_ratio is None
         for loss in losses.tolist():
             if single:  # Optuna takes no intermediate values of two objectives
                 self._trial.report(loss, len(self._losses))
@@ -310,4 +310,4 @@ class _Measurement:
         best = self._trial.study.best_trial
         worse = sum(loss - best.intermediate_values[window] for window, loss in enumerate(self._losses)) / len(self._losses)
         assert best.value is not None
-        return best.value + worse if self._config.objective == "kl" else best.value * math.exp(min(worse, _MOST_NATS))
+        return best.value + worse if self._config.objective == "kl" else best.value * math.exp(min(worse, _MAX_NATS))

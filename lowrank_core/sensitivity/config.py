@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lowrank_core.config import CompressionConfig, check_at_least, check_choice
+from lowrank_core.config import CompressionConfig, check_choice, check_min
 from lowrank_core.errors import ConfigError
-from lowrank_core.metrics import basis_named
+from lowrank_core.metrics import metric_named
 from lowrank_core.metrics.stacks import Wrapper
 from lowrank_core.parameters import STORAGES
 
@@ -50,9 +50,9 @@ class SensitivityConfig:
         if not self.scopes or not set(self.scopes) <= set(SCOPES):
             raise ConfigError(f"scopes must be some of {', '.join(SCOPES)}; got {', '.join(map(str, self.scopes)) or 'none'}.")
         if self.windows is not None:
-            check_at_least(1, windows=self.windows)
+            check_min(1, windows=self.windows)
         if self.basis:
-            basis_named(self.basis)
+            metric_named(self.basis)
         if self.storage:
             check_choice("storage", self.storage, STORAGES)
 
@@ -60,13 +60,13 @@ class SensitivityConfig:
 def coarse_first(ratios: Sequence[float]) -> tuple[float, ...]:
     """Return the ratios, the middle one first, then always the one that is farthest from all before it (the smaller of two)."""
     left = sorted(set(ratios))
-    found = [left.pop(len(left) // 2)] if left else []
+    result = [left.pop(len(left) // 2)] if left else []
     while left:
         # Rounded: 0.2 and 0.8 are equally far from 0.5, whatever their last bits say.
-        farthest = max(left, key=lambda ratio: (round(min(abs(ratio - other) for other in found), 9), -ratio))
+        farthest = max(left, key=lambda ratio: (round(min(abs(ratio - other) for other in result), 9), -ratio))
         left.remove(farthest)
-        found.append(farthest)
-    return tuple(found)
+        result.append(farthest)
+    return tuple(result)
 
 
 def single_compression(base: CompressionConfig, config: SensitivityConfig) -> CompressionConfig:
@@ -77,7 +77,7 @@ def single_compression(base: CompressionConfig, config: SensitivityConfig) -> Co
     Raises:
         ConfigError: no such basis.
     """
-    basis = basis_named(config.basis or base.basis)
+    basis = metric_named(config.basis or base.basis)
     while isinstance(basis, Wrapper):
         basis = basis.inner
     storage = config.storage or base.storage

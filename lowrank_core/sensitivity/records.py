@@ -132,7 +132,7 @@ def _parsed(path: Path, lines: list[str]) -> Iterator[SensitivityCell]:
 def _types(kind: type[object]) -> Mapping[str, tuple[type, ...]]:
     """Return what each field of a record may hold."""
     options = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(kind).items()}
-    return {name: (*found, int) if float in found else found for name, found in options.items()}
+    return {name: (*result, int) if float in result else result for name, result in options.items()}
 
 
 _TYPES: Mapping[type, Mapping[str, tuple[type, ...]]] = {kind: _types(kind) for kind in (SensitivitySetting, SensitivityCell)}
@@ -158,8 +158,8 @@ def read_records(run: Run) -> list[SensitivityRecord]:
     Raises:
         RunError: a file is damaged.
     """
-    found = [read_record(path) for path in sorted((run.path / "sensitivity").glob("*.jsonl"))]
-    return sorted((record for record in found if record is not None), key=lambda record: record.changed, reverse=True)
+    result = [read_record(path) for path in sorted((run.path / "sensitivity").glob("*.jsonl"))]
+    return sorted((record for record in result if record is not None), key=lambda record: record.changed, reverse=True)
 
 
 def append_cell(path: Path, setting: SensitivitySetting, cell: SensitivityCell) -> None:

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["LEAST_TAIL", "TailFit", "bulk_density", "bulk_edges", "entry_variance", "fit_tail", "outliers"]
+__all__ = ["MIN_TAIL", "TailFit", "bulk_density", "bulk_edges", "entry_variance", "fit_tail", "outliers"]
 
 Vector = npt.NDArray[np.float64]
 
-LEAST_TAIL = 10
+MIN_TAIL = 10
 """Eigenvalues that a tail must have to be fitted."""
 
 _TRACY_WIDOM_99 = 2.0234
@@ -56,9 +56,9 @@ def outliers(energies: Vector, rows: int, columns: int) -> int:
 
     s² is that of all entries, outliers included: a few strong ones hide weaker ones, never the other way round.
     """
-    least, most = min(rows, columns), max(rows, columns)
-    roots = np.sqrt(most - 1) + np.sqrt(least)
-    scale = roots * (1 / np.sqrt(max(1, most - 1)) + 1 / np.sqrt(least)) ** (1 / 3)
+    minimum, maximum = min(rows, columns), max(rows, columns)
+    roots = np.sqrt(maximum - 1) + np.sqrt(minimum)
+    scale = roots * (1 / np.sqrt(max(1, maximum - 1)) + 1 / np.sqrt(minimum)) ** (1 / 3)
     limit = entry_variance(energies, rows, columns) * (roots**2 + _TRACY_WIDOM_99 * scale)
     return int((energies > limit).sum()) if limit > 0 else 0
 
@@ -77,7 +77,7 @@ class TailFit:
 
     alpha: float
     error: float
-    least: float
+    minimum: float
     count: int
     total: int
     distance: float
@@ -91,10 +91,10 @@ def fit_tail(eigenvalues: Vector) -> TailFit | None:
     for fewer than 10 positive eigenvalues, and where they are all equal.
     """
     positive = eigenvalues[eigenvalues > _ROUNDING * eigenvalues.max(initial=0.0)]
-    if positive.size < LEAST_TAIL:
+    if positive.size < MIN_TAIL:
         return None
     logs = np.log(positive)
-    counts = np.unique(np.geomspace(LEAST_TAIL, positive.size, min(_CANDIDATES, positive.size)).round().astype(np.int64))
+    counts = np.unique(np.geomspace(MIN_TAIL, positive.size, min(_CANDIDATES, positive.size)).round().astype(np.int64))
     fits = [fit for count in counts if (fit := _fitted(logs, int(count), int(eigenvalues.size))) is not None]
     return min(fits, key=lambda fit: fit.distance, default=None)
 

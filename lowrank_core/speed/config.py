@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.config import check_at_least
+from lowrank_core.config import check_min
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle
 
@@ -30,9 +30,9 @@ class SpeedConfig:
     warmup: int = 1
 
     def __post_init__(self) -> None:
-        check_at_least(1, batch_size=self.batch_size, prompt_tokens=self.prompt_tokens)
-        check_at_least(2, new_tokens=self.new_tokens)
-        check_at_least(1, rounds=self.rounds, warmup=self.warmup)
+        check_min(1, batch_size=self.batch_size, prompt_tokens=self.prompt_tokens)
+        check_min(2, new_tokens=self.new_tokens)
+        check_min(1, rounds=self.rounds, warmup=self.warmup)
 
     def check_fits(self, handle: ModelHandle) -> None:
         """Raise unless prompt and continuation fit the model.

@@ -105,7 +105,7 @@ def measure_memory(source: ModelSource, config: SpeedConfig, *, fingerprint: str
     """
     threads = torch.get_num_threads()
     request = {"source": to_mapping(source), "config": asdict(config), "threads": threads, "fingerprint": fingerprint}
-    found = subprocess.run(
+    result = subprocess.run(
         python_command("-m", "lowrank_core.speed"),
         input=json.dumps(request),
         capture_output=True,
@@ -113,10 +113,10 @@ def measure_memory(source: ModelSource, config: SpeedConfig, *, fingerprint: str
         env=python_environment(OMP_NUM_THREADS=str(threads)),
         check=False,
     )
-    if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
         raise ModelError(
-            f"the process that measures the memory of {source.reference} ended early (status {found.returncode}: {last}). "
+            f"the process that measures the memory of {source.reference} ended early (status {result.returncode}: {last}). "
             "Free some memory, or leave this out with --no-memory."
         )
-    return MemoryReport(**json.loads(found.stdout))
+    return MemoryReport(**json.loads(result.stdout))

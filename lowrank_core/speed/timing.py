@@ -111,16 +111,16 @@ def timed_in_turns(
 
     def timed(handle: ModelHandle, prompt: Tensor) -> tuple[Timing, Tensor]:
         nonlocal done
-        found = timed_generation(handle, prompt, config.new_tokens, clock)
+        result = timed_generation(handle, prompt, config.new_tokens, clock)
         done += 1
         if progress is not None:
             progress(done, total)
-        return found
+        return result
 
     actions = [partial(timed, handle, prompt) for handle, prompt in zip(handles, prompts, strict=True)]
     in_turns(actions, config.warmup)
     rounds = in_turns(actions, config.rounds)
-    return [tuple(found[index][0] for found in rounds) for index in range(len(handles))]
+    return [tuple(result[index][0] for result in rounds) for index in range(len(handles))]
 
 
 def report_of(handle: ModelHandle, config: SpeedConfig, timings: Sequence[Timing], memory: MemoryReport | None) -> SpeedReport:

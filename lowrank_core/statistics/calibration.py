@@ -114,14 +114,14 @@ def _thin(sizes: Mapping[str, tuple[int, int]], what: str, advice: str) -> tuple
 
 
 def _describe_input(name: str, layers: list[str], statistics: InputStatistics, values: Vector) -> dict[str, object]:
-    least = float(values[-1])
+    minimum = float(values[-1])
     return {
         "input_group": name,
         "width": statistics.width,
         "layers": layers,
         "tokens": statistics.count,
         "tokens_per_dimension": statistics.count / statistics.width,
-        "condition": float(values[0]) / least if least > 0 else None,
+        "condition": float(values[0]) / minimum if minimum > 0 else None,
         "group_tokens": statistics.group_counts.tolist(),
         "group_kept": [weight > 0 for weight in statistics.group_weights.tolist()],
         "group_traces": statistics.group_traces.tolist(),
@@ -240,8 +240,8 @@ class _Calibration:
             self._hidden.resume(first - 1)
         for block in range(first, self.blocks):
             began = time.perf_counter()
-            found, influence = self.run_block(block, progress)
-            write_block(block_path(self.folder, "inputs", block), found, time.perf_counter() - began, influence=influence)
+            result, influence = self.run_block(block, progress)
+            write_block(block_path(self.folder, "inputs", block), result, time.perf_counter() - began, influence=influence)
             self._hidden.forget(block - 1)
 
 
@@ -264,8 +264,8 @@ def collect_statistics(
     inputs: dict[str, InputStatistics] = {}
     influence = []
     for block in range(calibration.blocks):
-        found, changed = calibration.run_block(block, progress)
-        inputs |= found
+        result, changed = calibration.run_block(block, progress)
+        inputs |= result
         influence.append(changed)
     return LayerStatistics(inputs, config, time.perf_counter() - began, influence=tuple(influence))
 

@@ -57,13 +57,13 @@ def top_directions(
         if progress is not None:
             progress(min(len(parts) * config.batch_size, seen.windows), seen.windows)
     projections, ids = torch.cat(parts), seen.ids.flatten()
-    found = tuple(
+    result = tuple(
         Direction(number, share, _furthest(handle, seen, projections[:, number - 1], ids, config.tokens))
         for number, share in enumerate(shares, start=1)
     )
     dtype = str(handle.module.dtype).removeprefix("torch.")
     protocol = f"{seen.dataset}, {seen.split} split: {seen.windows} windows of {seen.context} tokens, {ids.numel():,} tokens, {dtype}"
-    return Directions(config.module, config.side, protocol, found)
+    return Directions(config.module, config.side, protocol, result)
 
 
 def _readout(handle: ModelHandle, layer: LayerSpec, pooled: Tensor, config: DirectionsConfig) -> tuple[Tensor, list[float]]:

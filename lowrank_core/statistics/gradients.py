@@ -98,7 +98,7 @@ def _recording(handle: ModelHandle, layers: Sequence[LayerSpec]) -> Iterator[dic
 
     The graph begins at the first of these layers: an output that nothing before it made differentiable becomes a leaf.
     """
-    found = {layer.name: GradientAccumulator(layer.name, layer.shape.d_out, handle.device) for layer in layers}
+    result = {layer.name: GradientAccumulator(layer.name, layer.shape.d_out, handle.device) for layer in layers}
 
     def hook_for(accumulator: GradientAccumulator) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
@@ -113,9 +113,9 @@ def _recording(handle: ModelHandle, layers: Sequence[LayerSpec]) -> Iterator[dic
 
         return hook
 
-    hooks = [handle.module.get_submodule(name).register_forward_hook(hook_for(a)) for name, a in found.items()]
+    hooks = [handle.module.get_submodule(name).register_forward_hook(hook_for(a)) for name, a in result.items()]
     try:
-        yield found
+        yield result
     finally:
         for hook in hooks:
             hook.remove()
@@ -144,16 +144,16 @@ class _Measurement:
     def passes(self, pending: Sequence[int]) -> list[list[int]]:
         """Return the pending blocks in runs whose matrices fit in a part of the free memory; a block that doesn't has a pass alone."""
         budget = _free_memory(self.handle.device) // _MEMORY_SHARE
-        found: list[list[int]] = []
+        result: list[list[int]] = []
         room = 0
         for block in pending:
             needed = 8 * sum(layer.shape.d_out**2 for layer in self.blocks[block])
-            if not found or needed > room:
-                found.append([])
+            if not result or needed > room:
+                result.append([])
                 room = budget
-            found[-1].append(block)
+            result[-1].append(block)
             room -= needed
-        return found
+        return result
 
     def run(self, blocks: Sequence[int], tick: Callable[[], None]) -> dict[int, dict[str, OutputStatistics]]:
         """Return the moments of every layer of ``blocks``, from one pass over all windows."""
@@ -197,11 +197,11 @@ def collect_gradients(
         ModelError: the model has nothing to compress, or the windows do not fit it.
     """
     measurement = _Measurement(handle, windows, config)
-    found: dict[str, OutputStatistics] = {}
+    result: dict[str, OutputStatistics] = {}
     for blocks in measurement.by_pass(list(measurement.blocks), progress):
         for statistics in blocks.values():
-            found |= statistics
-    return found
+            result |= statistics
+    return result
 
 
 def gradients_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:

@@ -25,7 +25,7 @@ def spectra_of(
     Raises:
         NumericalError: a weight or covariance isn't finite; names the layer.
     """
-    found = []
+    result = []
     roots: dict[str, tuple[torch.Tensor, torch.Tensor, Vector]] = {}
     for done, layer in enumerate(handle.layers, start=1):
         if layer.input_group not in roots:
@@ -36,7 +36,7 @@ def spectra_of(
             roots[layer.input_group] = (pooled, square_root(inputs.sample, layer.input_group), values)
         pooled_root, sample_root, input_eigenvalues = roots[layer.input_group]
         weight = weight_of(handle.module.get_submodule(layer.name)).detach().to("cpu", torch.float64)
-        found.append(
+        result.append(
             LayerSpectrum(
                 shape=layer.shape,
                 weight_singular_values=_singular_values(weight),
@@ -48,7 +48,7 @@ def spectra_of(
         )
         if progress is not None:
             progress(done, len(handle.layers))
-    return tuple(found)
+    return tuple(result)
 
 
 def shuffled(weight: torch.Tensor) -> torch.Tensor:

@@ -91,8 +91,8 @@ def _check(folder: Path, name: str) -> None:
     if entered is None:
         raise ValueError(f"{name} has no checksum")
     size, digest = entered
-    if (found := (folder / name).stat().st_size) != size:
-        raise ValueError(f"{name} is cut short: {found} bytes of {size}")
+    if (result := (folder / name).stat().st_size) != size:
+        raise ValueError(f"{name} is cut short: {result} bytes of {size}")
     if sha256_of(folder / name) != digest:
         raise ValueError(f"{name} is not what was written: its SHA-256 differs")
 
@@ -151,9 +151,9 @@ def is_finished(folder: Path) -> bool:
             expected = int(json.loads((folder / _DONE).read_text(encoding="utf-8"))["blocks"])
         except FileNotFoundError:
             return False
-        found = len(list(folder.glob("*/block-*.safetensors")))
-        if found != expected:
-            raise ValueError(f"{found} blocks of {expected}")
+        result = len(list(folder.glob("*/block-*.safetensors")))
+        if result != expected:
+            raise ValueError(f"{result} blocks of {expected}")
     return True
 
 

@@ -28,16 +28,16 @@ def _retried(trial: FrozenTrial) -> int | None:
 
 def _places(trials: Sequence[FrozenTrial]) -> Mapping[int, int]:
     """Return number -> place: trials that are no repetitions are counted, and a repetition has the place of what it repeats."""
-    found: dict[int, int] = {}
+    result: dict[int, int] = {}
     first = 0
     for trial in sorted(trials, key=lambda trial: trial.number):
         retried = _retried(trial)
-        if retried is not None and retried in found:
-            found[trial.number] = found[retried]
+        if retried is not None and retried in result:
+            result[trial.number] = result[retried]
         else:
-            found[trial.number] = first
+            result[trial.number] = first
             first += 1
-    return found
+    return result
 
 
 def place_of(trial: FrozenTrial, trials: Sequence[FrozenTrial]) -> int:

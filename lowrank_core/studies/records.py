@@ -147,8 +147,8 @@ _STATES = {
 @lru_cache(maxsize=2000)
 def _ranks(words: str) -> Mapping[str, int | None]:
     # A live page reads every trial several times a second: a thousand of an 80-layer model took a tenth of a second each time.
-    found: dict[str, int | None] = json.loads(words, object_pairs_hook=lambda pairs: {sys.intern(name): rank for name, rank in pairs})
-    return found
+    result: dict[str, int | None] = json.loads(words, object_pairs_hook=lambda pairs: {sys.intern(name): rank for name, rank in pairs})
+    return result
 
 
 def _record(trial: FrozenTrial) -> TrialRecord:

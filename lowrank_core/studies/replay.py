@@ -30,13 +30,13 @@ class Replay:
             RunError: ``source`` has no complete trial, or ``target`` can't be written.
         """
         try:
-            found = optuna.load_study(study_name=source.study_name, storage=open_storage(source))
+            result = optuna.load_study(study_name=source.study_name, storage=open_storage(source))
         except KeyError as error:
             raise RunError(f"{source.path} has no study to replay. Give a run whose search has begun.") from error
-        complete = found.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+        complete = result.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
         if not complete:
             raise RunError(f"the search in {source.path} has no complete trial to replay. Wait for one, or give another run.")
-        study = optuna.create_study(storage=open_storage(target), study_name=target.study_name, directions=found.directions)
+        study = optuna.create_study(storage=open_storage(target), study_name=target.study_name, directions=result.directions)
         return cls(complete, study)
 
     def add(self, count: int = 1) -> None:

@@ -29,11 +29,11 @@ from lowrank_core.allocation import (
     Ranks,
     allocate,
     allocation_from_ranks,
-    floored,
     kept_fractions,
     module_group,
     project,
-    rounded_down,
+    round_down,
+    round_ranks_down,
 )
 from lowrank_core.config import SearchConfig, depth_groups
 from lowrank_core.errors import ConfigError
@@ -41,7 +41,7 @@ from lowrank_core.parameters import MatrixShape, Unit
 
 __all__ = ["BASELINES", "RATIO", "SPREAD", "Baseline", "SearchSpace"]
 
-LEAST = 0.2
+MIN = 0.2
 SPREAD = 2.0
 PUBLISHED_MARGIN = 0.1
 """Fraction of the parameters that a published trial may remove beyond the ratio."""
@@ -53,7 +53,7 @@ BASELINES = ("uniform", "lord_manual", "marginal")
 """Allocators that are enqueued as the first trials, so that the result is never worse than any of them."""
 
 _RATIOS_OF_BASELINES = 5
-_MOST_GP_VARIABLES = 30
+_MAX_GP_VARIABLES = 30
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class SearchSpace:
     rank_multiple: int = 1
     variables: str = "kept"
     depth_groups: int | None = 1
-    most_ratio: float | None = None
+    max_ratio: float | None = None
     curves: ErrorCurves | None = None
 
     @classmethod
@@ -114,13 +114,13 @@ class SearchSpace:
             config.compression.rank_multiple,
             config.variables,
             depth_groups(config.space),
-            config.most_ratio,
+            config.max_ratio,
             curves,
         )
         count = len(space.distributions())
-        if config.sampler == "gp" and count > _MOST_GP_VARIABLES:
+        if config.sampler == "gp" and count > _MAX_GP_VARIABLES:
             raise ConfigError(
-                f"the space {config.space} has {count} variables here, and a Gaussian process works up to {_MOST_GP_VARIABLES}. "
+                f"the space {config.space} has {count} variables here, and a Gaussian process works up to {_MAX_GP_VARIABLES}. "
                 "Choose the sampler tpe or cmaes, or a space with fewer variables."
             )
         return space
@@ -178,14 +178,14 @@ class SearchSpace:
         if not self.groups:
             raise ConfigError("search: every matrix is kept dense; let the value projections be compressed, too.")
         if self.variables == "kept":
-            found: dict[str, FloatDistribution] = {group: FloatDistribution(LEAST, 1.0) for group in self.groups}
+            result: dict[str, FloatDistribution] = {group: FloatDistribution(MIN, 1.0) for group in self.groups}
         else:
-            found = {g: FloatDistribution(1 / SPREAD, SPREAD, log=True) for g in self.groups if g != self._reference}
-        if self.most_ratio is not None:
-            found[RATIO] = FloatDistribution(self.compression_ratio, self.most_ratio)
-        if not found:
+            result = {g: FloatDistribution(1 / SPREAD, SPREAD, log=True) for g in self.groups if g != self._reference}
+        if self.max_ratio is not None:
+            result[RATIO] = FloatDistribution(self.compression_ratio, self.max_ratio)
+        if not result:
             raise ConfigError("search: one group of matrices has nothing to be weighed against; choose a space with more groups.")
-        return found
+        return result
 
     def problem(self, compression_ratio: float | None = None) -> AllocationProblem:
         """Return what is to be shared out, at the ratio of the search unless another is given."""
@@ -200,13 +200,13 @@ class SearchSpace:
         """
         ratio = point.get(RATIO, self.compression_ratio)
         if self.variables == "errors":
-            found = allocate(
+            result = allocate(
                 "marginal", self.units, ratio, keep_dense=self.keep_dense, curves=self.curves, weights=dict(self._weights(point))
             )
-            return rounded_down(allocation_from_ranks(label, self.units, found.ranks), self.units, self.rank_multiple)
-        wishes = {unit.name: point.get(self.group_of(unit), 1.0) for unit in self.units}
-        ranks = project(self.problem(ratio), wishes) if self.projected else self._published(wishes)
-        return rounded_down(allocation_from_ranks(label, self.units, ranks), self.units, self.rank_multiple)
+            return round_ranks_down(allocation_from_ranks(label, self.units, result.ranks), self.units, self.rank_multiple)
+        targets = {unit.name: point.get(self.group_of(unit), 1.0) for unit in self.units}
+        ranks = project(self.problem(ratio), targets) if self.projected else self._published(targets)
+        return round_ranks_down(allocation_from_ranks(label, self.units, ranks), self.units, self.rank_multiple)
 
     def _weights(self, point: Mapping[str, float]) -> Iterator[tuple[str, float]]:
         for unit in self._free:
@@ -220,7 +220,7 @@ class SearchSpace:
         for unit in self.units:
             exact = kept[unit.name] * unit.d_out * unit.d_in / (unit.d_out + unit.d_in)
             dense = unit.name in self.keep_dense or kept[unit.name] >= 1
-            ranks[unit.name] = None if dense else floored(min(unit.max_rank, math.ceil(exact)), self.rank_multiple)
+            ranks[unit.name] = None if dense else round_down(min(unit.max_rank, math.ceil(exact)), self.rank_multiple)
         return ranks
 
     def constraints(self, allocation: RankAllocation) -> dict[str, float]:
@@ -242,12 +242,12 @@ class SearchSpace:
             BudgetError: the ratio can't be met.
         """
         names = [name for name in BASELINES if name != "marginal" or (self.projected and self.curves is not None)]
-        return tuple(found for name in names for found in self._baselines(name))
+        return tuple(result for name in names for result in self._baselines(name))
 
     def _baselines(self, name: str) -> Iterator[Baseline]:
         is_point = (name == "marginal") == (self.variables == "errors")
         for ratio in self._ratios(_RATIOS_OF_BASELINES if is_point and name != "lord_manual" else 2):
-            chosen = {RATIO: ratio} if self.most_ratio is not None else {}
+            chosen = {RATIO: ratio} if self.max_ratio is not None else {}
             if is_point:
                 yield Baseline(name, {**self.point_of(name, ratio), **chosen}, None, ratio)
                 continue
@@ -264,13 +264,13 @@ class SearchSpace:
         """
         fixed = fixed or {}
         units = self.units if name == "marginal" else tuple(u for u in self.units if u.name in fixed or self._alone(u))
-        found = allocate(name, units, compression_ratio, keep_dense=self.keep_dense, curves=self.curves, fixed=fixed, influence=influence)
-        return rounded_down(allocation_from_ranks(name, self.units, found.ranks, locked=found.locked), self.units, self.rank_multiple)
+        result = allocate(name, units, compression_ratio, keep_dense=self.keep_dense, curves=self.curves, fixed=fixed, influence=influence)
+        return round_ranks_down(allocation_from_ranks(name, self.units, result.ranks, locked=result.locked), self.units, self.rank_multiple)
 
     def _ratios(self, count: int) -> list[float]:
-        if self.most_ratio is None:
+        if self.max_ratio is None:
             return [self.compression_ratio]
-        return [self.compression_ratio + (self.most_ratio - self.compression_ratio) * index / (count - 1) for index in range(count)]
+        return [self.compression_ratio + (self.max_ratio - self.compression_ratio) * index / (count - 1) for index in range(count)]
 
     def _alone(self, unit: Unit) -> bool:
         """Return whether no smaller unit holds a part of it: rules that know no errors can't choose between alternatives."""
@@ -283,8 +283,8 @@ class SearchSpace:
             return {group: 1.0 for group in self.groups if group != self._reference}
         rule = ALLOCATORS[allocator]
         assert isinstance(rule, ByMultipliers)
-        wishes = rule.multipliers(self.units)
+        targets = rule.multipliers(self.units)
         if not self.projected:
-            wishes = {name: max(LEAST, kept) for name, kept in kept_fractions(self.problem(compression_ratio), wishes).items()}
-        first = {self.group_of(unit): wishes[unit.name] for unit in reversed(self._free)}
+            targets = {name: max(MIN, kept) for name, kept in kept_fractions(self.problem(compression_ratio), targets).items()}
+        first = {self.group_of(unit): targets[unit.name] for unit in reversed(self._free)}
         return {group: first[group] for group in self.groups}

@@ -15,14 +15,14 @@ import numpy as np
 from optuna.distributions import FloatDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from lowrank_core.config.search import LEAST_LOSS
+from lowrank_core.config.search import MIN_LOSS
 from lowrank_core.runs import Run
 from lowrank_core.studies.importance import variance_shares
 from lowrank_core.studies.records import read_frozen
 
 __all__ = ["Importance", "Importances", "VariableRange", "importances", "read_importances", "read_ranges"]
 
-_LEAST_TRIALS, _TRIALS_PER_VARIABLE = 16, 3
+_MIN_TRIALS, _TRIALS_PER_VARIABLE = 16, 3
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ def read_ranges(run: Run) -> dict[str, VariableRange]:
 
 
 def _ranges(trials: Sequence[FrozenTrial]) -> dict[str, VariableRange]:
-    found: dict[str, VariableRange] = {}
+    result: dict[str, VariableRange] = {}
     for trial in trials:
         for name, distribution in trial.distributions.items():
             if isinstance(distribution, FloatDistribution):
-                found.setdefault(name, VariableRange(distribution.low, distribution.high, distribution.log))
-    return found
+                result.setdefault(name, VariableRange(distribution.low, distribution.high, distribution.log))
+    return result
 
 
 def read_importances(run: Run) -> Importances:
@@ -95,12 +95,12 @@ def importances(trials: Sequence[FrozenTrial], *, logarithms: bool = False) -> I
     """
     names = tuple(dict.fromkeys(name for trial in trials for name in trial.params))
     whole = [trial for trial in trials if trial.state == TrialState.COMPLETE and set(trial.params) == set(names) and trial.values]
-    needed = max(_LEAST_TRIALS, _TRIALS_PER_VARIABLE * len(names))
+    needed = max(_MIN_TRIALS, _TRIALS_PER_VARIABLE * len(names))
     if not names or len(whole) < needed:
         return Importances((), len(whole), needed - len(whole) if names else needed)
     ranges = _ranges(whole)
     points = np.array([[ranges[name].position(trial.params[name]) for name in names] for trial in whole])
     losses = np.array([trial.values[-1] for trial in whole])
-    shares = variance_shares(points, np.log(np.maximum(losses, LEAST_LOSS)) if logarithms else losses)
-    found = [Importance(name, entry.share, entry.low, entry.high) for name, entry in zip(names, shares, strict=True)]
-    return Importances(tuple(sorted(found, key=lambda entry: -entry.share)), len(whole), 0)
+    shares = variance_shares(points, np.log(np.maximum(losses, MIN_LOSS)) if logarithms else losses)
+    result = [Importance(name, entry.share, entry.low, entry.high) for name, entry in zip(names, shares, strict=True)]
+    return Importances(tuple(sorted(result, key=lambda entry: -entry.share)), len(whole), 0)

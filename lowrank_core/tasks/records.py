@@ -34,14 +34,14 @@ class TasksConfig:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ConfigError("tasks: name at least one, such as arc_easy, or one of a folder given with --include-path.")
-        for name, value, least in (
+        for name, value, minimum in (
             ("limit", self.limit, 1),
             ("batch size", self.batch_size, 1),
             ("few-shot", self.few_shot, 0),
             ("seed", self.seed, 0),
         ):
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}.")
+            if value is not None and value < minimum:
+                raise ConfigError(f"{name} must be at least {minimum}, got {value}.")
         if self.include_path is not None and not self.include_path.is_dir():
             raise ConfigError(f"--include-path: there is no folder {self.include_path}. Give the folder that holds the task's .yaml file.")
 

@@ -56,17 +56,17 @@ def _rows(source: HubText, split: str) -> list[Mapping[str, Any]]:
     dataset, folder = source.dataset, source.folder
     if folder is not None and not folder.is_dir():
         raise TextError(f"text: there is no folder {folder}. Check the path after `{dataset.name}:`.")
-    streaming = dataset.most_documents is not None
+    streaming = dataset.max_documents is not None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
         if folder is not None:
-            return list(islice(_local_rows(datasets, dataset, folder, split), dataset.most_documents))
+            return list(islice(_local_rows(datasets, dataset, folder, split), dataset.max_documents))
         files = {split: dataset.files[split]} if dataset.files else None
         rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
             dataset.repository, dataset.configuration, data_files=files, split=split, revision=dataset.revision, streaming=streaming
         )
-        return list(islice(rows, dataset.most_documents))
+        return list(islice(rows, dataset.max_documents))
     except TextError:
         raise
     except Exception as error:  # the library raises its own, the hub's, pyarrow's and the connection's errors

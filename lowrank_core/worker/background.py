@@ -11,7 +11,7 @@ from lowrank_core.config import from_mapping
 from lowrank_core.runs.client import BACKGROUND, pending_requests
 from lowrank_core.search.study import completed_trials, waiting_trials
 from lowrank_core.sensitivity.config import SensitivityConfig
-from lowrank_core.worker.context import Desk
+from lowrank_core.worker.context import WorkerContext
 from lowrank_core.worker.handlers import Kind, answer
 
 __all__ = ["answer_in_background"]
@@ -21,35 +21,35 @@ class _PutOff(Exception):
     """The request makes way, or was withdrawn: it gets no answer now."""
 
 
-def answer_in_background(desk: Desk) -> bool:
+def answer_in_background(worker: WorkerContext) -> bool:
     """Work on the first waiting request of the background until it is answered or makes way; return whether there was one."""
-    request = next((request for request in pending_requests(desk.run) if request.get("kind") in BACKGROUND), None)
+    request = next((request for request in pending_requests(worker.run) if request.get("kind") in BACKGROUND), None)
     if request is None:
         return False
     with suppress(_PutOff):
-        answer(desk, request, _KINDS)
+        answer(worker, request, _KINDS)
     return True
 
 
-def _sensitivity(desk: Desk, arguments: Mapping[str, object]) -> dict[str, object]:
+def _sensitivity(worker: WorkerContext, arguments: Mapping[str, object]) -> dict[str, object]:
     config = from_mapping(SensitivityConfig, {f.name: arguments[f.name] for f in fields(SensitivityConfig) if f.name in arguments})
 
     def go_on() -> None:
-        if desk.reporter.withdrawn or _is_urgent(desk):
+        if worker.reporter.cancelled or _is_urgent(worker):
             raise _PutOff
 
-    found = desk.sensitivity.measure(config, go_on)
-    return {"file": found.file, "cells": len(found.cells), "measured": found.measured}
+    result = worker.sensitivity.measure(config, go_on)
+    return {"file": result.file, "cells": len(result.cells), "measured": result.measured}
 
 
 _KINDS: Mapping[str, Kind] = MappingProxyType({"sensitivity": _sensitivity})
 
 
-def _is_urgent(desk: Desk) -> bool:
+def _is_urgent(worker: WorkerContext) -> bool:
     """Return whether there is something that the background makes way for."""
-    if any(request.get("kind") not in BACKGROUND for request in pending_requests(desk.run)):
+    if any(request.get("kind") not in BACKGROUND for request in pending_requests(worker.run)):
         return True
-    search = desk.run.config.search
-    if desk.study is None or search is None:
+    search = worker.run.config.search
+    if worker.study is None or search is None:
         return False
-    return waiting_trials(desk.study) > 0 or (completed_trials(desk.study) < search.trials and not desk.reporter.paused)
+    return waiting_trials(worker.study) > 0 or (completed_trials(worker.study) < search.trials and not worker.reporter.paused)

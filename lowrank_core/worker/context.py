@@ -17,12 +17,12 @@ from lowrank_core.search.study import TrialBench
 from lowrank_core.studies.records import TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.sensitivity import SensitivityBench
-from lowrank_core.worker.session import Session
+from lowrank_core.worker.session import RunContext
 
-__all__ = ["Desk", "Shelf", "Tested", "chosen_allocation", "chosen_model", "complete_trial"]
+__all__ = ["WorkerContext", "LastBuilt", "EvaluationCache", "chosen_allocation", "chosen_model", "complete_trial"]
 
 
-class Shelf:
+class LastBuilt:
     """Keeps what was built last, for requests in a row that ask for the same: one model at most."""
 
     def __init__(self) -> None:
@@ -41,7 +41,7 @@ class Shelf:
         self._key = self._held = None
 
 
-class Tested:
+class EvaluationCache:
     """Keeps what was measured on test text of the search's own factors, by their ranks.
 
     All else that a figure depends on is the session's: the model, the factors, the windows, and how many of them are in a pass.
@@ -61,16 +61,16 @@ class Tested:
 
 
 @dataclass(frozen=True)
-class Desk:
+class WorkerContext:
     """What a worker answers with: the run and what it holds ready; ``bench`` and ``study`` are None where nothing is searched."""
 
     run: Run
-    session: Session
+    session: RunContext
     reporter: Reporter
     bench: TrialBench | None = None
     study: optuna.Study | None = None
-    shelf: Shelf = field(default_factory=Shelf, compare=False)
-    tested: Tested = field(default_factory=Tested, compare=False)
+    last_built: LastBuilt = field(default_factory=LastBuilt, compare=False)
+    evaluations: EvaluationCache = field(default_factory=EvaluationCache, compare=False)
     sensitivity: SensitivityBench = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -97,7 +97,7 @@ def complete_trial(run: Run, number: int | None) -> TrialRecord:
     """
     trials = read_trials(run)
     search = run.config.search
-    if number is None and search is not None and search.most_ratio is not None:
+    if number is None and search is not None and search.max_ratio is not None:
         front = ", ".join(str(trial.number) for trial in pareto_front(trials))
         raise ConfigError(
             f"a search over a range of ratios has no single best trial. Choose one of its Pareto front: {front or 'none yet'}."
@@ -127,13 +127,13 @@ def chosen_allocation(run: Run, bench: TrialBench, trial: object) -> RankAllocat
         raise ConfigError(f"trial must be a number, `best` or one of {', '.join(ALLOCATORS)}; got {trial!r}.")
     record = complete_trial(run, trial if type(trial) is int else None)
     config = run.config.search
-    single = config is not None and config.most_ratio is None
+    single = config is not None and config.max_ratio is None
     # Only a rule at the one ratio of the search is known by its name; a second hand-picked trial would pass for the first.
     label = record.label if single and record.label in ALLOCATORS else f"trial {record.number}"
     return allocation_from_ranks(label, bench.space.units, record.ranks)
 
 
-def chosen_model(run: Run, session: Session, bench: TrialBench, trial: object) -> tuple[RankAllocation, CompressedModel]:
+def chosen_model(run: Run, session: RunContext, bench: TrialBench, trial: object) -> tuple[RankAllocation, CompressedModel]:
     """Return what ``trial`` (a number, None or ``best``, or an allocator's name) allocates, and the model compressed so.
 
     Raises:

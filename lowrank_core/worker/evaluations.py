@@ -14,10 +14,10 @@ from lowrank_core.evaluation import evaluate
 from lowrank_core.evaluation.generation import continue_prompt
 from lowrank_core.evaluation.texts import losses_of, tokens_of_text
 from lowrank_core.export import export
-from lowrank_core.runs.client import TEMPERATURE, answered
+from lowrank_core.runs.client import TEMPERATURE, results_of
 from lowrank_core.speed import SpeedConfig, compare_speed
 from lowrank_core.text import WindowSet, load_windows
-from lowrank_core.worker.context import Desk
+from lowrank_core.worker.context import WorkerContext
 from lowrank_core.worker.models import Subject, subject_of
 
 __all__ = ["KINDS"]
@@ -25,30 +25,30 @@ __all__ = ["KINDS"]
 Answer = dict[str, object]
 
 _DECIMALS = 6
-_MOST_TOKENS = 512
+_MAX_TOKENS = 512
 """Of a text that is shown token by token."""
 
 
-def _compare(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+def _compare(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Measure a model on the run's test text, beside the original on the same windows."""
-    return _measured(desk, arguments, desk.session.windows.test, "test text")
+    return _measured(worker, arguments, worker.session.windows.test, "test text")
 
 
-def _other_text(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+def _other_text(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Measure a model on the test split of another text, beside the original on the same windows."""
-    reference, config = str(arguments.get("text") or ""), desk.run.config.text
+    reference, config = str(arguments.get("text") or ""), worker.run.config.text
     if not reference:
         raise ConfigError("no second text is given. Name one, such as file:notes.txt.")
-    with desk.reporter.stage(f"Reading {reference}"):
+    with worker.reporter.stage(f"Reading {reference}"):
         other = replace(config, reference=reference)
-        windows = load_windows(other, desk.session.handle.tokenizer, "test", count=config.test_windows)
-    _check_unchanged(desk, reference, windows)
-    return {"text": reference, "sha256": windows.sha256, **_measured(desk, arguments, windows, windows.dataset)}
+        windows = load_windows(other, worker.session.handle.tokenizer, "test", count=config.test_windows)
+    _check_unchanged(worker, reference, windows)
+    return {"text": reference, "sha256": windows.sha256, **_measured(worker, arguments, windows, windows.dataset)}
 
 
-def _check_unchanged(desk: Desk, reference: str, windows: WindowSet) -> None:
+def _check_unchanged(worker: WorkerContext, reference: str, windows: WindowSet) -> None:
     """Raise unless the answers about this text that the run has were measured on the same tokens; older answers do not say."""
-    known = {body.get("sha256") for body in answered(desk.run, "other_text") if body.get("text") == reference}
+    known = {body.get("sha256") for body in results_of(worker.run, "other_text") if body.get("text") == reference}
     if known - {None, windows.sha256}:
         raise ConfigError(
             f"{reference} has changed since models of this run were measured on it: its test split has other tokens. "
@@ -56,13 +56,13 @@ def _check_unchanged(desk: Desk, reference: str, windows: WindowSet) -> None:
         )
 
 
-def _measured(desk: Desk, arguments: Mapping[str, object], windows: WindowSet, where: str) -> Answer:
-    bench, _, _ = desk.search
-    subject = subject_of(desk, arguments.get("trial"))
-    with desk.reporter.stage(f"Measuring {subject.label} on {where}", windows.windows) as progress:
-        report = evaluate(subject.handle, windows, against=desk.session.handle, batch_size=bench.batch_size, progress=progress)
-    if subject.of_search and windows is desk.session.windows.test:
-        desk.tested.keep(subject.ranks, report)
+def _measured(worker: WorkerContext, arguments: Mapping[str, object], windows: WindowSet, where: str) -> Answer:
+    bench, _, _ = worker.search
+    subject = subject_of(worker, arguments.get("trial"))
+    with worker.reporter.stage(f"Measuring {subject.label} on {where}", windows.windows) as progress:
+        report = evaluate(subject.handle, windows, against=worker.session.handle, batch_size=bench.batch_size, progress=progress)
+    if subject.of_search and windows is worker.session.windows.test:
+        worker.evaluations.keep(subject.ranks, report)
     return {
         "trial": arguments.get("trial"),
         "label": subject.label,
@@ -73,17 +73,17 @@ def _measured(desk: Desk, arguments: Mapping[str, object], windows: WindowSet, w
 
 def _rounded(report: Mapping[str, object]) -> dict[str, object]:
     """Return the report with its lists of windows and positions at six decimals: an answer of some kilobytes."""
-    found = dict(report)
+    result = dict(report)
     for name in ("window_nll", "dense_window_nll"):
-        values = found.get(name)
+        values = result.get(name)
         if isinstance(values, list | tuple):
-            found[name] = [round(float(value), _DECIMALS) for value in values]
-    rows = found.get("by_position")
+            result[name] = [round(float(value), _DECIMALS) for value in values]
+    rows = result.get("by_position")
     if isinstance(rows, list):
-        found["by_position"] = [
+        result["by_position"] = [
             {name: round(value, _DECIMALS) if isinstance(value, float) else value for name, value in row.items()} for row in rows
         ]
-    return found
+    return result
 
 
 def _flops(subject: Subject) -> dict[str, object]:
@@ -91,80 +91,80 @@ def _flops(subject: Subject) -> dict[str, object]:
     return {} if report is None else {"flops": report.model_flops_after, "dense_flops": report.model_flops_before}
 
 
-def _tokens(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+def _tokens(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Compare both models token by token, on a text that is given or on a window of the test text."""
-    session, given, window = desk.session, arguments.get("text"), arguments.get("window")
+    session, given, window = worker.session, arguments.get("text"), arguments.get("window")
     test = session.windows.test
     left_out, source = 0, "the text that was given"
     if given is not None:
-        most = min(session.handle.max_context or _MOST_TOKENS, _MOST_TOKENS)
-        ids, left_out = tokens_of_text(session.handle, str(given), bos=test.bos, most=most)
+        maximum = min(session.handle.max_context or _MAX_TOKENS, _MAX_TOKENS)
+        ids, left_out = tokens_of_text(session.handle, str(given), bos=test.bos, maximum=maximum)
     elif type(window) is int and 0 <= window < test.windows:
         source = f"{test.dataset}, {test.split} split, window {window}"
-        ids = test.ids[window][:_MOST_TOKENS]
+        ids = test.ids[window][:_MAX_TOKENS]
         left_out = test.context - len(ids)
     else:
         raise ConfigError(f"window must be a number from 0 to {test.windows - 1}; got {window!r}. Or give a text.")
-    subject = subject_of(desk, arguments.get("trial"))
-    with desk.reporter.stage(f"Reading a text with {subject.label}"):
-        found = losses_of(subject.handle, session.handle, ids)
-    protocol = f"{source}: {len(found.nll)} tokens predicted, {'BOS first' if test.bos else 'no BOS'}"
+    subject = subject_of(worker, arguments.get("trial"))
+    with worker.reporter.stage(f"Reading a text with {subject.label}"):
+        result = losses_of(subject.handle, session.handle, ids)
+    protocol = f"{source}: {len(result.nll)} tokens predicted, {'BOS first' if test.bos else 'no BOS'}"
     return {
         "trial": arguments.get("trial"),
         "label": subject.label,
         "window": window if given is None else None,
         "left_out": left_out,
         "protocol": protocol + (f", {left_out} more tokens left out" if left_out else ""),
-        **asdict(found),
+        **asdict(result),
     }
 
 
-def _generate(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+def _generate(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Continue a prompt with both models, by the same seed."""
     prompt = str(arguments.get("prompt", ""))
     tokens, seed = int(str(arguments.get("tokens", 64))), int(str(arguments.get("seed", 0)))
     temperature = float(str(arguments.get("temperature", TEMPERATURE)))
-    subject = subject_of(desk, arguments.get("trial"))
-    with desk.reporter.stage(f"Continuing the prompt with {subject.label}"):
+    subject = subject_of(worker, arguments.get("trial"))
+    with worker.reporter.stage(f"Continuing the prompt with {subject.label}"):
         texts = {
             name: continue_prompt(handle, prompt, tokens=tokens, seed=seed, temperature=temperature)
-            for name, handle in (("dense_text", desk.session.handle), ("compressed_text", subject.handle))
+            for name, handle in (("dense_text", worker.session.handle), ("compressed_text", subject.handle))
         }
     chosen = {"prompt": prompt, "tokens": tokens, "seed": seed, "temperature": temperature}
     return {"trial": arguments.get("trial"), "label": subject.label, **chosen, **texts}
 
 
-def _speed(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+def _speed(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Time both models in turns; peak memory, if asked for, in a fresh process for each."""
     config = from_mapping(SpeedConfig, {f.name: arguments[f.name] for f in fields(SpeedConfig) if f.name in arguments})
-    config.check_fits(desk.session.handle)
-    subject, source = subject_of(desk, arguments.get("trial")), desk.run.config.model
+    config.check_fits(worker.session.handle)
+    subject, source = subject_of(worker, arguments.get("trial")), worker.run.config.model
     rounds = 2 * (config.rounds + config.warmup)
-    with tempfile.TemporaryDirectory(dir=desk.run.path, prefix="speed-") as folder:
-        sources = (source, _on_disk(desk, subject, Path(folder))) if arguments.get("memory", True) else None
-        with desk.reporter.stage(f"Timing {subject.label} and the original in turns", rounds) as progress:
-            found = compare_speed(desk.session.handle, subject.handle, config, sources=sources, progress=progress)
+    with tempfile.TemporaryDirectory(dir=worker.run.path, prefix="speed-") as folder:
+        sources = (source, _on_disk(worker, subject, Path(folder))) if arguments.get("memory", True) else None
+        with worker.reporter.stage(f"Timing {subject.label} and the original in turns", rounds) as progress:
+            result = compare_speed(worker.session.handle, subject.handle, config, sources=sources, progress=progress)
     return {
         "trial": arguments.get("trial"),
         "label": subject.label,
         "config": asdict(config),
-        **found.to_mapping(),
+        **result.to_mapping(),
         **_flops(subject),
     }
 
 
-def _on_disk(desk: Desk, subject: Subject, folder: Path) -> ModelSource:
+def _on_disk(worker: WorkerContext, subject: Subject, folder: Path) -> ModelSource:
     """Return where a fresh process finds the model; one that was only built is written to ``folder`` for as long as that takes."""
-    source = desk.run.config.model
+    source = worker.run.config.model
     if subject.folder is not None:
         return replace(source, reference=str(subject.folder))
     assert subject.report is not None
-    with desk.reporter.stage(f"Writing {subject.label} to measure its memory"):
+    with worker.reporter.stage(f"Writing {subject.label} to measure its memory"):
         export(CompressedModel(subject.handle, subject.report), folder / "model", provenance={"allocation": subject.label})
     return replace(source, reference=str(folder / "model"))
 
 
-KINDS: Mapping[str, Callable[[Desk, Mapping[str, object]], Answer]] = {
+KINDS: Mapping[str, Callable[[WorkerContext, Mapping[str, object]], Answer]] = {
     "compare": _compare,
     "other_text": _other_text,
     "tokens": _tokens,

@@ -17,41 +17,41 @@ from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
 from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation.passes import Progress
-from lowrank_core.export import HeldOut, export, figures_of, verify
+from lowrank_core.export import HeldOut, export, metrics_of, verify
 from lowrank_core.runs import Run, write_json
-from lowrank_core.runs.client import BACKGROUND, answered, pending_requests, request_path, result_path
+from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path, result_path, results_of
 from lowrank_core.search.study import TrialBench, enqueue_allocation
 from lowrank_core.statistics.directions import top_directions
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
 from lowrank_core.worker import evaluations
-from lowrank_core.worker.context import Desk, chosen_allocation, chosen_model, complete_trial
+from lowrank_core.worker.context import WorkerContext, chosen_allocation, chosen_model, complete_trial
 from lowrank_core.worker.healing import export_healed, heal_allocation, healing_config
 from lowrank_core.worker.reporter import Reporter
-from lowrank_core.worker.session import Session, record_curves
+from lowrank_core.worker.session import RunContext, record_curves
 
-__all__ = ["Kind", "answer", "answer_requests", "confirm", "export_trial", "figures_of_trial", "provenance_of"]
+__all__ = ["Kind", "answer", "answer_requests", "confirm", "export_trial", "metrics_of_trial", "provenance_of"]
 
 Answer = dict[str, object]
 
 
-def _measure(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+def _measure(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Put a hand-picked allocation in line; a partial one is completed by an allocator within the budget."""
-    bench, study, config = desk.search
+    bench, study, config = worker.search
     ranks, allocator = arguments.get("ranks"), arguments.get("complete")
     if not isinstance(ranks, Mapping) or not all(rank is None or type(rank) is int for rank in ranks.values()):
         raise ConfigError("an allocation maps unit names to whole ranks, or to null for dense.")
     if allocator:
-        found = bench.space.by_allocator(
+        result = bench.space.by_allocator(
             str(allocator), config.compression_ratio, fixed=dict(ranks), influence=bench.decomposed.statistics.influence
         )
     else:
-        found = allocation_from_ranks(MANUAL, bench.space.units, dict(ranks))
-    enqueue_allocation(study, found.ranks, request=str(arguments.get("id", "")))
-    return {"ranks": dict(found.ranks), "compression_ratio": found.compression_ratio}
+        result = allocation_from_ranks(MANUAL, bench.space.units, dict(ranks))
+    enqueue_allocation(study, result.ranks, request=str(arguments.get("id", "")))
+    return {"ranks": dict(result.ranks), "compression_ratio": result.compression_ratio}
 
 
 def export_trial(
-    run: Run, session: Session, bench: TrialBench, trial: object, config: ExportConfig | None = None, reporter: Reporter | None = None
+    run: Run, session: RunContext, bench: TrialBench, trial: object, config: ExportConfig | None = None, reporter: Reporter | None = None
 ) -> str:
     """Write the compressed model of ``trial`` under the run's exports, and return its folder; one that is there is kept."""
     config = config or ExportConfig()
@@ -62,7 +62,7 @@ def export_trial(
             model = bench.decomposed.compress(allocation, session.windows.calibration, progress=progress)
         number = complete_trial(run, trial if type(trial) is int else None).number if trial not in ALLOCATORS else None
         provenance = provenance_of(run, allocation) | ({} if number is None else {"command": _command(run, number, folder.name, config)})
-        figures = {} if number is None else figures_of_trial(run, number)
+        figures = {} if number is None else metrics_of_trial(run, number)
         test = HeldOut(run.config.text, session.windows.test)
         with _told(reporter, "Writing it, and measuring what was written") as progress:
             export(model, folder, provenance=provenance, config=config, figures=figures, test=test, progress=progress)
@@ -88,58 +88,58 @@ def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
     return {**made, **asdict(config.search.compression)}
 
 
-def figures_of_trial(run: Run, number: int) -> dict[str, object]:
+def metrics_of_trial(run: Run, number: int) -> dict[str, object]:
     """Return what was measured of a trial on test text, if it was: for its folder's card."""
-    found = [body["report"] for body in answered(run, "compare") if body.get("trial") == number]
-    return figures_of(found[-1]) if found else {}
+    result = [body["report"] for body in results_of(run, "compare") if body.get("trial") == number]
+    return metrics_of(result[-1]) if result else {}
 
 
-def _export(desk: Desk, arguments: Mapping[str, object]) -> Answer:
-    bench, _, _ = desk.search
+def _export(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+    bench, _, _ = worker.search
     config = from_mapping(ExportConfig, {f.name: arguments[f.name] for f in fields(ExportConfig) if f.name in arguments})
     healed, trial = arguments.get("healed"), arguments.get("trial")
     if healed is not None:
-        return {"healed": healed, "trial": trial, "path": export_healed(desk, str(healed), config)}
-    return {"trial": trial, "path": export_trial(desk.run, desk.session, bench, trial, config, desk.reporter)}
+        return {"healed": healed, "trial": trial, "path": export_healed(worker, str(healed), config)}
+    return {"trial": trial, "path": export_trial(worker.run, worker.session, bench, trial, config, worker.reporter)}
 
 
-def _heal(desk: Desk, arguments: Mapping[str, object]) -> Answer:
-    bench, _, _ = desk.search
+def _heal(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+    bench, _, _ = worker.search
     config, trial = healing_config(arguments), arguments.get("trial")
-    allocated = chosen_model(desk.run, desk.session, bench, trial)
-    how = provenance_of(desk.run, allocated[0])
-    return {"trial": trial, **heal_allocation(desk, allocated, config, how)}
+    allocated = chosen_model(worker.run, worker.session, bench, trial)
+    how = provenance_of(worker.run, allocated[0])
+    return {"trial": trial, **heal_allocation(worker, allocated, config, how)}
 
 
-def _directions(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+def _directions(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Find the tokens that lie furthest along a module's top directions."""
-    session, calibration = desk.session, desk.run.config.calibration
+    session, calibration = worker.session, worker.run.config.calibration
     chosen = {f.name: arguments[f.name] for f in fields(DirectionsConfig) if f.name in arguments}
     config = from_mapping(DirectionsConfig, {"batch_size": calibration.batch_size, **chosen})
     windows = session.windows.calibration
-    with desk.reporter.stage("Reading the top directions", windows.first(config.windows).windows) as progress:
-        found = top_directions(session.handle, windows, session.statistics, config, progress=progress)
-    return found.to_mapping()
+    with worker.reporter.stage("Reading the top directions", windows.first(config.windows).windows) as progress:
+        result = top_directions(session.handle, windows, session.statistics, config, progress=progress)
+    return result.to_mapping()
 
 
-def _verify(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+def _verify(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Check an export of this run, and measure it again in a fresh process."""
-    exports = desk.run.path / "exports"
+    exports = worker.run.path / "exports"
     folder = exports / Path(str(arguments.get("path", ""))).name
     if folder == exports or not folder.is_dir():
         raise ConfigError(f"this run has no export {folder.name!r}. Export a trial first.")
-    with desk.reporter.stage("Measuring the exported folder again"):
-        found = verify(folder, device=desk.run.config.model.device, waiting=desk.reporter.check_stop)
-    return {"path": str(folder), "verification": asdict(found)}
+    with worker.reporter.stage("Measuring the exported folder again"):
+        result = verify(folder, device=worker.run.config.model.device, waiting=worker.reporter.check_stop)
+    return {"path": str(folder), "verification": asdict(result)}
 
 
-def _curves(desk: Desk, arguments: Mapping[str, object]) -> Answer:
+def _curves(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Write the error curves, for a run of an older version; a worker of this one has, as it began."""
-    bench, _, config = desk.search
-    return {"estimate": record_curves(desk.run, config, bench)}
+    bench, _, config = worker.search
+    return {"estimate": record_curves(worker.run, config, bench)}
 
 
-Kind = Callable[[Desk, Mapping[str, object]], Answer]
+Kind = Callable[[WorkerContext, Mapping[str, object]], Answer]
 """What a kind of request does with its arguments."""
 
 _KINDS: Mapping[str, Kind] = MappingProxyType(
@@ -155,58 +155,60 @@ _KINDS: Mapping[str, Kind] = MappingProxyType(
 )
 
 
-def answer_requests(desk: Desk) -> bool:
+def answer_requests(worker: WorkerContext) -> bool:
     """Answer every waiting request but those of the background, errors included; return whether there was one."""
-    waiting = [request for request in pending_requests(desk.run) if request.get("kind") not in BACKGROUND]
+    waiting = [request for request in pending_requests(worker.run) if request.get("kind") not in BACKGROUND]
     try:
         for request in waiting:
-            answer(desk, request)
+            answer(worker, request)
     finally:
-        desk.shelf.clear()
+        worker.last_built.clear()
     return bool(waiting)
 
 
-def answer(desk: Desk, request: Mapping[str, object], kinds: Mapping[str, Kind] | None = None) -> None:
+def answer(worker: WorkerContext, request: Mapping[str, object], kinds: Mapping[str, Kind] | None = None) -> None:
     """Answer a request by what its kind does, or with the error that this met; one that was withdrawn gets no answer."""
     name, arguments = str(request["id"]), request.get("arguments")
-    path = request_path(desk.run, name)
+    path = request_path(worker.run, name)
     if not path.exists():
         return
-    desk.reporter.heed(path)
+    worker.reporter.respect(path)
     try:
-        _answer(desk, name, str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {}, kinds)
+        _answer(worker, name, str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {}, kinds)
     finally:
-        desk.reporter.heed(None)
+        worker.reporter.respect(None)
 
 
-def _answer(desk: Desk, request: str, kind: str, arguments: Mapping[str, object], kinds: Mapping[str, Kind] | None = None) -> None:
+def _answer(
+    worker: WorkerContext, request: str, kind: str, arguments: Mapping[str, object], kinds: Mapping[str, Kind] | None = None
+) -> None:
     """Write the answer to a request; none to one that was withdrawn meanwhile."""
     kinds = _KINDS if kinds is None else kinds
     try:
         if kind not in kinds:
             raise ConfigError(f"no request is called {kind!r}; there are {', '.join(kinds)}.")
-        body: Answer = {"ok": True, **kinds[kind](desk, {**arguments, "id": request})}
+        body: Answer = {"ok": True, **kinds[kind](worker, {**arguments, "id": request})}
     except Cancelled:
-        if desk.reporter.withdrawn:
+        if worker.reporter.cancelled:
             return
         body = {"ok": False, "error": "Stopped before it was done. Ask again."}
     except (LowRankError, torch.OutOfMemoryError, ValueError) as error:
         body = {"ok": False, "error": str(error) or type(error).__name__}
     body |= {"kind": kind, "arguments": dict(arguments), "time": time.time()}
-    write_json(result_path(desk.run, request), body)
+    write_json(result_path(worker.run, request), body)
 
 
-def confirm(desk: Desk) -> None:
+def confirm(worker: WorkerContext) -> None:
     """Measure the best complete trials of a finished search on test text, as if a user had asked; each only once."""
-    _, _, config = desk.search
-    for trial in _worth_confirming(read_trials(desk.run), config):
-        if trial.number not in _compared(desk.run) and not desk.reporter.paused:
-            _answer(desk, f"{time.time_ns()}-best", "compare", {"trial": trial.number})
+    _, _, config = worker.search
+    for trial in _worth_confirming(read_trials(worker.run), config):
+        if trial.number not in _compared(worker.run) and not worker.reporter.paused:
+            _answer(worker, f"{time.time_ns()}-best", "compare", {"trial": trial.number})
 
 
 def _worth_confirming(trials: list[TrialRecord], config: SearchConfig) -> list[TrialRecord]:
     """Return the best trials, the best first; over a range of ratios some of the Pareto front, evenly spaced."""
-    if config.most_ratio is None:
+    if config.max_ratio is None:
         complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
         distinct = {tuple(trial.ranks.items()): trial for trial in sorted(complete, key=lambda t: (t.value, t.number), reverse=True)}
         return sorted(distinct.values(), key=lambda t: (t.value, t.number))[: config.confirmed]
@@ -216,4 +218,4 @@ def _worth_confirming(trials: list[TrialRecord], config: SearchConfig) -> list[T
 
 
 def _compared(run: Run) -> set[object]:
-    return {body.get("trial") for body in answered(run, "compare")}
+    return {body.get("trial") for body in results_of(run, "compare")}

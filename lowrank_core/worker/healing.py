@@ -19,7 +19,7 @@ from lowrank_core.export.manifest import report_of
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.runs import Run, write_json
 from lowrank_core.runs.healing_records import read_report, write_report
-from lowrank_core.worker.context import Desk
+from lowrank_core.worker.context import WorkerContext
 
 __all__ = ["export_healed", "heal_allocation", "healing_config"]
 
@@ -44,7 +44,7 @@ def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path
 
 
 def heal_allocation(
-    desk: Desk, allocated: tuple[RankAllocation, CompressedModel], config: HealingConfig, how: Mapping[str, object]
+    worker: WorkerContext, allocated: tuple[RankAllocation, CompressedModel], config: HealingConfig, how: Mapping[str, object]
 ) -> dict[str, object]:
     """Heal a compressed model, write it, and measure it on test text as it was and as it is; return what the answer says.
 
@@ -59,26 +59,28 @@ def heal_allocation(
         Cancelled: stopped; what was trained so far stays.
     """
     allocation, model = allocated
-    folder = _folder(desk.run, allocation, config)
+    folder = _folder(worker.run, allocation, config)
     label = f"{allocation.allocator}, healed by {config.method}"
     write_json(folder / "request.json", {"label": label, "allocation": allocation.allocator, "healing": to_mapping(config)})
-    before = desk.tested.of(allocation.ranks)
+    before = worker.evaluations.of(allocation.ranks)
     if before is None:
-        before = desk.tested.keep(allocation.ranks, _measured(desk, model.handle, f"Measuring {allocation.allocator} on test text"))
-    report, written = read_report(folder), desk.run.path / "exports" / folder.name
+        before = worker.evaluations.keep(
+            allocation.ranks, _measured(worker, model.handle, f"Measuring {allocation.allocator} on test text")
+        )
+    report, written = read_report(folder), worker.run.path / "exports" / folder.name
     if report is None or not written.is_dir():
         stage = f"Healing {allocation.allocator}: {HEALER_LABELS[config.method]}"
-        texts = desk.run.config.text, desk.session.windows.validation
-        with desk.reporter.stage(stage, config.steps) as progress:
-            healed = healed_model(model, desk.session.handle, texts, config, folder=folder, progress=progress)
+        texts = worker.run.config.text, worker.session.windows.validation
+        with worker.reporter.stage(stage, config.steps) as progress:
+            healed = healed_model(model, worker.session.handle, texts, config, folder=folder, progress=progress)
         smaller, report = healed
-        after = _measured(desk, smaller.handle, f"Measuring {label}, on test text")
-        with desk.reporter.stage("Writing the healed model"):
-            write_healed(healed, written, (before, after), provenance=how, test=_held_out(desk))
+        after = _measured(worker, smaller.handle, f"Measuring {label}, on test text")
+        with worker.reporter.stage("Writing the healed model"):
+            write_healed(healed, written, (before, after), provenance=how, test=_held_out(worker))
         write_report(folder, report)
     else:
-        loaded = load_model(replace(desk.run.config.model, reference=str(written)))
-        after = _measured(desk, loaded, f"Measuring {label}, on test text")
+        loaded = load_model(replace(worker.run.config.model, reference=str(written)))
+        after = _measured(worker, loaded, f"Measuring {label}, on test text")
     return {
         "label": label,
         "path": str(written),
@@ -89,7 +91,7 @@ def heal_allocation(
     }
 
 
-def export_healed(desk: Desk, name: str, config: ExportConfig) -> str:
+def export_healed(worker: WorkerContext, name: str, config: ExportConfig) -> str:
     """Write a healed model of this run once more, in the form that ``config`` says, and return its folder; one that is there is kept.
 
     It starts from what is on disk, so that what is written here is what was written there.
@@ -99,7 +101,7 @@ def export_healed(desk: Desk, name: str, config: ExportConfig) -> str:
         LowRankError: its files are damaged, or as ``export``.
         Cancelled: stopped or withdrawn.
     """
-    run, reporter = desk.run, desk.reporter
+    run, reporter = worker.run, worker.reporter
     source = run.path / "exports" / Path(name).name
     if not Path(name).name or not source.is_dir() or "healing" not in (manifest := read_manifest(source)).details:
         raise ConfigError(f"this run has no healed model {name!r}. Heal one first.")
@@ -108,18 +110,18 @@ def export_healed(desk: Desk, name: str, config: ExportConfig) -> str:
         with reporter.stage("Loading the healed model"):
             loaded = load_model(replace(run.config.model, reference=str(source)))
         model = CompressedModel(replace(loaded, reference=manifest.made_from), report_of(manifest))
-        test = _held_out(desk)
+        test = _held_out(worker)
         with reporter.stage("Writing it, and measuring what was written") as progress:
             export(model, folder, provenance=manifest.provenance, config=config, figures=manifest.figures, test=test, progress=progress)
     return str(folder)
 
 
-def _held_out(desk: Desk) -> HeldOut:
-    return HeldOut(desk.run.config.text, desk.session.windows.test)
+def _held_out(worker: WorkerContext) -> HeldOut:
+    return HeldOut(worker.run.config.text, worker.session.windows.test)
 
 
-def _measured(desk: Desk, handle: ModelHandle, stage: str) -> EvaluationReport:
-    bench, _, _ = desk.search
-    test = desk.session.windows.test
-    with desk.reporter.stage(stage, test.windows) as progress:
-        return evaluate(handle, test, against=desk.session.handle, batch_size=bench.batch_size, progress=progress)
+def _measured(worker: WorkerContext, handle: ModelHandle, stage: str) -> EvaluationReport:
+    bench, _, _ = worker.search
+    test = worker.session.windows.test
+    with worker.reporter.stage(stage, test.windows) as progress:
+        return evaluate(handle, test, against=worker.session.handle, batch_size=bench.batch_size, progress=progress)

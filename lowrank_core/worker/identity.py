@@ -80,9 +80,9 @@ def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def identity_of_texts(handle: ModelHandle, config: CalibrationConfig, *texts: WindowSet) -> dict[str, object]:
     """Return the hash of each split's tokens, and with the calibration's the name of the statistics that come from it."""
-    found: dict[str, object] = {windows.split: windows.sha256 for windows in texts}
+    result: dict[str, object] = {windows.split: windows.sha256 for windows in texts}
     calibration = next((windows for windows in texts if windows.split == "calibration"), None)
-    return found if calibration is None else {**found, "statistics": statistics_key(handle, calibration, config)}
+    return result if calibration is None else {**result, "statistics": statistics_key(handle, calibration, config)}
 
 
 def identity_of_factors(decomposed: Decomposed) -> dict[str, object]:
@@ -92,8 +92,8 @@ def identity_of_factors(decomposed: Decomposed) -> dict[str, object]:
 
 def signed_in(study: optuna.Study) -> dict[str, object]:
     """Return what the workers of ``study`` left there."""
-    found: dict[str, object] = json.loads(study.user_attrs.get("fingerprint", "{}"))
-    return found
+    result: dict[str, object] = json.loads(study.user_attrs.get("fingerprint", "{}"))
+    return result
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class RunIdentity:
         """
         return cls(run, claim, (read_json(run.path / _FILE) or {}, _of_study(run), _of_parts(run)))
 
-    def check(self, found: Facts) -> None:
+    def check(self, result: Facts) -> None:
         """Raise unless ``found`` is what the run was begun with.
 
         Raises:
@@ -127,25 +127,25 @@ class RunIdentity:
         """
         for name, words in _WORDS.items():
             for facts in self.known:
-                if name in found and name in facts and not _same(name, found[name], facts[name]):
+                if name in result and name in facts and not _same(name, result[name], facts[name]):
                     raise ConfigError(
-                        f"{self.claim}: {words} from what it was begun with ({self._both(name, found, facts)}). {self._advice(name)}"
+                        f"{self.claim}: {words} from what it was begun with ({self._both(name, result, facts)}). {self._advice(name)}"
                     )
 
-    def keep(self, found: Facts) -> None:
+    def keep(self, result: Facts) -> None:
         """Check ``found``, and leave in the run's folder what was not known.
 
         Raises:
             ConfigError: as ``check``. RunError: the disk is full or read-only.
         """
-        self.check(found)
+        self.check(result)
         path = self.run.path / _FILE
         kept = read_json(path) or {}
-        if not found.keys() <= kept.keys():
-            write_json(path, {**found, **kept})
+        if not result.keys() <= kept.keys():
+            write_json(path, {**result, **kept})
 
-    def _both(self, name: str, found: Facts, facts: Facts) -> str:
-        here, there = (_short(value) for value in (found[name], facts[name]))
+    def _both(self, name: str, result: Facts, facts: Facts) -> str:
+        here, there = (_short(value) for value in (result[name], facts[name]))
         versions, now = self.run.record.get("versions") or {}, metadata.version("transformers")
         then = versions.get("transformers", now)
         by_version = f"; transformers {now} here, {then} there" if name in _MODEL_WORDS and then != now else ""
@@ -187,6 +187,6 @@ def _of_study(run: Run) -> Facts:
 def _of_parts(run: Run) -> Facts:
     """Return what the parts of a run say that pages show."""
     model, text = run.part("model") or {}, run.part("text") or {}
-    found = {"model": model.get("fingerprint"), "dtype": model.get("dtype")}
-    found |= {split: facts.get("sha256") for split, facts in (text.get("splits") or {}).items()}
-    return {name: value for name, value in found.items() if value}
+    result = {"model": model.get("fingerprint"), "dtype": model.get("dtype")}
+    result |= {split: facts.get("sha256") for split, facts in (text.get("splits") or {}).items()}
+    return {name: value for name, value in result.items() if value}

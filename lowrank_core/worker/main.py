@@ -30,17 +30,17 @@ from lowrank_core.search.study import (
 )
 from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.worker.background import answer_in_background
-from lowrank_core.worker.context import Desk
+from lowrank_core.worker.context import WorkerContext
 from lowrank_core.worker.handlers import answer_requests, confirm
 from lowrank_core.worker.identity import RunIdentity, signed_in
 from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.sensitivity import SensitivityBench, SensitivityOutcome
-from lowrank_core.worker.session import Session, fingerprint, prepare, record_curves, search_bench
+from lowrank_core.worker.session import RunContext, fingerprint, prepare, record_curves, search_bench
 
 __all__ = ["Failures", "log_trial", "measure_alone", "run_worker"]
 
 _POLL_SECONDS = 0.3
-_MOST_FAILURES = 5
+_MAX_FAILURES = 5
 """Failed trials in a row after which the search gives up: the model diverges everywhere."""
 
 
@@ -62,7 +62,7 @@ def _sole_worker(run: Run) -> Iterator[None]:
         lock.release()  # the system releases it too, if this process is killed
 
 
-def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, helpers: int = 0) -> tuple[Session, TrialBench | None]:
+def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, helpers: int = 0) -> tuple[RunContext, TrialBench | None]:
     """Do everything that is left to do in ``run``, then answer requests for ``warm_seconds`` without one.
 
     ``helpers`` further processes on this machine take trials, too; they end with the search.
@@ -79,17 +79,17 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
         session = prepare(run, reporter)
         search = run.config.search
         if search is None:
-            _serve(Desk(run, session, reporter), warm_seconds)
+            _serve(WorkerContext(run, session, reporter), warm_seconds)
             reporter.close("finished")
             return session, None
         bench = search_bench(session, search, run.config.calibration.batch_size, reporter)
-        RunIdentity.of(run).keep(found := fingerprint(session, bench))
+        RunIdentity.of(run).keep(result := fingerprint(session, bench))
         record_curves(run, search, bench)
         study = open_study(run, search, bench.space)
-        _sign(run, study, found)
+        _sign(run, study, result)
         for _ in range(helpers):
             client.add_worker(run, warm_seconds=0.0)
-        complete = _search(Desk(run, session, reporter, bench, study), warm_seconds)
+        complete = _search(WorkerContext(run, session, reporter, bench, study), warm_seconds)
         reporter.close("finished" if complete else "stopped")
         return session, bench
 
@@ -134,17 +134,17 @@ def _reporting(run: Run, reporter: Reporter) -> Iterator[Reporter]:
         raise
 
 
-def _sign(run: Run, study: optuna.Study, found: Mapping[str, object]) -> None:
+def _sign(run: Run, study: optuna.Study, result: Mapping[str, object]) -> None:
     """Leave in the study what another worker needs to join, and to see whether it may."""
     study.set_user_attr("run", json.dumps(to_mapping(run.config)))
-    study.set_user_attr("fingerprint", json.dumps({**found, **signed_in(study)}))
+    study.set_user_attr("fingerprint", json.dumps({**result, **signed_in(study)}))
 
 
 class _Orders:
     """What the run's user wants, as it changes: the search's config for this worker, and the study's copy of it for further ones."""
 
-    def __init__(self, desk: Desk) -> None:
-        self._desk = desk
+    def __init__(self, worker: WorkerContext) -> None:
+        self._desk = worker
         self._published: tuple[SearchConfig, bool] | None = None
 
     def read(self) -> SearchConfig:
@@ -159,17 +159,17 @@ class _Orders:
         return config
 
 
-def _search(desk: Desk, warm_seconds: float) -> bool:
+def _search(worker: WorkerContext, warm_seconds: float) -> bool:
     """Run trials until all are complete or the user stops; between trials, answer requests. Return whether all are complete."""
-    _, study, _ = desk.search
-    orders = _Orders(desk)
+    _, study, _ = worker.search
+    orders = _Orders(worker)
     while True:
-        if completed_trials(study) < orders.read().trials and not desk.reporter.paused:
-            _run_trials(desk, orders)
+        if completed_trials(study) < orders.read().trials and not worker.reporter.paused:
+            _run_trials(worker, orders)
         complete = completed_trials(study) >= orders.read().trials
         if complete:
-            confirm(desk)
-        if not _serve(desk, warm_seconds, orders):
+            confirm(worker)
+        if not _serve(worker, warm_seconds, orders):
             return complete
 
 
@@ -186,25 +186,25 @@ class Failures:
             NumericalError: it was one failure too many.
         """
         self._count = self._count + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
-        if self._count == _MOST_FAILURES:
+        if self._count == _MAX_FAILURES:
             reason = trial.user_attrs.get("error", "")
             raise NumericalError(f"{self._count} trials in a row failed. {reason} Lower the compression ratio.")
 
 
-def _run_trials(desk: Desk, orders: _Orders) -> None:
-    bench, study, _ = desk.search
+def _run_trials(worker: WorkerContext, orders: _Orders) -> None:
+    bench, study, _ = worker.search
     failures = Failures()
     seconds: list[float] = []
-    while not desk.reporter.paused:
+    while not worker.reporter.paused:
         done, config = completed_trials(study), orders.read()
         if done >= config.trials and not running_trials(study):
             return
-        answer_requests(desk)
-        requeue_lost(desk.run, study)
-        helpers = len(desk.run.further_workers())
+        answer_requests(worker)
+        requeue_lost(worker.run, study)
+        helpers = len(worker.run.further_workers())
         eta = _remaining(seconds, config.trials - done, workers=1 + helpers)
         stage = f"Searching ({phase(config, done)})"
-        desk.reporter.say(state="running", stage=stage, done=done, total=config.trials, eta_seconds=eta)
+        worker.reporter.say(state="running", stage=stage, done=done, total=config.trials, eta_seconds=eta)
         if done + running_trials(study) >= config.trials and not waiting_trials(study):
             time.sleep(_POLL_SECONDS)  # the last ones are with other workers
             continue
@@ -223,42 +223,42 @@ def _remaining(seconds: Sequence[float], trials: int, *, workers: int) -> float 
 def log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Write a line for a finished trial to stderr."""
     complete = trial.state == optuna.trial.TrialState.COMPLETE
-    found = " ".join(f"{value:.6g}" for value in trial.values) if complete else trial.state.name.lower()
+    result = " ".join(f"{value:.6g}" for value in trial.values) if complete else trial.state.name.lower()
     best = ""
     if len(study.directions) == 1:
         others = [t for t in study.get_trials(deepcopy=False) if t.state == optuna.trial.TrialState.COMPLETE]
         feasible = [other.value for other in others if other.value is not None and all(e <= 0 for e in other.constraints.values())]
         best = f", best {min(feasible):.6g}" if feasible else ""
-    print(f"trial {trial.number} ({trial.user_attrs.get('label', 'sampled')}): {found}{best}", file=sys.stderr, flush=True)
+    print(f"trial {trial.number} ({trial.user_attrs.get('label', 'sampled')}): {result}{best}", file=sys.stderr, flush=True)
 
 
-def _serve(desk: Desk, warm_seconds: float, orders: _Orders | None = None) -> bool:
+def _serve(worker: WorkerContext, warm_seconds: float, orders: _Orders | None = None) -> bool:
     """Answer requests until none has come for ``warm_seconds``; return True as soon as there are trials to run again."""
-    reporter = desk.reporter
+    reporter = worker.reporter
     reporter.serve()
     last = time.monotonic()
-    told: bool | None = None
+    reported: bool | None = None
     while True:
-        wanted = orders is not None and desk.study is not None and completed_trials(desk.study) < orders.read().trials
+        wanted = orders is not None and worker.study is not None and completed_trials(worker.study) < orders.read().trials
         if wanted and not reporter.paused:
             return True
-        if told != wanted:
-            told = wanted
+        if reported != wanted:
+            reported = wanted
             reporter.say(state="stopped" if wanted else "idle", stage="", done=0, total=0, eta_seconds=None)
-        answered = answer_requests(desk)
-        if _measure_waiting(desk) or answered or answer_in_background(desk):
-            last, told = time.monotonic(), None
+        results_of = answer_requests(worker)
+        if _measure_waiting(worker) or results_of or answer_in_background(worker):
+            last, reported = time.monotonic(), None
             continue
         if (reporter.paused and not wanted) or time.monotonic() - last > warm_seconds:
             return False
         time.sleep(_POLL_SECONDS)
 
 
-def _measure_waiting(desk: Desk) -> bool:
+def _measure_waiting(worker: WorkerContext) -> bool:
     """Measure hand-picked allocations, whether the search is stopped or done; return whether there was one."""
-    if desk.study is None or not waiting_trials(desk.study):
+    if worker.study is None or not waiting_trials(worker.study):
         return False
-    bench, study, config = desk.search
-    desk.reporter.say(state="running", stage="Measuring a hand-picked allocation", done=0, total=0, eta_seconds=None)
+    bench, study, config = worker.search
+    worker.reporter.say(state="running", stage="Measuring a hand-picked allocation", done=0, total=0, eta_seconds=None)
     log_trial(study, run_trial(study, bench, config))
     return True

@@ -15,7 +15,7 @@ from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets.recipes import Preset, preset_named
 from lowrank_core.runs import read_json
 from lowrank_core.studies.records import HEALED, PRESET
-from lowrank_core.worker.context import Desk, chosen_allocation
+from lowrank_core.worker.context import WorkerContext, chosen_allocation
 from lowrank_core.worker.session import statistics_for
 
 __all__ = ["Subject", "subject_of"]
@@ -42,7 +42,7 @@ class Subject:
     of_search: bool = False
 
 
-def subject_of(desk: Desk, trial: object) -> Subject:
+def subject_of(worker: WorkerContext, trial: object) -> Subject:
     """Return the model that ``trial`` names: a number, None or ``best``, an allocator, ``preset:NAME`` or ``healed:FOLDER``.
 
     Requests in a row for the same one share it.
@@ -53,48 +53,48 @@ def subject_of(desk: Desk, trial: object) -> Subject:
         NumericalError: a decomposition failed; names the layer.
         Cancelled: stopped or withdrawn.
     """
-    found = desk.shelf.take(trial, lambda: _built(desk, trial))
-    assert isinstance(found, Subject)
-    return found
+    result = worker.last_built.take(trial, lambda: _built(worker, trial))
+    assert isinstance(result, Subject)
+    return result
 
 
-def _built(desk: Desk, trial: object) -> Subject:
+def _built(worker: WorkerContext, trial: object) -> Subject:
     if isinstance(trial, str) and trial.startswith(PRESET):
-        return _by_preset(desk, preset_named(trial.removeprefix(PRESET)))
+        return _by_preset(worker, preset_named(trial.removeprefix(PRESET)))
     if isinstance(trial, str) and trial.startswith(HEALED):
-        return _healed(desk, trial.removeprefix(HEALED))
-    bench, _, _ = desk.search
-    allocation = chosen_allocation(desk.run, bench, trial)
-    return _compressed(desk, bench.decomposed, allocation, allocation.allocator)
+        return _healed(worker, trial.removeprefix(HEALED))
+    bench, _, _ = worker.search
+    allocation = chosen_allocation(worker.run, bench, trial)
+    return _compressed(worker, bench.decomposed, allocation, allocation.allocator)
 
 
-def _compressed(desk: Desk, decomposed: Decomposed, allocation: RankAllocation, label: str) -> Subject:
-    with desk.reporter.stage(f"Compressing by {label}") as progress:
-        model: CompressedModel = decomposed.compress(allocation, desk.session.windows.calibration, progress=progress)
-    bench, _, _ = desk.search
+def _compressed(worker: WorkerContext, decomposed: Decomposed, allocation: RankAllocation, label: str) -> Subject:
+    with worker.reporter.stage(f"Compressing by {label}") as progress:
+        model: CompressedModel = decomposed.compress(allocation, worker.session.windows.calibration, progress=progress)
+    bench, _, _ = worker.search
     return Subject(label, model.handle, dict(allocation.ranks), model.report, of_search=decomposed is bench.decomposed)
 
 
-def _by_preset(desk: Desk, preset: Preset) -> Subject:
+def _by_preset(worker: WorkerContext, preset: Preset) -> Subject:
     """Compress by the preset's own basis, storage and allocation, on the run's calibration and at its ratio."""
-    bench, _, _ = desk.search
+    bench, _, _ = worker.search
     ratio, label = bench.space.compression_ratio, f"{PRESET}{preset.name}"
     decomposed = bench.decomposed
     if preset.compression != decomposed.config:
-        handle, compression = desk.session.handle, preset.compression
+        handle, compression = worker.session.handle, preset.compression
         units = units_of(handle, compression)
         check_reachable(units, ratio, compression)  # told before minutes of work
-        statistics = statistics_for(desk.session, compression, desk.reporter)
-        with desk.reporter.stage(f"Factorising by {preset.label}", len(units)) as progress:
+        statistics = statistics_for(worker.session, compression, worker.reporter)
+        with worker.reporter.stage(f"Factorising by {preset.label}", len(units)) as progress:
             decomposed = decompose(handle, statistics, compression, progress=progress)
-    return _compressed(desk, decomposed, decomposed.allocate(preset.allocation, ratio), label)
+    return _compressed(worker, decomposed, decomposed.allocate(preset.allocation, ratio), label)
 
 
-def _healed(desk: Desk, name: str) -> Subject:
-    folder = desk.run.path / "exports" / Path(name).name
-    request = read_json(desk.run.path / "healed" / Path(name).name / "request.json")
+def _healed(worker: WorkerContext, name: str) -> Subject:
+    folder = worker.run.path / "exports" / Path(name).name
+    request = read_json(worker.run.path / "healed" / Path(name).name / "request.json")
     if not name or request is None or not folder.is_dir():
         raise ConfigError(f"this run has no healed model {name!r}. Heal an allocation first.")
-    with desk.reporter.stage(f"Loading {request.get('label')}"):
-        handle = load_model(replace(desk.run.config.model, reference=str(folder)))
+    with worker.reporter.stage(f"Loading {request.get('label')}"):
+        handle = load_model(replace(worker.run.config.model, reference=str(folder)))
     return Subject(str(request.get("label")), handle, {}, folder=folder)

@@ -67,18 +67,18 @@ class Reporter:
         """From now on only requests are answered: a stop that is standing does not concern them."""
         self._earlier = self._run.stop_asked()
 
-    def heed(self, request: Path | None) -> None:
+    def respect(self, request: Path | None) -> None:
         """From now on work for ``request``, and stop when its user has withdrawn it."""
         self._request = request
 
     @property
-    def withdrawn(self) -> bool:
+    def cancelled(self) -> bool:
         """Whether the request in hand is wanted no more."""
         return self._request is not None and not self._request.exists()
 
     def check_stop(self) -> None:
         """Raise ``Cancelled`` if a user asked to stop since this worker started, or withdrew the request in hand."""
-        if self.withdrawn:
+        if self.cancelled:
             raise Cancelled
         asked = self._run.stop_asked()
         if asked is None:

@@ -10,7 +10,7 @@ from lowrank_core.compression.sensitivity import evenly_spaced, measured_cell
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.units import units_of
 from lowrank_core.evaluation import DenseReference
-from lowrank_core.metrics import basis_named
+from lowrank_core.metrics import metric_named
 from lowrank_core.runs import Run
 from lowrank_core.search.study import TrialBench
 from lowrank_core.sensitivity.config import SensitivityConfig, single_compression
@@ -20,7 +20,7 @@ from lowrank_core.statistics.calibration import statistics_key
 from lowrank_core.statistics.gradients import gradients_key
 from lowrank_core.text import WindowSet
 from lowrank_core.worker.reporter import Reporter
-from lowrank_core.worker.session import Session, statistics_for
+from lowrank_core.worker.session import RunContext, statistics_for
 
 __all__ = ["SensitivityBench", "SensitivityOutcome"]
 
@@ -43,7 +43,7 @@ class SensitivityOutcome:
 class SensitivityBench:
     """What a worker holds ready for sensitivities: kept while a measurement makes way for something else, dropped when it is done."""
 
-    def __init__(self, run: Run, session: Session, reporter: Reporter, search: TrialBench | None = None) -> None:
+    def __init__(self, run: Run, session: RunContext, reporter: Reporter, search: TrialBench | None = None) -> None:
         self._run, self._session, self._reporter, self._search = run, session, reporter, search
         self._ready: tuple[str, Decomposed, DenseReference] | None = None
 
@@ -87,7 +87,7 @@ class SensitivityBench:
         return search.top_k if search is not None else 0
 
     def _setting(self, compression: CompressionConfig, windows: WindowSet) -> SensitivitySetting:
-        session, weighed = self._session, basis_named(compression.basis).needs_gradients
+        session, weighed = self._session, metric_named(compression.basis).needs_gradients
         return SensitivitySetting(
             basis=compression.basis,
             storage=compression.storage,
@@ -133,9 +133,9 @@ class SensitivityBench:
         """
         handle, top_k = self._session.handle, self._top_k
         with self._reporter.stage("Measuring the dense model", windows.windows) as progress:
-            found = DenseReference.compute(handle, windows, batch_size=self._batch_size, reverse=not top_k, top_k=top_k, progress=progress)
-        self._reporter.say(dense_warnings=found.warnings)
-        return found
+            result = DenseReference.compute(handle, windows, batch_size=self._batch_size, reverse=not top_k, top_k=top_k, progress=progress)
+        self._reporter.say(dense_warnings=result.warnings)
+        return result
 
 
 def _compression_of(run: Run) -> CompressionConfig:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.allocation.units import check_reachable, value_layers
-from lowrank_core.compression.error_weights import measured_slopes
+from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.pipeline import decompose, with_gradients
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.decomposition.units import error_curves, units_of
@@ -25,11 +25,11 @@ from lowrank_core.text import TokenWindows, load_text
 from lowrank_core.worker.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.worker.reporter import Reporter
 
-__all__ = ["Session", "fingerprint", "prepare", "record_curves", "search_bench", "statistics_for"]
+__all__ = ["RunContext", "fingerprint", "prepare", "record_curves", "search_bench", "statistics_for"]
 
 
 @dataclass(frozen=True)
-class Session:
+class RunContext:
     """What a worker keeps warm."""
 
     handle: ModelHandle
@@ -39,7 +39,7 @@ class Session:
     """What a user should know of the model: how little of it can be compressed, and what is not compressed by heads."""
 
 
-def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
+def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     """Load model and text, calibrate, compute spectra; for who ``leads``, each writes its part of the run directory when it is done.
 
     Raises:
@@ -65,7 +65,7 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> Session:
             write_json(run.path / "text.json", windows.describe(config.text.seed))
     with reporter.stage("Calibrating", windows.calibration.windows) as progress:
         statistics, cached = cached_statistics(handle, windows.calibration, config.calibration, statistics_home(), progress=progress)
-    session = Session(handle, windows, statistics, notes)
+    session = RunContext(handle, windows, statistics, notes)
     if leads:
         _describe(run, session, reporter, cached)
     reporter.say(warnings=(*notes, *statistics.warnings()))
@@ -82,7 +82,7 @@ def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
     return notes
 
 
-def _describe(run: Run, session: Session, reporter: Reporter, cached: bool) -> None:
+def _describe(run: Run, session: RunContext, reporter: Reporter, cached: bool) -> None:
     """Write spectra and the figures of the calibration."""
     path, handle = run.path / "spectra.npz", session.handle
     if not path.exists():
@@ -92,7 +92,7 @@ def _describe(run: Run, session: Session, reporter: Reporter, cached: bool) -> N
     write_json(run.path / "calibration.json", {**figures, "windows": session.windows.calibration.windows, "cached": cached})
 
 
-def statistics_for(session: Session, compression: CompressionConfig, reporter: Reporter) -> LayerStatistics:
+def statistics_for(session: RunContext, compression: CompressionConfig, reporter: Reporter) -> LayerStatistics:
     """Return the statistics that the basis of ``compression`` needs: with gradients where it weighs by them.
 
     Raises:
@@ -104,7 +104,7 @@ def statistics_for(session: Session, compression: CompressionConfig, reporter: R
     return with_gradients(session.handle, session.statistics, calibration, (compression.basis,), measuring=stage)
 
 
-def search_bench(session: Session, config: SearchConfig, batch_size: int, reporter: Reporter) -> TrialBench:
+def search_bench(session: RunContext, config: SearchConfig, batch_size: int, reporter: Reporter) -> TrialBench:
     """Factorise every layer once and measure the dense model once: all that trials share.
 
     Raises:
@@ -114,24 +114,26 @@ def search_bench(session: Session, config: SearchConfig, batch_size: int, report
     units = units_of(handle, compression)
     dense = value_layers(handle.shapes) if compression.value_dense else ()
     SearchSpace.of(units, config, dense, None)  # what can't be searched, like an unreachable ratio, is told before minutes of work
-    for ratio in filter(None, (config.compression_ratio, config.most_ratio)):
+    for ratio in filter(None, (config.compression_ratio, config.max_ratio)):
         check_reachable(units, ratio, compression)
     statistics = statistics_for(session, compression, reporter)
     with reporter.stage("Factorising", len(units)) as progress:
         decomposed = decompose(handle, statistics, compression, progress=progress)
     allocator = "marginal" if config.variables == "errors" else ""
-    reporter.say(warnings=(*session.notes, *statistics.warnings(), *decomposed.warnings(allocator, weighted=config.slopes)))
+    reporter.say(warnings=(*session.notes, *statistics.warnings(), *decomposed.warnings(allocator, weighted=config.error_weights)))
     windows = session.windows.validation
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
         reverse = config.objective == "bolaco"
         reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
     reporter.say(dense_warnings=reference.warnings)
     curves = error_curves(decomposed.bases)
-    if config.slopes:
+    if config.error_weights:
         with reporter.stage("Measuring slopes", len(units)) as progress:
             ratio = config.compression_ratio
-            slopes = measured_slopes(decomposed, windows, reference, compression_ratio=ratio, batch_size=batch_size, progress=progress)
-        curves = {name: curve * slopes.get(name, 1.0) for name, curve in curves.items()}
+            error_weights = measure_error_weights(
+                decomposed, windows, reference, compression_ratio=ratio, batch_size=batch_size, progress=progress
+            )
+        curves = {name: curve * error_weights.get(name, 1.0) for name, curve in curves.items()}
     space = SearchSpace.of(units, config, dense, curves)
     return TrialBench(decomposed, windows, reference, space, batch_size)
 
@@ -143,13 +145,13 @@ def record_curves(run: Run, config: SearchConfig, bench: TrialBench) -> str:
         OSError: the disk is full or read-only.
     """
     decomposed, space = bench.decomposed, bench.space
-    estimate = "slopes" if config.slopes else "kl" if decomposed.basis.comparable else "own"
+    estimate = "error_weights" if config.error_weights else "kl" if decomposed.basis.comparable else "own"
     record = CurveRecord(config.compression.basis, estimate, space.curves or {}, tuple(decomposed.statistics.influence))
     save_curves(run.path / CURVES_FILE, record, space.units)
     return estimate
 
 
-def fingerprint(session: Session, bench: TrialBench) -> dict[str, object]:
+def fingerprint(session: RunContext, bench: TrialBench) -> dict[str, object]:
     """Return what two workers must share for their trials to be of one study: hashes, and the energy that the bases trade."""
     handle, windows = session.handle, session.windows
     text = hashlib.sha256((windows.calibration.sha256 + bench.windows.sha256).encode()).hexdigest()[:32]

@@ -13,7 +13,7 @@ from lowrank_core.studio.shared.trial_names import ratio_words
 from pages.components import navigation, state
 from pages.components.loading import spectra_of
 
-__all__ = ["calibrated_run", "empty", "figures_row", "header", "needs_calibration", "page_run"]
+__all__ = ["calibrated_run", "empty", "metrics_row", "header", "needs_calibration", "page_run"]
 
 
 def header(title: str, question: str) -> None:
@@ -83,7 +83,7 @@ def needs_calibration(run: Run | None) -> None:
     empty("No spectra in this run", message, icon=":material/warning:", page=navigation.OVERVIEW, label="Start another calibration")
 
 
-def figures_row(figures: dict[str, tuple[str, str]]) -> None:
+def metrics_row(figures: dict[str, tuple[str, str]]) -> None:
     """Write metrics side by side: label -> value in words, help."""
     with st.container(horizontal=True, gap="small"):
         for label, (value, meaning) in figures.items():

@@ -9,9 +9,9 @@ import streamlit as st
 if TYPE_CHECKING:
     from streamlit.navigation.page import StreamlitPage
 
-__all__ = ["COMPARE", "ENERGY", "EXPORT", "HAND", "OVERVIEW", "SEARCH", "SENSITIVITY", "SPECTRA", "pages", "tab_title"]
+__all__ = ["COMPARE", "ENERGY", "EXPORT", "MANUAL", "OVERVIEW", "SEARCH", "SENSITIVITY", "SPECTRA", "pages", "tab_title"]
 
-OVERVIEW, SPECTRA, ENERGY, SENSITIVITY, HAND, SEARCH, COMPARE, EXPORT = (
+OVERVIEW, SPECTRA, ENERGY, SENSITIVITY, MANUAL, SEARCH, COMPARE, EXPORT = (
     f"pages/{name}.py" for name in ("overview", "spectra", "energy", "sensitivity", "hand", "search", "compare", "export")
 )
 
@@ -26,7 +26,7 @@ def pages() -> list[StreamlitPage]:
         st.Page(SPECTRA, title=":material/grid_view: Spectra", url_path="spectra"),
         st.Page(ENERGY, title=":material/area_chart: Feature energy", url_path="energy"),
         st.Page(SENSITIVITY, title=":material/equalizer: Sensitivity", url_path="sensitivity"),
-        st.Page(HAND, title=":material/tune: Pick by hand", url_path="hand"),
+        st.Page(MANUAL, title=":material/tune: Pick by hand", url_path="hand"),
         st.Page(SEARCH, title=":material/query_stats: Rank search", url_path="search"),
         st.Page(COMPARE, title=":material/balance: Compare", url_path="compare"),
         st.Page(EXPORT, title=":material/save: Export", url_path="export"),

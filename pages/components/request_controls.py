@@ -12,7 +12,7 @@ from lowrank_core.studio.shared.run_list import is_working, status_words
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
 
-__all__ = ["ask", "ask_all", "waiting", "why_not"]
+__all__ = ["submit", "ask_all", "waiting", "why_not"]
 
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
 
@@ -22,7 +22,7 @@ def why_not(run: Run) -> str | None:
     return _RECORDED if run.recorded else None
 
 
-def ask(run: Run, kind: str, subjects: Sequence[Subject], **arguments: object) -> None:
+def submit(run: Run, kind: str, subjects: Sequence[Subject], **arguments: object) -> None:
     """Leave a request of ``kind`` for each of ``subjects``, and draw the page anew."""
     ask_all(run, [(kind, {"trial": subject, **arguments}) for subject in subjects])
 
@@ -31,7 +31,7 @@ def ask_all(run: Run, requests: Sequence[tuple[str, Mapping[str, object]]]) -> N
     """Leave requests (kind, arguments) in their order, and draw the page anew."""
     with boundary():
         for kind, arguments in requests:
-            client.ask(run, kind, **arguments)  # type: ignore[arg-type]
+            client.submit(run, kind, **arguments)  # type: ignore[arg-type]
         st.rerun()
 
 
@@ -65,5 +65,5 @@ def _list(run: Run, requests: Sequence[Mapping[str, object]]) -> None:
 
 
 def _withdraw(run: Run, names: Sequence[str]) -> None:
-    client.withdraw(run, *names)
+    client.cancel(run, *names)
     st.rerun()

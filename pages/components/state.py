@@ -58,9 +58,9 @@ class Selection:
 def begin() -> None:
     """Take the selection from the address when a session starts; afterwards keep the address up to date."""
     if _SELECTION not in st.session_state:
-        chosen, found = _from_link(st.query_params)
+        chosen, result = _from_link(st.query_params)
         st.session_state[_SELECTION] = chosen
-        st.session_state[_NOTES] = found
+        st.session_state[_NOTES] = result
         st.session_state[_LAST] = {}
     elif _PICK in st.query_params and _has_trial(run(), st.query_params[_PICK]):
         choose(trial=int(st.query_params[_PICK]))
@@ -220,24 +220,24 @@ def _mirror() -> None:
 
 def _from_link(link: Mapping[str, str]) -> tuple[Selection, list[str]]:
     """Return the selection that ``link`` names, and a note for each value that can't be shown."""
-    found: list[str] = []
+    result: list[str] = []
     identifier = link.get("run")
     if identifier and find_run(identifier) is None:
-        found.append(f"The link names the run `{identifier}`, which is not here; another one is shown.")
+        result.append(f"The link names the run `{identifier}`, which is not here; another one is shown.")
         identifier = None
     shown = find_run(identifier) if identifier else default_run()
     module, trial = link.get("module"), link.get(_PICK) or link.get("trial")
     if module and not _has_module(shown, module):
-        found.append(f"The link names the module `{module}`, which this model does not have.")
+        result.append(f"The link names the module `{module}`, which this model does not have.")
         module = None
     if trial and not _has_trial(shown, trial):
-        found.append(f"The link names the trial `{trial}`, which this run does not have; the best one is shown.")
+        result.append(f"The link names the trial `{trial}`, which this run does not have; the best one is shown.")
         trial = None
     draft = link.get("draft")
     if draft and (shown is None or not has_draft(shown, draft)):
-        found.append("The link names a draft of ranks that is no longer here; the page begins a new one.")
+        result.append("The link names a draft of ranks that is no longer here; the page begins a new one.")
         draft = None
-    return Selection(identifier, module or None, int(trial) if trial else None, draft or None), found
+    return Selection(identifier, module or None, int(trial) if trial else None, draft or None), result
 
 
 def _has_module(shown: Run | None, module: str) -> bool:

@@ -67,5 +67,5 @@ def _without_negative_zeros(frame: pd.DataFrame, columns: ColumnConfig) -> pd.Da
 def _decimals(config: object) -> int | None:
     """Return the decimals of a column that ``number`` made."""
     kind = config.get("type_config") if isinstance(config, dict) else None
-    found = re.fullmatch(r"%\.(\d+)f", str(kind.get("format"))) if isinstance(kind, dict) else None
-    return int(found[1]) if found else None
+    result = re.fullmatch(r"%\.(\d+)f", str(kind.get("format"))) if isinstance(kind, dict) else None
+    return int(result[1]) if result else None

@@ -104,16 +104,16 @@ class Frames:
 
     def figures(self) -> list[tuple[int, str]]:
         """Return bytes and key of every chart."""
-        found = [frame for frame in self.received if b'"layout":{' in frame or b'"mark":' in frame]
-        return [(len(frame), _key(frame)) for frame in found]
+        result = [frame for frame in self.received if b'"layout":{' in frame or b'"mark":' in frame]
+        return [(len(frame), _key(frame)) for frame in result]
 
 
 def _key(message: bytes) -> str:
     """Return the key of the element in ``message``: the end of its id, whose length stands before it (protocol buffers)."""
-    found = _KEY.search(message)
-    if found is None:
+    result = _KEY.search(message)
+    if result is None:
         return ""
-    return message[found.end() : found.start() + message[found.start() - 1]].decode("ascii", "replace")
+    return message[result.end() : result.start() + message[result.start() - 1]].decode("ascii", "replace")
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def chromium() -> Iterator[Browser]:
         from playwright.sync_api import Error, sync_playwright
     except ImportError as error:
         raise ConfigError(_MISSING.format(what="playwright, which is not installed")) from error
-    path = next((found for name in _CHROMIUM if (found := shutil.which(name))), None)
+    path = next((result for name in _CHROMIUM if (result := shutil.which(name))), None)
     with sync_playwright() as playwright:
         try:
             browser = playwright.chromium.launch(executable_path=path, args=_ARGUMENTS)
@@ -238,13 +238,13 @@ def opened(page: Page, address: str) -> str:
 
 def redraws(page: Page) -> list[float]:
     """Return the seconds of every run of the script that this opening has seen end."""
-    found: list[float] = page.evaluate("window.lowrank.runs.filter((run) => run[1] !== null).map((run) => (run[1] - run[0]) / 1000)")
-    return found
+    result: list[float] = page.evaluate("window.lowrank.runs.filter((run) => run[1] !== null).map((run) => (run[1] - run[0]) / 1000)")
+    return result
 
 
 def page_links(page: Page) -> list[str]:
     """Return the addresses of all pages, in the order of the navigation."""
     links = page.get_by_test_id("stSidebarNavLink")
     links.first.wait_for(state="attached")
-    found: list[str] = links.evaluate_all("links => links.map(link => link.href.split('?')[0])")
-    return found
+    result: list[str] = links.evaluate_all("links => links.map(link => link.href.split('?')[0])")
+    return result

@@ -164,8 +164,8 @@ def _loads(page: Page, frames: Frames, addresses: Sequence[str], rounds: int) ->
     """Open all ``addresses`` in turns; the first of them is what the others are compared with."""
     actions = [partial(load, page, frames, address) for address in addresses]
     in_turns(actions, 1)
-    found = in_turns(actions, rounds)
-    return [_load_row(address, [turn[index] for turn in found], [turn[0] for turn in found]) for index, address in enumerate(addresses)]
+    result = in_turns(actions, rounds)
+    return [_load_row(address, [turn[index] for turn in result], [turn[0] for turn in result]) for index, address in enumerate(addresses)]
 
 
 def _load_row(address: str, openings: Sequence[PageLoad], empty: Sequence[PageLoad]) -> LoadRow:
@@ -247,8 +247,8 @@ def _tick_line(row: TickRow) -> str:
     return f"| {row.page} | {amounts} | {counts} | {_spread(row.seconds) if row.seconds else '–'} |"
 
 
-def _spread(found: Spread) -> str:
-    return f"{found.median:.2f} ({found.low:.2f} to {found.high:.2f})"
+def _spread(result: Spread) -> str:
+    return f"{result.median:.2f} ({result.low:.2f} to {result.high:.2f})"
 
 
 def _kilobytes(amount: float) -> str:

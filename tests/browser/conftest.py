@@ -75,8 +75,8 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def address(home, tmp_path):
     """The dashboard's address; ask for ``home`` first to put runs into it."""
-    with _serving(tmp_path / "streamlit.log") as found:
-        yield found
+    with _serving(tmp_path / "streamlit.log") as result:
+        yield result
 
 
 @contextmanager

@@ -38,8 +38,8 @@ def settled(page, grid) -> dict[str, float]:
 
 def chosen_cell(page) -> tuple[int, int] | None:
     """Return column and row of the cell that the table says is selected."""
-    found = page.evaluate("[...document.querySelectorAll('canvas [aria-selected=true]')].map((cell) => cell.dataset.testid)")
-    return tuple(int(part) for part in found[0].split("-")[-2:]) if len(found) == 1 else None
+    result = page.evaluate("[...document.querySelectorAll('canvas [aria-selected=true]')].map((cell) => cell.dataset.testid)")
+    return tuple(int(part) for part in result[0].split("-")[-2:]) if len(result) == 1 else None
 
 
 def enter(page, row: int, column: int, text: str) -> None:

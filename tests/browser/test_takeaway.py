@@ -15,7 +15,7 @@ from test_report_file import drawn
 
 from lowrank_core.config import CompressionConfig, ExportConfig, RunConfig, SearchConfig, TextConfig
 from lowrank_core.runs import client, create_run
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import best_trial, read_trials
 from lowrank_core.studio.export.export_list import written_models
 
@@ -57,11 +57,11 @@ def test_everything_that_is_downloaded_can_be_read(finished, address, page, tmp_
     page.context.set_offline(True)
     named = "[...document.querySelectorAll('.plot')].map((plot) => plot.id)"
     count = drawn(page, tmp_path / "report.html")
-    told = page.evaluate(named)
-    assert count == len(told) >= 4
-    assert {"scree", "history"} <= set(told)
+    reported = page.evaluate(named)
+    assert count == len(reported) >= 4
+    assert {"scree", "history"} <= set(reported)
     assert drawn(page, tmp_path / "figures.html") == count
-    assert page.evaluate(named) == told
+    assert page.evaluate(named) == reported
     figure = page.locator("figure", has=page.locator("#history"))
     for kind, is_one in (("SVG", is_svg), ("PNG", lambda content: content.startswith(b"\x89PNG"))):
         with page.expect_download() as loading:
@@ -92,7 +92,7 @@ def test_a_model_is_written_and_proves_itself(address, page, home):
     entry.get_by_role("button", name="Reload and measure again").click(timeout=TRIAL_SECONDS * 1000)
     entry.get_by_text("Passed: the same to rounding").wait_for(timeout=TRIAL_SECONDS * 1000)
     entry.get_by_text("4 non-overlapping windows of 64 tokens").first.wait_for()
-    (written,) = written_models(run, answers(run))
+    (written,) = written_models(run, results(run))
     assert written.quantization == "int8"
     best = best_trial(read_trials(run))
     assert best is not None

@@ -60,7 +60,7 @@ def priced_units() -> list[Unit]:
 def spectra(seed: int = 0) -> list[LayerSpectrum]:
     """Spectra of random weights and of features with a decaying covariance."""
     generator = np.random.default_rng(seed)
-    found = []
+    result = []
     for shape in matrices():
         weight = generator.standard_normal((shape.d_out, shape.d_in)) / np.sqrt(shape.d_in)
         pooled = np.diag(np.exp(-0.25 * np.arange(shape.d_in)))
@@ -71,8 +71,8 @@ def spectra(seed: int = 0) -> list[LayerSpectrum]:
 
         values = np.linalg.svd(weight, compute_uv=False)
         mixed = np.linalg.svd(np.random.default_rng(seed + 1).permutation(weight.ravel()).reshape(weight.shape), compute_uv=False)
-        found.append(LayerSpectrum(shape, values, eigenvalues(pooled), eigenvalues(sample), np.sort(np.diag(pooled))[::-1], mixed))
-    return found
+        result.append(LayerSpectrum(shape, values, eigenvalues(pooled), eigenvalues(sample), np.sort(np.diag(pooled))[::-1], mixed))
+    return result
 
 
 def model_json() -> dict[str, object]:
@@ -156,12 +156,12 @@ def write_study(run: Run, *, running: bool = False) -> None:
     for number, value in enumerate(VALUES_OF_TRIALS):
         label = ("uniform", "lord_manual")[number] if number < 2 else "sampled"
         params = {name: float(generator.uniform(0.1, 1.0)) for name in VARIABLES}
-        wishes = {m.name: params.get(module_group(m.kind), 1.0) for m in shapes}
+        targets = {m.name: params.get(module_group(m.kind), 1.0) for m in shapes}
         problem = AllocationProblem(tuple(shapes), RATIO, frozenset(dense))
         allocation = (
             allocate(label, shapes, RATIO, keep_dense=dense)
             if number < 2
-            else allocation_from_ranks(label, shapes, project(problem, wishes))
+            else allocation_from_ranks(label, shapes, project(problem, targets))
         )
         attributes = {"label": label, "ranks": json.dumps(dict(allocation.ranks)), "compression_ratio": allocation.compression_ratio}
         if value is not None:
@@ -192,11 +192,11 @@ def _journal(run: Run, directions: tuple[str, ...] = ("minimize",)) -> optuna.St
 
 
 def _attributes(allocation: RankAllocation, label: str, loss: float | None) -> dict[str, object]:
-    found: dict[str, object] = {"label": label, "ranks": json.dumps(dict(allocation.ranks)), "worker": f"elsewhere:77:{0.5}"}
-    found["compression_ratio"] = allocation.compression_ratio
+    result: dict[str, object] = {"label": label, "ranks": json.dumps(dict(allocation.ranks)), "worker": f"elsewhere:77:{0.5}"}
+    result["compression_ratio"] = allocation.compression_ratio
     if loss is not None:
-        found |= {"kl": loss, "perplexity": float(np.exp(DENSE_NLL + loss)), "tokens": 124, "seconds": 2.0}
-    return found
+        result |= {"kl": loss, "perplexity": float(np.exp(DENSE_NLL + loss)), "tokens": 124, "seconds": 2.0}
+    return result
 
 
 def write_rich_study(run: Run) -> None:
@@ -211,12 +211,12 @@ def write_rich_study(run: Run) -> None:
     complete, given = TrialState.COMPLETE, {"given": True}
     for label, loss in (("uniform", 0.41), ("lord_manual", 0.44), ("marginal", 0.36), ("sampled", 0.33)):
         own = point if label == "sampled" else {}
-        found = _attributes(uniform, label, loss)
-        study.add_trial(create_trial(state=complete, value=loss, user_attrs=found, intermediate_values=_windows(loss), **own))
+        result = _attributes(uniform, label, loss)
+        study.add_trial(create_trial(state=complete, value=loss, user_attrs=result, intermediate_values=_windows(loss), **own))
     stopped = {**_attributes(uniform, "sampled", None), "seconds": 0.7}
     study.add_trial(create_trial(state=TrialState.PRUNED, user_attrs=stopped, intermediate_values=_windows(0.9, 6), **point))
-    by_hand = _attributes(uniform, "manual", 0.35) | given
-    study.add_trial(create_trial(state=complete, value=0.35, user_attrs=by_hand, intermediate_values=_windows(0.35)))
+    manual = _attributes(uniform, "manual", 0.35) | given
+    study.add_trial(create_trial(state=complete, value=0.35, user_attrs=manual, intermediate_values=_windows(0.35)))
     over = _attributes(generous, "manual", 0.1) | given
     study.add_trial(create_trial(state=complete, value=0.1, user_attrs=over, constraints={"keeps too much": 0.2}))
     failed = _attributes(uniform, "sampled", None) | {"error": "the objective kl is not finite at this allocation"}
@@ -238,8 +238,8 @@ def write_long_study(run: Run, trials: int = 20) -> None:
     space = {name: FloatDistribution(0.1, 1.0) for name in VARIABLES}
     for _ in range(trials):
         params = {name: float(generator.uniform(0.1, 1.0)) for name in VARIABLES}
-        found = _attributes(uniform, "sampled", params["down"])
-        study.add_trial(create_trial(value=params["down"], params=params, distributions=space, user_attrs=found))
+        result = _attributes(uniform, "sampled", params["down"])
+        study.add_trial(create_trial(value=params["down"], params=params, distributions=space, user_attrs=result))
 
 
 FRONT = ((0.2, 0.1), (0.4, 0.3), (0.3, 0.35), (0.6, 0.9), (0.5, 0.6))
@@ -252,10 +252,10 @@ def write_front(run: Run) -> None:
     space = {"qk": FloatDistribution(0.2, 1.0), "compression_ratio": FloatDistribution(0.2, 0.6)}
     for number, (ratio, loss) in enumerate(FRONT):
         allocation = allocate("uniform", shapes, ratio)
-        found = _attributes(allocation, "uniform" if number < 2 else "sampled", loss)
+        result = _attributes(allocation, "uniform" if number < 2 else "sampled", loss)
         values = [allocation.compression_ratio, loss]
         params = {"qk": 0.5, "compression_ratio": ratio}
-        study.add_trial(create_trial(state=TrialState.COMPLETE, values=values, params=params, distributions=space, user_attrs=found))
+        study.add_trial(create_trial(state=TrialState.COMPLETE, values=values, params=params, distributions=space, user_attrs=result))
     study.ask(space)
 
 
@@ -327,8 +327,8 @@ def directions(module: str, side: str = "input") -> dict[str, object]:
         {"token": " def", "before": "\n", "after": " mean(", "projection": 7.5},
         {"token": "\n", "before": "x = 1", "after": "y", "projection": -3.25},
     ]
-    found = [{"number": number, "share": share, "tokens": hits} for number, share in ((1, 0.5), (2, 0.125))]
-    body = {"module": module, "side": side, "protocol": "python-stdlib, calibration split: 4 windows of 32 tokens", "directions": found}
+    result = [{"number": number, "share": share, "tokens": hits} for number, share in ((1, 0.5), (2, 0.125))]
+    body = {"module": module, "side": side, "protocol": "python-stdlib, calibration split: 4 windows of 32 tokens", "directions": result}
     return {"ok": True, "kind": "directions", "arguments": {"module": module, "side": side}, "time": 1.0, **body}
 
 
@@ -358,13 +358,13 @@ def write_sensitivity(run: Run, *, cells: int | None = None, windows: int = 4) -
     config = SensitivityConfig(kept=(0.2, 0.5, 0.8))
     depths = {m.name: m.depth for m in matrices()}
     compression = single_compression(CompressionConfig(basis="two_sided"), config)
-    found = []
+    result = []
     for plan in planned_cells(matrices(), compression, config)[:cells]:
         kl = 1e-3 * (1 - plan.kept) ** 2 * (1 + depths.get(plan.name, 5))
         counts = (min(plan.ranks.values()), len(plan.ranks), plan.parameters, plan.dense_parameters)
-        found.append(SensitivityCell(plan.scope, plan.name, plan.kept, *counts, kl, kl / 10, 2 * kl, 0.5))
-        append_cell(record_path(run, setting), setting, found[-1])
-    return found
+        result.append(SensitivityCell(plan.scope, plan.name, plan.kept, *counts, kl, kl / 10, 2 * kl, 0.5))
+        append_cell(record_path(run, setting), setting, result[-1])
+    return result
 
 
 def running_status(stage: str = "Searching", done: int = 5, total: int = 30, *, pid: int | None = None) -> RunStatus:

@@ -15,7 +15,7 @@ from test_pages import charts, sound, words
 
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import client, write_json
-from lowrank_core.runs.client import answers, pending_requests
+from lowrank_core.runs.client import pending_requests, results
 from lowrank_core.studies.records import MANUAL
 from lowrank_core.studies.storage import open_journal
 from lowrank_core.studio.compare.comparison import comparisons
@@ -126,7 +126,7 @@ def test_one_press_asks_for_every_preset(app, dead_worker):
 
 def test_requests_can_be_withdrawn_one_by_one_or_all(app, dead_worker):
     run = make_run()
-    names = [client.ask(run, "compare", trial=trial) for trial in (3, "uniform", "marginal")]
+    names = [client.submit(run, "compare", trial=trial) for trial in (3, "uniform", "marginal")]
     test = app("compare", run=run.id)
     assert "3 requests wait for a worker" in words(test)
     assert "Uniform: measuring on test text" in words(test)
@@ -139,7 +139,7 @@ def test_requests_can_be_withdrawn_one_by_one_or_all(app, dead_worker):
 
 def test_a_worker_at_work_shows_stage_and_time_left(app):
     run = make_run(state="running")
-    client.ask(run, "compare", trial="preset:svd")
+    client.submit(run, "compare", trial="preset:svd")
     run.write_status(running_status("Factorising by Weight SVD", 3, 40))
     test = app("compare", run=run.id)
     assert sound(test)
@@ -288,13 +288,13 @@ def of_one_window() -> dict[str, object]:
 def test_one_window_has_no_interval_and_a_silent_model_is_told_beside_its_figures(app):
     run = make_run()
     write_json(run.path / "results" / "1.json", of_one_window())
-    (found,) = comparisons(answers(run))
-    assert (found.perplexity_interval, found.perplexity_difference_interval, found.kl_interval) == ((), (), ())
+    (result,) = comparisons(results(run))
+    assert (result.perplexity_interval, result.perplexity_difference_interval, result.kl_interval) == ((), (), ())
     test = look(app, "windows")
     assert sound(test)
-    told = [warning.value for warning in test.warning]
-    assert NOTHING in told
-    assert any("one window of text alone" in warning for warning in told)
+    reported = [warning.value for warning in test.warning]
+    assert NOTHING in reported
+    assert any("one window of text alone" in warning for warning in reported)
     (table,) = (frame.value for frame in test.dataframe if "difference_interval" in frame.value.columns)
     assert list(table["interval"]) == ["no interval", "no interval"]
     assert list(table["difference_interval"]) == ["–", "no interval"]

@@ -26,12 +26,12 @@ DROPPED = "model.layers.0.self_attn.v_proj and model.layers.0.self_attn.dt_proj 
 
 @pytest.fixture
 def run() -> Run:
-    found = make_run(config=SearchConfig(RATIO, trials=12, compression=CompressionConfig(value_dense=False)), study=write_rich_study)
+    result = make_run(config=SearchConfig(RATIO, trials=12, compression=CompressionConfig(value_dense=False)), study=write_rich_study)
     body = {**model_json(), "parameters": COVERAGE.total, "coverage": COVERAGE.to_mapping(), "heads_dropped": [DROPPED]}
-    write_json(found.path / "model.json", body)
-    write_answers(found)
-    write_json(found.path / "results" / "10.json", comparison("trial 3", 3, 3.2))
-    return found
+    write_json(result.path / "model.json", body)
+    write_answers(result)
+    write_json(result.path / "results" / "10.json", comparison("trial 3", 3, 3.2))
+    return result
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -71,14 +71,14 @@ def test_the_module_table_has_a_row_for_what_is_left_alone(run):
 
 
 def test_an_older_record_says_how_much_and_no_more(app):
-    found = make_run()
-    facts = model_facts(found)
+    result = make_run()
+    facts = model_facts(result)
     assert facts is not None
     assert set(facts.coverage.parameters) == {"linear", "unrecorded"}
     assert facts.coverage.total == facts.parameters
     for page in PAGES:
-        assert sound(app(page, run=found.id))
-    assert "not compressible: the rest" in words(app("overview", run=found.id))
+        assert sound(app(page, run=result.id))
+    assert "not compressible: the rest" in words(app("overview", run=result.id))
 
 
 def test_a_damaged_table_is_a_message(run):

@@ -47,8 +47,8 @@ def write_model(run, name="trial-3", proof=None, **changed):
 
 
 def proven(**changed) -> dict[str, object]:
-    found = {"ok": True, "files": 1, "recorded": 24.5, "measured": 24.5, "difference": 0.0, "tolerance": 1e-4, "protocol": "8 windows"}
-    return {"ok": True, "verification": {**found, **changed}}
+    result = {"ok": True, "files": 1, "recorded": 24.5, "measured": 24.5, "difference": 0.0, "tolerance": 1e-4, "protocol": "8 windows"}
+    return {"ok": True, "verification": {**result, **changed}}
 
 
 def test_without_an_allocation_it_says_so_and_the_report_is_there(app):
@@ -157,16 +157,16 @@ def test_a_healing_is_repeated_by_two_commands(app):
 
 def paths_of(codes: list[str]) -> list[str]:
     """Return the folder that each recipe names: the last command's, Python's and the server's."""
-    found = []
+    result = []
     for code in codes:
         if "from_pretrained" in code:
             assigned = {ast.unparse(node.targets[0]): node.value for node in ast.parse(code).body if isinstance(node, ast.Assign)}
-            found.append(str(ast.literal_eval(assigned["folder"])))
+            result.append(str(ast.literal_eval(assigned["folder"])))
         elif code.startswith(("lowrank export", "lowrank compress", "lowrank heal")):
-            found.append(str(parser().parse_args(shlex.split(code.splitlines()[-1])[1:]).out))
+            result.append(str(parser().parse_args(shlex.split(code.splitlines()[-1])[1:]).out))
         elif code.startswith("vllm serve"):
-            found.append(shlex.split(code)[2])
-    return found
+            result.append(shlex.split(code)[2])
+    return result
 
 
 @pytest.mark.parametrize("chosen", ["3", "uniform", "trial-3-distill-12345678"])
@@ -184,10 +184,10 @@ def test_every_recipe_names_one_relative_path(app, chosen: str, form: str):
     test.run()
     assert sound(test)
     codes = [block.value for block in test.code if str(run.path / "exports") not in block.value]
-    found = paths_of(codes)
-    assert len(found) == (3 if form == "dense" else 2), codes
-    assert len(set(found)) == 1
-    assert not Path(found[0]).is_absolute()
+    result = paths_of(codes)
+    assert len(result) == (3 if form == "dense" else 2), codes
+    assert len(set(result)) == 1
+    assert not Path(result[0]).is_absolute()
 
 
 def test_a_healing_that_no_options_say_is_told_with_the_setting(app):
@@ -229,7 +229,7 @@ def test_an_allocator_whose_ranks_only_the_worker_knows_has_an_upper_bound(app):
 def test_a_search_over_a_range_of_ratios_names_its_front(app):
     from lowrank_core.config import SearchConfig
 
-    run = make_run(config=SearchConfig(0.2, most_ratio=0.6, trials=5), study=write_front)
+    run = make_run(config=SearchConfig(0.2, max_ratio=0.6, trials=5), study=write_front)
     test = app("export", run=run.id)
     assert sound(test)
     picker = next(box for box in test.selectbox if box.label == "Allocation or healed model")
@@ -273,8 +273,14 @@ def test_a_written_model_is_listed_and_can_be_measured_again(app):
     write_model(run)
     test = app("export", run=run.id)
     shown = words(test)
-    for told in ("factors, bfloat16", "2.00 KiB of weights", "1 compressed, 1 dense; ranks 5 to 5", "Not proven yet", "perplexity 24.500"):
-        assert told in shown
+    for reported in (
+        "factors, bfloat16",
+        "2.00 KiB of weights",
+        "1 compressed, 1 dense; ranks 5 to 5",
+        "Not proven yet",
+        "perplexity 24.500",
+    ):
+        assert reported in shown
     assert downloads(test)["Model card"]
     test.button(key="verify_trial-3").click().run()
     assert sound(test)
@@ -308,7 +314,7 @@ def test_a_damaged_part_is_told_before_a_report_is_asked_for(app, part):
 def test_a_request_in_hand_can_be_cancelled(app):
     run = make_run(state="running", study=write_rich_study)
     run.write_status(running_status("Writing it, and measuring what was written", 3, 40))
-    request = client.ask(run, "export", trial=3)
+    request = client.submit(run, "export", trial=3)
     test = app("export", run=run.id)
     assert sound(test)
     test.button(key="withdraw_all").click().run()

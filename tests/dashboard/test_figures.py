@@ -107,16 +107,16 @@ def big_model(blocks: int, width: int) -> list[LayerSpectrum]:
 
 
 def test_no_figure_of_an_80_layer_model_is_above_a_megabyte():
-    found = big_model(80, 4096)
-    view = atlas(found, "rank_95", "features", relative=True)
+    result = big_model(80, 4096)
+    view = atlas(result, "rank_95", "features", relative=True)
     assert len(map_figure(view).to_json()) < MEGABYTE
     assert len(profile_figure(view).to_json()) < MEGABYTE
     for figure in (
-        scree_figure(scree_curves(found[0])),
-        density_figure(density(found[0], "weights")),
-        band_figure(energy_band(found[:14], "q_proj"), "kept", 0.5),
-        retained_figure(energy_curves(found[0]), 64),
-        pooling_figure(pooling_curves(found[0])),
+        scree_figure(scree_curves(result[0])),
+        density_figure(density(result[0], "weights")),
+        band_figure(energy_band(result[:14], "q_proj"), "kept", 0.5),
+        retained_figure(energy_curves(result[0]), 64),
+        pooling_figure(pooling_curves(result[0])),
     ):
         assert len(figure.to_json()) < MEGABYTE / 10
         assert max(len(trace.x) for trace in figure.data) <= 200
@@ -289,7 +289,7 @@ def test_a_front_without_trials_can_be_drawn():
 
 def test_windows_stream_into_the_same_chart():
     trials = read_trials(make_run(state="running", study=write_rich_study))
-    running, done = (window_chart(window_losses(found, None, "kl")) for found in (trials, trials[:4]))
+    running, done = (window_chart(window_losses(result, None, "kl")) for result in (trials, trials[:4]))
     assert running.spec == done.spec
     shapes = {layer["mark"]["shape"] for layer in layers(running, "point")}
     assert shapes == {"circle", "stroke"}

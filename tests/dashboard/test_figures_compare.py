@@ -24,16 +24,16 @@ def differences(values: list[float]) -> pd.DataFrame:
 
 
 def figures():
-    found = comparisons([detailed(comparison("trial 3", 3, 3.2)), comparison("uniform", "uniform", 3.4)])
-    windows = window_table(found[0])
-    view = other_text(found, other_texts([on_other_text("uniform", "uniform", 3.5)])["file:/data/notes.txt"])
+    result = comparisons([detailed(comparison("trial 3", 3, 3.2)), comparison("uniform", "uniform", 3.4)])
+    windows = window_table(result[0])
+    view = other_text(result, other_texts([on_other_text("uniform", "uniform", 3.5)])["file:/data/notes.txt"])
     return {
-        "differences": difference_figure(difference_table(found), 20.0),
+        "differences": difference_figure(difference_table(result), 20.0),
         "ratios": ratio_figure(view.frame, view.own, view.other),
         "speedups": speedup_figure(speedup_table(speeds([speed_answer()]))),
         "scatter": scatter_figure(windows),
         "histogram": histogram_figure(windows),
-        "positions": position_figure(position_table(found[0])),
+        "positions": position_figure(position_table(result[0])),
     }
 
 
@@ -79,12 +79,12 @@ def test_a_histogram_counts_every_window():
 def test_the_strip_escapes_its_text_and_colours_both_ways():
     hostile = "<script>alert('x')</script>"
     (strip,) = strips([tokens_answer(pieces=["a", hostile, ' "onload=', "&amp;", ":\n"])])
-    found = strip_html(strip)
-    assert "<script" not in found
-    assert "&lt;script&gt;alert(" in found
-    assert 'title="' in found
-    assert ' "onload=' not in found
-    assert "&amp;amp;" in found
-    assert "213, 94, 0" in found.split("</div>")[1]  # a token that lost
-    assert "0, 114, 178" in found.split("</div>")[1]  # one that won
-    assert "⏎\n" in found
+    result = strip_html(strip)
+    assert "<script" not in result
+    assert "&lt;script&gt;alert(" in result
+    assert 'title="' in result
+    assert ' "onload=' not in result
+    assert "&amp;amp;" in result
+    assert "213, 94, 0" in result.split("</div>")[1]  # a token that lost
+    assert "0, 114, 178" in result.split("</div>")[1]  # one that won
+    assert "⏎\n" in result

@@ -15,7 +15,7 @@ from lowrank_core.allocation.curves import CURVES_FILE, save_curves
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.parameters import budget_for_ratio
 from lowrank_core.runs import Run, write_json
-from lowrank_core.runs.client import ask, pending_requests
+from lowrank_core.runs.client import pending_requests, submit
 from lowrank_core.studies.records import read_trials
 
 SEARCH = SearchConfig(RATIO, trials=12, compression=CompressionConfig(value_dense=False))
@@ -43,7 +43,7 @@ def press(test, key: str):
 
 def slider(test, run: Run, group: str):
     """Return the slider as it is drawn now: of its own each time that what it shows was changed elsewhere."""
-    return next(found for found in test.slider if found.key.startswith(f"hand_slide_{group}_{run.id}"))
+    return next(result for result in test.slider if result.key.startswith(f"hand_slide_{group}_{run.id}"))
 
 
 def slide(test, run: Run, group: str, kept: int):
@@ -82,14 +82,14 @@ def test_what_to_expect_of_a_draft_is_told_until_it_is_measured(app, run):
     slide(test, run, "type-q", 60)
     assert "is no measurement. Expect about" in words(test)
     assert "measured trials of this run" in words(test)
-    (caption,) = [found for found in test.caption if "Expect about" in found.value]
+    (caption,) = [result for result in test.caption if "Expect about" in result.value]
     assert "probability of 90 %" in caption.proto.help
     assert "windows of 32 tokens" in caption.proto.help
     slide(test, run, "type-q", 1)
     assert "**Extrapolated**" in words(test)
     upload(test, run, json.dumps({"ranks": dict(read_trials(run)[6].ranks), "locked": []}).encode())
     assert f"Measured KL {read_trials(run)[6].kl:.4f}" in words(test)
-    assert "xpect" not in next(found.value for found in test.caption if found.value.startswith("Measured KL"))
+    assert "xpect" not in next(result.value for result in test.caption if result.value.startswith("Measured KL"))
     assert "Expect about" not in words(test)
 
 
@@ -144,7 +144,7 @@ def test_before_the_model_is_read_the_page_waits(app):
 
 
 def test_a_range_of_ratios_can_be_picked_for(app):
-    make_run(config=SearchConfig(0.2, most_ratio=0.6, trials=9), study=write_front)
+    make_run(config=SearchConfig(0.2, max_ratio=0.6, trials=9), study=write_front)
     test = app("hand")
     assert sound(test)
     assert "never counts" not in words(test)
@@ -402,7 +402,7 @@ def test_a_slider_that_was_moved_stays_the_one_in_hand(app, run):
 def test_a_draft_can_wait_for_a_worker_that_ended(app):
     run = make_run(config=SEARCH, study=write_rich_study)
     ranks = dict(allocation_from_ranks("", priced_units(), {priced_units()[0].name: 2}).ranks)
-    ask(run, "measure", launch=False, ranks=ranks)
+    submit(run, "measure", launch=False, ranks=ranks)
     test = app("hand")
     assert "One other allocation waits" in words(test)
     upload(test, run, json.dumps({"ranks": ranks, "locked": []}).encode())

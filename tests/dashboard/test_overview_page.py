@@ -58,8 +58,8 @@ def test_a_folder_with_several_sets_of_weights_is_told_which_is_shown(app, tmp_p
     test = other_model(app("overview"), str(folder))
     assert sound(test)
     assert "Block 2" in tree_of(test)
-    (told,) = [warning.value for warning in test.warning if "several sets" in warning.value]
-    assert "transformers loads model.safetensors; not loaded: model-*-of-00001.safetensors" in told
+    (reported,) = [warning.value for warning in test.warning if "several sets" in warning.value]
+    assert "transformers loads model.safetensors; not loaded: model-*-of-00001.safetensors" in reported
 
 
 def test_the_note_stands_beside_a_run_too(app, tmp_path):

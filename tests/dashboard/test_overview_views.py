@@ -36,8 +36,8 @@ def leaves(node: Node) -> list[Node]:
 
 @pytest.mark.parametrize("arrangement", ["block", "type"])
 def test_every_branch_adds_up_to_what_is_below_it(tmp_path, arrangement):
-    found = read_model(checkpoint(tmp_path / "model"))
-    root = module_tree(found.parts, arrangement)
+    result = read_model(checkpoint(tmp_path / "model"))
+    root = module_tree(result.parts, arrangement)
 
     def check(node: Node) -> None:
         if node.children:
@@ -48,10 +48,10 @@ def test_every_branch_adds_up_to_what_is_below_it(tmp_path, arrangement):
                 check(child)
 
     check(root)
-    assert root.parameters == found.facts.parameters
+    assert root.parameters == result.facts.parameters
     assert root.share == pytest.approx(1.0)
-    assert root.compressible == found.facts.compressible_parameters
-    assert len(leaves(root)) == len(found.parts) == len(tensor_table(found.parts))
+    assert root.compressible == result.facts.compressible_parameters
+    assert len(leaves(root)) == len(result.parts) == len(tensor_table(result.parts))
 
 
 def test_the_tree_stands_in_the_order_of_the_model(tmp_path):
@@ -155,37 +155,37 @@ def test_a_hub_id_is_here_once_all_its_files_are(tmp_path, monkeypatch):
 
 
 def facts() -> ModelFacts:
-    found = model_facts(make_run())
-    assert found is not None
-    return found
+    result = model_facts(make_run())
+    assert result is not None
+    return result
 
 
-def line(found: memory_estimate.Fit, part: str) -> memory_estimate.FitLine:
-    return next(line for line in found.lines if line.part.startswith(part))
+def line(result: memory_estimate.Fit, part: str) -> memory_estimate.FitLine:
+    return next(line for line in result.lines if line.part.startswith(part))
 
 
 CONFIG = RunConfig(ModelSource(), TextConfig(context=32, calibration_windows=40), CalibrationConfig(batch_size=4))
 
 
 def test_the_sum_is_that_of_its_lines():
-    found = memory_estimate.fit_of(facts(), CONFIG, ROOM)
+    result = memory_estimate.fit_of(facts(), CONFIG, ROOM)
     squares = 3 * HIDDEN**2 + FFN**2  # q, k, v share an input; so do gate and up
-    assert line(found, "Weights").bytes == 4 * facts().parameters
-    assert line(found, "Statistics of the block").bytes == squares * 8 * 5
-    assert line(found, "Statistics kept").bytes == BLOCKS * squares * 8 * 2
-    assert line(found, "Hidden states").bytes == 40 * 32 * HIDDEN * 4 * 2
+    assert line(result, "Weights").bytes == 4 * facts().parameters
+    assert line(result, "Statistics of the block").bytes == squares * 8 * 5
+    assert line(result, "Statistics kept").bytes == BLOCKS * squares * 8 * 2
+    assert line(result, "Hidden states").bytes == 40 * 32 * HIDDEN * 4 * 2
     passing = sum(m.d_in + m.d_out for m in matrices() if m.depth == 0)
-    assert line(found, "Activations").bytes == 4 * 32 * passing * 4
-    table = memory_estimate.fit_table(found)
+    assert line(result, "Activations").bytes == 4 * 32 * passing * 4
+    table = memory_estimate.fit_table(result)
     for place in (memory_estimate.MEMORY, memory_estimate.DISK):
         own = table[table["place"] == place]
-        assert own["bytes"].iloc[-1] == own["bytes"].iloc[:-1].sum() == found.needed(place)
-    assert found.short_of == []
+        assert own["bytes"].iloc[-1] == own["bytes"].iloc[:-1].sum() == result.needed(place)
+    assert result.short_of == []
 
 
 def test_what_does_not_fit_is_named():
-    found = memory_estimate.fit_of(facts(), CONFIG, memory_estimate.Machine(1000, 2**40, None))
-    assert found.short_of == [memory_estimate.MEMORY]
+    result = memory_estimate.fit_of(facts(), CONFIG, memory_estimate.Machine(1000, 2**40, None))
+    assert result.short_of == [memory_estimate.MEMORY]
     assert memory_estimate.fit_of(facts(), CONFIG, memory_estimate.Machine(2**40, 1000, None)).short_of == [memory_estimate.DISK]
 
 
@@ -194,11 +194,11 @@ def test_weights_count_in_the_dtype_that_they_are_held_in():
     assert line(memory_estimate.fit_of(facts(), half, ROOM), "Weights").bytes == 2 * facts().parameters
     stored = replace(facts(), bytes=2 * facts().parameters)
     gpu = replace(ROOM, gpu=memory_estimate.Gpu("Some GPU", 2**30, 2**29))
-    found = memory_estimate.fit_of(stored, CONFIG, gpu)
-    assert line(found, "Weights") == memory_estimate.FitLine(
+    result = memory_estimate.fit_of(stored, CONFIG, gpu)
+    assert line(result, "Weights") == memory_estimate.FitLine(
         "Weights", memory_estimate.DEVICE, 2 * facts().parameters, f"{facts().parameters:,} parameters × 2 bytes"
     )
-    assert found.free(memory_estimate.DEVICE) == 2**29
+    assert result.free(memory_estimate.DEVICE) == 2**29
     on_cpu = replace(CONFIG, model=ModelSource(device="cpu"))
     assert line(memory_estimate.fit_of(stored, on_cpu, gpu), "Weights").place == memory_estimate.MEMORY
 
@@ -211,9 +211,9 @@ def test_what_nvidia_smi_prints_is_read():
 
 def test_this_machine_has_room_for_something(home):
     assert not home.exists()  # its disk is that of the folder around it
-    found = memory_estimate.this_machine()
-    assert found.memory > 0
-    assert found.disk > 0
+    result = memory_estimate.this_machine()
+    assert result.memory > 0
+    assert result.disk > 0
 
 
 # text
@@ -227,30 +227,30 @@ def notes(tmp_path) -> Path:
 
 
 def test_the_splits_of_a_file_are_counted_and_begin_where_they_begin(notes):
-    found = text_preview.text_preview(f"file:{notes}")
-    assert sum(split.characters for split in found.splits) == len(notes.read_text())
-    assert found.splits[0].beginning.startswith("line 0 ")
-    assert found.splits[1].beginning.split("\n")[0].startswith("line 2")
-    table = text_preview.preview_table(found, TextConfig(context=32, calibration_windows=5))
+    result = text_preview.text_preview(f"file:{notes}")
+    assert sum(split.characters for split in result.splits) == len(notes.read_text())
+    assert result.splits[0].beginning.startswith("line 0 ")
+    assert result.splits[1].beginning.split("\n")[0].startswith("line 2")
+    table = text_preview.preview_table(result, TextConfig(context=32, calibration_windows=5))
     assert list(table["split"]) == ["calibration", "validation", "test"]
-    assert table["windows"][0] == found.splits[0].characters // 4 // 32
+    assert table["windows"][0] == result.splits[0].characters // 4 // 32
     assert table["asked"][0] == 5
 
 
 def test_a_text_that_is_too_short_is_told_before_the_start(notes):
-    found = text_preview.text_preview(f"file:{notes}")
-    fewer, none, _ = text_preview.preview_warnings(found, TextConfig(context=1000, calibration_windows=9))
+    result = text_preview.text_preview(f"file:{notes}")
+    fewer, none, _ = text_preview.preview_warnings(result, TextConfig(context=1000, calibration_windows=9))
     assert "may hold about 1 windows; 9 are asked for" in fewer
     assert "may hold no window of 1000 tokens" in none
-    assert text_preview.preview_warnings(found, TextConfig(context=8, calibration_windows=2, validation_windows=2, test_windows=2)) == []
+    assert text_preview.preview_warnings(result, TextConfig(context=8, calibration_windows=2, validation_windows=2, test_windows=2)) == []
 
 
 def test_a_text_that_can_hold_no_window_is_refused_before_the_start(notes):
-    found = text_preview.text_preview(f"file:{notes}")
-    shortest = min(split.bytes for split in found.splits)
-    text_preview.check_long_enough(found, TextConfig(context=shortest + 2))
+    result = text_preview.text_preview(f"file:{notes}")
+    shortest = min(split.bytes for split in result.splits)
+    text_preview.check_long_enough(result, TextConfig(context=shortest + 2))
     with pytest.raises(TextError, match=f"bytes, fewer than the tokens of one window .{shortest + 3}"):
-        text_preview.check_long_enough(found, TextConfig(context=shortest + 3))
+        text_preview.check_long_enough(result, TextConfig(context=shortest + 3))
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -266,11 +266,11 @@ def test_every_form_of_a_file_is_shown(tmp_path, monkeypatch, suffix, large):
         path.write_text("\n".join(documents))
     else:
         pq.write_table(pa.table({"text": documents}), path)
-    found = text_preview.text_preview(f"file:{path}")
-    assert found.counted is not large
-    assert found.splits[0].beginning.startswith("document 0 has words")
-    assert sum(split.characters for split in found.splits) == pytest.approx(60 * 22, rel=1.0 if suffix == "jsonl" else 0.1)
-    assert bool(found.note) is large
+    result = text_preview.text_preview(f"file:{path}")
+    assert result.counted is not large
+    assert result.splits[0].beginning.startswith("document 0 has words")
+    assert sum(split.characters for split in result.splits) == pytest.approx(60 * 22, rel=1.0 if suffix == "jsonl" else 0.1)
+    assert bool(result.note) is large
 
 
 @pytest.mark.parametrize("large", [False, True])
@@ -293,11 +293,11 @@ def test_a_file_that_can_not_be_used_says_what_to_give(tmp_path, monkeypatch, na
 
 
 def test_a_benchmark_text_says_what_will_be_downloaded(monkeypatch):
-    found = text_preview.text_preview("c4")
-    assert "allenai/c4" in found.note
-    assert "en/c4-train.00000-of-01024.json.gz" in found.note
-    assert text_preview.preview_table(found, TextConfig())["characters"].isna().all()
-    assert text_preview.preview_warnings(found, TextConfig()) == []
+    result = text_preview.text_preview("c4")
+    assert "allenai/c4" in result.note
+    assert "en/c4-train.00000-of-01024.json.gz" in result.note
+    assert text_preview.preview_table(result, TextConfig())["characters"].isna().all()
+    assert text_preview.preview_warnings(result, TextConfig()) == []
     monkeypatch.setattr(text_preview.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(TextError, match=r"pip install"):
         text_preview.text_preview("c4")
@@ -306,8 +306,8 @@ def test_a_benchmark_text_says_what_will_be_downloaded(monkeypatch):
 def test_a_local_copy_of_a_benchmark_text_begins_with_its_first_rows(tmp_path):
     for split in ("train", "validation", "test"):
         pq.write_table(pa.table({"text": [f"{split} row", "more"]}), tmp_path / f"{split}-00000-of-00001.parquet")
-    found = text_preview.text_preview(f"wikitext-2:{tmp_path}")
-    assert [split.beginning.split("\n")[0] for split in found.splits] == ["train row", "validation row", "test row"]
+    result = text_preview.text_preview(f"wikitext-2:{tmp_path}")
+    assert [split.beginning.split("\n")[0] for split in result.splits] == ["train row", "validation row", "test row"]
     (tmp_path / "test-00000-of-00001.parquet").unlink()
     with pytest.raises(TextError, match="test split"):
         text_preview.text_preview(f"wikitext-2:{tmp_path}")
@@ -335,7 +335,7 @@ def test_a_deleted_run_is_gone_and_the_others_stay():
     statistics.mkdir(parents=True)
     assert run_bytes(run) > 1000
     delete_run(run)
-    assert [found.id for found in list_runs()] == [other.id]
+    assert [result.id for result in list_runs()] == [other.id]
     assert not run.path.exists()
     assert [path.name for path in (home() / "runs").iterdir()] == [other.id]
     assert statistics.exists()
@@ -371,13 +371,13 @@ def test_runs_that_were_measured_alike_share_their_letters():
     first, second = make_run(), make_run()
     write_answers(first)
     write_answers(second)
-    found = compare_runs([first, second])
-    assert list(found.frame["value"]) == [0.35, 0.35]
-    assert list(found.frame["value_group"]) == ["A", "A"]
-    assert list(found.frame["test_group"]) == ["A", "A"]
-    assert found.frame["perplexity"][0] == pytest.approx(24.53, abs=0.01)
-    assert found.frame["original"][0] == pytest.approx(20.09, abs=0.01)
-    assert found.notes == (
+    result = compare_runs([first, second])
+    assert list(result.frame["value"]) == [0.35, 0.35]
+    assert list(result.frame["value_group"]) == ["A", "A"]
+    assert list(result.frame["test_group"]) == ["A", "A"]
+    assert result.frame["perplexity"][0] == pytest.approx(24.53, abs=0.01)
+    assert result.frame["original"][0] == pytest.approx(20.09, abs=0.01)
+    assert result.notes == (
         "Best values: KL to the dense model (nats per token), on the same search-validation text.",
         "Perplexity on test text, one protocol for all: python-stdlib, test split, 4 windows of 32 tokens.",
     )
@@ -390,20 +390,20 @@ def test_numbers_that_were_measured_otherwise_are_kept_apart_and_it_is_said():
     text = text_json()
     text["splits"]["test"]["sha256"] = "another text"
     write_json(second.path / "text.json", text)
-    found = compare_runs([first, second])
-    assert list(found.frame["value_group"]) == ["A", "B"]
-    assert list(found.frame["test_group"]) == ["A", "B"]
-    assert "Best values with different letters can't be set against each other" in found.notes[0]
-    assert "B: Perplexity of demo" in found.notes[0]
-    assert "Perplexities with different letters can't be set against each other" in found.notes[1]
+    result = compare_runs([first, second])
+    assert list(result.frame["value_group"]) == ["A", "B"]
+    assert list(result.frame["test_group"]) == ["A", "B"]
+    assert "Best values with different letters can't be set against each other" in result.notes[0]
+    assert "B: Perplexity of demo" in result.notes[0]
+    assert "Perplexities with different letters can't be set against each other" in result.notes[1]
 
 
 def test_runs_without_a_measurement_have_gaps():
-    found = compare_runs(
-        [make_run(search=False), make_run(config=SearchConfig(0.2, most_ratio=0.6, trials=9), study=write_front), make_run()]
+    result = compare_runs(
+        [make_run(search=False), make_run(config=SearchConfig(0.2, max_ratio=0.6, trials=9), study=write_front), make_run()]
     )
-    assert found.frame["perplexity"].isna().all()
-    assert found.frame["value"].isna().tolist() == [True, True, False]
-    assert list(found.frame["removed"][1:]) == ["20% to 60%", "30%"]
-    assert pd.isna(found.frame["trials"][0])
-    assert found.notes[-1] == "No best trial of these runs was measured on test text yet: the Compare page does that."
+    assert result.frame["perplexity"].isna().all()
+    assert result.frame["value"].isna().tolist() == [True, True, False]
+    assert list(result.frame["removed"][1:]) == ["20% to 60%", "30%"]
+    assert pd.isna(result.frame["trials"][0])
+    assert result.notes[-1] == "No best trial of these runs was measured on test text yet: the Compare page does that."

@@ -12,7 +12,7 @@ from streamlit.testing.v1 import AppTest
 from synthetic import make_run, model_json, running_status, write_answers, write_healing
 
 from lowrank_core.config import CompressionConfig
-from lowrank_core.metrics import BASES
+from lowrank_core.metrics import METRICS
 from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import list_runs, write_json
 from lowrank_core.runs.client import pending_requests
@@ -66,12 +66,12 @@ def test_every_page_shows_a_finished_run(app, page):
     assert test.query_params["run"] == run.id
 
 
-@pytest.mark.parametrize(("page", "least"), [("spectra", 2), ("energy", 4), ("search", 2), ("compare", 1)])
-def test_charts_are_drawn_and_told_apart_by_key(app, page, least):
+@pytest.mark.parametrize(("page", "minimum"), [("spectra", 2), ("energy", 4), ("search", 2), ("compare", 1)])
+def test_charts_are_drawn_and_told_apart_by_key(app, page, minimum):
     write_answers(make_run())
-    found = charts(app(page))
-    assert len(found) >= least
-    assert len(set(found)) == len(found)
+    result = charts(app(page))
+    assert len(result) >= minimum
+    assert len(set(result)) == len(result)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -269,7 +269,7 @@ def test_every_basis_of_the_registry_can_be_searched_with_and_storage_chosen(app
     base = make_run(search=False)
     test = app("search")
     test.segmented_control(key="search_recipe").set_value("own").run()
-    assert test.selectbox(key="search_basis").options == [basis.label for basis in BASES.values()]
+    assert test.selectbox(key="search_basis").options == [basis.label for basis in METRICS.values()]
     test.selectbox(key="search_basis").set_value("two_sided")
     test.selectbox(key="search_storage").set_value("pivoted")
     test.toggle(key="search_value_dense").set_value(False)

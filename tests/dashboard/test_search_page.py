@@ -24,7 +24,7 @@ from lowrank_core.studies.records import pareto_front, read_trials
 from lowrank_core.studio.shared.trial_names import trial_label
 
 RICH = SearchConfig(RATIO, trials=12, pruner="wilcoxon")
-RANGE = SearchConfig(0.2, most_ratio=0.6, trials=9)
+RANGE = SearchConfig(0.2, max_ratio=0.6, trials=9)
 
 
 @pytest.fixture
@@ -35,9 +35,9 @@ def rich() -> Run:
 def started(base: Run | None = None) -> SearchConfig:
     """Return the search of the run that was started beside ``base``."""
     (run,) = [run for run in list_runs() if base is None or run.id != base.id]
-    found = run.config.search
-    assert found is not None
-    return found
+    result = run.config.search
+    assert result is not None
+    return result
 
 
 # the form
@@ -80,9 +80,9 @@ def test_ones_own_recipe_may_trade_errors_with_alternatives(app):
     test.toggle(key="search_heads").set_value(True)
     test.button(key="start_search").click().run()
     assert sound(test)
-    found = started(base)
-    assert found.variables == "errors"
-    assert found.compression == CompressionConfig(value_dense=False, stacks=True, heads=True)
+    result = started(base)
+    assert result.variables == "errors"
+    assert result.compression == CompressionConfig(value_dense=False, stacks=True, heads=True)
 
 
 def test_a_range_of_ratios_is_asked_for_with_one_toggle(app):
@@ -94,8 +94,8 @@ def test_a_range_of_ratios_is_asked_for_with_one_toggle(app):
     test.slider(key="search_ratios").set_value((30, 50))
     test.button(key="start_search").click().run()
     assert sound(test)
-    found = started(base)
-    assert (found.compression_ratio, found.most_ratio) == (0.3, 0.5)
+    result = started(base)
+    assert (result.compression_ratio, result.max_ratio) == (0.3, 0.5)
 
 
 def test_choices_that_do_not_go_together_are_explained_and_nothing_starts(app):

@@ -54,7 +54,7 @@ def test_everything_is_drawn_and_follows_the_module(app):
 def test_gaps_are_told_while_cells_come_in(app):
     run = make_run(state="running")
     run.write_status(running_status("Measuring sensitivity", 9, 140))
-    request = client.ask(run, "sensitivity", launch=False, kept=[0.5])
+    request = client.submit(run, "sensitivity", launch=False, kept=[0.5])
     write_sensitivity(run, cells=9)
     test = app("sensitivity")
     assert sound(test)
@@ -75,7 +75,7 @@ def test_only_types_are_enough_for_a_picture(app):
 
 def test_while_trials_run_the_page_says_that_they_go_first(app):
     run = make_run(state="running")
-    client.ask(run, "sensitivity", launch=False)
+    client.submit(run, "sensitivity", launch=False)
     assert "begins when the worker is done with what goes first. Now: Searching" in words(app("sensitivity"))
 
 

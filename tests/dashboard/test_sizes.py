@@ -47,12 +47,12 @@ def points(values: object) -> int:
 
 def curves(test: AppTest) -> dict[str, int]:
     """Return the points of every line: chart and trace -> count."""
-    found = {}
+    result = {}
     for element in test.get("plotly_chart"):
         for number, trace in enumerate(json.loads(element.proto.spec)["data"]):
             if trace["type"] in ("scatter", "scattergl") and "lines" in trace.get("mode", "lines") and not trace.get("fill"):
-                found[f"{element.proto.id[-24:]} {number}"] = points(trace.get("y"))
-    return found
+                result[f"{element.proto.id[-24:]} {number}"] = points(trace.get("y"))
+    return result
 
 
 def chart_named(test: AppTest, key: str) -> Element:

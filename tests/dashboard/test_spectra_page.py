@@ -20,7 +20,7 @@ NAME = "model.layers.1.mlp.up_proj"
 def test_every_kind_of_metric_can_be_shown(app, metric):
     write_sensitivity(make_run())
     test = app("spectra")
-    assert test.selectbox(key="metric").options == [found.label for found in METRICS.values()]
+    assert test.selectbox(key="metric").options == [result.label for result in METRICS.values()]
     test.selectbox(key="metric").set_value(metric).run()
     assert sound(test)
     assert METRICS[metric].label in words(test)

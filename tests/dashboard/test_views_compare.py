@@ -12,7 +12,7 @@ from synthetic_answers import PIECES, detailed, on_other_text, speed_answer, tok
 
 from lowrank_core.errors import RunError
 from lowrank_core.presets.recipes import PRESETS
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare import comparison as compare
 from lowrank_core.studio.compare import continuations, healing_runs, loss_details, measured_speed, second_text, token_losses
@@ -25,27 +25,27 @@ def test_everything_that_can_be_measured_has_a_name_of_its_own():
     run = make_run()
     write_healing(run)
     search, trials = run.config.search, read_trials(run)
-    found = model_refs.candidates(trials, search, healing_runs.healings(run), picked=0)
-    assert next(iter(found)) == 3
-    assert found[0] == "Uniform (trial 0), value 0.4100"
-    assert list(found)[:4] == [3, 5, 0, 2]  # by value; trial 1 goes by its rule's name, trial 4 failed
-    assert found["healed:trial-3-distill-12345678"] == "Healed: Trial 3, healed by distill (5678)"
-    assert found["uniform"] == "Baseline: Uniform"
+    result = model_refs.candidates(trials, search, healing_runs.healings(run), picked=0)
+    assert next(iter(result)) == 3
+    assert result[0] == "Uniform (trial 0), value 0.4100"
+    assert list(result)[:4] == [3, 5, 0, 2]  # by value; trial 1 goes by its rule's name, trial 4 failed
+    assert result["healed:trial-3-distill-12345678"] == "Healed: Trial 3, healed by distill (5678)"
+    assert result["uniform"] == "Baseline: Uniform"
     assert (
-        [key for key in found if str(key).startswith("preset:")] == [f"preset:{name}" for name in PRESETS] == list(model_refs.PRESET_KEYS)
+        [key for key in result if str(key).startswith("preset:")] == [f"preset:{name}" for name in PRESETS] == list(model_refs.PRESET_KEYS)
     )
-    assert len(set(found.values())) == len(found)
+    assert len(set(result.values())) == len(result)
     assert model_refs.candidates([], search) == {}
-    assert set(model_refs.healable(found)).isdisjoint({*model_refs.PRESET_KEYS, "healed:trial-3-distill-12345678"})
+    assert set(model_refs.healable(result)).isdisjoint({*model_refs.PRESET_KEYS, "healed:trial-3-distill-12345678"})
 
 
 def test_the_usual_choice_is_the_best_trial_and_the_baselines():
     run = make_run()
     trials = read_trials(run)
-    found = model_refs.candidates(trials, run.config.search, picked=2)
-    assert model_refs.usual_choice(found, trials, None) == [3, "uniform", "lord_manual", "marginal"]
-    assert model_refs.usual_choice(found, trials, 2)[0] == 2
-    assert model_refs.usual_choice(found, trials, 99)[0] == 3
+    result = model_refs.candidates(trials, run.config.search, picked=2)
+    assert model_refs.usual_choice(result, trials, None) == [3, "uniform", "lord_manual", "marginal"]
+    assert model_refs.usual_choice(result, trials, 2)[0] == 2
+    assert model_refs.usual_choice(result, trials, 99)[0] == 3
     uniform = model_refs.candidates(trials, run.config.search, picked=0)
     assert model_refs.usual_choice(uniform, trials, 0) == [0, "lord_manual", "marginal"]  # trial 0 is the uniform baseline
 
@@ -54,10 +54,10 @@ def test_what_is_measured_or_asked_for_is_not_missing():
     run = make_run()
     trials = read_trials(run)
     bodies = [comparison("uniform", "uniform", 3.4), comparison("preset:svd", "preset:svd", 4.0)]
-    found = compare.comparisons(bodies)
+    result = compare.comparisons(bodies)
     waiting = [{"kind": "compare", "arguments": {"trial": 3}}]
     wanted = [3, 0, "uniform", "preset:svd", "preset:asvd"]  # trial 0 is the uniform baseline
-    assert model_refs.unmeasured(wanted, trials, found, waiting) == ["preset:asvd"]
+    assert model_refs.unmeasured(wanted, trials, result, waiting) == ["preset:asvd"]
     assert model_refs.unmeasured(wanted, trials, []) == wanted
 
 
@@ -88,18 +88,18 @@ def test_a_preset_that_was_refused_is_no_failure_of_the_page():
 def test_two_healings_of_one_model_are_told_apart():
     run = make_run()
     write_healing(run)
-    (body,) = answers(run)
+    (body,) = results(run)
     second = {**body, "folder": "trial-3-distill-87654321"}
-    names = [found.name for found in compare.comparisons([body, second]) if found.form == "healed"]
+    names = [result.name for result in compare.comparisons([body, second]) if result.form == "healed"]
     assert sorted(names) == ["Trial 3, healed by distill (4321)", "Trial 3, healed by distill (5678)"]
     counted = detailed(comparison("trial 3", 3, 3.2))
-    assert {found.flops for found in compare.comparisons([counted, body])} == {900}  # the same ranks
+    assert {result.flops for result in compare.comparisons([counted, body])} == {900}  # the same ranks
 
 
 # tables of all
 
 
-def test_differences_are_from_the_original_with_paired_intervals_the_least_first():
+def test_differences_are_from_the_original_with_paired_intervals_the_min_first():
     bodies = [comparison("uniform", "uniform", 3.4), comparison("trial 3", 3, 3.2), comparison("preset:svd", "preset:svd", 3.3)]
     table = loss_details.difference_table(compare.comparisons(bodies))
     assert list(table["name"]) == ["Trial 3", "Preset: Weight SVD", "Uniform"]
@@ -109,8 +109,8 @@ def test_differences_are_from_the_original_with_paired_intervals_the_least_first
 
 
 def test_the_table_has_every_figure_and_dashes_where_an_older_worker_measured_less():
-    found = compare.comparisons([detailed(comparison("trial 3", 3, 3.2)), comparison("uniform", "uniform", 3.4)])
-    table = loss_details.comparison_table(found)
+    result = compare.comparisons([detailed(comparison("trial 3", 3, 3.2)), comparison("uniform", "uniform", 3.4)])
+    table = loss_details.comparison_table(result)
     assert set(table.columns) >= {*loss_details.LOST, *loss_details.SAVED}
     assert list(table["difference_interval"]) == ["–", "1.00 to 3.00", "1.00 to 3.00"]
     assert list(table["allocation"]) == ["Original", "Trial 3", "Uniform"]
@@ -126,8 +126,8 @@ def test_the_table_has_every_figure_and_dashes_where_an_older_worker_measured_le
 
 
 def test_windows_are_compared_one_by_one():
-    (found,) = compare.comparisons([comparison("trial 3", 3, 3.2)])
-    view = loss_details.window_table(found)
+    (result,) = compare.comparisons([comparison("trial 3", 3, 3.2)])
+    view = loss_details.window_table(result)
     assert list(view.frame["difference"]) == pytest.approx([0.2] * 4)
     assert view.mean == pytest.approx(0.2)
     assert view.better == 0.0
@@ -141,8 +141,8 @@ def test_windows_are_compared_one_by_one():
 
 
 def test_positions_are_ranges_of_context():
-    (found,) = compare.comparisons([detailed(comparison("trial 3", 3, 3.2))])
-    table = loss_details.position_table(found)
+    (result,) = compare.comparisons([detailed(comparison("trial 3", 3, 3.2))])
+    table = loss_details.position_table(result)
     assert list(table["context"]) == ["1", "2–3"]
     assert list(table["extra"]) == pytest.approx([0.2, 0.1])
     assert loss_details.position_table(compare.comparisons([comparison("trial 3", 3, 3.2)])[0]).empty
@@ -178,9 +178,9 @@ def test_ratios_on_both_texts_are_of_the_same_models():
 def test_the_text_that_was_asked_for_last_comes_first_and_the_newest_measurement_counts():
     bodies = [on_other_text("uniform", "uniform", 3.5, "file:/a.txt"), on_other_text("uniform", "uniform", 3.5, "file:/b.txt")]
     bodies.append(on_other_text("uniform", "uniform", 3.6, "file:/a.txt"))
-    found = compare.other_texts(bodies)
-    assert list(found) == ["file:/a.txt", "file:/b.txt"]
-    assert [each.nll for each in found["file:/a.txt"]] == [3.6]
+    result = compare.other_texts(bodies)
+    assert list(result) == ["file:/a.txt", "file:/b.txt"]
+    assert [each.nll for each in result["file:/a.txt"]] == [3.6]
     assert compare.comparisons(bodies) == []  # the run's own text is another matter
 
 
@@ -218,12 +218,12 @@ def test_all_that_continued_one_prompt_stand_under_it():
 
 
 def test_speed_is_told_with_spread_and_protocol():
-    found = measured_speed.speeds([speed_answer(), speed_answer("trial 3", memory=False), speed_answer()])
-    assert [each.name for each in found] == ["Uniform", "Trial 3"]
-    table = measured_speed.speed_table(found[0])
+    result = measured_speed.speeds([speed_answer(), speed_answer("trial 3", memory=False), speed_answer()])
+    assert [each.name for each in result] == ["Uniform", "Trial 3"]
+    table = measured_speed.speed_table(result[0])
     assert list(table["original"][:2]) == ["1,000 (900 to 1,100)", "50 (45 to 55)"]
     assert list(table["faster"]) == ["1.00 (0.90 to 1.10)", "2.00 (1.80 to 2.20)", "1.00 (0.90 to 1.10)", "0.50 of it", "0.50 of it"]
-    assert len(measured_speed.speed_table(found[1])) == 3  # memory was not measured, nor anything counted
+    assert len(measured_speed.speed_table(result[1])) == 3  # memory was not measured, nor anything counted
     counted = {"parameters": 100, "bytes": 2048}
     body = speed_answer() | {"dense_flops": 1200, "flops": 900}
     for name, factor in (("dense", 2), ("compressed", 1)):
@@ -232,9 +232,9 @@ def test_speed_is_told_with_spread_and_protocol():
     assert list(rows.loc["Parameters"]) == ["200", "100", "0.50 of it"]
     assert list(rows.loc["Stored"]) == ["4.00 KiB", "2.00 KiB", "0.50 of it"]
     assert list(rows.loc["FLOPs per token, linears and head"]) == ["1,200", "900", "0.75 of it"]
-    ups = measured_speed.speedup_table(found)
+    ups = measured_speed.speedup_table(result)
     assert list(ups["median"]) == [1.0, 2.0, 1.0] * 2
-    numbers = measured_speed.speed_numbers(found)
+    numbers = measured_speed.speed_numbers(result)
     assert list(numbers["decode_tokens_per_second"]) == [50.0, 100.0, 50.0, 100.0]
     damaged = speed_answer()
     del damaged["decode_speedup"]

@@ -22,7 +22,7 @@ from lowrank_core.runs import write_json
 from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studio.manual.expected_kl import Trust, estimate_words, measured_as, predicted_kl, trial_predictions, trust
 from lowrank_core.studio.manual.expected_kl_chart import prediction_figure
-from lowrank_core.studio.manual.outcome import beside, picked
+from lowrank_core.studio.manual.outcome import alongside, picked
 from lowrank_core.studio.manual.rank_table import RowEdit, bill, dense_words, draft_rows, edited_draft, groupings, row_groups
 from lowrank_core.studio.manual.starting_points import Recipe, first_draft, missing_rules, rules, starts
 from lowrank_core.studio.shared.allocation_map import loss_map, search_units
@@ -38,8 +38,8 @@ def record_of(units: list[Unit] | tuple[Unit, ...], estimate: str = "kl") -> Cur
 
 
 def trial(number: int, label: str, ranks: dict[str, int | None], kl: float | None = None, **changes: object) -> TrialRecord:
-    found = TrialRecord(number, "complete" if kl is not None else "waiting", label, kl, {}, ranks, 0.3, kl, 20.0, 128, 1.0)
-    return replace(found, **changes)
+    result = TrialRecord(number, "complete" if kl is not None else "waiting", label, kl, {}, ranks, 0.3, kl, 20.0, 128, 1.0)
+    return replace(result, **changes)
 
 
 @pytest.fixture
@@ -54,9 +54,9 @@ def draft(units) -> Draft:
 
 @pytest.fixture
 def facts() -> ModelFacts:
-    found = model_facts(make_run())
-    assert found is not None
-    return found
+    result = model_facts(make_run())
+    assert result is not None
+    return result
 
 
 # rows
@@ -90,25 +90,25 @@ def test_what_is_not_known_is_missing(draft, units):
 
 def test_what_was_entered_in_the_table_becomes_a_draft(draft, units):
     first, second, third = (unit.name for unit in units[:3])
-    found = edited_draft(
+    result = edited_draft(
         draft, [RowEdit(first, {"kept": 50}), RowEdit(second, {"rank": 2, "locked": True}), RowEdit(third, {"locked": False, "rank": 5})]
     )
-    assert found == draft.with_locks([third], locked=False).with_kept(first, 0.5).with_rank(second, 2).with_locks(
+    assert result == draft.with_locks([third], locked=False).with_kept(first, 0.5).with_rank(second, 2).with_locks(
         [second], locked=True
     ).with_rank(third, 5)
-    again = edited_draft(found, [RowEdit(second, {"rank": 2, "locked": True})])
-    assert again == found
+    again = edited_draft(result, [RowEdit(second, {"rank": 2, "locked": True})])
+    assert again == result
     assert edited_draft(draft, [RowEdit(first, {"rank": None})]).ranks[first] is None
     with pytest.raises(RankError, match="locked"):
         edited_draft(draft, [RowEdit(third, {"rank": 5})])
 
 
 def test_a_rank_beyond_break_even_is_told_to_be_dense(units):
-    most = units[0].break_even_rank
-    words = dense_words(units, RowEdit(units[0].name, {"rank": most + 1}))
-    assert f"rank {most + 1} would cost {units[0].parameters(most + 1):,} parameters" in words
-    assert words.endswith(f"up to rank {most}.")
-    assert dense_words(units, RowEdit(units[0].name, {"rank": most})) == ""
+    maximum = units[0].break_even_rank
+    words = dense_words(units, RowEdit(units[0].name, {"rank": maximum + 1}))
+    assert f"rank {maximum + 1} would cost {units[0].parameters(maximum + 1):,} parameters" in words
+    assert words.endswith(f"up to rank {maximum}.")
+    assert dense_words(units, RowEdit(units[0].name, {"rank": maximum})) == ""
     assert dense_words(units, RowEdit(units[0].name, {"rank": 999})) == ""  # no rank at all: an error says so
     assert dense_words(units, RowEdit(units[0].name, {"rank": None})) == ""
 
@@ -131,10 +131,10 @@ def test_a_stack_and_heads_are_told_in_words(facts):
     ]
     run = make_run()
     write_json(run.path / "model.json", {**model_json(), "heads": heads})
-    found = model_facts(run)
-    assert found is not None
+    result = model_facts(run)
+    assert result is not None
     config = CompressionConfig(basis="two_sided", storage="pivoted", value_dense=False, stacks=True, heads=True)
-    units = search_units(found.matrices, config, found.head_units)
+    units = search_units(result.matrices, config, result.head_units)
     stack = next(unit.name for unit in units if len(unit.members) == 3)
     draft = Draft.of(units, {stack: 5})
     assert draft_rows(draft, None).iloc[0]["kind"] == "q+k+v"
@@ -153,19 +153,19 @@ def test_a_stack_and_heads_are_told_in_words(facts):
 
 
 def test_the_bill_is_the_cores_accounting(draft, units, facts):
-    found = bill(draft, facts, RATIO, run_ratio=RATIO)
+    result = bill(draft, facts, RATIO, run_ratio=RATIO)
     allocation = draft.allocation("manual")
-    assert (found.kept, found.dense) == (allocation.parameters, allocation.dense_parameters)
-    assert found.removed == allocation.compression_ratio
-    assert found.allowed == found.run_allowed == budget_for_ratio(units, RATIO)
-    assert found.left == found.allowed - found.kept
-    assert found.dense_model - found.model == allocation.dense_parameters - allocation.parameters
-    assert found.model_removed == pytest.approx((found.dense - found.kept) / facts.parameters)
-    assert found.dense_bytes - found.bytes == 4 * (found.dense - found.kept)  # plain factors, no indices
+    assert (result.kept, result.dense) == (allocation.parameters, allocation.dense_parameters)
+    assert result.removed == allocation.compression_ratio
+    assert result.allowed == result.run_allowed == budget_for_ratio(units, RATIO)
+    assert result.left == result.allowed - result.kept
+    assert result.dense_model - result.model == allocation.dense_parameters - allocation.parameters
+    assert result.model_removed == pytest.approx((result.dense - result.kept) / facts.parameters)
+    assert result.dense_bytes - result.bytes == 4 * (result.dense - result.kept)  # plain factors, no indices
     head = 2 * facts.vocabulary * facts.hidden  # of a record that does not tell
-    assert found.dense_flops == 2 * dense_parameters(units) + head
-    assert found.flops == sum(unit.flops_per_token(draft.ranks[unit.name]) for unit in units) + head
-    assert bill(draft, replace(facts, head_flops=0), RATIO, run_ratio=RATIO).dense_flops == found.dense_flops - head
+    assert result.dense_flops == 2 * dense_parameters(units) + head
+    assert result.flops == sum(unit.flops_per_token(draft.ranks[unit.name]) for unit in units) + head
+    assert bill(draft, replace(facts, head_flops=0), RATIO, run_ratio=RATIO).dense_flops == result.dense_flops - head
 
 
 def test_a_fit_spends_the_budget_and_the_bill_says_so(draft, facts):
@@ -196,11 +196,11 @@ def test_a_prediction_adds_the_errors_up(units):
     assert predicted_kl(record, {"unknown": 4}) is None
     assert predicted_kl(record_of(units, "own"), ranks) is None
     assert predicted_kl(None, ranks) is None
-    assert predicted_kl(record_of(units, "slopes"), ranks) is not None
+    assert predicted_kl(record_of(units, "error_weights"), ranks) is not None
 
 
 @pytest.mark.parametrize(
-    ("estimate", "said"), [("kl", "second-order"), ("slopes", "measured on validation text"), ("own", "can't be added up")]
+    ("estimate", "said"), [("kl", "second-order"), ("error_weights", "measured on validation text"), ("own", "can't be added up")]
 )
 def test_what_a_prediction_is_made_of_is_told(units, estimate, said):
     assert said in estimate_words(record_of(units, estimate))
@@ -218,9 +218,9 @@ def test_predictions_stand_beside_the_measured_trials(units):
 
 def test_how_far_predictions_go():
     frame = pd.DataFrame({"predicted": [1.0, 2.0, 3.0, 4.0], "measured": [2.0, 4.0, 6.0, 8.0]})
-    found = trust(frame)
-    assert found == Trust(4, 2.0, 2.0, 2.0, pytest.approx(1.0))
-    assert "2.00 to 2.00 times the predicted" in found.sentence()
+    result = trust(frame)
+    assert result == Trust(4, 2.0, 2.0, 2.0, pytest.approx(1.0))
+    assert "2.00 to 2.00 times the predicted" in result.sentence()
     assert trust(frame.iloc[:2]) is None
     level = trust(pd.DataFrame({"predicted": [1.0, 1.0, 1.0], "measured": [1.0, 2.0, 3.0]}))
     assert level.order is None
@@ -269,14 +269,14 @@ def test_beginnings_are_listed_best_first_and_rules_where_they_can_be_asked(unit
     whole = Recipe(tuple(units), SEARCH, record_of(units))
     assert missing_rules(whole) == []
     assert missing_rules(Recipe(tuple(units), SEARCH, replace(record_of(units), influence=()))) == ["Block influence (MoDeGPT)"]
-    found = starts(whole, trials, 1)
-    keys = list(found)
+    result = starts(whole, trials, 1)
+    keys = list(result)
     assert keys[:3] == [3, 1, "uniform"]
-    assert found[3].startswith("Best: Trial 3")
+    assert result[3].startswith("Best: Trial 3")
     assert len(set(keys)) == len(keys)
-    many = read_trials(make_run(config=SearchConfig(0.2, most_ratio=0.6), study=write_front))
+    many = read_trials(make_run(config=SearchConfig(0.2, max_ratio=0.6), study=write_front))
     assert not any(
-        words.startswith("Best") for words in starts(replace(bare, search=SearchConfig(0.2, most_ratio=0.6)), many, None).values()
+        words.startswith("Best") for words in starts(replace(bare, search=SearchConfig(0.2, max_ratio=0.6)), many, None).values()
     )
 
 
@@ -284,9 +284,9 @@ def test_beginnings_are_listed_best_first_and_rules_where_they_can_be_asked(unit
 def test_a_rule_fits_the_rest_and_leaves_locks(units, name):
     recipe = Recipe(tuple(units), SEARCH, record_of(units))
     draft = Draft.of(units, {units[0].name: 2}, locked=[units[0].name])
-    found = recipe.refitted(draft, name, RATIO)
-    assert found.ranks[units[0].name] == 2
-    assert found.parameters <= budget_for_ratio(units, RATIO)
+    result = recipe.refitted(draft, name, RATIO)
+    assert result.ranks[units[0].name] == 2
+    assert result.parameters <= budget_for_ratio(units, RATIO)
     assert (
         recipe.ruled(name, RATIO).ranks
         == allocate(name, units, RATIO, curves=recipe.record.curves, influence=recipe.record.influence).ranks
@@ -303,8 +303,8 @@ def test_a_recipe_that_keeps_values_dense_locks_them(units):
 
 def test_a_file_of_another_model_is_refused(units):
     recipe = Recipe(tuple(units), SEARCH, None)
-    found = recipe.from_file(b'{"ranks": {"%s": 3}, "locked": []}' % units[0].name.encode(), "mine.json")
-    assert (found.ranks[units[0].name], found.locked) == (3, frozenset())
+    result = recipe.from_file(b'{"ranks": {"%s": 3}, "locked": []}' % units[0].name.encode(), "mine.json")
+    assert (result.ranks[units[0].name], result.locked) == (3, frozenset())
     with pytest.raises(ConfigError, match="no compressible layer"):
         recipe.from_file(b'{"lm_head": 3}', "mine.json")
     with pytest.raises(ConfigError, match="not UTF-8"):
@@ -332,8 +332,8 @@ def test_a_measurement_is_followed_from_asking_to_its_result():
     asked = {"kind": "measure", "arguments": {"ranks": ranks}}
     other = {"kind": "measure", "arguments": {"ranks": {"a": 4}}}
     assert picked(ranks, [], [], []).stage == "new"
-    found = picked(ranks, [], [other, asked], [])
-    assert (found.stage, found.others, found.open) == ("asked", 1, True)
+    result = picked(ranks, [], [other, asked], [])
+    assert (result.stage, result.others, result.open) == ("asked", 1, True)
     waiting, running = trial(1, "manual", ranks), trial(1, "manual", ranks, state="running")
     assert picked(ranks, [waiting], [], [{**asked, "ok": True}]).stage == "waiting"
     assert picked(ranks, [running], [], []).stage == "running"
@@ -359,12 +359,12 @@ def test_a_draft_stands_beside_the_best_and_the_baseline(units):
         trial(1, "sampled", {units[0].name: 6}, 0.1),
         trial(2, "manual", {units[0].name: 7}, 0.2),
     ]
-    frame = beside(trials[2], trials, SEARCH, record_of(units))
+    frame = alongside(trials[2], trials, SEARCH, record_of(units))
     assert list(frame["name"]) == ["This draft: By hand (trial 2)", "Uniform: trial 0", "Best: Trial 1"]
     assert list(frame["kl"]) == [0.2, 0.3, 0.1]
     assert frame["predicted"].notna().all()
-    same = beside(trials[1], trials, SEARCH, None)
+    same = alongside(trials[1], trials, SEARCH, None)
     assert list(same["name"]) == ["This draft, best: Trial 1", "Uniform: trial 0"]
     assert same["predicted"].isna().all()
-    ranged = beside(trials[1], trials, SearchConfig(0.2, most_ratio=0.6), None)
+    ranged = alongside(trials[1], trials, SearchConfig(0.2, max_ratio=0.6), None)
     assert list(ranged["name"]) == ["This draft: Trial 1", "Uniform: trial 0"]

@@ -17,7 +17,7 @@ from lowrank_core.config import CompressionConfig, ExportConfig, ModelSource, Ru
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.runs import Run, recorded_run, write_json
 from lowrank_core.studies.records import read_trials
-from lowrank_core.studio.compare.healing_commands import heal_command, healed_again
+from lowrank_core.studio.compare.healing_commands import heal_command, healing_commands
 from lowrank_core.studio.compare.healing_runs import healings, trial_of
 from lowrank_core.studio.export.export_plan import Source, healed_source
 
@@ -62,12 +62,12 @@ def asked(run: Run, **changed: object) -> None:
 def test_the_recorded_healing_has_two_lines_with_no_option_that_is_as_usual():
     run = recorded_run()
     assert run is not None
-    found = healed_again(run, newest(run))
-    assert found.lines.splitlines() == [
+    result = healing_commands(run, newest(run))
+    assert result.lines.splitlines() == [
         shlex.join(["lowrank", "export", "--run", str(run.path), "--trial", "25", "--out", "trial-25"]),
         "lowrank heal --model trial-25 --text python-stdlib --method distill --steps 200 --out trial-25-distill-5c39398f",
     ]
-    assert (found.ranks, found.unsaid, found.why_not) == ("", {}, "")
+    assert (result.ranks, result.unsaid, result.why_not) == ("", {}, "")
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(HealingConfig)])
@@ -75,13 +75,13 @@ def test_every_setting_of_a_healing_is_said_or_named(name: str):
     run = make_run()
     write_healing(run)
     asked(run, healing={name: CHANGED[name]})
-    found = healed_again(run, newest(run))
-    if found.lines:
-        assert healing_of(taken(found.lines.splitlines()[1])) == HealingConfig(**{name: CHANGED[name]})
+    result = healing_commands(run, newest(run))
+    if result.lines:
+        assert healing_of(taken(result.lines.splitlines()[1])) == HealingConfig(**{name: CHANGED[name]})
     else:
-        assert found.unsaid == {f"healing.{name}": CHANGED[name]}
-        assert f"no option of their own: healing.{name} = {CHANGED[name]}." in found.why_not
-    assert bool(found.lines) == (name != "warmup")
+        assert result.unsaid == {f"healing.{name}": CHANGED[name]}
+        assert f"no option of their own: healing.{name} = {CHANGED[name]}." in result.why_not
+    assert bool(result.lines) == (name != "warmup")
 
 
 def test_text_model_and_form_are_said():
@@ -100,7 +100,7 @@ def test_text_model_and_form_are_said():
 def test_the_dtype_is_that_of_the_folder_that_is_healed():
     run = make_run()
     write_healing(run)
-    first, second = healed_again(run, newest(run), ExportConfig(dtype="float32", quantization="int8")).lines.splitlines()
+    first, second = healing_commands(run, newest(run), ExportConfig(dtype="float32", quantization="int8")).lines.splitlines()
     written, healed = taken(first), taken(second)
     assert (written.dtype, written.quantize, str(written.out)) == ("float32", "none", "trial-3-float32")
     assert (healed.model, healed.quantize, healed.dtype) == ("trial-3-float32", "int8", "auto")
@@ -111,25 +111,25 @@ def test_what_a_rule_allocates_is_made_of_its_ranks_where_no_trial_has_them():
     run = make_run()
     write_healing(run)
     asked(run, allocation="energy")
-    found = healed_again(run, newest(run))
-    first, second = map(taken, found.lines.splitlines())
-    assert (first.command, first.ranks, found.ranks) == ("compress", *["trial-3-distill-12345678.json"] * 2)
+    result = healing_commands(run, newest(run))
+    first, second = map(taken, result.lines.splitlines())
+    assert (first.command, first.ranks, result.ranks) == ("compress", *["trial-3-distill-12345678.json"] * 2)
     assert str(first.out) == second.model == "trial-3-distill-12345678-one-shot"
-    assert healed_again(run, newest(run), ExportConfig(dtype="bfloat16")).unsaid == {"export.dtype": "bfloat16"}
+    assert healing_commands(run, newest(run), ExportConfig(dtype="bfloat16")).unsaid == {"export.dtype": "bfloat16"}
 
 
 def test_a_recipe_or_a_text_that_no_option_says_is_named():
     search = SearchConfig(0.3, trials=6, compression=CompressionConfig(rank_multiple=4))
     run = make_run(config=search)
     write_healing(run)
-    assert healed_again(run, newest(run)).unsaid == {}  # the trial has it all
+    assert healing_commands(run, newest(run)).unsaid == {}  # the trial has it all
     asked(run, allocation="energy")
-    assert healed_again(run, newest(run)).unsaid == {"search.compression.rank_multiple": 4, "search.projected": True}
+    assert healing_commands(run, newest(run)).unsaid == {"search.compression.rank_multiple": 4, "search.projected": True}
     record = run.record
     write_json(
         run.path / "run.json", {**record, "config": {**record["config"], "text": {**record["config"]["text"], "validation_windows": 5}}}
     )
-    assert healed_again(Run(run.path), newest(run)).unsaid["text.validation_windows"] == 5
+    assert healing_commands(Run(run.path), newest(run)).unsaid["text.validation_windows"] == 5
 
 
 def test_a_rule_is_a_trial_of_a_search_at_one_ratio_alone():
@@ -137,7 +137,7 @@ def test_a_rule_is_a_trial_of_a_search_at_one_ratio_alone():
     write_healing(run)
     asked(run, allocation="lord_manual")
     assert newest(run).number == 1
-    ranged = make_run(config=SearchConfig(0.2, most_ratio=0.6, trials=6), study=write_front)
+    ranged = make_run(config=SearchConfig(0.2, max_ratio=0.6, trials=6), study=write_front)
     write_healing(ranged)
     (healing,) = healings(ranged)
     search = ranged.config.search

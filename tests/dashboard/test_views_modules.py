@@ -46,8 +46,8 @@ def of_values(singular_values: np.ndarray, rows: int, columns: int) -> LayerSpec
 
 
 def trial(number: int, ranks: dict[str, int | None], **changes: object) -> TrialRecord:
-    found = TrialRecord(number, "complete", "sampled", 0.5, {}, ranks, 0.3, 0.5, 20.0, 128, 1.0)
-    return replace(found, **changes)
+    result = TrialRecord(number, "complete", "sampled", 0.5, {}, ranks, 0.3, 0.5, 20.0, 128, 1.0)
+    return replace(result, **changes)
 
 
 # metrics
@@ -62,11 +62,11 @@ def test_equal_energies_give_their_number_in_every_rank_metric():
 def test_the_atlas_counts_the_outliers_of_weights_alone():
     noise = np.random.default_rng(0).standard_normal((120, 160))
     spiked = noise + 6 * np.outer(np.ones(120), np.ones(160)) / 12
-    found = [of_values(np.linalg.svd(weight, compute_uv=False), 120, 160) for weight in (noise, spiked)]
-    table = spectrum_table.atlas_table(found, "outliers")
+    result = [of_values(np.linalg.svd(weight, compute_uv=False), 120, 160) for weight in (noise, spiked)]
+    table = spectrum_table.atlas_table(result, "outliers")
     assert list(table["weights"]) == [0, 1]
     assert "features" not in table
-    view = spectrum_table.atlas(found, "outliers", "weights", relative=False)
+    view = spectrum_table.atlas(result, "outliers", "weights", relative=False)
     assert list(view.frame["label"]) == [
         "0 of 120 singular values beyond the bulk",
         "1 of 120 singular values beyond the bulk",
@@ -75,9 +75,9 @@ def test_the_atlas_counts_the_outliers_of_weights_alone():
 
 def test_an_exponent_says_the_range_it_was_fitted_to_and_is_a_gap_where_there_is_none():
     tail = np.sqrt(np.sort(np.random.default_rng(1).pareto(1.5, 200) + 1)[::-1])
-    found = [of_values(tail, 200, 200), of_values(np.ones(24), 24, 24)]
-    view = spectrum_table.atlas(found, "alpha", "weights", relative=True)  # α is no rank: never relative
-    fit = found[0].weight_tail
+    result = [of_values(tail, 200, 200), of_values(np.ones(24), 24, 24)]
+    view = spectrum_table.atlas(result, "alpha", "weights", relative=True)  # α is no rank: never relative
+    fit = result[0].weight_tail
     assert fit is not None
     assert view.frame["value"][0] == pytest.approx(fit.alpha)
     assert f"fitted to the largest {fit.count} of 200 eigenvalues" in view.frame["label"][0]
@@ -117,7 +117,7 @@ def test_the_users_trial_comes_before_the_best_and_a_range_of_ratios_has_no_best
     assert module_choices.chosen_trial(trials, search, None) == trials[0]
     assert module_choices.chosen_trial(trials, search, 1) == trials[1]
     assert module_choices.chosen_trial(trials, search, 2) == trials[0]  # it has no ranks yet
-    assert module_choices.chosen_trial(trials, SearchConfig(0.2, most_ratio=0.6), None) is None
+    assert module_choices.chosen_trial(trials, SearchConfig(0.2, max_ratio=0.6), None) is None
 
 
 def test_ranks_of_stacks_and_heads_are_those_of_each_matrix():
@@ -125,9 +125,9 @@ def test_ranks_of_stacks_and_heads_are_those_of_each_matrix():
     v, o = MatrixShape("l.0.v", "v", 0, 12, 24), MatrixShape("l.0.o", "o", 0, 24, 24)
     units = [Unit((q, k)), HeadUnit((v, o), heads=4, groups=2, head_dim=6)]
     ranks = {"l.0.q+l.0.k": 14, "l.0.v+l.0.o": 3}
-    found = module_choices.facts_of_trial(trial(7, dict(allocation_from_ranks("x", units, ranks).ranks)), units).choices
-    assert {name: choice.rank for name, choice in found.items()} == {"l.0.q": 14, "l.0.k": 12, "l.0.v": 6, "l.0.o": 12}
-    assert "by heads" in found["l.0.v"].words
+    result = module_choices.facts_of_trial(trial(7, dict(allocation_from_ranks("x", units, ranks).ranks)), units).choices
+    assert {name: choice.rank for name, choice in result.items()} == {"l.0.q": 14, "l.0.k": 12, "l.0.v": 6, "l.0.o": 12}
+    assert "by heads" in result["l.0.v"].words
 
 
 # one module
@@ -163,20 +163,20 @@ def test_the_scree_shows_chance_on_the_scale_of_the_weights():
 @pytest.mark.parametrize("source", ["weights", "features"])
 def test_a_density_integrates_to_all_eigenvalues(source):
     layer = spectra()[5]
-    found = density.density(layer, source)
-    widths = np.diff(np.log10(found.edges))
-    assert (found.shares * widths).sum() + found.below == pytest.approx(1)
+    result = density.density(layer, source)
+    widths = np.diff(np.log10(result.edges))
+    assert (result.shares * widths).sum() + result.below == pytest.approx(1)
     energies = map_metrics.energies_of(layer, source)
-    assert found.edges[-1] == pytest.approx(energies.max() / energies.mean())
-    assert len(found.edges) <= 100
+    assert result.edges[-1] == pytest.approx(energies.max() / energies.mean())
+    assert len(result.edges) <= 100
 
 
 def test_only_weights_stand_beside_a_random_matrix():
     layer = spectra()[4]  # 48 x 24
-    found = density.density(layer, "weights")
-    assert found.bulk_edge == pytest.approx((1 + math.sqrt(HIDDEN / FFN)) ** 2)
-    assert found.beyond == 0
-    x, shares = found.bulk["x"].to_numpy(), found.bulk["share_per_decade"].to_numpy()
+    result = density.density(layer, "weights")
+    assert result.bulk_edge == pytest.approx((1 + math.sqrt(HIDDEN / FFN)) ** 2)
+    assert result.beyond == 0
+    x, shares = result.bulk["x"].to_numpy(), result.bulk["share_per_decade"].to_numpy()
     assert np.trapezoid(shares, np.log10(x)) == pytest.approx(1, abs=0.01)
     assert density.density(layer, "features").bulk_edge is None
     assert density.density(of_values(np.zeros(4), 4, 4), "weights") is None
@@ -187,12 +187,12 @@ def test_only_weights_stand_beside_a_random_matrix():
 
 def test_directions_are_the_newest_answer_for_that_side_of_that_module():
     bodies = [directions(NAME), directions(NAME, "output"), directions("another")]
-    found = direction_facts(bodies, NAME, "input")
-    assert list(found.frame["direction"]) == [1, 1, 2, 2]
-    assert list(found.frame["share"]) == [0.5, 0.5, 0.125, 0.125]
-    assert list(found.frame["token"][:2]) == ["␣def", "↵"]
-    assert found.frame["context"][0] == "↵⟦ def⟧ mean("
-    assert list(found.frame["projection"][:2]) == [7.5, -3.25]
+    result = direction_facts(bodies, NAME, "input")
+    assert list(result.frame["direction"]) == [1, 1, 2, 2]
+    assert list(result.frame["share"]) == [0.5, 0.5, 0.125, 0.125]
+    assert list(result.frame["token"][:2]) == ["␣def", "↵"]
+    assert result.frame["context"][0] == "↵⟦ def⟧ mean("
+    assert list(result.frame["projection"][:2]) == [7.5, -3.25]
     assert direction_facts(bodies, "elsewhere", "input") is None
     newer = {**directions(NAME), "protocol": "newer"}
     assert direction_facts([*bodies, newer], NAME, "input").protocol == "newer"
@@ -211,10 +211,10 @@ def test_directions_that_failed_are_told_until_they_are_there():
 
 
 def test_the_band_of_a_type_is_the_quartiles_over_its_modules():
-    found = spectra()
-    band = energy_table.energy_band(found, "q_proj")
+    result = spectra()
+    band = energy_table.energy_band(result, "q_proj")
     assert len(band) == 200
-    alike = [s for s in found if s.shape.kind == "q_proj"]
+    alike = [s for s in result if s.shape.kind == "q_proj"]
     row = band[(band["source"] == "features") & np.isclose(band["rank_share"], 0.25)].iloc[0]
     kept = [retained_energy(s.feature_eigenvalues)[HIDDEN // 4 - 1] for s in alike]
     assert [row["kept_low"], row["kept_median"], row["kept_high"]] == pytest.approx(list(np.quantile(kept, [0.25, 0.5, 0.75])))
@@ -233,18 +233,18 @@ def test_the_loss_beside_an_energy_is_the_nearest_that_was_measured():
         trial(4, {}, state="pruned", compression_ratio=0.5),
         trial(5, {}, state="running", compression_ratio=None),
     ]
-    found = energy_table.measured_loss(trials, 0.55)
-    assert found.kept == pytest.approx(0.598)
-    assert list(found.frame["name"]) == ["Trial 1", "Uniform (trial 0)"]  # of the sampled ones the best
-    assert "keep 55.0 % of the module's parameters" in found.sentence()
-    assert "4.80 points away" in found.sentence()
+    result = energy_table.measured_loss(trials, 0.55)
+    assert result.kept == pytest.approx(0.598)
+    assert list(result.frame["name"]) == ["Trial 1", "Uniform (trial 0)"]  # of the sampled ones the best
+    assert "keep 55.0 % of the module's parameters" in result.sentence()
+    assert "4.80 points away" in result.sentence()
     assert energy_table.measured_loss(trials, 1.4).asked == 1.0
     assert list(energy_table.measured_loss(trials, 0.9).frame["kl"]) == [0.1]
     assert energy_table.measured_loss(trials[4:], 0.5) is None
 
 
 def test_over_a_range_of_ratios_the_loss_follows_the_rank():
-    trials = read_trials(make_run(config=SearchConfig(0.2, most_ratio=0.6), study=write_front))
+    trials = read_trials(make_run(config=SearchConfig(0.2, max_ratio=0.6), study=write_front))
     near = [energy_table.measured_loss(trials, kept).frame["kl"].min() for kept in (0.8, 0.4)]
     assert near[0] < near[1]
 
@@ -253,17 +253,17 @@ def test_over_a_range_of_ratios_the_loss_follows_the_rank():
 
 
 def test_inputs_stand_where_their_readers_are_with_their_condition_damped():
-    found = spectra()
+    result = spectra()
     facts = calibration_quality.calibration_facts(make_run())
-    table = calibration_quality.input_table(facts, found, damping=0.01).set_index("input")
+    table = calibration_quality.input_table(facts, result, damping=0.01).set_index("input")
     assert len(table) == 4 * BLOCKS
     assert table.loc["1.attn", "kind"] == "q, k, v"
     assert table.loc["2.down", "depth"] == 2
-    values = found[0].input_eigenvalues
+    values = result[0].input_eigenvalues
     added = 0.01 * values.mean()
     assert table.loc["0.attn", "damped_condition"] == pytest.approx((values[0] + added) / (values[-1] + added))
     assert not table["thin"].any()
-    assert calibration_quality.input_table(facts, found)["damped_condition"].isna().all()
+    assert calibration_quality.input_table(facts, result)["damped_condition"].isna().all()
 
 
 def test_thin_inputs_are_marked():

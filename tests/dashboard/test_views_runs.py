@@ -22,7 +22,7 @@ from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.errors import BudgetError
 from lowrank_core.parameters import allocated_parameters, budget_for_ratio
 from lowrank_core.runs import RunStatus, write_json
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare import comparison as compare
 from lowrank_core.studio.compare import continuations, loss_details
@@ -69,7 +69,7 @@ def test_the_trial_table_marks_the_best_and_has_a_column_for_each_variable():
     assert list(table["trial"]) == list(range(6))
     assert table["kind"][3] == "sampled ★ best"
     assert table["kind"][0] == "Uniform"
-    assert {found.name for found in history.search_variables(trials, SearchConfig())} <= set(table.columns)
+    assert {result.name for result in history.search_variables(trials, SearchConfig())} <= set(table.columns)
     assert history.trial_table([], SearchConfig()).empty
 
 
@@ -77,12 +77,12 @@ def test_the_allocation_map_spends_what_the_allocation_counts():
     trial = read_trials(make_run())[3]
     units = allocation_map.search_units(matrices(), CompressionConfig())
     assert list(units) == priced_units()
-    found = allocation_map.allocation_of(trial, units)
-    view = allocation_map.allocation_map(found, units)
+    result = allocation_map.allocation_of(trial, units)
+    view = allocation_map.allocation_map(result, units)
     spent = sum(value * unit.dense_parameters for value, unit in zip(view.frame["value"], units, strict=True))
     assert spent == pytest.approx(allocated_parameters(units, trial.ranks))
     assert (view.frame.loc[view.frame["kind"] == "v_proj", "label"] == "dense").all()
-    assert found.compression_ratio >= RATIO
+    assert result.compression_ratio >= RATIO
 
 
 def test_the_allocation_that_is_downloaded_can_be_read_again(tmp_path):
@@ -99,9 +99,9 @@ def test_a_ratio_that_can_not_be_met_is_told_before_the_start():
     with pytest.raises(BudgetError, match="can't be met"):
         search_plan.check_budget(RunConfig(search=SearchConfig(compression_ratio=0.8)), shapes)
     assert search_plan.check_budget(RunConfig(), shapes) is None
-    found = search_plan.check_budget(RunConfig(search=SearchConfig(compression_ratio=RATIO)), matrices())
-    assert found.allowed == found.least == budget_for_ratio(priced_units(), RATIO)
-    assert found.variables == ("qk", "o", "gate", "up", "down")
+    result = search_plan.check_budget(RunConfig(search=SearchConfig(compression_ratio=RATIO)), matrices())
+    assert result.allowed == result.minimum == budget_for_ratio(priced_units(), RATIO)
+    assert result.variables == ("qk", "o", "gate", "up", "down")
 
 
 # comparisons
@@ -109,15 +109,15 @@ def test_a_ratio_that_can_not_be_met_is_told_before_the_start():
 
 def test_the_newest_measurement_of_an_allocation_counts():
     bodies = [comparison("trial 3", 3, 3.6), comparison("uniform", "uniform", 3.4), comparison("trial 3", 3, 3.2)]
-    found = compare.comparisons(bodies)
-    assert [c.label for c in found] == ["trial 3", "uniform"]
-    assert found[0].perplexity == pytest.approx(math.exp(3.2))
+    result = compare.comparisons(bodies)
+    assert [c.label for c in result] == ["trial 3", "uniform"]
+    assert result[0].perplexity == pytest.approx(math.exp(3.2))
 
 
 def test_the_comparison_table_begins_with_the_original():
     run = make_run()
     write_answers(run)
-    bodies = answers(run)
+    bodies = results(run)
     table = loss_details.comparison_table(compare.comparisons(bodies))
     assert list(table["allocation"]) == ["Original", "Trial 3", "Uniform"]
     assert table["perplexity"][0] == pytest.approx(math.exp(DENSE_NLL))

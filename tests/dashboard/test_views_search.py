@@ -29,7 +29,7 @@ from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig, Text
 from lowrank_core.errors import BudgetError, ConfigError
 from lowrank_core.parameters import HeadUnit, Unit, allocated_parameters, budget_for_ratio
 from lowrank_core.presets.recipes import PRESETS, search_by
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare import comparison as compare
 from lowrank_core.studio.search import history, search_plan
@@ -41,7 +41,7 @@ from lowrank_core.studio.shared.formatting import short_duration
 from lowrank_core.studio.shared.trial_names import KINDS, kind_of, ratio_words, state_words, trial_label, trial_note, unit_label
 
 SEARCH = SearchConfig(RATIO, trials=12, pruner="wilcoxon")
-RANGE = SearchConfig(0.2, most_ratio=0.6, trials=9)
+RANGE = SearchConfig(0.2, max_ratio=0.6, trials=9)
 
 
 @pytest.fixture
@@ -147,12 +147,12 @@ def rows(*values: float, partial: float = math.nan) -> pd.DataFrame:
 
 def test_the_better_half_leaves_out_what_is_worse_than_the_median_and_keeps_the_best_baseline():
     view = history.History("KL", rows(9.0, 3.0, 1.0, 1.1, 1.2, math.nan), {"Uniform": 9.0, "Marginal": 3.0})
-    found = history.better_half(view)
-    assert list(found.trials["number"]) == [1, 2, 3, 4, 5]  # up to the best baseline, and the one without a value
-    assert found.baselines == {"Marginal": 3.0}
-    found = history.better_half(replace(view, baselines={"Uniform": 9.0, "Marginal": 1.0}))
-    assert list(found.trials["number"]) == [2, 3, 4, 5]
-    assert found.objective == view.objective
+    result = history.better_half(view)
+    assert list(result.trials["number"]) == [1, 2, 3, 4, 5]  # up to the best baseline, and the one without a value
+    assert result.baselines == {"Marginal": 3.0}
+    result = history.better_half(replace(view, baselines={"Uniform": 9.0, "Marginal": 1.0}))
+    assert list(result.trials["number"]) == [2, 3, 4, 5]
+    assert result.objective == view.objective
 
 
 def test_a_trial_that_was_stopped_early_stands_in_the_half_of_what_it_saw():
@@ -236,21 +236,21 @@ def test_a_range_has_no_best_trial(ranged):
 
 
 def test_a_plan_counts_both_ends_of_a_range_and_the_variables():
-    found = search_plan.check_budget(RunConfig(search=replace(RANGE, compression=CompressionConfig(value_dense=False))), matrices())
-    assert (found.allowed, found.least) == (budget_for_ratio(priced_units(), 0.2), budget_for_ratio(priced_units(), 0.6))
-    assert found.variables[-1] == "compression_ratio"
+    result = search_plan.check_budget(RunConfig(search=replace(RANGE, compression=CompressionConfig(value_dense=False))), matrices())
+    assert (result.allowed, result.minimum) == (budget_for_ratio(priced_units(), 0.2), budget_for_ratio(priced_units(), 0.6))
+    assert result.variables[-1] == "compression_ratio"
 
 
 @pytest.mark.parametrize("preset", ["studio", "bolaco"])
 def test_recipes_can_be_planned(preset):
-    found = search_plan.check_budget(RunConfig(search=search_by(PRESETS[preset], RATIO)), matrices(), heads())
-    assert found.dense == sum(m.dense_parameters for m in matrices())
-    assert found.variables
+    result = search_plan.check_budget(RunConfig(search=search_by(PRESETS[preset], RATIO)), matrices(), heads())
+    assert result.dense == sum(m.dense_parameters for m in matrices())
+    assert result.variables
 
 
 def test_the_largest_ratio_of_a_range_must_be_met_too():
     with pytest.raises(BudgetError, match="can't be met"):
-        search_plan.check_budget(RunConfig(search=replace(RANGE, most_ratio=0.95)), matrices())
+        search_plan.check_budget(RunConfig(search=replace(RANGE, max_ratio=0.95)), matrices())
 
 
 def test_what_the_sampler_can_not_take_is_told_before_the_start():
@@ -289,11 +289,11 @@ def test_the_map_draws_each_matrix_once_whatever_unit_holds_it():
     units = studio_units()
     pair = next(unit for unit in units if isinstance(unit, HeadUnit))
     stack = next(unit for unit in units if unit.kind == "gate_proj+up_proj")
-    found = allocation_from_ranks("manual", units, {pair.name: 4, stack.name: 5})
-    frame = allocation_map.allocation_map(found, units).frame.set_index("module")
+    result = allocation_from_ranks("manual", units, {pair.name: 4, stack.name: 5})
+    frame = allocation_map.allocation_map(result, units).frame.set_index("module")
     assert len(frame) == len(matrices())
     spent = sum(frame.loc[m.name, "value"] * m.dense_parameters for m in matrices())
-    assert spent == pytest.approx(allocated_parameters(units, found.ranks))
+    assert spent == pytest.approx(allocated_parameters(units, result.ranks))
     assert frame.loc[pair.members[0].name, "value"] == pytest.approx(pair.parameters(4) / pair.dense_parameters)
     assert "by heads" in frame.loc[pair.members[1].name, "label"]
     assert "as one stack" in frame.loc[stack.members[0].name, "label"]
@@ -312,18 +312,18 @@ def test_a_table_of_ranks_has_a_row_for_each_unit():
 def test_confirmed_trials_stand_beside_what_the_search_saw():
     run = make_run()
     write_answers(run)
-    found = compare.confirmed(answers(run), read_trials(run))
-    assert list(found.frame["name"]) == ["Original", "Trial 3"]
-    row = found.frame.iloc[1]
+    result = compare.confirmed(results(run), read_trials(run))
+    assert list(result.frame["name"]) == ["Original", "Trial 3"]
+    row = result.frame.iloc[1]
     assert (row["value"], row["kl"], row["kl_low"], row["kl_high"]) == (0.35, 0.35, 0.3, 0.4)
     assert row["low"] < row["perplexity"] < row["high"]
-    assert "test split" in found.protocol
+    assert "test split" in result.protocol
     assert compare.confirmed([], read_trials(run)) is None
 
 
 def test_hand_picked_trials_are_filed_by_number():
     bodies = [comparison("manual", 5, 3.3), comparison("manual", 6, 3.4)]
-    assert [found.label for found in compare.comparisons(bodies)] == ["trial 5", "trial 6"]
+    assert [result.label for result in compare.comparisons(bodies)] == ["trial 5", "trial 6"]
 
 
 def test_what_was_said_to_a_hand_picked_allocation_is_told_where_it_was_picked():

@@ -139,12 +139,12 @@ def test_spearman_of_too_little_is_nothing():
 
 def test_correlations_say_over_how_many(run: Run):
     cells = views.cell_table(record_of(run), matrices(), spectra())
-    found = views.correlations(cells, 0.5).set_index("estimate")
+    result = views.correlations(cells, 0.5).set_index("estimate")
     here = views.at_ratio(cells, 0.5)
-    assert found.loc["predicted", "rho"] == pytest.approx(1)  # twice the measured one
-    assert found.loc["weights", "rho"] == pytest.approx(spearmanr(here["kl"], here["weights"]).statistic)
-    assert set(found["n"]) == {MODULES}
-    assert set(found["n_all"]) == {3 * MODULES}
+    assert result.loc["predicted", "rho"] == pytest.approx(1)  # twice the measured one
+    assert result.loc["weights", "rho"] == pytest.approx(spearmanr(here["kl"], here["weights"]).statistic)
+    assert set(result["n"]) == {MODULES}
+    assert set(result["n_all"]) == {3 * MODULES}
     assert views.rho_words(0.5, 3) == "Spearman's ρ = 0.50 over 3 modules: few modules, so ρ says little"
     assert views.rho_words(None, 21) == "Spearman's ρ = – over 21 modules"
     assert list(views.correlations(views.cell_table(record_of(run), matrices()), 0.5)["estimate"]) == ["predicted"]
@@ -153,14 +153,14 @@ def test_correlations_say_over_how_many(run: Run):
 
 
 def test_measured_values_for_other_pages(run: Run):
-    found = views.measured_costs(run)
-    assert list(found) == [0.2, 0.5, 0.8]
-    assert set(found[0.5]) == {matrix.name for matrix in matrices()}
-    assert found[0.5][UP] == pytest.approx(1e-3 * 0.25 * 2)
+    result = views.measured_costs(run)
+    assert list(result) == [0.2, 0.5, 0.8]
+    assert set(result[0.5]) == {matrix.name for matrix in matrices()}
+    assert result[0.5][UP] == pytest.approx(1e-3 * 0.25 * 2)
     assert views.measured_costs(make_run(search=False)) == {}
 
 
-def test_the_ratio_shown_first_is_the_one_with_the_most_modules():
+def test_the_ratio_shown_first_is_the_one_with_the_max_modules():
     assert views.fullest({0.2: {"a": 1.0, "b": 1.0}, 0.5: {"a": 1.0}, 0.8: {"a": 1.0}}) == 0.2
     assert views.fullest({0.2: {"a": 1.0}, 0.6: {"a": 1.0}, 0.8: {"a": 1.0}}) == 0.6
     assert views.fullest({}) is None
@@ -203,4 +203,4 @@ def test_the_newest_record_is_first_and_records_do_not_mix(run: Run):
     record = record_of(run)
     other = replace(record.setting, windows=2)
     append_cell(record_path(run, other), other, record.cells[0])
-    assert {len(found.cells) for found in read_records(run)} == {1, len(record.cells)}
+    assert {len(result.cells) for result in read_records(run)} == {1, len(record.cells)}

@@ -25,11 +25,11 @@ from lowrank_core.studio.spectra import spectrum_table
 
 
 def test_the_atlas_shows_the_metric_of_every_module():
-    found = spectra()
-    view = spectrum_table.atlas(found, "effective_rank", "weights", relative=False)
-    assert list(view.frame["value"]) == pytest.approx([effective_rank(s.weight_energy) for s in found])
-    relative = spectrum_table.atlas(found, "effective_rank", "weights", relative=True)
-    assert list(relative.frame["value"]) == pytest.approx([effective_rank(s.weight_energy) / s.shape.max_rank for s in found])
+    result = spectra()
+    view = spectrum_table.atlas(result, "effective_rank", "weights", relative=False)
+    assert list(view.frame["value"]) == pytest.approx([effective_rank(s.weight_energy) for s in result])
+    relative = spectrum_table.atlas(result, "effective_rank", "weights", relative=True)
+    assert list(relative.frame["value"]) == pytest.approx([effective_rank(s.weight_energy) / s.shape.max_rank for s in result])
     assert relative.frame["value"].between(0, 1).all()
     assert relative.percent
     assert relative.high == relative.frame["value"].max()
@@ -122,7 +122,7 @@ def test_groups_are_shown_relative_to_their_mean():
     table = calibration_quality.group_table(entry)
     assert list(table["relative"]) == pytest.approx([0.75, 1.25])
     assert facts.groups == 2
-    assert facts.least_tokens_per_dimension == pytest.approx(1280 / FFN)
+    assert facts.min_tokens_per_dimension == pytest.approx(1280 / FFN)
 
 
 def test_an_input_without_a_condition_is_no_number():

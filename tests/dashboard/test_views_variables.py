@@ -42,14 +42,14 @@ def long():
 
 
 def test_the_only_variable_that_matters_is_found(long):
-    found = read_importances(long)
-    assert found.found[0].name == "down"
-    assert found.found[0].share > 0.9
-    assert found.found[0].high > 0.99  # it is the value itself
-    assert sum(entry.share for entry in found.found) == pytest.approx(1.0)
-    assert all(0 <= entry.low <= entry.high <= 1 for entry in found.found)
-    assert found == read_importances(long)  # the draws are seeded
-    table = importance_table(found, read_trials(long), SEARCH)
+    result = read_importances(long)
+    assert result.found[0].name == "down"
+    assert result.found[0].share > 0.9
+    assert result.found[0].high > 0.99  # it is the value itself
+    assert sum(entry.share for entry in result.found) == pytest.approx(1.0)
+    assert all(0 <= entry.low <= entry.high <= 1 for entry in result.found)
+    assert result == read_importances(long)  # the draws are seeded
+    table = importance_table(result, read_trials(long), SEARCH)
     assert next(iter(table["variable"])) == "Kept of down"
     assert len(importance_chart(table).data) == len(VARIABLES)
 
@@ -68,8 +68,8 @@ def test_trials_that_were_given_their_ranks_and_failed_ones_do_not_count():
 
 
 def test_over_a_range_of_ratios_the_loss_is_what_matters():
-    found = importances(read_frozen(make_run(config=SearchConfig(0.2, most_ratio=0.6, trials=9), study=write_front)) * 4)
-    assert found.found[0].name == "compression_ratio"
+    result = importances(read_frozen(make_run(config=SearchConfig(0.2, max_ratio=0.6, trials=9), study=write_front)) * 4)
+    assert result.found[0].name == "compression_ratio"
 
 
 # the fingerprint
@@ -84,18 +84,18 @@ def test_ranges_place_a_value():
 
 def test_the_best_trial_stands_first_and_every_variable_is_there(long):
     trials = read_trials(long)
-    found = fingerprint(trials, SEARCH, read_ranges(long))
-    assert (found.trials, found.variables, found.of_trials, found.of_variables) == (20, 5, 20, 5)
-    first = found.frame[found.frame["place"] == 1]
+    result = fingerprint(trials, SEARCH, read_ranges(long))
+    assert (result.trials, result.variables, result.of_trials, result.of_variables) == (20, 5, 20, 5)
+    first = result.frame[result.frame["place"] == 1]
     assert set(first["number"]) == {min(trials, key=lambda trial: trial.value).number}
-    down = found.frame[found.frame["variable"] == "Kept of down"].sort_values("place")
+    down = result.frame[result.frame["variable"] == "Kept of down"].sort_values("place")
     assert down["position"].is_monotonic_increasing  # the value is that variable
-    drawn = fingerprint_chart(found, trials[0].number)
+    drawn = fingerprint_chart(result, trials[0].number)
     assert drawn.data["chosen"].sum() == 5
     assert len(drawn.spec["layer"]) == 2
 
 
-def test_of_many_variables_those_that_tell_most_are_shown(long):
+def test_of_many_variables_those_that_tell_max_are_shown(long):
     trials = read_trials(long)
     many = [
         replace(
@@ -103,9 +103,9 @@ def test_of_many_variables_those_that_tell_most_are_shown(long):
         )
         for trial in trials
     ]
-    found = fingerprint(many, SEARCH, {f"v{index:02}": VariableRange(0.0, 1.0, False) for index in range(40)})
-    assert (found.variables, found.of_variables) == (24, 40)
-    assert "Kept of v37" in set(found.frame["variable"])
+    result = fingerprint(many, SEARCH, {f"v{index:02}": VariableRange(0.0, 1.0, False) for index in range(40)})
+    assert (result.variables, result.of_variables) == (24, 40)
+    assert "Kept of v37" in set(result.frame["variable"])
     assert fingerprint(trials[:1], SEARCH, read_ranges(long)) is None
 
 
@@ -126,22 +126,22 @@ def test_trials_stand_where_they_were_measured():
         record(3, **running, started=20.0, worker="gone:3"),
         record(4, state="waiting", value=None, started=None, ended=None, worker=""),
     ]
-    found = timeline(trials, {"here:1"}, 26.0)
-    assert list(found["seconds"]) == [2.0, 3.0, 6.0, 0.0]
-    assert list(found["worker"]) == ["here:1", "there:2", "here:1", "gone:3"]
-    assert found["start"][0] == pd.Timestamp(10, unit="s", tz="UTC")
-    assert found["note"][2] == "Trial 2, running, for 6.0 s"
-    assert "its worker is gone" in found["note"][3]
-    drawn = timeline_chart(found, 1)
-    assert drawn.spec["height"] > timeline_chart(found[:1]).spec["height"]
+    result = timeline(trials, {"here:1"}, 26.0)
+    assert list(result["seconds"]) == [2.0, 3.0, 6.0, 0.0]
+    assert list(result["worker"]) == ["here:1", "there:2", "here:1", "gone:3"]
+    assert result["start"][0] == pd.Timestamp(10, unit="s", tz="UTC")
+    assert result["note"][2] == "Trial 2, running, for 6.0 s"
+    assert "its worker is gone" in result["note"][3]
+    drawn = timeline_chart(result, 1)
+    assert drawn.spec["height"] > timeline_chart(result[:1]).spec["height"]
     assert list(drawn.data["chosen"]) == [False, True, False, False]
 
 
 def test_the_times_of_a_study_are_read():
     run = make_run(state="running", config=SEARCH, study=write_rich_study)
-    found = timeline(read_trials(run), {f"{socket.gethostname()}:{os.getpid()}"}, 4e9)
-    assert len(found) == 9  # all but the one that waits
-    assert found["seconds"].iloc[-1] > 1e9
+    result = timeline(read_trials(run), {f"{socket.gethostname()}:{os.getpid()}"}, 4e9)
+    assert len(result) == 9  # all but the one that waits
+    assert result["seconds"].iloc[-1] > 1e9
 
 
 # how long it will take
@@ -153,21 +153,21 @@ def test_the_nearest_run_tells_the_time(monkeypatch):
         measured.add_event("stage", name=name, seconds=seconds)
     config = replace(measured.config, search=SearchConfig(0.4, trials=10))
     tokens = config.text.validation_windows * (config.text.context - 1)
-    found = search_plan.time_estimate(config)
-    assert found.trials == pytest.approx(2.0 / 124 * tokens * 10)
-    assert found.before == 4.0  # its calibration is kept
+    result = search_plan.time_estimate(config)
+    assert result.trials == pytest.approx(2.0 / 124 * tokens * 10)
+    assert result.before == 4.0  # its calibration is kept
     anew = replace(config, calibration=replace(config.calibration, group_size=16))
     assert search_plan.time_estimate(anew).before == 7.0  # not the time of a second worker, which found it there
-    assert found.basis == "trials of the same model, text and windows"
+    assert result.basis == "trials of the same model, text and windows"
     longer = replace(config, text=replace(config.text, validation_windows=48))
-    assert search_plan.time_estimate(longer).trials == pytest.approx(2 * found.trials)
+    assert search_plan.time_estimate(longer).trials == pytest.approx(2 * result.trials)
     assert search_plan.time_estimate(longer).basis == "trials of the same model, scaled by tokens"
     other = replace(config, model=replace(config.model, reference="other/model"))
     assert search_plan.time_estimate(other) is None
     write_json(measured.path / "model.json", model_json())
     twice = replace(model_facts(measured), parameters=2 * model_facts(measured).parameters)
     scaled = search_plan.time_estimate(other, twice)
-    assert scaled.trials == pytest.approx(2 * found.trials)
+    assert scaled.trials == pytest.approx(2 * result.trials)
     assert scaled.before is None
     assert scaled.basis == "trials of another model, scaled by tokens and parameters"
     assert search_plan.time_estimate(RunConfig()) is None
@@ -196,11 +196,11 @@ def pixels(address: str) -> np.ndarray:
 def test_a_picture_has_a_cell_for_each_module_in_the_colours_of_the_map():
     shapes = [MatrixShape(f"l.{depth}.{kind}", kind, depth, 4, 4) for depth in range(3) for kind in ("q", "k")]
     shapes.pop()  # block 2 has no k
-    found = pixels(thumbnail(layer_map(shapes, [0.0, 1.0, 0.5, 0.5, 0.5], [""] * 5, "kept", percent=True, full_scale=True)))
-    height, width = found.shape[0] // 2, found.shape[1] // 3
+    result = pixels(thumbnail(layer_map(shapes, [0.0, 1.0, 0.5, 0.5, 0.5], [""] * 5, "kept", percent=True, full_scale=True)))
+    height, width = result.shape[0] // 2, result.shape[1] // 3
 
     def middle(row: int, column: int) -> tuple[int, ...]:
-        return tuple(found[height * row + height // 2, width * column + width // 2])
+        return tuple(result[height * row + height // 2, width * column + width // 2])
 
     assert middle(0, 0) == (0, 34, 78, 255)  # cividis begins there
     assert middle(1, 0) == (254, 232, 56, 255)

@@ -16,7 +16,7 @@ from lowrank_core.search.study import TrialBench
 from lowrank_core.studies.records import best_trial, read_trials
 from lowrank_core.wording import fixed, fixed_interval
 from lowrank_core.worker.main import run_worker
-from lowrank_core.worker.session import Session
+from lowrank_core.worker.session import RunContext
 
 __all__ = ["AllocationRow", "allocation_table"]
 
@@ -57,7 +57,7 @@ def allocation_table(source: ModelSource, text: TextConfig, ratios: Sequence[flo
     return rows
 
 
-def _measured(run: Run, session: Session, bench: TrialBench, ratio: float, seed: int) -> Iterator[AllocationRow]:
+def _measured(run: Run, session: RunContext, bench: TrialBench, ratio: float, seed: int) -> Iterator[AllocationRow]:
     trials = read_trials(run)
     best = best_trial(trials)
     assert best is not None

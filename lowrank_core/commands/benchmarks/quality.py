@@ -182,13 +182,13 @@ def _overview(rows: Sequence[QualityRow]) -> str:
         f"| perplexity above dense, KL | {' | '.join(f'{ratio:.0%} removed' for ratio in ratios)} |",
         "| --- " * (len(ratios) + 1) + "|",
     ]
-    for label, found in sorted(recipes.items(), key=lambda item: _distance(item[1])):
-        lines.append(f"| {label} | {' | '.join(_cell(found.get(ratio)) for ratio in ratios)} |")
+    for label, result in sorted(recipes.items(), key=lambda item: _distance(item[1])):
+        lines.append(f"| {label} | {' | '.join(_cell(result.get(ratio)) for ratio in ratios)} |")
     return "\n".join(lines)
 
 
-def _distance(found: Mapping[float, QualityRow]) -> tuple[int, float]:
-    logarithms = [math.log(max(row.kl, 1e-12)) for row in found.values() if row.kl is not None]
+def _distance(result: Mapping[float, QualityRow]) -> tuple[int, float]:
+    logarithms = [math.log(max(row.kl, 1e-12)) for row in result.values() if row.kl is not None]
     return -len(logarithms), sum(logarithms)
 
 

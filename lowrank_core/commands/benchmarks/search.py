@@ -16,7 +16,7 @@ from typing import Any
 from scipy.stats import kendalltau
 
 from lowrank_core.allocation import RankAllocation
-from lowrank_core.compression.build import low_rank_layers, swapped
+from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import DenseReference, score_windows
@@ -25,7 +25,7 @@ from lowrank_core.runs import create_run
 from lowrank_core.search.study import TrialBench, run_trial, study_in_memory
 from lowrank_core.studies.records import TrialRecord, records_of
 from lowrank_core.worker.reporter import Reporter
-from lowrank_core.worker.session import Session, prepare, search_bench
+from lowrank_core.worker.session import RunContext, prepare, search_bench
 
 __all__ = ["SCHEMES", "CheaperTrial", "Curve", "as_markdown", "cheaper_trials", "search_curves"]
 
@@ -102,7 +102,7 @@ def _schemes(ratio: float, trials: int) -> Iterator[_Scheme]:
     yield _Scheme("ours", "Weights around marginal, Gaussian process", around)
     yield _Scheme("pruned", "The same, bad trials stopped early", replace(around, pruner="wilcoxon"))
     weighed = replace(paper, rank_multiple=1)
-    pooled = replace(around, compression=weighed, slopes=True)
+    pooled = replace(around, compression=weighed, error_weights=True)
     yield _Scheme("ours-on-theirs", "The same on the paper's factors, slopes measured", pooled)
     alternatives = replace(PRESETS["studio"].compression, basis="two_sided")
     yield _Scheme("studio", "The same, with stacks and heads", replace(around, compression=alternatives))
@@ -113,7 +113,7 @@ SCHEMES = tuple(scheme.name for scheme in _schemes(0.5, 1))
 
 
 @contextmanager
-def _prepared(source: ModelSource, text: TextConfig) -> Iterator[tuple[Session, Reporter]]:
+def _prepared(source: ModelSource, text: TextConfig) -> Iterator[tuple[RunContext, Reporter]]:
     with tempfile.TemporaryDirectory() as folder:
         run = create_run(RunConfig(source, text), path=Path(folder) / "run")
         reporter = Reporter(run, verbose=False)
@@ -154,15 +154,15 @@ def _searched(scheme: _Scheme, bench: TrialBench, seed: int) -> Curve:
     began = time.perf_counter()
     for _ in range(config.trials):
         run_trial(study, bench, config)
-    found = records_of(study)
+    result = records_of(study)
     return Curve(
         scheme.name,
         scheme.label,
         config.compression_ratio,
         seed,
-        _running_best(found),
+        _running_best(result),
         time.perf_counter() - began,
-        sum(trial.state == "pruned" for trial in found),
+        sum(trial.state == "pruned" for trial in result),
     )
 
 
@@ -211,7 +211,7 @@ def _points(bench: TrialBench, config: SearchConfig) -> list[RankAllocation]:
 def _kl(bench: TrialBench, allocation: RankAllocation, dense: DenseReference, autocast: bool) -> tuple[float, float]:
     """Return value and seconds."""
     began = time.perf_counter()
-    with swapped(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
+    with swap_layers(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
         scores, _ = score_windows(bench.handle, bench.windows, batch_size=bench.batch_size, dense=dense, autocast=autocast)
     assert scores.kl is not None
     return float(scores.kl.mean()), time.perf_counter() - began
@@ -260,11 +260,11 @@ def _table(ratio: float, curves: Sequence[Curve]) -> str:
 
 def _spread(values: Sequence[float | None]) -> str:
     """Return median (least to largest) over the seeds."""
-    found = [value for value in values if value is not None]
-    if len(found) < len(values):
-        return "–" if not found else f"– in {len(values) - len(found)} of {len(values)}"
-    middle = f"{statistics.median(found):.4g}"
-    return middle if min(found) == max(found) else f"{middle} ({min(found):.4g} to {max(found):.4g})"
+    result = [value for value in values if value is not None]
+    if len(result) < len(values):
+        return "–" if not result else f"– in {len(values) - len(result)} of {len(values)}"
+    middle = f"{statistics.median(result):.4g}"
+    return middle if min(result) == max(result) else f"{middle} ({min(result):.4g} to {max(result):.4g})"
 
 
 def _cheaper_table(rows: Sequence[CheaperTrial]) -> str:

@@ -12,7 +12,7 @@ from torch import nn
 from lowrank_core.allocation import Ranks
 from lowrank_core.commands.benchmarks.layer_speed import layer_rows
 from lowrank_core.commands.benchmarks.speed_rows import TURNS, SpeedRow, compared
-from lowrank_core.compression.build import low_rank_layers, swapped
+from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.pipeline import Decomposed, decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.evaluation import DenseReference, score_windows
@@ -76,12 +76,12 @@ def _layers_at(decomposed: Decomposed, ranks: Ranks) -> dict[str, nn.Module]:
 
 
 def _one_trial(decomposed: Decomposed, ranks: Ranks, validation: WindowSet, dense: DenseReference) -> None:
-    with swapped(decomposed.handle, _layers_at(decomposed, ranks)):
+    with swap_layers(decomposed.handle, _layers_at(decomposed, ranks)):
         score_windows(decomposed.handle, validation, batch_size=8, dense=dense)
 
 
 def _forward_with(handle: ModelHandle, layers: dict[str, nn.Module], windows: WindowSet) -> None:
-    with swapped(handle, layers):
+    with swap_layers(handle, layers):
         _forward(handle, windows)
 
 

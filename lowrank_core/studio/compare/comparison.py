@@ -183,40 +183,40 @@ def _comparison(body: JsonMapping, key: str, report: str = "report") -> Comparis
 
 def _measured_body(body: JsonMapping, report: str = "report") -> JsonMapping:
     """Return what an answer says of a measurement, without intervals that have no width: older versions drew them from one window."""
-    found: JsonMapping = body.get(report, {})
-    return {name: value for name, value in found.items() if not (name.endswith("_interval") and _has_no_width(value))}
+    result: JsonMapping = body.get(report, {})
+    return {name: value for name, value in result.items() if not (name.endswith("_interval") and _has_no_width(value))}
 
 
 def _has_no_width(value: object) -> bool:
     return value is None or (isinstance(value, list | tuple) and len(value) == 2 and value[0] == value[1])
 
 
-def warnings_of(found: Sequence[Comparison]) -> list[str]:
+def warnings_of(result: Sequence[Comparison]) -> list[str]:
     """Return why comparisons may say less than they seem to, each reason once."""
-    return list(dict.fromkeys(warning for comparison in found for warning in comparison.warnings))
+    return list(dict.fromkeys(warning for comparison in result for warning in comparison.warnings))
 
 
-def _told_apart(found: list[Comparison]) -> list[Comparison]:
+def _told_apart(result: list[Comparison]) -> list[Comparison]:
     """Return the same, healings of one model by one method with the end of their folder's name."""
-    labels = [comparison.label for comparison in found]
+    labels = [comparison.label for comparison in result]
     return [
         replace(each, label=f"{each.label} ({each.key[-4:]})") if each.form == "healed" and labels.count(each.label) > 1 else each
-        for each in found
+        for each in result
     ]
 
 
-def _named(found: Sequence[Comparison], trials: Sequence[TrialRecord]) -> list[Comparison]:
-    return [replace(each, shown=model_name(each.label, trials)) for each in found]
+def _named(result: Sequence[Comparison], trials: Sequence[TrialRecord]) -> list[Comparison]:
+    return [replace(each, shown=model_name(each.label, trials)) for each in result]
 
 
-def _with_flops(found: list[Comparison]) -> list[Comparison]:
+def _with_flops(result: list[Comparison]) -> list[Comparison]:
     """Return the same, a healed model with the FLOPs of what it was made from: it has the same ranks."""
-    counted = {each.label: each for each in found if each.flops is not None}
+    counted = {each.label: each for each in result if each.flops is not None}
     return [
         replace(each, flops=before.flops, dense_flops=before.dense_flops)
         if each.flops is None and (before := counted.get(each.label.partition(", healed")[0])) is not None
         else each
-        for each in found
+        for each in result
     ]
 
 
@@ -224,10 +224,10 @@ def other_texts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = (
     """Return the newest measurement of each model on each second text, by the text's reference; the text that was asked for last first."""
     newest: dict[str, dict[str, Comparison]] = {}
     for body in _of_kind(bodies, "other_text"):
-        found = newest.pop(str(body.get("text")), {})
-        found[_key(body)] = _comparison(body, _key(body))
-        newest[str(body.get("text"))] = found
-    return {text: _named(_told_apart(list(found.values())), trials) for text, found in reversed(newest.items())}
+        result = newest.pop(str(body.get("text")), {})
+        result[_key(body)] = _comparison(body, _key(body))
+        newest[str(body.get("text"))] = result
+    return {text: _named(_told_apart(list(result.values())), trials) for text, result in reversed(newest.items())}
 
 
 def exports(bodies: Sequence[JsonMapping]) -> list[Export]:
@@ -257,7 +257,7 @@ def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> C
     newest = {body["trial"]: body for body in _of_kind(bodies, "compare") if type(body.get("trial")) is int and body["trial"] in known}
     if not newest:
         return None
-    found = {
+    result = {
         number: build(
             Comparison,
             _measured_body(body),
@@ -268,15 +268,15 @@ def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> C
         )
         for number, body in newest.items()
     }
-    first = next(iter(found.values()))
-    ordered = sorted(found, key=lambda number: (known[number].value is None, known[number].value or 0.0, number))
+    first = next(iter(result.values()))
+    ordered = sorted(result, key=lambda number: (known[number].value is None, known[number].value or 0.0, number))
     rows = [_ends({"name": "Original", "perplexity": first.dense_perplexity}, first.dense_perplexity_interval, ())]
     for number in ordered:
-        report, trial = found[number], known[number]
+        report, trial = result[number], known[number]
         row = {"trial": number, "name": trial_label(trial), "value": trial.value, "perplexity": report.perplexity, "kl": report.kl}
         rows.append(_ends(row, report.perplexity_interval, report.kl_interval))
     frame = pd.DataFrame(rows, columns=["trial", "name", "value", "perplexity", "low", "high", "kl", "kl_low", "kl_high"])
-    return Confirmed(first.protocol, frame.astype({"trial": "Int64"}), tuple(warnings_of(list(found.values()))))
+    return Confirmed(first.protocol, frame.astype({"trial": "Int64"}), tuple(warnings_of(list(result.values()))))
 
 
 def _ends(row: dict[str, object], perplexity: Sequence[float], kl: Sequence[float]) -> dict[str, object]:
@@ -287,10 +287,10 @@ def _ends(row: dict[str, object], perplexity: Sequence[float], kl: Sequence[floa
 
 def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
     """Return the newest answer if it is a failure; what is told elsewhere is left out, and so is what was said of a preset."""
-    told = [body for body in bodies if body.get("kind") not in _ELSEWHERE and not _is_preset(body)]
-    if not told or told[-1].get("ok"):
+    reported = [body for body in bodies if body.get("kind") not in _ELSEWHERE and not _is_preset(body)]
+    if not reported or reported[-1].get("ok"):
         return None
-    return build(Failure, {"kind": "request", "error": "no reason given", **told[-1]}, "an answer")
+    return build(Failure, {"kind": "request", "error": "no reason given", **reported[-1]}, "an answer")
 
 
 def _is_preset(body: JsonMapping) -> bool:

@@ -36,14 +36,14 @@ def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure
 def _dots(table: pd.DataFrame, column: str, unit: float | None) -> go.Scatter:
     value, low, high = _with_ends(table, column, "low", "high")
     words = [f"{v:+z.4g}" + (f" ({a:+z.3g} to {b:+z.3g})" if b > a else "") for v, a, b in zip(value, low, high, strict=True)]
-    at, least, most = (_placed(array, unit) for array in (value, low, high))
+    at, minimum, maximum = (_placed(array, unit) for array in (value, low, high))
     marks = [_MARKS[kind] for kind in table["kind"]]
     return go.Scatter(
         x=at,
         y=table["name"].to_list(),
         mode="markers",
         marker={"size": 11, "color": [colour for colour, _ in marks], "symbol": [symbol for _, symbol in marks]},
-        error_x=_whiskers(at, least, most),
+        error_x=_whiskers(at, minimum, maximum),
         customdata=words,
         hovertemplate="<b>%{y}</b><br>%{customdata}<extra></extra>",
     )
@@ -52,8 +52,8 @@ def _dots(table: pd.DataFrame, column: str, unit: float | None) -> go.Scatter:
 def _with_ends(table: pd.DataFrame, value: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return values and the ends of their intervals; one that is missing has no width."""
     middle = table[value].to_numpy(dtype=float)
-    least, most = (table[name].fillna(table[value]).to_numpy(dtype=float) for name in (low, high))
-    return middle, least, most
+    minimum, maximum = (table[name].fillna(table[value]).to_numpy(dtype=float) for name in (low, high))
+    return middle, minimum, maximum
 
 
 def _whiskers(value: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str = GREY) -> dict[str, object]:
@@ -75,11 +75,11 @@ def _zero(figure: go.Figure, x: float, words: str, *, log: bool = False) -> None
 
 def _signed_log_axis(figure: go.Figure, table: pd.DataFrame, unit: float) -> None:
     ends = table[["difference", "low", "high"]].to_numpy(dtype=float)
-    most = float(np.nanmax(np.abs(ends)))
+    maximum = float(np.nanmax(np.abs(ends)))
     # Below the unit the axis is linear, and a power of ten would stand on zero.
-    powers = [10.0**power for power in range(int(np.ceil(np.log10(unit))), int(np.ceil(np.log10(most))) + 1)]
+    powers = [10.0**power for power in range(int(np.ceil(np.log10(unit))), int(np.ceil(np.log10(maximum))) + 1)]
     ticks = np.array([*(-power for power in reversed(powers)), 0.0, *powers])
-    ticks = ticks[(ticks >= min(0.0, 2 * float(np.nanmin(ends)))) & (ticks <= 2 * most)]
+    ticks = ticks[(ticks >= min(0.0, 2 * float(np.nanmin(ends)))) & (ticks <= 2 * maximum)]
     figure.update_xaxes(tickvals=_placed(ticks, unit), ticktext=[f"{tick:+g}" if tick else "0" for tick in ticks], tickangle=0)
 
 

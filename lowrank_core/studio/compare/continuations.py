@@ -58,13 +58,13 @@ def prompts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -
     Raises:
         RunError: an answer is damaged.
     """
-    found: dict[tuple[object, ...], dict[str, _Answer]] = {}
+    result: dict[tuple[object, ...], dict[str, _Answer]] = {}
     for body in bodies:
         if body.get("ok") and body.get("kind") == "generate":
             answer = build(_Answer, body, "a continuation")
             key = answer.prompt, answer.tokens, answer.temperature, answer.seed
-            found[key] = {**found.pop(key, {}), answer.name(trials): answer}
-    return [_prompt(alike) for alike in reversed(found.values())]
+            result[key] = {**result.pop(key, {}), answer.name(trials): answer}
+    return [_prompt(alike) for alike in reversed(result.values())]
 
 
 def _prompt(alike: Mapping[str, _Answer]) -> Prompt:

@@ -11,14 +11,14 @@ from lowrank_core.runs import Run
 from lowrank_core.studio.export.export_plan import Source
 from lowrank_core.studio.shared.reproduce import command_line, compress_command, compress_unsaid, export_command
 
-__all__ = ["HealedAgain", "heal_command", "healed_again"]
+__all__ = ["HealingCommands", "heal_command", "healing_commands"]
 
 _UNSAID_TEXT, _UNSAID = ("validation_windows",), ("warmup",)
 """What matters to a healing and has no option of ``lowrank heal``."""
 
 
 @dataclass(frozen=True)
-class HealedAgain:
+class HealingCommands:
     """How a healing is repeated.
 
     Attributes:
@@ -38,7 +38,7 @@ class HealedAgain:
         return f"No commands say the same healing: these have no option of their own: {named}." if named else ""
 
 
-def healed_again(run: Run, source: Source, export: ExportConfig | None = None) -> HealedAgain:
+def healing_commands(run: Run, source: Source, export: ExportConfig | None = None) -> HealingCommands:
     """Return how the healed model ``source`` of ``run`` is made again, and written as ``export`` says.
 
     A healed folder is stored in the dtype of the one that it was made from: the first command has the option for it.
@@ -54,7 +54,7 @@ def healed_again(run: Run, source: Source, export: ExportConfig | None = None) -
     else:
         first = compress_command(config, ranks, folder, stored)
     second = heal_command(config, source.healing, folder, export.folder_name(source.name), export)
-    return HealedAgain("" if unsaid else f"{first}\n{second}", ranks, unsaid)
+    return HealingCommands("" if unsaid else f"{first}\n{second}", ranks, unsaid)
 
 
 def heal_command(config: RunConfig, healing: HealingConfig, model: str, out: str, export: ExportConfig) -> str:

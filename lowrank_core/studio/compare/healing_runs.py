@@ -67,7 +67,7 @@ def healings(run: Run) -> list[Healing]:
     Raises:
         RunError, ConfigError: a file is damaged, or holds settings that there are not.
     """
-    found = []
+    result = []
     root = run.path / "healed"
     for folder in sorted(root.iterdir()) if root.is_dir() else ():
         body = read_json(folder / "request.json")
@@ -75,7 +75,7 @@ def healings(run: Run) -> list[Healing]:
             continue
         history = read_history(folder)
         paths = [path for name in ("history.json", "report.json", "request.json") if (path := folder / name).exists()]
-        found.append(
+        result.append(
             Healing(
                 folder=folder.name,
                 label=str(body.get("label")),
@@ -86,12 +86,12 @@ def healings(run: Run) -> list[Healing]:
                 changed=max(path.stat().st_mtime for path in paths),
             )
         )
-    return sorted(found, key=lambda healing: healing.changed, reverse=True)
+    return sorted(result, key=lambda healing: healing.changed, reverse=True)
 
 
 def trial_of(healing: Healing, trials: Sequence[TrialRecord], search: SearchConfig) -> int | None:
     """Return the number of the trial whose model was healed; None where a rule's was that no trial of this search is."""
-    single = search.most_ratio is None  # else a rule has a trial at each of several ratios
+    single = search.max_ratio is None  # else a rule has a trial at each of several ratios
     complete = [trial for trial in trials if trial.state == "complete"]
     names = {f"trial {trial.number}": trial.number for trial in complete}
     rules = {trial.label: trial.number for trial in complete if trial.label in ALLOCATORS} if single else {}

@@ -26,31 +26,31 @@ _ENDS = ("low", "high", "difference_low", "difference_high", "kl_low", "kl_high"
 _WHOLE = ("linears", "parameters", "bytes", "flops")
 
 
-def comparison_table(found: Sequence[Comparison]) -> pd.DataFrame:
+def comparison_table(result: Sequence[Comparison]) -> pd.DataFrame:
     """Return the original as a first row, then a row for each measured model; ``low`` and ``high`` are 95 % intervals, and
     ``…interval`` the same in words.
 
     ``difference`` is perplexity above the original's, its interval paired by window; ``flops`` those for one token (``FLOPS_MEANING``).
     """
-    if not found:
+    if not result:
         return pd.DataFrame()
-    first = found[0]
+    first = result[0]
     low, high = _ends(first.dense_perplexity_interval)
     dense = {"allocation": "Original", "form": "dense", "perplexity": first.dense_perplexity, "low": low, "high": high}
     dense |= {"removed": 0.0, "model_removed": 0.0, "parameters": first.dense_parameters, "linears": first.dense_compressible_parameters}
-    dense |= {"bytes": first.dense_bytes, "flops": next((each.dense_flops for each in found if each.dense_flops is not None), None)}
+    dense |= {"bytes": first.dense_bytes, "flops": next((each.dense_flops for each in result if each.dense_flops is not None), None)}
     columns = [name for name in dict.fromkeys([*LOST, *SAVED, *_ENDS]) if "interval" not in name]
-    frame = pd.DataFrame([dense, *(_row(comparison) for comparison in found)], columns=columns)
+    frame = pd.DataFrame([dense, *(_row(comparison) for comparison in result)], columns=columns)
     numbers = [name for name in columns if name not in ("allocation", "form", *_WHOLE)]
     frame = frame.astype({**dict.fromkeys(numbers, float), **dict.fromkeys(_WHOLE, "Int64")})
     for name, prefix in (("perplexity", ""), ("difference", "difference_"), ("kl", "kl_")):
         rows = zip(frame[name], frame[f"{prefix}low"], frame[f"{prefix}high"], strict=True)
-        frame[f"{prefix}interval"] = [DASH if pd.isna(value) else interval_words((least, most)) for value, least, most in rows]
+        frame[f"{prefix}interval"] = [DASH if pd.isna(value) else interval_words((minimum, maximum)) for value, minimum, maximum in rows]
     return frame
 
 
-def _ends(found: Sequence[float]) -> tuple[float | None, float | None]:
-    return (found[0], found[1]) if len(found) == 2 else (None, None)
+def _ends(result: Sequence[float]) -> tuple[float | None, float | None]:
+    return (result[0], result[1]) if len(result) == 2 else (None, None)
 
 
 def _row(comparison: Comparison) -> dict[str, object]:
@@ -63,8 +63,8 @@ def _row(comparison: Comparison) -> dict[str, object]:
         "difference_": comparison.perplexity_difference_interval,
         "kl_": comparison.kl_interval,
     }
-    for prefix, found in intervals.items():
-        row[f"{prefix}low"], row[f"{prefix}high"] = _ends(found)
+    for prefix, result in intervals.items():
+        row[f"{prefix}low"], row[f"{prefix}high"] = _ends(result)
     return row | {
         "removed": comparison.compression_ratio,
         "model_removed": comparison.model_compression_ratio,
@@ -75,7 +75,7 @@ def _row(comparison: Comparison) -> dict[str, object]:
     }
 
 
-def difference_table(found: Sequence[Comparison]) -> pd.DataFrame:
+def difference_table(result: Sequence[Comparison]) -> pd.DataFrame:
     """Return perplexity above the original's: columns name, kind, difference, low, high (95 %, paired by window), removed; least first."""
     rows = [
         (
@@ -85,7 +85,7 @@ def difference_table(found: Sequence[Comparison]) -> pd.DataFrame:
             *_ends(comparison.perplexity_difference_interval),
             comparison.compression_ratio,
         )
-        for comparison in found
+        for comparison in result
     ]
     frame = pd.DataFrame(rows, columns=["name", "kind", "difference", "low", "high", "removed"])
     return frame.astype({"low": float, "high": float}).sort_values("difference", ignore_index=True)

@@ -77,8 +77,8 @@ def speeds(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) ->
 
 
 def _part(body: Mapping[str, object], name: str) -> Mapping[str, object]:
-    found = body.get(name)
-    return found if isinstance(found, Mapping) else {}
+    result = body.get(name)
+    return result if isinstance(result, Mapping) else {}
 
 
 def _spread(body: Mapping[str, object], name: str) -> _Spread:
@@ -135,20 +135,20 @@ def _share(ours: int | None, theirs: int | None) -> str:
     return DASH if ours is None or not theirs else f"{ours / theirs:.2f} of it"
 
 
-def speedup_table(found: Sequence[Speed]) -> pd.DataFrame:
+def speedup_table(result: Sequence[Speed]) -> pd.DataFrame:
     """Return columns name, measure, median, low, high: how many times faster each model is; above 1 it is faster."""
     rows = [
         (speed.name, label, speed.speedups[name].median, speed.speedups[name].low, speed.speedups[name].high)
-        for speed in found
+        for speed in result
         for name, label in _MEASURES.items()
     ]
     return pd.DataFrame(rows, columns=["name", "measure", "median", "low", "high"])
 
 
-def speed_numbers(found: Sequence[Speed]) -> pd.DataFrame:
+def speed_numbers(result: Sequence[Speed]) -> pd.DataFrame:
     """Return every number: a row for each model and side, rates as median, low and high, memory in bytes, the protocol."""
     rows = []
-    for speed in found:
+    for speed in result:
         for side, figures in (("original", speed.dense), ("compressed", speed.compressed)):
             row: dict[str, object] = {"name": speed.name, "side": side}
             for name, spread in (

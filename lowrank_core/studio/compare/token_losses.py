@@ -18,7 +18,7 @@ from lowrank_core.studio.shared.trial_names import model_name
 
 __all__ = ["TokenStrip", "strips", "worst_tokens"]
 
-_LEAST_SCALE = 0.1  # nats: below, differences are noise of rounding, and would be painted as losses
+_MIN_SCALE = 0.1  # nats: below, differences are noise of rounding, and would be painted as losses
 _QUANTILE = 0.98
 _BEFORE = 32  # characters of context in the table
 
@@ -81,14 +81,14 @@ def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) ->
     Raises:
         RunError: an answer is damaged.
     """
-    found: dict[tuple[str, tuple[object, ...]], TokenStrip] = {}
+    result: dict[tuple[str, tuple[object, ...]], TokenStrip] = {}
     for body in bodies:
         if body.get("ok") and body.get("kind") == "tokens":
             answer = build(_Answer, body, "an answer about tokens")
             key = filed_as(body), answer.pieces
-            found.pop(key, None)
-            found[key] = _strip(answer, model_name(key[0], trials))
-    return list(reversed(found.values()))
+            result.pop(key, None)
+            result[key] = _strip(answer, model_name(key[0], trials))
+    return list(reversed(result.values()))
 
 
 def _strip(answer: _Answer, name: str) -> TokenStrip:
@@ -104,7 +104,7 @@ def _strip(answer: _Answer, name: str) -> TokenStrip:
         list(map(str, answer.likeliest)),
         list(map(str, answer.dense_likeliest)),
     )
-    scale = max(_LEAST_SCALE, float(frame["extra"].abs().quantile(_QUANTILE)))
+    scale = max(_MIN_SCALE, float(frame["extra"].abs().quantile(_QUANTILE)))
     return TokenStrip(name, answer.protocol, beginning, frame, scale)
 
 

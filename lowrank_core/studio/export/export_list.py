@@ -21,7 +21,7 @@ from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.trial_names import unit_label
 
 __all__ = [
-    "MOST_BYTES",
+    "MAX_BYTES",
     "Loading",
     "Proof",
     "Written",
@@ -33,7 +33,7 @@ __all__ = [
     "zipped",
 ]
 
-MOST_BYTES = 200_000_000
+MAX_BYTES = 200_000_000
 """Of a folder that is offered as one file: it is held in memory while the browser fetches it."""
 
 
@@ -110,13 +110,13 @@ class Written:
     @property
     def proof_words(self) -> str:
         """The proof in a sentence; empty without one."""
-        found = self.proof
-        if found is None or found.measured is None:
-            return "" if found is None else f"not measured: {found.error}"
-        if found.recorded is None:
-            return f"perplexity {number(found.measured, 5)}; nothing was recorded to compare it with"
-        verdict = "the same to rounding" if found.ok else "NOT what was recorded"
-        return f"perplexity {number(found.measured, 5)}, recorded {number(found.recorded, 5)}: {verdict}"
+        result = self.proof
+        if result is None or result.measured is None:
+            return "" if result is None else f"not measured: {result.error}"
+        if result.recorded is None:
+            return f"perplexity {number(result.measured, 5)}; nothing was recorded to compare it with"
+        verdict = "the same to rounding" if result.ok else "NOT what was recorded"
+        return f"perplexity {number(result.measured, 5)}, recorded {number(result.recorded, 5)}: {verdict}"
 
     @property
     def form_words(self) -> str:
@@ -154,27 +154,27 @@ def written_models(run: Run, bodies: Sequence[JsonMapping]) -> list[Written]:
     folder = run.path / "exports"
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if folder.is_dir() else []
     known = {path.resolve() for path in inside}
-    told = {Path(entry.path): entry for entry in reversed(exports(bodies))}
-    elsewhere = [path for path in told if path.resolve() not in known]
+    reported = {Path(entry.path): entry for entry in reversed(exports(bodies))}
+    elsewhere = [path for path in reported if path.resolve() not in known]
     proofs = _proofs(bodies, folder)
-    return [_written(path, told.get(path), proofs.get(path)) for path in (*inside, *elsewhere)]
+    return [_written(path, reported.get(path), proofs.get(path)) for path in (*inside, *elsewhere)]
 
 
 def _proofs(bodies: Sequence[JsonMapping], folder: Path) -> dict[Path, Proof]:
     """Return the newest proof of each folder, those that were refused included."""
-    found: dict[Path, Proof] = {}
+    result: dict[Path, Proof] = {}
     for body in bodies:
         when = float(body.get("time", 0.0))
         if body.get("kind") == "verify" and body.get("ok"):
-            found[Path(str(body.get("path")))] = build(Proof, body.get("verification", {}), "an answer", time=when)
+            result[Path(str(body.get("path")))] = build(Proof, body.get("verification", {}), "an answer", time=when)
         elif body.get("kind") == "verify":
             path = folder / Path(str((body.get("arguments") or {}).get("path", ""))).name
-            found[path] = Proof(ok=False, error=str(body.get("error") or "no reason given"), time=when)
-    return found
+            result[path] = Proof(ok=False, error=str(body.get("error") or "no reason given"), time=when)
+    return result
 
 
-def _written(path: Path, told: Export | None, proof: Proof | None) -> Written:
-    trial = "" if told is None else f"trial {told.trial}" if isinstance(told.trial, int) else str(told.trial)
+def _written(path: Path, reported: Export | None, proof: Proof | None) -> Written:
+    trial = "" if reported is None else f"trial {reported.trial}" if isinstance(reported.trial, int) else str(reported.trial)
     source = path / "lowrank.json"
     try:
         body = read_json(source) or {}
@@ -249,7 +249,7 @@ def loading_of(path: Path, form: str, *, with_code: bool) -> tuple[Loading, ...]
     if with_code:
         ways.append(("Without it, by the code in the folder", "", ", trust_remote_code=True"))
     served = (Loading("With a server", f"vllm serve {shlex.quote(str(path))}", "bash"),) if form == "dense" else ()
-    found = tuple(
+    result = tuple(
         Loading(
             title,
             f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -259,7 +259,7 @@ def loading_of(path: Path, form: str, *, with_code: bool) -> tuple[Loading, ...]
         )
         for title, first, option in ways
     )
-    return (*found, *served)
+    return (*result, *served)
 
 
 def card_of(path: Path) -> str | None:
@@ -286,7 +286,7 @@ def zipped(folder: Path) -> bytes:
     files = _files(folder)
     if not files:
         raise RunError(f"{folder} is not there any more. Write the model again.")
-    if sum(path.stat().st_size for path in files) > MOST_BYTES:
+    if sum(path.stat().st_size for path in files) > MAX_BYTES:
         raise RunError(f"{folder} is too large to be fetched as one file. Copy the folder.")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:

@@ -84,7 +84,7 @@ def trial_source(
     units, bodies = model
     record = next((record for record in trials if record.number == trial), None)
     if record is not None:
-        single = search.most_ratio is None
+        single = search.max_ratio is None
         return Source(label_of(trial, trials) if single else f"trial {trial}", label, trial, ranks=record.ranks or None, number=int(trial))
     ranks = _measured_ranks(str(trial), bodies) or _ruled_ranks(str(trial), units, search)
     same = next((record.number for record in trials if record.state == "complete" and ranks is not None and record.ranks == ranks), None)
@@ -93,8 +93,8 @@ def trial_source(
 
 def _measured_ranks(allocator: str, bodies: Sequence[JsonMapping]) -> Ranks | None:
     """Return what the worker said that ``allocator`` chooses, if it measured it."""
-    found = [body.get("ranks") for body in bodies if body.get("kind") == "compare" and body.get("ok") and body.get("trial") == allocator]
-    return dict(found[-1]) if found and isinstance(found[-1], Mapping) and found[-1] else None
+    result = [body.get("ranks") for body in bodies if body.get("kind") == "compare" and body.get("ok") and body.get("trial") == allocator]
+    return dict(result[-1]) if result and isinstance(result[-1], Mapping) and result[-1] else None
 
 
 def _ruled_ranks(allocator: str, units: Sequence[Unit], search: SearchConfig) -> Ranks | None:
@@ -125,15 +125,15 @@ def healed_sources(run: Run, trials: Sequence[TrialRecord]) -> list[Source]:
     search = run.config.search
     if search is None:
         return []
-    found = []
+    result = []
     for healing in healings(run):
         folder = run.path / "exports" / healing.folder
         body = read_json(folder / "lowrank.json") if healing.report is not None else None
         if body is not None:
             ranks = body.get("ranks")
-            told = dict(ranks) if isinstance(ranks, Mapping) and ranks else None
-            found.append(healed_source(healing, trials, search, told))
-    return found
+            reported = dict(ranks) if isinstance(ranks, Mapping) and ranks else None
+            result.append(healed_source(healing, trials, search, reported))
+    return result
 
 
 @dataclass(frozen=True)
@@ -166,8 +166,8 @@ def planned(facts: ModelFacts, units: Sequence[Unit], source: Source, search: Se
         biases = _added_biases(units) if source.ranks is None or any(rank is not None for rank in source.ranks.values()) else 0
         return Planned(facts.parameters + biases, (facts.parameters + biases) * itemsize, biases == 0, dtype)
     if source.ranks is None:
-        most = rest + budget_for_ratio(units, search.compression_ratio)
-        return Planned(most, most * itemsize + _most_indices(units) * max(0, INDEX_BYTES - itemsize), False, dtype)
+        maximum = rest + budget_for_ratio(units, search.compression_ratio)
+        return Planned(maximum, maximum * itemsize + _max_indices(units) * max(0, INDEX_BYTES - itemsize), False, dtype)
     ranks = allocation_from_ranks(source.name, units, source.ranks).ranks
     chosen = [(unit, rank) for unit in units if (rank := ranks.get(unit.name)) is not None]
     parameters, indices = rest + allocated_parameters(units, ranks), sum(unit.stored(rank)[1] for unit, rank in chosen)
@@ -179,7 +179,7 @@ def planned(facts: ModelFacts, units: Sequence[Unit], source: Source, search: Se
     return Planned(parameters + scales, size, True, dtype)
 
 
-def _most_indices(units: Sequence[Unit]) -> int:
+def _max_indices(units: Sequence[Unit]) -> int:
     return sum(unit.stored(unit.break_even_rank)[1] for unit in units)
 
 
@@ -199,8 +199,8 @@ def forms_table(facts: ModelFacts, units: Sequence[Unit], source: Source, search
     usual += [ExportConfig(quantization="int8", dtype="bfloat16"), ExportConfig(form="dense")]
     forms = {}
     for each in [*usual, config]:  # the last one of a form and dtype is the chosen one
-        found = planned(facts, units, source, search, each)
-        forms[_form_words(each), found.dtype] = _row(_form_words(each), found, facts.bytes, chosen=each is config)
+        result = planned(facts, units, source, search, each)
+        forms[_form_words(each), result.dtype] = _row(_form_words(each), result, facts.bytes, chosen=each is config)
     return pd.DataFrame([_row("Original", original, facts.bytes, chosen=False), *forms.values()])
 
 
@@ -208,16 +208,16 @@ def _form_words(config: ExportConfig) -> str:
     return "Dense merge" if config.form == "dense" else f"Factors{_INT8[config.quantization]}"
 
 
-def _row(form: str, found: Planned, original: int, *, chosen: bool) -> dict[str, object]:
-    share = found.bytes / original if original else None
-    words = form if found.exact else f"{form}, at most"
-    row: dict[str, object] = {"chosen": "→" if chosen else "", "form": words, "dtype": found.dtype}
-    return row | {"parameters": found.parameters, "bytes": found.bytes, "share": share, "exact": found.exact}
+def _row(form: str, result: Planned, original: int, *, chosen: bool) -> dict[str, object]:
+    share = result.bytes / original if original else None
+    words = form if result.exact else f"{form}, at most"
+    row: dict[str, object] = {"chosen": "→" if chosen else "", "form": words, "dtype": result.dtype}
+    return row | {"parameters": result.parameters, "bytes": result.bytes, "share": share, "exact": result.exact}
 
 
-def files_of(found: Planned, config: ExportConfig) -> list[tuple[str, str]]:
+def files_of(result: Planned, config: ExportConfig) -> list[tuple[str, str]]:
     """Return the files of the folder: names, and what each holds."""
-    shards = math.ceil(found.bytes / config.shard_bytes)
+    shards = math.ceil(result.bytes / config.shard_bytes)
     weights = [("model.safetensors", "the weights")]
     if shards > 1:
         weights = [

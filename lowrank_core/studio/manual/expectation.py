@@ -65,9 +65,9 @@ PRIOR = Prior()
 against (``tests/predictions.py``), and on a Llama of two blocks, trained for a minute, whose trials scatter more (``weight``)."""
 _REFERENCE_KL = 1e-3
 """P_0, nats per token."""
-_LEAST_TRIALS = 3
+_MIN_TRIALS = 3
 """A run's baselines: after one trial of the small Llama, the interval held 70 of 100 measurements, after three 90."""
-_MOST_SAMPLED = 200
+_MAX_SAMPLED = 200
 """Sampled trials in a regression, the newest: they crowd around one point, and a page redraws every second."""
 _INSIDE_LOSS = 1.5
 """Factor by which a predicted KL may leave the range of the trials' and still count as inside it."""
@@ -127,7 +127,7 @@ class KlRegression:
     def expected(self, ranks: Ranks) -> Expectation | None:
         """Return what measuring ``ranks`` should give; None below three trials, or where no KL divergence above zero is predicted."""
         row = self._row(ranks)
-        if row is None or self.trials < _LEAST_TRIALS:
+        if row is None or self.trials < _MIN_TRIALS:
             return None
         x, shares = np.array([row[0]]), row[1][None]
         common = self._kernel(x, shares)[0]
@@ -170,23 +170,23 @@ class KlRegression:
 
     def _unlike(self, x: float, shares: Vector) -> str:
         """Return in what a point is outside of all trials, in words."""
-        found, margin = [], math.log(_INSIDE_LOSS)
+        result, margin = [], math.log(_INSIDE_LOSS)
         if not self._x.min() - margin <= x <= self._x.max() + margin:
-            least, most = (_REFERENCE_KL * math.exp(end) for end in (self._x.min(), self._x.max()))
-            found.append(f"the trials' predicted KL is {number(least)} to {number(most)}")
+            minimum, maximum = (_REFERENCE_KL * math.exp(end) for end in (self._x.min(), self._x.max()))
+            result.append(f"the trials' predicted KL is {number(minimum)} to {number(maximum)}")
         kinds = len(self._kinds)
         moved = np.abs(self._shares - shares) / 2
         elsewhere = float(np.maximum(moved[:, :kinds].sum(axis=1), moved[:, kinds:].sum(axis=1)).min())
         if elsewhere > _INSIDE_SHARE:
-            found.append(f"{percent(elsewhere, 0)} of the predicted loss is in other modules than in any trial")
-        return ", and ".join(found)
+            result.append(f"{percent(elsewhere, 0)} of the predicted loss is in other modules than in any trial")
+        return ", and ".join(result)
 
 
 def _useful(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
     """Return the measured trials that lost something: baselines and hand-picked ones, then the newest sampled ones."""
     measured = [trial for trial in trials if trial.finished and trial.kl is not None and trial.kl > 0]
     sampled = [trial for trial in measured if trial.label == "sampled"]
-    return [trial for trial in measured if trial.label != "sampled"] + sampled[-_MOST_SAMPLED:]
+    return [trial for trial in measured if trial.label != "sampled"] + sampled[-_MAX_SAMPLED:]
 
 
 def expectation_words(record: CurveRecord, units: Sequence[Unit], trials: Sequence[TrialRecord], ranks: Ranks) -> str:

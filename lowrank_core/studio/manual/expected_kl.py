@@ -10,14 +10,14 @@ import pandas as pd
 
 from lowrank_core.allocation import Ranks
 from lowrank_core.allocation.curves import CurveRecord
-from lowrank_core.metrics import basis_named
+from lowrank_core.metrics import metric_named
 from lowrank_core.studies.records import MANUAL, TrialRecord
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.trial_names import kind_of, trial_label
 
 __all__ = ["Trust", "estimate_words", "measured_as", "predicted_kl", "trial_predictions", "trust"]
 
-_LEAST_TRIALS = 3
+_MIN_TRIALS = 3
 
 
 def predicted_kl(record: CurveRecord | None, ranks: Ranks) -> float | None:
@@ -31,14 +31,14 @@ def predicted_kl(record: CurveRecord | None, ranks: Ranks) -> float | None:
 
 def estimate_words(record: CurveRecord) -> str:
     """Return what a prediction is made of, or why there is none, in words."""
-    label = basis_named(record.basis).label
+    label = metric_named(record.basis).label
     if record.estimate == "own":
         return (
             f"{label} measures the error of every matrix in a unit of its own, so errors of different matrices can't be added up: the "
             "table shows the energy that each keeps, and no ΔKL is predicted. The basis two_sided predicts one."
         )
     added = "Errors are added up as if no layer felt another, and a sequential fit is not part of it."
-    if record.estimate == "slopes":
+    if record.estimate == "error_weights":
         return (
             f"{label}; every unit's error is weighted by its ΔKL/Δe, measured on validation text with this unit alone compressed. {added}"
         )
@@ -94,7 +94,7 @@ class Trust:
 
 def trust(predictions: pd.DataFrame) -> Trust | None:
     """Return how the measured values of ``trial_predictions`` stand to the predicted ones; None below three trials."""
-    if len(predictions) < _LEAST_TRIALS:
+    if len(predictions) < _MIN_TRIALS:
         return None
     ratios = (predictions["measured"] / predictions["predicted"]).to_numpy(dtype=float)
     low, median, high = (float(value) for value in np.percentile(ratios, [10, 50, 90]))

@@ -15,7 +15,7 @@ from lowrank_core.studies.records import TrialRecord, best_trial
 from lowrank_core.studio.manual.expected_kl import measured_as, predicted_kl
 from lowrank_core.studio.shared.trial_names import trial_label
 
-__all__ = ["Picked", "beside", "picked"]
+__all__ = ["Picked", "alongside", "picked"]
 
 
 @dataclass(frozen=True)
@@ -68,29 +68,29 @@ def _same(asked: Mapping[str, object], ranks: Ranks) -> bool:
     return bool(asked) and {n: r for n, r in asked.items() if r is not None} == {n: r for n, r in ranks.items() if r is not None}
 
 
-def beside(trial: TrialRecord, trials: Sequence[TrialRecord], search: SearchConfig, record: CurveRecord | None) -> pd.DataFrame:
+def alongside(trial: TrialRecord, trials: Sequence[TrialRecord], search: SearchConfig, record: CurveRecord | None) -> pd.DataFrame:
     """Return ``trial`` beside the best trial and the uniform baseline: columns trial, name, kl, perplexity, removed, predicted.
 
     Over a range of ratios there is no best, and the uniform baseline is the one nearest in ratio.
     """
-    best = best_trial(trials) if search.most_ratio is None else None
+    best = best_trial(trials) if search.max_ratio is None else None
     uniform = [t for t in trials if t.label == "uniform" and t.finished and t.compression_ratio is not None]
     nearest = min(uniform, key=lambda t: abs((t.compression_ratio or 0.0) - (trial.compression_ratio or 0.0)), default=None)
     named: dict[int, tuple[str, TrialRecord]] = {}
-    for words, found in (("Uniform", nearest), ("Best", best), ("This draft", trial)):
-        if found is not None:
-            known = named.get(found.number)
-            named[found.number] = (f"{words}, {known[0].lower()}" if known else words, found)
+    for words, result in (("Uniform", nearest), ("Best", best), ("This draft", trial)):
+        if result is not None:
+            known = named.get(result.number)
+            named[result.number] = (f"{words}, {known[0].lower()}" if known else words, result)
     rows = [
         {
             "trial": number,
-            "name": f"{words}: trial {number}" if found.label in ALLOCATORS else f"{words}: {trial_label(found)}",
-            "kl": found.kl,
-            "perplexity": found.perplexity,
-            "removed": found.compression_ratio,
-            "predicted": predicted_kl(record, found.ranks),
+            "name": f"{words}: trial {number}" if result.label in ALLOCATORS else f"{words}: {trial_label(result)}",
+            "kl": result.kl,
+            "perplexity": result.perplexity,
+            "removed": result.compression_ratio,
+            "predicted": predicted_kl(record, result.ranks),
         }
-        for number, (words, found) in sorted(named.items(), key=lambda pair: pair[0] != trial.number)
+        for number, (words, result) in sorted(named.items(), key=lambda pair: pair[0] != trial.number)
     ]
     return pd.DataFrame(rows, columns=["trial", "name", "kl", "perplexity", "removed", "predicted"]).astype(
         {"kl": float, "predicted": float}

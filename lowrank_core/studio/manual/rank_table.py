@@ -145,8 +145,8 @@ def _group(draft: Draft, key: str, label: str, rows: Sequence[Unit]) -> RowGroup
 
 def groupings(draft: Draft, module: str) -> dict[str, str]:
     """Return unit -> words, for every unit that the matrix ``module`` can be compressed in; the one in use first."""
-    found = {unit.name: _grouping_words(unit) for unit in draft.alternatives(module)}
-    return dict(sorted(found.items(), key=lambda pair: pair[0] not in draft.ranks))
+    result = {unit.name: _grouping_words(unit) for unit in draft.alternatives(module)}
+    return dict(sorted(result.items(), key=lambda pair: pair[0] not in draft.ranks))
 
 
 def _grouping_words(unit: Unit) -> str:

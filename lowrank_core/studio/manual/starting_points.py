@@ -109,15 +109,15 @@ def _lacks(name: str, record: CurveRecord | None) -> bool:
 def starts(recipe: Recipe, trials: Sequence[TrialRecord], chosen: int | None) -> dict[Start, str]:
     """Return what a draft can begin from, in words: the best trial, the ``chosen`` one, rules, then all other trials, the newest first."""
     usable = {trial.number: trial for trial in trials if trial.ranks}
-    best = best_trial(trials) if recipe.search.most_ratio is None else None
+    best = best_trial(trials) if recipe.search.max_ratio is None else None
     first = [number for number in (best.number if best else None, chosen) if number in usable]
-    found: dict[Start, str] = {}
+    result: dict[Start, str] = {}
     for number_ in first:
         assert number_ is not None
-        found[number_] = _trial_words(usable[number_], best)
-    found |= {name: f"Rule: {label}" for name, label in rules(recipe).items()}
-    found |= {number_: _trial_words(usable[number_], best) for number_ in sorted(usable, reverse=True) if number_ not in found}
-    return found
+        result[number_] = _trial_words(usable[number_], best)
+    result |= {name: f"Rule: {label}" for name, label in rules(recipe).items()}
+    result |= {number_: _trial_words(usable[number_], best) for number_ in sorted(usable, reverse=True) if number_ not in result}
+    return result
 
 
 def _trial_words(trial: TrialRecord, best: TrialRecord | None) -> str:
@@ -134,7 +134,7 @@ def first_draft(recipe: Recipe, trials: Sequence[TrialRecord], chosen: int | Non
         ConfigError, RankError: a trial's ranks do not fit the model.
     """
     usable = [trial for trial in trials if trial.ranks]
-    best = best_trial(trials) if recipe.search.most_ratio is None else None
+    best = best_trial(trials) if recipe.search.max_ratio is None else None
     picked = next((trial for trial in usable if trial.number == chosen), best or next(reversed(usable), None))
     if picked is None:
         return recipe.ruled("uniform", recipe.search.compression_ratio), ALLOCATORS["uniform"].label

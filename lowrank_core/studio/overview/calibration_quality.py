@@ -75,7 +75,7 @@ class CalibrationFacts:
         return max((len(entry.group_traces) for entry in self.inputs), default=0)
 
     @property
-    def least_tokens_per_dimension(self) -> float | None:
+    def min_tokens_per_dimension(self) -> float | None:
         return min((entry.tokens_per_dimension for entry in self.inputs), default=None)
 
     @property
@@ -123,10 +123,10 @@ def quality_warnings(facts: CalibrationFacts) -> list[str]:
     thin = [entry for entry in facts.inputs if entry.tokens_per_dimension < TOKENS_PER_DIMENSION]
     if not thin:
         return []
-    least = min(thin, key=lambda entry: entry.tokens_per_dimension)
+    minimum = min(thin, key=lambda entry: entry.tokens_per_dimension)
     return [
         f"{len(thin)} of {len(facts.inputs)} inputs saw fewer than {TOKENS_PER_DIMENSION} tokens per dimension "
-        f"(the least: {number(least.tokens_per_dimension)} at {least.input_group}, {least.width} wide). "
+        f"(the least: {number(minimum.tokens_per_dimension)} at {minimum.input_group}, {minimum.width} wide). "
         "Small eigenvalues are noisy there; use more calibration windows."
     ]
 
@@ -209,8 +209,8 @@ def _damped(values: Vector, damping: float | None) -> float | None:
     if damping is None or not values.size:
         return None
     added = damping * float(values.mean())
-    least = float(values[-1]) + added
-    return (float(values[0]) + added) / least if least > 0 else None
+    minimum = float(values[-1]) + added
+    return (float(values[0]) + added) / minimum if minimum > 0 else None
 
 
 def quality_map(facts: CalibrationFacts, table: pd.DataFrame, name: str, chosen: str) -> LayerMap:

@@ -216,7 +216,7 @@ def _blocks_with_experts(tensors: Sequence[StoredTensor], stem: str) -> set[int]
         match = _NUMBERED.match(tensor.name)
         if match is not None and match["stem"] == stem:
             paths.setdefault(int(match["depth"]), []).append(match["path"])
-    return {depth for depth, found in paths.items() if has_experts(found)}
+    return {depth for depth, result in paths.items() if has_experts(result)}
 
 
 def _place(part: Part) -> tuple[int, int, int, str]:
@@ -264,15 +264,15 @@ def _matrices(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[MatrixShap
     for part in linears:
         paths.setdefault(part.block or 0, []).append(part.type)
     groups: dict[tuple[int, str], str] = {}
-    found = []
+    result = []
     for part in linears:
         depth = part.block or 0
         d_out, d_in = _mapped(part.shape, checkpoint)
         parent, _, last = part.type.rpartition(".")
         shared = f"{parent}.{_SHARED_INPUTS[last]}" if last in _SHARED_INPUTS else part.type
         group = groups.setdefault((depth, shared), part.module)
-        found.append(MatrixShape(part.module, module_type(part.type, paths[depth]), depth, d_out, d_in, part.module in biases, group))
-    return tuple(found)
+        result.append(MatrixShape(part.module, module_type(part.type, paths[depth]), depth, d_out, d_in, part.module in biases, group))
+    return tuple(result)
 
 
 def tensor_table(parts: Sequence[Part]) -> pd.DataFrame:

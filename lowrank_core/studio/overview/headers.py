@@ -59,8 +59,8 @@ class Checkpoint:
 
     def number(self, *names: str) -> int:
         """Return the first whole number that the config has under ``names``; 0 without one."""
-        found = (self.config.get(name) for name in names)
-        return next((value for value in found if isinstance(value, int) and not isinstance(value, bool)), 0)
+        result = (self.config.get(name) for name in names)
+        return next((value for value in result if isinstance(value, int) and not isinstance(value, bool)), 0)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

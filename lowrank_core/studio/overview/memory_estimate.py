@@ -147,10 +147,10 @@ def _held(facts: ModelFacts, config: RunConfig, *, on_gpu: bool) -> int:
 
 def _blocks(facts: ModelFacts) -> dict[int, dict[str, int]]:
     """Return depth -> distinct input -> its width."""
-    found: dict[int, dict[str, int]] = {}
+    result: dict[int, dict[str, int]] = {}
     for matrix in facts.matrices:
-        found.setdefault(matrix.depth, {})[matrix.input_group or matrix.name] = matrix.d_in
-    return found
+        result.setdefault(matrix.depth, {})[matrix.input_group or matrix.name] = matrix.d_in
+    return result
 
 
 def _squares(widths: dict[str, int]) -> int:
@@ -202,9 +202,9 @@ def _gpus() -> Sequence[Gpu]:
 
 def gpus_in(answer: str) -> tuple[Gpu, ...]:
     """Return the GPUs in what nvidia-smi printed: a line ``name, MiB in all, MiB free`` for each."""
-    found = []
+    result = []
     for line in answer.splitlines():
         name, total, free = (part.strip() for part in line.rsplit(",", 2)) if line.count(",") >= 2 else ("", "", "")
         if total.isdecimal() and free.isdecimal():
-            found.append(Gpu(name, int(total) * 2**20, int(free) * 2**20))
-    return tuple(found)
+            result.append(Gpu(name, int(total) * 2**20, int(free) * 2**20))
+    return tuple(result)

@@ -9,7 +9,7 @@ import pandas as pd
 
 from lowrank_core.errors import LowRankError
 from lowrank_core.runs import Run
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, read_trials
 from lowrank_core.studio.compare.comparison import Comparison, comparisons, label_of
 from lowrank_core.studio.overview.text_facts import text_facts
@@ -78,9 +78,9 @@ def _row(run: Run) -> _Row:
         facts, text = model_facts(run), text_facts(run)
         splits = {split.name: split.sha256 for split in text.splits} if text else {}
         if search is not None:
-            found = read_trials(run)
-            trials, best = counts_of(found).complete, best_trial(found) if search.most_ratio is None else None
-            measured = _measured(run, best, found)
+            result = read_trials(run)
+            trials, best = counts_of(result).complete, best_trial(result) if search.max_ratio is None else None
+            measured = _measured(run, best, result)
     except LowRankError:
         facts, best, measured, trials = None, None, None, None
     model = _identity(facts, config.model.reference)
@@ -110,7 +110,7 @@ def _measured(run: Run, best: TrialRecord | None, trials: Sequence[TrialRecord])
         return None
     label = label_of(best.number, trials)
     known = {f"trial {best.number}", label}
-    return next((c for c in comparisons(answers(run)) if c.form == "one-shot" and c.label in known), None)
+    return next((c for c in comparisons(results(run)) if c.form == "one-shot" and c.label in known), None)
 
 
 def _protocol_key(measured: Comparison) -> Hashable:

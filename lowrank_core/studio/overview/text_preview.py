@@ -165,16 +165,16 @@ def _windows(split: SplitPreview, text: TextConfig) -> int | None:
 
 def preview_warnings(preview: TextPreview, text: TextConfig) -> list[str]:
     """Return which splits may be too short for what is asked for, and what to do about it."""
-    found = []
+    result = []
     for split, asked in zip(preview.splits, _asked(text), strict=True):
         windows = _windows(split, text)
         if windows is None or windows >= asked:
             continue
         if windows < 1:
-            found.append(f"The {split.name} split may hold no window of {text.context} tokens. Give a longer text, or a shorter context.")
+            result.append(f"The {split.name} split may hold no window of {text.context} tokens. Give a longer text, or a shorter context.")
         else:
-            found.append(f"The {split.name} split may hold about {windows} windows; {asked} are asked for. All that fit are taken.")
-    return found
+            result.append(f"The {split.name} split may hold about {windows} windows; {asked} are asked for. All that fit are taken.")
+    return result
 
 
 def check_long_enough(preview: TextPreview, text: TextConfig) -> None:

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from lowrank_core import __version__
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, bundled_path, open_run
-from lowrank_core.studio.report.blocks import Facts, Note, Section, figures_in
+from lowrank_core.studio.report.blocks import Facts, Note, Section, metrics_in
 from lowrank_core.studio.report.healing_section import healing_section
 from lowrank_core.studio.report.loss_section import closely_section
 from lowrank_core.studio.report.model_section import calibration_section, model_section, spectra_section, text_section
@@ -36,7 +36,7 @@ from lowrank_core.studio.shared.embedding import EMBED_CONFIG, plotly_script
 from lowrank_core.studio.shared.formatting import duration
 from lowrank_core.studio.shared.run_list import STATE_WORDS, is_working, stages, status_words
 
-__all__ = ["figures_html", "report_html", "write_report"]
+__all__ = ["charts_html", "report_html", "write_report"]
 
 _FOLDER = Path(__file__).resolve().parent
 _SECTIONS = (
@@ -56,17 +56,17 @@ def report_html(run: Run) -> str:
         RunError: the folder is no run, or a file in it is damaged.
         ConfigError: the ranks of a trial do not fit the model, or the database of the study can't be reached.
     """
-    return _page(run, [_beginning(run), *(found for section in _SECTIONS if (found := section(run)).blocks)])
+    return _page(run, [_beginning(run), *(result for section in _SECTIONS if (result := section(run)).blocks)])
 
 
-def figures_html(run: Run) -> str:
+def charts_html(run: Run) -> str:
     """Return the figures of ``report_html`` alone: each with its data (CSV), and made by the browser as a picture (SVG, PNG) or as an
     interactive page of its own (HTML).
 
     Raises:
         RunError, ConfigError: as ``report_html``.
     """
-    sections = [replace(found, blocks=tuple(figures_in(found.blocks))) for section in _SECTIONS if (found := section(run)).blocks]
+    sections = [replace(result, blocks=tuple(metrics_in(result.blocks))) for section in _SECTIONS if (result := section(run)).blocks]
     return _page(run, [section for section in sections if section.blocks])
 
 

@@ -36,7 +36,7 @@ __all__ = [
     "Table",
     "csv_link",
     "drawn",
-    "figures_in",
+    "metrics_in",
     "json_link",
     "share",
     "sized",
@@ -81,8 +81,8 @@ def value(name: str, label: str, digits: int = 4, meaning: str = "") -> Column:
 
 def whole(name: str, label: str, meaning: str = "") -> Column:
     def words(entry: object) -> str:
-        found = _float(entry)
-        return DASH if found is None else f"{found:,.0f}"
+        result = _float(entry)
+        return DASH if result is None else f"{result:,.0f}"
 
     return Column(name, label, words, meaning)
 
@@ -227,13 +227,13 @@ class Folded:
 Block = Table | Figure | Facts | Note | Prose | Code | Download | Strip | Folded
 
 
-def figures_in(blocks: Iterable[Block]) -> Iterator[Figure]:
+def metrics_in(blocks: Iterable[Block]) -> Iterator[Figure]:
     """Yield the figures among ``blocks``, the folded ones, too."""
     for block in blocks:
         if isinstance(block, Figure):
             yield block
         elif isinstance(block, Folded):
-            yield from figures_in(block.blocks)
+            yield from metrics_in(block.blocks)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lowrank_core.runs import Run
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare.healing_chart import healing_figure
-from lowrank_core.studio.compare.healing_commands import healed_again
+from lowrank_core.studio.compare.healing_commands import healing_commands
 from lowrank_core.studio.compare.healing_runs import Healing, curve_table, ends_in_words, healings
 from lowrank_core.studio.export.export_plan import healed_source
 from lowrank_core.studio.report.blocks import Block, Code, Note, Prose, Section, drawn
@@ -16,8 +16,8 @@ __all__ = ["healing_section"]
 
 def healing_section(run: Run) -> Section:
     """Raises: RunError, ConfigError: a file of a healing, or the study, is damaged."""
-    found = healings(run)
-    blocks: list[Block] = [block for healing in found for block in (_told(healing), *_curve(healing), *_again(run, healing))]
+    result = healings(run)
+    blocks: list[Block] = [block for healing in result for block in (_told(healing), *_curve(healing), *_again(run, healing))]
     if not blocks:
         blocks = [Prose("Nothing was healed: every compressed model of this run is as it came out.")]
     return Section("healing", "Healing", "What did training the factors win back, and what did it take?", tuple(blocks))
@@ -59,7 +59,7 @@ def _again(run: Run, healing: Healing) -> tuple[Block, ...]:
     search = run.config.search
     if search is None or healing.report is None:
         return ()
-    found = healed_again(run, healed_source(healing, read_trials(run), search))
-    if found.why_not:
-        return (Note("info", found.why_not),)
-    return () if found.ranks else (Code(f"Write the one-shot model, and repeat healing {healing.name}", found.lines),)
+    result = healing_commands(run, healed_source(healing, read_trials(run), search))
+    if result.why_not:
+        return (Note("info", result.why_not),)
+    return () if result.ranks else (Code(f"Write the one-shot model, and repeat healing {healing.name}", result.lines),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from lowrank_core.runs import Run
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import trials_of
 from lowrank_core.studio.compare.comparison import Comparison, comparisons
 from lowrank_core.studio.compare.loss_details import position_table, window_table
@@ -18,16 +18,16 @@ __all__ = ["closely_section"]
 
 def closely_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
-    found = comparisons(answers(run), trials_of(run))
-    shown = _shown(found)
+    result = comparisons(results(run), trials_of(run))
+    shown = _shown(result)
     blocks = () if shown is None else (*_windows(shown), *_positions(shown))
     return Section("closely", "One model closely", "Is the loss spread over all of the text, or is some of it broken?", blocks)
 
 
-def _shown(found: Sequence[Comparison]) -> Comparison | None:
+def _shown(result: Sequence[Comparison]) -> Comparison | None:
     """Return the searched model of least perplexity as it came out of the compression, else the least of all."""
-    searched = [comparison for comparison in found if not comparison.given and comparison.form == "one-shot"]
-    return min(searched or found, key=lambda comparison: comparison.perplexity, default=None)
+    searched = [comparison for comparison in result if not comparison.given and comparison.form == "one-shot"]
+    return min(searched or result, key=lambda comparison: comparison.perplexity, default=None)
 
 
 def _windows(shown: Comparison) -> Iterator[Block]:
@@ -57,12 +57,12 @@ def _windows(shown: Comparison) -> Iterator[Block]:
 
 
 def _positions(shown: Comparison) -> Iterator[Block]:
-    found = position_table(shown)
-    if found.empty:
+    result = position_table(shown)
+    if result.empty:
         return
     yield drawn(
-        position_figure(found),
-        found,
+        position_figure(result),
+        result,
         name="positions",
         title=f"What {shown.name} loses, by the tokens of context",
         how="a line that rises says that the compressed model makes less of a long context; the first tokens are few, so noisy.",

@@ -14,7 +14,7 @@ from lowrank_core.studio.shared.formatting import DASH, count, duration, number,
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts, module_table
 from lowrank_core.studio.shared.protocol import bos_words, spectra_protocol
-from lowrank_core.studio.shared.summary import least_relative, type_table
+from lowrank_core.studio.shared.summary import min_relative, type_table
 from lowrank_core.studio.spectra.spectrum_chart import scree_figure
 from lowrank_core.studio.spectra.spectrum_table import METRICS, SOURCES, atlas, atlas_table, module_facts, scree_curves
 
@@ -106,11 +106,11 @@ def calibration_section(run: Run) -> Section:
 
 def _quality(facts: CalibrationFacts) -> Facts:
     took = "taken from the cache" if facts.cached else f"measured in {duration(facts.seconds)}"
-    least = number(facts.least_tokens_per_dimension)
+    minimum = number(facts.min_tokens_per_dimension)
     return Facts(
         (
             ("Calibration tokens", f"{facts.tokens:,}", f"{facts.windows} windows, {took}"),
-            ("Tokens per dimension", least, f"the least over all inputs; below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy"),
+            ("Tokens per dimension", minimum, f"the least over all inputs; below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy"),
             ("Worst condition", number(facts.worst_condition, 2), "largest over smallest eigenvalue of an input's covariance, the largest"),
             ("Groups × windows", f"{facts.groups} × {facts.group_size}", f"weights: {facts.group_weights}; pooled within groups"),
         )
@@ -126,8 +126,8 @@ def _inputs(facts: CalibrationFacts) -> Block:
         value("condition", "Condition", 3),
         value("pooled_to_sample", "Pooled to sample", 3, "Relative Frobenius distance of the two covariances."),
     )
-    found = table(quality_table(facts), columns, caption="Statistics of each distinct input", file="calibration-inputs")
-    return Folded(f"All {len(facts.inputs)} distinct inputs", (found,))
+    result = table(quality_table(facts), columns, caption="Statistics of each distinct input", file="calibration-inputs")
+    return Folded(f"All {len(facts.inputs)} distinct inputs", (result,))
 
 
 def spectra_section(run: Run) -> Section:
@@ -141,11 +141,11 @@ def spectra_section(run: Run) -> Section:
 
 
 def _maps(spectra: tuple[LayerSpectrum, ...], protocol: str) -> list[Block]:
-    metric, found = METRICS[_METRIC], []
+    metric, result = METRICS[_METRIC], []
     for source, label in SOURCES.items():
         view = atlas(spectra, _METRIC, source, relative=True)
         kind = label.split(" ")[0].lower()
-        found.append(
+        result.append(
             drawn(
                 map_figure(view),
                 view.frame,
@@ -156,7 +156,7 @@ def _maps(spectra: tuple[LayerSpectrum, ...], protocol: str) -> list[Block]:
                 protocol=protocol,
             )
         )
-    return list(found)
+    return list(result)
 
 
 def _by_type(spectra: tuple[LayerSpectrum, ...]) -> Block:
@@ -169,18 +169,18 @@ def _by_type(spectra: tuple[LayerSpectrum, ...]) -> Block:
 
 
 def _scree(spectra: tuple[LayerSpectrum, ...], protocol: str) -> Block:
-    least = least_relative(spectra, _METRIC)
-    curves = scree_curves(least)
+    minimum = min_relative(spectra, _METRIC)
+    curves = scree_curves(minimum)
     data = pd.DataFrame({"rank": curves.ranks, "weights": curves.weights, "features": curves.features})
-    words = "; ".join(f"{label.lower()} {words}" for label, (words, _) in module_facts(least).items())
+    words = "; ".join(f"{label.lower()} {words}" for label, (words, _) in module_facts(minimum).items())
     return drawn(
         scree_figure(curves),
         data,
         name="scree",
-        title=f"Spectra of {least.shape.name}, the module with the lowest-rank features",
+        title=f"Spectra of {minimum.shape.name}, the module with the lowest-rank features",
         how="the faster a curve falls, the fewer directions matter; left of the break-even rank two factors are smaller than the matrix. "
         f"Here: {words}.",
-        alt=f"Singular values of the weight and square roots of feature eigenvalues of {least.shape.name} over rank, log axes",
+        alt=f"Singular values of the weight and square roots of feature eigenvalues of {minimum.shape.name} over rank, log axes",
         protocol=protocol,
     )
 
@@ -195,5 +195,5 @@ def _every_module(spectra: tuple[LayerSpectrum, ...]) -> Block:
         share("weights_relative", "Weights, of full rank"),
         whole("break_even", "Break-even rank"),
     )
-    found = table(atlas_table(spectra, _METRIC), columns, caption=f"{METRICS[_METRIC].label} of every module", file="spectra")
-    return Folded(f"All {len(spectra)} modules", (found,))
+    result = table(atlas_table(spectra, _METRIC), columns, caption=f"{METRICS[_METRIC].label} of every module", file="spectra")
+    return Folded(f"All {len(spectra)} modules", (result,))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pandas as pd
 
 from lowrank_core.runs import JsonMapping, Run
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import TrialRecord, trials_of
 from lowrank_core.studio.compare.comparison import Comparison, Confirmed, comparisons, confirmed, warnings_of
 from lowrank_core.studio.compare.comparison_chart import difference_figure
@@ -40,15 +40,15 @@ __all__ = ["configuration_section", "exports_section", "measured_section", "repr
 
 def measured_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker, or the study, is damaged."""
-    bodies, trials = answers(run), trials_of(run)
-    found = comparisons(bodies, trials)
-    blocks: list[Block] = [Prose(_INTRODUCTION)] if found else []
-    for protocol, alike in by_protocol(found).items():
+    bodies, trials = results(run), trials_of(run)
+    result = comparisons(bodies, trials)
+    blocks: list[Block] = [Prose(_INTRODUCTION)] if result else []
+    for protocol, alike in by_protocol(result).items():
         warnings = [Note("warning", warning) for warning in warnings_of(alike)]
         blocks += [*warnings, _differences(alike, protocol), *_tables(alike, protocol)]
     seen = confirmed(bodies, trials)
     blocks += [_confirmed(seen)] if seen is not None else []
-    blocks += [*_verdicts(found), *_missing(run, found, bodies, trials), *_failures(bodies), *_continued(bodies, trials)]
+    blocks += [*_verdicts(result), *_missing(run, result, bodies, trials), *_failures(bodies), *_continued(bodies, trials)]
     return Section(
         "measured", "Measured on test text", "What does the compressed model lose, on text that nothing was chosen on?", tuple(blocks)
     )
@@ -60,12 +60,12 @@ _INTRODUCTION = (
 )
 
 
-def _differences(found: Sequence[Comparison], protocol: str) -> Block:
-    frame = difference_table(found)
+def _differences(result: Sequence[Comparison], protocol: str) -> Block:
+    frame = difference_table(result)
     return drawn(
-        difference_figure(frame, found[0].dense_perplexity),
+        difference_figure(frame, result[0].dense_perplexity),
         frame,
-        name=f"perplexity-{found[0].dataset}-{found[0].split}",
+        name=f"perplexity-{result[0].dataset}-{result[0].split}",
         title="Perplexity above the original's, on the same test windows",
         how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
         "Circles were searched for, squares are rules and presets, stars were healed.",
@@ -74,9 +74,9 @@ def _differences(found: Sequence[Comparison], protocol: str) -> Block:
     )
 
 
-def _tables(found: Sequence[Comparison], protocol: str) -> tuple[Block, Block]:
+def _tables(result: Sequence[Comparison], protocol: str) -> tuple[Block, Block]:
     """Return what is lost, and what is saved."""
-    frame, file = measured_table(found), f"test-{found[0].dataset}-{found[0].split}"
+    frame, file = measured_table(result), f"test-{result[0].dataset}-{result[0].split}"
     names = (text("model", "Model"), text("form", "Form", short=True))
     lost = (
         *names,
@@ -110,7 +110,7 @@ def _tables(found: Sequence[Comparison], protocol: str) -> tuple[Block, Block]:
 def _ends(frame: pd.DataFrame, measured: str, low: str, high: str) -> list[str]:
     """Return intervals in words; a dash where nothing was measured of which one could be."""
     rows = zip(frame[measured], frame[low], frame[high], strict=True)
-    return [DASH if pd.isna(value) else _interval(least, most) for value, least, most in rows]
+    return [DASH if pd.isna(value) else _interval(minimum, maximum) for value, minimum, maximum in rows]
 
 
 def _interval(low: float, high: float) -> str:
@@ -133,10 +133,10 @@ def _confirmed(seen: Confirmed) -> Block:
     return table(shown, columns, caption=caption, file="confirmed", data=seen.frame)
 
 
-def _verdicts(found: Sequence[Comparison]) -> list[Block]:
+def _verdicts(result: Sequence[Comparison]) -> list[Block]:
     """Say where a baseline did at least as well as every trial that was searched for: a table sorted by perplexity hides it."""
     notes: list[Block] = []
-    for alike in by_protocol(found).values():
+    for alike in by_protocol(result).values():
         searched = [comparison for comparison in alike if not comparison.given]
         rules = [comparison for comparison in alike if comparison.given]
         best = min(searched, key=lambda comparison: comparison.perplexity, default=None)
@@ -153,12 +153,12 @@ def _verdicts(found: Sequence[Comparison]) -> list[Block]:
     return notes
 
 
-def _missing(run: Run, found: Sequence[Comparison], bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> list[Block]:
+def _missing(run: Run, result: Sequence[Comparison], bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> list[Block]:
     """Say what a reader would look for and was not measured."""
     search = run.config.search
     if search is None:
         return [Note("info", "Nothing is compressed in a run that only analyses, so nothing was measured on test text.")]
-    if not found:
+    if not result:
         return [
             Note(
                 "missing",
@@ -170,7 +170,7 @@ def _missing(run: Run, found: Sequence[Comparison], bodies: Sequence[JsonMapping
     blocks: list[Block] = []
     if names:
         blocks.append(Note("missing", f"Not measured on test text: {', '.join(names)} (the answer of the search, or part of it)."))
-    if "uniform" not in measured and not any(comparison.label == "uniform" for comparison in found):
+    if "uniform" not in measured and not any(comparison.label == "uniform" for comparison in result):
         blocks.append(Note("missing", "The uniform baseline was not measured on test text; the Compare page does it."))
     return blocks
 
@@ -191,9 +191,9 @@ def _continued(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> 
 
 def exports_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
-    found = written_models(run, answers(run))
+    result = written_models(run, results(run))
     blocks: tuple[Block, ...] = (Note("missing", "No compressed model was written from this run yet."),)
-    if found:
+    if result:
         rows = [
             {
                 "folder": str(entry.path),
@@ -205,7 +205,7 @@ def exports_section(run: Run) -> Section:
                 "perplexity": entry.perplexity,
                 "proof": entry.proof_words,
             }
-            for entry in found
+            for entry in result
         ]
         columns = (
             text("folder", "Folder"),
@@ -231,17 +231,17 @@ def _state(entry: Written) -> str:
 def reproduction_section(run: Run) -> Section:
     """Raises: RunError: run.json, or the study, is damaged."""
     record, config = run.record, run.config
-    found = reproduction(record, config)
-    save = json_link(found.record, "run.json", "run.json")
+    result = reproduction(record, config)
+    save = json_link(result.record, "run.json", "run.json")
     exact = (
-        f"Exactly: save this run.json, alone, in a new folder {found.folder}, and let a worker repeat what it says. "
+        f"Exactly: save this run.json, alone, in a new folder {result.folder}, and let a worker repeat what it says. "
         "The model and the text must be where it says."
     )
-    blocks: list[Block] = [Prose(exact), save, Code("Repeat the run", found.exact)]
-    if found.options:
-        blocks.append(Code("The same in options", found.options))
+    blocks: list[Block] = [Prose(exact), save, Code("Repeat the run", result.exact)]
+    if result.options:
+        blocks.append(Code("The same in options", result.options))
     else:
-        unsaid = ", ".join(f"{name} = {value}" for name, value in found.unsaid.items())
+        unsaid = ", ".join(f"{name} = {value}" for name, value in result.unsaid.items())
         blocks.append(Note("info", f"No single command says the same: these have no option of their own: {unsaid}."))
     trials = answers_of(trials_of(run), config.search) if config.search is not None else []
     if trials:

@@ -35,8 +35,8 @@ from lowrank_core.studio.shared.trial_names import answers_of, ratio_words, tria
 
 __all__ = ["search_section"]
 
-_MOST_MAPS = 3
-_MOST_VARIABLES = 8  # columns of a table; all of them are in its CSV
+_MAX_MAPS = 3
+_MAX_VARIABLES = 8  # columns of a table; all of them are in its CSV
 
 
 def search_section(run: Run) -> Section:
@@ -74,7 +74,7 @@ def _choices(search: SearchConfig, facts: ModelFacts | None) -> Facts:
 def _found(run: Run, search: SearchConfig, trials: Sequence[TrialRecord]) -> tuple[Block, ...]:
     now, protocol = progress(trials, search), search_protocol(run, search)
     best = (_headline(now, search), *_verdict(now), _history(trials, search, protocol))
-    if search.most_ratio is not None:  # no single best value, so no history of it
+    if search.max_ratio is not None:  # no single best value, so no history of it
         best = _front(trials, search, protocol)
     facts = model_facts(run)
     maps = _allocations(run, trials, search, facts, protocol) if facts is not None else ()
@@ -160,35 +160,35 @@ def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -
 
 def _values(search: SearchConfig) -> list[Column]:
     """Return the columns of what a trial measures; the objective is named once."""
-    found = [value("value", OBJECTIVE_LABELS[search.objective]), value("perplexity", "Perplexity"), value("kl", "KL (nats per token)")]
-    return [column for column in found if column.name != search.objective]
+    result = [value("value", OBJECTIVE_LABELS[search.objective]), value("perplexity", "Perplexity"), value("kl", "KL (nats per token)")]
+    return [column for column in result if column.name != search.objective]
 
 
 def _allocations(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, facts: ModelFacts, protocol: str) -> list[Block]:
     """Return where the answers of the search keep their parameters: the best trial, or some of the front, evenly spaced."""
-    answers = [trial for trial in answers_of(trials, search) if trial.ranks]
-    count = min(_MOST_MAPS, len(answers))
-    chosen = [answers[round(index * (len(answers) - 1) / max(1, count - 1))] for index in range(count)]
+    results = [trial for trial in answers_of(trials, search) if trial.ranks]
+    count = min(_MAX_MAPS, len(results))
+    chosen = [results[round(index * (len(results) - 1) / max(1, count - 1))] for index in range(count)]
     return [block for trial in chosen for block in _allocation(run, trial, search, facts, protocol)]
 
 
 def _allocation(run: Run, trial: TrialRecord, search: SearchConfig, facts: ModelFacts, protocol: str) -> tuple[Block, ...]:
     units = search_units(facts.matrices, search.compression, facts.head_units)
-    found = allocation_of(trial, units)
-    view, ranks, name = allocation_map(found, units), rank_table(found, units), f"trial-{trial.number}"
+    result = allocation_of(trial, units)
+    view, ranks, name = allocation_map(result, units), rank_table(result, units), f"trial-{trial.number}"
     figure = drawn(
         map_figure(view),
         view.frame,
         name=f"allocation-{name}",
         title=f"Where {trial_label(trial)} keeps its parameters (%)",
-        how=f"bright cells keep most of their parameters, 100 is dense; {percent(found.compression_ratio)} of the linears' parameters are "
+        how=f"bright cells keep most of their parameters, 100 is dense; {percent(result.compression_ratio)} of the linears' parameters are "
         "removed in all. Modules that share a rank show that of their unit.",
         alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}; the table of its ranks has the same",
         protocol=protocol,
     )
     columns = (text("layer", "Unit"), whole("rank", "Rank (– is dense)"), whole("most", "Largest rank that saves"))
     rows = table(ranks.reset_index(), columns, caption=f"Ranks of {trial_label(trial)}", file=f"ranks-{name}")
-    file = json_link(found.to_json(), f"{run.id}-{name}.json", "Allocation (JSON), for `lowrank compress --ranks`")
+    file = json_link(result.to_json(), f"{run.id}-{name}.json", "Allocation (JSON), for `lowrank compress --ranks`")
     return figure, Folded(f"Ranks of {trial_label(trial)}", (file, rows))
 
 
@@ -205,8 +205,8 @@ def _all_trials(trials: Sequence[TrialRecord], search: SearchConfig) -> Block:
     frame, variables = trial_table(trials, search), search_variables(trials, search)
     columns = [whole("trial", "Trial"), text("state", "State"), text("kind", "Kind"), *_values(search)]
     columns += [share("removed", "Removed, linears", digits=2), value("seconds", "Seconds", 3)]
-    columns += [value(found.name, found.label, 3, found.meaning) for found in variables[:_MOST_VARIABLES]]
+    columns += [value(result.name, result.label, 3, result.meaning) for result in variables[:_MAX_VARIABLES]]
     rows = table(frame, columns, caption="Every trial, on search-validation text", file="trials")
-    hidden = len(variables) - _MOST_VARIABLES
+    hidden = len(variables) - _MAX_VARIABLES
     notes = (Note("info", f"{hidden} more variables of the space are in the CSV file."),) if hidden > 0 else ()
     return Folded(f"All {len(trials)} trials", (*notes, rows))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from lowrank_core.runs import Run
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import trials_of
 from lowrank_core.studio.compare.comparison import comparisons, other_texts
 from lowrank_core.studio.compare.comparison_chart import ratio_figure
@@ -19,9 +19,9 @@ _RATIO = "Compressed over original; 1 is no loss."
 
 def second_text_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
-    bodies, trials = answers(run), trials_of(run)
+    bodies, trials = results(run), trials_of(run)
     own = comparisons(bodies, trials)
-    views = [view for found in other_texts(bodies, trials).values() if (view := other_text(own, found)) is not None]
+    views = [view for result in other_texts(bodies, trials).values() if (view := other_text(own, result)) is not None]
     blocks: list[Block] = [block for number, view in enumerate(views, 1) for block in _told(view, number)]
     if own and not views:
         blocks = [Note("missing", "No second text was measured: whether this holds on other kinds of text is not known. Compare does it.")]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from markupsafe import Markup
 
 from lowrank_core.runs import Run
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import trials_of
 from lowrank_core.studio.compare.token_losses import TokenStrip, strips, worst_tokens
 from lowrank_core.studio.compare.token_losses_chart import strip_html
@@ -20,8 +20,8 @@ _WORST = 10
 
 def tokens_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
-    found = strips(answers(run), trials_of(run))
-    blocks = tuple(block for number, strip in enumerate(found, 1) for block in _told(strip, number))
+    result = strips(results(run), trials_of(run))
+    blocks = tuple(block for number, strip in enumerate(result, 1) for block in _told(strip, number))
     return Section("tokens", "Token by token", "Where in a text is a compressed model surprised more than the original?", blocks)
 
 

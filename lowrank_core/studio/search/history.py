@@ -126,7 +126,7 @@ def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
     return Progress(
         counts=counts_of(trials),
         wanted=search.trials,
-        best=best_trial(trials) if search.most_ratio is None else None,
+        best=best_trial(trials) if search.max_ratio is None else None,
         uniform_value=uniform.value if uniform else None,
         uniform_perplexity=uniform.perplexity if uniform else None,
         seconds=statistics.median(times) if times else None,
@@ -136,7 +136,7 @@ def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
 def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:
     """Return a row for each trial, by number, with a column for each variable of the space."""
     chosen = {trial.number for trial in answers_of(trials, search)}
-    mark = " ★ best" if search.most_ratio is None else " ★ front"
+    mark = " ★ best" if search.max_ratio is None else " ★ front"
     rows = [
         {
             "trial": trial.number,

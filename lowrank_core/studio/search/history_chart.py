@@ -24,9 +24,9 @@ from lowrank_core.studio.shared.vega import (
 
 __all__ = ["history_chart"]
 
-_MOST_PICTURED = 400_000  # characters of all pictures: a figure stays well below a megabyte
+_MAX_PICTURED = 400_000  # characters of all pictures: a figure stays well below a megabyte
 _NEWEST = 30
-_LEAST_TRIALS = 10  # room on the axis from the beginning
+_MIN_TRIALS = 10  # room on the axis from the beginning
 
 
 def history_chart(view: History, chosen: int | None = None, pictures: Mapping[int, str] | None = None) -> VegaChart:
@@ -46,7 +46,7 @@ def _affordable(trials: pd.DataFrame, pictures: Mapping[int, str]) -> dict[int, 
     """Return pictures of the newest trials, then of the best, as many as a figure can carry."""
     newest = trials["number"].sort_values(ascending=False)[:_NEWEST]
     kept: dict[int, str] = {}
-    left = _MOST_PICTURED
+    left = _MAX_PICTURED
     for number in dict.fromkeys([*newest, *trials.sort_values("value")["number"]]):
         left -= len(pictures.get(number, ""))
         if left < 0:
@@ -108,7 +108,7 @@ def _across(**domain: object) -> Spec:
 def _spec(objective: str) -> Spec:
     height = _height(objective)
     names = [_names(height, row) for row in SIDES]
-    points = trial_points(_across(domain={"unionWith": [-0.5, _LEAST_TRIALS - 0.5]}), height)
+    points = trial_points(_across(domain={"unionWith": [-0.5, _MIN_TRIALS - 0.5]}), height)
     # What is read aloud are the words; the picture's address would be, too.
     points["encoding"] |= {"tooltip": PICTURED, "description": {"field": "note"}}
     return {

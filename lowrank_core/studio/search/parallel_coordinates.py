@@ -17,7 +17,7 @@ from lowrank_core.studio.shared.trial_names import trial_note
 
 __all__ = ["Fingerprint", "fingerprint", "importance_table", "missing_words"]
 
-_MOST_TRIALS, _MOST_VARIABLES = 160, 24
+_MAX_TRIALS, _MAX_VARIABLES = 160, 24
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def fingerprint(trials: Sequence[TrialRecord], search: SearchConfig, ranges: Map
     if len(ordered) < 2:
         return None
     known = [variable for variable in search_variables(ordered, search) if variable.name in ranges]
-    shown = ordered[:_MOST_TRIALS]
+    shown = ordered[:_MAX_TRIALS]
     variables = _telling(shown, known, ranges)
     rows = [
         _cell(trial, place, variable, ranges[variable.name])
@@ -74,7 +74,7 @@ def _cell(trial: TrialRecord, place: int, variable: Variable, span: VariableRang
 
 def _telling(trials: Sequence[TrialRecord], variables: Sequence[Variable], ranges: Mapping[str, VariableRange]) -> list[Variable]:
     """Return the variables, at most so many, whose order over the ``trials`` (by value) goes most with theirs; in their own order."""
-    if len(variables) <= _MOST_VARIABLES:
+    if len(variables) <= _MAX_VARIABLES:
         return list(variables)
 
     def strength(variable: Variable) -> float:
@@ -84,7 +84,7 @@ def _telling(trials: Sequence[TrialRecord], variables: Sequence[Variable], range
         places = np.arange(len(ranks), dtype=float)
         return abs(float(((ranks - ranks.mean()) * (places - places.mean())).mean())) / spread if spread > 0 else 0.0
 
-    kept = set(sorted((variable.name for variable in variables), key=lambda name: -strength(_named(variables, name)))[:_MOST_VARIABLES])
+    kept = set(sorted((variable.name for variable in variables), key=lambda name: -strength(_named(variables, name)))[:_MAX_VARIABLES])
     return [variable for variable in variables if variable.name in kept]
 
 
@@ -92,7 +92,7 @@ def _named(variables: Sequence[Variable], name: str) -> Variable:
     return next(variable for variable in variables if variable.name == name)
 
 
-def importance_table(found: Importances, trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:
+def importance_table(result: Importances, trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:
     """Return a row for each variable, the most important first: columns variable, share, low, high, note; at most as many as are drawn."""
     labels = {variable.name: variable.label for variable in search_variables(trials, search)}
     rows = [
@@ -103,15 +103,15 @@ def importance_table(found: Importances, trials: Sequence[TrialRecord], search: 
             "high": entry.high,
             "note": f"{labels.get(entry.name, entry.name)}: {entry.share:.0%}, 90 % interval {entry.low:.0%} to {entry.high:.0%}",
         }
-        for entry in found.found[:_MOST_VARIABLES]
+        for entry in result.found[:_MAX_VARIABLES]
     ]
     return pd.DataFrame(rows, columns=["variable", "share", "low", "high", "note"])
 
 
-def missing_words(found: Importances) -> str:
+def missing_words(result: Importances) -> str:
     """Return what keeps the importances from being told; nothing where they are there."""
-    if not found.missing:
+    if not result.missing:
         return ""
-    more = "1 more sampled trial is" if found.missing == 1 else f"{found.missing} more sampled trials are"
-    so_far = "1 trial" if found.trials == 1 else f"{found.trials or 'no'} trials"
+    more = "1 more sampled trial is" if result.missing == 1 else f"{result.missing} more sampled trials are"
+    so_far = "1 trial" if result.trials == 1 else f"{result.trials or 'no'} trials"
     return f"Which variable matters can't be told from {so_far} that set them all: {more} needed."

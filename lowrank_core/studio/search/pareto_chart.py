@@ -25,9 +25,9 @@ def _names(rules: pd.DataFrame) -> pd.DataFrame:
     first = rules.groupby("label", as_index=False).first().set_index("label").loc[list(ends["label"])].reset_index()
     sides = [name_side(position, len(ends)) for position in range(len(ends))]
     at_first = pd.Series([side.endswith("left") for side in sides], dtype=bool)
-    found = ends.reset_index(drop=True)
-    found[["removed", "value"]] = first[["removed", "value"]].where(at_first, found[["removed", "value"]], axis=0)
-    return found.assign(row=[f"name {side}" for side in sides])
+    result = ends.reset_index(drop=True)
+    result[["removed", "value"]] = first[["removed", "value"]].where(at_first, result[["removed", "value"]], axis=0)
+    return result.assign(row=[f"name {side}" for side in sides])
 
 
 def _spec(objective: str) -> Spec:

@@ -37,7 +37,7 @@ class Plan:
     """
 
     allowed: int
-    least: int
+    minimum: int
     dense: int
     variables: tuple[str, ...]
 
@@ -55,11 +55,11 @@ def check_budget(config: RunConfig, matrices: Sequence[MatrixShape], heads: Sequ
     units = plan_units(matrices, search.compression, heads)
     dense = value_layers(matrices) if search.compression.value_dense else ()
     space = SearchSpace.of(units, search, dense, None)
-    ratios = [search.compression_ratio, *([] if search.most_ratio is None else [search.most_ratio])]
+    ratios = [search.compression_ratio, *([] if search.max_ratio is None else [search.max_ratio])]
     for ratio in ratios:
         check_reachable(units, ratio, search.compression)
-    allowed, *_, least = [budget_for_ratio(units, ratio) for ratio in (ratios[0], *ratios)]
-    return Plan(allowed, least, dense_parameters(units), tuple(space.distributions()))
+    allowed, *_, minimum = [budget_for_ratio(units, ratio) for ratio in (ratios[0], *ratios)]
+    return Plan(allowed, minimum, dense_parameters(units), tuple(space.distributions()))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def time_estimate(config: RunConfig, facts: ModelFacts | None = None) -> TimeEst
     if search is None:
         return None
     tokens = config.text.validation_windows * (config.text.context - 1) * search.trials
-    measured = [found for run in _searched() if (found := _measured(run)) is not None]
+    measured = [result for run in _searched() if (result := _measured(run)) is not None]
     mine = (config.model.reference, config.text.reference, config.text.validation_windows, config.text.context)
     for alike, scaled, words in (
         (lambda run: _asked(run) == mine, False, "trials of the same model, text and windows"),
@@ -107,9 +107,9 @@ def time_estimate(config: RunConfig, facts: ModelFacts | None = None) -> TimeEst
 
 def _searched() -> list[Run]:
     """Return the newest runs with a search, those that ship with the package last."""
-    found = [run for run in all_runs() if run.config.search is not None]
-    own = [run for run in found if not run.recorded]
-    return own[:_RUNS_LOOKED_AT] + [run for run in found if run.recorded]
+    result = [run for run in all_runs() if run.config.search is not None]
+    own = [run for run in result if not run.recorded]
+    return own[:_RUNS_LOOKED_AT] + [run for run in result if run.recorded]
 
 
 def _asked(run: Run) -> tuple[str, str, int, int]:
@@ -141,5 +141,5 @@ def _before(run: Run, config: RunConfig) -> float | None:
     theirs = run.config
     kept = not run.recorded and (theirs.model, theirs.text, theirs.calibration) == (config.model, config.text, config.calibration)
     took = run.stage_seconds()
-    found = [took[stage] for stage in _STAGES_BEFORE if stage in took and not (kept and stage in _KEPT)]
-    return sum(found) if found else None
+    result = [took[stage] for stage in _STAGES_BEFORE if stage in took and not (kept and stage in _KEPT)]
+    return sum(result) if result else None

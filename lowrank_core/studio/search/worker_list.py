@@ -18,11 +18,11 @@ __all__ = ["living_workers", "worker_table"]
 
 def living_workers(run: Run) -> dict[str, RunStatus]:
     """Return ``host:pid`` -> last word of the workers on this machine that are alive, the one that holds the run first."""
-    host, found = socket.gethostname(), {}
+    host, result = socket.gethostname(), {}
     status = run.status()
     if status.pid is not None and run.worker_alive():
-        found[f"{host}:{status.pid}"] = status
-    return found | {f"{host}:{pid}": word for pid, word in run.further_workers().items()}
+        result[f"{host}:{status.pid}"] = status
+    return result | {f"{host}:{pid}": word for pid, word in run.further_workers().items()}
 
 
 def worker_table(trials: Sequence[TrialRecord], living: Mapping[str, RunStatus], now: float) -> pd.DataFrame:

@@ -60,10 +60,10 @@ def _spread(places: Sequence[float], gap: float) -> list[float]:
         while len(crowds) > 1 and _ends(crowds[-1], gap)[0] - _ends(crowds[-2], gap)[1] < gap:
             crowds[-2:] = [crowds[-2] + crowds[-1]]
     spread = [_ends(crowd, gap)[0] + gap * step for crowd in crowds for step in range(len(crowd))]
-    found = list(places)
+    result = list(places)
     for index, place in zip(order, spread, strict=True):
-        found[index] = place
-    return found
+        result[index] = place
+    return result
 
 
 def _ends(crowd: Sequence[float], gap: float) -> tuple[float, float]:

@@ -75,8 +75,8 @@ def _is_of(record: SensitivityRecord, compression: CompressionConfig, windows: i
 def _seconds_per_token(run: Run, records: Sequence[SensitivityRecord]) -> tuple[float | None, str]:
     """Return the median seconds per token of measured cells, else of the run's trials, and what it is."""
     if records:
-        found = [cell.seconds / record.setting.tokens for record in records for cell in record.cells]
-        return statistics.median(found), "the cells measured so far"
+        result = [cell.seconds / record.setting.tokens for record in records for cell in record.cells]
+        return statistics.median(result), "the cells measured so far"
     trials = read_trials(run) if run.config.search is not None else []
     rates = [t.seconds / t.tokens for t in trials if t.finished and t.seconds is not None and t.tokens]
     return (statistics.median(rates), "the trials of this run") if rates else (None, "")

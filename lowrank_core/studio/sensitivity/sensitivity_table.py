@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from lowrank_core.metrics import basis_named
+from lowrank_core.metrics import metric_named
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run
 from lowrank_core.sensitivity.config import MODULE, TYPE
@@ -84,7 +84,7 @@ ESTIMATES: Mapping[str, Estimate] = {
 
 
 def setting_label(setting: SensitivitySetting) -> str:
-    return f"{basis_named(setting.basis).label}, {setting.storage} prices, {setting.windows} windows"
+    return f"{metric_named(setting.basis).label}, {setting.storage} prices, {setting.windows} windows"
 
 
 def protocol_words(setting: SensitivitySetting) -> str:
@@ -92,7 +92,7 @@ def protocol_words(setting: SensitivitySetting) -> str:
     top = f" over the {setting.top_k} likeliest tokens and the rest" if setting.top_k else ""
     return (
         f"KL divergence to the dense model{top}, nats per token, on {setting.protocol}; {setting.dtype}. Factors: "
-        f"{basis_named(setting.basis).label}, each matrix by itself; kept parameters are counted as {setting.storage} storage."
+        f"{metric_named(setting.basis).label}, each matrix by itself; kept parameters are counted as {setting.storage} storage."
     )
 
 
@@ -246,11 +246,11 @@ def measured_costs(run: Run) -> dict[float, dict[str, float]]:
         RunError: a record is damaged.
     """
     records = read_records(run)
-    found: dict[float, dict[str, float]] = {}
+    result: dict[float, dict[str, float]] = {}
     for cell in records[0].cells if records else ():
         if cell.scope == MODULE and cell.kl is not None:
-            found.setdefault(cell.kept, {})[cell.name] = cell.kl
-    return dict(sorted(found.items()))
+            result.setdefault(cell.kept, {})[cell.name] = cell.kl
+    return dict(sorted(result.items()))
 
 
 def fullest(costs: Mapping[float, Mapping[str, float]]) -> float | None:
@@ -260,9 +260,9 @@ def fullest(costs: Mapping[float, Mapping[str, float]]) -> float | None:
 
 def coverage(cells: pd.DataFrame, matrices: Sequence[MatrixShape], kept: float) -> str:
     """Return how much of the map is there, in words."""
-    found = at_ratio(cells, kept)
-    diverged, below = int(found["kl"].isna().sum()), int((found["kl"] <= FLOOR).sum())
-    words = [f"{count(len(found))} of {count(len(matrices))} modules measured"]
+    result = at_ratio(cells, kept)
+    diverged, below = int(result["kl"].isna().sum()), int((result["kl"] <= FLOOR).sum())
+    words = [f"{count(len(result))} of {count(len(matrices))} modules measured"]
     words += [f"{diverged} diverged"] if diverged else []
     words += [f"{below} below {FLOOR:g} nats, which is rounding, and not coloured"] if below else []
     return ", ".join(words) + "."

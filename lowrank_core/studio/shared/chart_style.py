@@ -81,9 +81,9 @@ def legible(figure: go.Figure) -> go.Figure:
     return figure
 
 
-def _in_lines(words: str, most: int) -> str:
+def _in_lines(words: str, maximum: int) -> str:
     """Return ``words`` in as few lines of about ``most`` letters as will do, each about as long as the others."""
-    lines = -(-len(words) // most)
+    lines = -(-len(words) // maximum)
     return words if lines == 1 or "<br>" in words else "<br>".join(textwrap.wrap(words, len(words) // lines + 4))
 
 

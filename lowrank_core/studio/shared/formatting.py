@@ -59,8 +59,8 @@ def count(value: float | None) -> str:
     """Return a count, shortened from ten thousand on: 6.91 M."""
     if value is None or _missing(value):
         return DASH
-    for least, unit, suffix in _COUNTS:
-        if value >= least:
+    for minimum, unit, suffix in _COUNTS:
+        if value >= minimum:
             return f"{number(value / unit)} {suffix}"
     return f"{value:,.0f}"
 
@@ -92,10 +92,10 @@ def short_duration(seconds: float | None) -> str:
     return f"{number(seconds, 2)} s" if seconds is not None and 0 <= seconds < 10 else duration(seconds)
 
 
-def shortened(text: str, most: int) -> str:
+def shortened(text: str, maximum: int) -> str:
     """Return ``text`` in one line of at most ``most`` characters."""
     line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 1].rstrip()}…"
+    return line if len(line) <= maximum else f"{line[: maximum - 1].rstrip()}…"
 
 
 def plain(text: str) -> str:

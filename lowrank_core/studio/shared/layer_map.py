@@ -67,6 +67,6 @@ def layer_map(
     )
     largest = max((value for value in values if math.isfinite(value)), default=1.0)
     if log:
-        least = min((value for value in values if math.isfinite(value) and value > 0), default=largest)
-        return LayerMap(measure, frame, percent, least, largest, log=True)
+        minimum = min((value for value in values if math.isfinite(value) and value > 0), default=largest)
+        return LayerMap(measure, frame, percent, minimum, largest, log=True)
     return LayerMap(measure, frame, percent, 0.0, 1.0 if full_scale else largest or 1.0)

@@ -14,7 +14,7 @@ from lowrank_core.studio.shared.layer_map import LayerMap
 __all__ = ["map_figure"]
 
 _ROW, _FRAME = 40, 74  # pixels: a row of cells; axis and margins
-_MOST_LABELLED = 16  # blocks: beyond, numbers no longer fit into the cells
+_MAX_LABELLED = 16  # blocks: beyond, numbers no longer fit into the cells
 _INVISIBLE = 0.01
 
 
@@ -70,7 +70,7 @@ def _log_ticks(view: LayerMap) -> dict[str, object]:
 def _cells(view: LayerMap) -> go.Heatmap:
     values = _grid(view)
     words = [[_word(value, view) for value in row] for row in values]
-    gap = 3 if len(view.depths) <= _MOST_LABELLED else 1
+    gap = 3 if len(view.depths) <= _MAX_LABELLED else 1
     return go.Heatmap(
         **_colours(view, values),
         x=view.depths,
@@ -80,7 +80,7 @@ def _cells(view: LayerMap) -> go.Heatmap:
         ygap=gap,
         hoverinfo="skip",
         hoverongaps=False,
-        text=words if len(view.depths) <= _MOST_LABELLED else None,
+        text=words if len(view.depths) <= _MAX_LABELLED else None,
         texttemplate="%{text}",
         textfont={"size": 11},
         colorbar={

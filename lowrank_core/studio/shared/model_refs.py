@@ -45,47 +45,47 @@ def candidates(
     A label stays the same while its model is there: Streamlit knows an option by it. Trials that a rule chose go by the rule's name,
     but for those of the answer and the one that is ``picked``.
     """
-    answers = answers_of(trials, search)
-    if not answers:
+    results = answers_of(trials, search)
+    if not results:
         return {}
-    first = [trial.number for trial in answers]
+    first = [trial.number for trial in results]
     complete = sorted((trial for trial in trials if trial.state == "complete"), key=lambda trial: (trial.value or 0.0, trial.number))
-    others = [trial for trial in complete if trial.number == picked or search.most_ratio is not None or trial.label not in ALLOCATORS]
-    found: dict[Subject, str] = {
-        trial.number: _trial_label(trial, search) for trial in (*answers, *(trial for trial in others if trial.number not in first))
+    others = [trial for trial in complete if trial.number == picked or search.max_ratio is not None or trial.label not in ALLOCATORS]
+    result: dict[Subject, str] = {
+        trial.number: _trial_label(trial, search) for trial in (*results, *(trial for trial in others if trial.number not in first))
     }
-    at = "" if search.most_ratio is None else f" at {percent(search.compression_ratio, 0)} removed"
+    at = "" if search.max_ratio is None else f" at {percent(search.compression_ratio, 0)} removed"
     healed: dict[Subject, str] = {f"{HEALED}{each.folder}": f"Healed: {each.name}" for each in healings if each.report is not None}
     rules: dict[Subject, str] = {
         name: f"{'Baseline' if name in BASELINES else 'Allocator'}: {method.label}{at}" for name, method in ALLOCATORS.items()
     }
     presets: dict[Subject, str] = {f"{PRESET}{name}": f"Preset: {preset.label}{at}" for name, preset in PRESETS.items()}
-    return found | healed | rules | presets
+    return result | healed | rules | presets
 
 
 def _trial_label(trial: TrialRecord, search: SearchConfig) -> str:
-    removed = "" if search.most_ratio is None else f"{percent(trial.compression_ratio)} removed, "
+    removed = "" if search.max_ratio is None else f"{percent(trial.compression_ratio)} removed, "
     return f"{trial_label(trial)}, {removed}value {number(trial.value, 4)}"
 
 
-def usual_choice(found: Mapping[Subject, str], trials: Sequence[TrialRecord], picked: int | None) -> list[Subject]:
+def usual_choice(result: Mapping[Subject, str], trials: Sequence[TrialRecord], picked: int | None) -> list[Subject]:
     """Return what is chosen before the user chooses: the picked trial or the first of all, and the baselines that it is not."""
-    first = picked if picked in found else next(iter(found))
+    first = picked if picked in result else next(iter(result))
     assert first is not None
-    return [first, *(name for name in BASELINES if name in found and name != label_of(first, trials))]
+    return [first, *(name for name in BASELINES if name in result and name != label_of(first, trials))]
 
 
-def healable(found: Mapping[Subject, str]) -> dict[Subject, str]:
+def healable(result: Mapping[Subject, str]) -> dict[Subject, str]:
     """Return those that are allocations of the run's own search: they can be healed and exported."""
-    return {key: label for key, label in found.items() if not str(key).startswith((PRESET, HEALED))}
+    return {key: label for key, label in result.items() if not str(key).startswith((PRESET, HEALED))}
 
 
 def unmeasured(
-    subjects: Sequence[Subject], trials: Sequence[TrialRecord], found: Sequence[Comparison], waiting: Sequence[Mapping[str, object]] = ()
+    subjects: Sequence[Subject], trials: Sequence[TrialRecord], result: Sequence[Comparison], waiting: Sequence[Mapping[str, object]] = ()
 ) -> list[Subject]:
     """Return those of ``subjects`` that have no measurement in ``found``, nor wait for one among the requests ``waiting``."""
     asked = {_argument(request, "trial") for request in waiting}
-    known = {comparison.key for comparison in found}
+    known = {comparison.key for comparison in result}
     return [subject for subject in subjects if label_of(subject, trials) not in known and subject not in asked]
 
 

@@ -49,7 +49,7 @@ class RunFacts:
 def chosen_trial(trials: Sequence[TrialRecord], search: SearchConfig | None, number: int | None) -> TrialRecord | None:
     """Return trial ``number``, else the best one (over a range of ratios there is none), if it has ranks."""
     picked = next((trial for trial in trials if trial.number == number and trial.ranks), None)
-    single = search is not None and search.most_ratio is None
+    single = search is not None and search.max_ratio is None
     return picked or (best_trial(trials) if single else None)
 
 

@@ -82,10 +82,10 @@ def compress_command(config: RunConfig, ranks: str, out: str, export: ExportConf
 
 def compress_unsaid(config: RunConfig, export: ExportConfig) -> dict[str, object]:
     """Return what of the run's recipe, and of ``export``, no option of ``lowrank compress`` says, by its dotted name."""
-    found = _unsaid(replace(config, search=None)) | _unsaid_method(config.search)
+    result = _unsaid(replace(config, search=None)) | _unsaid_method(config.search)
     if export.dtype != ExportConfig().dtype:  # --dtype of that command is the one it runs in
-        found["export.dtype"] = export.dtype
-    return found
+        result["export.dtype"] = export.dtype
+    return result
 
 
 def verify_command(folder: str) -> str:
@@ -147,8 +147,8 @@ def _options(config: RunConfig, folder: str) -> str:
     method = _method(search)
     assert method is not None
     chosen = {name: getattr(search, name) for name in _CHOICES}
-    flags = {"slopes": search.slopes, "autocast": search.autocast}
-    ratios = {"compression_ratio": search.compression_ratio, "most_ratio": search.most_ratio}
+    flags = {"error_weights": search.error_weights, "autocast": search.autocast}
+    ratios = {"compression_ratio": search.compression_ratio, "max_ratio": search.max_ratio}
     return command_line("search", {**shared, **ratios, **method, **chosen, **flags, "run": folder})
 
 
@@ -171,22 +171,22 @@ def _base_of(search: SearchConfig) -> Preset | dict[str, object] | None:
 
 def _unsaid(config: RunConfig) -> dict[str, object]:
     """Return what differs from the defaults and has no option, by its dotted name."""
-    found: dict[str, object] = {}
+    result: dict[str, object] = {}
     for name in _UNSAID_TEXT if config.search is not None else ():  # spectra see calibration text alone
         if (value := getattr(config.text, name)) != getattr(TextConfig(), name):
-            found[f"text.{name}"] = value
+            result[f"text.{name}"] = value
     for name in _UNSAID_CALIBRATION:
         if (value := getattr(config.calibration, name)) != getattr(CalibrationConfig(), name):
-            found[f"calibration.{name}"] = value
+            result[f"calibration.{name}"] = value
     search = config.search
     if search is not None and search.seed != config.text.seed:
-        found["search.seed"] = search.seed
-    return found | _unsaid_method(search)
+        result["search.seed"] = search.seed
+    return result | _unsaid_method(search)
 
 
 def _unsaid_method(search: SearchConfig | None) -> dict[str, object]:
     if search is None or _base_of(search) is not None:
         return {}
     usual = asdict(CompressionConfig())
-    found = {f"search.compression.{name}": value for name, value in asdict(search.compression).items() if value != usual[name]}
-    return found | {"search.projected": search.projected}
+    result = {f"search.compression.{name}": value for name, value in asdict(search.compression).items() if value != usual[name]}
+    return result | {"search.projected": search.projected}

@@ -111,8 +111,8 @@ def _label(run: Run) -> str:
 def signature(run: Run) -> Signature:
     """Return what a page's layout depends on: it is drawn anew only when this changes."""
     status = run.status()
-    answers = sum(1 for _ in (run.path / "results").glob("[0-9]*.json"))
-    return status.state, is_working(status), tuple((run.path / part).exists() for part in PARTS), answers
+    results = sum(1 for _ in (run.path / "results").glob("[0-9]*.json"))
+    return status.state, is_working(status), tuple((run.path / part).exists() for part in PARTS), results
 
 
 def status_words(status: RunStatus) -> str:
@@ -146,7 +146,7 @@ def _row(run: Run) -> dict[str, object]:
         trials, notes = read_trials(run), notes_of(run)
     except LowRankError:
         trials, notes = [], ""
-    best = best_trial(trials) if config.search is not None and config.search.most_ratio is None else None
+    best = best_trial(trials) if config.search is not None and config.search.max_ratio is None else None
     return {
         "id": run.id,
         "name": record["name"],

@@ -20,7 +20,7 @@ __all__ = [
     "comparisons_table",
     "failures",
     "flat_table",
-    "least_relative",
+    "min_relative",
     "measured_table",
     "protocol_of",
     "seed_table",
@@ -50,7 +50,7 @@ def type_table(spectra: Sequence[LayerSpectrum], metric: str) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def least_relative(spectra: Sequence[LayerSpectrum], metric: str) -> LayerSpectrum:
+def min_relative(spectra: Sequence[LayerSpectrum], metric: str) -> LayerSpectrum:
     """Return the module whose features have the least share of full rank by ``metric``."""
     return spectra[int(atlas_table(spectra, metric)["features_relative"].argmin())]
 
@@ -66,22 +66,22 @@ def protocol_of(comparison: Comparison) -> str:
     )
 
 
-def by_protocol(found: Sequence[Comparison]) -> dict[str, list[Comparison]]:
+def by_protocol(result: Sequence[Comparison]) -> dict[str, list[Comparison]]:
     """Return comparisons by protocol: only those with the same one stand side by side."""
     groups: dict[str, list[Comparison]] = {}
-    for comparison in found:
+    for comparison in result:
         groups.setdefault(protocol_of(comparison), []).append(comparison)
     return groups
 
 
-def measured_table(found: Sequence[Comparison]) -> pd.DataFrame:
+def measured_table(result: Sequence[Comparison]) -> pd.DataFrame:
     """Return the dense model as a first row, then a row for each comparison (of one protocol), intervals of 95 % as low and high.
 
     ``difference`` is compressed - dense perplexity, its interval paired by window; ``form`` says dense, one-shot or healed.
     """
-    if not found:
+    if not result:
         return pd.DataFrame(columns=list(_MEASURED))
-    first = found[0]
+    first = result[0]
     low, high = first.dense_perplexity_interval or (None, None)
     dense = {
         "model": "Original",
@@ -95,14 +95,14 @@ def measured_table(found: Sequence[Comparison]) -> pd.DataFrame:
         "parameters": first.dense_parameters,
         "bytes": first.dense_bytes,
     }
-    frame = pd.DataFrame([dense, *(_measured_row(comparison) for comparison in found)], columns=list(_MEASURED))
+    frame = pd.DataFrame([dense, *(_measured_row(comparison) for comparison in result)], columns=list(_MEASURED))
     whole = ("model", "form", "linears", "parameters", "bytes")
     return frame.astype({name: float for name in _MEASURED if name not in whole})
 
 
-def comparisons_table(found: Sequence[Comparison]) -> pd.DataFrame:
+def comparisons_table(result: Sequence[Comparison]) -> pd.DataFrame:
     """Return the rows of ``measured_table`` for every protocol, with the protocol as a last column."""
-    parts = [measured_table(alike).assign(protocol=protocol) for protocol, alike in by_protocol(found).items()]
+    parts = [measured_table(alike).assign(protocol=protocol) for protocol, alike in by_protocol(result).items()]
     return pd.concat(parts, ignore_index=True) if parts else measured_table([])
 
 
@@ -153,13 +153,13 @@ def flat_table(body: Mapping[str, object]) -> pd.DataFrame:
 
 
 def _leaves(body: Mapping[str, object], prefix: str) -> list[tuple[str, str]]:
-    found: list[tuple[str, str]] = []
+    result: list[tuple[str, str]] = []
     for name, value in body.items():
         if isinstance(value, Mapping):
-            found += _leaves(value, f"{prefix}{name}.")
+            result += _leaves(value, f"{prefix}{name}.")
         else:
-            found.append((f"{prefix}{name}", "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)))
-    return found
+            result.append((f"{prefix}{name}", "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)))
+    return result
 
 
 def seed_table(body: Mapping[str, object]) -> pd.DataFrame:

@@ -39,7 +39,7 @@ def kind_of(trial: TrialRecord) -> str:
 
 def answers_of(trials: Sequence[TrialRecord], search: SearchConfig) -> list[TrialRecord]:
     """Return what a search found: its best trial, or the Pareto front if it looks at a range of ratios."""
-    if search.most_ratio is not None:
+    if search.max_ratio is not None:
         return pareto_front(trials)
     best = best_trial(trials)
     return [] if best is None else [best]
@@ -74,9 +74,9 @@ def trial_note(trial: TrialRecord) -> str:
 
 def ratio_words(search: SearchConfig) -> str:
     """Return the ratio of a search, or its range."""
-    if search.most_ratio is None:
+    if search.max_ratio is None:
         return f"{search.compression_ratio:.0%}"
-    return f"{search.compression_ratio:.0%} to {search.most_ratio:.0%}"
+    return f"{search.compression_ratio:.0%} to {search.max_ratio:.0%}"
 
 
 def unit_label(name: str) -> str:
@@ -88,5 +88,5 @@ def unit_label(name: str) -> str:
 
 
 def _block_and_kind(name: str) -> tuple[str, str]:
-    found = re.search(r"\.(\d+)\.", name)
-    return (found[1] if found else ""), kind_label(name.rsplit(".", 1)[-1])
+    result = re.search(r"\.(\d+)\.", name)
+    return (result[1] if result else ""), kind_label(name.rsplit(".", 1)[-1])

@@ -68,7 +68,7 @@ def density(spectrum: LayerSpectrum, source: str) -> Density | None:
         bulk=_bulk(aspect) if random else pd.DataFrame(columns=["x", "share_per_decade"]),
         bulk_edge=bulk_edges(aspect)[1] if random else None,
         beyond=outliers(energies, spectrum.shape.d_out, spectrum.shape.d_in) if random else None,
-        tail_from=fit.least / mean if fit is not None else None,
+        tail_from=fit.minimum / mean if fit is not None else None,
         tail=tail_words(spectrum, source),
     )
 
@@ -89,6 +89,6 @@ def _bulk(aspect: float) -> pd.DataFrame:
     return pd.DataFrame({"x": x, "share_per_decade": bulk_density(x, aspect) * x * np.log(10)})
 
 
-def density_table(found: Density) -> pd.DataFrame:
+def density_table(result: Density) -> pd.DataFrame:
     """Return a row for each bin: from, to (in units of the mean eigenvalue), share of eigenvalues per decade."""
-    return pd.DataFrame({"from": found.edges[:-1], "to": found.edges[1:], "share_per_decade": found.shares})
+    return pd.DataFrame({"from": result.edges[:-1], "to": result.edges[1:], "share_per_decade": result.shares})

@@ -93,7 +93,7 @@ def tail_words(spectrum: LayerSpectrum, source: str) -> str:
     largest = float(energies_of(spectrum, source)[0])
     return (
         f"α = {fit.alpha:.2f} ± {fit.error:.2f}, fitted to the largest {fit.count} of {fit.total} eigenvalues "
-        f"(from {number(fit.least / largest)} of the largest up; Kolmogorov-Smirnov distance {fit.distance:.2f})"
+        f"(from {number(fit.minimum / largest)} of the largest up; Kolmogorov-Smirnov distance {fit.distance:.2f})"
     )
 
 
@@ -106,8 +106,8 @@ def _outliers(spectrum: LayerSpectrum, source: str, facts: RunFacts) -> Reading 
     shape = spectrum.shape
     if not spectrum.weight_energy.any():
         return None
-    found = outliers(spectrum.weight_energy, shape.d_out, shape.d_in)
-    return Reading(float(found), f"{found} of {shape.max_rank} singular values beyond the bulk")
+    result = outliers(spectrum.weight_energy, shape.d_out, shape.d_in)
+    return Reading(float(result), f"{result} of {shape.max_rank} singular values beyond the bulk")
 
 
 def _kept(spectrum: LayerSpectrum, source: str, facts: RunFacts) -> Reading | None:

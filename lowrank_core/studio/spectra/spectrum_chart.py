@@ -53,8 +53,8 @@ def _least(curves: ScreeCurves) -> float:
     """Return log₁₀ of where the value axis begins: below the curves there is room for the names of ranks."""
     drawn = np.concatenate([curves.weights, curves.features])
     positive = drawn[np.isfinite(drawn)]
-    least = max(_DEEPEST, float(np.log10(positive.min()))) if positive.size else -1.0
-    return least - _ROOM * (_HEADROOM - least)
+    minimum = max(_DEEPEST, float(np.log10(positive.min()))) if positive.size else -1.0
+    return minimum - _ROOM * (_HEADROOM - minimum)
 
 
 def _curves(curves: ScreeCurves) -> tuple[tuple[str, str, Vector], ...]:
@@ -110,14 +110,14 @@ def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
             direct_label(figure, name, x=x, y=y, colour=colour, xanchor=xanchor, yanchor=yanchor)
 
 
-def density_figure(found: Density) -> go.Figure:
+def density_figure(result: Density) -> go.Figure:
     """Draw how the eigenvalues lie, by decades, with the Marchenko-Pastur law beside those of weights and the start of the tail."""
-    colour, name = (VERMILLION, "λ of the features") if found.source == "features" else (BLUE, "σ² of W")
+    colour, name = (VERMILLION, "λ of the features") if result.source == "features" else (BLUE, "σ² of W")
     hover = "%{x:.3g} of the mean<br>%{y:.2f} of all per decade<extra>" + name + "</extra>"
     figure = go.Figure(
         go.Scatter(
-            x=np.repeat(found.edges, 2),
-            y=np.concatenate([[0.0], np.repeat(found.shares, 2), [0.0]]),
+            x=np.repeat(result.edges, 2),
+            y=np.concatenate([[0.0], np.repeat(result.shares, 2), [0.0]]),
             mode="lines",
             fill="tozeroy",
             fillcolor=_FILLS[colour],
@@ -125,30 +125,30 @@ def density_figure(found: Density) -> go.Figure:
             hovertemplate=hover,
         )
     )
-    top = float(max(found.shares.max(), found.bulk["share_per_decade"].max() if len(found.bulk) else 0.0))
-    if len(found.bulk):
+    top = float(max(result.shares.max(), result.bulk["share_per_decade"].max() if len(result.bulk) else 0.0))
+    if len(result.bulk):
         figure.add_scatter(
-            x=found.bulk["x"],
-            y=found.bulk["share_per_decade"],
+            x=result.bulk["x"],
+            y=result.bulk["share_per_decade"],
             mode="lines",
             line={"color": GREY, "width": 2, "dash": "dash"},
             hovertemplate="%{x:.3g} of the mean<br>%{y:.2f} of all per decade<extra>random matrix</extra>",
         )
-    _density_notes(figure, found)
+    _density_notes(figure, result)
     finished(figure, height=340, x=f"{name}, over their mean (log scale)", y="Share of all, per decade")
-    ends = math.log10(found.edges[0]), math.log10(max(found.edges[-1], found.bulk_edge or 0.0))
+    ends = math.log10(result.edges[0]), math.log10(max(result.edges[-1], result.bulk_edge or 0.0))
     figure.update_xaxes(type="log", exponentformat="power", dtick=1, title={"standoff": 16}, range=[ends[0] - 0.1, ends[1] + 0.1])
     figure.update_yaxes(range=[0, 1.32 * top], tickformat=".0%")
     return figure
 
 
-def _density_notes(figure: go.Figure, found: Density) -> None:
+def _density_notes(figure: go.Figure, result: Density) -> None:
     """Mark where the bulk of a random matrix ends, and where the fitted tail begins; the names, in the lines' colours, at the top right."""
     notes: list[tuple[float, str, str]] = []
-    if found.bulk_edge is not None:
-        notes.append((found.bulk_edge, f"end of a random matrix's bulk · {found.beyond} beyond", GREY))
-    if found.tail_from is not None:
-        notes.append((found.tail_from, found.tail.partition(",")[0] + " from here on", ORANGE))
+    if result.bulk_edge is not None:
+        notes.append((result.bulk_edge, f"end of a random matrix's bulk · {result.beyond} beyond", GREY))
+    if result.tail_from is not None:
+        notes.append((result.tail_from, result.tail.partition(",")[0] + " from here on", ORANGE))
     for position, (x, text, colour) in enumerate(notes):
         figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
         figure.add_annotation(

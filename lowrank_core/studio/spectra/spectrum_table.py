@@ -55,7 +55,7 @@ def atlas_table(spectra: Sequence[LayerSpectrum], metric: str, facts: RunFacts =
 
     Metrics that count ranks are there as a share of full rank, too (``features_relative``). NaN where a metric is not defined.
     """
-    found = METRICS[metric]
+    result = METRICS[metric]
     table = pd.DataFrame(
         {
             "module": [spectrum.shape.name for spectrum in spectra],
@@ -66,10 +66,10 @@ def atlas_table(spectra: Sequence[LayerSpectrum], metric: str, facts: RunFacts =
             "break_even": [spectrum.shape.break_even_rank for spectrum in spectra],
         }
     )
-    for column, source in _columns(found).items():
-        readings = _readings(spectra, found, source, facts)
+    for column, source in _columns(result).items():
+        readings = _readings(spectra, result, source, facts)
         table[column] = [math.nan if reading is None else reading.value for reading in readings]
-    for column in _columns(found) if found.ranks else ():
+    for column in _columns(result) if result.ranks else ():
         table[f"{column}_relative"] = table[column] / table["full_rank"]
     return table
 
@@ -79,18 +79,18 @@ def atlas(spectra: Sequence[LayerSpectrum], metric: str, source: str, *, relativ
 
     ``relative`` shows ranks as a share of full rank. What is not defined is NaN, and says why.
     """
-    found = METRICS[metric]
-    readings = _readings(spectra, found, source, facts)
-    relative = relative and found.ranks
+    result = METRICS[metric]
+    readings = _readings(spectra, result, source, facts)
+    relative = relative and result.ranks
     values = [
         math.nan if reading is None else reading.value / (spectrum.shape.max_rank if relative else 1)
         for spectrum, reading in zip(spectra, readings, strict=True)
     ]
-    labels = [f"{DASH} {found.missing}" if reading is None else reading.words for reading in readings]
-    measure = "Share of full rank" if relative else found.measure
-    view = layer_map([spectrum.shape for spectrum in spectra], values, labels, measure, percent=relative or found.share, log=found.log)
+    labels = [f"{DASH} {result.missing}" if reading is None else reading.words for reading in readings]
+    measure = "Share of full rank" if relative else result.measure
+    view = layer_map([spectrum.shape for spectrum in spectra], values, labels, measure, percent=relative or result.share, log=result.log)
     finite = [value for value in values if math.isfinite(value)]
-    return view if found.from_zero or found.log or not finite else replace(view, low=min(finite))
+    return view if result.from_zero or result.log or not finite else replace(view, low=min(finite))
 
 
 def spectrum_named(spectra: Sequence[LayerSpectrum], module: str) -> LayerSpectrum:
@@ -172,9 +172,9 @@ def scree_curves(spectrum: LayerSpectrum, facts: RunFacts = _NOTHING) -> ScreeCu
 def _bulk_edge(spectrum: LayerSpectrum) -> float:
     """Return √(x₊ N s²), the largest singular value of a large random matrix with the variance of W's entries."""
     shape = spectrum.shape
-    least, most = shape.max_rank, max(shape.d_out, shape.d_in)
+    minimum, maximum = shape.max_rank, max(shape.d_out, shape.d_in)
     variance = entry_variance(spectrum.weight_energy, shape.d_out, shape.d_in)
-    return math.sqrt(bulk_edges(least / most)[1] * most * variance)
+    return math.sqrt(bulk_edges(minimum / maximum)[1] * maximum * variance)
 
 
 def scree_table(curves: ScreeCurves) -> pd.DataFrame:

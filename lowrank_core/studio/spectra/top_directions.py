@@ -39,9 +39,9 @@ def direction_facts(bodies: Sequence[JsonMapping], module: str, side: str) -> Di
     mine = [body for body in _told(bodies, module, side) if body.get("ok")]
     if not mine:
         return None
-    found = Directions.from_mapping(mine[-1])
-    rows = [row for direction in found.directions for row in _rows(direction)]
-    return DirectionFacts(found.protocol, pd.DataFrame(rows, columns=["direction", "share", "token", "context", "projection"]))
+    result = Directions.from_mapping(mine[-1])
+    rows = [row for direction in result.directions for row in _rows(direction)]
+    return DirectionFacts(result.protocol, pd.DataFrame(rows, columns=["direction", "share", "token", "context", "projection"]))
 
 
 def direction_failure(bodies: Sequence[JsonMapping], module: str, side: str) -> str | None:

@@ -13,23 +13,23 @@ from lowrank_core.studio.compare.healing_runs import Healing, curve_table, ends_
 from lowrank_core.studio.shared.formatting import count, number, percent
 from lowrank_core.studio.shared.model_refs import Subject
 from pages.components.charts import chart
-from pages.components.request_controls import ask, why_not
+from pages.components.request_controls import submit, why_not
 
 __all__ = ["form", "show"]
 
 _USUAL = HealingConfig()
 
 
-def form(run: Run, found: Mapping[Subject, str], first: Subject) -> None:
+def form(run: Run, result: Mapping[Subject, str], first: Subject) -> None:
     """Draw the choice of an allocation, the settings of a healing, and the button that has it healed."""
-    options = list(found)
+    options = list(result)
     index = options.index(first) if first in options else 0
     trial = st.selectbox(
         "Allocation to heal",
         options,
         index,
         key=f"heal_trial_{run.id}_{first}",
-        format_func=lambda key: found.get(key, str(key)),
+        format_func=lambda key: result.get(key, str(key)),
         width=380,
     )
     with st.form("heal_form"), st.container(horizontal=True, vertical_alignment="bottom"):
@@ -55,16 +55,16 @@ def form(run: Run, found: Mapping[Subject, str], first: Subject) -> None:
         pressed = st.form_submit_button("Heal it", key="heal", icon=":material/healing:", disabled=run.recorded, help=why_not(run))
     if pressed:
         settings = {"method": method, "steps": int(steps), "cross_entropy": float(entropy)}
-        ask(run, "heal", [trial], healing=settings)
+        submit(run, "heal", [trial], healing=settings)
 
 
 def show(run: Run) -> None:
     """Draw the newest healing; the older ones are told in a line each."""
-    found = healings(run)
-    if not found:
+    result = healings(run)
+    if not result:
         st.caption("Trains the factors for some minutes on calibration text, chooses on validation text, and measures on test text.")
         return
-    newest, *older = found
+    newest, *older = result
     _told(newest)
     if newest.history:
         curve = curve_table(newest.history)

@@ -21,13 +21,13 @@ _WIDTHS = [1.15, 1.2, 1.05, 1.05, 1.15]  # of the cards: the longest labels fit 
 _TABLES = {"lost": "What is lost", "saved": "What is saved"}
 
 
-def show_all(found: Sequence[Comparison]) -> None:
+def show_all(result: Sequence[Comparison]) -> None:
     """Draw everything that was measured in this run, beside the original."""
-    for warning in warnings_of(found):
+    for warning in warnings_of(result):
         st.warning(warning, icon=":material/warning:")
-    table = difference_table(found)
+    table = difference_table(result)
     chart(
-        difference_figure(table, found[0].dense_perplexity),
+        difference_figure(table, result[0].dense_perplexity),
         key="perplexity_differences",
         title="Perplexity above the original's, on the same test windows",
         how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
@@ -35,8 +35,8 @@ def show_all(found: Sequence[Comparison]) -> None:
         alt="Dots with intervals: test perplexity of each measured model less that of the original",
         data=table,
     )
-    _table(found)
-    st.caption(f"Protocol: {protocol_of(found[0])}. Intervals are of 95 %, bootstrap over windows.")
+    _table(result)
+    st.caption(f"Protocol: {protocol_of(result[0])}. Intervals are of 95 %, bootstrap over windows.")
 
 
 def show_refusals(reasons: Mapping[str, str]) -> None:
@@ -86,7 +86,7 @@ def _sizes(shown: Comparison) -> None:
             _card(*card)
 
 
-def _table(found: Sequence[Comparison]) -> None:
+def _table(result: Sequence[Comparison]) -> None:
     shown = st.segmented_control(
         "Table",
         list(_TABLES),
@@ -118,7 +118,7 @@ def _table(found: Sequence[Comparison]) -> None:
     }
     wanted = LOST if shown == "lost" else SAVED
     tables.table(
-        comparison_table(found),
+        comparison_table(result),
         {name: columns[name] for name in wanted},
         key=f"comparison_table_{shown}",
         alt="All measured models beside the original",

@@ -12,12 +12,12 @@ from lowrank_core.studio.compare.comparison import Comparison
 from lowrank_core.studio.shared.formatting import percent
 from lowrank_core.studio.shared.model_refs import PRESET_KEYS, Subject, unmeasured, usual_choice
 from pages.components import state
-from pages.components.request_controls import ask, why_not
+from pages.components.request_controls import submit, why_not
 
 __all__ = ["choose"]
 
 
-def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecord], found: Sequence[Comparison]) -> list[Subject]:
+def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecord], result: Sequence[Comparison]) -> list[Subject]:
     """Draw the choice of models and the buttons that have them measured on test text; return the choice."""
     picked = state.selection().trial
     chosen = st.multiselect(
@@ -33,8 +33,8 @@ def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecor
     search = run.config.search
     assert search is not None
     waiting = [request for request in client.pending_requests(run) if request.get("kind") == "compare"]
-    missing = unmeasured(chosen, trials, found, waiting)
-    presets = unmeasured(PRESET_KEYS, trials, found, waiting)
+    missing = unmeasured(chosen, trials, result, waiting)
+    presets = unmeasured(PRESET_KEYS, trials, result, waiting)
     ratio = percent(search.compression_ratio, 0)
     with st.container(horizontal=True, vertical_alignment="center"):
         if st.button(
@@ -45,7 +45,7 @@ def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecor
             disabled=run.recorded or not missing,
             help=why_not(run) or ("Each on the same windows as the original." if missing else "All that is chosen is measured."),
         ):
-            ask(run, "compare", missing)
+            submit(run, "compare", missing)
         if st.button(
             f"Every preset at {ratio} removed",
             key="measure_presets",
@@ -55,6 +55,6 @@ def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecor
             or "Whole published recipes, each with its own basis, storage and ranks, on this run's calibration. "
             "Some first measure gradients or fit block by block: minutes on a large model.",
         ):
-            ask(run, "compare", presets)
+            submit(run, "compare", presets)
         st.caption(f"{len(chosen) - len(missing)} of {len(chosen)} measured or asked for", width="content")
     return chosen

@@ -10,17 +10,17 @@ from lowrank_core.runs import Run
 from lowrank_core.runs.client import TEMPERATURE
 from lowrank_core.studio.compare.continuations import Prompt
 from lowrank_core.studio.shared.model_refs import Subject
-from pages.components.request_controls import ask, why_not
+from pages.components.request_controls import submit, why_not
 
 __all__ = ["show"]
 
 _PROMPT = "def mean(values):\n    "
 
 
-def show(run: Run, chosen: Sequence[Subject], found: Sequence[Prompt]) -> None:
+def show(run: Run, chosen: Sequence[Subject], result: Sequence[Prompt]) -> None:
     """Draw the form, and the prompts that were continued, the newest open."""
     _form(run, chosen)
-    for position, entry in enumerate(found):
+    for position, entry in enumerate(result):
         with st.expander(entry.title, expanded=position == 0):
             left, right = st.columns(2)
             left.caption("Original")
@@ -47,4 +47,4 @@ def _form(run: Run, chosen: Sequence[Subject]) -> None:
     elif pressed and not chosen:
         st.warning("No model is chosen above.")
     elif pressed:
-        ask(run, "generate", chosen, prompt=prompt, tokens=int(tokens), temperature=float(temperature), seed=int(seed))
+        submit(run, "generate", chosen, prompt=prompt, tokens=int(tokens), temperature=float(temperature), seed=int(seed))

@@ -12,24 +12,24 @@ from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, spe
 from lowrank_core.studio.shared.model_refs import Subject
 from pages.components import tables
 from pages.components.charts import chart
-from pages.components.request_controls import ask, why_not
+from pages.components.request_controls import submit, why_not
 
 __all__ = ["show"]
 
 
-def show(run: Run, chosen: Sequence[Subject], found: Sequence[Speed]) -> None:
+def show(run: Run, chosen: Sequence[Subject], result: Sequence[Speed]) -> None:
     """Draw the form, and what was timed."""
     _form(run, chosen)
-    if not found:
+    if not result:
         st.caption("Each model is timed in turns with the original, warm. Fewer parameters are not always faster: this tells.")
         return
     chart(
-        speedup_figure(speedup_table(found)),
+        speedup_figure(speedup_table(result)),
         key="speedups",
         title="Times as fast as the original, in the same rounds",
         how="right of the dotted line the compressed model is faster; whiskers reach from the slowest round to the fastest.",
         alt="Dots with ranges: how many times faster each model reads, writes and begins",
-        data=speed_numbers(found),
+        data=speed_numbers(result),
     )
     columns = {
         "measure": tables.text("Median (least to most)", width="medium"),
@@ -37,7 +37,7 @@ def show(run: Run, chosen: Sequence[Subject], found: Sequence[Speed]) -> None:
         "compressed": tables.text("Compressed"),
         "faster": tables.text("Times as fast", "Round by round; of memory and counts, the share that is left."),
     }
-    for index, speed in enumerate(found):
+    for index, speed in enumerate(result):
         st.markdown(f"**{speed.name}**")
         tables.table(speed_table(speed), columns, key=f"speed_table_{index}", alt=f"Speed and memory of {speed.name} beside the original")
         st.caption(f"Protocol: {speed.protocol}." + (f" Memory: {speed.memory}." if speed.memory else " Memory was not measured."))
@@ -57,4 +57,4 @@ def _form(run: Run, chosen: Sequence[Subject]) -> None:
         st.warning("No model is chosen above.")
     elif pressed:
         sizes = {"batch_size": int(batch), "prompt_tokens": int(prompt), "new_tokens": int(new), "rounds": int(rounds)}
-        ask(run, "speed", chosen, memory=memory, **sizes)
+        submit(run, "speed", chosen, memory=memory, **sizes)

@@ -14,7 +14,7 @@ from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.shared.model_refs import Subject
 from lowrank_core.studio.shared.spreadsheet import csv_of
 from pages.components import tables
-from pages.components.request_controls import ask, why_not
+from pages.components.request_controls import submit, why_not
 
 __all__ = ["show"]
 
@@ -22,15 +22,15 @@ _SOURCES = {"window": "A test window", "text": "A text of mine"}
 _TEXT = "def mean(values):\n    return sum(values) / len(values)\n"
 
 
-def show(run: Run, chosen: Mapping[Subject, str], found: Sequence[TokenStrip], windows: WindowTable | None) -> None:
+def show(run: Run, chosen: Mapping[Subject, str], result: Sequence[TokenStrip], windows: WindowTable | None) -> None:
     """Draw the form that asks for a text, and the texts that were read; ``windows`` says where most is lost."""
     _form(run, chosen, windows)
-    if not found:
+    if not result:
         st.caption("Shows where in a text the compressed model is surprised more than the original.")
         return
-    titles = [strip.title for strip in found]
-    index = st.selectbox("Shown", range(len(found)), key=f"strip_{len(found)}", format_func=titles.__getitem__) if len(found) > 1 else 0
-    strip = found[index]
+    titles = [strip.title for strip in result]
+    index = st.selectbox("Shown", range(len(result)), key=f"strip_{len(result)}", format_func=titles.__getitem__) if len(result) > 1 else 0
+    strip = result[index]
     st.caption(f"{strip.name}. {strip.words}")
     with st.container(border=True, height=360 if len(strip.frame) > 150 else "content", key="token_strip"):
         st.html(strip_html(strip))
@@ -90,8 +90,8 @@ def _form(run: Run, chosen: Mapping[Subject, str], windows: WindowTable | None) 
     text = st.text_area("Text", _TEXT, key="token_text", height=110, persist_state="session") if source == "text" else ""
     if st.button("Read it with both", key="read_tokens", icon=":material/format_color_text:", disabled=run.recorded, help=why_not(run)):
         if source == "window":
-            ask(run, "tokens", [subject], window=int(window))
+            submit(run, "tokens", [subject], window=int(window))
         elif text.strip():
-            ask(run, "tokens", [subject], text=text)
+            submit(run, "tokens", [subject], text=text)
         else:
             st.warning("The text is empty: write a sentence or more.")

@@ -46,11 +46,11 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
     if scope == "type":
         _type(spectra, kind, scopes["type"], energy_at_rank(spectrum, rank).share_of_full_rank, (left, right))
         return
-    found, module = energy_curves(spectrum), spectrum.shape.name
-    numbers = energy_table(found)
+    result, module = energy_curves(spectrum), spectrum.shape.name
+    numbers = energy_table(result)
     with left:
         chart(
-            retained_figure(found, rank),
+            retained_figure(result, rank),
             key="energy_kept",
             title="Energy kept",
             how="a curve that rises early is low-rank: features often are where weights are not.",
@@ -59,7 +59,7 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
         )
     with right:
         chart(
-            left_figure(found, rank),
+            left_figure(result, rank),
             key="energy_removed",
             title="Energy removed",
             how="the share of energy that a rank loses; each step down is a power of ten.",
@@ -86,20 +86,20 @@ def _type(spectra: Sequence[LayerSpectrum], kind: str, name: str, rank_share: fl
 def loss(run: Run, spectrum: LayerSpectrum, rank: int) -> None:
     """Say what trials lost that keep about as much as the factors at ``rank``; energy alone is no loss."""
     search = run.config.search
-    found = measured_loss(read_trials(run), energy_at_rank(spectrum, rank).parameters_kept) if search is not None else None
+    result = measured_loss(read_trials(run), energy_at_rank(spectrum, rank).parameters_kept) if search is not None else None
     st.markdown("**Measured loss beside it**")
-    if found is None:
+    if result is None:
         st.caption("Energy is not a loss, and no loss is measured in this run yet: a rank search measures its baselines first.")
         st.page_link(navigation.SEARCH, label="Measure it in a rank search", icon=":material/query_stats:")
         return
-    st.caption(found.sentence())
+    st.caption(result.sentence())
     columns = {
         "name": tables.text("Allocation"),
         "kept": tables.share("Kept, linears"),
         "kl": tables.figure("KL (nats/token)"),
         "perplexity": tables.number("Perplexity", 3),
     }
-    tables.table(found.frame, columns, key="energy_loss", alt="Measured loss at the nearest kept fraction")
+    tables.table(result.frame, columns, key="energy_loss", alt="Measured loss at the nearest kept fraction")
     st.caption(trial_protocol(run))
     st.page_link(navigation.COMPARE, label="On test text", icon=":material/balance:")
 
@@ -112,16 +112,16 @@ def pooling(spectrum: LayerSpectrum, entry: InputFacts | None) -> None:
             f"Input `{entry.input_group}`, {entry.width} wide, read by {entry.readers}: "
             f"pooling moved its covariance by {percent(entry.pooled_to_sample, 2)} (relative Frobenius distance)."
         )
-    found = pooling_curves(spectrum)
+    result = pooling_curves(spectrum)
     left, right = st.columns(2, gap="large")
     with left:
         chart(
-            pooling_figure(found),
+            pooling_figure(result),
             key="pooling",
             title="Feature eigenvalues, pooled and sample",
             how="where the curves part, differences between groups of text made up part of the variance.",
             alt=f"Square roots of pooled and sample feature eigenvalues of {module}",
-            data=pooling_table(found),
+            data=pooling_table(result),
         )
     if entry is None or not entry.group_traces:
         return

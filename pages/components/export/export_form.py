@@ -11,10 +11,10 @@ import streamlit as st
 from lowrank_core.config import EXPORT_DTYPES, ExportConfig, SearchConfig
 from lowrank_core.parameters import Unit
 from lowrank_core.runs import Run, client
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare.comparison import last_failure
-from lowrank_core.studio.compare.healing_commands import HealedAgain, healed_again
+from lowrank_core.studio.compare.healing_commands import HealingCommands, healing_commands
 from lowrank_core.studio.export.export_list import loading_of
 from lowrank_core.studio.export.export_plan import (
     Planned,
@@ -54,18 +54,18 @@ def show(run: Run) -> Source | None:
     """
     search, facts = run.config.search, model_facts(run)
     units = search_units(facts.matrices, search.compression, facts.head_units) if search is not None and facts is not None else ()
-    found = _sources(run, search, units) if search is not None else {}
-    if search is None or not found:
+    result = _sources(run, search, units) if search is not None else {}
+    if search is None or not result:
         text = "This run only analyses the model." if search is None else "This run has no complete trial."
         text += " A search has its first allocations within a minute."
         layout.empty("No allocation to take away", text, icon=":material/save:", page=navigation.SEARCH, label="Go to the rank search")
         return None
-    failure = last_failure([body for body in answers(run) if body.get("kind") == "export"])
+    failure = last_failure([body for body in results(run) if body.get("kind") == "export"])
     if failure is not None:
         st.error(f"The last model was not written: {failure.error}", icon=":material/error:")
     left, right = st.columns([1, 1.6], gap="large")
     with left:
-        source, config = _choice(run, found)
+        source, config = _choice(run, result)
     if facts is not None:
         with right:
             _plan(run, source, config, (search, facts, units))
@@ -75,22 +75,22 @@ def show(run: Run) -> Source | None:
 
 
 def _sources(run: Run, search: SearchConfig, units: Sequence[Unit]) -> dict[str, Source]:
-    trials, bodies = read_trials(run), answers(run)
+    trials, bodies = read_trials(run), results(run)
     listed = healable(candidates(trials, search, picked=state.selection().trial))
     chosen = [trial_source(trial, label, trials, search, (units, bodies)) for trial, label in listed.items()]
     return {str(source.healed or source.trial): source for source in [*chosen, *healed_sources(run, trials)]}
 
 
-def _choice(run: Run, found: dict[str, Source]) -> tuple[Source, ExportConfig]:
+def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
     """Raises: ConfigError: a size that is none."""
     picked = state.selection().trial
-    index = list(found).index(str(picked)) if str(picked) in found else 0
+    index = list(result).index(str(picked)) if str(picked) in result else 0
     key = st.selectbox(
         "Allocation or healed model",
-        list(found),
+        list(result),
         index,
         key=f"export_what_{run.id}_{picked}",
-        format_func=lambda name: found[name].label if name in found else name,
+        format_func=lambda name: result[name].label if name in result else name,
         help="An allocation is written as it comes out of the compression. A healed model has the same ranks, and trained factors.",
     )
     form = st.segmented_control(
@@ -138,23 +138,23 @@ def _choice(run: Run, found: dict[str, Source]) -> tuple[Source, ExportConfig]:
             persist_state="session",
             help="Splits the weights over files of at most this size (KB to TB, of 1000): for uploads and file systems with a limit.",
         )
-    return found[key], ExportConfig(str(form), code and not dense, dtype, shard.strip(), "int8" if int8 and not dense else "none")
+    return result[key], ExportConfig(str(form), code and not dense, dtype, shard.strip(), "int8" if int8 and not dense else "none")
 
 
 def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchConfig, ModelFacts, Sequence[Unit]]) -> None:
     """Say what will be written, before it is."""
     search, facts, units = model
-    found = planned(facts, units, source, search, config)
+    result = planned(facts, units, source, search, config)
     st.markdown("**What will be written**")
-    layout.figures_row(
+    layout.metrics_row(
         {
-            "Weights": (_bounded(size(found.bytes), found), f"{found.bytes:,} bytes of {found.dtype}; the file's header comes on top."),
-            "Of the original": (percent(found.bytes / max(1, facts.bytes)), f"The checkpoint has {size(facts.bytes)}."),
-            "Parameters": (_bounded(count(found.parameters), found), f"{found.parameters:,}: biases, indices and scales counted."),
+            "Weights": (_bounded(size(result.bytes), result), f"{result.bytes:,} bytes of {result.dtype}; the file's header comes on top."),
+            "Of the original": (percent(result.bytes / max(1, facts.bytes)), f"The checkpoint has {size(facts.bytes)}."),
+            "Parameters": (_bounded(count(result.parameters), result), f"{result.parameters:,}: biases, indices and scales counted."),
         }
     )
     coverage.show(facts, source.removed(units))
-    if not found.exact:
+    if not result.exact:
         why = "its ranks are known once the worker has built it" if source.ranks is None else "a merge may add biases"
         st.caption(f"At most, because {why}: these are upper bounds.")
     sizes, files, who, again, loading = st.tabs(["Sizes", "Files", "Who can load it", "Command", "Load it"])
@@ -163,7 +163,7 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
         _sizes(forms_table(facts, units, source, search, config))
     with files:
         st.caption(f"A new folder, `{folder}`:")
-        st.markdown("\n".join(f"* `{name}`: {meaning}" for name, meaning in files_of(found, config)))
+        st.markdown("\n".join(f"* `{name}`: {meaning}" for name, meaning in files_of(result, config)))
     with who:
         rows = runtimes(config).itertuples(index=False)
         st.markdown("\n".join(f"* {row.runtime}: **{row.loads}**, {row.how}" for row in rows))
@@ -173,8 +173,8 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
         _loading(folder, source, config)
 
 
-def _bounded(words: str, found: Planned) -> str:
-    return words if found.exact else f"≤ {words}"
+def _bounded(words: str, result: Planned) -> str:
+    return words if result.exact else f"≤ {words}"
 
 
 def _sizes(frame: object) -> None:
@@ -194,7 +194,7 @@ def _command(run: Run, source: Source, config: ExportConfig) -> None:
     """Show the command that writes the same."""
     ranks = f"{source.name}.json".replace(" ", "-")
     if source.healed:
-        _healed_command(healed_again(run, source, config))
+        _healed_command(healing_commands(run, source, config))
     elif source.number is not None:
         line = export_command(str(run.path), source.number, config, out=folder_name_of(source, config))
         st.code(line, language="bash", wrap_lines=True)
@@ -205,18 +205,18 @@ def _command(run: Run, source: Source, config: ExportConfig) -> None:
         st.caption("No single command makes the same: write it here, or measure it as a trial of your own first.")
 
 
-def _healed_command(found: HealedAgain) -> None:
+def _healed_command(result: HealingCommands) -> None:
     """Show the commands that heal the same again, or say what they can't."""
-    if not found.lines:
-        st.caption(f"{found.why_not} Write it here.")
+    if not result.lines:
+        st.caption(f"{result.why_not} Write it here.")
         return
     first = (
-        f"Save “Allocation (JSON)” below as {found.ranks}; then make the one-shot model of it"
-        if found.ranks
+        f"Save “Allocation (JSON)” below as {result.ranks}; then make the one-shot model of it"
+        if result.ranks
         else "Write the one-shot model"
     )
     st.caption(f"{first}, and heal it:")
-    st.code(found.lines, language="bash", wrap_lines=True)
+    st.code(result.lines, language="bash", wrap_lines=True)
     st.caption(
         "`lowrank heal` begins with the factors as the first folder stores them, the worker began with those in memory: figures may "
         "differ by rounding, unless both are float32 (“Stored as”)."
@@ -241,5 +241,5 @@ def _write_button(run: Run, source: Source, config: ExportConfig) -> None:
         st.caption(why_not)
     if pressed:
         with boundary():
-            client.ask(run, "export", **source.request, **asdict(config))  # type: ignore[arg-type]
+            client.submit(run, "export", **source.request, **asdict(config))  # type: ignore[arg-type]
             st.rerun()

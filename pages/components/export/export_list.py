@@ -7,9 +7,9 @@ from functools import partial
 import streamlit as st
 
 from lowrank_core.runs import Run, client
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studio.export.export_list import (
-    MOST_BYTES,
+    MAX_BYTES,
     Proof,
     Written,
     card_of,
@@ -33,11 +33,11 @@ def show(run: Run) -> None:
     Raises:
         RunError: an answer of the worker is damaged.
     """
-    found = sorted(written_models(run, answers(run)), key=lambda entry: entry.changed or 0.0, reverse=True)
-    if not found:
+    result = sorted(written_models(run, results(run)), key=lambda entry: entry.changed or 0.0, reverse=True)
+    if not result:
         st.caption("None yet. A written folder is a valid `--model` of the command line, and can prove that it is what was measured.")
     asked = {str(_arguments(request).get("path")) for request in client.pending_requests(run) if request.get("kind") == "verify"}
-    for position, entry in enumerate(found):
+    for position, entry in enumerate(result):
         with st.container(border=True, key=f"written_{position}"), boundary():
             _entry(run, entry, waits=entry.path.name in asked)
 
@@ -90,36 +90,36 @@ def _facts(entry: Written) -> None:
 
 def _proof(entry: Written, *, waits: bool) -> None:
     """Show what reloading gave; the verdict is in words and by a sign, not by colour alone."""
-    found = entry.proof
+    result = entry.proof
     if waits:
         st.caption("Being loaded and measured again in a fresh process…")
         return
-    if found is None:
+    if result is None:
         if entry.perplexity is not None:
             st.caption(f"As it was written: perplexity {number(entry.perplexity, 5)}. {entry.protocol}")
         return
-    if found.error:
-        st.error(f"{found.verdict}. {found.error}", icon=":material/cancel:")
+    if result.error:
+        st.error(f"{result.verdict}. {result.error}", icon=":material/cancel:")
         return
-    box, icon = (st.success, ":material/check_circle:") if found.ok else (st.error, ":material/cancel:")
-    layout.figures_row(
+    box, icon = (st.success, ":material/check_circle:") if result.ok else (st.error, ":material/cancel:")
+    layout.metrics_row(
         {
-            "Perplexity as written": (number(found.recorded, 6), "Measured on the folder when it was written."),
-            "As reloaded": (number(found.measured, 6), "By a process that knows nothing of the first one."),
-            "Difference": (_signed(found.difference), f"Rounding allows {number(found.tolerance, 2)}."),
+            "Perplexity as written": (number(result.recorded, 6), "Measured on the folder when it was written."),
+            "As reloaded": (number(result.measured, 6), "By a process that knows nothing of the first one."),
+            "Difference": (_signed(result.difference), f"Rounding allows {number(result.tolerance, 2)}."),
         }
     )
-    box(_told(found), icon=icon)
+    box(_told(result), icon=icon)
 
 
 def _signed(difference: float | None) -> str:
     return DASH if difference is None else f"{difference:+.2g}" if difference else "0"
 
 
-def _told(found: Proof) -> str:
-    when = f", {timestamp(found.time)}" if found.time else ""
-    files = "1 weight file has" if found.files == 1 else f"{found.files} weight files have"
-    return f"{found.verdict}{when}. {files} the listed size and SHA-256. {found.protocol}."
+def _told(result: Proof) -> str:
+    when = f", {timestamp(result.time)}" if result.time else ""
+    files = "1 weight file has" if result.files == 1 else f"{result.files} weight files have"
+    return f"{result.verdict}{when}. {files} the listed size and SHA-256. {result.protocol}."
 
 
 def _verify_button(run: Run, name: str, *, waits: bool) -> None:
@@ -127,12 +127,12 @@ def _verify_button(run: Run, name: str, *, waits: bool) -> None:
     why_not = "A recorded run has no worker." if run.recorded else "It is on its way." if waits else None
     if st.button("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", disabled=why_not is not None, help=why_not):
         with boundary():
-            client.ask(run, "verify", path=name)
+            client.submit(run, "verify", path=name)
             st.rerun()
 
 
 def _folder_button(entry: Written) -> None:
-    name, fits = entry.path.name, entry.folder_bytes <= MOST_BYTES
+    name, fits = entry.path.name, entry.folder_bytes <= MAX_BYTES
     st.download_button(
         f"Folder (.zip, {size(entry.folder_bytes)})",
         partial(zipped, entry.path),
@@ -141,7 +141,7 @@ def _folder_button(entry: Written) -> None:
         key=f"zip_{name}",
         icon=":material/folder_zip:",
         disabled=not fits,
-        help=None if fits else f"Larger than {size(MOST_BYTES)}, too large for a browser's download. Copy the folder: {entry.path}",
+        help=None if fits else f"Larger than {size(MAX_BYTES)}, too large for a browser's download. Copy the folder: {entry.path}",
         on_click="ignore",
     )
 

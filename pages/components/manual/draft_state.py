@@ -15,11 +15,11 @@ from lowrank_core.studio.manual.starting_points import Recipe, first_draft
 from lowrank_core.studio.shared.model_facts import ModelFacts
 from pages.components import state
 
-__all__ = ["Desk", "edit", "hint", "history", "note", "revision", "say", "step", "take"]
+__all__ = ["DraftState", "edit", "hint", "history", "note", "revision", "say", "step", "take"]
 
 
 @dataclass(frozen=True)
-class Desk:
+class DraftState:
     """What every part of the page works with."""
 
     run: Run
@@ -32,88 +32,88 @@ class Desk:
         return f"hand_{name}_{self.run.id}"
 
 
-def history(desk: Desk) -> DraftHistory:
+def history(editor: DraftState) -> DraftHistory:
     """Return the draft with its steps: of this session, else the one that the address names, else the first.
 
     Raises:
         LowRankError: the run can't be read, or its ratio not be met.
     """
-    found: DraftHistory | None = state.held(desk.key("history"), None)
-    if found is None:
-        token, multiple = state.selection().draft, desk.search.compression.rank_multiple
-        found = drafts.load_draft(desk.run, token, desk.recipe.units, rank_multiple=multiple) if token else None
-        if found is None:
-            draft, name = first_draft(desk.recipe, read_trials(desk.run), state.selection().trial)
-            found = began(draft)
-            state.keep(desk.key("source"), name)
-        state.keep(desk.key("history"), found)
-    mine: str | None = state.held(desk.key("token"), None)
+    result: DraftHistory | None = state.held(editor.key("history"), None)
+    if result is None:
+        token, multiple = state.selection().draft, editor.search.compression.rank_multiple
+        result = drafts.load_draft(editor.run, token, editor.recipe.units, rank_multiple=multiple) if token else None
+        if result is None:
+            draft, name = first_draft(editor.recipe, read_trials(editor.run), state.selection().trial)
+            result = began(draft)
+            state.keep(editor.key("source"), name)
+        state.keep(editor.key("history"), result)
+    mine: str | None = state.held(editor.key("token"), None)
     if mine is not None and state.selection().draft != mine:
         state.choose(draft=mine)
-    return found
+    return result
 
 
-def edit(desk: Desk, change: Callable[[Draft], Draft], *, gesture: str = "", keep_table: bool = False) -> None:
+def edit(editor: DraftState, change: Callable[[Draft], Draft], *, gesture: str = "", keep_table: bool = False) -> None:
     """Change the draft, as one step; what can't be is said on the page, and changes nothing.
 
     ``keep_table``: the change was made in the table, which shows it already.
     """
-    _replace(desk, lambda before: before.edited(change, gesture=gesture), keep_table=keep_table)
+    _replace(editor, lambda before: before.edited(change, gesture=gesture), keep_table=keep_table)
 
 
-def take(desk: Desk, draft: Callable[[], Draft], name: str) -> None:
+def take(editor: DraftState, draft: Callable[[], Draft], name: str) -> None:
     """Begin from another draft, as a step that can be taken back."""
-    if _replace(desk, lambda before: before.started(draft())):
-        state.keep(desk.key("source"), name)
+    if _replace(editor, lambda before: before.started(draft())):
+        state.keep(editor.key("source"), name)
 
 
-def step(desk: Desk, way: Literal["undone", "redone", "reset"]) -> None:
+def step(editor: DraftState, way: Literal["undone", "redone", "reset"]) -> None:
     """Take a step back, or forth again, or return to the beginning."""
-    _replace(desk, lambda before: getattr(before, way)())  # type: ignore[no-any-return]
+    _replace(editor, lambda before: getattr(before, way)())  # type: ignore[no-any-return]
 
 
-def _replace(desk: Desk, change: Callable[[DraftHistory], DraftHistory], *, keep_table: bool = False) -> bool:
-    say(desk, "")
+def _replace(editor: DraftState, change: Callable[[DraftHistory], DraftHistory], *, keep_table: bool = False) -> bool:
+    say(editor, "")
     try:
-        before = history(desk)
+        before = history(editor)
         after = change(before)
-        state.keep(desk.key("history"), after)
+        state.keep(editor.key("history"), after)
         if after.present != before.present:
-            _save(desk, after)
+            _save(editor, after)
     except LowRankError as error:
-        say(desk, str(error))
+        say(editor, str(error))
         keep_table = False
     if not keep_table:
-        state.keep(desk.key("revision"), revision(desk) + 1)
-    return not note(desk)
+        state.keep(editor.key("revision"), revision(editor) + 1)
+    return not note(editor)
 
 
-def _save(desk: Desk, after: DraftHistory) -> None:
+def _save(editor: DraftState, after: DraftHistory) -> None:
     """Write the draft under a token of this session's own, so that nobody else's is written over."""
-    token: str | None = state.held(desk.key("token"), None)
+    token: str | None = state.held(editor.key("token"), None)
     if token is None:
         token = drafts.new_token()
-        state.keep(desk.key("token"), token)
-    drafts.save_draft(desk.run, token, after)
+        state.keep(editor.key("token"), token)
+    drafts.save_draft(editor.run, token, after)
     state.choose(draft=token)
 
 
-def revision(desk: Desk) -> int:
+def revision(editor: DraftState) -> int:
     """Return how often the draft was changed elsewhere than in the table, which then begins anew."""
-    return state.held(desk.key("revision"), 0)
+    return state.held(editor.key("revision"), 0)
 
 
-def say(desk: Desk, words: str, *, hint: str = "") -> None:
+def say(editor: DraftState, words: str, *, hint: str = "") -> None:
     """Leave a message about the last change: why it could not be made, or what is worth knowing of it."""
-    state.keep(desk.key("note"), words)
-    state.keep(desk.key("hint"), hint)
+    state.keep(editor.key("note"), words)
+    state.keep(editor.key("hint"), hint)
 
 
-def note(desk: Desk) -> str:
+def note(editor: DraftState) -> str:
     """Return why the last change could not be made; empty where it was."""
-    return state.held(desk.key("note"), "")
+    return state.held(editor.key("note"), "")
 
 
-def hint(desk: Desk) -> str:
+def hint(editor: DraftState) -> str:
     """Return what is worth knowing of the last change; empty where nothing is."""
-    return state.held(desk.key("hint"), "")
+    return state.held(editor.key("hint"), "")

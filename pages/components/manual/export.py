@@ -7,14 +7,14 @@ import streamlit as st
 from lowrank_core.allocation import Draft
 from lowrank_core.studies.records import MANUAL
 from lowrank_core.studio.shared.reproduce import compress_command, enqueue_command
-from pages.components.manual.draft_state import Desk
+from pages.components.manual.draft_state import DraftState
 
 __all__ = ["show"]
 
 
-def show(desk: Desk, draft: Draft) -> None:
+def show(editor: DraftState, draft: Draft) -> None:
     """Draw the download, and the commands that take the file."""
-    name = f"{desk.run.id}-by-hand.json"
+    name = f"{editor.run.id}-by-hand.json"
     st.subheader("Take it away", anchor=False)
     st.download_button(
         "Allocation (JSON)",
@@ -26,7 +26,7 @@ def show(desk: Desk, draft: Draft) -> None:
         on_click="ignore",
         help="Ranks and locks, to be imported here again, edited, or compressed.",
     )
-    command = compress_command(desk.run.config, name, f"{desk.run.id}-by-hand")
+    command = compress_command(editor.run.config, name, f"{editor.run.id}-by-hand")
     if command:
         st.caption("Make a model of it, with the recipe of this run:")
         st.code(command, language="bash", wrap_lines=True)
@@ -34,6 +34,6 @@ def show(desk: Desk, draft: Draft) -> None:
         st.caption(
             "No options of `lowrank compress` say the recipe of this run. Measure the draft, and export its trial on the Compare page."
         )
-    if not desk.run.recorded:
+    if not editor.run.recorded:
         st.caption("Or have it measured from a terminal, where the file is:")
-        st.code(enqueue_command(str(desk.run.path), name), language="bash", wrap_lines=True)
+        st.code(enqueue_command(str(editor.run.path), name), language="bash", wrap_lines=True)

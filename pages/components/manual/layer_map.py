@@ -11,14 +11,14 @@ from lowrank_core.studio.shared.formatting import percent
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from pages.components import state
 from pages.components.charts import chart
-from pages.components.manual.draft_state import Desk, edit
+from pages.components.manual.draft_state import DraftState, edit
 
 __all__ = ["show"]
 
 
-def show(desk: Desk, draft: Draft) -> None:
+def show(editor: DraftState, draft: Draft) -> None:
     """Draw what every module keeps, or its share of the predicted loss; a click picks the module."""
-    record, units = desk.recipe.record, desk.recipe.units
+    record, units = editor.recipe.record, editor.recipe.units
     allocation, module = draft.allocation("draft"), state.selection().module
     loss = record is not None and record.predicts and _wants_loss()
     view = loss_map(allocation, units, record) if record is not None and loss else allocation_map(allocation, units)
@@ -34,34 +34,34 @@ def show(desk: Desk, draft: Draft) -> None:
         on_pick=state.pick_from_chart("module", "hand_map"),
     )
     if module is not None:
-        _grouping(desk, draft, module)
+        _grouping(editor, draft, module)
 
 
 def _wants_loss() -> bool:
     words = {"kept": "Parameters kept", "loss": "Predicted ΔKL"}
-    found = st.segmented_control(
+    result = st.segmented_control(
         "Map of", list(words), key="hand_map_of", default="kept", required=True, format_func=words.__getitem__, persist_state="session"
     )
-    return found == "loss"
+    return result == "loss"
 
 
-def _grouping(desk: Desk, draft: Draft, module: str) -> None:
-    found = groupings(draft, module)
-    if len(found) < 2:
+def _grouping(editor: DraftState, draft: Draft, module: str) -> None:
+    result = groupings(draft, module)
+    if len(result) < 2:
         return
-    key = state.control(desk.key("grouping"), next(iter(found)))
+    key = state.control(editor.key("grouping"), next(iter(result)))
     st.selectbox(
         f"Compress `{module}`",
-        list(found),
+        list(result),
         key=key,
-        format_func=lambda name: found.get(name, name),
+        format_func=lambda name: result.get(name, name),
         on_change=_regroup,
-        args=(desk, key),
+        args=(editor, key),
         help="What shared its row stands by itself again. Every matrix keeps about the fraction that it kept before.",
         width=420,
     )
 
 
-def _regroup(desk: Desk, key: str) -> None:
+def _regroup(editor: DraftState, key: str) -> None:
     name = state.held(key, "")
-    edit(desk, lambda draft: draft.regrouped(name))
+    edit(editor, lambda draft: draft.regrouped(name))

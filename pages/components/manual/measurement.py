@@ -9,19 +9,19 @@ import streamlit as st
 
 from lowrank_core.allocation import Draft
 from lowrank_core.runs import client
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studio.manual.expectation import expectation_help, expectation_words
 from lowrank_core.studio.manual.expected_kl import estimate_words, measured_as, predicted_kl, trust
 from lowrank_core.studio.manual.expected_kl_chart import prediction_figure
-from lowrank_core.studio.manual.outcome import Picked, beside, picked
+from lowrank_core.studio.manual.outcome import Picked, alongside, picked
 from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.trial_names import trial_label
 from pages.components import navigation, state, tables
 from pages.components.boundary import boundary
 from pages.components.charts import chart
-from pages.components.manual.draft_state import Desk
+from pages.components.manual.draft_state import DraftState
 from pages.components.sidebar import resume_button
 
 __all__ = ["button", "expectation", "result", "status", "trusted"]
@@ -29,11 +29,11 @@ __all__ = ["button", "expectation", "result", "status", "trusted"]
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
 
 
-def button(desk: Desk, draft: Draft) -> None:
+def button(editor: DraftState, draft: Draft) -> None:
     """Draw the button that has the draft measured next."""
-    now = _now(desk, draft, read_trials(desk.run))
+    now = _now(editor, draft, read_trials(editor.run))
     known = now.trial is not None and now.stage == "measured"
-    why_not = _RECORDED if desk.run.recorded else "It is measured: see below." if known else "It is in line." if now.open else None
+    why_not = _RECORDED if editor.run.recorded else "It is measured: see below." if known else "It is in line." if now.open else None
     pressed = st.button(
         "Measure it now",
         key="measure_hand",
@@ -44,37 +44,39 @@ def button(desk: Desk, draft: Draft) -> None:
     )
     if pressed:
         with boundary():
-            client.ask(desk.run, "measure", ranks=dict(draft.ranks))
+            client.submit(editor.run, "measure", ranks=dict(draft.ranks))
             st.rerun()
 
 
-def _now(desk: Desk, draft: Draft, trials: Sequence[TrialRecord]) -> Picked:
-    return picked(draft.ranks, trials, client.pending_requests(desk.run), answers(desk.run))
+def _now(editor: DraftState, draft: Draft, trials: Sequence[TrialRecord]) -> Picked:
+    return picked(draft.ranks, trials, client.pending_requests(editor.run), results(editor.run))
 
 
-def expectation(desk: Desk, draft: Draft) -> None:
+def expectation(editor: DraftState, draft: Draft) -> None:
     """Say what a measurement of the draft should give, or what it gave.
 
     Raises:
         RunError: the journal is damaged.
     """
-    record = desk.recipe.record
+    record = editor.recipe.record
     if record is not None and record.predicts:
-        st.caption(expectation_words(record, desk.recipe.units, read_trials(desk.run), draft.ranks), help=expectation_help(_protocol(desk)))
+        st.caption(
+            expectation_words(record, editor.recipe.units, read_trials(editor.run), draft.ranks), help=expectation_help(_protocol(editor))
+        )
 
 
-def status(desk: Desk, draft: Draft) -> None:
+def status(editor: DraftState, draft: Draft) -> None:
     """Say in a line where the measurement of the draft stands.
 
     Raises:
         RunError: an answer, or the journal, is damaged.
     """
-    now = _now(desk, draft, read_trials(desk.run))
+    now = _now(editor, draft, read_trials(editor.run))
     others = {0: "", 1: " One other allocation waits."}.get(now.others, f" {now.others} other allocations wait.")
     if now.open:
-        st.info(_open_words(now, desk) + others, icon=":material/hourglass_top:")
-        if not desk.run.worker_alive():
-            resume_button(desk.run, key="resume_measure", width="content")
+        st.info(_open_words(now, editor) + others, icon=":material/hourglass_top:")
+        if not editor.run.worker_alive():
+            resume_button(editor.run, key="resume_measure", width="content")
     elif now.trial is not None and now.stage == "measured":
         st.caption(f":material/check: Measured as {trial_label(now.trial)}: KL {number(now.trial.kl, 4)}. More below.{others}")
     elif now.stage == "failed":
@@ -82,39 +84,39 @@ def status(desk: Desk, draft: Draft) -> None:
     elif now.stage == "refused":
         st.error(f"The worker refused this draft: {now.error}", icon=":material/error:")
     else:
-        st.caption((_RECORDED if desk.run.recorded else "This draft is not measured yet.") + others)
+        st.caption((_RECORDED if editor.run.recorded else "This draft is not measured yet.") + others)
 
 
-def result(desk: Desk, draft: Draft) -> None:
+def result(editor: DraftState, draft: Draft) -> None:
     """Draw the measured draft beside the best trial and the uniform baseline; nothing before that.
 
     Raises:
         RunError: the journal is damaged.
     """
-    trials = read_trials(desk.run)
+    trials = read_trials(editor.run)
     trial = measured_as(trials, draft.ranks)
     if trial is None or not trial.finished:
         return
     st.subheader("This draft, measured", anchor=False)
-    _table(desk, trial, trials)
-    st.caption(f"Measured {_protocol(desk)}, as every trial; never on test text.")
+    _table(editor, trial, trials)
+    st.caption(f"Measured {_protocol(editor)}, as every trial; never on test text.")
     words = f"Show {trial_label(trial)} on Rank search"
     st.page_link(navigation.SEARCH, label=words, icon=":material/query_stats:", query_params=state.link_to_trial(trial.number))
 
 
-def _open_words(now: Picked, desk: Desk) -> str:
+def _open_words(now: Picked, editor: DraftState) -> str:
     if now.stage == "asked":
         return "Waits for the worker, which looks between two trials."
     if now.stage == "waiting" or now.trial is None:
         return "In line: it is the next trial."
-    text = text_facts(desk.run)
+    text = text_facts(editor.run)
     split = next((split for split in text.splits if split.name == "validation"), None) if text else None
     of = f" of {split.windows}" if split else ""
     return f"Being measured as {trial_label(now.trial)}: {len(now.trial.windows)}{of} windows."
 
 
-def _table(desk: Desk, trial: TrialRecord, trials: Sequence[TrialRecord]) -> None:
-    frame = beside(trial, trials, desk.search, desk.recipe.record)
+def _table(editor: DraftState, trial: TrialRecord, trials: Sequence[TrialRecord]) -> None:
+    frame = alongside(trial, trials, editor.search, editor.recipe.record)
     columns = {
         "name": tables.text("Allocation", width="medium"),
         "kl": tables.figure("Measured KL", "To the original, nats per token."),
@@ -127,29 +129,31 @@ def _table(desk: Desk, trial: TrialRecord, trials: Sequence[TrialRecord]) -> Non
     tables.table(frame, columns, key="hand_result", alt="This draft beside the best trial and the uniform baseline")
 
 
-def _protocol(desk: Desk) -> str:
-    text = text_facts(desk.run)
+def _protocol(editor: DraftState) -> str:
+    text = text_facts(editor.run)
     split = next((split for split in text.splits if split.name == "validation"), None) if text else None
     if text is None or split is None:
         return "on search-validation text"
-    return f"on search-validation text: {desk.run.config.text.reference}, {split.windows} windows of {desk.run.config.text.context} tokens"
+    return (
+        f"on search-validation text: {editor.run.config.text.reference}, {split.windows} windows of {editor.run.config.text.context} tokens"
+    )
 
 
-def trusted(desk: Desk, draft: Draft, predictions: pd.DataFrame) -> None:
+def trusted(editor: DraftState, draft: Draft, predictions: pd.DataFrame) -> None:
     """Draw what was predicted of the run's trials against what was measured; say what a prediction is made of."""
-    record = desk.recipe.record
+    record = editor.recipe.record
     if record is None:
         return
     st.subheader("How far can the prediction be trusted?", anchor=False)
-    found = trust(predictions)
-    left, right = st.columns([1.7, 1], gap="large") if record.predicts and found is not None else (None, st.container())
+    result = trust(predictions)
+    left, right = st.columns([1.7, 1], gap="large") if record.predicts and result is not None else (None, st.container())
     with right:
-        if found is not None and record.predicts:
-            st.markdown(found.sentence())
+        if result is not None and record.predicts:
+            st.markdown(result.sentence())
         elif record.predicts:
             st.markdown("Fewer than three trials of this run are measured: too few to say.")
         st.caption(estimate_words(record))
-        st.caption(f"Measured {_protocol(desk)}.")
+        st.caption(f"Measured {_protocol(editor)}.")
     if left is None:
         return
     with left:

@@ -11,8 +11,8 @@ from lowrank_core.studio.manual.rank_table import Bill, bill
 from lowrank_core.studio.manual.starting_points import rules
 from lowrank_core.studio.shared.formatting import count, number, percent, size
 from pages.components import coverage, state
-from pages.components.layout import figures_row
-from pages.components.manual.draft_state import Desk, edit, hint, note, step
+from pages.components.layout import metrics_row
+from pages.components.manual.draft_state import DraftState, edit, hint, note, step
 from pages.components.manual.starting_point import budget_ratio
 
 __all__ = ["meter", "steps"]
@@ -20,18 +20,18 @@ __all__ = ["meter", "steps"]
 _PROPORTION = ""
 
 
-def meter(desk: Desk, history: DraftHistory) -> None:
+def meter(editor: DraftState, history: DraftHistory) -> None:
     """Draw the budget, the sizes and the prediction, as they are after the last change."""
-    draft, search = history.present, desk.search
-    cost = bill(draft, desk.facts, budget_ratio(desk), run_ratio=search.compression_ratio if search.most_ratio is None else None)
+    draft, search = history.present, editor.search
+    cost = bill(draft, editor.facts, budget_ratio(editor), run_ratio=search.compression_ratio if search.max_ratio is None else None)
     with st.container():
-        if note(desk):
-            st.error(note(desk), icon=":material/error:")
-        if hint(desk):
-            st.info(hint(desk), icon=":material/info:")
+        if note(editor):
+            st.error(note(editor), icon=":material/error:")
+        if hint(editor):
+            st.info(hint(editor), icon=":material/info:")
     st.progress(cost.share, text=_budget_words(cost))
-    predicted = predicted_kl(desk.recipe.record, draft.ranks)
-    figures_row(
+    predicted = predicted_kl(editor.recipe.record, draft.ranks)
+    metrics_row(
         {
             "Removed, linears": (percent(cost.removed, 2), f"{cost.kept:,} of {cost.dense:,} parameters are kept, index tables counted."),
             "Removed, whole model": (percent(cost.model_removed, 2), f"{cost.model:,} of {cost.dense_model:,} parameters are kept."),
@@ -43,8 +43,8 @@ def meter(desk: Desk, history: DraftHistory) -> None:
             "Predicted KL": (number(predicted), "The errors of all rows added up, nats per token: a prediction, not a measurement."),
         }
     )
-    coverage.show(desk.facts, cost.removed)
-    coverage.warn(desk.facts)
+    coverage.show(editor.facts, cost.removed)
+    coverage.warn(editor.facts)
     if not cost.counts:
         st.warning(
             f"Over the run's budget of {percent(search.compression_ratio)} removed: it can be measured, and never counts as the best.",
@@ -59,29 +59,29 @@ def _budget_words(cost: Bill) -> str:
     return f"Keeps {cost.kept:,} of {cost.allowed:,} parameters.{met}"
 
 
-def steps(desk: Desk, history: DraftHistory) -> None:
+def steps(editor: DraftState, history: DraftHistory) -> None:
     """Draw undo, redo, reset, fitting to the budget, and locks."""
     names = list(history.present.ranks)
     with st.container(horizontal=True, gap="small"):
-        st.button("Undo", key="hand_undo", icon=":material/undo:", disabled=not history.past, on_click=step, args=(desk, "undone"))
-        st.button("Redo", key="hand_redo", icon=":material/redo:", disabled=not history.future, on_click=step, args=(desk, "redone"))
+        st.button("Undo", key="hand_undo", icon=":material/undo:", disabled=not history.past, on_click=step, args=(editor, "undone"))
+        st.button("Redo", key="hand_redo", icon=":material/redo:", disabled=not history.future, on_click=step, args=(editor, "redone"))
         st.button(
             "Reset",
             key="hand_reset",
             icon=":material/restart_alt:",
             disabled=history.present == history.start,
             on_click=step,
-            args=(desk, "reset"),
+            args=(editor, "reset"),
             help="Back to what the draft started from.",
         )
         with st.popover("Fit the rest to the budget", icon=":material/balance:", key="hand_fit_popover"):
-            _fit(desk)
+            _fit(editor)
         st.button(
             "Lock all",
             key="hand_lock",
             icon=":material/lock:",
             on_click=_lock,
-            args=(desk, names, True),
+            args=(editor, names, True),
             disabled=len(names) == len(history.present.locked),
         )
         st.button(
@@ -89,28 +89,28 @@ def steps(desk: Desk, history: DraftHistory) -> None:
             key="hand_unlock",
             icon=":material/lock_open:",
             on_click=_lock,
-            args=(desk, names, False),
+            args=(editor, names, False),
             disabled=not history.present.locked,
         )
 
 
-def _fit(desk: Desk) -> None:
-    found = {_PROPORTION: "In proportion to what they keep now", **rules(desk.recipe)}
-    key = desk.key("rule")
+def _fit(editor: DraftState) -> None:
+    result = {_PROPORTION: "In proportion to what they keep now", **rules(editor.recipe)}
+    key = editor.key("rule")
     st.selectbox(
         "How the unlocked rows share what is left",
-        list(found),
+        list(result),
         key=key,
-        format_func=lambda name: found.get(name, name),
+        format_func=lambda name: result.get(name, name),
         help="A rule decides anew what each unlocked row gets; Marginal may also group unlocked modules otherwise.",
     )
-    st.button("Fit", key="hand_fit", type="primary", on_click=_fitted, args=(desk, key))
+    st.button("Fit", key="hand_fit", type="primary", on_click=_fitted, args=(editor, key))
 
 
-def _fitted(desk: Desk, key: str) -> None:
-    rule, ratio = state.held(key, _PROPORTION), budget_ratio(desk)
-    edit(desk, lambda draft: desk.recipe.refitted(draft, rule, ratio) if rule else draft.fitted(ratio))
+def _fitted(editor: DraftState, key: str) -> None:
+    rule, ratio = state.held(key, _PROPORTION), budget_ratio(editor)
+    edit(editor, lambda draft: editor.recipe.refitted(draft, rule, ratio) if rule else draft.fitted(ratio))
 
 
-def _lock(desk: Desk, names: list[str], locked: bool) -> None:
-    edit(desk, lambda draft: draft.with_locks(names, locked=locked))
+def _lock(editor: DraftState, names: list[str], locked: bool) -> None:
+    edit(editor, lambda draft: draft.with_locks(names, locked=locked))

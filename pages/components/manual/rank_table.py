@@ -10,25 +10,25 @@ import streamlit as st
 from lowrank_core.allocation import Draft
 from lowrank_core.studio.manual.rank_table import RowEdit, RowGroup, dense_words, draft_rows, edited_draft, row_groups
 from pages.components import state, tables
-from pages.components.manual.draft_state import Desk, edit, history, note, revision, say
+from pages.components.manual.draft_state import DraftState, edit, history, note, revision, say
 
 __all__ = ["sliders", "table"]
 
 
-def sliders(desk: Desk, draft: Draft) -> None:
+def sliders(editor: DraftState, draft: Draft) -> None:
     """Draw a slider for the kept ratio of every module type, and of every third of the depth."""
     by_type, by_depth = row_groups(draft)
     st.markdown("**Keep by type**")
     for group in by_type:
-        _slider(desk, draft, group)
+        _slider(editor, draft, group)
     st.markdown("**Keep by depth**")
     for group in by_depth:
-        _slider(desk, draft, group)
+        _slider(editor, draft, group)
     st.caption("A slider scales its unlocked rows in proportion; locked rows never move.")
 
 
-def _slider(desk: Desk, draft: Draft, group: RowGroup) -> None:
-    key = desk.key(f"slide_{group.key}")
+def _slider(editor: DraftState, draft: Draft, group: RowGroup) -> None:
+    key = editor.key(f"slide_{group.key}")
     asked, then = state.held(_asked(key), (group.kept, draft))
     # What was asked for by this slider, as long as nothing else changed: whole ranks may come to a percent more or less.
     shown = asked if then == draft else group.kept
@@ -43,7 +43,7 @@ def _slider(desk: Desk, draft: Draft, group: RowGroup) -> None:
         format="%d %%",
         disabled=not group.names,
         on_change=_slid,
-        args=(desk, (key, name), group, shown),
+        args=(editor, (key, name), group, shown),
         help=words if group.names else f"Nothing here can move.{locked}",
     )
 
@@ -52,19 +52,19 @@ def _asked(key: str) -> str:
     return f"{key}_asked"
 
 
-def _slid(desk: Desk, keys: tuple[str, str], group: RowGroup, shown: int) -> None:
+def _slid(editor: DraftState, keys: tuple[str, str], group: RowGroup, shown: int) -> None:
     key, name = keys
     kept = state.held(name, shown)
     if kept == shown:  # when the page is left, Streamlit calls although nobody moved it
         return
-    edit(desk, lambda draft: draft.scaled(group.names, kept / 100), gesture=key)
-    if not note(desk):
-        state.keep(_asked(key), (kept, history(desk).present))
+    edit(editor, lambda draft: draft.scaled(group.names, kept / 100), gesture=key)
+    if not note(editor):
+        state.keep(_asked(key), (kept, history(editor).present))
 
 
-def table(desk: Desk, draft: Draft) -> None:
+def table(editor: DraftState, draft: Draft) -> None:
     """Draw a row for each unit; rank, kept ratio and lock can be edited."""
-    frame = draft_rows(draft, desk.recipe.record)
+    frame = draft_rows(draft, editor.recipe.record)
     columns: dict[str, Any] = {
         "module": tables.text("Module", "Block and module type; a stack, or a value and an output by heads, share one rank.", 90),
         "kind": tables.text("Type", width=72),
@@ -93,7 +93,7 @@ def table(desk: Desk, draft: Draft) -> None:
         ),
     }
     shown = [name for name in columns if not (name in ("energy", "kl") and frame[name].isna().all())]
-    key = desk.key(f"table_{revision(desk)}")
+    key = editor.key(f"table_{revision(editor)}")
     st.data_editor(
         frame,
         column_order=shown,
@@ -104,19 +104,19 @@ def table(desk: Desk, draft: Draft) -> None:
         key=key,
         placeholder="dense",
         on_change=_edited,
-        args=(desk, key, list(frame.index)),
+        args=(editor, key, list(frame.index)),
         alt="Rank, kept ratio, energy and lock of every row, to be edited",
     )
 
 
-def _edited(desk: Desk, key: str, names: Sequence[str]) -> None:
-    if key != desk.key(f"table_{revision(desk)}"):  # a table that is gone
+def _edited(editor: DraftState, key: str, names: Sequence[str]) -> None:
+    if key != editor.key(f"table_{revision(editor)}"):  # a table that is gone
         return
     edited: dict[str, Any] = state.held(key, {})
     edits = [RowEdit(names[int(row)], cells) for row, cells in edited.get("edited_rows", {}).items()]
-    dense = [words for entered in edits if (words := dense_words(desk.recipe.units, entered))]
+    dense = [words for entered in edits if (words := dense_words(editor.recipe.units, entered))]
     # The table goes on showing what was entered: a ratio, or a rank that became dense, has to be shown as what it came to.
     snapped = bool(dense) or any(entered.is_ratio for entered in edits)
-    edit(desk, lambda draft: edited_draft(draft, edits), keep_table=not snapped)
-    if dense and not note(desk):
-        say(desk, "", hint=" ".join(dense))
+    edit(editor, lambda draft: edited_draft(draft, edits), keep_table=not snapped)
+    if dense and not note(editor):
+        say(editor, "", hint=" ".join(dense))

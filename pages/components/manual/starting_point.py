@@ -13,22 +13,22 @@ from lowrank_core.studio.manual.starting_points import missing_rules, starts
 from lowrank_core.studio.shared.trial_names import ratio_words
 from pages.components import state
 from pages.components.boundary import boundary
-from pages.components.manual.draft_state import Desk, history, note, say, take
+from pages.components.manual.draft_state import DraftState, history, note, say, take
 
 __all__ = ["budget_ratio", "show"]
 
 
-def show(desk: Desk) -> None:
+def show(editor: DraftState) -> None:
     """Draw the choice of a beginning, and the upload of a file."""
-    trials = read_trials(desk.run)
-    found = starts(desk.recipe, trials, state.selection().trial)
+    trials = read_trials(editor.run)
+    result = starts(editor.recipe, trials, state.selection().trial)
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        key = desk.key("start")
+        key = editor.key("start")
         st.selectbox(
             "Start from",
-            list(found),
+            list(result),
             key=key,
-            format_func=lambda start: found.get(start, str(start)),
+            format_func=lambda start: result.get(start, str(start)),
             width=400,
             help="A trial of this run, or what a rule makes of the budget on the right.",
         )
@@ -37,83 +37,83 @@ def show(desk: Desk) -> None:
             key="hand_begin",
             icon=":material/start:",
             on_click=_begin,
-            args=(desk, key, found),
+            args=(editor, key, result),
             help="Replaces every row and every lock. Undo brings back what was.",
         )
         with st.popover("Import", icon=":material/upload:", key="hand_import"):
-            _import(desk)
-        _budget(desk)
-    source = state.held(desk.key("source"), "")
+            _import(editor)
+        _budget(editor)
+    source = state.held(editor.key("source"), "")
     st.caption(f"Started from **{source}**." if source else "A draft from the address of this page.")
-    _without_curves(desk)
+    _without_curves(editor)
 
 
-def _begin(desk: Desk, key: str, words: Mapping[int | str, str]) -> None:
+def _begin(editor: DraftState, key: str, words: Mapping[int | str, str]) -> None:
     start: int | str | None = state.held(key, None)
     if isinstance(start, str):
-        name, ratio = start, budget_ratio(desk)
-        take(desk, lambda: desk.recipe.ruled(name, ratio), f"{ALLOCATORS[name].label} at {100 * ratio:g} % removed")
+        name, ratio = start, budget_ratio(editor)
+        take(editor, lambda: editor.recipe.ruled(name, ratio), f"{ALLOCATORS[name].label} at {100 * ratio:g} % removed")
         return
-    trial = next((trial for trial in read_trials(desk.run) if trial.number == start), None)
+    trial = next((trial for trial in read_trials(editor.run) if trial.number == start), None)
     if trial is not None:
-        take(desk, lambda: desk.recipe.draft(trial), words.get(trial.number, "").removeprefix("Best: ").split(",")[0])
+        take(editor, lambda: editor.recipe.draft(trial), words.get(trial.number, "").removeprefix("Best: ").split(",")[0])
 
 
-def _import(desk: Desk) -> None:
+def _import(editor: DraftState) -> None:
     file = st.file_uploader(
         "An allocation file (JSON)",
         type="json",
-        key=desk.key("file"),
+        key=editor.key("file"),
         max_upload_size=20,
         help="As “Allocation (JSON)” writes it: ranks by layer, null where it stays dense, and `locked`; without `locked` all are.",
     )
-    taken = desk.key("file_taken")
+    taken = editor.key("file_taken")
     if file is not None and state.held(taken, "") != file.file_id:
         state.keep(taken, str(file.file_id))
-        take(desk, lambda: desk.recipe.from_file(file.getvalue(), file.name), file.name)
-        draft = history(desk).present
-        if not note(desk) and len(draft.locked) == len(draft.ranks):
-            say(desk, "", hint="The file locks every row, as one without `locked` does. Unlock the rows that may move.")
+        take(editor, lambda: editor.recipe.from_file(file.getvalue(), file.name), file.name)
+        draft = history(editor).present
+        if not note(editor) and len(draft.locked) == len(draft.ranks):
+            say(editor, "", hint="The file locks every row, as one without `locked` does. Unlock the rows that may move.")
         st.rerun()
 
 
-def _budget(desk: Desk) -> None:
+def _budget(editor: DraftState) -> None:
     """Draw the ratio that the draft is held against."""
     st.number_input(
         "Budget, % removed",
         1.0,
         99.0,
-        100 * desk.search.compression_ratio,
+        100 * editor.search.compression_ratio,
         1.0,
         format="%.1f",
-        key=desk.key("ratio"),
+        key=editor.key("ratio"),
         persist_state="session",
         width=190,
-        help=f"Of the parameters of the compressible linears. The run's own: {ratio_words(desk.search)}.",
+        help=f"Of the parameters of the compressible linears. The run's own: {ratio_words(editor.search)}.",
     )
 
 
-def budget_ratio(desk: Desk) -> float:
+def budget_ratio(editor: DraftState) -> float:
     """Return the fraction of the linears' parameters to remove."""
-    return state.held(desk.key("ratio"), 100 * desk.search.compression_ratio) / 100
+    return state.held(editor.key("ratio"), 100 * editor.search.compression_ratio) / 100
 
 
-def _without_curves(desk: Desk) -> None:
+def _without_curves(editor: DraftState) -> None:
     """Say what is missing without error curves, and how to get them."""
-    if desk.recipe.record is not None:
+    if editor.recipe.record is not None:
         return
-    missing = ", ".join(missing_rules(desk.recipe))
+    missing = ", ".join(missing_rules(editor.recipe))
     with st.container(horizontal=True, vertical_alignment="center"):
         st.info(
             f"This run has no error curves: energy and predicted ΔKL can't be shown, nor these rules be asked: {missing}. "
-            + ("A search of your own records them." if desk.run.recorded else "Its worker writes them as it starts."),
+            + ("A search of your own records them." if editor.run.recorded else "Its worker writes them as it starts."),
             icon=":material/show_chart:",
         )
-        if not desk.run.recorded and st.button("Have the worker write them", key="hand_curves", disabled=_asked(desk)):
+        if not editor.run.recorded and st.button("Have the worker write them", key="hand_curves", disabled=_asked(editor)):
             with boundary():
-                client.ask(desk.run, "curves")
+                client.submit(editor.run, "curves")
                 st.rerun()
 
 
-def _asked(desk: Desk) -> bool:
-    return any(request.get("kind") == "curves" for request in client.pending_requests(desk.run))
+def _asked(editor: DraftState) -> bool:
+    return any(request.get("kind") == "curves" for request in client.pending_requests(editor.run))

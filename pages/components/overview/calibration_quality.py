@@ -26,10 +26,10 @@ def show(run: Run, spectra: Sequence[LayerSpectrum], facts: CalibrationFacts, mo
         st.warning(warning, icon=":material/warning:")
     search = run.config.search
     damping = search.compression.input_damping if search is not None else None
-    layout.figures_row(
+    layout.metrics_row(
         {
             "Tokens per dimension, least": (
-                number(facts.least_tokens_per_dimension),
+                number(facts.min_tokens_per_dimension),
                 f"Over all inputs; below {TOKENS_PER_DIMENSION} small eigenvalues are noise.",
             ),
             "Condition number, largest": (number(facts.worst_condition, 2), "Over all inputs with a finite one, before any damping."),

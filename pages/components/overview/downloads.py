@@ -10,14 +10,14 @@ import streamlit as st
 from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.errors import LowRankError
 from lowrank_core.runs import Run
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare.comparison import comparisons
 from lowrank_core.studio.compare.healing_runs import healings
 from lowrank_core.studio.export.export_plan import Source
 from lowrank_core.studio.overview.calibration_quality import calibration_facts
 from lowrank_core.studio.overview.text_facts import text_facts
-from lowrank_core.studio.report import figures_html, report_html
+from lowrank_core.studio.report import charts_html, report_html
 from lowrank_core.studio.search.history import trial_table
 from lowrank_core.studio.shared.allocation_map import search_units
 from lowrank_core.studio.shared.model_facts import model_facts
@@ -43,7 +43,7 @@ def show(run: Run, source: Source | None) -> None:
         "Report (HTML)", "report", partial(report_html, run), "text/html", "One file, no server: figures, tables, protocol, seeds.", why_not
     )
     pictures = "Every figure in one file that loads nothing; each has buttons for SVG, PNG, CSV, and interactive HTML of its own."
-    _offer("Figures (SVG, PNG, HTML)", "figures", partial(figures_html, run), "text/html", pictures, why_not)
+    _offer("Figures (SVG, PNG, HTML)", "figures", partial(charts_html, run), "text/html", pictures, why_not)
     _tables(run, source)
     st.caption(
         "On the pages, the camera above a figure saves it as SVG, and the button beside it its numbers as CSV. Your browser draws the "
@@ -54,7 +54,7 @@ def show(run: Run, source: Source | None) -> None:
 
 def _damage(run: Run) -> str:
     """Return why a part of the run can't be read; empty where all can. What is made on demand can't tell it any more."""
-    readers: tuple[Callable[[Run], object], ...] = (model_facts, text_facts, calibration_facts, spectra_of, answers, healings)
+    readers: tuple[Callable[[Run], object], ...] = (model_facts, text_facts, calibration_facts, spectra_of, results, healings)
     try:
         for read in readers if run.config.search is None else (*readers, read_trials):
             read(run)
@@ -68,7 +68,7 @@ def _tables(run: Run, source: Source | None) -> None:
     if search is None:
         return
     trials = read_trials(run)
-    found = comparisons(answers(run), trials)
+    result = comparisons(results(run), trials)
     why_not = "" if source is not None and source.ranks else "Its ranks are known once the worker has built or measured it."
     chosen = source.label if source is not None else "Nothing is chosen"
     meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or to start from by hand."
@@ -84,14 +84,14 @@ def _tables(run: Run, source: Source | None) -> None:
         "" if trials else "No trial yet.",
     )
     rows = "Original and everything measured on test text, with intervals, sizes and protocol."
-    table = comparisons_table(found)
+    table = comparisons_table(result)
     _offer(
         "Comparison (CSV)",
         "comparison",
         lambda: csv_of(table),
         "text/csv",
         rows,
-        "" if found else "Nothing was measured on test text yet.",
+        "" if result else "Nothing was measured on test text yet.",
     )
 
 
@@ -107,15 +107,15 @@ def _allocation(run: Run, source: Source | None) -> str:
 
 def _again(run: Run) -> None:
     """Offer the record of the run, and show the commands that repeat it."""
-    found = reproduction(run.record, run.config)
+    result = reproduction(run.record, run.config)
     with st.expander("Repeat the whole run", icon=":material/replay:", key="again_panel"):
-        _offer("run.json", "run", lambda: found.record, "application/json", f"Save it, alone, in a new folder {found.folder}, then:")
-        st.code(found.exact, language="bash", wrap_lines=True)
-        if found.options:
+        _offer("run.json", "run", lambda: result.record, "application/json", f"Save it, alone, in a new folder {result.folder}, then:")
+        st.code(result.exact, language="bash", wrap_lines=True)
+        if result.options:
             st.caption("The same in options")
-            st.code(found.options, language="bash", wrap_lines=True)
+            st.code(result.options, language="bash", wrap_lines=True)
         else:
-            unsaid = ", ".join(f"{name} = {value}" for name, value in found.unsaid.items())
+            unsaid = ", ".join(f"{name} = {value}" for name, value in result.unsaid.items())
             st.caption(f"No single command says the same: these have no option of their own: {unsaid}.")
 
 

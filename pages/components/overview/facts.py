@@ -15,7 +15,7 @@ from lowrank_core.studio.shared.formatting import count, duration, number, perce
 from lowrank_core.studio.shared.model_facts import ModelFacts, module_table
 from pages.components import coverage, navigation, tables
 from pages.components.boundary import boundary
-from pages.components.layout import figures_row
+from pages.components.layout import metrics_row
 from pages.components.loading import model_on_disk
 from pages.components.overview import preflight
 
@@ -36,7 +36,7 @@ def failure(run: Run) -> None:
 def model_section(model: ModelFacts, reference: str) -> None:
     st.subheader("What the model is made of", anchor=False)
     coverage.warn(model)
-    figures_row(
+    metrics_row(
         {
             "Parameters": (count(model.parameters), f"{model.parameters:,}"),
             "Compressible": (count(model.compressible_parameters), "In linear layers of the blocks, biases counted."),
@@ -76,11 +76,11 @@ def _tree(reference: str) -> None:
     with contextlib.suppress(ModelError):  # shown below
         preflight.notes(model_on_disk(reference))
     with st.expander("Every module, with what is left alone and why", icon=":material/account_tree:", key="tree_panel"), boundary():
-        found = model_on_disk(reference)
-        if found is None:
+        result = model_on_disk(reference)
+        if result is None:
             st.caption(f"{reference} is no longer in the cache of the hub: its modules are listed once it is on this machine again.")
         else:
-            preflight.tree(found, key="run_tree")
+            preflight.tree(result, key="run_tree")
 
 
 def text_section(text: TextFacts) -> None:
@@ -106,11 +106,11 @@ def calibration_section(calibration: CalibrationFacts) -> None:
     for warning in quality_warnings(calibration):
         st.warning(warning, icon=":material/warning:")
     took = "from the cache" if calibration.cached else f"in {duration(calibration.seconds)}"
-    figures_row(
+    metrics_row(
         {
             "Calibration tokens": (count(calibration.tokens), f"{calibration.windows} windows, measured {took}."),
             "Tokens per dimension": (
-                number(calibration.least_tokens_per_dimension),
+                number(calibration.min_tokens_per_dimension),
                 f"The least over all inputs. Below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
             ),
             "Worst condition": (

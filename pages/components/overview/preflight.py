@@ -17,7 +17,7 @@ from pages.components import coverage, tables
 
 __all__ = ["fit_line", "notes", "show", "tree"]
 
-_TREE_HEIGHT, _MOST_BRANCHES = 520, 20  # pixels; branches that are shown at once
+_TREE_HEIGHT, _MAX_BRANCHES = 520, 20  # pixels; branches that are shown at once
 _PLACES = {MEMORY: "Memory", DEVICE: "GPU memory", DISK: "Disk"}
 
 
@@ -80,7 +80,7 @@ def tree(model: ModelOnDisk, *, key: str) -> None:
     )
     coverage.show(facts)
     root = module_tree(model.parts, str(arrangement))
-    with st.container(height=_TREE_HEIGHT if len(root.children) > _MOST_BRANCHES else "content", border=False, key=f"{key}_box"):
+    with st.container(height=_TREE_HEIGHT if len(root.children) > _MAX_BRANCHES else "content", border=False, key=f"{key}_box"):
         st.html(tree_html(root))
 
 

@@ -64,7 +64,7 @@ def _table(runs: Sequence[Run]) -> list[Run]:
 
 
 def _comparison(runs: Sequence[Run]) -> None:
-    found = compare_runs(runs)
+    result = compare_runs(runs)
     columns = {
         "run": tables.text("Run", width=180),
         "model": tables.text("Model"),
@@ -80,11 +80,11 @@ def _comparison(runs: Sequence[Run]) -> None:
         "test_group": tables.text("Alike (test)", "Perplexities with one letter were measured alike."),
     }
     for group in ("value_group", "test_group"):
-        if found.frame[group].nunique() < 2:
+        if result.frame[group].nunique() < 2:
             columns.pop(group)
     st.markdown("**Side by side**")
-    tables.table(found.frame, columns, key="run_comparison", alt="The picked runs side by side")
-    for note in found.notes:
+    tables.table(result.frame, columns, key="run_comparison", alt="The picked runs side by side")
+    for note in result.notes:
         st.caption(note)
 
 

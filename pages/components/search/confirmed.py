@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core.runs import Run
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare.comparison import confirmed
 from pages.components import navigation, tables
@@ -19,15 +19,15 @@ def show(run: Run) -> None:
     Raises:
         RunError: an answer, or the journal, is damaged.
     """
-    found = confirmed(answers(run), read_trials(run))
-    if found is None:
+    result = confirmed(results(run), read_trials(run))
+    if result is None:
         return
     st.subheader("Confirmed on test text", anchor=False)
-    for warning in found.warnings:
+    for warning in result.warnings:
         st.warning(warning, icon=":material/warning:")
     st.caption(
         "No trial saw this text: the search went by search-validation text, so these figures are not the ones that were minimised. "
-        f"Protocol: {found.protocol}. Intervals are of 95 %, over windows."
+        f"Protocol: {result.protocol}. Intervals are of 95 %, over windows."
     )
     columns = {
         "name": tables.text("Allocation"),
@@ -39,5 +39,5 @@ def show(run: Run) -> None:
         "kl_low": tables.figure("from", "Lower end of the 95 % interval."),
         "kl_high": tables.figure("to", "Upper end of the 95 % interval."),
     }
-    tables.table(found.frame, columns, key="confirmed_table", alt="The best trials on test text")
+    tables.table(result.frame, columns, key="confirmed_table", alt="The best trials on test text")
     st.page_link(navigation.COMPARE, label="More on the Compare page", icon=":material/balance:")

@@ -73,13 +73,13 @@ def _inputs() -> SearchConfig:
     )
     recipe = str(recipe)
     st.caption(_ABOUT[recipe])
-    least, most, trials, objective = _simple(published=recipe == "bolaco")
+    minimum, maximum, trials, objective = _simple(published=recipe == "bolaco")
     if recipe == "bolaco":
         seed = form_options.seed_alone()
-        return replace(search_by(PRESETS["bolaco"], least, seed=seed), trials=trials)
-    options = form_options.advanced(own=recipe == "own", ranged=most is not None, objective=objective)
-    chosen = {"compression_ratio": least, "most_ratio": most, "objective": objective, "trials": trials}
-    return replace(search_by(PRESETS["studio"], least), **{**options, **chosen})  # type: ignore[arg-type]
+        return replace(search_by(PRESETS["bolaco"], minimum, seed=seed), trials=trials)
+    options = form_options.advanced(own=recipe == "own", ranged=maximum is not None, objective=objective)
+    chosen = {"compression_ratio": minimum, "max_ratio": maximum, "objective": objective, "trials": trials}
+    return replace(search_by(PRESETS["studio"], minimum), **{**options, **chosen})  # type: ignore[arg-type]
 
 
 def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
@@ -94,7 +94,7 @@ def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
     )
     left, right = st.columns(2, gap="large")
     with left:
-        least, most = _range() if far and not published else (_ratio(), None)
+        minimum, maximum = _range() if far and not published else (_ratio(), None)
     trials = right.slider(
         "Trials",
         2,
@@ -113,7 +113,7 @@ def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
         help="What a trial is judged by, on search-validation text that is neither calibration nor test. As published, it is Bolaco's.",
         persist_state="session",
     )
-    return least, most, trials, objective
+    return minimum, maximum, trials, objective
 
 
 def _ratio() -> float:
@@ -161,10 +161,10 @@ def _budget_line(config: RunConfig, facts: ModelFacts | None) -> bool:
 
 def _budget_words(plan: Plan, search: SearchConfig, layers: int) -> str:
     variables = f"{len(plan.variables)} variables"
-    if search.most_ratio is not None:
+    if search.max_ratio is not None:
         return (
-            f"Keeps **{count(plan.allowed)}** ({percent(search.compression_ratio)} removed) down to **{count(plan.least)}** "
-            f"({percent(search.most_ratio)} removed) of {count(plan.dense)} parameters in {layers} linear layers; {variables}."
+            f"Keeps **{count(plan.allowed)}** ({percent(search.compression_ratio)} removed) down to **{count(plan.minimum)}** "
+            f"({percent(search.max_ratio)} removed) of {count(plan.dense)} parameters in {layers} linear layers; {variables}."
         )
     spends = "every trial spends this budget" if search.projected else "trials within a tenth below it count"
     return (
@@ -177,9 +177,9 @@ def _time_line(config: RunConfig | None, facts: ModelFacts | None) -> None:
     """Say how long it may take, and by what that was told."""
     if config is None:
         return
-    found = time_estimate(config, facts)
-    if found is None:
+    result = time_estimate(config, facts)
+    if result is None:
         st.caption("How long it takes isn't known until the first trial: nothing was measured on this machine yet.", width="content")
         return
-    before = f", after about {duration(found.before)} until the first" if found.before is not None else ""
-    st.caption(f"Estimate: about **{duration(found.trials)}** for the trials{before}, going by {found.basis}.", width="content")
+    before = f", after about {duration(result.before)} until the first" if result.before is not None else ""
+    st.caption(f"Estimate: about **{duration(result.trials)}** for the trials{before}, going by {result.basis}.", width="content")

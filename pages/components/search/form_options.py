@@ -7,7 +7,7 @@ from dataclasses import replace
 import streamlit as st
 
 from lowrank_core.config import PRUNERS, SAMPLERS, VARIABLES, CompressionConfig, SearchConfig
-from lowrank_core.metrics import BASES
+from lowrank_core.metrics import METRICS
 from lowrank_core.parameters import STORAGES
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.studio.search.history import SAMPLER_LABELS
@@ -40,17 +40,17 @@ def advanced(*, own: bool, ranged: bool, objective: str) -> dict[str, object]:
         ranged: whether a range of ratios is searched; then trials are not stopped early.
     """
     with st.expander("Advanced"):
-        found: dict[str, object] = _recipe() if own else {"compression": PRESETS["studio"].compression, "variables": "errors"}
-        return found | _searching(ranged=ranged) | _measuring(objective)
+        result: dict[str, object] = _recipe() if own else {"compression": PRESETS["studio"].compression, "variables": "errors"}
+        return result | _searching(ranged=ranged) | _measuring(objective)
 
 
 def _recipe() -> dict[str, object]:
     first, second, third = st.columns(3)
     basis = first.selectbox(
         "Basis",
-        list(BASES),
+        list(METRICS),
         key="search_basis",
-        format_func=lambda name: BASES[name].label,
+        format_func=lambda name: METRICS[name].label,
         help="How the error of a matrix is weighed, and so which directions are kept.",
         persist_state="session",
     )

@@ -111,15 +111,15 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
     if facts is None:
         return
     units = search_units(facts.matrices, search.compression, facts.head_units)
-    found = allocation_of(trial, units)
+    result = allocation_of(trial, units)
     if trial.state not in ("complete", "running"):
         st.caption(f"{trial_label(trial)}: {state_words(trial)}.")
-    view = allocation_map(found, units)
+    view = allocation_map(result, units)
     chart(
         map_figure(view, state.selection().module),
         key="allocation_map",
         title=f"Where {trial_label(trial)} keeps its parameters",
-        how=f"bright cells keep most of their parameters, 100 % is dense; {percent(found.compression_ratio)} are removed in all.",
+        how=f"bright cells keep most of their parameters, 100 % is dense; {percent(result.compression_ratio)} are removed in all.",
         alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}",
         data=view.frame,
         on_pick=state.pick_from_chart("module", "allocation_map"),
@@ -127,7 +127,7 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.download_button(
             "Allocation (JSON)",
-            found.to_json(),
+            result.to_json(),
             f"{run.id}-trial-{trial.number}.json",
             "application/json",
             key="download_allocation",
@@ -160,18 +160,18 @@ def fingerprint(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, c
 
 def importance(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
     """Draw how much each variable mattered, or say how many trials are missing."""
-    found = importances_of(run, trials)
-    if found.missing:
-        st.caption(missing_words(found))
+    result = importances_of(run, trials)
+    if result.missing:
+        st.caption(missing_words(result))
         return
-    frame = importance_table(found, trials, search)
+    frame = importance_table(result, trials, search)
     chart(
         importance_chart(frame),
         key="importance",
         title="Which variables mattered",
         how=f"the share of the variance of {_importance_of(search)} over the whole search space that is due to a variable: its own effect "
         "and half of each interaction with another (Shapley effect). A Gaussian process fitted to "
-        f"{found.trials} trials, wherever the sampler put them, estimates it. The lines are 90 % credible intervals; where they overlap, "
+        f"{result.trials} trials, wherever the sampler put them, estimates it. The lines are 90 % credible intervals; where they overlap, "
         "the order is open.",
         alt="Importance of each variable of the search, with intervals",
         data=frame,
@@ -212,7 +212,7 @@ def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None
         "kl": tables.figure("KL (nats/token)"),
         "removed": tables.share("Removed"),
         "seconds": tables.number("Seconds", 1),
-        **{found.name: tables.number(found.label, 3, found.meaning) for found in search_variables(trials, search)},
+        **{result.name: tables.number(result.label, 3, result.meaning) for result in search_variables(trials, search)},
         "worker": tables.text("Worker", "Machine and process that measured it."),
         "started": st.column_config.DatetimeColumn("Started", format="D MMM, HH:mm:ss"),
     }

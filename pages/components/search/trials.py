@@ -18,7 +18,7 @@ from lowrank_core.studio.shared.formatting import number, percent, short_duratio
 from lowrank_core.studio.shared.run_list import STATE_WORDS, is_working, status_words
 from lowrank_core.studio.shared.trial_names import ratio_words, trial_label
 from pages.components import state, tables
-from pages.components.layout import figures_row
+from pages.components.layout import metrics_row
 from pages.components.search import trial_charts
 
 __all__ = ["show", "show_importance"]
@@ -39,7 +39,7 @@ def show(run: Run) -> None:
     if not trials:
         return
     chosen = _chosen(trials, search)
-    if search.most_ratio is None:
+    if search.max_ratio is None:
         _figures(now, search)
         trial_charts.history(run, trials, search, chosen)
         trial_charts.windows(trials, search, chosen)
@@ -67,7 +67,7 @@ def show_importance(run: Run, search: SearchConfig) -> None:
 def _chosen(trials: Sequence[TrialRecord], search: SearchConfig) -> TrialRecord | None:
     """Return the trial that the user picked, else the best; over a range of ratios there is none."""
     picked = next((trial for trial in trials if trial.number == state.selection().trial), None)
-    return picked or (best_trial(trials) if search.most_ratio is None else None)
+    return picked or (best_trial(trials) if search.max_ratio is None else None)
 
 
 def _stage(run: Run, status: RunStatus, now: Progress) -> None:
@@ -95,7 +95,7 @@ def _counts(now: Progress, workers: int) -> str:
 
 def _figures(now: Progress, search: SearchConfig) -> None:
     best = now.best
-    figures_row(
+    metrics_row(
         {
             "Best trial": (trial_label(best) if best else "–", "The least value so far."),
             "Best value": (number(best.value, 4) if best else "–", OBJECTIVE_LABELS[search.objective]),
@@ -110,18 +110,18 @@ def _figures(now: Progress, search: SearchConfig) -> None:
 
 
 def _front_figures(trials: Sequence[TrialRecord], now: Progress, search: SearchConfig) -> None:
-    found = front_table(trials)
-    least, most = (found.iloc[0], found.iloc[-1]) if len(found) else (None, None)
-    figures_row(
+    result = front_table(trials)
+    minimum, maximum = (result.iloc[0], result.iloc[-1]) if len(result) else (None, None)
+    metrics_row(
         {
             "Ratios": (ratio_words(search), "Every trial removes a fraction of its own within this range."),
-            "On the front": (f"{len(found)} trials", "No other trial removes as much at less loss."),
+            "On the front": (f"{len(result)} trials", "No other trial removes as much at less loss."),
             "Least removed": (
-                f"{percent(least['removed'], 0)} at {number(least['value'], 3)}" if least is not None else "–",
+                f"{percent(minimum['removed'], 0)} at {number(minimum['value'], 3)}" if minimum is not None else "–",
                 OBJECTIVE_LABELS[search.objective],
             ),
             "Most removed": (
-                f"{percent(most['removed'], 0)} at {number(most['value'], 3)}" if most is not None else "–",
+                f"{percent(maximum['removed'], 0)} at {number(maximum['value'], 3)}" if maximum is not None else "–",
                 OBJECTIVE_LABELS[search.objective],
             ),
         }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core.config import to_mapping
-from lowrank_core.metrics import BASES
+from lowrank_core.metrics import METRICS
 from lowrank_core.metrics.stacks import Wrapper
 from lowrank_core.parameters import STORAGES
 from lowrank_core.runs import Run, client
@@ -58,7 +58,7 @@ def form(run: Run, facts: ModelFacts) -> None:
             st.caption(_plan_words(plan), width="content")
     if pressed and config is not None:
         with boundary():
-            client.ask(run, "sensitivity", launch=True, **to_mapping(config))
+            client.submit(run, "sensitivity", launch=True, **to_mapping(config))
             st.rerun()
 
 
@@ -88,15 +88,15 @@ def _inputs(run: Run, facts: ModelFacts) -> SensitivityConfig:
             format_func=_SCOPES.__getitem__,
             persist_state="session",
         )
-        most = run.config.text.validation_windows
+        maximum = run.config.text.validation_windows
         windows = st.number_input(
             "Windows",
             1,
-            most,
-            most,
-            key=f"sensitivity_windows_{most}",
+            maximum,
+            maximum,
+            key=f"sensitivity_windows_{maximum}",
             width=140,
-            help=f"Of the {most} search-validation windows, evenly spaced. Fewer are faster, and noisier.",
+            help=f"Of the {maximum} search-validation windows, evenly spaced. Fewer are faster, and noisier.",
             persist_state="session",
         )
     basis, storage, kinds = _advanced(run, facts)
@@ -108,13 +108,13 @@ def _advanced(run: Run, facts: ModelFacts) -> tuple[str, str, tuple[str, ...]]:
     usual = usual_compression(run)
     with st.expander("Advanced"):
         first, second, third = st.columns([1.3, 1, 1.7])
-        singles = [name for name, basis in BASES.items() if not isinstance(basis, Wrapper)]
+        singles = [name for name, basis in METRICS.items() if not isinstance(basis, Wrapper)]
         basis = first.selectbox(
             "Basis",
             singles,
             singles.index(usual.basis) if usual.basis in singles else 0,
             key=f"sensitivity_basis_{usual.basis}",
-            format_func=lambda name: BASES[name].label,
+            format_func=lambda name: METRICS[name].label,
             help="How each matrix is factorised. That of the run's search, one matrix at a time, unless you choose another.",
             persist_state="session",
         )
@@ -173,7 +173,7 @@ def progress(run: Run) -> None:
             doing = f"{status.stage} {status_words(status)}".strip() or "Starting"
             st.info(f"The measurement begins when the worker is done with what goes first. Now: {doing}.", icon=":material/hourglass_top:")
         if st.button("Stop measuring", key="stop_sensitivity", icon=":material/stop:", help="What is measured is kept."):
-            client.withdraw(run, str(request["id"]))
+            client.cancel(run, str(request["id"]))
             st.rerun()
 
 

@@ -43,8 +43,8 @@ def _show(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None
     records = read_records(run)
     if not records:
         own = "This recorded run has no sensitivities. Calibrate a model of your own on the Overview, then measure here:"
-        told = own if run.recorded else "Nothing measured yet. Press “Measure” above:"
-        st.info(f"{told} it shows which modules can be compressed far, and which can't.", icon=":material/info:")
+        reported = own if run.recorded else "Nothing measured yet. Press “Measure” above:"
+        st.info(f"{reported} it shows which modules can be compressed far, and which can't.", icon=":material/info:")
         return
     record = _setting(records)
     st.caption(views.protocol_words(record.setting))
@@ -134,11 +134,11 @@ def _curves(cells: pd.DataFrame, facts: ModelFacts, module: str, kinds: Sequence
 
 def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: str) -> None:
     st.subheader("Which estimate predicts it?", anchor=False)
-    found = views.correlations(cells, kept)
-    if found.empty:
+    result = views.correlations(cells, kept)
+    if result.empty:
         st.caption("No estimate is known for the measured modules.")
         return
-    names = list(found["estimate"])
+    names = list(result["estimate"])
     left, right = st.columns(2, gap="large")
     with left:
         columns = {
@@ -148,7 +148,7 @@ def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: s
             "rho_all": tables.number("ρ, all", 2, "Over the cells of all ratios: raised by what they have in common, the ratio."),
             "n_all": tables.whole("n, all", "Cells of all ratios."),
         }
-        tables.table(found, columns, key="sensitivity_rho", alt="Spearman's rank correlation of each estimate with the measured KL")
+        tables.table(result, columns, key="sensitivity_rho", alt="Spearman's rank correlation of each estimate with the measured KL")
         name = st.selectbox(
             "Estimate",
             names,
@@ -157,7 +157,7 @@ def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: s
             persist_state="session",
         )
         estimate = views.ESTIMATES[name if name in names else names[0]]
-        row = found[found["estimate"] == estimate.name].iloc[0]
+        row = result[result["estimate"] == estimate.name].iloc[0]
         st.caption(f"{estimate.label}: {estimate.meaning}. {views.rho_words(row['rho'], int(row['n']))}.")
         st.caption("Energies are what the best truncation to that rank removes in each measure, whatever basis the factors are of.")
     here = views.at_ratio(cells, kept)

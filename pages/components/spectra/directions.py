@@ -5,7 +5,7 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core.runs import Run, client
-from lowrank_core.runs.client import answers
+from lowrank_core.runs.client import results
 from lowrank_core.studio.shared.run_list import is_busy
 from lowrank_core.studio.spectra.top_directions import direction_facts, direction_failure
 from pages.components import request_controls, tables
@@ -29,12 +29,12 @@ def show(run: Run, module: str) -> None:
     side = _form(run, module)
     if not run.recorded:
         live(request_controls.waiting, 1.0 if is_busy(run) else None, run)
-    bodies = answers(run)
+    bodies = results(run)
     failure = direction_failure(bodies, module, side)
     if failure is not None:
         st.error(f"The directions could not be read: {failure}", icon=":material/error:")
-    found = direction_facts(bodies, module, side)
-    if found is None:
+    result = direction_facts(bodies, module, side)
+    if result is None:
         st.caption(_RECORDED if run.recorded else f"Not read yet for the {side} of `{module}`.")
         return
     columns = {
@@ -44,8 +44,8 @@ def show(run: Run, module: str) -> None:
         "context": tables.text("In its context", "The token stands between ⟦ and ⟧.", width="large"),
         "projection": tables.number("Projection (SD)", 1, "In standard deviations along the direction, over the calibration text."),
     }
-    tables.table(found.frame, columns, key="directions_table", height=380, alt=f"Tokens along the top directions of {module}")
-    st.caption(f"{found.protocol}. Each different token is shown once for a direction, where it lies furthest.")
+    tables.table(result.frame, columns, key="directions_table", height=380, alt=f"Tokens along the top directions of {module}")
+    st.caption(f"{result.protocol}. Each different token is shown once for a direction, where it lies furthest.")
 
 
 def _form(run: Run, module: str) -> str:
@@ -72,6 +72,6 @@ def _form(run: Run, module: str) -> str:
         )
     if pressed:
         with boundary():
-            client.ask(run, "directions", module=module, side=side, directions=int(count), windows=int(windows))
+            client.submit(run, "directions", module=module, side=side, directions=int(count), windows=int(windows))
             st.rerun()
     return str(side)

@@ -29,7 +29,7 @@ _DENSITIES = {
 def show(spectrum: LayerSpectrum, facts: RunFacts) -> None:
     """Draw the figures, the scree and both densities of a module."""
     module, choice = spectrum.shape.name, facts.choices.get(spectrum.shape.name)
-    layout.figures_row(module_facts(spectrum))
+    layout.metrics_row(module_facts(spectrum))
     if choice is not None:
         st.caption(f"{facts.trial}: {choice.words}.")
     curves = scree_curves(spectrum, facts)
@@ -53,18 +53,18 @@ def show(spectrum: LayerSpectrum, facts: RunFacts) -> None:
 
 
 def _density(spectrum: LayerSpectrum, source: str) -> None:
-    found = density(spectrum, source)
+    result = density(spectrum, source)
     title, how = _DENSITIES[source]
-    if found is None:
+    if result is None:
         st.markdown(f"**{title}**")
         st.caption("All eigenvalues are zero.")
         return
     chart(
-        density_figure(found),
+        density_figure(result),
         key=f"density_{source}",
         title=title,
         how=how,
         alt=f"{title} of {spectrum.shape.name}, by decades",
-        data=density_table(found),
+        data=density_table(result),
     )
-    st.caption(f"Tail: {found.tail or 'too few eigenvalues to fit a power law'}.")
+    st.caption(f"Tail: {result.tail or 'too few eigenvalues to fit a power law'}.")
