@@ -1,4 +1,4 @@
-"""Pick by hand: which rank would you give each module, and what would it cost?"""
+"""Manual allocation: which rank would you give each module, and what would it cost?"""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from pages.components.loading import curves_of
 from pages.components.manual import draft_state, export, layer_map, meter, rank_table, starting_point
 from pages.components.manual import measurement as hand_measure
 
-layout.header("Pick by hand", "Which rank would you give each module, and what would it cost?")
+layout.header("Manual allocation", "Which rank would you give each module, and what would it cost?")
 
 
 @st.fragment
 def bench(editor: draft_state.DraftState) -> None:
-    """Draw the draft; by itself, so that an edit draws nothing else anew."""
+    """Draw the draft; by itself, so that an edit draws nothing else again."""
     with boundary():
         history = draft_state.history(editor)
         draft, tick = history.present, 1.0 if is_busy(editor.run) else None

@@ -25,7 +25,9 @@ with boundary():
     # By run: once a search was started, its trials are on screen and not the form.
     with st.expander("Start a new search", expanded=not searched, icon=":material/tune:", key=f"new_search_{run.id if run else ''}"):
         kept = (
-            "the settings of its calibration, which is done anew on this machine" if run is not None and run.recorded else "its calibration"
+            "the settings of its calibration, which is done again on this machine"
+            if run is not None and run.recorded
+            else "its calibration"
         )
         st.caption(f"Model **{config.model.reference}**, text **{config.text.reference}**: taken from the run on screen, with {kept}.")
         search_form(config, facts)
@@ -33,12 +35,12 @@ with boundary():
     if run is not None and config.search is not None:
         search_controls.show(run, config.search, facts)
         coverage.show(facts, config.search.compression_ratio)
-        # The live part draws itself anew every second while a worker is at it, and only then.
+        # The live part draws itself again every second while a worker is at it, and only then.
         busy = is_busy(run)
         live(trials.show, 1.0 if busy else None, run)
         live(trials.show_importance, IMPORTANCE_TICK if busy else None, run, config.search)
         confirmed.show(run)
-        st.page_link(navigation.MANUAL, label="Pick ranks by hand, and have them measured in this search", icon=":material/tune:")
+        st.page_link(navigation.MANUAL, label="Choose ranks manually, and have them measured in this search", icon=":material/tune:")
     elif run is not None:
         st.info(
             "The run on screen measured spectra only. Start a search above: it takes over the calibration, so trials begin at once.",

@@ -94,7 +94,7 @@ def far_draws(recipe: Recipe, starts: Sequence[Draft], generator: np.random.Gene
         return draft.fitted(ratio())
 
     def rule() -> Draft:
-        return recipe.ruled(_one(generator, ["uniform", "marginal", "marginal", "energy", "threshold", "svd_llm_v2"]), ratio())
+        return recipe.ruled(_one(generator, ["uniform", "lagrangian", "lagrangian", "energy", "threshold", "svd_llm_v2"]), ratio())
 
     def alone(groups: Callable[[Draft], list[list[str]]]) -> Draft:
         draft = recipe.ruled("uniform", 0.4)

@@ -125,12 +125,12 @@ def test_a_wish_above_its_share_ends_dense():
     assert ranks["b"] is not None
 
 
-@pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != "marginal"])
+@pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != "lagrangian"])
 def test_rules_can_not_choose_between_alternatives(name: str):
     q, k = single("q"), single("k")
     units = (q, k, Unit((q.members[0], k.members[0])))
     curves = {unit.name: decaying(unit, 0.9) for unit in units}
-    with pytest.raises(ConfigError, match=r"stands alone and in a stack.*Allocate by `marginal`"):
+    with pytest.raises(ConfigError, match=r"stands alone and in a stack.*Allocate by `lagrangian`"):
         allocate(name, units, 0.3, curves=curves, influence=[0.1])
 
 
@@ -157,12 +157,12 @@ def test_a_ratio_of_zero_keeps_everything_dense(name: str):
     assert allocate(name, units, 0.0, curves=curves, influence=[0.1]).ranks == {"a": None, "b": None}
 
 
-# --- marginal --------------------------------------------------------------------------------------------------------
+# --- lagrangian --------------------------------------------------------------------------------------------------------
 
 
-def marginal(units: Sequence[Unit], curves: ErrorCurves, budget: float) -> RankAllocation:
+def lagrangian(units: Sequence[Unit], curves: ErrorCurves, budget: float) -> RankAllocation:
     dense = dense_parameters(units)
-    return allocate("marginal", units, max(0.0, 1 - budget / dense), curves=curves)
+    return allocate("lagrangian", units, max(0.0, 1 - budget / dense), curves=curves)
 
 
 @settings(max_examples=200, deadline=None)
@@ -174,9 +174,9 @@ def test_marginal_meets_the_budget_and_leaves_no_step_that_fits(units: tuple[Uni
     minimum = sum(unit.dense_parameters if kept_dense(unit, keep) else unit.parameters(1) for unit in units)
     if minimum > budget:
         with pytest.raises(BudgetError, match="can't be met"):
-            allocate("marginal", units, ratio, keep_dense=keep, curves=curves)
+            allocate("lagrangian", units, ratio, keep_dense=keep, curves=curves)
         return
-    result = allocate("marginal", units, ratio, keep_dense=keep, curves=curves)
+    result = allocate("lagrangian", units, ratio, keep_dense=keep, curves=curves)
     assert result.parameters == allocated_parameters(units, result.ranks) <= budget
     assert all(result.ranks.get(unit.name) is None for unit in units if kept_dense(unit, keep))
     step = cheapest_step(units, dict(result.ranks))
@@ -190,7 +190,7 @@ def test_marginal_is_optimal_where_curves_are_convex_and_steps_equal(shapes: lis
     units = [single(f"{index}", 10, 10) for index in range(len(shapes))]
     curves = {unit.name: decaying(unit, rate, scale) for unit, (rate, scale) in zip(units, shapes, strict=True)}
     assume(20 * len(units) <= budget <= 100 * len(units))
-    result = marginal(units, curves, budget)
+    result = lagrangian(units, curves, budget)
     assert error_of(units, curves, dict(result.ranks)) == pytest.approx(brute_force(units, curves, budget), rel=1e-9, abs=1e-15)
 
 
@@ -202,7 +202,7 @@ def test_marginal_is_within_one_step_of_the_best_there_is(units: tuple[Unit, ...
     free = [unit for unit in units if unit.break_even_rank]
     budget = budget_for_ratio(units, ratio) - dense_parameters(units) + dense_parameters(free)
     assume(free and sum(unit.parameters(1) for unit in free) <= budget)
-    result = allocate("marginal", units, ratio, curves=curves)
+    result = allocate("lagrangian", units, ratio, curves=curves)
     ours = error_of(free, curves, dict(result.ranks))
     longest = max(step for unit in free for step in hull_steps(unit, curves[unit.name]))
     assert ours <= brute_force(free, curves, budget - longest) * (1 + 1e-9) + 1e-12
@@ -223,7 +223,7 @@ def test_marginal_never_loses_by_a_larger_budget_between_hull_points(units: tupl
         hull.append((sum(cost for cost, _ in picked), sum(error for _, error in picked)))
     errors = []
     for budget, minimum in hull:
-        result = marginal(units, curves, budget)
+        result = lagrangian(units, curves, budget)
         errors.append(error_of(units, curves, dict(result.ranks)))
         assert errors[-1] <= minimum * (1 + 1e-9) + 1e-12
     assert all(later <= earlier * (1 + 1e-9) + 1e-12 for earlier, later in itertools.pairwise(errors))
@@ -232,10 +232,10 @@ def test_marginal_never_loses_by_a_larger_budget_between_hull_points(units: tupl
 def test_marginal_follows_the_scales_of_the_errors_where_uniform_can_not():
     units = [single("loud"), single("quiet")]
     curves = {"loud": decaying(units[0], 0.9, 1000.0), "quiet": decaying(units[1], 0.9, 1.0)}
-    result, plain = allocate("marginal", units, 0.5, curves=curves).ranks, allocate("uniform", units, 0.5).ranks
+    result, plain = allocate("lagrangian", units, 0.5, curves=curves).ranks, allocate("uniform", units, 0.5).ranks
     assert plain["loud"] == plain["quiet"]
     assert result["loud"] is None or result["loud"] > 2 * result["quiet"]  # type: ignore[operator]
-    same = allocate("marginal", units, 0.5, curves={name: 7.0 * curve for name, curve in curves.items()}).ranks
+    same = allocate("lagrangian", units, 0.5, curves={name: 7.0 * curve for name, curve in curves.items()}).ranks
     assert same == result  # one unit for all errors, whichever
 
 
@@ -243,7 +243,7 @@ def test_marginal_follows_the_shapes_of_the_errors():
     """A curve that falls at once needs no rank; a flat one needs all it can get."""
     units = [single("steep"), single("flat")]
     curves = {"steep": decaying(units[0], 0.3), "flat": np.linspace(1, 0, 65)}
-    ranks = allocate("marginal", units, 0.4, curves=curves).ranks
+    ranks = allocate("lagrangian", units, 0.4, curves=curves).ranks
     assert ranks["steep"] is not None
     assert ranks["steep"] < 20
     assert ranks["flat"] is None or ranks["flat"] > ranks["steep"]
@@ -253,7 +253,7 @@ def test_equal_slopes_at_the_optimum():
     """Reverse water-filling: what the next step of any unit would save is nowhere much more than what the last step of another did."""
     units = [single(f"{index}", 60, 40) for index in range(4)]
     curves = {unit.name: decaying(unit, 0.5 + 0.08 * index, 3.0**index) for index, unit in enumerate(units)}
-    ranks = allocate("marginal", units, 0.6, curves=curves).ranks
+    ranks = allocate("lagrangian", units, 0.6, curves=curves).ranks
     assert all(rank is not None and rank > 1 for rank in ranks.values())
     saved = [curves[name][rank - 1] - curves[name][rank] for name, rank in ranks.items()]
     offered = [curves[name][rank] - curves[name][rank + 1] for name, rank in ranks.items()]
@@ -264,7 +264,7 @@ def test_marginal_takes_dense_where_it_is_the_better_buy():
     """Break-even of a square factored matrix is half its rank: past it, dense costs hardly more and loses nothing."""
     units = [single("needed"), single("spare")]
     curves = {"needed": 100 * np.linspace(1, 0, 65), "spare": decaying(units[1], 0.5)}
-    result = allocate("marginal", units, 0.3, curves=curves)
+    result = allocate("lagrangian", units, 0.3, curves=curves)
     assert result.ranks["needed"] is None
     assert result.ranks["spare"] is not None
 
@@ -277,7 +277,7 @@ def test_of_alternatives_marginal_takes_the_better_cover(together: bool):
     alone = decaying(q, 0.8)
     curves = {"q": alone, "k": alone, "o": decaying(o, 0.8)}
     curves[stack.name] = np.append(2 * alone[:-1], np.zeros(stack.max_rank - q.max_rank + 1)) if together else decaying(stack, 0.95, 2.0)
-    result = allocate("marginal", [q, k, stack, o], 0.5, curves=curves)
+    result = allocate("lagrangian", [q, k, stack, o], 0.5, curves=curves)
     assert {name for name, rank in result.ranks.items() if rank is not None} == ({"q+k", "o"} if together else {"q", "k", "o"})
     assert result.parameters <= budget_for_ratio([q, k, o], 0.5)
 
@@ -292,7 +292,7 @@ def test_alternatives_cover_each_matrix_exactly_once_and_no_other_cover_is_bette
     units.append(Unit((shapes["q"], shapes["k"], shapes["v"]), storage))
     units.append(HeadUnit((shapes["v"], shapes["o"]), storage, heads=4, groups=2, head_dim=6))
     curves = {unit.name: falling(unit, seed + index, 1.0 + index % 3) for index, unit in enumerate(units)}
-    result = allocate("marginal", units, ratio, curves=curves)
+    result = allocate("lagrangian", units, ratio, curves=curves)
     members = [member for name in result.ranks for member in name.split("+")]
     assert sorted(members) == sorted(sizes)
     assert result.parameters <= budget_for_ratio(units, ratio)
@@ -308,7 +308,7 @@ def test_alternatives_cover_each_matrix_exactly_once_and_no_other_cover_is_bette
 def error_within(units: Sequence[Unit], curves: ErrorCurves, budget: float) -> float:
     """Return what one cover alone leaves; infinite where it does not fit."""
     try:
-        return error_of(units, curves, dict(marginal(units, curves, budget).ranks))
+        return error_of(units, curves, dict(lagrangian(units, curves, budget).ranks))
     except BudgetError:
         return float("inf")
 
@@ -317,7 +317,7 @@ def test_a_stack_with_a_locked_member_is_not_offered():
     q, v = single("q"), single("v")
     stack = Unit((q.members[0], v.members[0]))
     curves = {"q": decaying(q, 0.9), "v": decaying(v, 0.9), stack.name: 1e-9 * decaying(stack, 0.5)}
-    result = allocate("marginal", [q, v, stack], 0.3, keep_dense=["v"], curves=curves)
+    result = allocate("lagrangian", [q, v, stack], 0.3, keep_dense=["v"], curves=curves)
     assert result.ranks["v"] is None
     assert result.ranks["q"] is not None
     assert result.ranks.get(stack.name) is None
@@ -326,7 +326,7 @@ def test_a_stack_with_a_locked_member_is_not_offered():
 def test_marginal_works_where_nothing_is_lost():
     """Zero weights: all errors are zero, and any rank will do."""
     units = [single("a"), single("b")]
-    result = allocate("marginal", units, 0.5, curves={unit.name: np.zeros(65) for unit in units})
+    result = allocate("lagrangian", units, 0.5, curves={unit.name: np.zeros(65) for unit in units})
     assert result.parameters <= budget_for_ratio(units, 0.5)
 
 
@@ -344,13 +344,13 @@ def test_every_allocator_says_where_it_comes_from():
         assert name == method.name
         assert method.label
         assert method.reference
-    assert {name for name, method in ALLOCATORS.items() if method.needs_curves} == {"energy", "threshold", "svd_llm_v2", "marginal"}
+    assert {name for name, method in ALLOCATORS.items() if method.needs_curves} == {"energy", "threshold", "svd_llm_v2", "lagrangian"}
     assert {name for name, method in ALLOCATORS.items() if method.needs_influence} == {"block_influence"}
-    assert {name for name, method in ALLOCATORS.items() if method.trades_errors} == {"marginal"}
+    assert {name for name, method in ALLOCATORS.items() if method.trades_errors} == {"lagrangian"}
 
 
 def test_unknown_allocators_list_the_known_ones():
-    with pytest.raises(ConfigError, match="uniform, lord_manual, energy, threshold, svd_llm_v2, block_influence, marginal"):
+    with pytest.raises(ConfigError, match="uniform, lord_manual, energy, threshold, svd_llm_v2, block_influence, lagrangian"):
         allocate("best", [single("a")], 0.1)
     with pytest.raises(ConfigError, match="got 'best'"):
         allocator_named("best")

@@ -1,4 +1,4 @@
-"""Allocation files: what is written is read, and what people get wrong is told."""
+"""Allocation files: what is written is read, and what people get wrong is reported."""
 
 from __future__ import annotations
 

@@ -177,7 +177,7 @@ def test_a_locked_unit_excludes_what_shares_a_matrix_with_it(rank: int | None):
     for locked, gone in (("q+k", {"q", "k"}), ("q", {"q+k"}), ("v+o", {"v", "o"}), ("o", {"v+o"})):
         problem = AllocationProblem(units, 0.4, fixed={locked: rank})
         assert {unit.name for unit in units} - {unit.name for unit in problem.free} == {locked} | gone
-        result = allocate("marginal", units, 0.4, curves=curves, fixed={locked: rank})
+        result = allocate("lagrangian", units, 0.4, curves=curves, fixed={locked: rank})
         assert result.ranks[locked] == rank
         assert not gone & {name for name, rank in result.ranks.items() if rank is not None}
         assert result.parameters <= budget_for_ratio(units, 0.4)
@@ -258,7 +258,7 @@ def test_weights_are_those_of_units():
         AllocationProblem((single("a"),), 0.3, weights={"z": 1.0})
 
 
-# --- marginal with locks and weights ---------------------------------------------------------------------------------
+# --- lagrangian with locks and weights ---------------------------------------------------------------------------------
 
 
 @settings(max_examples=100, deadline=None)
@@ -268,10 +268,10 @@ def test_weights_multiply_the_errors(units: tuple[Unit, ...], ratio: float, seed
     weights = {unit.name: data.draw(st.floats(1e-3, 1e3)) for unit in units if data.draw(st.booleans())}
     multiplied = {name: weights.get(name, 1.0) * curve for name, curve in curves.items()}
     try:
-        result = allocate("marginal", units, ratio, curves=curves, weights=weights)
+        result = allocate("lagrangian", units, ratio, curves=curves, weights=weights)
     except BudgetError:
         return
-    assert result == allocate("marginal", units, ratio, curves=multiplied)
+    assert result == allocate("lagrangian", units, ratio, curves=multiplied)
 
 
 @settings(max_examples=150, deadline=None)
@@ -287,7 +287,7 @@ def test_marginal_is_within_one_step_of_the_best_under_locks_and_weights(
     committed = sum(unit.parameters(stored(unit, fixed[unit.name])) for unit in units if unit not in free)
     budget = budget_for_ratio(units, ratio) - committed
     assume(free and sum(unit.parameters(1) for unit in free) <= budget)
-    result = allocate("marginal", units, ratio, curves=curves, fixed=fixed, weights=weights)
+    result = allocate("lagrangian", units, ratio, curves=curves, fixed=fixed, weights=weights)
     ours = error_of(free, weighed, dict(result.ranks))
     longest = max(step for unit in free for step in hull_steps(unit, weighed[unit.name]))
     assert ours <= brute_force(free, weighed, budget - longest) * (1 + 1e-9) + 1e-12
@@ -297,7 +297,7 @@ def test_marginal_is_within_one_step_of_the_best_under_locks_and_weights(
 def test_a_heavier_unit_gets_more():
     units = [single("a"), single("b")]
     curves = {unit.name: decaying(unit, 0.9) for unit in units}
-    result = allocate("marginal", units, 0.6, curves=curves, weights={"a": 100.0}).ranks
+    result = allocate("lagrangian", units, 0.6, curves=curves, weights={"a": 100.0}).ranks
     assert result["a"] is None or result["a"] > (result["b"] or 64)
 
 

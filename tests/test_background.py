@@ -1,4 +1,4 @@
-"""What is measured in the background waits for trials and requests, makes way for them, and can be stopped."""
+"""What is measured in the background waits for trials and requests, yields for them, and can be stopped."""
 
 from __future__ import annotations
 

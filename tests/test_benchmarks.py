@@ -25,7 +25,7 @@ def text(text_file: Path) -> TextConfig:
 
 def test_the_allocation_table_measures_each_allocation_at_equal_parameters(llama_checkpoint: Path, text: TextConfig) -> None:
     rows = allocation.allocation_table(ModelSource(str(llama_checkpoint)), text, [0.3], seeds=2, trials=3)
-    names = ("uniform", "lord_manual", "marginal", "search's best")
+    names = ("uniform", "lord_manual", "lagrangian", "search's best")
     assert [(row.seed, row.allocation) for row in rows] == [(seed, name) for seed in (0, 1) for name in names]
     for seed in (0, 1):
         *baselines, best = (row for row in rows if row.seed == seed)

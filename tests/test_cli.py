@@ -186,7 +186,7 @@ def test_compress_gives_the_promised_keys_and_a_model(places: Places):
     assert body["model_compression_ratio"] == pytest.approx(1 - body["parameters_after"] / body["parameters_before"])
     members = {member for unit in body["ranks"] for member in unit.split("+")}
     assert members == {layer["name"] for layer in _lowrank("analyze", *places.source, "--json").body["layers"]}
-    assert (body["preset"], body["allocation"], body["storage"]) == ("studio", "marginal", "pivoted")
+    assert (body["preset"], body["allocation"], body["storage"]) == ("studio", "lagrangian", "pivoted")
     assert all(rank is None or rank >= 1 for rank in body["ranks"].values())
     measured = _lowrank("evaluate", *places.source[2:], "--model", places.out, "--against", places.model, "--json").body
     assert measured["parameters"] == body["parameters_after"]
@@ -238,10 +238,10 @@ def test_an_unknown_preset_lists_the_known_ones(places: Places):
 
 
 def test_errors_in_different_units_are_traded_with_a_warning(places: Places):
-    options = ["--basis", "whitened", "--allocation", "marginal", "--compression-ratio", 0.3]
+    options = ["--basis", "whitened", "--allocation", "lagrangian", "--compression-ratio", 0.3]
     result = _lowrank("compress", *places.source, *options, "--out", places.out, "--json")
     assert any("in its own unit" in warning for warning in result.body["warnings"])
-    assert "warning: marginal trades errors" in result.err
+    assert "warning: lagrangian trades errors" in result.err
 
 
 def test_robust_pooling_changes_what_is_measured_and_is_checked(places: Places):
@@ -286,7 +286,7 @@ def test_search_gives_the_promised_keys(searched: tuple[Places, Path, dict[str, 
     places, run, body = searched
     assert {"value", "ranks", "compression_ratio", "export", "trials", "baselines"} <= set(body)
     assert body["trials"] == 4
-    assert set(body["baselines"]) == {"uniform", "lord_manual", "marginal"}
+    assert set(body["baselines"]) == {"uniform", "lord_manual", "lagrangian"}
     assert len(body["confirmed"]) == 3
     assert {row["protocol"].split(",")[1] for row in body["confirmed"]} == {" test split: 91 non-overlapping windows of 32 tokens"}
     assert all(body["value"] <= baseline["value"] for baseline in body["baselines"].values())
@@ -352,7 +352,7 @@ def test_an_interrupted_search_says_how_to_go_on(places: Places, monkeypatch: py
 
 def test_a_partial_choice_is_completed(places: Places):
     ranks = places.file("ranks.json", json.dumps({QUERY: 5, "model.layers.1.mlp.down_proj": None}))
-    options = ["--ranks", ranks, "--complete", "marginal", "--compression-ratio", 0.4, "--out", places.out]
+    options = ["--ranks", ranks, "--complete", "lagrangian", "--compression-ratio", 0.4, "--out", places.out]
     body = _lowrank("compress", *places.source, *options, "--json").body
     assert body["ranks"][QUERY] == 5
     assert body["ranks"]["model.layers.1.mlp.down_proj"] is None
@@ -490,7 +490,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "unknown sampler": (lambda p: _search(p, "--compression-ratio", 0.2, "--sampler", "x"), "sampler must be one of gp"),
     "unknown objective": (lambda p: _search(p, "--compression-ratio", 0.2, "--objective", "x"), "objective must be one of kl"),
     "compress: nothing to complete": (
-        lambda p: _compress(p, "--compression-ratio", 0.2, "--complete", "marginal"),
+        lambda p: _compress(p, "--compression-ratio", 0.2, "--complete", "lagrangian"),
         "--complete completes a file of ranks",
     ),
     "search: nothing to complete": (lambda p: _search(p, "--compression-ratio", 0.2, "--complete", "uniform"), "give one with --ranks"),
@@ -506,7 +506,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     ),
     "search: more groups than blocks": (lambda p: _search(p, "--compression-ratio", 0.2, "--space", "5x4"), "the model has 2 blocks"),
     "search: stacks by kept fractions": (
-        lambda p: _search(p, "--compression-ratio", 0.2, "--preset", "studio", "--variables", "kept"),
+        lambda p: _search(p, "--compression-ratio", 0.2, "--preset", "studio", "--variables", "keep_ratio"),
         "choose variables `errors`",
     ),
     "search: top-k for the paper's objective": (

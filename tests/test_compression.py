@@ -50,7 +50,7 @@ class Case:
 
     def allocation(self, ratio: float) -> RankAllocation:
         keep = [shape.name for shape in self.handle.shapes if shape.kind == "v_proj"] if self.config.value_dense else []
-        by = "marginal" if self.config.stacks else "uniform"
+        by = "lagrangian" if self.config.stacks else "uniform"
         return allocate(by, self.units, ratio, keep_dense=keep, curves=error_curves(self.bases))
 
 
@@ -94,7 +94,7 @@ def test_counted_parameters_are_those_of_the_built_model(case: Case):
 
 
 def test_the_bill_of_a_draft_is_that_of_the_built_model(case: Case, tmp_path: Path):
-    """What the page Pick by hand shows before anything is built."""
+    """What the page Manual allocation shows before anything is built."""
     allocation = case.allocation(0.4)
     report = compress(case.handle, case.bases, allocation).report
     run = Run(tmp_path)

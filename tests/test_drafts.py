@@ -1,4 +1,4 @@
-"""Drafts of hand-picked ranks: what is locked never moves, a fit meets the budget, every step can be taken back, files come back."""
+"""Drafts of manual ranks: what is locked never moves, a fit meets the budget, every step can be taken back, files come back."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ def test_an_allocator_may_regroup_and_leaves_locks():
     units = _grouped()
     curves = {unit.name: np.linspace(1.0, 0.0, unit.max_rank + 1) for unit in units}
     draft = Draft.of(units, {"0.o_proj": 5}, locked=["0.o_proj"])
-    result = draft.completed(allocate("marginal", units, 0.3, curves=curves, fixed={"0.o_proj": 5}))
+    result = draft.completed(allocate("lagrangian", units, 0.3, curves=curves, fixed={"0.o_proj": 5}))
     assert result.ranks["0.o_proj"] == 5
     assert result.locked == {"0.o_proj"}
     assert result.parameters <= budget_for_ratio(units, 0.3)
@@ -367,7 +367,7 @@ def test_allocators_choose_by_the_file_as_by_the_curves(run: Run):
     save_curves(run.path / CURVES_FILE, record, units)
     result = load_curves(run.path / CURVES_FILE)
     assert result is not None
-    for name in ("energy", "marginal", "threshold", "svd_llm_v2"):
+    for name in ("energy", "lagrangian", "threshold", "svd_llm_v2"):
         assert allocate(name, units, 0.4, curves=result.curves) == allocate(name, units, 0.4, curves=record.curves), name
 
 

@@ -1,4 +1,4 @@
-"""Perplexity with overlapping windows, against the loop that everyone writes by hand."""
+"""Perplexity with overlapping windows, against the loop that everyone writes manually."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several texts, and continuations beside each other: what the command line gives."""
+"""Several texts, and continuations next to each other: what the command line gives."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from lowrank_core.export.base_model import base_model_of
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.text import WindowSet, load_windows
 
-PROVENANCE = {"preset": "studio", "basis": "two_sided", "allocation": "marginal", "command": "lowrank compress --model here"}
+PROVENANCE = {"preset": "studio", "basis": "two_sided", "allocation": "lagrangian", "command": "lowrank compress --model here"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def _card(folder: Path) -> str:
 
 def test_the_text_has_method_sizes_ranks_figures_and_command(folder: Path, model: CompressedModel):
     card, report = _card(folder), model.report
-    assert "(preset `studio`, basis `two_sided`, allocation `marginal`)" in card
+    assert "(preset `studio`, basis `two_sided`, allocation `lagrangian`)" in card
     assert f"| parameters of the model | {report.parameters_before:,} | {report.parameters_after:,} | {1 - 21848 / 31264:.1%} |" in card
     assert "| self_attn.q_proj + self_attn.k_proj + self_attn.v_proj | 1 | 12 | 12 | 12 |" in card
     assert "| self_attn.v_proj + self_attn.o_proj | 1 | 6 | 6 | 6 |" in card

@@ -1,4 +1,4 @@
-"""Compressed forms in a checkpoint: what was saved is what is loaded, and what is damaged or impossible is told."""
+"""Compressed forms in a checkpoint: what was saved is what is loaded, and what is damaged or impossible is reported."""
 
 from __future__ import annotations
 

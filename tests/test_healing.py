@@ -49,13 +49,13 @@ def compressed(handle: ModelHandle, windows: WindowSet, form: str = "pivoted", r
 
 @pytest.fixture(scope="module")
 def per_head(llama: ModelHandle, windows: WindowSet) -> CompressedModel:
-    """A model with value and output projections by head, and singles beside."""
+    """A model with value and output projections by head, and singles next to."""
     statistics = collect_statistics(llama, windows, CalibrationConfig(group_size=8))
     config = CompressionConfig(basis="whitened", storage="pivoted", value_dense=False, heads=True)
     decomposed = decompose(llama, statistics, config)
     heads = [unit.name for unit in decomposed.units if unit.storage == "per_head"]
     fixed: dict[str, int | None] = dict.fromkeys(heads, 5)
-    return decomposed.compress(decomposed.allocate("marginal", 0.4, fixed=fixed), windows)
+    return decomposed.compress(decomposed.allocate("lagrangian", 0.4, fixed=fixed), windows)
 
 
 @pytest.fixture(scope="module")

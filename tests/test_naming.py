@@ -14,7 +14,7 @@ def trial(number: int, label: str = "sampled", state: str = "complete") -> Trial
 
 
 TRIALS = [
-    *(trial(0, "uniform"), trial(1, "marginal"), trial(2), trial(3, state="pruned"), trial(4, state="infeasible")),
+    *(trial(0, "uniform"), trial(1, "lagrangian"), trial(2), trial(3, state="pruned"), trial(4, state="infeasible")),
     *(trial(5, MANUAL), trial(6, MANUAL, "infeasible"), trial(7, state="failed"), trial(8, state="running"), trial(9, MANUAL, "waiting")),
 ]
 
@@ -52,8 +52,7 @@ def test_one_count_says_what_is_counted():
     assert (result.complete, result.pruned, result.outside, result.manual, result.failed) == (5, 1, 1, 2, 1)
     assert result.measured == sum(record.finished for record in TRIALS) == 6
     assert result.words == (
-        "5 trials complete (1 stopped early; 1 outside the budget, measured and never the best; 2 picked by hand, on top; "
-        "1 failed, not counted)"
+        "5 trials complete (1 stopped early; 1 outside the budget, measured and never the best; 2 manual, on top; 1 failed, not counted)"
     )
     assert counts_of(TRIALS[:1]).words == "1 trial complete"
     assert counts_of([]).words == "0 trials complete"

@@ -47,7 +47,7 @@ def made(request: pytest.FixtureRequest, llama: ModelHandle, windows: WindowSet)
     decomposed = decompose(llama, collect_statistics(llama, windows, CalibrationConfig(group_size=8)), config)
     heads = [unit.name for unit in decomposed.units if unit.storage == "per_head"]
     fixed: dict[str, int | None] = dict.fromkeys(heads, 5)
-    return config, decomposed.compress(decomposed.allocate("marginal" if heads else "uniform", 0.4, fixed=fixed), windows)
+    return config, decomposed.compress(decomposed.allocate("lagrangian" if heads else "uniform", 0.4, fixed=fixed), windows)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def facts(llama: ModelHandle) -> ModelFacts:
 
 
 def searched(compression: CompressionConfig) -> SearchConfig:
-    return SearchConfig(0.4, variables="errors", compression=compression)
+    return SearchConfig(0.4, variables="error_weight", compression=compression)
 
 
 def stored(folder: Path) -> tuple[int, int]:
@@ -77,7 +77,11 @@ def test_the_planned_bytes_are_those_of_the_tensors_that_are_written(
     compression, model = made
     units = search_units(facts.matrices, compression, facts.head_units)
     reported = planned(
-        facts, units, Source("a", "a", 1, ranks=model.report.ranks), SearchConfig(0.4, variables="errors", compression=compression), config
+        facts,
+        units,
+        Source("a", "a", 1, ranks=model.report.ranks),
+        SearchConfig(0.4, variables="error_weight", compression=compression),
+        config,
     )
     export(model, tmp_path / "out", provenance={}, config=config)
     numbers, size = stored(tmp_path / "out")
@@ -98,7 +102,7 @@ def test_where_only_the_worker_knows_the_ranks_the_plan_is_an_upper_bound(
     compression, model = made
     units, search = (
         search_units(facts.matrices, compression, facts.head_units),
-        SearchConfig(0.4, variables="errors", compression=compression),
+        SearchConfig(0.4, variables="error_weight", compression=compression),
     )
     for config in CONFIGS:
         bound = planned(facts, units, Source("energy", "", "energy"), search, config)
@@ -110,7 +114,7 @@ def test_where_only_the_worker_knows_the_ranks_the_plan_is_an_upper_bound(
 def test_scales_of_int8_are_exact_in_the_dtype_that_is_written(
     made: tuple[CompressionConfig, CompressedModel], tmp_path: Path, windows: WindowSet
 ):
-    """Beside it: scales that are exact in float32 alone move when they are cast."""
+    """Next to it: scales that are exact in float32 alone move when they are cast."""
     from lowrank_core.compression.quantization import quantized_handle
     from lowrank_core.layers.quantized import Int8Matrix
 

@@ -89,7 +89,7 @@ def test_bolaco_keeps_values_dense_and_ranks_in_multiples_of_8(handle: ModelHand
     assert all(rank % 8 == 0 for rank in ranks.values() if rank is not None)
     assert (result.basis.name, preset.compression.storage) == ("pooled_feature", "factored")
     kept = {name: rank / min(s.d_out, s.d_in) for s in handle.shapes if (rank := ranks[name := s.name]) is not None}
-    assert kept["model.layers.0.self_attn.q_proj"] <= kept["model.layers.0.self_attn.o_proj"]  # 0.7 beside 0.8
+    assert kept["model.layers.0.self_attn.q_proj"] <= kept["model.layers.0.self_attn.o_proj"]  # 0.7 next to 0.8
     module = result.compress(result.allocate(preset.allocation, RATIO), windows).handle.module
     assert all(not isinstance(module.get_submodule(name), CompressedModule) for name in values)
 
@@ -128,7 +128,7 @@ def test_our_default_is_offered_first_and_trades_comparable_errors(
 def test_errors_of_different_units_are_traded_with_a_warning(handle: ModelHandle, plain: LayerStatistics):
     result = decompose(handle, plain, CompressionConfig(basis="whitened", value_dense=False))
     assert result.warnings("uniform") == ()
-    assert "measures each in its own unit" in result.warnings("marginal")[0]
+    assert "measures each in its own unit" in result.warnings("lagrangian")[0]
 
 
 def test_presets_name_what_is_there():

@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest, llama: ModelHandle, windows: WindowSet
     decomposed = decompose(llama, statistics, FORMS[request.param])
     heads = [unit.name for unit in decomposed.units if unit.storage == "per_head"]
     fixed: dict[str, int | None] = dict.fromkeys(heads, 5)
-    return decomposed.compress(decomposed.allocate("marginal" if heads else "uniform", 0.4, fixed=fixed), windows)
+    return decomposed.compress(decomposed.allocate("lagrangian" if heads else "uniform", 0.4, fixed=fixed), windows)
 
 
 def logits(handle: ModelHandle, windows: WindowSet) -> torch.Tensor:

@@ -252,7 +252,7 @@ def test_of_baselines_alone_the_best_is_looked_at():
     run = make_run()
     for index, body in enumerate((comparison("uniform", "uniform", 3.9), comparison("energy", "energy", 3.4))):
         write_json(run.path / "results" / f"{index}.json", body)
-    assert "Each window: the original against Equal energy" in report(run).text
+    assert "Each window: the dense model against Equal energy" in report(run).text
 
 
 def test_the_second_text_stands_beside_the_own_one_as_on_the_compare_page(recorded: Run, page: Page):
@@ -289,7 +289,7 @@ def test_every_text_that_was_read_token_by_token_is_there_with_its_worst_tokens(
 def test_speed_and_memory_are_those_of_the_compare_page(recorded: Run, page: Page):
     (speed,) = speeds(results(recorded), read_trials(recorded))
     assert f"Memory of {speed.name}: {speed.memory}." in page.text
-    rows = page.rows(f"{speed.name} beside the original. {speed.protocol}")
+    rows = page.rows(f"{speed.name} next to the dense model. {speed.protocol}")
     reported = speed_table(speed)
     assert [row["Compressed"] for row in rows] == list(reported["compressed"])
     assert [row["Times as fast"] for row in rows] == list(reported["faster"])
@@ -419,7 +419,7 @@ def test_a_protocol_is_never_mixed_with_another():
     write_json(run.path / "results" / "9.json", other)
     page = report(run)
     assert len(by_protocol(comparisons(results(run)))) == 2
-    assert [row["Model"] for row in page.rows("What is lost, dense beside compressed. wikitext-2")] == ["Original", "Trial 5"]
+    assert [row["Model"] for row in page.rows("What is lost, dense next to compressed. wikitext-2")] == ["Original", "Trial 5"]
     assert len([name for name in charts(page) if name.startswith("perplexity")]) == 2
 
 
@@ -475,7 +475,7 @@ def test_second_texts_strips_and_timings_of_several_models_stand_by_themselves()
     ]
     assert "Memory of Trial 3 was not measured." in page.text
     assert "Memory of Uniform (trial 0): peak of a fresh process." in page.text
-    timed = page.rows("Uniform (trial 0) beside the original. batch 1, prompts of 8 random tokens")
+    timed = page.rows("Uniform (trial 0) next to the dense model. batch 1, prompts of 8 random tokens")
     assert timed[1]["Times as fast"] == "2.00 (1.80 to 2.20)"
 
 

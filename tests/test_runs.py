@@ -1,4 +1,4 @@
-"""Run directories: whole files or none, damage that is told, and a status that knows whether its process lives."""
+"""Run directories: whole files or none, damage that is reported, and a status that knows whether its process lives."""
 
 from __future__ import annotations
 

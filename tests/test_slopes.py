@@ -82,17 +82,17 @@ def test_the_unit_of_a_unit_s_errors_cancels(raw: Decomposed, few: WindowSet, de
     other = scaled(raw, factors)
     again = measure_error_weights(other, few, dense, compression_ratio=RATIO)
     assert again == {name: pytest.approx(slope / factors[name], rel=1e-12) for name, slope in measured.items()}
-    result = raw.allocate("marginal", RATIO, weights=measured)
-    assert other.allocate("marginal", RATIO, weights=again) == result
-    assert other.allocate("marginal", RATIO).ranks != raw.allocate("marginal", RATIO).ranks
+    result = raw.allocate("lagrangian", RATIO, weights=measured)
+    assert other.allocate("lagrangian", RATIO, weights=again) == result
+    assert other.allocate("lagrangian", RATIO).ranks != raw.allocate("lagrangian", RATIO).ranks
 
 
 def test_slopes_mend_errors_in_units_of_their_own(raw: Decomposed, few: WindowSet, dense: DenseReference):
     """On the validation text itself: what is lost by trading incomparable errors is won back."""
     other = scaled(raw, {unit.name: 16.0 ** (index % 4 - 1) for index, unit in enumerate(raw.units)})
     slopes_of_it = measure_error_weights(other, few, dense, compression_ratio=RATIO)
-    plain = kl_of(other, few, dense, dict(other.allocate("marginal", RATIO).ranks))
-    weighted = kl_of(other, few, dense, dict(other.allocate("marginal", RATIO, weights=slopes_of_it).ranks))
+    plain = kl_of(other, few, dense, dict(other.allocate("lagrangian", RATIO).ranks))
+    weighted = kl_of(other, few, dense, dict(other.allocate("lagrangian", RATIO, weights=slopes_of_it).ranks))
     assert weighted < plain
 
 
@@ -111,7 +111,7 @@ def test_alternatives_are_measured_and_locks_are_not(
     assert any("+" in name for name in result)
     assert all(slope > 0 for slope in result.values())
     assert seen == [(done, len(result)) for done in range(1, len(result) + 1)]
-    allocation = decomposed.allocate("marginal", RATIO, fixed={locked: 5}, weights=result)
+    allocation = decomposed.allocate("lagrangian", RATIO, fixed={locked: 5}, weights=result)
     assert allocation.ranks[locked] == 5
     with pytest.raises(ConfigError, match="no compressible layer"):
         measure_error_weights(decomposed, few, dense, compression_ratio=RATIO, fixed={"z": 5})
@@ -156,14 +156,14 @@ def test_a_unit_that_makes_the_model_diverge_is_named(
 
 
 def test_weights_take_the_warning_away(raw: Decomposed):
-    assert "measures each in its own unit" in raw.warnings("marginal")[0]
-    assert raw.warnings("marginal", weighted=True) == ()
+    assert "measures each in its own unit" in raw.warnings("lagrangian")[0]
+    assert raw.warnings("lagrangian", weighted=True) == ()
     for rule in ("energy", "threshold", "svd_llm_v2", "block_influence", "uniform"):
         assert raw.warnings(rule) == ()
 
 
 def test_every_rule_allocates_from_what_a_decomposed_model_knows(raw: Decomposed, statistics: LayerStatistics):
-    for rule in ("uniform", "lord_manual", "energy", "threshold", "svd_llm_v2", "block_influence", "marginal"):
+    for rule in ("uniform", "lord_manual", "energy", "threshold", "svd_llm_v2", "block_influence", "lagrangian"):
         result = raw.allocate(rule, RATIO, fixed={raw.units[0].name: 3})
         assert result.ranks[raw.units[0].name] == 3
         assert result.compression_ratio == pytest.approx(RATIO, abs=0.01)

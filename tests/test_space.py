@@ -173,17 +173,17 @@ def curves_of(units: tuple[Unit, ...], seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def weighted(units: tuple[Unit, ...], ratio: float = 0.3, **changes: object) -> SearchSpace:
-    return SearchSpace(units, ratio, variables="errors", curves=curves_of(units), **changes)  # type: ignore[arg-type]
+    return SearchSpace(units, ratio, variables="error_weight", curves=curves_of(units), **changes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("units", [LLAMA, ALTERNATIVES], ids=["single", "with stacks"])
 @pytest.mark.parametrize("ratio", [0.2, 0.5])
 def test_at_weights_of_one_a_point_is_marginals_own(units: tuple[Unit, ...], ratio: float):
     space = weighted(units, ratio)
-    point = space.point_of("marginal", ratio)
+    point = space.point_of("lagrangian", ratio)
     assert set(point) == set(space.distributions())
     assert set(point.values()) == {1.0}
-    assert space.allocation(point).ranks == allocate("marginal", units, ratio, curves=space.curves).ranks
+    assert space.allocation(point).ranks == allocate("lagrangian", units, ratio, curves=space.curves).ranks
 
 
 def test_the_largest_group_has_no_variable():
@@ -201,7 +201,7 @@ def test_every_point_of_weights_spends_the_budget(units: tuple[Unit, ...], ratio
 
 def test_a_heavier_group_keeps_more():
     space = weighted(LLAMA, 0.4)
-    ones = space.point_of("marginal", 0.4)
+    ones = space.point_of("lagrangian", 0.4)
 
     def kept(point: dict[str, float]) -> int:
         ranks = space.allocation(point).ranks
@@ -212,7 +212,7 @@ def test_a_heavier_group_keeps_more():
 
 def test_the_weight_of_a_stack_lies_between_those_of_its_members():
     space = weighted(ALTERNATIVES)
-    weights = dict(space._weights({**space.point_of("marginal", 0.3), "qk": 16.0}))
+    weights = dict(space._weights({**space.point_of("lagrangian", 0.3), "qk": 16.0}))
     q, k, v = (f"layers.0.{kind}" for kind in ("q_proj", "k_proj", "v_proj"))
     assert (weights[q], weights[k], weights[v]) == pytest.approx((16, 16, 1))
     assert weights[f"{q}+{k}+{v}"] == pytest.approx(8)  # three quarters of its parameters: 16^¾
@@ -232,7 +232,7 @@ def test_blocks_are_grouped_in_their_order(count: int, expected: tuple[str, ...]
 @pytest.mark.parametrize("depth_groups", [1, 3, None])
 def test_every_group_moves_its_own_matrices_alone(variables: str, depth_groups: int | None):
     space = SearchSpace(LLAMA, 0.3, VALUES, variables=variables, depth_groups=depth_groups, curves=curves_of(LLAMA))
-    point = space.point_of("marginal" if variables == "errors" else "uniform", 0.3)
+    point = space.point_of("lagrangian" if variables == "error_weight" else "uniform", 0.3)
     covered = [space.group_of(unit) for unit in LLAMA if unit.name not in VALUES]
     assert set(covered) == set(space.groups)
     if depth_groups is None:
@@ -268,14 +268,14 @@ def test_the_ratio_is_a_variable_of_a_search_over_ratios():
     bounds = space.distributions()[RATIO]
     assert (bounds.low, bounds.high) == (0.2, 0.6)
     for ratio in (0.2, 0.4, 0.6):
-        result = space.allocation({**space.point_of("marginal", ratio), RATIO: ratio})
-        assert result.ranks == allocate("marginal", LLAMA, ratio, curves=space.curves).ranks
+        result = space.allocation({**space.point_of("lagrangian", ratio), RATIO: ratio})
+        assert result.ranks == allocate("lagrangian", LLAMA, ratio, curves=space.curves).ranks
 
 
 @pytest.mark.parametrize("variables", ["kept", "errors"])
 def test_baselines_span_the_range(variables: str):
     space = SearchSpace(LLAMA, 0.2, variables=variables, max_ratio=0.6, curves=curves_of(LLAMA))
-    own = "marginal" if variables == "errors" else "uniform"
+    own = "lagrangian" if variables == "error_weight" else "uniform"
     result = [baseline for baseline in space.baselines() if baseline.label == own]
     assert [round(baseline.compression_ratio, 6) for baseline in result] == [0.2, 0.3, 0.4, 0.5, 0.6]
     assert all(baseline.point[RATIO] == baseline.compression_ratio and baseline.ranks is None for baseline in result)
@@ -287,13 +287,13 @@ def test_baselines_span_the_range(variables: str):
 @pytest.mark.parametrize("variables", ["kept", "errors"])
 @pytest.mark.parametrize("units", [LLAMA, ALTERNATIVES], ids=["single", "with stacks"])
 def test_each_baseline_is_what_its_allocator_does(variables: str, units: tuple[Unit, ...]):
-    if variables == "kept" and units is ALTERNATIVES:
+    if variables == "keep_ratio" and units is ALTERNATIVES:
         pytest.skip("kept fractions can't choose between alternatives")
     space = SearchSpace(units, 0.3, variables=variables, curves=curves_of(units))
     result = {baseline.label: baseline for baseline in space.baselines()}
     assert tuple(result) == BASELINES
     for name, baseline in result.items():
-        rest = units if name == "marginal" else tuple(unit for unit in units if len(unit.members) == 1)
+        rest = units if name == "lagrangian" else tuple(unit for unit in units if len(unit.members) == 1)
         expected = allocate(name, rest, 0.3, curves=space.curves)
         measured = space.allocation(baseline.point) if baseline.ranks is None else allocation_from_ranks(name, units, baseline.ranks)
         assert (measured.ranks, measured.parameters) == (expected.ranks, expected.parameters)

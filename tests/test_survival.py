@@ -1,4 +1,4 @@
-"""What must survive: workers killed at any moment, a dashboard killed beside them, a disk that fills up."""
+"""What must survive: workers killed at any moment, a dashboard killed next to them, a disk that fills up."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tasks through lm-eval, from local files: scores equal those of plain torch, and what can't be run is told."""
+"""Tasks through lm-eval, from local files: scores equal those of plain torch, and what can't be run is reported."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def statistics(llama: ModelHandle, text: TokenWindows) -> LayerStatistics:
 def test_the_setting_with_the_min_kl_on_validation_text_is_taken(llama: ModelHandle, statistics: LayerStatistics, text: TokenWindows):
     ticks: list[tuple[int, int]] = []
     progress = lambda done, total: ticks.append((done, total))  # noqa: E731
-    result, points = tune(llama, statistics, STUDIO, text, allocator="marginal", compression_ratio=0.5, progress=progress)
+    result, points = tune(llama, statistics, STUDIO, text, allocator="lagrangian", compression_ratio=0.5, progress=progress)
     assert {point.gradient_damping for point in points} == set(DAMPINGS)
     assert {point.drift_beta for point in points} == set(BETAS)
     best = min(points, key=lambda point: point.kl or 0.0)
@@ -46,7 +46,7 @@ def test_the_setting_with_the_min_kl_on_validation_text_is_taken(llama: ModelHan
     assert result == replace(STUDIO, gradient_damping=best.gradient_damping, drift_beta=best.drift_beta)
     assert ticks == [(done, len(points)) for done in range(1, len(points) + 1)]
     decomposed = decompose(llama, statistics, result)
-    model = decomposed.compress(decomposed.allocate("marginal", 0.5), text.calibration)
+    model = decomposed.compress(decomposed.allocate("lagrangian", 0.5), text.calibration)
     assert evaluate(model.handle, text.validation, against=llama).kl == pytest.approx(best.kl, rel=1e-3)
 
 
@@ -77,7 +77,7 @@ def test_beta_is_a_share(beta: float):
 
 def test_the_command_tells_what_it_tried_and_keeps_it_in_the_export(llama_checkpoint: Path, text_file: Path, tmp_path: Path, capsys):
     source = ["--model", str(llama_checkpoint), "--text", f"file:{text_file}", "--context", "32", "--windows", "40"]
-    options = ["--basis", "two_sided", "--allocation", "marginal", "--compression-ratio", "0.4", "--tune", "--out", str(tmp_path / "out")]
+    options = ["--basis", "two_sided", "--allocation", "lagrangian", "--compression-ratio", "0.4", "--tune", "--out", str(tmp_path / "out")]
     assert main(["compress", *source, *options, "--json"]) == 0
     reported = capsys.readouterr()
     body = json.loads(reported.out)

@@ -1,4 +1,4 @@
-"""The file that is read for headers, hashes and sizes is the file that transformers loads; a folder with several is told.
+"""The file that is read for headers, hashes and sizes is the file that transformers loads; a folder with several is reported.
 
 Others than this environment's transformers: as in test_export_guard.py, by LOWRANK_TRANSFORMERS.
 """

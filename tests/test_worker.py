@@ -460,7 +460,7 @@ def test_a_baseline_lost_in_flight_is_measured_once_more(config: RunConfig):
     for _ in range(2):  # opening twice enqueues once
         open_study(run, config.search, bench.space)
     states = [(trial.label, trial.state) for trial in read_trials(run)]
-    waiting = [("marginal", "waiting"), ("lord_manual", "waiting")]
+    waiting = [("lagrangian", "waiting"), ("lord_manual", "waiting")]
     assert states == [("uniform", "complete"), ("lord_manual", "failed"), *waiting]
 
 
@@ -566,7 +566,7 @@ def test_a_hand_picked_allocation_over_the_budget_is_measured_and_never_the_best
 def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basis: str, error_weights: bool, estimate: str):
     """A page that reads the file chooses as the worker did, and a run of an older version gets one when it is asked for."""
     compression = CompressionConfig(basis=basis, storage="pivoted", value_dense=False, stacks=True, heads=True)
-    run, trials = _searched(_search(config, trials=3, variables="errors", error_weights=error_weights, compression=compression))
+    run, trials = _searched(_search(config, trials=3, variables="error_weight", error_weights=error_weights, compression=compression))
     path = run.path / CURVES_FILE
     record, facts, search = load_curves(path), model_facts(run), run.config.search
     assert record is not None
@@ -574,9 +574,9 @@ def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basi
     assert search is not None
     assert (record.basis, record.estimate, len(record.influence)) == (basis, estimate, facts.blocks)
     recipe = Recipe(plan_units(facts.matrices, compression, facts.head_units), search, record)
-    mine = {rank for rank in recipe.ruled("marginal", 0.3).ranks.items() if rank[1] is not None}
-    marginal = next(trial for trial in trials if trial.label == "marginal")
-    assert mine == {rank for rank in marginal.ranks.items() if rank[1] is not None}
+    mine = {rank for rank in recipe.ruled("lagrangian", 0.3).ranks.items() if rank[1] is not None}
+    lagrangian = next(trial for trial in trials if trial.label == "lagrangian")
+    assert mine == {rank for rank in lagrangian.ranks.items() if rank[1] is not None}
     path.unlink()
     request = client.submit(run, "curves", launch=False)
     run_worker(run, verbose=False)
@@ -620,7 +620,7 @@ def test_the_best_trials_are_measured_on_test_text_once(config: RunConfig):
 
 
 def test_a_search_over_ratios_has_a_front(config: RunConfig):
-    run, trials = _searched(_search(config, trials=14, max_ratio=0.6, variables="errors", startup_trials=3, confirmed=2))
+    run, trials = _searched(_search(config, trials=14, max_ratio=0.6, variables="error_weight", startup_trials=3, confirmed=2))
     front = pareto_front(trials)
     assert len(front) >= 3
     ratios, values = [t.compression_ratio for t in front], [t.value for t in front]

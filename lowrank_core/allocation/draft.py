@@ -1,4 +1,4 @@
-"""Ranks in the making: what a user changes by hand, step by step, and can take back. Pure functions of frozen values.
+"""Ranks in the making: what a user changes manually, step by step, and can take back. Pure functions of frozen values.
 
 Notation::
 
@@ -69,7 +69,7 @@ class Draft:
 
     @cached_property
     def _rest(self) -> tuple[Unit, ...]:
-        """Matrices that stay dense because none of their units fits beside the rows."""
+        """Matrices that stay dense because none of their units fits next to the rows."""
         covered = {member.name for unit in self.rows for member in unit.members}
         members = {member.name: member for unit in self.units for member in unit.members}
         return tuple(Unit((member,)) for name, member in members.items() if name not in covered)

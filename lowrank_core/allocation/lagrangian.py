@@ -36,8 +36,8 @@ _BISECTION_STEPS = 80  # of the logarithm of λ, over 60 decades: to the last bi
 class Lagrangian:
     """Minimise Σ w_i e_i(r_i) subject to Σ cost_i(r_i) <= budget. METHODS §5; equal slopes as in reverse water-filling."""
 
-    name: str = "marginal"
-    label: str = "Marginal (equal slopes)"
+    name: str = "lagrangian"
+    label: str = "Lagrangian (equal slopes)"
     reference: str = "Lagrangian allocation; Everett 1963, Shoham & Gersho 1988"
     needs_curves: bool = True
     needs_influence: bool = False

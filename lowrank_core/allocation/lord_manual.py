@@ -19,7 +19,7 @@ class LordManual(ByMultipliers):
     """q and k keep 0.7 for each 0.8 that the other types keep (scaled together to the budget)."""
 
     name: str = "lord_manual"
-    label: str = "LoRD, fixed by hand"
+    label: str = "LoRD, fixed ratios"
     reference: str = "baseline of Bolaco, arXiv 2405.10616, with the ratios of its published code"
 
     def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:

@@ -94,7 +94,7 @@ class AllocationProblem:
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
             raise ConfigError(
-                f"{twice[0]} stands alone and in a stack; this allocation can't choose. Allocate by `marginal`, or offer no alternatives."
+                f"{twice[0]} stands alone and in a stack; this allocation can't choose. Allocate by `lagrangian`, or offer no alternatives."
             )
         return self.free
 

@@ -21,7 +21,7 @@ def value_layers(shapes: Sequence[MatrixShape]) -> tuple[str, ...]:
 def plan_units(shapes: Sequence[MatrixShape], config: CompressionConfig, heads: Sequence[HeadUnit] = ()) -> tuple[Unit, ...]:
     """Return the units that ``config`` asks for, in the order of the model.
 
-    With ``config.stacks``, stacks of shared inputs stand beside the single matrices as alternatives, and with ``config.heads`` the
+    With ``config.stacks``, stacks of shared inputs stand next to the single matrices as alternatives, and with ``config.heads`` the
     per-head units ``heads`` of the model: an allocator that knows the errors takes the cheapest. Value projections that stay dense
     are in neither.
 

@@ -54,7 +54,7 @@ def export_config_of(arguments: argparse.Namespace, *, dtype: str = "auto") -> E
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    config = export_config_of(arguments, dtype=arguments.dtype)  # a bad choice is told before torch is loaded
+    config = export_config_of(arguments, dtype=arguments.dtype)  # a bad choice is reported before torch is loaded
     if arguments.source is not None:
         return _rewritten(arguments, config)
     from lowrank_core.commands.search import export_from

@@ -10,7 +10,7 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("generate", "Continue a prompt, with the dense model beside it.")
+    parser = command("generate", "Continue a prompt, with the dense model next to it.")
     model_options(parser)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, continuing the same prompt")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")

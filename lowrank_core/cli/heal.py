@@ -23,7 +23,7 @@ _NUMBERS = {
 _FRACTIONS = {
     "learning_rate": "largest (default: measured from how sensitive the model is)",
     "temperature": f"of the distributions that are compared (default: {_USUAL.temperature:g})",
-    "cross_entropy": f"weight of the loss on the text itself beside the divergence (default: {_USUAL.cross_entropy:g})",
+    "cross_entropy": f"weight of the loss on the text itself next to the divergence (default: {_USUAL.cross_entropy:g})",
 }
 
 
@@ -53,7 +53,7 @@ def add(command: Command) -> None:
 def run(arguments: argparse.Namespace) -> Result:
     names = ("method", "criterion", *_NUMBERS, *_FRACTIONS, "seed")
     config = HealingConfig(**{name: getattr(arguments, name) for name in names})
-    written = export_config_of(arguments)  # a bad choice is told before torch is loaded
+    written = export_config_of(arguments)  # a bad choice is reported before torch is loaded
     from lowrank_core.commands.heal import HealRequest, heal_folder
 
     request = HealRequest(config, arguments.out, arguments.against, written, arguments.line)

@@ -118,7 +118,7 @@ def compression_options(parser: argparse.ArgumentParser, default: str) -> None:
         help="compress the value projections too; the paper keeps them dense",
     )
     error_weights = (
-        "weigh errors by what they cost the model, measured unit by unit (for marginal, where a basis' errors are not comparable)"
+        "weigh errors by what they cost the model, measured unit by unit (for lagrangian, where a basis' errors are not comparable)"
     )
     parser.add_argument("--slopes", action="store_true", default=None, help=error_weights)
     for name, meaning in _NUMBERS.items():

@@ -47,7 +47,7 @@ def add(command: Command) -> None:
     _search_options(search)
     search.set_defaults(run=run_search)
     _add_worker(command("worker", "Do what is left to do in a run: start, resume, answer the dashboard; or help with its trials."))
-    _add_enqueue(command("enqueue", "Put a hand-picked allocation in line: the run's worker measures it next."))
+    _add_enqueue(command("enqueue", "Queue a manual allocation: the run's worker measures it next."))
 
 
 def _search_options(parser: argparse.ArgumentParser) -> None:
@@ -64,7 +64,7 @@ def _search_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="KL on the dense model's K likeliest tokens and the rest (default: 0, all)")
     parser.add_argument("--autocast", action="store_true", default=None, help="run trials in bfloat16")
     parser.add_argument("--confirmed", type=int, metavar="N", help=f"best trials measured on test text (default: {_SEARCH.confirmed})")
-    parser.add_argument("--ranks", type=Path, metavar="FILE", help="a hand-picked allocation, measured first")
+    parser.add_argument("--ranks", type=Path, metavar="FILE", help="a manual allocation, measured first")
     parser.add_argument("--complete", metavar="A", help="complete a partial --ranks within the budget by an allocation")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: %(default)s)")
     parser.add_argument("--storage-url", metavar="URL", help="keep the study in a database, where workers of other machines join it")

@@ -17,7 +17,7 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense beside compressed.")
+    parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense next to compressed.")
     model_options(parser)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are measured in turns")
     parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="prompts at once (default: %(default)s)")

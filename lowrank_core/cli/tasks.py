@@ -19,7 +19,7 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("tasks", "Run zero-shot and few-shot tasks through lm-eval, dense beside compressed.")
+    parser = command("tasks", "Run zero-shot and few-shot tasks through lm-eval, dense next to compressed.")
     model_options(parser)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, asked the same")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="tasks, groups or patterns (arc_easy, 'mmlu_*')")
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> Result:
 
     a = arguments
     config = TasksConfig(tuple(a.tasks), a.include_path, a.limit, a.batch_size, a.few_shot)
-    harness = Harness(config)  # unknown tasks are told before a model is loaded
+    harness = Harness(config)  # unknown tasks are reported before a model is loaded
     source = source_of(a)
     against = None if a.against is None else load_model(replace(source, reference=a.against))
     report = run_tasks(load_model(source), config, against=against, harness=harness)

@@ -33,7 +33,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     """Calibrate, factorise, allocate, compress and write."""
     began = time.perf_counter()
     check_free(request.out)
-    metric_named(request.compression.basis)  # bad names, like a bad file, are told before anything is loaded
+    metric_named(request.compression.basis)  # bad names, like a bad file, are reported before anything is loaded
     allocator_named(request.allocation)
     fixed = read_allocation(request.ranks).fixed if request.ranks is not None and request.complete is not None else {}
     if request.complete is not None:
@@ -42,7 +42,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         read_ranks(request.ranks)
     handle = load_model(source)
     units = units_of(handle, request.compression)
-    allocation = _manual(request, units)  # bad ranks are told before minutes of calibration
+    allocation = _manual(request, units)  # bad ranks are reported before minutes of calibration
     if request.compression_ratio is not None:
         check_reachable(units, request.compression_ratio, request.compression)
     narrow = coverage_warnings(handle, request.compression_ratio)

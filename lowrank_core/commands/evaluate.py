@@ -20,12 +20,12 @@ __all__ = ["EvaluationRequest", "continue_with", "evaluate_on", "evaluate_on_tex
 
 Result = dict[str, object]
 _COLUMN = 58
-"""Characters of a continuation's lines, two beside each other."""
+"""Characters of a continuation's lines, two next to each other."""
 
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to measure, and beside what.
+    """What to measure, and next to what.
 
     Attributes:
         split: validation, test or all; calibration, too.
@@ -79,7 +79,7 @@ def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], request:
 
 
 def continue_with(source: ModelSource, prompt: str, sampling: Sampling, against: str | None = None) -> Result:
-    """Continue a prompt with a model, beside the model ``against`` if given.
+    """Continue a prompt with a model, next to the model ``against`` if given.
 
     Raises:
         ConfigError: the prompt is empty, or does not fit a model's context.
@@ -183,7 +183,7 @@ def _interval(ends: tuple[float, float] | None, *, paired: bool = False) -> str:
 
 
 def _columns(prompt: str, result: Sequence[Continuation]) -> str:
-    """Return the continuations beside each other under the models' names; a single one keeps its lines."""
+    """Return the continuations next to each other under the models' names; a single one keeps its lines."""
     if len(result) == 1:
         return f"{result[0].model}\n\n{prompt}{result[0].text}"
     columns = [[*_wrapped(each.model), "-" * min(_COLUMN, len(each.model)), *_wrapped(each.text)] for each in result]

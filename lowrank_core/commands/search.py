@@ -1,4 +1,4 @@
-"""What the commands of ``lowrank`` around a search do: start it, work on it, put an allocation in line, export a trial."""
+"""What the commands of ``lowrank`` around a search do: start it, work on it, queue an allocation, export a trial."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class SearchPlace:
         folder: new folder for the run.
         storage_url: of a database that other machines reach; None keeps the study in the folder.
         workers: processes on this machine.
-        ranks: file of a hand-picked allocation that is measured first.
+        ranks: file of a manual allocation that is measured first.
         complete: allocator that completes it.
     """
 

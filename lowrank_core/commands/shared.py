@@ -33,7 +33,7 @@ def fitting_context(source: ModelSource) -> int:
 
 
 def coverage_warnings(handle: ModelHandle, compression_ratio: float | None = None) -> tuple[str, ...]:
-    """Tell, before work is spent, that most of a model can't be compressed; return what was told."""
+    """Tell, before work is spent, that most of a model can't be compressed; return what was reported."""
     warning = handle.coverage.warning(compression_ratio)
     if warning is not None:
         print(f"warning: {warning}", file=sys.stderr)
@@ -41,7 +41,7 @@ def coverage_warnings(handle: ModelHandle, compression_ratio: float | None = Non
 
 
 def calibrated(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, basis: str | None = None) -> LayerStatistics:
-    """Return the statistics of ``windows``, with what ``basis`` needs; what a user should know of them is told."""
+    """Return the statistics of ``windows``, with what ``basis`` needs; what a user should know of them is reported."""
     statistics, _ = cached_statistics(handle, windows, config, statistics_home(), progress=progress_line("Calibrating"))
     if basis is not None:
         gradients = nullcontext(progress_line("Measuring gradients"))

@@ -21,7 +21,7 @@ class ExportConfig:
 
     Attributes:
         form: ``compressed``, the factors; ``dense``, their products in the plain architecture: for any runtime, and not smaller.
-        with_code: write our code beside the weights, so that the folder loads with ``trust_remote_code`` without this package.
+        with_code: write our code next to the weights, so that the folder loads with ``trust_remote_code`` without this package.
         dtype: ``auto`` (that of the checkpoint that the model was made from), ``float32``, ``bfloat16`` or ``float16``.
         max_shard_size: of one weight file, such as ``2GB`` (units KB to TB, of 1000); a larger matrix has a file of its own.
         quantization: of the factors: ``none``, or ``int8``, whole numbers with one scale for each row.

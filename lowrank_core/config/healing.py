@@ -33,7 +33,7 @@ class HealingConfig:
         learning_rate: largest, after the warm-up; None measures one (``rates``).
         warmup: fraction of the steps in which the rate rises; from there it falls as a cosine to 0.
         temperature: τ of the distributions that are compared: τ² KL(dense^(1/τ) ‖ compressed^(1/τ)).
-        cross_entropy: α, weight of the loss on the text itself beside the divergence. A little of it steers what the factors can't
+        cross_entropy: α, weight of the loss on the text itself next to the divergence. A little of it steers what the factors can't
             hold towards what the text needs; with much of it they learn the text, and leave the dense model.
         criterion: what validation chooses by, one of ``CRITERIA``: what is kept is never worse in it than the start was.
         validate_every: steps between two validations, which are also checkpoints.

@@ -32,7 +32,7 @@ class SearchConfig:
         space: what has a variable: ``5x1``, each module type (q and k together), shared by depth; ``5x4``, the same in four groups of
             blocks; ``types x N``, in N groups; ``per-layer``, every unit.
         variables: what a variable multiplies: ``kept``, the fraction of parameters that is kept (the paper's); ``errors``, the weight
-            of the errors that the allocator marginal trades: at 1 everywhere the point is marginal's own.
+            of the errors that the allocator lagrangian trades: at 1 everywhere the point is lagrangian's own.
         slopes: weigh the error of every unit by what it costs the model, ΔKL/Δe, measured unit by unit on validation text before the
             first trial: for a basis whose errors are not comparable.
         sampler: ``gp`` (the paper's Gaussian process), ``tpe``, ``cmaes``, ``qmc`` or ``random``.
@@ -52,7 +52,7 @@ class SearchConfig:
     compression_ratio: float = 0.2
     max_ratio: float | None = None
     space: str = "5x1"
-    variables: str = "kept"
+    variables: str = "keep_ratio"
     error_weights: bool = False
     sampler: str = "gp"
     objective: str = "kl"
@@ -81,7 +81,7 @@ class SearchConfig:
             raise ConfigError(
                 "a search as published has kept fractions for variables; choose variables `kept`, or let points be projected."
             )
-        if self.variables == "kept" and (self.compression.stacks or self.compression.heads):
+        if self.variables == "keep_ratio" and (self.compression.stacks or self.compression.heads):
             raise ConfigError("kept fractions can't choose between single matrices and stacks or heads; choose variables `errors`.")
         if self.objective == "bolaco" and self.top_k:
             raise ConfigError("the objective bolaco needs every token's probability; leave top-k at 0, or choose the objective kl.")

@@ -63,7 +63,7 @@ def _names_split(path: Path, split: str) -> bool:
 
 
 def files_of_split(dataset: HubDataset, folder: Path, split: str) -> list[Path]:
-    """Return the files of the data set's ``split``, told by their names or those of their folders, in ``folder`` or its configuration's.
+    """Return the files of the data set's ``split``, known by their names or those of their folders, in ``folder`` or its configuration's.
 
     Raises:
         TextError: there is none.

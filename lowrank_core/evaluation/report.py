@@ -86,7 +86,7 @@ class EvaluationReport:
     warnings: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, object]:
-        """Return the report ready for JSON, without the figures beside a dense model if there was none; no interval is null."""
+        """Return the report ready for JSON, without the figures next to a dense model if there was none; no interval is null."""
         left_out = {f.name for f in fields(self) if f.default is None}
         if self.dense_perplexity is not None:
             left_out -= {name for name in left_out if name.endswith("_interval")}
@@ -99,7 +99,7 @@ class EvaluationReport:
 def evaluate(
     handle: ModelHandle, windows: WindowSet, *, against: ModelHandle | None = None, batch_size: int = 8, progress: Progress | None = None
 ) -> EvaluationReport:
-    """Measure ``handle`` on ``windows``, beside the dense model ``against`` if given; ``score_tokens`` says what memory that takes.
+    """Measure ``handle`` on ``windows``, next to the dense model ``against`` if given; ``score_tokens`` says what memory that takes.
 
     Raises:
         NumericalError: a window's loss is not finite.

@@ -23,7 +23,7 @@ _PASS_BYTES = 2**30
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Means over the scored tokens of each window (windows,), divergences in nats; all but the NLL only beside a dense model."""
+    """Means over the scored tokens of each window (windows,), divergences in nats; all but the NLL only next to a dense model."""
 
     nll: Tensor
     kl: Tensor | None = None
@@ -94,7 +94,7 @@ def score_tokens(
 
     Memory: two models' logits of one pass (at most 1 GiB each, or those of a single window), some ten float32 copies of a chunk of
     64 MiB, and 48 bytes for each token, at any batch size. Measured at 128k tokens of vocabulary, 2048 of context, 8 windows in a batch
-    and float32: 2.3 GiB beside a dense model, 1.1 GiB alone; one copy of the batch's logits would be 7.8 GiB.
+    and float32: 2.3 GiB next to a dense model, 1.1 GiB alone; one copy of the batch's logits would be 7.8 GiB.
 
     Raises:
         NumericalError: a token's loss or divergence is NaN or Inf; its window is never skipped.

@@ -27,7 +27,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Scores of every predicted token (windows, T - 1), float64; all but the NLL only beside a dense model.
+    """Scores of every predicted token (windows, T - 1), float64; all but the NLL only next to a dense model.
 
     Attributes:
         nll: -log q(token), in nats.
@@ -61,7 +61,7 @@ def joined(parts: Iterable[TokenScores], dim: int = 0) -> TokenScores:
 
 @torch.no_grad()
 def compare_logits(logits: Tensor, ids: Tensor, dense: Tensor | None) -> TokenScores:
-    """Score ``logits`` (B, T - 1, vocabulary) of any dtype, beside those of the dense model if given.
+    """Score ``logits`` (B, T - 1, vocabulary) of any dtype, next to those of the dense model if given.
 
     It works on chunks of positions: beyond the logits given, it takes some ten float32 copies of a chunk, each of at most 64 MiB (or of
     one position of the B windows, if that is more).

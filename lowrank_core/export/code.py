@@ -1,4 +1,4 @@
-"""Our own code beside the weights: a folder that loads with ``trust_remote_code=True`` where this package is not installed.
+"""Our own code next to the weights: a folder that loads with ``trust_remote_code=True`` where this package is not installed.
 
 transformers copies the file that ``auto_map`` names, and what it imports relatively, from one flat folder. So the module that
 reads the format and all of ours that it needs are copied under flat names, with their imports of each other rewritten.

@@ -81,12 +81,12 @@ class ExportManifest:
 
     Attributes:
         made_from: the dense model, as the user called it.
-        form: ``compressed`` or ``dense``; stored_dtype: of its floats; with_code: whether our code lies beside the weights.
+        form: ``compressed`` or ``dense``; stored_dtype: of its floats; with_code: whether our code lies next to the weights.
         files: name -> weight file.
         written_parameters: in the files, indices included: as many as were counted in the factors, unless the form is dense.
         guards: empty tensors (no numbers, no bytes of data) that make transformers refuse the folder where our package is absent; 0 in a
             dense form, and in a folder of an earlier version. Their lines in the headers are part of the files' bytes.
-        details: how it was made, and the counts of ``CompressionReport`` with its two ratios; beside the rest in the file.
+        details: how it was made, and the counts of ``CompressionReport`` with its two ratios; next to the rest in the file.
         measured: on the model as written, or None.
         figures: others that were known when it was written (``metrics_of``).
         versions: of what wrote it.

@@ -70,7 +70,7 @@ def held_out(handle: ModelHandle, config: TextConfig) -> HeldOut:
 
 
 def metrics_of(report: Mapping[str, object], *, healed: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Return what a model card shows of a compressed model beside its dense one, and of the healed model on the same windows.
+    """Return what a model card shows of a compressed model next to its dense one, and of the healed model on the same windows.
 
     Args:
         report, healed: ``EvaluationReport.to_mapping()`` of the one-shot compressed, and of the healed model.

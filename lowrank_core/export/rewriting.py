@@ -86,7 +86,7 @@ def _with_code(config: Mapping[str, object]) -> bool:
 
 
 def _copy_rest(folder: Path, target: Path, files: WeightFiles) -> None:
-    """Copy everything but what is written anew; weight files that nothing loads, and our own old code, stay behind."""
+    """Copy everything but what is written again; weight files that nothing loads, and our own old code, stay behind."""
     left = {*files.loaded, files.index, *files.ignored, "README.md", MANIFEST}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in left and not is_ours(path):
@@ -155,7 +155,7 @@ _WRITTEN_ANEW = ("form", "stored_dtype", "with_code", "files", "written_paramete
 
 
 def _write_card(folder: Path, target: Path, manifest: ExportManifest | None) -> None:
-    """Write the card anew; where the counts for it are not there, the old one with today's words on loading."""
+    """Write the card again; where the counts for it are not there, the old one with today's words on loading."""
     card = folder / "README.md"
     old = card.read_text(encoding="utf-8") if card.is_file() else ""
     try:

@@ -1,7 +1,7 @@
 """Low-rank adapters on the factors themselves, through peft: what they learn is merged into the factors, whose size stays.
 
-Each of B and A of W ~ B A gets an update of its own, as SVD-LLM does it (arXiv 2403.07378, §3.3): an adapter beside W as a whole
-would have to stay beside it, since W plus the adapter has a larger rank.
+Each of B and A of W ~ B A gets an update of its own, as SVD-LLM does it (arXiv 2403.07378, §3.3): an adapter next to W as a whole
+would have to stay next to it, since W plus the adapter has a larger rank.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ class _Course:
 
 def _student(healer: Healer, compressed: ModelHandle, config: HealingConfig) -> Student:
     """Return a copy of the model to be trained, in float32: the steps of a training are smaller than what bfloat16 tells apart."""
-    compressed_layers(compressed.module)  # what can't be healed is told before it is copied
+    compressed_layers(compressed.module)  # what can't be healed is reported before it is copied
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         module = copy.deepcopy(compressed.module)

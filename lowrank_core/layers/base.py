@@ -81,7 +81,7 @@ class CompressedModule(nn.Module):
     @property
     @abstractmethod
     def weight(self) -> Tensor:
-        """The (out_features, in_features) matrix that the module stands for; made anew each time, so changing it changes nothing.
+        """The (out_features, in_features) matrix that the module stands for; made again each time, so changing it changes nothing.
 
         transformers reads (and, before weights are loaded, initialises) ``weight`` of layers that it knows by name.
         """

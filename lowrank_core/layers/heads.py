@@ -74,7 +74,7 @@ class ValueHeads(PivotIndex):
 
     @property
     def bias(self) -> Tensor | None:
-        """The (out_features,) bias that the module stands for, made anew each time; ``biases`` (groups, r) are stored."""
+        """The (out_features,) bias that the module stands for, made again each time; ``biases`` (groups, r) are stored."""
         return None if self.biases is None else functional.pad(self.biases, (0, self.head_dim - self.rank)).flatten()
 
     def _matrix(self, order: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class Int8Matrix(nn.Module):
 
     @property
     def dense(self) -> Tensor:
-        """The (..., rows, columns) matrix that this stands for; made anew each time."""
+        """The (..., rows, columns) matrix that this stands for; made again each time."""
         return self.values.to(self.scales.dtype) * self.scales[..., None]
 
     def extra_repr(self) -> str:

@@ -43,7 +43,7 @@ def check_folder(folder: Path) -> int:
 
 
 def check_weights(files: Sequence[Path]) -> None:
-    """Check weight files before they are read: safetensors alone, and as the manifest beside them lists them.
+    """Check weight files before they are read: safetensors alone, and as the manifest next to them lists them.
 
     Raises:
         ModelError: as ``check_folder``; or a file is in another format, or not listed.

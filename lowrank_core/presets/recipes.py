@@ -36,7 +36,7 @@ def _plain(basis: str, storage: str = "factored") -> CompressionConfig:
 _STUDIO = CompressionConfig(basis="drift_aware:two_sided", storage="pivoted", value_dense=False, stacks=True, heads=True)
 
 _PRESETS = (
-    Preset("studio", "Studio (ours)", "this project", _STUDIO, allocation="marginal", search={"variables": "errors"}),
+    Preset("studio", "Studio (ours)", "this project", _STUDIO, allocation="lagrangian", search={"variables": "error_weight"}),
     Preset(
         "bolaco",
         "Bolaco, as published, fixed ratios",
@@ -59,7 +59,7 @@ _PRESETS = (
 )
 
 
-def _variant(name: str, words: str, allocation: str = "marginal", **changes: object) -> Preset:
+def _variant(name: str, words: str, allocation: str = "lagrangian", **changes: object) -> Preset:
     return Preset(f"studio {name}", f"Studio, {words}", "this project", replace(_STUDIO, **changes), allocation)  # type: ignore[arg-type]
 
 

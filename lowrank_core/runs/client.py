@@ -33,7 +33,7 @@ __all__ = [
 TEMPERATURE = 0.5
 """Of a prompt's continuation, unless a request says another."""
 BACKGROUND = ("sensitivity",)
-"""Kinds of requests that wait for everything else, trials included, and make way for it at each step."""
+"""Kinds of requests that wait for everything else, trials included, and yield for it at each step."""
 WARM_SECONDS = 300
 """How long a worker without work keeps its model, to answer the next request at once."""
 
@@ -112,7 +112,7 @@ def submit(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> 
     ``export`` (trial, or under ``healed`` the folder of a healed model, and fields of ``ExportConfig``),
     ``verify`` (path: an export's name), ``heal`` (trial, and fields of ``HealingConfig`` under ``healing``),
     ``directions`` (fields of ``DirectionsConfig``), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a
-    partial choice): the allocation is put in line, and becomes a trial of the study; ``sensitivity`` (fields of
+    partial choice): the allocation is queued, and becomes a trial of the study; ``sensitivity`` (fields of
     ``SensitivityConfig``), in the background; ``curves`` (nothing): the error curves are written.
 
     Raises:

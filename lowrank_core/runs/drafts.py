@@ -1,4 +1,4 @@
-"""Drafts of hand-picked ranks on disk: a small file for every author, so that a reload finds them and nobody writes over another's.
+"""Drafts of manual ranks on disk: a small file for every author, so that a reload finds them and nobody writes over another's.
 
 A file is named by a token that the address of the page carries. Who opens the address sees the draft; who then changes it writes a file
 of their own, under a new token.

@@ -66,7 +66,7 @@ def check_deletable(run: Run) -> None:
     """
     run.refuse_if_recorded()
     if run.path.is_symlink() or run.path.resolve().parent != (home() / "runs").resolve():
-        raise RunError(f"{run.path} is not in {home() / 'runs'}: only runs there are deleted from here. Remove the folder by hand.")
+        raise RunError(f"{run.path} is not in {home() / 'runs'}: only runs there are deleted from here. Remove the folder manually.")
     if not (run.path / "run.json").is_file():
         raise RunError(f"{run.path} is no run: it has no run.json.")
     if run.worker_alive() or run.further_workers():
@@ -85,4 +85,4 @@ def delete_run(run: Run) -> None:
         run.path.rename(doomed)  # gone at once for whoever lists runs, however long the rest takes
         shutil.rmtree(doomed)
     except OSError as error:
-        raise RunError(f"{run.path} could not be deleted wholly: {error.strerror}. Remove what is left of it by hand.") from error
+        raise RunError(f"{run.path} could not be deleted entirely: {error.strerror}. Remove what is left of it manually.") from error

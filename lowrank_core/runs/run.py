@@ -144,7 +144,7 @@ class Run:
         return self.path / "workers"
 
     def further_workers(self) -> dict[str, RunStatus]:
-        """Return id -> last word of the workers beside the one that holds this run, on this machine, that are alive."""
+        """Return id -> last word of the workers next to the one that holds this run, on this machine, that are alive."""
         result = {}
         for path in sorted(self.workers_folder.glob("[0-9]*.json")):
             try:

@@ -24,7 +24,7 @@ class RunStatus:
         state: ``new``, ``queued``, ``running``, ``stopping``, ``stopped``, ``idle`` (done, still warm), ``finished``, ``failed``
             or ``interrupted`` (its process died).
         stage: what it does now, in words.
-        done, total: progress within the stage; total 0 where it can't be told.
+        done, total: progress within the stage; total 0 where it can't be reported.
         eta_seconds: estimate for the rest of the stage; None where there is none.
         message: an error or a hint for the user.
         warnings: what the user should know of the results.

@@ -3,7 +3,7 @@
 Every trial is drawn by a sampler of its own, seeded by the search's seed and the trial's place, which no kill shifts: what a search
 proposes depends on the seed and on the finished trials alone, so one that was stopped or killed, and resumed, proposes what it would
 have proposed anyway.
-Allocations that are no points of the space (hand-picked ones, some baselines) are hidden from it.
+Allocations that are no points of the space (manual ones, some baselines) are hidden from it.
 """
 
 from __future__ import annotations

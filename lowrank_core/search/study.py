@@ -80,7 +80,7 @@ class TrialBench:
 
 
 def open_study(run: Run, config: SearchConfig, space: SearchSpace) -> optuna.Study:
-    """Return the run's study with its baselines enqueued, and what a dead worker left in flight in line again.
+    """Return the run's study with its baselines enqueued, and what a dead worker left in flight queued again.
 
     Raises:
         ConfigError: the database that holds it can't be reached.
@@ -133,7 +133,7 @@ def _enqueue_baselines(study: optuna.Study, space: SearchSpace) -> None:
 
 
 def enqueue_allocation(study: optuna.Study, ranks: Ranks, *, label: str = MANUAL, **attributes: str) -> None:
-    """Put an allocation in line: the next free worker measures it, whatever the sampler proposes."""
+    """Queue an allocation: the next free worker measures it, whatever the sampler proposes."""
     given = {"label": label, GIVEN: True, "ranks": json.dumps(dict(ranks)), **attributes}
     study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=given))
 
@@ -144,7 +144,7 @@ def _was_lost(trial: FrozenTrial) -> bool:
 
 
 def requeue_lost(run: Run, study: optuna.Study) -> None:
-    """Fail the trials whose worker is dead, and put them in line again, three times at most.
+    """Fail the trials whose worker is dead, and queue them again, three times at most.
 
     A study in a database tells by heartbeats who is (``studies.storage``), one in a journal by the processes of this machine.
     """
@@ -200,17 +200,17 @@ def _counted(study: optuna.Study, states: Sequence[TrialState]) -> int:
 
 
 def completed_trials(study: optuna.Study) -> int:
-    """Return how many trials are complete or were stopped early; hand-picked ones come on top."""
+    """Return how many trials are complete or were stopped early; manual ones come on top."""
     return _counted(study, _FINISHED)
 
 
 def running_trials(study: optuna.Study) -> int:
-    """Return how many are measured now, by whatever worker; hand-picked ones left out."""
+    """Return how many are measured now, by whatever worker; manual ones left out."""
     return _counted(study, (TrialState.RUNNING,))
 
 
 def waiting_trials(study: optuna.Study) -> int:
-    """Return how many trials wait to be measured whatever the number of trials: hand-picked ones, and those that lost their worker."""
+    """Return how many trials wait to be measured whatever the number of trials: manual ones, and those that lost their worker."""
 
     def owed(trial: FrozenTrial) -> bool:
         return trial.user_attrs.get("label") == MANUAL or RETRY_OF in trial.user_attrs or "retry_history" in trial.system_attrs
@@ -284,7 +284,7 @@ class _Measurement:
         return space.allocation(trial.params, self._label)
 
     def _constraints(self, allocation: RankAllocation) -> dict[str, float]:
-        """Return by how much each bound is missed; a hand-picked allocation over the budget is measured, and never the best."""
+        """Return by how much each bound is missed; a manual allocation over the budget is measured, and never the best."""
         result = self._bench.space.constraints(allocation)
         if self._label == MANUAL and not result and self._config.max_ratio is None:
             budget = budget_for_ratio(self._bench.space.units, self._config.compression_ratio)

@@ -1,4 +1,4 @@
-"""The top directions of a module as they are told: written by the worker, read by pages. Torch-free."""
+"""The top directions of a module as they are reported: written by the worker, read by pages. Torch-free."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def compare_speed(
 
     Args:
         sources: where fresh processes can load the dense and the compressed model, to measure their memory; None leaves that out.
-        progress: is told after each generation how many are done, and of how many.
+        progress: is reported after each generation how many are done, and of how many.
 
     Raises:
         ConfigError, ModelError: as ``measure_speed``.

@@ -93,7 +93,7 @@ class PooledAccumulator:
         windows: int | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """``robust`` is none, trimmed (which must be told how many ``windows`` will come) or downweighted.
+        """``robust`` is none, trimmed (which must be reported how many ``windows`` will come) or downweighted.
 
         Raises:
             ConfigError: too few windows to trim.

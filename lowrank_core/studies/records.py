@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 MANUAL = "manual"
-"""Label of a hand-picked allocation."""
+"""Label of a manual allocation."""
 PRESET, HEALED = "preset:", "healed:"
 """What a request puts before the name of a preset, or of a healed model's folder, in place of a trial."""
 
@@ -48,7 +48,7 @@ class TrialRecord:
         number: from 0, in the order of asking.
         state: ``complete``, ``infeasible`` (measured, and outside the budget of a published search), ``running``, ``failed``,
             ``pruned`` (stopped early: its windows were worse than the best trial's) or ``waiting``.
-        label: ``uniform``, ``lord_manual``… for an enqueued baseline, ``manual`` for a hand-picked allocation, else ``sampled``.
+        label: ``uniform``, ``lord_manual``… for an enqueued baseline, ``manual`` for a manual allocation, else ``sampled``.
         value: the objective on search-validation text; None unless complete or infeasible.
         params: variable of the space -> its value; empty where the ranks were given.
         ranks: unit -> rank, or None for dense; empty until the trial began.
@@ -106,11 +106,11 @@ class TrialCounts:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What to say beside the number of complete trials; nothing of what there is none of."""
+        """What to say next to the number of complete trials; nothing of what there is none of."""
         counted = (
             (self.pruned, "stopped early"),
             (self.outside, "outside the budget, measured and never the best"),
-            (self.manual, "picked by hand, on top"),
+            (self.manual, "manual, on top"),
             (self.failed, "failed, not counted"),
         )
         return tuple(f"{count} {words}" for count, words in counted if count)

@@ -4,7 +4,7 @@
 budget is spent exactly, and every trial is feasible. As published, they are the kept fractions themselves, and a point is feasible if
 what it keeps lies between the budget and a tenth of the parameters less. Bounds as in the paper's published code.
 
-``errors``: a point is a vector of weights w in [1/SPREAD, SPREAD] on the errors of the bases, and the allocator ``marginal`` minimises
+``errors``: a point is a vector of weights w in [1/SPREAD, SPREAD] on the errors of the bases, and the allocator ``lagrangian`` minimises
 Σ w_i e_i(r_i) within the budget: at w = 1 the point is its own allocation, and a search starts there. Only ratios matter, so the group
 with the most parameters has weight 1 and no variable. A stack has the mean weight of its members (geometric, by parameters).
 
@@ -49,7 +49,7 @@ PUBLISHED_MARGIN = 0.1
 RATIO = "compression_ratio"
 """Variable of a search over a range of ratios."""
 
-BASELINES = ("uniform", "lord_manual", "marginal")
+BASELINES = ("uniform", "lord_manual", "lagrangian")
 """Allocators that are enqueued as the first trials, so that the result is never worse than any of them."""
 
 _RATIOS_OF_BASELINES = 5
@@ -86,7 +86,7 @@ class SearchSpace:
         variables: ``kept`` or ``errors``.
         depth_groups: in how many groups of blocks a type has variables of its own; None for one of every unit.
         most_ratio: where the ratio is a variable, its largest value.
-        curves: errors by unit; ``errors`` and the baseline ``marginal`` need them.
+        curves: errors by unit; ``errors`` and the baseline ``lagrangian`` need them.
     """
 
     units: tuple[Unit, ...]
@@ -94,7 +94,7 @@ class SearchSpace:
     keep_dense: tuple[str, ...] = ()
     projected: bool = True
     rank_multiple: int = 1
-    variables: str = "kept"
+    variables: str = "keep_ratio"
     depth_groups: int | None = 1
     max_ratio: float | None = None
     curves: ErrorCurves | None = None
@@ -153,7 +153,7 @@ class SearchSpace:
     @cached_property
     def groups(self) -> tuple[str, ...]:
         """Names of the groups, in the order of the model."""
-        if self.variables == "kept":
+        if self.variables == "keep_ratio":
             return tuple(dict.fromkeys(self.group_of(unit) for unit in self._free))
         return tuple(dict.fromkeys(self.group_of(matrix) for matrix in self._matrices))
 
@@ -177,7 +177,7 @@ class SearchSpace:
         """
         if not self.groups:
             raise ConfigError("search: every matrix is kept dense; let the value projections be compressed, too.")
-        if self.variables == "kept":
+        if self.variables == "keep_ratio":
             result: dict[str, FloatDistribution] = {group: FloatDistribution(MIN, 1.0) for group in self.groups}
         else:
             result = {g: FloatDistribution(1 / SPREAD, SPREAD, log=True) for g in self.groups if g != self._reference}
@@ -199,9 +199,9 @@ class SearchSpace:
             BudgetError: the ratio can't be met.
         """
         ratio = point.get(RATIO, self.compression_ratio)
-        if self.variables == "errors":
+        if self.variables == "error_weight":
             result = allocate(
-                "marginal", self.units, ratio, keep_dense=self.keep_dense, curves=self.curves, weights=dict(self._weights(point))
+                "lagrangian", self.units, ratio, keep_dense=self.keep_dense, curves=self.curves, weights=dict(self._weights(point))
             )
             return round_ranks_down(allocation_from_ranks(label, self.units, result.ranks), self.units, self.rank_multiple)
         targets = {unit.name: point.get(self.group_of(unit), 1.0) for unit in self.units}
@@ -234,18 +234,18 @@ class SearchSpace:
         }
 
     def baselines(self) -> tuple[Baseline, ...]:
-        """Return what is measured first, best known last: the fixed rules, and ``marginal`` where the errors are known.
+        """Return what is measured first, best known last: the fixed rules, and ``lagrangian`` where the errors are known.
 
         Over a range of ratios, the rule that is a point of the space stands at several of them, the others at its ends.
 
         Raises:
             BudgetError: the ratio can't be met.
         """
-        names = [name for name in BASELINES if name != "marginal" or (self.projected and self.curves is not None)]
+        names = [name for name in BASELINES if name != "lagrangian" or (self.projected and self.curves is not None)]
         return tuple(result for name in names for result in self._baselines(name))
 
     def _baselines(self, name: str) -> Iterator[Baseline]:
-        is_point = (name == "marginal") == (self.variables == "errors")
+        is_point = (name == "lagrangian") == (self.variables == "error_weight")
         for ratio in self._ratios(_RATIOS_OF_BASELINES if is_point and name != "lord_manual" else 2):
             chosen = {RATIO: ratio} if self.max_ratio is not None else {}
             if is_point:
@@ -263,7 +263,7 @@ class SearchSpace:
             BudgetError: the ratio can't be met.
         """
         fixed = fixed or {}
-        units = self.units if name == "marginal" else tuple(u for u in self.units if u.name in fixed or self._alone(u))
+        units = self.units if name == "lagrangian" else tuple(u for u in self.units if u.name in fixed or self._alone(u))
         result = allocate(name, units, compression_ratio, keep_dense=self.keep_dense, curves=self.curves, fixed=fixed, influence=influence)
         return round_ranks_down(allocation_from_ranks(name, self.units, result.ranks, locked=result.locked), self.units, self.rank_multiple)
 
@@ -278,8 +278,8 @@ class SearchSpace:
         return not any(other is not unit and {member.name for member in other.members} < names for other in self.units)
 
     def point_of(self, allocator: str, compression_ratio: float) -> dict[str, float]:
-        """Return the point that ``allocator`` is: ones for ``marginal``; else kept fractions, which depend on the type alone."""
-        if allocator == "marginal":
+        """Return the point that ``allocator`` is: ones for ``lagrangian``; else kept fractions, which depend on the type alone."""
+        if allocator == "lagrangian":
             return {group: 1.0 for group in self.groups if group != self._reference}
         rule = ALLOCATORS[allocator]
         assert isinstance(rule, ByMultipliers)

@@ -40,7 +40,7 @@ def _documents(source: HubText, split: str) -> tuple[str, ...]:
         documents = tuple(str(row[dataset.column]) for row in rows)
     except KeyError as error:
         raise TextError(
-            f"text: {dataset.name} in {source.folder} has no column {error}. Give a copy in the form of the original."
+            f"text: {dataset.name} in {source.folder} has no column {error}. Give a copy in the form of the dense model."
         ) from error
     if not any(document.strip() for document in documents):
         raise TextError(f"text: the {theirs} split of {dataset.name} is empty.")

@@ -1,4 +1,4 @@
-"""What a worker does when nothing else is to be done: it waits for trials and all other requests, and makes way for them when they come."""
+"""What a worker does when nothing else is to be done: it waits for trials and all other requests, and yields for them when they come."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["answer_in_background"]
 
 
 class _PutOff(Exception):
-    """The request makes way, or was withdrawn: it gets no answer now."""
+    """The request yields, or was withdrawn: it gets no answer now."""
 
 
 def answer_in_background(worker: WorkerContext) -> bool:
-    """Work on the first waiting request of the background until it is answered or makes way; return whether there was one."""
+    """Work on the first waiting request of the background until it is answered or yields; return whether there was one."""
     request = next((request for request in pending_requests(worker.run) if request.get("kind") in BACKGROUND), None)
     if request is None:
         return False
@@ -46,7 +46,7 @@ _KINDS: Mapping[str, Kind] = MappingProxyType({"sensitivity": _sensitivity})
 
 
 def _is_urgent(worker: WorkerContext) -> bool:
-    """Return whether there is something that the background makes way for."""
+    """Return whether there is something that the background yields for."""
     if any(request.get("kind") not in BACKGROUND for request in pending_requests(worker.run)):
         return True
     search = worker.run.config.search

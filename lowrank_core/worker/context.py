@@ -128,7 +128,7 @@ def chosen_allocation(run: Run, bench: TrialBench, trial: object) -> RankAllocat
     record = complete_trial(run, trial if type(trial) is int else None)
     config = run.config.search
     single = config is not None and config.max_ratio is None
-    # Only a rule at the one ratio of the search is known by its name; a second hand-picked trial would pass for the first.
+    # Only a rule at the one ratio of the search is known by its name; a second manual trial would pass for the first.
     label = record.label if single and record.label in ALLOCATORS else f"trial {record.number}"
     return allocation_from_ranks(label, bench.space.units, record.ranks)
 

@@ -30,12 +30,12 @@ _MAX_TOKENS = 512
 
 
 def _compare(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Measure a model on the run's test text, beside the original on the same windows."""
+    """Measure a model on the run's test text, next to the dense model on the same windows."""
     return _measured(worker, arguments, worker.session.windows.test, "test text")
 
 
 def _other_text(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Measure a model on the test split of another text, beside the original on the same windows."""
+    """Measure a model on the test split of another text, next to the dense model on the same windows."""
     reference, config = str(arguments.get("text") or ""), worker.run.config.text
     if not reference:
         raise ConfigError("no second text is given. Name one, such as file:notes.txt.")
@@ -142,7 +142,7 @@ def _speed(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     rounds = 2 * (config.rounds + config.warmup)
     with tempfile.TemporaryDirectory(dir=worker.run.path, prefix="speed-") as folder:
         sources = (source, _on_disk(worker, subject, Path(folder))) if arguments.get("memory", True) else None
-        with worker.reporter.stage(f"Timing {subject.label} and the original in turns", rounds) as progress:
+        with worker.reporter.stage(f"Timing {subject.label} and the dense model in turns", rounds) as progress:
             result = compare_speed(worker.session.handle, subject.handle, config, sources=sources, progress=progress)
     return {
         "trial": arguments.get("trial"),

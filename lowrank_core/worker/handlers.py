@@ -35,7 +35,7 @@ Answer = dict[str, object]
 
 
 def _measure(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Put a hand-picked allocation in line; a partial one is completed by an allocator within the budget."""
+    """Queue a manual allocation; a partial one is completed by an allocator within the budget."""
     bench, study, config = worker.search
     ranks, allocator = arguments.get("ranks"), arguments.get("complete")
     if not isinstance(ranks, Mapping) or not all(rank is None or type(rank) is int for rank in ranks.values()):

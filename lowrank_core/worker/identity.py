@@ -56,7 +56,7 @@ _WORDS = {
     "statistics": "the settings of its calibration differ",
     "energy": "the errors of its factors differ",
 }
-"""Fact -> how its difference is told, the first cause first."""
+"""Fact -> how its difference is reported, the first cause first."""
 
 _PROBE = 'The 1,024 ranks: a café, naïve "quotes" and\n\ttabs; Größe 中文 ελληνικά \U0001f600 def f(x): return x**2  # two spaces'
 

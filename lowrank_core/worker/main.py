@@ -255,10 +255,10 @@ def _serve(worker: WorkerContext, warm_seconds: float, orders: _Orders | None = 
 
 
 def _measure_waiting(worker: WorkerContext) -> bool:
-    """Measure hand-picked allocations, whether the search is stopped or done; return whether there was one."""
+    """Measure manual allocations, whether the search is stopped or done; return whether there was one."""
     if worker.study is None or not waiting_trials(worker.study):
         return False
     bench, study, config = worker.search
-    worker.reporter.say(state="running", stage="Measuring a hand-picked allocation", done=0, total=0, eta_seconds=None)
+    worker.reporter.say(state="running", stage="Measuring a manual allocation", done=0, total=0, eta_seconds=None)
     log_trial(study, run_trial(study, bench, config))
     return True

@@ -11,8 +11,8 @@ class Pace:
     """Times the steps of a stage from the first one that is reported.
 
     What was done before it (blocks, steps or cells that an earlier session left) cost this session nothing, and the first step's own
-    time is not known where some of it was. So there is no estimate before the second step. A stage that counts anew (fewer steps, or
-    another total) is timed anew; so is one that has not moved since its first report: it waited for something else.
+    time is not known where some of it was. So there is no estimate before the second step. A stage that counts again (fewer steps, or
+    another total) is timed again; so is one that has not moved since its first report: it waited for something else.
     """
 
     def __init__(self) -> None:

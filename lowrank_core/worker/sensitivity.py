@@ -1,4 +1,4 @@
-"""Measuring the sensitivities of a run: what is held ready, what is left to do, and how it makes way for what is more urgent."""
+"""Measuring the sensitivities of a run: what is held ready, what is left to do, and how it yields for what is more urgent."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class SensitivityOutcome:
 
 
 class SensitivityBench:
-    """What a worker holds ready for sensitivities: kept while a measurement makes way for something else, dropped when it is done."""
+    """What a worker holds ready for sensitivities: kept while a measurement yields for something else, dropped when it is done."""
 
     def __init__(self, run: Run, session: RunContext, reporter: Reporter, search: TrialBench | None = None) -> None:
         self._run, self._session, self._reporter, self._search = run, session, reporter, search
@@ -113,7 +113,7 @@ class SensitivityBench:
         return self._ready[1:]
 
     def _decomposed(self, compression: CompressionConfig) -> Decomposed:
-        """Return the factors of every matrix; those of the search where it has them, beside its stacks and heads."""
+        """Return the factors of every matrix; those of the search where it has them, next to its stacks and heads."""
         handle = self._session.handle
         units = units_of(handle, compression)
         held = self._search.decomposed if self._search is not None else None

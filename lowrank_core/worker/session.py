@@ -113,13 +113,13 @@ def search_bench(session: RunContext, config: SearchConfig, batch_size: int, rep
     handle, compression = session.handle, config.compression
     units = units_of(handle, compression)
     dense = value_layers(handle.shapes) if compression.value_dense else ()
-    SearchSpace.of(units, config, dense, None)  # what can't be searched, like an unreachable ratio, is told before minutes of work
+    SearchSpace.of(units, config, dense, None)  # what can't be searched, like an unreachable ratio, is reported before minutes of work
     for ratio in filter(None, (config.compression_ratio, config.max_ratio)):
         check_reachable(units, ratio, compression)
     statistics = statistics_for(session, compression, reporter)
     with reporter.stage("Factorising", len(units)) as progress:
         decomposed = decompose(handle, statistics, compression, progress=progress)
-    allocator = "marginal" if config.variables == "errors" else ""
+    allocator = "lagrangian" if config.variables == "error_weight" else ""
     reporter.say(warnings=(*session.notes, *statistics.warnings(), *decomposed.warnings(allocator, weighted=config.error_weights)))
     windows = session.windows.validation
     with reporter.stage("Measuring the dense model", windows.windows) as progress:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 __all__ = ["COMPARE", "ENERGY", "EXPORT", "MANUAL", "OVERVIEW", "SEARCH", "SENSITIVITY", "SPECTRA", "pages", "tab_title"]
 
 OVERVIEW, SPECTRA, ENERGY, SENSITIVITY, MANUAL, SEARCH, COMPARE, EXPORT = (
-    f"pages/{name}.py" for name in ("overview", "spectra", "energy", "sensitivity", "hand", "search", "compare", "export")
+    f"pages/{name}.py" for name in ("overview", "spectra", "energy", "sensitivity", "manual", "search", "compare", "export")
 )
 
 
@@ -26,7 +26,7 @@ def pages() -> list[StreamlitPage]:
         st.Page(SPECTRA, title=":material/grid_view: Spectra", url_path="spectra"),
         st.Page(ENERGY, title=":material/area_chart: Feature energy", url_path="energy"),
         st.Page(SENSITIVITY, title=":material/equalizer: Sensitivity", url_path="sensitivity"),
-        st.Page(MANUAL, title=":material/tune: Pick by hand", url_path="hand"),
+        st.Page(MANUAL, title=":material/tune: Manual allocation", url_path="manual"),
         st.Page(SEARCH, title=":material/query_stats: Rank search", url_path="search"),
         st.Page(COMPARE, title=":material/balance: Compare", url_path="compare"),
         st.Page(EXPORT, title=":material/save: Export", url_path="export"),

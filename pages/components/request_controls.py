@@ -23,12 +23,12 @@ def why_not(run: Run) -> str | None:
 
 
 def submit(run: Run, kind: str, subjects: Sequence[Subject], **arguments: object) -> None:
-    """Leave a request of ``kind`` for each of ``subjects``, and draw the page anew."""
+    """Leave a request of ``kind`` for each of ``subjects``, and draw the page again."""
     ask_all(run, [(kind, {"trial": subject, **arguments}) for subject in subjects])
 
 
 def ask_all(run: Run, requests: Sequence[tuple[str, Mapping[str, object]]]) -> None:
-    """Leave requests (kind, arguments) in their order, and draw the page anew."""
+    """Leave requests (kind, arguments) in their order, and draw the page again."""
     with boundary():
         for kind, arguments in requests:
             client.submit(run, kind, **arguments)  # type: ignore[arg-type]

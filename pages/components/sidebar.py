@@ -54,7 +54,7 @@ def show() -> None:
 
 
 def _watch(run: Run) -> None:
-    """Draw the worker's last word while it lasts; when a stage ended, draw the whole page anew, once."""
+    """Draw the worker's last word while it lasts; when a stage ended, draw the whole page again, once."""
     busy, warm, drawn = is_busy(run), run.status().active, signature(run)
 
     def status_panel() -> None:

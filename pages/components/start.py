@@ -12,7 +12,7 @@ __all__ = ["start"]
 
 
 def start(config: RunConfig) -> None:
-    """Create a run, start its worker, select it and draw the page anew.
+    """Create a run, start its worker, select it and draw the page again.
 
     Raises:
         RunError: the run directory can't be written or the worker not started.

@@ -1,6 +1,6 @@
 """What the dashboard's pages take and send: page loads of the recorded run, and ticks of a search that grows.
 
-Times stand beside those of an empty Streamlit page in the same rounds: machines are noisy. Sizes are exact.
+Times stand next to those of an empty Streamlit page in the same rounds: machines are noisy. Sizes are exact.
 """
 
 from __future__ import annotations

@@ -115,7 +115,7 @@ def page():
 
 @pytest.fixture(scope="module")
 def browser():
-    """A browser for all tests of a module; not to be used beside ``page``."""
+    """A browser for all tests of a module; not to be used next to ``page``."""
     with _chromium() as started:
         yield started
 

@@ -1,4 +1,4 @@
-"""Ranks by hand in a real browser, and measured during a real search on the bundled model."""
+"""Ranks manually in a real browser, and measured during a real search on the bundled model."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_an_allocation_by_hand_is_measured_while_the_search_goes_on(address, pag
     client.start_worker(run)
     wait_for(lambda: len(read_trials(run)) >= 4, CALIBRATION_SECONDS, "the first trials")
     page.goto(f"{address}/hand?run={run.id}&trial=1")
-    page.get_by_text("Started from LoRD, fixed by hand (trial 1)").wait_for()
+    page.get_by_text("Started from LoRD, fixed ratios (trial 1)").wait_for()
     enter(page, 0, RANK, "30")
     page.get_by_text("This draft is not measured yet").wait_for()
     page.get_by_role("button", name="Fit the rest to the budget").click()

@@ -20,7 +20,7 @@ PAGES = {
     "Spectra": "/spectra",
     "Feature energy": "/energy",
     "Sensitivity": "/sensitivity",
-    "Pick by hand": "/hand",
+    "Manual allocation": "/manual",
     "Rank search": "/search",
     "Compare": "/compare",
     "Export": "/export",

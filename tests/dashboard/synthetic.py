@@ -200,7 +200,7 @@ def _attributes(allocation: RankAllocation, label: str, loss: float | None) -> d
 
 
 def write_rich_study(run: Run) -> None:
-    """Write a trial of every kind: three baselines, sampled, stopped early, by hand (within, over the budget, waiting), failed, running."""
+    """Write a trial of every kind: three baselines, sampled, stopped early, manually (within, over the budget, waiting), failed, running."""
     study, shapes = _journal(run), priced_units()
     dense = {m.name for m in shapes if module_group(m.kind) == "v"}
     uniform = allocate("uniform", shapes, RATIO, keep_dense=dense)
@@ -209,7 +209,7 @@ def write_rich_study(run: Run) -> None:
     space = {name: FloatDistribution(0.1, 1.0) for name in VARIABLES}
     point = {"params": params, "distributions": space}
     complete, given = TrialState.COMPLETE, {"given": True}
-    for label, loss in (("uniform", 0.41), ("lord_manual", 0.44), ("marginal", 0.36), ("sampled", 0.33)):
+    for label, loss in (("uniform", 0.41), ("lord_manual", 0.44), ("lagrangian", 0.36), ("sampled", 0.33)):
         own = point if label == "sampled" else {}
         result = _attributes(uniform, label, loss)
         study.add_trial(create_trial(state=complete, value=loss, user_attrs=result, intermediate_values=_windows(loss), **own))

@@ -1,4 +1,4 @@
-"""Who can't see a chart is told what it shows."""
+"""Who can't see a chart is reported what it shows."""
 
 from __future__ import annotations
 

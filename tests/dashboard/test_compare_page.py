@@ -59,7 +59,7 @@ def look(app, name, **query):
 @pytest.mark.parametrize(
     ("name", "said", "drawn"),
     [
-        ("windows", "better than the original on 0 % of 4 windows", 3),
+        ("windows", "better than the dense model on 0 % of 4 windows", 3),
         ("positions", "What is lost, by the tokens of context", 2),
         ("tokens", "half of all that is lost lies in 1 of 4 tokens", 1),
         ("text", "Largest gap: Trial 3", 2),
@@ -111,7 +111,7 @@ def test_only_what_is_missing_is_asked_for(app, dead_worker):
     assert "2 of 4 measured or asked for" in words(test)
     test.button(key="measure").click().run()
     assert sound(test)
-    assert asked(run) == [("compare", {"trial": "lord_manual"}), ("compare", {"trial": "marginal"})]
+    assert asked(run) == [("compare", {"trial": "lord_manual"}), ("compare", {"trial": "lagrangian"})]
     assert test.button(key="measure").disabled
     assert "4 of 4 measured or asked for" in words(test)
 
@@ -126,12 +126,12 @@ def test_one_press_asks_for_every_preset(app, dead_worker):
 
 def test_requests_can_be_withdrawn_one_by_one_or_all(app, dead_worker):
     run = make_run()
-    names = [client.submit(run, "compare", trial=trial) for trial in (3, "uniform", "marginal")]
+    names = [client.submit(run, "compare", trial=trial) for trial in (3, "uniform", "lagrangian")]
     test = app("compare", run=run.id)
     assert "3 requests wait for a worker" in words(test)
     assert "Uniform: measuring on test text" in words(test)
     test.button(key=f"withdraw_{names[1]}").click().run()
-    assert [arguments["trial"] for _, arguments in asked(run)] == [3, "marginal"]
+    assert [arguments["trial"] for _, arguments in asked(run)] == [3, "lagrangian"]
     test.button(key="withdraw_all").click().run()
     assert asked(run) == []
     assert "wait for a worker" not in words(test)
@@ -163,13 +163,13 @@ def test_a_second_text_is_asked_for_with_what_is_missing_on_the_first(app, dead_
     notes = tmp_path / "notes.txt"
     notes.write_text("some words")
     test = look(app, "text")
-    test.multiselect[0].set_value([3, "marginal"]).run()
+    test.multiselect[0].set_value([3, "lagrangian"]).run()
     test.text_input(key="second_text_path").set_value(str(notes)).run()
     test.button(key="measure_second").click().run()
     assert sound(test)
     text = f"file:{notes}"
-    expected = [("other_text", {"trial": 3, "text": text}), ("compare", {"trial": "marginal"})]
-    assert asked(run) == [*expected, ("other_text", {"trial": "marginal", "text": text})]
+    expected = [("other_text", {"trial": 3, "text": text}), ("compare", {"trial": "lagrangian"})]
+    assert asked(run) == [*expected, ("other_text", {"trial": "lagrangian", "text": text})]
 
 
 def test_a_second_text_that_is_not_there_is_refused_before_it_is_asked_for(app, dead_worker):
@@ -240,10 +240,10 @@ def test_the_choice_survives_a_better_trial_and_another_page(app):
     test.run()
     assert sound(test)
     assert test.multiselect[0].value == [3, "uniform"]  # though trial 3 is the best no more
-    test.multiselect[0].set_value(["marginal"]).run()
+    test.multiselect[0].set_value(["lagrangian"]).run()
     test.switch_page("pages/search.py").run()
     test.switch_page("pages/compare.py").run()
-    assert test.multiselect[0].value == ["marginal"]
+    assert test.multiselect[0].value == ["lagrangian"]
 
 
 def test_a_gap_between_texts_is_told_without_looking_closer(app):
@@ -311,7 +311,7 @@ def test_a_search_against_a_silent_model_says_so(app):
 
 
 def test_a_model_has_one_name_in_every_look(app):
-    """Answers about an allocation by hand are labelled alike: each goes by the number of its trial."""
+    """Answers about an allocation manually are labelled alike: each goes by the number of its trial."""
     bodies = [{**answer, "trial": number, "label": MANUAL} for number in (5, 6) for answer in (tokens_answer(), speed_answer())]
     assert [strip.name for strip in strips(bodies)] == ["Trial 6", "Trial 5"]
     assert [speed.name for speed in speeds(bodies)] == ["Trial 6", "Trial 5"]

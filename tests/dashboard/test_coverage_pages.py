@@ -18,7 +18,7 @@ from lowrank_core.studio.overview.checkpoint import read_model
 from lowrank_core.studio.report import report_html
 from lowrank_core.studio.shared.model_facts import model_facts, module_table
 
-PAGES = ("overview", "search", "hand", "compare", "export")
+PAGES = ("overview", "search", "manual", "compare", "export")
 COMPRESSIBLE = sum(matrix.dense_parameters for matrix in matrices())
 COVERAGE = Coverage.of([("linear", COMPRESSIBLE), ("experts", 30 * COMPRESSIBLE), ("router", 96), ("tied", 128 * HIDDEN), ("vector", 24)])
 DROPPED = "model.layers.0.self_attn.v_proj and model.layers.0.self_attn.dt_proj are not compressed by heads: 2 layers read the value."
@@ -41,12 +41,12 @@ def test_every_page_with_a_ratio_says_what_is_left_alone(app, run, page):
     assert COVERAGE.statement() in words(test)
 
 
-@pytest.mark.parametrize("page", ["search", "hand", "export"])
+@pytest.mark.parametrize("page", ["search", "manual", "export"])
 def test_a_ratio_is_told_for_the_whole_model(app, run, page):
     assert "of the compressible linears = " in words(app(page, run=run.id))
 
 
-@pytest.mark.parametrize("page", ["overview", "search", "hand"])
+@pytest.mark.parametrize("page", ["overview", "search", "manual"])
 def test_little_to_compress_is_a_warning_before_work_is_spent(app, run, page):
     test = app(page, run=run.id)
     assert any("of the parameters outside the embeddings can be compressed" in warning.value for warning in test.warning)

@@ -318,7 +318,7 @@ def test_trials_without_a_value_are_drawn_above_all_others():
 def test_baselines_are_lines_with_names_that_do_not_meet():
     data = history_chart(history(read_trials(make_run()), "kl")).data
     named = data[data["row"] != "trial"].set_index("note")
-    assert dict(named["row"]) == {"Uniform 0.41": "below", "LoRD, fixed by hand 0.44": "above"}
+    assert dict(named["row"]) == {"Uniform 0.41": "below", "LoRD, fixed ratios 0.44": "above"}
     assert list(named["value"]) == [0.41, 0.44]
 
 

@@ -1,4 +1,4 @@
-"""The page Pick by hand as a user meets it: beginnings, sliders, fits, steps, files, the draft that survives, and measuring."""
+"""The page Manual allocation as a user meets it: beginnings, sliders, fits, steps, files, the draft that survives, and measuring."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def slide(test, run: Run, group: str, kept: int):
 
 
 def meter(test) -> str:
-    """Return the words beside the bar of the budget."""
+    """Return the words next to the bar of the budget."""
     return next(bar.proto.text for bar in test.get("progress") if "parameters" in bar.proto.text)
 
 
@@ -59,7 +59,7 @@ def meter(test) -> str:
 
 
 def test_the_best_trial_is_on_the_bench(app, run):
-    test = app("hand")
+    test = app("manual")
     assert sound(test)
     shown = words(test)
     assert "Started from **Trial 3**" in shown
@@ -74,11 +74,11 @@ def test_the_best_trial_is_on_the_bench(app, run):
 
 
 def test_the_chosen_trial_is_the_beginning(app, run):
-    assert "Started from **LoRD, fixed by hand (trial 1)**" in words(app("hand", trial="1"))
+    assert "Started from **LoRD, fixed ratios (trial 1)**" in words(app("manual", trial="1"))
 
 
 def test_what_to_expect_of_a_draft_is_told_until_it_is_measured(app, run):
-    test = app("hand")
+    test = app("manual")
     slide(test, run, "type-q", 60)
     assert "is no measurement. Expect about" in words(test)
     assert "measured trials of this run" in words(test)
@@ -95,7 +95,7 @@ def test_what_to_expect_of_a_draft_is_told_until_it_is_measured(app, run):
 
 def test_before_any_trial_is_measured_the_page_says_why_nothing_is_expected(app):
     with_curves(make_run(config=SEARCH, study=lambda run: None)).write_status(running_status("Measuring the dense model"))
-    test = app("hand")
+    test = app("manual")
     assert sound(test)
     assert "No trial of this run can say how far it is off" in words(test)
     assert "Expect about" not in words(test)
@@ -103,7 +103,7 @@ def test_before_any_trial_is_measured_the_page_says_why_nothing_is_expected(app)
 
 def test_without_curves_nothing_is_predicted_and_the_worker_is_asked_for_them(app):
     run = make_run(config=SEARCH, study=write_rich_study)
-    test = app("hand")
+    test = app("manual")
     assert sound(test)
     assert "This run has no error curves" in words(test)
     assert "Predicted KL –" in words(test)
@@ -115,7 +115,7 @@ def test_without_curves_nothing_is_predicted_and_the_worker_is_asked_for_them(ap
 
 def test_errors_in_units_of_their_own_predict_nothing(app):
     with_curves(make_run(config=SEARCH, study=write_rich_study), "own")
-    test = app("hand")
+    test = app("manual")
     assert sound(test)
     assert "can't be added up" in words(test)
     assert "Predicted KL –" in words(test)
@@ -123,7 +123,7 @@ def test_errors_in_units_of_their_own_predict_nothing(app):
 
 def test_a_damaged_file_of_curves_is_told(app, run):
     (run.path / CURVES_FILE).write_bytes(b"broken")
-    test = app("hand")
+    test = app("manual")
     assert not test.exception
     assert "start the run's worker" in test.error[0].value
 
@@ -131,21 +131,21 @@ def test_a_damaged_file_of_curves_is_told(app, run):
 def test_a_search_that_has_only_begun_starts_from_uniform_ranks(app):
     run = make_run(config=SEARCH, study=lambda run: None)
     run.write_status(running_status("Factorising"))
-    test = app("hand")
+    test = app("manual")
     assert sound(test)
     assert "Started from **Uniform**" in words(test)
 
 
 def test_before_the_model_is_read_the_page_waits(app):
     make_run(parts=False, state="running")
-    test = app("hand")
+    test = app("manual")
     assert sound(test)
     assert "The worker is reading the model" in words(test)
 
 
 def test_a_range_of_ratios_can_be_picked_for(app):
     make_run(config=SearchConfig(0.2, max_ratio=0.6, trials=9), study=write_front)
-    test = app("hand")
+    test = app("manual")
     assert sound(test)
     assert "never counts" not in words(test)
 
@@ -153,7 +153,7 @@ def test_a_range_of_ratios_can_be_picked_for(app):
 def test_a_recorded_run_can_be_edited_but_not_measured(app, run, monkeypatch, home):
     write_json(run.path / "run.json", {**run.record, "recorded": True})
     monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: run)
-    test = app("hand", run=run.id)
+    test = app("manual", run=run.id)
     slide(test, run, "type-q", 20)
     assert sound(test)
     assert test.button(key="measure_hand").disabled
@@ -166,7 +166,7 @@ def test_a_recorded_run_can_be_edited_but_not_measured(app, run, monkeypatch, ho
 
 
 def test_a_slider_moves_its_type_the_meter_follows_and_undo_takes_it_back(app, run):
-    test = app("hand")
+    test = app("manual")
     before = meter(test)
     slide(test, run, "type-gate", 20)
     assert sound(test)
@@ -182,7 +182,7 @@ def test_a_slider_moves_its_type_the_meter_follows_and_undo_takes_it_back(app, r
 
 
 def test_locked_rows_stay_and_the_rest_is_fitted_to_the_budget(app, run):
-    test = app("hand")
+    test = app("manual")
     press(test, "hand_lock")
     assert slider(test, run, "type-gate").disabled
     press(test, "hand_fit")
@@ -197,9 +197,9 @@ def test_locked_rows_stay_and_the_rest_is_fitted_to_the_budget(app, run):
 
 
 def test_another_budget_is_met_by_a_rule(app, run):
-    test = app("hand")
+    test = app("manual")
     test.number_input(key=f"hand_ratio_{run.id}").set_value(50.0).run()
-    test.selectbox(key=f"hand_rule_{run.id}").set_value("marginal").run()
+    test.selectbox(key=f"hand_rule_{run.id}").set_value("lagrangian").run()
     press(test, "hand_fit")
     assert sound(test)
     assert "The budget is met" in meter(test)
@@ -207,7 +207,7 @@ def test_another_budget_is_met_by_a_rule(app, run):
 
 
 def test_a_budget_that_can_not_be_met_is_told_and_nothing_moves(app, run):
-    test = app("hand")
+    test = app("manual")
     before = meter(test).split(" of ")[0]
     test.number_input(key=f"hand_ratio_{run.id}").set_value(99.0).run()
     press(test, "hand_fit")
@@ -216,7 +216,7 @@ def test_a_budget_that_can_not_be_met_is_told_and_nothing_moves(app, run):
 
 
 def test_a_draft_begins_anew_from_a_rule_or_a_trial(app, run):
-    test = app("hand")
+    test = app("manual")
     start = test.selectbox(key=f"hand_start_{run.id}")
     start.set_value("energy").run()
     press(test, "hand_begin")
@@ -231,7 +231,7 @@ def test_a_draft_begins_anew_from_a_rule_or_a_trial(app, run):
 
 
 def test_the_picked_module_is_marked_and_only_groupings_that_there_are_can_be_chosen(app, run):
-    test = app("hand", module="model.layers.1.mlp.up_proj")
+    test = app("manual", module="model.layers.1.mlp.up_proj")
     assert sound(test)
     assert not [box for box in test.selectbox if box.key.startswith("hand_grouping")]
 
@@ -245,7 +245,7 @@ def upload(test, run: Run, content: bytes, name: str = "mine.json"):
 
 def test_a_file_is_taken_with_its_locks_and_can_be_undone(app, run):
     first, second = (unit.name for unit in priced_units()[:2])
-    test = upload(app("hand"), run, json.dumps({"ranks": {first: 2, second: 3}, "locked": [first]}).encode())
+    test = upload(app("manual"), run, json.dumps({"ranks": {first: 2, second: 3}, "locked": [first]}).encode())
     assert sound(test)
     assert "Started from **mine.json**" in words(test)
     draft = draft_on_disk(run)
@@ -267,7 +267,7 @@ def test_a_file_is_taken_with_its_locks_and_can_be_undone(app, run):
     ],
 )
 def test_a_bad_file_becomes_a_message(app, run, content, said):
-    test = upload(app("hand"), run, content)
+    test = upload(app("manual"), run, content)
     assert not test.exception
     assert said in test.error[0].value
     assert "Started from **Trial 3**" in words(test)
@@ -277,14 +277,14 @@ def test_a_bad_file_becomes_a_message(app, run, content, said):
 
 
 def test_a_draft_survives_other_pages_and_a_reload(app, run):
-    test = app("hand")
+    test = app("manual")
     slide(test, run, "type-q", 20)
     changed = meter(test)
     test.switch_page("pages/spectra.py").run()
-    test.switch_page("pages/hand.py").run()
+    test.switch_page("pages/manual.py").run()
     assert meter(test) == changed
     token = test.query_params["draft"]
-    reloaded = app("hand", run=run.id, draft=token)
+    reloaded = app("manual", run=run.id, draft=token)
     assert sound(reloaded)
     assert meter(reloaded) == changed
     press(reloaded, "hand_reset")
@@ -292,19 +292,19 @@ def test_a_draft_survives_other_pages_and_a_reload(app, run):
 
 
 def test_who_opens_anothers_draft_writes_one_of_their_own(app, run):
-    mine = app("hand")
+    mine = app("manual")
     slide(mine, run, "type-q", 20)
     token, changed = mine.query_params["draft"], meter(mine)
-    yours = app("hand", run=run.id, draft=token)
+    yours = app("manual", run=run.id, draft=token)
     slide(yours, run, "type-q", 60)
     assert yours.query_params["draft"] != token
     assert len(list((run.path / "drafts").glob("*.json"))) == 2
-    assert meter(app("hand", run=run.id, draft=token)) == changed
+    assert meter(app("manual", run=run.id, draft=token)) == changed
 
 
 @pytest.mark.parametrize("token", ["0123456789ab", "../../run"])
 def test_a_draft_that_is_gone_becomes_a_note(app, run, token):
-    test = app("hand", run=run.id, draft=token)
+    test = app("manual", run=run.id, draft=token)
     assert sound(test)
     assert any("draft of ranks that is no longer here" in info.value for info in test.info)
     assert "Started from **Trial 3**" in words(test)
@@ -313,14 +313,14 @@ def test_a_draft_that_is_gone_becomes_a_note(app, run, token):
 def test_a_draft_of_another_model_is_told(app, run):
     path: Path = run.path / "drafts" / "0123456789ab.json"
     write_json(path, {"draft": {"ranks": {"lm_head": 3}, "locked": []}, "start": {"ranks": {}, "locked": []}})
-    test = app("hand", run=run.id, draft="0123456789ab")
+    test = app("manual", run=run.id, draft="0123456789ab")
     assert not test.exception
     assert "no compressible layer" in test.error[0].value
 
 
 def test_choosing_another_run_forgets_the_draft(app, run):
     other = make_run(config=SEARCH, study=write_rich_study)
-    test = app("hand", run=run.id)
+    test = app("manual", run=run.id)
     slide(test, run, "type-q", 20)
     test.selectbox(key="run_picker").set_value(other.id).run()
     assert "draft" not in test.query_params
@@ -332,7 +332,7 @@ def test_choosing_another_run_forgets_the_draft(app, run):
 
 
 def test_a_draft_is_asked_for_and_waits(app, run):
-    test = app("hand")
+    test = app("manual")
     assert test.button(key="measure_hand").disabled  # it is trial 3
     slide(test, run, "type-q", 20)
     press(test, "measure_hand")
@@ -345,7 +345,7 @@ def test_a_draft_is_asked_for_and_waits(app, run):
 
 
 def test_what_the_worker_refused_is_told(app, run):
-    test = app("hand")
+    test = app("manual")
     slide(test, run, "type-q", 20)
     answer = {"ok": False, "kind": "measure", "error": "no space", "arguments": {"ranks": draft_on_disk(run)["ranks"]}, "time": 1.0}
     write_json(run.path / "results" / "1-a.json", answer)
@@ -354,7 +354,7 @@ def test_what_the_worker_refused_is_told(app, run):
 
 
 def test_a_measured_draft_stands_beside_the_best_and_leads_to_its_trial(app, run):
-    test = app("hand", trial="6")
+    test = app("manual", trial="6")
     frames = [frame.value for frame in test.dataframe if "predicted" in frame.value.columns]
     assert [list(frame["name"]) for frame in frames] == [["This draft: By hand (trial 6)", "Uniform: trial 0", "Best: Trial 3"]]
     assert "windows of 32 tokens" in words(test)
@@ -378,7 +378,7 @@ def test_a_link_to_a_trial_opens_in_a_session_of_its_own(app, run):
 
 
 def test_a_slider_that_shows_something_else_is_another_one_for_a_browser_that_is_late(app, run):
-    test = app("hand")
+    test = app("manual")
     groups = ("type-q", "type-gate", "depth-0", "depth-1")
     before = {group: (slider(test, run, group).key, slider(test, run, group).value) for group in groups}
     slide(test, run, "type-gate", 20)
@@ -390,7 +390,7 @@ def test_a_slider_that_shows_something_else_is_another_one_for_a_browser_that_is
 
 
 def test_a_slider_that_was_moved_stays_the_one_in_hand(app, run):
-    test = app("hand")
+    test = app("manual")
     key = slider(test, run, "type-gate").key
     slide(test, run, "type-gate", 20)
     slide(test, run, "type-gate", 37)
@@ -403,7 +403,7 @@ def test_a_draft_can_wait_for_a_worker_that_ended(app):
     run = make_run(config=SEARCH, study=write_rich_study)
     ranks = dict(allocation_from_ranks("", priced_units(), {priced_units()[0].name: 2}).ranks)
     submit(run, "measure", launch=False, ranks=ranks)
-    test = app("hand")
+    test = app("manual")
     assert "One other allocation waits" in words(test)
     upload(test, run, json.dumps({"ranks": ranks, "locked": []}).encode())
     assert any(button.key == "resume_measure" for button in test.button)
@@ -411,4 +411,4 @@ def test_a_draft_can_wait_for_a_worker_that_ended(app):
 
 def test_the_search_page_leads_here(app, run):
     links = [element.proto.label for element in app("search").get("page_link")]
-    assert any("Pick ranks by hand" in label for label in links)
+    assert any("Choose ranks manually" in label for label in links)

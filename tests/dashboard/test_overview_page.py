@@ -50,7 +50,7 @@ def test_a_local_folder_is_shown(app, tmp_path):
 
 
 def test_a_folder_with_several_sets_of_weights_is_told_which_is_shown(app, tmp_path):
-    """One file of three blocks beside shards of one block: transformers loads the file, and that is what is drawn."""
+    """One file of three blocks next to shards of one block: transformers loads the file, and that is what is drawn."""
     folder, shard = checkpoint(tmp_path / "model"), "model-00001-of-00001.safetensors"
     with safe_open(folder / "model.safetensors", framework="numpy") as archive:
         save_file({name: archive.get_tensor(name) for name in archive.keys() if ".2." not in name}, folder / shard)  # noqa: SIM118

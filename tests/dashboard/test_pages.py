@@ -23,7 +23,7 @@ PAGES = {
     "spectra": "Spectra",
     "energy": "Feature energy",
     "sensitivity": "Sensitivity",
-    "hand": "Pick by hand",
+    "manual": "Manual allocation",
     "search": "Rank search",
     "compare": "Compare",
     "export": "Export",
@@ -347,7 +347,7 @@ def test_measuring_leaves_a_request_for_the_best_trial_and_each_baseline(app, mo
     test.button(key="measure").click().run()
     assert sound(test)
     asked = [(request["kind"], request["arguments"]) for request in pending_requests(run)]
-    assert asked == [("compare", {"trial": trial}) for trial in (3, "uniform", "lord_manual", "marginal")]
+    assert asked == [("compare", {"trial": trial}) for trial in (3, "uniform", "lord_manual", "lagrangian")]
     assert "wait for a worker" in words(test)
 
 

@@ -33,7 +33,7 @@ def rich() -> Run:
 
 
 def started(base: Run | None = None) -> SearchConfig:
-    """Return the search of the run that was started beside ``base``."""
+    """Return the search of the run that was started next to ``base``."""
     (run,) = [run for run in list_runs() if base is None or run.id != base.id]
     result = run.config.search
     assert result is not None
@@ -81,7 +81,7 @@ def test_ones_own_recipe_may_trade_errors_with_alternatives(app):
     test.button(key="start_search").click().run()
     assert sound(test)
     result = started(base)
-    assert result.variables == "errors"
+    assert result.variables == "error_weight"
     assert result.compression == CompressionConfig(value_dense=False, stacks=True, heads=True)
 
 
@@ -136,7 +136,7 @@ def test_every_kind_of_trial_is_on_the_page(app, rich):
     assert sound(test)
     shown = words(test)
     assert "5 of 12 trials complete" in shown
-    assert "2.0 s per trial (median) · 1 stopped early · 2 picked by hand, on top · 1 failed, not counted" in shown
+    assert "2.0 s per trial (median) · 1 stopped early · 2 manual, on top · 1 failed, not counted" in shown
     assert "Best trial Trial 3" in shown
     assert "Trial 8, running now, against Trial 3 window by window" in shown
     assert len(charts(test)) == 3  # history, windows, allocation; one trial has no fingerprint
@@ -161,7 +161,7 @@ def test_a_search_shows_what_its_trials_were_made_of_and_what_is_missing(app):
     assert sound(test)
     shown = words(test)
     assert "What the trials were made of, the best at the left" in shown
-    assert "Which variable matters can't be told from 5 trials that set them all: 11 more sampled trials are needed." in shown
+    assert "Which variable matters can't be determined from 5 trials that set them all: 11 more sampled trials are needed." in shown
 
 
 def test_which_variables_mattered_is_shown_once_there_are_trials(app):

@@ -43,11 +43,11 @@ def test_the_usual_choice_is_the_best_trial_and_the_baselines():
     run = make_run()
     trials = read_trials(run)
     result = model_refs.candidates(trials, run.config.search, picked=2)
-    assert model_refs.usual_choice(result, trials, None) == [3, "uniform", "lord_manual", "marginal"]
+    assert model_refs.usual_choice(result, trials, None) == [3, "uniform", "lord_manual", "lagrangian"]
     assert model_refs.usual_choice(result, trials, 2)[0] == 2
     assert model_refs.usual_choice(result, trials, 99)[0] == 3
     uniform = model_refs.candidates(trials, run.config.search, picked=0)
-    assert model_refs.usual_choice(uniform, trials, 0) == [0, "lord_manual", "marginal"]  # trial 0 is the uniform baseline
+    assert model_refs.usual_choice(uniform, trials, 0) == [0, "lord_manual", "lagrangian"]  # trial 0 is the uniform baseline
 
 
 def test_what_is_measured_or_asked_for_is_not_missing():
@@ -135,7 +135,7 @@ def test_windows_are_compared_one_by_one():
     body["report"] |= {"window_nll": [3.0, 2.9], "dense_window_nll": [3.0, 3.1]}
     view = loss_details.window_table(compare.comparisons([body])[0])
     assert (view.better, view.worst) == (0.5, 0)
-    assert "better than the original on 50 % of 2 windows" in view.words
+    assert "better than the dense model on 50 % of 2 windows" in view.words
     body["report"] |= {"dense_window_nll": []}
     assert loss_details.window_table(compare.comparisons([body])[0]) is None
 
@@ -167,7 +167,7 @@ def test_ratios_on_both_texts_are_of_the_same_models():
     assert row["other_ratio"] == pytest.approx(math.exp(1.0))
     assert row["other_low"] < row["other_ratio"] < row["other_high"]
     assert math.isnan(view.frame["own_ratio"][0])  # never measured on the run's own text
-    assert view.words.startswith("Largest gap: Trial 3 has 1.221 times the original's perplexity on python-stdlib, and 2.718 times")
+    assert view.words.startswith("Largest gap: Trial 3 has 1.221 times the dense model's perplexity on python-stdlib, and 2.718 times")
     ends = dict(zip(["own_low", "own_high", "other_low", "other_high"], [1.2, 1.25, 2.5, 2.9], strict=True))
     apart = replace(view, frame=view.frame.assign(**ends))
     assert apart.words.endswith("; the intervals do not overlap.")

@@ -1,4 +1,4 @@
-"""What the page Pick by hand shows, as numbers: rows, bill, sliders' groups, predictions and their record, where a measurement stands."""
+"""What the page Manual allocation shows, as numbers: rows, bill, sliders' groups, predictions and their record, where a measurement stands."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_a_draft_begins_from_the_chosen_trial_else_the_best_else_uniform(units):
     trials = read_trials(make_run(config=SEARCH, study=write_rich_study))
     recipe = Recipe(tuple(units), SEARCH, None)
     draft, name = first_draft(recipe, trials, 1)
-    assert (name, draft.parameters) == ("LoRD, fixed by hand (trial 1)", recipe.draft(trials[1]).parameters)
+    assert (name, draft.parameters) == ("LoRD, fixed ratios (trial 1)", recipe.draft(trials[1]).parameters)
     assert first_draft(recipe, trials, None)[1] == "Trial 3"
     draft, name = first_draft(recipe, [], None)
     assert name == "Uniform"
@@ -265,7 +265,7 @@ def test_beginnings_are_listed_best_first_and_rules_where_they_can_be_asked(unit
     trials = read_trials(make_run(config=SEARCH, study=write_rich_study))
     bare = Recipe(tuple(units), SEARCH, None)
     assert list(rules(bare)) == ["uniform", "lord_manual"]
-    assert "Marginal (equal slopes)" in missing_rules(bare)
+    assert "Lagrangian (equal slopes)" in missing_rules(bare)
     whole = Recipe(tuple(units), SEARCH, record_of(units))
     assert missing_rules(whole) == []
     assert missing_rules(Recipe(tuple(units), SEARCH, replace(record_of(units), influence=()))) == ["Block influence (MoDeGPT)"]
@@ -280,7 +280,7 @@ def test_beginnings_are_listed_best_first_and_rules_where_they_can_be_asked(unit
     )
 
 
-@pytest.mark.parametrize("name", ["uniform", "energy", "marginal", "threshold", "svd_llm_v2", "block_influence"])
+@pytest.mark.parametrize("name", ["uniform", "energy", "lagrangian", "threshold", "svd_llm_v2", "block_influence"])
 def test_a_rule_fits_the_rest_and_leaves_locks(units, name):
     recipe = Recipe(tuple(units), SEARCH, record_of(units))
     draft = Draft.of(units, {units[0].name: 2}, locked=[units[0].name])

@@ -54,7 +54,7 @@ def newest(run: Run) -> Source:
 
 
 def asked(run: Run, **changed: object) -> None:
-    """Write the request of the one healing anew."""
+    """Write the request of the one healing again."""
     path = run.path / "healed" / "trial-3-distill-12345678" / "request.json"
     write_json(path, {"label": "x, healed by distill", "allocation": "trial 3", "healing": {"method": "distill", "steps": 40}, **changed})
 

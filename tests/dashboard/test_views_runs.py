@@ -35,7 +35,7 @@ def test_the_history_keeps_the_best_so_far_over_a_failed_trial():
     assert list(view.trials["best"]) == pytest.approx([0.41, 0.41, 0.41, 0.35, 0.35, 0.35])
     assert math.isnan(view.trials["value"][4])
     assert view.trials["state"][4] == "failed"
-    assert view.baselines == {"Uniform": 0.41, "LoRD, fixed by hand": 0.44}
+    assert view.baselines == {"Uniform": 0.41, "LoRD, fixed ratios": 0.44}
 
 
 def test_a_history_without_any_value_has_no_best():

@@ -1,4 +1,4 @@
-"""What the Rank search page knows of a search, as numbers: every kind of trial, windows, workers, fronts, plans, allocations by hand."""
+"""What the Rank search page knows of a search, as numbers: every kind of trial, windows, workers, fronts, plans, allocations manually."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_every_kind_of_trial_is_told_apart(rich):
         *["baseline"] * 3,
         "sampled",
         "stopped early",
-        "by hand",
+        "manual",
         "outside budget",
         "failed",
         "running",
@@ -72,7 +72,7 @@ def test_every_kind_of_trial_is_told_apart(rich):
 
 
 def test_a_trial_is_called_by_what_it_is(rich):
-    assert trial_label(rich[2]) == "Marginal (equal slopes) (trial 2)"
+    assert trial_label(rich[2]) == "Lagrangian (equal slopes) (trial 2)"
     assert trial_label(rich[3]) == "Trial 3"
     assert trial_label(rich[5]) == "By hand (trial 5)"
 
@@ -106,12 +106,12 @@ def test_a_stopped_trial_stands_at_the_loss_it_showed(rich):
     assert view.trials["partial"].notna().sum() == 1
     assert view.trials["best"][4:].eq(0.33).all()
     assert history.history(rich, "bolaco").trials["partial"].isna().all()
-    assert list(view.baselines) == ["Uniform", "LoRD, fixed by hand", "Marginal (equal slopes)"]
+    assert list(view.baselines) == ["Uniform", "LoRD, fixed ratios", "Lagrangian (equal slopes)"]
 
 
 def test_the_trial_table_names_kind_worker_and_start(rich):
     table = history.trial_table(rich, SEARCH)
-    assert list(table["kind"][[2, 3, 5]]) == ["Marginal (equal slopes)", "sampled ★ best", "By hand"]
+    assert list(table["kind"][[2, 3, 5]]) == ["Lagrangian (equal slopes)", "sampled ★ best", "By hand"]
     assert list(table["state"][[4, 6]]) == ["stopped early", "outside budget"]
     assert table["worker"][0] == "elsewhere:77"
     assert isinstance(table["started"][8], pd.Timestamp)
@@ -121,7 +121,7 @@ def test_variables_are_headed_by_what_they_mean(rich, ranged):
     assert history.search_variables(rich, SEARCH)[0].label == "Kept of q, k"
     assert "before all are scaled" in history.search_variables(rich, SEARCH)[0].meaning
     assert "not scaled" in history.search_variables(rich, replace(SEARCH, projected=False))[0].meaning
-    assert history.search_variables(rich, replace(SEARCH, variables="errors"))[1].label == "Weight of o"
+    assert history.search_variables(rich, replace(SEARCH, variables="error_weight"))[1].label == "Weight of o"
     assert [v.label for v in history.search_variables(ranged, RANGE)] == ["Kept of q, k", "Ratio asked for"]
     layer = replace(rich[3], params={"model.layers.1.mlp.up_proj": 0.5, "gate 0-3": 0.4})
     assert [v.label for v in history.search_variables([layer], SEARCH)] == ["Kept of 1 · up", "Kept of gate 0-3"]
@@ -146,11 +146,11 @@ def rows(*values: float, partial: float = math.nan) -> pd.DataFrame:
 
 
 def test_the_better_half_leaves_out_what_is_worse_than_the_median_and_keeps_the_best_baseline():
-    view = history.History("KL", rows(9.0, 3.0, 1.0, 1.1, 1.2, math.nan), {"Uniform": 9.0, "Marginal": 3.0})
+    view = history.History("KL", rows(9.0, 3.0, 1.0, 1.1, 1.2, math.nan), {"Uniform": 9.0, "Lagrangian": 3.0})
     result = history.better_half(view)
     assert list(result.trials["number"]) == [1, 2, 3, 4, 5]  # up to the best baseline, and the one without a value
-    assert result.baselines == {"Marginal": 3.0}
-    result = history.better_half(replace(view, baselines={"Uniform": 9.0, "Marginal": 1.0}))
+    assert result.baselines == {"Lagrangian": 3.0}
+    result = history.better_half(replace(view, baselines={"Uniform": 9.0, "Lagrangian": 1.0}))
     assert list(result.trials["number"]) == [2, 3, 4, 5]
     assert result.objective == view.objective
 
@@ -271,7 +271,7 @@ def test_time_is_estimated_from_earlier_trials_of_the_same_model():
     assert search_plan.time_estimate(replace(config, search=None)) is None
 
 
-# alternatives, and allocations by hand
+# alternatives, and allocations manually
 
 
 def heads() -> tuple[HeadUnit, ...]:

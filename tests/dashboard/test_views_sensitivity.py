@@ -182,7 +182,7 @@ def test_a_plan_counts_what_is_left_and_what_it_takes():
     begun = plan_of(run, matrices(), config)
     assert begun.missing == begun.cells - 10
     assert begun.seconds == pytest.approx(0.5 * begun.missing)
-    assert plan_of(run, matrices(), replace(config, windows=2)).missing == empty.cells  # other windows are measured anew
+    assert plan_of(run, matrices(), replace(config, windows=2)).missing == empty.cells  # other windows are measured again
     assert plan_of(run, matrices(), replace(config, windows=2)).seconds == pytest.approx(0.25 * empty.cells)
 
 
@@ -194,7 +194,7 @@ def test_a_plan_goes_by_the_trials_before_there_are_cells():
 
 
 def test_factors_are_those_of_the_run_s_search_one_by_one():
-    run = make_run(config=SearchConfig(0.3, variables="errors", compression=preset_named("studio").compression))
+    run = make_run(config=SearchConfig(0.3, variables="error_weight", compression=preset_named("studio").compression))
     usual = usual_compression(run)
     assert (usual.basis, usual.storage, usual.stacks, usual.heads) == ("two_sided", "pivoted", False, False)
 

@@ -57,7 +57,10 @@ def test_the_only_variable_that_matters_is_found(long):
 def test_too_few_trials_tell_nothing_and_how_many_are_missing(long):
     few = importances(read_frozen(long)[:10])
     assert few == Importances((), 10, 6)
-    assert missing_words(few) == "Which variable matters can't be told from 10 trials that set them all: 6 more sampled trials are needed."
+    assert (
+        missing_words(few)
+        == "Which variable matters can't be determined from 10 trials that set them all: 6 more sampled trials are needed."
+    )
     assert missing_words(replace(few, missing=0)) == ""
     assert importances([]).missing == 16
 
@@ -156,8 +159,8 @@ def test_the_nearest_run_tells_the_time(monkeypatch):
     result = search_plan.time_estimate(config)
     assert result.trials == pytest.approx(2.0 / 124 * tokens * 10)
     assert result.before == 4.0  # its calibration is kept
-    anew = replace(config, calibration=replace(config.calibration, group_size=16))
-    assert search_plan.time_estimate(anew).before == 7.0  # not the time of a second worker, which found it there
+    again = replace(config, calibration=replace(config.calibration, group_size=16))
+    assert search_plan.time_estimate(again).before == 7.0  # not the time of a second worker, which found it there
     assert result.basis == "trials of the same model, text and windows"
     longer = replace(config, text=replace(config.text, validation_windows=48))
     assert search_plan.time_estimate(longer).trials == pytest.approx(2 * result.trials)

@@ -1,4 +1,4 @@
-"""Allocations of the paper's basis side by side: uniform, fixed by hand, and what a search finds."""
+"""Allocations of the paper's basis side by side: uniform, fixed ratios, and what a search finds."""
 
 from __future__ import annotations
 

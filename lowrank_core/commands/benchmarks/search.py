@@ -59,7 +59,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class CheaperTrial:
-    """A cheaper measurement beside the whole one, at the same points.
+    """A cheaper measurement next to the whole one, at the same points.
 
     Attributes:
         time_ratio: median time of the cheaper one over that of the whole one, in turns.
@@ -81,12 +81,12 @@ class CheaperTrial:
 
 @dataclass(frozen=True)
 class _Scheme:
-    """``marginal``: whether it is among the baselines."""
+    """``lagrangian``: whether it is among the baselines."""
 
     name: str
     label: str
     config: SearchConfig
-    marginal: bool = True
+    lagrangian: bool = True
 
 
 def _schemes(ratio: float, trials: int) -> Iterator[_Scheme]:
@@ -96,10 +96,10 @@ def _schemes(ratio: float, trials: int) -> Iterator[_Scheme]:
     common = SearchConfig(compression_ratio=ratio, trials=trials, compression=ours)
     yield _Scheme("published", "As published, its own factors", replace(common, compression=paper, projected=False, startup_trials=3))
     yield _Scheme("published-on-ours", "As published, on our factors", replace(common, projected=False, startup_trials=3))
-    yield _Scheme("random", "Random kept fractions", replace(common, sampler="random"), marginal=False)
-    yield _Scheme("kept", "Kept fractions after marginal, Gaussian process", common)
-    around = replace(common, variables="errors")
-    yield _Scheme("ours", "Weights around marginal, Gaussian process", around)
+    yield _Scheme("random", "Random kept fractions", replace(common, sampler="random"), lagrangian=False)
+    yield _Scheme("kept", "Kept fractions after lagrangian, Gaussian process", common)
+    around = replace(common, variables="error_weight")
+    yield _Scheme("ours", "Weights around lagrangian, Gaussian process", around)
     yield _Scheme("pruned", "The same, bad trials stopped early", replace(around, pruner="wilcoxon"))
     weighed = replace(paper, rank_multiple=1)
     pooled = replace(around, compression=weighed, error_weights=True)
@@ -148,7 +148,7 @@ def search_curves(
 
 def _searched(scheme: _Scheme, bench: TrialBench, seed: int) -> Curve:
     config = replace(scheme.config, seed=seed)
-    if not scheme.marginal:
+    if not scheme.lagrangian:
         bench = replace(bench, space=replace(bench.space, curves=None))
     study = study_in_memory(config, bench.space)
     began = time.perf_counter()
@@ -182,7 +182,7 @@ def cheaper_trials(source: ModelSource, text: TextConfig, ratios: Sequence[float
     rows = []
     with _prepared(source, text) as (session, reporter):
         for ratio in ratios:
-            config = SearchConfig(compression_ratio=ratio, variables="errors", compression=_factors())
+            config = SearchConfig(compression_ratio=ratio, variables="error_weight", compression=_factors())
             bench = search_bench(session, config, 8, reporter)
             points = _points(bench, config)
             for what, dense, autocast in _ways(bench):

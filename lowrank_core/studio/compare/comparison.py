@@ -33,12 +33,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Comparison:
-    """One compressed model measured on a text, the original beside it; intervals are of 95 %, and empty where there is none.
+    """One compressed model measured on a text, the dense model next to it; intervals are of 95 %, and empty where there is none.
 
     Attributes:
         label: an allocator's name, ``trial N`` or ``preset:NAME``; of a healed model with the method.
         form: ``one-shot`` or ``healed``.
-        perplexity_interval, dense_perplexity_interval: of the compressed and the original model, bootstrap over windows.
+        perplexity_interval, dense_perplexity_interval: of the compressed and the dense model model, bootstrap over windows.
         perplexity_difference_interval: of compressed - original, paired by window.
         kl_interval: of the KL divergence, bootstrap over windows.
         perplexity_ratio_interval: of compressed / original, paired by window.
@@ -138,7 +138,7 @@ def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
 
 
 def filed_as(body: JsonMapping) -> str:
-    """Return under which name an answer is filed: hand-picked trials have one label for all, so theirs is the number."""
+    """Return under which name an answer is filed: manual trials have one label for all, so theirs is the number."""
     label, trial = str(body.get("label")), body.get("trial")
     return f"trial {trial}" if label == MANUAL and type(trial) is int else label
 
@@ -241,7 +241,7 @@ class Confirmed:
 
     Attributes:
         protocol: how, in words.
-        frame: columns trial, name, value (on search-validation text), perplexity, low, high, kl, kl_low, kl_high; the original first,
+        frame: columns trial, name, value (on search-validation text), perplexity, low, high, kl, kl_low, kl_high; the dense model first,
             then by value.
         warnings: why these figures may say less than they seem to.
     """
@@ -286,7 +286,7 @@ def _ends(row: dict[str, object], perplexity: Sequence[float], kl: Sequence[floa
 
 
 def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
-    """Return the newest answer if it is a failure; what is told elsewhere is left out, and so is what was said of a preset."""
+    """Return the newest answer if it is a failure; what is reported elsewhere is left out, and so is what was said of a preset."""
     reported = [body for body in bodies if body.get("kind") not in _ELSEWHERE and not _is_preset(body)]
     if not reported or reported[-1].get("ok"):
         return None

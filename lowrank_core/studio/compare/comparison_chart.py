@@ -16,7 +16,7 @@ _WIDE = 30.0  # times the smallest: above, a linear axis would put most dots on 
 
 
 def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure:
-    """Draw perplexity above the original's (columns of ``difference_table``): dots with 95 % intervals, zero is the original.
+    """Draw perplexity above the dense model's (columns of ``difference_table``): dots with 95 % intervals, zero is the dense model.
 
     Where differences are of very different sizes the axis is linear around zero and logarithmic beyond, and says so.
     """
@@ -27,7 +27,7 @@ def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure
     finished(figure, height=_FRAME + _ROW * len(table), x="", y="", top=28)
     scale = ", logarithmic away from zero" if unit is not None else ""
     _zero(figure, 0.0, f"Original, {dense_perplexity:.4g}")
-    figure.update_xaxes(title={"text": f"Perplexity above the original{scale}"})
+    figure.update_xaxes(title={"text": f"Perplexity above the dense model{scale}"})
     if unit is not None:
         _signed_log_axis(figure, table, unit)
     return figure
@@ -66,7 +66,7 @@ def _placed(values: np.ndarray, unit: float | None) -> np.ndarray:
 
 
 def _zero(figure: go.Figure, x: float, words: str, *, log: bool = False) -> None:
-    """Mark where the original is; annotations on a log axis stand at the logarithm, lines do not."""
+    """Mark where the dense model is; annotations on a log axis stand at the logarithm, lines do not."""
     place = float(np.log10(x)) if log else x
     figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": GREY, "width": 1.5, "dash": "dot"})
     figure.add_annotation(text=words, x=place, y=1, yref="paper", showarrow=False, yanchor="bottom", font={"size": 11, "color": GREY})
@@ -84,7 +84,7 @@ def _signed_log_axis(figure: go.Figure, table: pd.DataFrame, unit: float) -> Non
 
 
 def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
-    """Draw perplexity over the original's on two texts (columns of ``OtherText.frame``), two dots a model; 1 is the original."""
+    """Draw perplexity over the dense model's on two texts (columns of ``OtherText.frame``), two dots a model; 1 is the dense model."""
     pairs = table[["own_ratio", "other_ratio"]].to_numpy(dtype=float)
     gaps = np.concatenate([pairs, np.full((len(pairs), 1), np.nan)], axis=1).ravel()
     names = [name for name in table["name"] for _ in range(3)]
@@ -99,10 +99,10 @@ def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
                 mode="markers",
                 marker={"size": 11, "color": colour, "symbol": symbol},
                 error_x=_whiskers(ratio, low, high, colour),
-                hovertemplate=f"<b>%{{y}}</b><br>{text}: %{{x:.4g}} times the original's<extra></extra>",
+                hovertemplate=f"<b>%{{y}}</b><br>{text}: %{{x:.4g}} times the dense model's<extra></extra>",
             )
         )
-    title = "Perplexity, times the original's on the same text (log scale)"
+    title = "Perplexity, times the dense model's on the same text (log scale)"
     finished(figure, height=_FRAME + _ROW * len(table) + 24, x=title, y="", top=52)
     _zero(figure, 1.0, "Original", log=True)
     figure.update_xaxes(type="log", tickformat="~g", nticks=8)
@@ -127,7 +127,7 @@ def speedup_figure(table: pd.DataFrame) -> go.Figure:
         hovertemplate="<b>%{y}</b><br>%{x:.3g} times as fast<extra></extra>",
     )
     figure = go.Figure(dots)
-    finished(figure, height=_FRAME + _ROW * len(table), x="Times as fast as the original (above 1 is faster)", y="", top=40)
+    finished(figure, height=_FRAME + _ROW * len(table), x="Times as fast as the dense model (above 1 is faster)", y="", top=40)
     _zero(figure, 1.0, "Original")
     figure.layout.annotations[0].update(yshift=12)
     return figure

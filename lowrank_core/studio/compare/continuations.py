@@ -1,4 +1,4 @@
-"""Prompts and how they went on: the original, and every compressed model that was asked, by the same seed."""
+"""Prompts and how they went on: the dense model, and every compressed model that was asked, by the same seed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Prompt:
 
     Attributes:
         tokens: at most; temperature, seed: of the draws, which all models share.
-        original: what the original added; texts: (name, what it added) of each compressed model, in the order of asking.
+        original: what the dense model added; texts: (name, what it added) of each compressed model, in the order of asking.
     """
 
     prompt: str

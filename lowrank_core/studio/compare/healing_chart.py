@@ -10,7 +10,7 @@ from lowrank_core.studio.shared.chart_style import BLUE, ORANGE, finished
 
 __all__ = ["healing_figure"]
 
-_FIGURES = {"kl": "KL to the original,<br>nats per token", "perplexity": "Perplexity"}
+_FIGURES = {"kl": "KL to the dense model,<br>nats per token", "perplexity": "Perplexity"}
 
 
 def healing_figure(curve: pd.DataFrame, steps: int) -> go.Figure:

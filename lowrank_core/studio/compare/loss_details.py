@@ -1,4 +1,4 @@
-"""What was lost, as tables: every model beside the original, and one model by windows and by positions."""
+"""What was lost, as tables: every model next to the dense model, and one model by windows and by positions."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _WHOLE = ("linears", "parameters", "bytes", "flops")
 
 
 def comparison_table(result: Sequence[Comparison]) -> pd.DataFrame:
-    """Return the original as a first row, then a row for each measured model; ``low`` and ``high`` are 95 % intervals, and
+    """Return the dense model as a first row, then a row for each measured model; ``low`` and ``high`` are 95 % intervals, and
     ``…interval`` the same in words.
 
-    ``difference`` is perplexity above the original's, its interval paired by window; ``flops`` those for one token (``FLOPS_MEANING``).
+    ``difference`` is perplexity above the dense model's, its interval paired by window; ``flops`` those for one token (``FLOPS_MEANING``).
     """
     if not result:
         return pd.DataFrame()
@@ -76,7 +76,7 @@ def _row(comparison: Comparison) -> dict[str, object]:
 
 
 def difference_table(result: Sequence[Comparison]) -> pd.DataFrame:
-    """Return perplexity above the original's: columns name, kind, difference, low, high (95 %, paired by window), removed; least first."""
+    """Return perplexity above the dense model's: columns name, kind, difference, low, high (95 %, paired by window), removed; least first."""
     rows = [
         (
             comparison.name,
@@ -115,7 +115,7 @@ class WindowTable:
     def words(self) -> str:
         worst = float(self.frame["difference"].max())
         return (
-            f"Mean difference {number(self.mean)} nats per token; better than the original on {100 * self.better:.0f} % of "
+            f"Mean difference {number(self.mean)} nats per token; better than the dense model on {100 * self.better:.0f} % of "
             f"{len(self.frame)} windows; worst on window {self.worst} ({worst:+z.3g})."
         )
 

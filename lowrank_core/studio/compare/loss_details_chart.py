@@ -1,4 +1,4 @@
-"""One compressed model against the original: window by window, and by position in the context."""
+"""One compressed model against the dense model: window by window, and by position in the context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _BINS = 30
 
 
 def scatter_figure(view: WindowTable) -> go.Figure:
-    """Draw each window's loss of the compressed model over that of the original; on the diagonal both are equal."""
+    """Draw each window's loss of the compressed model over that of the dense model; on the diagonal both are equal."""
     frame = view.frame
     ends = [float(frame[["original", "compressed"]].min().min()), float(frame[["original", "compressed"]].max().max())]
     room = 0.05 * (ends[1] - ends[0]) or 0.1
@@ -39,7 +39,7 @@ def scatter_figure(view: WindowTable) -> go.Figure:
 
 
 def histogram_figure(view: WindowTable) -> go.Figure:
-    """Draw how the windows' differences are spread; the mean is marked, and zero, where the original is."""
+    """Draw how the windows' differences are spread; the mean is marked, and zero, where the dense model is."""
     values = view.frame["difference"].to_numpy(dtype=float)
     counts, edges = np.histogram(values, bins=min(_BINS, max(5, len(values) // 4)))
     centres, widths = (edges[:-1] + edges[1:]) / 2, np.diff(edges)
@@ -63,11 +63,11 @@ def histogram_figure(view: WindowTable) -> go.Figure:
 
 
 def position_figure(table: pd.DataFrame) -> go.Figure:
-    """Draw the KL divergence, and the loss above the original's, by tokens of context (columns of ``position_table``)."""
+    """Draw the KL divergence, and the loss above the dense model's, by tokens of context (columns of ``position_table``)."""
     figure = go.Figure()
     for column, words, colour, dash in (
-        ("kl", "KL to the original", BLUE, "solid"),
-        ("extra", "NLL above the original", VERMILLION, "dot"),
+        ("kl", "KL to the dense model", BLUE, "solid"),
+        ("extra", "NLL above the dense model", VERMILLION, "dot"),
     ):
         values = table[column].to_numpy(dtype=float)
         figure.add_trace(

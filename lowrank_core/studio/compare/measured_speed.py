@@ -1,4 +1,4 @@
-"""Measured speed and memory, the original beside each compressed model."""
+"""Measured speed and memory, the dense model next to each compressed model."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class _Side:
 
 @dataclass(frozen=True)
 class Speed:
-    """A compressed model and the original, timed in turns.
+    """A compressed model and the dense model, timed in turns.
 
     Attributes:
         name: of the compressed model.
         protocol: batch, lengths, rounds, dtype, device; memory: what its peaks are, empty if they were not measured.
-        dense, compressed: each by itself; speedups: time of the original over that of the compressed model in the same round.
+        dense, compressed: each by itself; speedups: time of the dense model over that of the compressed model in the same round.
     """
 
     name: str

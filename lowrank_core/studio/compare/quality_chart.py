@@ -35,7 +35,7 @@ def quality_figure(rows: Sequence[Row]) -> go.Figure:
     finished(figure, height=height, x="", y="", right=48, top=40)
     figure.update_yaxes(title=None)
     figure.update_xaxes(
-        title={"text": "KL to the dense model on test text, nats per token; beside each point its perplexity"}, row=len(ratios), col=1
+        title={"text": "KL to the dense model on test text, nats per token; next to each point its perplexity"}, row=len(ratios), col=1
     )
     protocol = next((str(row["protocol"]) for row in rows if row["protocol"]), "")
     missing = [f"{row['label']} at {row['compression_ratio']:.0%}" for row in rows if row["kl"] is None]

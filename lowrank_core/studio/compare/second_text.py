@@ -1,4 +1,4 @@
-"""What a compression cost on the text that it was made with, beside what it cost on another one."""
+"""What a compression cost on the text that it was made with, next to what it cost on another one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OtherText:
             return "No model was measured on both texts yet."
         row = both.iloc[int((both["other_ratio"] / both["own_ratio"]).argmax())]
         return (
-            f"Largest gap: {row['name']} has {number(row['own_ratio'], 4)} times the original's perplexity on {self.own}, and "
+            f"Largest gap: {row['name']} has {number(row['own_ratio'], 4)} times the dense model's perplexity on {self.own}, and "
             f"{number(row['other_ratio'], 4)} times on {self.other}{_resolved(row)}."
         )
 
@@ -57,7 +57,7 @@ def _resolved(row: pd.Series) -> str:
 
 
 def other_text(own: Sequence[Comparison], other: Sequence[Comparison]) -> OtherText | None:
-    """Return the models that were measured on the other text, beside the same on their own; None without any."""
+    """Return the models that were measured on the other text, next to the same on their own; None without any."""
     if not other:
         return None
     known = {comparison.key: comparison for comparison in own}

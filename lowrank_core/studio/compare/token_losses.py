@@ -1,4 +1,4 @@
-"""A text token by token: what each cost the compressed model more than the original."""
+"""A text token by token: what each cost the compressed model more than the dense model."""
 
 from __future__ import annotations
 

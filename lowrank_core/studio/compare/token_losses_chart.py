@@ -1,4 +1,4 @@
-"""A text whose tokens are coloured by what they cost the compressed model more than the original."""
+"""A text whose tokens are coloured by what they cost the compressed model more than the dense model."""
 
 from __future__ import annotations
 

@@ -183,7 +183,7 @@ class MeasuredLoss:
     Attributes:
         kept: fraction of the compressible linears' parameters that they keep.
         asked: the fraction that was asked for.
-        frame: columns name, kept, kl (nats per token), perplexity: baselines and hand-picked allocations, and the best of the sampled
+        frame: columns name, kept, kl (nats per token), perplexity: baselines and manual allocations, and the best of the sampled
             ones; the least loss first.
     """
 
@@ -208,7 +208,7 @@ def measured_loss(trials: Sequence[TrialRecord], kept: float) -> MeasuredLoss | 
         return None
     nearest = min((share for share, _ in done), key=lambda share: (abs(share - kept), share))
     near = sorted((trial for share, trial in done if abs(share - nearest) <= _ALIKE), key=_loss)
-    sampled = [trial for trial in near if kind_of(trial) not in ("baseline", "by hand")]
+    sampled = [trial for trial in near if kind_of(trial) not in ("baseline", "manual")]
     shown = [trial for trial in near if trial not in sampled[1:]]
     rows = [
         {

@@ -190,9 +190,9 @@ def _added_biases(units: Sequence[Unit]) -> int:
 
 
 def forms_table(facts: ModelFacts, units: Sequence[Unit], source: Source, search: SearchConfig, config: ExportConfig) -> pd.DataFrame:
-    """Return the original, then each form that ``source`` can be written in, the one that ``config`` says marked as chosen.
+    """Return the dense model, then each form that ``source`` can be written in, the one that ``config`` says marked as chosen.
 
-    Columns chosen, form, dtype, parameters, bytes, share (of the original's bytes), exact.
+    Columns chosen, form, dtype, parameters, bytes, share (of the dense model's bytes), exact.
     """
     original = Planned(facts.parameters, facts.bytes, True, facts.stored_dtype or facts.dtype)
     usual = [ExportConfig(), ExportConfig(dtype="bfloat16"), ExportConfig(quantization="int8")]

@@ -183,7 +183,7 @@ class KlRegression:
 
 
 def _useful(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Return the measured trials that lost something: baselines and hand-picked ones, then the newest sampled ones."""
+    """Return the measured trials that lost something: baselines and manual ones, then the newest sampled ones."""
     measured = [trial for trial in trials if trial.finished and trial.kl is not None and trial.kl > 0]
     sampled = [trial for trial in measured if trial.label == "sampled"]
     return [trial for trial in measured if trial.label != "sampled"] + sampled[-_MAX_SAMPLED:]

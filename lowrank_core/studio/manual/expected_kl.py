@@ -57,7 +57,7 @@ def trial_predictions(trials: Sequence[TrialRecord], record: CurveRecord | None)
         {
             "trial": trial.number,
             "name": trial_label(trial),
-            "kind": "by hand" if trial.label == MANUAL else kind_of(trial),
+            "kind": "manual" if trial.label == MANUAL else kind_of(trial),
             "predicted": predicted,
             "measured": trial.kl,
             "removed": trial.compression_ratio,

@@ -1,4 +1,4 @@
-"""What became of a hand-picked allocation: asked for, in line, measured; and how it stands beside the run's best and its baseline."""
+"""What became of a manual allocation: requested, queued, measured; and how it stands next to the run's best and its baseline."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Picked:
     """Where the measurement of some ranks stands.
 
     Attributes:
-        stage: ``new`` (nobody asked), ``asked``, ``waiting`` (in line as a trial), ``running``, ``measured``, ``failed`` or ``refused``.
+        stage: ``new`` (nobody asked), ``asked``, ``waiting`` (queued as a trial), ``running``, ``measured``, ``failed`` or ``refused``.
         trial: that measures these ranks; None before there is one.
         error: why it was refused.
         others: how many other allocations wait for the worker.
@@ -69,7 +69,7 @@ def _same(asked: Mapping[str, object], ranks: Ranks) -> bool:
 
 
 def alongside(trial: TrialRecord, trials: Sequence[TrialRecord], search: SearchConfig, record: CurveRecord | None) -> pd.DataFrame:
-    """Return ``trial`` beside the best trial and the uniform baseline: columns trial, name, kl, perplexity, removed, predicted.
+    """Return ``trial`` next to the best trial and the uniform baseline: columns trial, name, kl, perplexity, removed, predicted.
 
     Over a range of ratios there is no best, and the uniform baseline is the one nearest in ratio.
     """

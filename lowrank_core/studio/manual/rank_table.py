@@ -1,4 +1,4 @@
-"""A draft of hand-picked ranks as a page shows it: its rows, what it costs against a budget, groups to move together."""
+"""A draft of manual ranks as a page shows it: its rows, what it costs against a budget, groups to move together."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def _grouping_words(unit: Unit) -> str:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a draft costs, beside the original and a budget; counted as the compressed model will be, before it is made.
+    """What a draft costs, next to the dense model and a budget; counted as the compressed model will be, before it is made.
 
     Attributes:
         kept, dense: parameters of the compressible linears.

@@ -1,4 +1,4 @@
-"""What a draft of hand-picked ranks can begin from: a rule, a trial of the run, a file."""
+"""What a draft of manual ranks can begin from: a rule, a trial of the run, a file."""
 
 from __future__ import annotations
 

@@ -192,7 +192,7 @@ def _replaced(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
     layers = _low_rank_layers(checkpoint)
     if layers:
         return {f"{name}.": ("lowrank", "factor: low-rank already") for name in layers}
-    return {"": ("quantised", f"quantised ({quantised.get('quant_method', 'unknown')}): give the original model")}
+    return {"": ("quantised", f"quantised ({quantised.get('quant_method', 'unknown')}): give the dense model model")}
 
 
 def _low_rank_layers(checkpoint: Checkpoint) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ CHARACTERS_PER_TOKEN = 4
 _BEGINNING = 1200
 """Characters that are shown."""
 _WHOLE_BYTES = 32 * 2**20
-"""A larger file is not read before it is used: its size is told from its length."""
+"""A larger file is not read before it is used: its size is reported from its length."""
 _FIRST_DOCUMENTS = 20
 
 
@@ -51,7 +51,7 @@ class TextPreview:
     """A text by split.
 
     Attributes:
-        counted: whether characters were counted; else they are told from the size of the file.
+        counted: whether characters were counted; else they are reported from the size of the file.
         note: what will be read or downloaded when a run starts, in a sentence; empty where everything is shown.
     """
 

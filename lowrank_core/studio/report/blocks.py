@@ -141,7 +141,7 @@ def table(frame: pd.DataFrame, columns: Sequence[Column], *, caption: str, file:
 
 @dataclass(frozen=True)
 class Figure:
-    """A Plotly figure with what a reader needs beside it.
+    """A Plotly figure with what a reader needs next to it.
 
     Attributes:
         how: how to read it.

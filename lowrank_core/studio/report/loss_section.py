@@ -40,9 +40,9 @@ def _windows(shown: Comparison) -> Iterator[Block]:
         scatter_figure(view),
         view.frame,
         name="window-scatter",
-        title=f"Each window: the original against {shown.name}",
+        title=f"Each window: the dense model against {shown.name}",
         how="above the diagonal the compressed model predicts worse (orange), below it better (blue).",
-        alt=f"Loss of {shown.name} over that of the original, a dot for each test window",
+        alt=f"Loss of {shown.name} over that of the dense model, a dot for each test window",
         protocol=protocol,
     )
     yield drawn(
@@ -50,8 +50,8 @@ def _windows(shown: Comparison) -> Iterator[Block]:
         view.frame[["window", "difference"]],
         name="window-histogram",
         title="How the differences are spread",
-        how="a narrow heap beside zero is a small loss everywhere; a long tail is text that the compression broke.",
-        alt=f"Histogram of the loss of {shown.name} less that of the original over test windows",
+        how="a narrow heap next to zero is a small loss everywhere; a long tail is text that the compression broke.",
+        alt=f"Histogram of the loss of {shown.name} less that of the dense model over test windows",
         protocol=protocol,
     )
 

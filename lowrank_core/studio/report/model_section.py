@@ -45,7 +45,7 @@ def _model_facts(facts: ModelFacts) -> Facts:
             ("Size of the checkpoint", size(facts.bytes), f"held as {facts.dtype} on {facts.device or 'cpu'}"),
             ("Blocks × hidden", f"{facts.blocks} × {facts.hidden:,}", f"context up to {facts.max_context or DASH} tokens"),
             ("Vocabulary", f"{facts.vocabulary:,}", f"embeddings {tied}"),
-            ("Fingerprint", facts.fingerprint[:12] or DASH, "of the weights, so that two runs can be told to have seen the same model"),
+            ("Fingerprint", facts.fingerprint[:12] or DASH, "of the weights, so that two runs can be shown to have seen the same model"),
         )
     )
 
@@ -88,7 +88,7 @@ def _splits(facts: TextFacts) -> Block:
         whole("windows", "Windows"),
         whole("tokens", "Tokens"),
         whole("available", "Available tokens"),
-        text("sha256", "SHA-256 (first 12)", "Of the tokens, so that two runs can be told to have seen the same text."),
+        text("sha256", "SHA-256 (first 12)", "Of the tokens, so that two runs can be shown to have seen the same text."),
     )
     caption = "Three disjoint splits: calibration (statistics), validation (what a search sees), test (what is reported)"
     return table(split_table(facts), columns, caption=caption, file="splits")

@@ -66,10 +66,10 @@ def _differences(result: Sequence[Comparison], protocol: str) -> Block:
         difference_figure(frame, result[0].dense_perplexity),
         frame,
         name=f"perplexity-{result[0].dataset}-{result[0].split}",
-        title="Perplexity above the original's, on the same test windows",
+        title="Perplexity above the dense model's, on the same test windows",
         how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
         "Circles were searched for, squares are rules and presets, stars were healed.",
-        alt="Dots with intervals: test perplexity of each measured model less that of the original; the table below has the numbers",
+        alt="Dots with intervals: test perplexity of each measured model less that of the dense model; the table below has the numbers",
         protocol=f"{protocol}.",
     )
 
@@ -102,7 +102,7 @@ def _tables(result: Sequence[Comparison], protocol: str) -> tuple[Block, Block]:
         kl_interval=_ends(frame, "kl", "kl_low", "kl_high"),
     )
     return (
-        table(shown, lost, caption=f"What is lost, dense beside compressed. {protocol}", file=file, data=frame),
+        table(shown, lost, caption=f"What is lost, dense next to compressed. {protocol}", file=file, data=frame),
         table(frame, saved, caption="What is saved: parameters (biases and index tables counted) and bytes", file=f"{file}-sizes"),
     )
 
@@ -247,7 +247,7 @@ def reproduction_section(run: Run) -> Section:
     if trials:
         number_of = trials[0].number
         lines = [export_command(str(run.path), number_of), test_command(config, f"trial-{number_of}")]
-        blocks.append(Code(f"Write {trial_label(trials[0])}, and measure it on test text beside the dense model", "\n".join(lines)))
+        blocks.append(Code(f"Write {trial_label(trials[0])}, and measure it on test text next to the dense model", "\n".join(lines)))
     blocks.append(Code("This report", f"lowrank report --run {run.path}"))
     return Section("reproduction", "How to repeat it", "Which commands give these numbers again?", tuple(blocks))
 

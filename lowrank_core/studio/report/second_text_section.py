@@ -36,10 +36,10 @@ def _told(view: OtherText, number: int) -> Iterator[Block]:
         ratio_figure(view.frame, own, view.other),
         view.frame,
         name=name,
-        title=f"Perplexity over the original's: {own} and {view.other}",
+        title=f"Perplexity over the dense model's: {own} and {view.other}",
         how="two dots a model, one for each text; the longer the line between them, the more the compression fits its own text alone. "
         "Whiskers are 95 % intervals, paired by window.",
-        alt="Two dots for each model: its perplexity over the original's on both texts; the table below has the numbers",
+        alt="Two dots for each model: its perplexity over the dense model's on both texts; the table below has the numbers",
         protocol=protocol,
     )
     columns = (
@@ -47,9 +47,9 @@ def _told(view: OtherText, number: int) -> Iterator[Block]:
         value("own_ratio", f"Ratio on {own}", 4, _RATIO),
         value("other_ratio", f"Ratio on {view.other}", 4, _RATIO),
         value("own", f"Perplexity, {own}", 5),
-        value("own_dense", "of the original", 5),
+        value("own_dense", "of the dense model", 5),
         value("other", f"Perplexity, {view.other}", 5),
-        value("other_dense", "of the original", 5),
+        value("other_dense", "of the dense model", 5),
         value("kl_own", f"KL, {own} (nats per token)"),
         value("kl_other", f"KL, {view.other} (nats per token)"),
     )

@@ -1,4 +1,4 @@
-"""Measured speed and memory, the original beside each compressed model."""
+"""Measured speed and memory, the dense model next to each compressed model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _speedups(result: Sequence[Speed]) -> Block:
         speedup_figure(speedup_table(result)),
         speed_numbers(result),
         name="speedups",
-        title="Times as fast as the original, in the same rounds",
+        title="Times as fast as the dense model, in the same rounds",
         how="right of the dotted line the compressed model is faster; whiskers reach from the slowest round to the fastest.",
         alt="Dots with ranges: how many times faster each model reads, writes and begins; the tables below have the numbers",
         protocol=" ".join(f"{protocol}." for protocol in dict.fromkeys(speed.protocol for speed in result)),
@@ -46,5 +46,5 @@ def _figures(speed: Speed, number: int) -> tuple[Block, Block]:
         text("compressed", "Compressed"),
         text("faster", "Times as fast", "Round by round; of memory and counts, the share that is left."),
     )
-    rows = table(speed_table(speed), columns, caption=f"{speed.name} beside the original. {speed.protocol}", file=f"speed-{number}")
+    rows = table(speed_table(speed), columns, caption=f"{speed.name} next to the dense model. {speed.protocol}", file=f"speed-{number}")
     return rows, Prose(f"Memory of {speed.name}: {speed.memory}." if speed.memory else f"Memory of {speed.name} was not measured.")

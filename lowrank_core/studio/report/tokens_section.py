@@ -1,4 +1,4 @@
-"""A text token by token: where a compressed model is surprised more than the original."""
+"""A text token by token: where a compressed model is surprised more than the dense model."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def tokens_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
     result = strips(results(run), trials_of(run))
     blocks = tuple(block for number, strip in enumerate(result, 1) for block in _told(strip, number))
-    return Section("tokens", "Token by token", "Where in a text is a compressed model surprised more than the original?", blocks)
+    return Section("tokens", "Token by token", "Where in a text is a compressed model surprised more than the dense model?", blocks)
 
 
 def _told(strip: TokenStrip, number: int) -> Iterator[Block]:
-    words = f"Coloured by what each token costs it above the original. {strip.words}"
+    words = f"Coloured by what each token costs it above the dense model. {strip.words}"
     yield Strip(strip.name, words, Markup(strip_html(strip)), strip.protocol)
     columns = (
         whole("position", "Position"),
         text("before", "After", "The text in front of it; ␣ is a blank, ⏎ a line break."),
         text("piece", "Token", short=True),
-        value("extra", "Extra loss (nats)", 3, "Of the compressed model above the original."),
+        value("extra", "Extra loss (nats)", 3, "Of the compressed model above the dense model."),
         value("dense_nll", "Original (nats)", 3, "-log p."),
         value("nll", "Compressed (nats)", 3, "-log q."),
         value("kl", "KL (nats)", 3, "Between the two predictions."),

@@ -108,7 +108,7 @@ class Progress:
 
     @property
     def complete(self) -> int:
-        """Trials of the search that are done, stopped early or not; hand-picked ones left out."""
+        """Trials of the search that are done, stopped early or not; manual ones left out."""
         return self.counts.complete
 
     @property
@@ -179,8 +179,10 @@ def _variable(name: str, search: SearchConfig) -> Variable:
     if name == RATIO:
         return Variable(name, "Ratio asked for", "Fraction of parameters to remove, as the sampler proposed it.")
     group = unit_label(name) if "." in name else {"qk": "q, k"}.get(name, name)
-    if search.variables == "errors":
-        return Variable(name, f"Weight of {group}", "On the errors of these matrices when they are traded; 1 is the allocation `marginal`.")
+    if search.variables == "error_weight":
+        return Variable(
+            name, f"Weight of {group}", "On the errors of these matrices when they are traded; 1 is the allocation `lagrangian`."
+        )
     if search.projected:
         return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, before all are scaled onto the budget.")
     return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, as published: not scaled onto the budget.")

@@ -32,7 +32,7 @@ _MIN_TRIALS = 10  # room on the axis from the beginning
 def history_chart(view: History, chosen: int | None = None, pictures: Mapping[int, str] | None = None) -> VegaChart:
     """Draw value against trial: points by kind, the best so far as steps, baselines as dashed lines with their names.
 
-    ``pictures`` (trial -> address of a picture) are shown beside the words when the pointer is on a trial; of very many, those of the
+    ``pictures`` (trial -> address of a picture) are shown next to the words when the pointer is on a trial; of very many, those of the
     newest trials and of the best.
 
     A trial that was stopped early stands at the loss of the windows it saw; those without any (running, failed) above all others.

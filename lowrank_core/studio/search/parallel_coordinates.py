@@ -109,9 +109,9 @@ def importance_table(result: Importances, trials: Sequence[TrialRecord], search:
 
 
 def missing_words(result: Importances) -> str:
-    """Return what keeps the importances from being told; nothing where they are there."""
+    """Return what keeps the importances from being reported; nothing where they are there."""
     if not result.missing:
         return ""
     more = "1 more sampled trial is" if result.missing == 1 else f"{result.missing} more sampled trials are"
     so_far = "1 trial" if result.trials == 1 else f"{result.trials or 'no'} trials"
-    return f"Which variable matters can't be told from {so_far} that set them all: {more} needed."
+    return f"Which variable matters can't be determined from {so_far} that set them all: {more} needed."

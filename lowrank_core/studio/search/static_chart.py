@@ -20,7 +20,7 @@ __all__ = ["MARKS", "front_figure", "history_figure"]
 MARKS = {
     "sampled": ("circle", BLUE),
     "baseline": ("diamond", ORANGE),
-    "by hand": ("star", VERMILLION),
+    "manual": ("star", VERMILLION),
     "running": ("hourglass", GREEN),
     "waiting": ("triangle-right", GREY),
     "stopped early": ("triangle-down-open", PURPLE),

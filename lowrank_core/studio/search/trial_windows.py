@@ -1,4 +1,4 @@
-"""How a trial does window by window, beside another one on the same windows."""
+"""How a trial does window by window, next to another one on the same windows."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class WindowLosses:
 
 
 def window_losses(trials: Sequence[TrialRecord], chosen: int | None, objective: str) -> WindowLosses | None:
-    """Return the trial that runs (else the ``chosen`` one, else the best) beside the best one (the best beside uniform).
+    """Return the trial that runs (else the ``chosen`` one, else the best) next to the best one (the best next to uniform).
 
     None where no losses by window were recorded.
     """

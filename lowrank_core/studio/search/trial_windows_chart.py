@@ -1,4 +1,4 @@
-"""A trial beside another one, window by window, as its losses come in."""
+"""A trial next to another one, window by window, as its losses come in."""
 
 from __future__ import annotations
 

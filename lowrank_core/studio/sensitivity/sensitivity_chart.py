@@ -73,7 +73,7 @@ def _ends(crowd: Sequence[float], gap: float) -> tuple[float, float]:
 
 
 def _end_labels(figure: go.Figure, ends: Sequence[tuple[str, float, float, str]], low: float, high: float) -> None:
-    """Write (name, x, KL, colour) beside the last points; those at one x spread apart."""
+    """Write (name, x, KL, colour) next to the last points; those at one x spread apart."""
     for x in sorted({round(x, 1) for _, x, _, _ in ends}):
         here = [end for end in ends if round(end[1], 1) == x]
         places = _spread([float(np.log10(value)) for _, _, value, _ in here], _LABEL_GAP * (high - low))

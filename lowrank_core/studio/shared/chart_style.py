@@ -63,7 +63,7 @@ def finished(figure: go.Figure, *, height: int, x: str, y: str, right: int = 16,
 
 
 _TITLE, _NAME = 46, 24
-"""Letters of an axis title, and of a name beside the axis, that fit beside each other at 400 pixels."""
+"""Letters of an axis title, and of a name next to the axis, that fit next to each other at 400 pixels."""
 
 
 def word_colour(colour: str) -> str:
@@ -101,7 +101,7 @@ def log_value_axis(figure: go.Figure) -> None:
 
 
 def direct_label(figure: go.Figure, text: str, *, x: float, y: float, colour: str, xanchor: str = "left", yanchor: str = "middle") -> None:
-    """Write ``text`` beside its curve, in its colour; ``x`` and ``y`` in axis coordinates (log10 on a log axis)."""
+    """Write ``text`` next to its curve, in its colour; ``x`` and ``y`` in axis coordinates (log10 on a log axis)."""
     figure.add_annotation(
         text=f"<b>{text}</b>",
         x=x,

@@ -1,4 +1,4 @@
-"""How figures were measured, in one line that stands beside them."""
+"""How figures were measured, in one line that stands next to them."""
 
 from __future__ import annotations
 

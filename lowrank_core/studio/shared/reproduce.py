@@ -94,7 +94,7 @@ def verify_command(folder: str) -> str:
 
 
 def test_command(config: RunConfig, folder: str) -> str:
-    """Return the command that measures the model in ``folder`` on test text beside the dense one."""
+    """Return the command that measures the model in ``folder`` on test text next to the dense one."""
     text = config.text
     cut = {"text": text.reference, "split": "test", "windows": text.test_windows, "context": text.context, "bos": text.bos}
     return command_line("evaluate", {"model": folder, "against": config.model.reference, **cut})
@@ -110,7 +110,7 @@ def command_line(name: str, options: Mapping[str, object]) -> str:
 
 
 def enqueue_command(run: str, ranks: str) -> str:
-    """Return the command that puts the ranks in the file ``ranks`` in line in the run at the path ``run``."""
+    """Return the command that queues the ranks in the file ``ranks`` in the run at the path ``run``."""
     return command_line("enqueue", {"run": run, "ranks": ranks})
 
 

@@ -109,7 +109,7 @@ def _label(run: Run) -> str:
 
 
 def signature(run: Run) -> Signature:
-    """Return what a page's layout depends on: it is drawn anew only when this changes."""
+    """Return what a page's layout depends on: it is drawn again only when this changes."""
     status = run.status()
     results = sum(1 for _ in (run.path / "results").glob("[0-9]*.json"))
     return status.state, is_working(status), tuple((run.path / part).exists() for part in PARTS), results

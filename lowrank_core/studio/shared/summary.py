@@ -133,7 +133,7 @@ def _measured_row(comparison: Comparison) -> dict[str, object]:
 
 def failures(bodies: Sequence[JsonMapping]) -> list[Failure]:
     """Return every request that the worker could not meet, the oldest first."""
-    refused = [body for body in bodies if not body.get("ok") and "measured" not in body]  # a proof that failed is told with its model
+    refused = [body for body in bodies if not body.get("ok") and "measured" not in body]  # a proof that failed is reported with its model
     return [build(Failure, {"kind": "request", "error": "no reason given", **body}, "an answer") for body in refused]
 
 

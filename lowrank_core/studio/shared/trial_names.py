@@ -24,7 +24,7 @@ __all__ = [
     "unit_label",
 ]
 
-KINDS = ("sampled", "baseline", "by hand", "running", "waiting", "stopped early", "outside budget", "failed")
+KINDS = ("sampled", "baseline", "manual", "running", "waiting", "stopped early", "outside budget", "failed")
 """What a trial can be, for the eye: each has a shape of its own."""
 
 _BY_STATE = {"pruned": "stopped early", "infeasible": "outside budget"}
@@ -34,7 +34,7 @@ def kind_of(trial: TrialRecord) -> str:
     """Return which of ``KINDS`` a trial is."""
     if trial.state != "complete":
         return _BY_STATE.get(trial.state, trial.state)
-    return "baseline" if trial.label in ALLOCATORS else "by hand" if trial.label == MANUAL else "sampled"
+    return "baseline" if trial.label in ALLOCATORS else "manual" if trial.label == MANUAL else "sampled"
 
 
 def answers_of(trials: Sequence[TrialRecord], search: SearchConfig) -> list[TrialRecord]:

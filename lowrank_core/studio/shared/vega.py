@@ -1,6 +1,6 @@
 """What charts in Vega-Lite share: those that grow while a search runs.
 
-Not in Plotly like the other figures: Streamlit 1.67 builds a Plotly chart anew whenever its data change, which flickers and
+Not in Plotly like the other figures: Streamlit 1.67 builds a Plotly chart again whenever its data change, which flickers and
 loses the zoom; to a Vega-Lite chart it sends the new rows. All that grows is therefore data, and the specification constant.
 """
 
@@ -34,7 +34,7 @@ Spec = dict[str, Any]
 PICKED = "picked"
 """Name of the selection that holds the trial under a click."""
 ZOOM = "zoom"
-"""Name of the selection that holds the visible part. Streamlit resets it with new data unless it is told to listen to it."""
+"""Name of the selection that holds the visible part. Streamlit resets it with new data unless it is reported to listen to it."""
 
 PICTURED = [{"field": "note", "type": "nominal", "title": "title"}, {"field": "picture", "type": "nominal", "title": "image"}]
 """For ``tooltip``: words with a picture below; the two titles are those that vega-tooltip draws so."""
@@ -45,7 +45,7 @@ _STAR = "M0,-1L.235,-.324L.951,-.309L.38,.124L.588,.809L0,.4L-.588,.809L-.38,.12
 _MARKS = {
     "sampled": ("circle", BLUE),
     "baseline": ("diamond", ORANGE),
-    "by hand": (_STAR, VERMILLION),
+    "manual": (_STAR, VERMILLION),
     "running": (_HOURGLASS, GREEN),
     "waiting": ("triangle-right", GREY),
     "stopped early": ("triangle-down", PURPLE),

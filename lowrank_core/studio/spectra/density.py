@@ -1,4 +1,4 @@
-"""How the eigenvalues of a module lie: their density, beside that of a random matrix."""
+"""How the eigenvalues of a module lie: their density, next to that of a random matrix."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def _range(view: LayerMap) -> tuple[float, float]:
 
 
 def _label_ends(figure: go.Figure, ends: list[tuple[float, str, str]], low: float, high: float) -> None:
-    """Write each name beside its line's end, moved up as far as the one below needs."""
+    """Write each name next to its line's end, moved up as far as the one below needs."""
     place = -math.inf
     for value, name, colour in sorted(ends):
         place = max((value - low) / (high - low), place + _GAP)

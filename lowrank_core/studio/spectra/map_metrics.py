@@ -175,7 +175,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
             Metric(
                 "cost",
                 "Measured loss",
-                "KL to the original on validation text when this module alone is compressed, from the Sensitivity page",
+                "KL to the dense model on validation text when this module alone is compressed, from the Sensitivity page",
                 _cost,
                 measure="KL, nats per token",
                 sources=(),

@@ -111,7 +111,7 @@ def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
 
 
 def density_figure(result: Density) -> go.Figure:
-    """Draw how the eigenvalues lie, by decades, with the Marchenko-Pastur law beside those of weights and the start of the tail."""
+    """Draw how the eigenvalues lie, by decades, with the Marchenko-Pastur law next to those of weights and the start of the tail."""
     colour, name = (VERMILLION, "λ of the features") if result.source == "features" else (BLUE, "σ² of W")
     hover = "%{x:.3g} of the mean<br>%{y:.2f} of all per decade<extra>" + name + "</extra>"
     figure = go.Figure(

@@ -50,7 +50,7 @@ def form(run: Run, result: Mapping[Subject, str], first: Subject) -> None:
             0.01,
             key="heal_cross_entropy",
             width=210,
-            help="0 follows the original alone. A little helps the perplexity; with more the model learns the text instead.",
+            help="0 follows the dense model alone. A little helps the perplexity; with more the model learns the text instead.",
         )
         pressed = st.form_submit_button("Heal it", key="heal", icon=":material/healing:", disabled=run.recorded, help=why_not(run))
     if pressed:
@@ -59,7 +59,7 @@ def form(run: Run, result: Mapping[Subject, str], first: Subject) -> None:
 
 
 def show(run: Run) -> None:
-    """Draw the newest healing; the older ones are told in a line each."""
+    """Draw the newest healing; the older ones are reported in a line each."""
     result = healings(run)
     if not result:
         st.caption("Trains the factors for some minutes on calibration text, chooses on validation text, and measures on test text.")

@@ -44,7 +44,7 @@ def windows(shown: Comparison) -> None:
             key="window_scatter",
             title="Each window: original against compressed",
             how="above the diagonal the compressed model predicts worse (orange), below it better (blue).",
-            alt=f"Loss of {shown.name} over that of the original, a dot for each test window",
+            alt=f"Loss of {shown.name} over that of the dense model, a dot for each test window",
             data=view.frame,
         )
     with right:
@@ -52,8 +52,8 @@ def windows(shown: Comparison) -> None:
             histogram_figure(view),
             key="window_histogram",
             title="How the differences are spread",
-            how="a narrow heap beside zero is a small loss everywhere; a long tail is text that the compression broke.",
-            alt=f"Histogram of the loss of {shown.name} less that of the original over test windows",
+            how="a narrow heap next to zero is a small loss everywhere; a long tail is text that the compression broke.",
+            alt=f"Histogram of the loss of {shown.name} less that of the dense model over test windows",
             data=view.frame[["window", "difference"]],
         )
 

@@ -22,17 +22,17 @@ _TABLES = {"lost": "What is lost", "saved": "What is saved"}
 
 
 def show_all(result: Sequence[Comparison]) -> None:
-    """Draw everything that was measured in this run, beside the original."""
+    """Draw everything that was measured in this run, next to the dense model."""
     for warning in warnings_of(result):
         st.warning(warning, icon=":material/warning:")
     table = difference_table(result)
     chart(
         difference_figure(table, result[0].dense_perplexity),
         key="perplexity_differences",
-        title="Perplexity above the original's, on the same test windows",
+        title="Perplexity above the dense model's, on the same test windows",
         how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
         "Circles were searched for, squares are rules and presets, stars were healed.",
-        alt="Dots with intervals: test perplexity of each measured model less that of the original",
+        alt="Dots with intervals: test perplexity of each measured model less that of the dense model",
         data=table,
     )
     _table(result)
@@ -57,7 +57,7 @@ def headline(shown: Comparison) -> None:
             interval_words(shown.perplexity_difference_interval),
             "Compressed less original, paired by window.",
         ),
-        ("KL to the original", number(shown.kl), "nats per token", None),
+        ("KL to the dense model", number(shown.kl), "nats per token", None),
         ("Top-1 agreement", percent(shown.top1_agreement), "of tokens", "Where both models rank the same token first."),
     )
     for column, card in zip(st.columns(_WIDTHS, gap="small"), cards, strict=True):
@@ -102,10 +102,10 @@ def _table(result: Sequence[Comparison]) -> None:
         "form": tables.text("Form"),
         "perplexity": tables.number("Perplexity", 3),
         "interval": tables.text("95 %", "Of each perplexity by itself."),
-        "difference": tables.figure("Difference", "Perplexity above the original's."),
+        "difference": tables.figure("Difference", "Perplexity above the dense model's."),
         "difference_interval": tables.text("95 %, paired", "Of the difference, paired by window."),
-        "kl": tables.figure("KL", "Of the compressed from the original, nats per token."),
-        "reverse_kl": tables.figure("Reverse KL", "Of the original from the compressed, nats per token."),
+        "kl": tables.figure("KL", "Of the compressed from the dense model, nats per token."),
+        "reverse_kl": tables.figure("Reverse KL", "Of the dense model from the compressed, nats per token."),
         "agreement": tables.share("Top-1", "Tokens where both models rank the same one first."),
         "top5": tables.share("Top-5", "Share that the five likeliest tokens of both have in common."),
         "kl_interval": tables.text("KL, 95 %"),
@@ -121,5 +121,5 @@ def _table(result: Sequence[Comparison]) -> None:
         comparison_table(result),
         {name: columns[name] for name in wanted},
         key=f"comparison_table_{shown}",
-        alt="All measured models beside the original",
+        alt="All measured models next to the dense model",
     )

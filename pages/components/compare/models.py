@@ -43,7 +43,7 @@ def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecor
             type="primary",
             icon=":material/straighten:",
             disabled=run.recorded or not missing,
-            help=why_not(run) or ("Each on the same windows as the original." if missing else "All that is chosen is measured."),
+            help=why_not(run) or ("Each on the same windows as the dense model." if missing else "All that is chosen is measured."),
         ):
             submit(run, "compare", missing)
         if st.button(

@@ -1,4 +1,4 @@
-"""The same prompt, continued by the original and by compressed models."""
+"""The same prompt, continued by the dense model and by compressed models."""
 
 from __future__ import annotations
 

@@ -52,10 +52,10 @@ def show(
     chart(
         ratio_figure(view.frame, view.own or "the run's text", view.other),
         key="second_text_ratios",
-        title=f"Perplexity over the original's: {view.own} and {view.other}",
+        title=f"Perplexity over the dense model's: {view.own} and {view.other}",
         how="two dots a model, one for each text; the longer the line between them, the more the compression fits its own text alone. "
         "Whiskers are 95 % intervals, paired by window.",
-        alt="Two dots for each model: its perplexity over the original's on both texts",
+        alt="Two dots for each model: its perplexity over the dense model's on both texts",
         data=view.frame,
     )
     columns = {
@@ -63,9 +63,9 @@ def show(
         "own_ratio": tables.number(f"Ratio on {view.own}", 4, _RATIO),
         "other_ratio": tables.number(f"Ratio on {view.other}", 4, _RATIO),
         "own": tables.number(f"Perplexity, {view.own}", 3),
-        "own_dense": tables.number("of the original", 3),
+        "own_dense": tables.number("of the dense model", 3),
         "other": tables.number(f"Perplexity, {view.other}", 3),
-        "other_dense": tables.number("of the original", 3),
+        "other_dense": tables.number("of the dense model", 3),
         "kl_own": tables.figure(f"KL, {view.own}", "Nats per token."),
         "kl_other": tables.figure(f"KL, {view.other}", "Nats per token."),
     }
@@ -99,7 +99,7 @@ def _form(
             key="measure_second",
             icon=":material/compare_arrows:",
             disabled=run.recorded or not chosen,
-            help=why_not(run) or "Beside the original, on the same windows; on the run's own text, too, where that is missing.",
+            help=why_not(run) or "Next to the dense model, on the same windows; on the run's own text, too, where that is missing.",
         )
     if not pressed:
         return

@@ -21,12 +21,12 @@ def show(run: Run, chosen: Sequence[Subject], result: Sequence[Speed]) -> None:
     """Draw the form, and what was timed."""
     _form(run, chosen)
     if not result:
-        st.caption("Each model is timed in turns with the original, warm. Fewer parameters are not always faster: this tells.")
+        st.caption("Each model is timed in turns with the dense model, warm. Fewer parameters are not always faster: this tells.")
         return
     chart(
         speedup_figure(speedup_table(result)),
         key="speedups",
-        title="Times as fast as the original, in the same rounds",
+        title="Times as fast as the dense model, in the same rounds",
         how="right of the dotted line the compressed model is faster; whiskers reach from the slowest round to the fastest.",
         alt="Dots with ranges: how many times faster each model reads, writes and begins",
         data=speed_numbers(result),
@@ -39,7 +39,9 @@ def show(run: Run, chosen: Sequence[Subject], result: Sequence[Speed]) -> None:
     }
     for index, speed in enumerate(result):
         st.markdown(f"**{speed.name}**")
-        tables.table(speed_table(speed), columns, key=f"speed_table_{index}", alt=f"Speed and memory of {speed.name} beside the original")
+        tables.table(
+            speed_table(speed), columns, key=f"speed_table_{index}", alt=f"Speed and memory of {speed.name} next to the dense model"
+        )
         st.caption(f"Protocol: {speed.protocol}." + (f" Memory: {speed.memory}." if speed.memory else " Memory was not measured."))
 
 

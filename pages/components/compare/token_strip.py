@@ -26,7 +26,7 @@ def show(run: Run, chosen: Mapping[Subject, str], result: Sequence[TokenStrip], 
     """Draw the form that asks for a text, and the texts that were read; ``windows`` says where most is lost."""
     _form(run, chosen, windows)
     if not result:
-        st.caption("Shows where in a text the compressed model is surprised more than the original.")
+        st.caption("Shows where in a text the compressed model is surprised more than the dense model.")
         return
     titles = [strip.title for strip in result]
     index = st.selectbox("Shown", range(len(result)), key=f"strip_{len(result)}", format_func=titles.__getitem__) if len(result) > 1 else 0
@@ -38,7 +38,7 @@ def show(run: Run, chosen: Mapping[Subject, str], result: Sequence[TokenStrip], 
     columns = {
         "before": tables.text("After", "The text in front of it; ␣ is a blank, ⏎ a line break.", width="medium"),
         "piece": tables.text("Token"),
-        "extra": tables.number("Extra loss (nats)", 3, "Of the compressed model above the original."),
+        "extra": tables.number("Extra loss (nats)", 3, "Of the compressed model above the dense model."),
         "dense_nll": tables.number("Original", 3, "-log p, nats."),
         "nll": tables.number("Compressed", 3, "-log q, nats."),
         "kl": tables.number("KL", 3, "Between the two predictions, nats."),

@@ -1,4 +1,4 @@
-"""Parts of the Feature energy page: the energy of a module or of its type, the measured loss beside it, and pooling."""
+"""Parts of the Feature energy page: the energy of a module or of its type, the measured loss next to it, and pooling."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def loss(run: Run, spectrum: LayerSpectrum, rank: int) -> None:
     """Say what trials lost that keep about as much as the factors at ``rank``; energy alone is no loss."""
     search = run.config.search
     result = measured_loss(read_trials(run), energy_at_rank(spectrum, rank).parameters_kept) if search is not None else None
-    st.markdown("**Measured loss beside it**")
+    st.markdown("**Measured loss next to it**")
     if result is None:
         st.caption("Energy is not a loss, and no loss is measured in this run yet: a rank search measures its baselines first.")
         st.page_link(navigation.SEARCH, label="Measure it in a rank search", icon=":material/query_stats:")

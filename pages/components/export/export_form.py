@@ -110,7 +110,7 @@ def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
         key="export_with_code",
         disabled=dense,
         persist_state="session",
-        help="Puts our code beside the weights: for people who have transformers and not this package. They load it with "
+        help="Puts our code next to the weights: for people who have transformers and not this package. They load it with "
         "trust_remote_code=True. A dense merge needs none.",
     )
     int8 = st.toggle(
@@ -149,7 +149,7 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
     layout.metrics_row(
         {
             "Weights": (_bounded(size(result.bytes), result), f"{result.bytes:,} bytes of {result.dtype}; the file's header comes on top."),
-            "Of the original": (percent(result.bytes / max(1, facts.bytes)), f"The checkpoint has {size(facts.bytes)}."),
+            "Of the dense model": (percent(result.bytes / max(1, facts.bytes)), f"The checkpoint has {size(facts.bytes)}."),
             "Parameters": (_bounded(count(result.parameters), result), f"{result.parameters:,}: biases, indices and scales counted."),
         }
     )
@@ -184,10 +184,10 @@ def _sizes(frame: object) -> None:
         "dtype": tables.text("Floats", width=75),
         "parameters": tables.whole("Parameters", "Numbers in the files: biases, indices and scales counted."),
         "bytes": tables.whole("Bytes", "Of the tensors; a header of some kilobytes comes on top."),
-        "share": tables.share("Share", "Of the original's bytes."),
+        "share": tables.share("Share", "Of the dense model's bytes."),
     }
     tables.table(frame, columns, key="export_sizes", alt="Bytes of each form")  # type: ignore[arg-type]
-    st.caption("Counted from the ranks, not measured. The original is the checkpoint as it is stored.")
+    st.caption("Counted from the ranks, not measured. The dense model is the checkpoint as it is stored.")
 
 
 def _command(run: Run, source: Source, config: ExportConfig) -> None:

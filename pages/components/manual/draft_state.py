@@ -1,4 +1,4 @@
-"""The draft of ranks on the page Pick by hand: kept for the session, saved for a reload, changed in steps that can be taken back."""
+"""The draft of ranks on the page Manual allocation: kept for the session, saved for a reload, changed in steps that can be taken back."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def _save(editor: DraftState, after: DraftHistory) -> None:
 
 
 def revision(editor: DraftState) -> int:
-    """Return how often the draft was changed elsewhere than in the table, which then begins anew."""
+    """Return how often the draft was changed elsewhere than in the table, which then begins again."""
     return state.held(editor.key("revision"), 0)
 
 

@@ -33,7 +33,7 @@ def button(editor: DraftState, draft: Draft) -> None:
     """Draw the button that has the draft measured next."""
     now = _now(editor, draft, read_trials(editor.run))
     known = now.trial is not None and now.stage == "measured"
-    why_not = _RECORDED if editor.run.recorded else "It is measured: see below." if known else "It is in line." if now.open else None
+    why_not = _RECORDED if editor.run.recorded else "It is measured: see below." if known else "It is queued." if now.open else None
     pressed = st.button(
         "Measure it now",
         key="measure_hand",
@@ -88,7 +88,7 @@ def status(editor: DraftState, draft: Draft) -> None:
 
 
 def result(editor: DraftState, draft: Draft) -> None:
-    """Draw the measured draft beside the best trial and the uniform baseline; nothing before that.
+    """Draw the measured draft next to the best trial and the uniform baseline; nothing before that.
 
     Raises:
         RunError: the journal is damaged.
@@ -119,14 +119,14 @@ def _table(editor: DraftState, trial: TrialRecord, trials: Sequence[TrialRecord]
     frame = alongside(trial, trials, editor.search, editor.recipe.record)
     columns = {
         "name": tables.text("Allocation", width="medium"),
-        "kl": tables.figure("Measured KL", "To the original, nats per token."),
+        "kl": tables.figure("Measured KL", "To the dense model, nats per token."),
         "predicted": tables.figure("Predicted KL", "Before it was measured; a prediction."),
         "perplexity": tables.number("Perplexity", 3),
         "removed": tables.share("Removed"),
     }
     if frame["predicted"].isna().all():
         columns.pop("predicted")
-    tables.table(frame, columns, key="hand_result", alt="This draft beside the best trial and the uniform baseline")
+    tables.table(frame, columns, key="hand_result", alt="This draft next to the best trial and the uniform baseline")
 
 
 def _protocol(editor: DraftState) -> str:
@@ -161,7 +161,7 @@ def trusted(editor: DraftState, draft: Draft, predictions: pd.DataFrame) -> None
             prediction_figure(predictions, now=predicted_kl(record, draft.ranks)),
             key="prediction",
             title="Predicted and measured KL of this run's trials",
-            how="on the dashed line a prediction came true; above it the model lost more. Points along a line, even beside this one, are "
+            how="on the dashed line a prediction came true; above it the model lost more. Points along a line, even next to this one, are "
             "in the right order.",
             alt="Measured against predicted KL divergence of every trial, on log axes, with the diagonal",
             data=predictions,

@@ -102,7 +102,7 @@ def _fit(editor: DraftState) -> None:
         list(result),
         key=key,
         format_func=lambda name: result.get(name, name),
-        help="A rule decides anew what each unlocked row gets; Marginal may also group unlocked modules otherwise.",
+        help="A rule decides again what each unlocked row gets; Lagrangian may also group unlocked modules otherwise.",
     )
     st.button("Fit", key="hand_fit", type="primary", on_click=_fitted, args=(editor, key))
 

@@ -46,7 +46,7 @@ def show(run: Run, source: Source | None) -> None:
     _offer("Figures (SVG, PNG, HTML)", "figures", partial(charts_html, run), "text/html", pictures, why_not)
     _tables(run, source)
     st.caption(
-        "On the pages, the camera above a figure saves it as SVG, and the button beside it its numbers as CSV. Your browser draws the "
+        "On the pages, the camera above a figure saves it as SVG, and the button next to it its numbers as CSV. Your browser draws the "
         "pictures; nothing is sent anywhere. Model cards are with the written models."
     )
     _again(run)
@@ -71,7 +71,7 @@ def _tables(run: Run, source: Source | None) -> None:
     result = comparisons(results(run), trials)
     why_not = "" if source is not None and source.ranks else "Its ranks are known once the worker has built or measured it."
     chosen = source.label if source is not None else "Nothing is chosen"
-    meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or to start from by hand."
+    meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or to start from manually."
     name = source.name.replace(" ", "-") if source is not None else "allocation"
     _offer("Allocation (JSON)", name, partial(_allocation, run, source), "application/json", meaning, why_not)
     rows = "Every trial: state, value, perplexity, KL, ratio, seconds, variables."

@@ -93,7 +93,7 @@ def text_section(text: TextFacts) -> None:
         "windows": tables.whole("Windows"),
         "tokens": tables.whole("Tokens"),
         "available": tables.whole("Available tokens"),
-        "sha256": tables.text("SHA-256", "Of the tokens, so that two runs can be told to have seen the same text."),
+        "sha256": tables.text("SHA-256", "Of the tokens, so that two runs can be shown to have seen the same text."),
     }
     with left:
         tables.table(split_table(text), columns, key="split_table", alt="Windows and tokens of each split")

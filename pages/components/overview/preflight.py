@@ -109,7 +109,7 @@ def fit_line(model: ModelOnDisk, config: RunConfig) -> None:
 def _fit(fit: Fit) -> None:
     gpu = fit.machine.gpu
     where = f"{gpu.name}, as nvidia-smi sees it" if gpu else "nvidia-smi is absent or sees none, so the CPU is counted on"
-    st.caption(f"An estimate of what calibration takes, beside Python and its libraries. GPU: {where}.")
+    st.caption(f"An estimate of what calibration takes, next to Python and its libraries. GPU: {where}.")
     for place in fit.short_of:
         st.warning(f"{_PLACES[place]}: {size(fit.needed(place))} needed, {size(fit.free(place))} free.", icon=":material/memory:")
     words = {"part": "What", "place": "Where", "size": "Size", "how": "How it is counted"}
@@ -122,7 +122,7 @@ def _preview(preview: TextPreview, config: RunConfig) -> None:
         st.info(preview.note, icon=":material/info:")
     for warning in preview_warnings(preview, config.text):
         st.warning(warning, icon=":material/short_text:")
-    counted = "Characters are counted" if preview.counted else "Characters are told from the size of the file"
+    counted = "Characters are counted" if preview.counted else "Characters are reported from the size of the file"
     st.caption(f"{counted}; tokens are an estimate at {CHARACTERS_PER_TOKEN} characters each. The splits are disjoint.")
     columns = {
         "split": tables.text("Split"),

@@ -35,7 +35,7 @@ def show(run: Run) -> None:
         "perplexity": tables.number("Perplexity (test)", 3),
         "low": tables.number("from", 3, "Lower end of the 95 % interval."),
         "high": tables.number("to", 3, "Upper end of the 95 % interval."),
-        "kl": tables.figure("KL (test)", "Nats per token, to the original."),
+        "kl": tables.figure("KL (test)", "Nats per token, to the dense model."),
         "kl_low": tables.figure("from", "Lower end of the 95 % interval."),
         "kl_high": tables.figure("to", "Upper end of the 95 % interval."),
     }

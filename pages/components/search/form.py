@@ -174,7 +174,7 @@ def _budget_words(plan: Plan, search: SearchConfig, layers: int) -> str:
 
 
 def _time_line(config: RunConfig | None, facts: ModelFacts | None) -> None:
-    """Say how long it may take, and by what that was told."""
+    """Say how long it may take, and by what that was reported."""
     if config is None:
         return
     result = time_estimate(config, facts)

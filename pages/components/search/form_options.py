@@ -21,7 +21,7 @@ _SPACES = {
     "types": "By module type, in N depth groups",
     "per-layer": "Every layer by itself",
 }
-_VARIABLES = {"kept": "Kept fractions", "errors": "Error weights around marginal"}
+_VARIABLES = {"kept": "Kept fractions", "errors": "Error weights around lagrangian"}
 _PRUNERS = {"none": "Measure every trial to the end", "wilcoxon": "Stop bad trials early (Wilcoxon test)"}
 
 
@@ -40,7 +40,7 @@ def advanced(*, own: bool, ranged: bool, objective: str) -> dict[str, object]:
         ranged: whether a range of ratios is searched; then trials are not stopped early.
     """
     with st.expander("Advanced"):
-        result: dict[str, object] = _recipe() if own else {"compression": PRESETS["studio"].compression, "variables": "errors"}
+        result: dict[str, object] = _recipe() if own else {"compression": PRESETS["studio"].compression, "variables": "error_weight"}
         return result | _searching(ranged=ranged) | _measuring(objective)
 
 
@@ -67,7 +67,7 @@ def _recipe() -> dict[str, object]:
         key="search_variables",
         format_func=_VARIABLES.__getitem__,
         help="What a variable multiplies: the kept fraction of its matrices, as in the paper, or the weight of their errors when the "
-        "allocator marginal trades them; at 1 everywhere that is marginal itself.",
+        "allocator lagrangian trades them; at 1 everywhere that is lagrangian itself.",
         persist_state="session",
     )
     with st.container(horizontal=True, gap="large"):
@@ -78,7 +78,7 @@ def _recipe() -> dict[str, object]:
             help="As the paper does.",
             persist_state="session",
         )
-        weights = variables == "errors"
+        weights = variables == "error_weight"
         stacks = st.toggle(
             "Offer stacks",
             key="search_stacks",

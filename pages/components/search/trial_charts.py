@@ -74,7 +74,7 @@ def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRe
         title=f"{who}, window by window" if view.shown == view.other else f"{who}, against {view.other} window by window",
         how=f"dots are {view.shown}, green bars {view.other}; a dot below its bar is better there. On the {view.measured} windows that "
         f"both have seen: {number(view.shown_mean, 4)} against {number(view.other_mean, 4)}.",
-        alt=f"Loss of {view.shown} on each search-validation window, beside {view.other}",
+        alt=f"Loss of {view.shown} on each search-validation window, next to {view.other}",
         data=view.frame,
     )
 
@@ -132,7 +132,7 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
             "application/json",
             key="download_allocation",
             icon=":material/download:",
-            help="Valid for `lowrank compress --ranks`, and on the page Pick by hand.",
+            help="Valid for `lowrank compress --ranks`, and on the page Manual allocation.",
             on_click="ignore",
         )
         st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")

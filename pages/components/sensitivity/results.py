@@ -34,7 +34,7 @@ _HOW = {
 
 
 def watch(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None:
-    """Draw what is measured so far; anew while cells come in, and only then."""
+    """Draw what is measured so far; again while cells come in, and only then."""
     live(_show, _TICK if is_busy(run) else None, run, facts, spectra)
 
 
