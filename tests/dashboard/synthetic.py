@@ -200,7 +200,7 @@ def _attributes(allocation: RankAllocation, label: str, loss: float | None) -> d
 
 
 def write_rich_study(run: Run) -> None:
-    """Write a trial of every kind: three baselines, sampled, stopped early, manually (within, over the budget, waiting), failed, running."""
+    """Write a trial of every kind: three baselines, sampled, stopped early, manual (within, over the budget, waiting), failed, running."""
     study, shapes = _journal(run), priced_units()
     dense = {m.name for m in shapes if module_group(m.kind) == "v"}
     uniform = allocate("uniform", shapes, RATIO, keep_dense=dense)

@@ -388,9 +388,9 @@ def test_a_page_that_is_opened_by_its_address_first_gets_its_frame():
 
 def test_the_dashboard_imports_neither_torch_nor_transformers():
     code = (
-        "import sys, pkgutil, importlib, pages.components, lowrank_core.views, lowrank_core.figures\n"
-        "for package in (pages.components, lowrank_core.views, lowrank_core.figures):\n"
-        "    for module in pkgutil.iter_modules(package.__path__, package.__name__ + '.'):\n"
+        "import sys, pkgutil, importlib, pages.components, lowrank_core.studio\n"
+        "for package in (pages.components, lowrank_core.studio):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
         "        importlib.import_module(module.name)\n"
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )

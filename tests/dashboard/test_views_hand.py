@@ -1,4 +1,4 @@
-"""What the page Manual allocation shows, as numbers: rows, bill, sliders' groups, predictions and their record, where a measurement stands."""
+"""What the page Manual allocation shows, as numbers: rows, bill, sliders' groups, predictions and their record, measurements."""
 
 from __future__ import annotations
 

@@ -76,7 +76,7 @@ def _row(comparison: Comparison) -> dict[str, object]:
 
 
 def difference_table(result: Sequence[Comparison]) -> pd.DataFrame:
-    """Return perplexity above the dense model's: columns name, kind, difference, low, high (95 %, paired by window), removed; least first."""
+    """Return perplexity above the dense model's: columns name, kind, difference, low, high (95 %, paired by window), removed; ascending."""
     rows = [
         (
             comparison.name,
