@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import TypeVar
 
+from lowrank_core.config.options import renamed
 from lowrank_core.errors import ConfigError
 
 __all__ = ["from_mapping", "to_mapping"]
@@ -21,13 +22,14 @@ def to_mapping(value: object) -> dict[str, object]:
 
 
 def from_mapping(kind: type[T], mapping: Mapping[str, object]) -> T:
-    """Build the dataclass ``kind`` from JSON, nested dataclasses included.
+    """Build the dataclass ``kind`` from JSON, nested dataclasses included; names and values of earlier versions are understood.
 
     Raises:
         ConfigError: an unknown key, or a value of the wrong type.
     """
     if not isinstance(mapping, Mapping):
         raise ConfigError(f"{kind.__name__}: expected an object, got {type(mapping).__name__}.")
+    mapping = renamed(kind, mapping)
     hints = typing.get_type_hints(kind)
     unknown = sorted(set(mapping) - set(hints))
     if unknown:
