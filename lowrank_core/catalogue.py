@@ -8,9 +8,16 @@ from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.metrics import METRICS, ErrorMetric
 from lowrank_core.presets.recipes import PRESETS
 
-__all__ = ["allocator_table", "as_markdown", "basis_table", "methods", "preset_table"]
+__all__ = ["allocator_table", "as_markdown", "basis_table", "methods", "preset_table", "registered"]
 
 Table = list[dict[str, str]]
+
+
+def registered(name: str) -> dict[str, str]:
+    """Return name -> label of what a registry has for the option ``name``; empty where none has."""
+    if name == "basis":
+        return {key: metric.label for key, metric in METRICS.items()}
+    return {key: rule.label for key, rule in ALLOCATORS.items()} if name == "allocation" else {}
 
 
 def _needs(basis: ErrorMetric) -> str:

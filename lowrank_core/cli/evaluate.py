@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from lowrank_core.cli.options import Command, Result, model_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, Result, given_options, model_options, source_of, text_of, text_options
+from lowrank_core.config import TextConfig
 
 __all__ = ["add"]
 
@@ -24,8 +25,10 @@ def add(command: Command) -> None:
 def run(arguments: argparse.Namespace) -> Result:
     from lowrank_core.commands.evaluate import EvaluationRequest, evaluate_on, evaluate_on_texts
 
-    texts = [text_of(arguments, "test_windows", reference=reference) for reference in arguments.text]
-    request = EvaluationRequest(arguments.split, arguments.windows, arguments.stride, arguments.against)
+    references = arguments.text or [None]
+    texts = [text_of(arguments, reference=reference) for reference in references]
+    windows = given_options(arguments, TextConfig).get("test_windows")
+    request = EvaluationRequest(arguments.split, windows, arguments.stride, arguments.against)
     if len(texts) == 1:
         return evaluate_on(source_of(arguments), texts[0], request)
     return evaluate_on_texts(source_of(arguments), texts, request)

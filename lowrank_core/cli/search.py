@@ -10,60 +10,39 @@ from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.cli.options import (
     Command,
     Result,
-    calibration_of,
-    calibration_options,
+    add_options,
     chosen_preset,
-    compression_of,
     compression_options,
+    config_of,
+    given_options,
     json_option,
     model_options,
+    recorded,
     source_of,
     text_of,
     text_options,
 )
-from lowrank_core.config import OBJECTIVES, PRUNERS, SAMPLERS, SPACES, VARIABLES, SearchConfig
+from lowrank_core.config import SAMPLERS, CalibrationConfig, CompressionConfig, SearchConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.presets.recipes import DEFAULT_PRESET
 
 __all__ = ["add"]
-
-_SEARCH = SearchConfig()
-_FIELDS = (
-    *("max_ratio", "space", "variables", "error_weights", "sampler", "objective", "trials", "startup_trials"),
-    *("pruner", "top_k", "autocast", "confirmed"),
-)
-"""Fields of ``SearchConfig`` that are options of the same name."""
 
 
 def add(command: Command) -> None:
     search = command("search", "Search for the ranks that lose least at a compression ratio, then export the best.")
     model_options(search)
     text_options(search)
-    calibration_options(search)
-    search.add_argument(
-        "--compression-ratio", type=float, required=True, metavar="R", help="fraction of the linears' parameters to remove, in (0, 1)"
-    )
-    compression_options(search, f"{DEFAULT_PRESET.name}, unless you choose basis or storage yourself")
-    _search_options(search)
+    add_options(search, CalibrationConfig)
+    compression_options(search, f"{DEFAULT_PRESET.name}, unless you choose metric or storage yourself")
+    add_options(search, SearchConfig)
+    _place_options(search)
     search.set_defaults(run=run_search)
     _add_worker(command("worker", "Do what is left to do in a run: start, resume, answer the dashboard; or help with its trials."))
     _add_enqueue(command("enqueue", "Queue a manual allocation: the run's worker measures it next."))
 
 
-def _search_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--most-ratio", type=float, metavar="R", help="search every ratio up to this one: the answer is a Pareto front")
-    parser.add_argument("--space", help=f"one of {', '.join(SPACES)}, or `types x N` with N depth groups (default: {_SEARCH.space})")
-    parser.add_argument(
-        "--variables", help=f"what a variable multiplies: {' or '.join(VARIABLES)} (default: the preset's, or {_SEARCH.variables})"
-    )
-    parser.add_argument("--sampler", help=f"one of {', '.join(SAMPLERS)} (default: {_SEARCH.sampler})")
-    parser.add_argument("--objective", help=f"one of {', '.join(OBJECTIVES)} (default: {_SEARCH.objective}, or the preset's)")
-    parser.add_argument("--trials", type=int, metavar="N", help=f"trials, baselines included (default: {_SEARCH.trials}, or the preset's)")
-    parser.add_argument("--startup-trials", type=int, metavar="N", help=f"before a sampler's model (default: {_SEARCH.startup_trials})")
-    parser.add_argument("--pruner", help=f"stop bad trials early: {' or '.join(PRUNERS)} (default: {_SEARCH.pruner})")
-    parser.add_argument("--top-k", type=int, metavar="K", help="KL on the dense model's K likeliest tokens and the rest (default: 0, all)")
-    parser.add_argument("--autocast", action="store_true", default=None, help="run trials in bfloat16")
-    parser.add_argument("--confirmed", type=int, metavar="N", help=f"best trials measured on test text (default: {_SEARCH.confirmed})")
+def _place_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=Path, metavar="FILE", help="a manual allocation, measured first")
     parser.add_argument("--complete", metavar="A", help="complete a partial --ranks within the budget by an allocation")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: %(default)s)")
@@ -103,19 +82,18 @@ def run_search(arguments: argparse.Namespace) -> Result:
     from lowrank_core.commands.search import SearchPlace, search_in
 
     place = SearchPlace(arguments.folder, arguments.storage_url, arguments.workers, arguments.ranks, arguments.complete)
-    return search_in(source_of(arguments), text_of(arguments), calibration_of(arguments), _config(arguments), place)
+    return search_in(source_of(arguments), text_of(arguments), config_of(arguments, CalibrationConfig), _config(arguments), place)
 
 
 def _config(arguments: argparse.Namespace) -> SearchConfig:
-    preset = chosen_preset(arguments, "basis", "storage", "compress_value")
-    given = {name: value for name in _FIELDS if (value := getattr(arguments, name)) is not None}
-    return replace(
-        _SEARCH,
-        compression_ratio=arguments.compression_ratio,
-        seed=arguments.seed,
-        compression=compression_of(arguments, preset),
-        **{**(preset.search if preset else {}), **given},
-    )
+    preset = chosen_preset(arguments)
+    base, given = recorded(arguments, SearchConfig), given_options(arguments, SearchConfig)
+    if base is None and "compression_ratio" not in given:
+        raise ConfigError("how much to remove? Give --compression-ratio, such as 0.2, or --config FILE.")
+    base = base or replace(SearchConfig(), seed=text_of(arguments).seed)
+    chosen = {} if preset is None else dict(preset.search)
+    compression = config_of(arguments, CompressionConfig, usual=preset.compression if preset else None)
+    return replace(base, **{**chosen, **given}, compression=compression)
 
 
 def run_worker(arguments: argparse.Namespace) -> Result:

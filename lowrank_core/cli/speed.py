@@ -6,8 +6,9 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
+from lowrank_core.cli.options import Command, Result, add_options, config_of, json_option, model_options, source_of
 from lowrank_core.cli.tables import aligned
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.studio.shared.formatting import DASH, size
 
 if TYPE_CHECKING:
@@ -20,11 +21,7 @@ def add(command: Command) -> None:
     parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense next to compressed.")
     model_options(parser)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are measured in turns")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="prompts at once (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="P", help="tokens of each prompt (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens written after each (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="R", help="timed generations of each model (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=1, metavar="W", help="generations before, not timed (default: %(default)s)")
+    add_options(parser, SpeedConfig)
     memory = "measure peak memory too, in a fresh process for each model"
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help=f"{memory} (default: yes)")
     json_option(parser)
@@ -32,12 +29,11 @@ def add(command: Command) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.models import load_model
-    from lowrank_core.speed import SpeedConfig, compare_speed, measure_speed
-
     a = arguments
-    config = SpeedConfig(a.batch_size, a.prompt_tokens, a.new_tokens, a.rounds, a.warmup)
-    source = source_of(a)
+    config, source = config_of(a, SpeedConfig), source_of(a)
+    from lowrank_core.models import load_model
+    from lowrank_core.speed import compare_speed, measure_speed
+
     handle = load_model(source)
     if a.against is None:
         report = measure_speed(handle, config, source=source if a.memory else None)

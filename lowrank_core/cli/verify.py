@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, Result, text_of, text_options
-from lowrank_core.config import to_mapping
+from lowrank_core.cli.options import Command, Result, add_options, given_options, source_of, text_of, text_options
+from lowrank_core.config import ModelSource, TextConfig, to_mapping
 from lowrank_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,20 +18,20 @@ __all__ = ["add"]
 
 def add(command: Command) -> None:
     parser = command("verify", "Check the files of an export, and measure its perplexity again in a fresh process.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder written by compress or export")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    text_options(parser, "test_windows", required=False)
+    add_options(parser, ModelSource, only=("reference", "device"))
+    text_options(parser, "test_windows")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="part of --text (default: %(default)s)")
-    parser.set_defaults(run=run, dtype="auto")
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
     from lowrank_core.export import verify
 
-    if arguments.text is None and (arguments.windows, arguments.context) != (None, None):
+    given, source = given_options(arguments, TextConfig), source_of(arguments)
+    if "reference" not in given and given.keys() & {"test_windows", "context"}:
         raise ConfigError("--windows and --context cut a text: give it with --text, or leave them out to measure as was recorded.")
-    text = None if arguments.text is None else text_of(arguments, "test_windows")
-    result = verify(Path(arguments.model), text=text, split=arguments.split, device=arguments.device)
+    text = text_of(arguments) if "reference" in given else None
+    result = verify(Path(source.reference), text=text, split=arguments.split, device=source.device)
     return {**to_mapping(result), "text": _told(result)}
 
 

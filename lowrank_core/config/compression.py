@@ -36,14 +36,14 @@ class CompressionConfig:
         False, "offer stacks of matrices with one input as alternatives to single matrices; needs error weights", label="Offer stacks"
     )
     heads: bool = option(
-        False, "offer per-head value/output factors as alternatives, likewise; needs values that may be compressed", label="Offer per-head factors"
+        False,
+        "offer per-head value/output factors as alternatives, likewise; needs values that may be compressed",
+        label="Offer per-head factors",
     )
     rank_multiple: int = option(
         1, "round ranks down to a multiple of it, as the paper's code does with 8", label="Ranks in multiples of", minimum=1
     )
-    input_damping: float = option(
-        1e-6, "of the inputs' metric, relative to its mean eigenvalue", label="Input damping", minimum=0.0
-    )
+    input_damping: float = option(1e-6, "of the inputs' metric, relative to its mean eigenvalue", label="Input damping", minimum=0.0)
     gradient_damping: float = option(
         1e-2, "of the output gradients' metric, relative to its mean eigenvalue", label="Gradient damping", minimum=0.0
     )
@@ -56,7 +56,10 @@ class CompressionConfig:
         step=0.1,
     )
     fit_windows: int = option(
-        128, "calibration windows that a sequential metric fits on, at most; each is run through every block several times", label="Fitted windows", minimum=1
+        128,
+        "calibration windows that a sequential metric fits on, at most; each is run through every block several times",
+        label="Fitted windows",
+        minimum=1,
     )
 
     def __post_init__(self) -> None:

@@ -28,9 +28,7 @@ class ExportConfig:
     with_code: bool = option(
         False, "write our code with the weights: the folder loads with trust_remote_code where this is not installed", label="With our code"
     )
-    dtype: str = option(
-        "auto", "that is written; auto: that of the checkpoint", label="Dtype", flag="export-dtype", choices=EXPORT_DTYPES
-    )
+    dtype: str = option("auto", "that is written; auto: that of the checkpoint", label="Dtype", flag="export-dtype", choices=EXPORT_DTYPES)
     max_shard_size: str = option("50GB", "of one weight file, such as 2GB (units KB to TB, of 1000)", label="Largest weight file")
     quantization: str = option(
         "none", "of the factors; int8: whole numbers with one scale a row", label="Quantisation", flag="quantize", choices=QUANTIZATIONS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from lowrank_core.config import check_choice, check_min
+from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
 __all__ = ["CRITERIA", "HEALER_LABELS", "HealingConfig"]
@@ -24,44 +24,39 @@ CRITERIA = ("objective", "kl", "perplexity")
 
 @dataclass(frozen=True)
 class HealingConfig:
-    """How a compressed model is trained towards the dense one.
+    """How a compressed model is trained towards the dense one."""
 
-    Attributes:
-        method: name in ``HEALER_LABELS``.
-        steps: of the optimiser, at most.
-        batch_size: windows in a step.
-        learning_rate: largest, after the warm-up; None measures one (``rates``).
-        warmup: fraction of the steps in which the rate rises; from there it falls as a cosine to 0.
-        temperature: τ of the distributions that are compared: τ² KL(dense^(1/τ) ‖ compressed^(1/τ)).
-        cross_entropy: α, weight of the loss on the text itself next to the divergence. A little of it steers what the factors can't
-            hold towards what the text needs; with much of it they learn the text, and leave the dense model.
-        criterion: what validation chooses by, one of ``CRITERIA``: what is kept is never worse in it than the start was.
-        validate_every: steps between two validations, which are also checkpoints.
-        patience: validations without a better one after which training ends.
-        train_windows: of the text's calibration split, at most, drawn at random.
-        lora_rank: r of the adapters, for ``lora``.
-        seed: of the draw of windows, their order, and initial adapters.
-    """
-
-    method: str = "distill"
-    steps: int = 200
-    batch_size: int = 8
-    learning_rate: float | None = None
-    warmup: float = 0.05
-    temperature: float = 1.0
-    cross_entropy: float = 0.02
-    criterion: str = "objective"
-    validate_every: int = 20
-    patience: int = 10
-    train_windows: int = 4096
-    lora_rank: int = 8
-    seed: int = 0
+    method: str = option("distill", "what is trained", label="Method", choices=HEALER_LABELS)
+    steps: int = option(200, "of the optimiser, at most", label="Steps, at most", minimum=1)
+    batch_size: int = option(8, "windows in a step", label="Windows in a step", minimum=1)
+    learning_rate: float | None = option(
+        None,
+        "largest, after the warm-up",
+        label="Learning rate",
+        fallback="measured from how sensitive the model is",
+    )
+    warmup: float = option(0.05, "fraction of the steps in which the rate rises; from there it falls as a cosine to 0", label="Warm-up")
+    temperature: float = option(1.0, "τ of the distributions that are compared: τ² KL(dense^(1/τ) ‖ compressed^(1/τ))", label="Temperature")
+    cross_entropy: float = option(
+        0.02,
+        "α, weight of the loss on the text itself next to the divergence: a little helps the perplexity, with more the model learns the "
+        "text instead",
+        label="Weight of the text's own loss",
+        step=0.01,
+    )
+    criterion: str = option(
+        "objective", "what validation chooses by: KL + α NLL as it is trained, or one of the two alone", label="Criterion", choices=CRITERIA
+    )
+    validate_every: int = option(20, "steps between two validations, which are also checkpoints", label="Validate every", minimum=1)
+    patience: int = option(10, "validations without a better one after which training ends", label="Patience", minimum=1)
+    train_windows: int = option(4096, "of the text's calibration split, at most, drawn at random", label="Training windows", minimum=1)
+    lora_rank: int = option(8, "of the adapters, for lora", label="LoRA rank", minimum=1)
+    seed: int = option(
+        0, "of the draw of windows, their order, and initial adapters", label="Seed of the healing", flag="heal-seed", minimum=0
+    )
 
     def __post_init__(self) -> None:
-        check_choice("healing", self.method, HEALER_LABELS)
-        check_choice("criterion", self.criterion, CRITERIA)
-        names = ("steps", "batch_size", "validate_every", "patience", "train_windows", "lora_rank")
-        check_min(1, **{name: getattr(self, name) for name in names})
+        check_options(self)
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ConfigError(f"the learning rate must be a positive number, got {self.learning_rate:g}. Try 1e-3.")
         if not 0 < self.temperature < math.inf:
@@ -70,7 +65,6 @@ class HealingConfig:
             raise ConfigError(f"the weight of the cross-entropy must be a number from 0 up, got {self.cross_entropy:g}. Try 0.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"the warm-up is a fraction of the steps, in [0, 1); got {self.warmup:g}. Try 0.05.")
-        check_min(0, seed=self.seed)
 
     def figure(self, kl: float, nll: float) -> float:
         """Return what validation chooses by, in nats per token: less is better."""

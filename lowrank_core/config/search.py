@@ -68,7 +68,10 @@ class SearchConfig:
         formerly=("slopes",),
     )
     sampler: str = option(
-        "gp", "what proposes the next trial; a Gaussian process takes up to 30 variables, CMA-ES one ratio", label="Sampler", choices=SAMPLERS
+        "gp",
+        "what proposes the next trial; a Gaussian process takes up to 30 variables, CMA-ES one ratio",
+        label="Sampler",
+        choices=SAMPLERS,
     )
     objective: str = option(
         "kl",

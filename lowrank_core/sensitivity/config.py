@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lowrank_core.config import CompressionConfig, check_choice, check_min
+from lowrank_core.config import CompressionConfig, check_choice
+from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 from lowrank_core.metrics import metric_named
 from lowrank_core.metrics.stacks import Wrapper
@@ -19,22 +20,18 @@ SCOPES = (TYPE, MODULE)
 
 @dataclass(frozen=True)
 class SensitivityConfig:
-    """What is compressed alone, and how far.
+    """What is compressed alone, and how far."""
 
-    Attributes:
-        kept: ratios of the parameters of what is compressed that are kept, biases and indices counted, each in (0, 1).
-        scopes: ``module``, each matrix alone; ``type``, all matrices of a type together.
-        kinds: module types that are measured; all where empty.
-        windows: of the search-validation split, evenly spaced; None takes all that the run has.
-        basis, storage: of the factors; empty takes the run's. Matrices are decomposed one by one, so stacks, heads and drift are left out.
-    """
-
-    kept: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65, 0.8)
-    scopes: tuple[str, ...] = SCOPES
-    kinds: tuple[str, ...] = ()
-    windows: int | None = None
-    basis: str = ""
-    storage: str = ""
+    kept: tuple[float, ...] = option(
+        (0.2, 0.35, 0.5, 0.65, 0.8), "ratios of the parameters that are kept, biases and indices counted", label="Kept of the parameters"
+    )
+    scopes: tuple[str, ...] = option(SCOPES, "module: each matrix alone; type: all matrices of a type together", label="Compressed")
+    kinds: tuple[str, ...] = option((), "module types, such as q_proj", label="Types", fallback="all")
+    windows: int | None = option(
+        None, "of the search-validation split, evenly spaced", label="Windows", minimum=1, fallback="all of the run"
+    )
+    basis: str = option("", "error metric of the factors; matrices are decomposed one by one", label="Error metric", fallback="the run's")
+    storage: str = option("", "of the factors", label="Storage", fallback="the run's")
 
     def __post_init__(self) -> None:
         for name in ("kept", "scopes", "kinds"):
@@ -49,8 +46,7 @@ class SensitivityConfig:
                 raise ConfigError(f"a kept ratio must lie between 0 and 1 (the fraction of parameters kept), got {ratio!r}. Try 0.5.")
         if not self.scopes or not set(self.scopes) <= set(SCOPES):
             raise ConfigError(f"scopes must be some of {', '.join(SCOPES)}; got {', '.join(map(str, self.scopes)) or 'none'}.")
-        if self.windows is not None:
-            check_min(1, windows=self.windows)
+        check_options(self)
         if self.basis:
             metric_named(self.basis)
         if self.storage:

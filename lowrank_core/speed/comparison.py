@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowrank_core.config import ModelSource
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
-from lowrank_core.speed.config import SpeedConfig
 from lowrank_core.speed.memory import MemoryReport, measure_memory
 from lowrank_core.speed.timing import Clock, SpeedReport, report_of, timed_in_turns
 from lowrank_core.speed.turns import Spread

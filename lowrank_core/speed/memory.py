@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from lowrank_core.config import ModelSource, to_mapping
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.runs.processes import python_command, python_environment
-from lowrank_core.speed.config import SpeedConfig
 
 __all__ = ["MemoryReport", "Meter", "measure_memory"]
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from lowrank_core.config import ModelSource
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
-from lowrank_core.speed.config import SpeedConfig
 from lowrank_core.speed.memory import MemoryReport, measure_memory
 from lowrank_core.speed.turns import Spread, in_turns
 

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from lowrank_core.config import check_min
+from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
-from lowrank_core.models import ModelHandle
+
+if TYPE_CHECKING:
+    from lowrank_core.models import ModelHandle
 
 __all__ = ["SpeedConfig"]
 
 
 @dataclass(frozen=True)
 class SpeedConfig:
-    """Prompts, continuations and rounds.
+    """Prompts, continuations and rounds."""
 
-    Attributes:
-        batch_size: prompts that are continued at once.
-        prompt_tokens: tokens of each prompt.
-        new_tokens: tokens that each is continued by; the first comes from reading the prompt, so that it takes two to time writing.
-        rounds: timed generations.
-        warmup: generations before, not timed.
-    """
-
-    batch_size: int = 1
-    prompt_tokens: int = 128
-    new_tokens: int = 64
-    rounds: int = 7
-    warmup: int = 1
+    batch_size: int = option(1, "prompts that are continued at once", minimum=1)
+    prompt_tokens: int = option(128, "tokens of each prompt", minimum=1)
+    new_tokens: int = option(
+        64, "tokens that each is continued by; the first comes from prefill, so that it takes two to time decode", minimum=2
+    )
+    rounds: int = option(7, "timed generations", minimum=1)
+    warmup: int = option(1, "generations before, not timed", minimum=1)
 
     def __post_init__(self) -> None:
-        check_min(1, batch_size=self.batch_size, prompt_tokens=self.prompt_tokens)
-        check_min(2, new_tokens=self.new_tokens)
-        check_min(1, rounds=self.rounds, warmup=self.warmup)
+        check_options(self)
 
     def check_fits(self, handle: ModelHandle) -> None:
         """Raise unless prompt and continuation fit the model.
