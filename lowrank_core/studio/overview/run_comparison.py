@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lowrank_core.config import OBJECTIVES
 from lowrank_core.errors import LowRankError
 from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, read_trials
 from lowrank_core.studio.compare.comparison import Comparison, comparisons, label_of
 from lowrank_core.studio.overview.text_facts import text_facts
-from lowrank_core.studio.search.history import OBJECTIVE_LABELS
 from lowrank_core.studio.shared.formatting import interval_words
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 from lowrank_core.studio.shared.summary import protocol_of
@@ -149,8 +149,8 @@ def _cells(row: _Row, value: str | None, test: str | None) -> dict[str, object]:
 def _value_notes(rows: Sequence[_Row], letters: Sequence[str | None]) -> list[str]:
     groups = {letter: row for row, letter in zip(reversed(rows), reversed(letters), strict=True) if letter}
     if len(groups) < 2:
-        return [f"Best values: {OBJECTIVE_LABELS[row.objective]}, on the same search-validation text." for row in groups.values()]
-    words = "; ".join(f"{letter}: {OBJECTIVE_LABELS[groups[letter].objective]} of {groups[letter].model}" for letter in sorted(groups))
+        return [f"Best values: {OBJECTIVES[row.objective]}, on the same search-validation text." for row in groups.values()]
+    words = "; ".join(f"{letter}: {OBJECTIVES[groups[letter].objective]} of {groups[letter].model}" for letter in sorted(groups))
     return [
         "Best values with different letters can't be set against each other: objective, model or search-validation text differ "
         f"({words}, on {_texts(groups)})."

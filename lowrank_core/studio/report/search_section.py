@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank_core.config import SearchConfig
+from lowrank_core.config import OBJECTIVES, SAMPLERS, SearchConfig
 from lowrank_core.runs import Run
 from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studio.overview.text_facts import text_facts
@@ -23,7 +23,7 @@ from lowrank_core.studio.report.blocks import (
     value,
     whole,
 )
-from lowrank_core.studio.search.history import OBJECTIVE_LABELS, SAMPLER_LABELS, Progress, history, progress, search_variables, trial_table
+from lowrank_core.studio.search.history import Progress, history, progress, search_variables, trial_table
 from lowrank_core.studio.search.pareto import front, front_table
 from lowrank_core.studio.search.static_chart import front_figure, history_figure
 from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, rank_table, search_units
@@ -62,8 +62,8 @@ def _choices(search: SearchConfig, facts: ModelFacts | None) -> Facts:
     return Facts(
         (
             ("To remove", ratio_words(search), meaning),
-            ("Objective", OBJECTIVE_LABELS[search.objective], "on search-validation text; lower is better"),
-            ("Sampler", SAMPLER_LABELS[search.sampler], f"seed {search.seed}, {search.startup_trials} points before its model"),
+            ("Objective", OBJECTIVES[search.objective], "on search-validation text; lower is better"),
+            ("Sampler", SAMPLERS[search.sampler], f"seed {search.seed}, {search.startup_trials} points before its model"),
             ("Space", search.space, f"variables: {search.variables}; points are {spent}"),
             ("Basis", compression.basis, f"storage {compression.storage}; {value_words}"),
             ("Stopping early", search.pruner, "rule that stops bad trials"),
@@ -102,7 +102,7 @@ def _headline(now: Progress, search: SearchConfig) -> Facts:
         (
             ("Trials complete", f"{now.complete} of {now.wanted}", ", ".join(now.counts.parts)),
             ("Best trial", trial_label(best) if best else DASH, "least value; on validation text"),
-            ("Best value", number(best.value, 4) if best else DASH, OBJECTIVE_LABELS[search.objective]),
+            ("Best value", number(best.value, 4) if best else DASH, OBJECTIVES[search.objective]),
             (
                 "Its perplexity",
                 number(best.perplexity, 4) if best else DASH,
@@ -160,7 +160,7 @@ def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -
 
 def _values(search: SearchConfig) -> list[Column]:
     """Return the columns of what a trial measures; the objective is named once."""
-    result = [value("value", OBJECTIVE_LABELS[search.objective]), value("perplexity", "Perplexity"), value("kl", "KL (nats per token)")]
+    result = [value("value", OBJECTIVES[search.objective]), value("perplexity", "Perplexity"), value("kl", "KL (nats per token)")]
     return [column for column in result if column.name != search.objective]
 
 

@@ -9,14 +9,12 @@ from dataclasses import dataclass, replace
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
-from lowrank_core.config import SearchConfig
+from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
 from lowrank_core.studies.space import RATIO
 from lowrank_core.studio.shared.trial_names import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
 
 __all__ = [
-    "OBJECTIVE_LABELS",
-    "SAMPLER_LABELS",
     "History",
     "Progress",
     "Variable",
@@ -28,18 +26,6 @@ __all__ = [
 ]
 
 
-OBJECTIVE_LABELS = {
-    "kl": "KL to the dense model (nats per token)",
-    "perplexity": "Perplexity",
-    "bolaco": "Bolaco: perplexity + weighted KL",
-}
-SAMPLER_LABELS = {
-    "gp": "Gaussian process",
-    "tpe": "TPE (tree-structured Parzen estimator)",
-    "cmaes": "CMA-ES",
-    "qmc": "Quasi-random (Sobol)",
-    "random": "Random",
-}
 _COLUMNS = ("trial", "state", "kind", "value", "perplexity", "kl", "removed", "seconds", "worker", "started")
 
 
@@ -73,7 +59,7 @@ def history(trials: Sequence[TrialRecord], objective: str) -> History:
         }
     )
     frame["best"] = frame["value"].where(frame["state"] == "complete").cummin().ffill()
-    return History(OBJECTIVE_LABELS[objective], frame, _baselines(trials))
+    return History(OBJECTIVES[objective], frame, _baselines(trials))
 
 
 def better_half(view: History) -> History:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.config import OBJECTIVES
 from lowrank_core.studies.records import TrialRecord, pareto_front
-from lowrank_core.studio.search.history import OBJECTIVE_LABELS
 from lowrank_core.studio.shared.trial_names import kind_of, trial_label, trial_note
 
 __all__ = ["Front", "front", "front_table"]
@@ -40,7 +40,7 @@ def front(trials: Sequence[TrialRecord], objective: str) -> Front:
         (trial for trial in measured if trial.label in ALLOCATORS), key=lambda trial: (trial.label, trial.compression_ratio or 0.0)
     )
     return Front(
-        OBJECTIVE_LABELS[objective],
+        OBJECTIVES[objective],
         _frame(measured).assign(kind=[kind_of(trial) for trial in measured], note=[trial_note(trial) for trial in measured]),
         _frame(best),
         _frame(rules).assign(label=[ALLOCATORS[trial.label].label for trial in rules]),

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import streamlit as st
 
-from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
+from lowrank_core.config import to_mapping
+from lowrank_core.config.healing import HealingConfig
+from lowrank_core.config.options import options_of
 from lowrank_core.runs import Run
 from lowrank_core.studio.compare.healing_chart import healing_figure
 from lowrank_core.studio.compare.healing_runs import Healing, curve_table, ends_in_words, healings
 from lowrank_core.studio.shared.formatting import count, number, percent
 from lowrank_core.studio.shared.model_refs import Subject
+from pages.components.boundary import boundary
 from pages.components.charts import chart
 from pages.components.request_controls import submit, why_not
+from pages.components.widgets import draw
 
 __all__ = ["form", "show"]
 
-_USUAL = HealingConfig()
+_FIRST = {"method": 300, "steps": 150, "cross_entropy": 210}
+"""What stands outside of Advanced, and how wide it is."""
 
 
 def form(run: Run, result: Mapping[Subject, str], first: Subject) -> None:
@@ -32,30 +38,26 @@ def form(run: Run, result: Mapping[Subject, str], first: Subject) -> None:
         format_func=lambda key: result.get(key, str(key)),
         width=380,
     )
-    with st.form("heal_form"), st.container(horizontal=True, vertical_alignment="bottom"):
-        method = st.selectbox(
-            "Method",
-            list(HEALER_LABELS),
-            key="heal_method",
-            format_func=lambda name: HEALER_LABELS[name],
-            width=300,
-            help="What is trained; in the end it is part of the factors, so that the size of the model stays.",
-        )
-        steps = st.number_input("Steps, at most", 1, 100_000, _USUAL.steps, key="heal_steps", width=150)
-        entropy = st.number_input(
-            "Weight of the text's own loss",
-            0.0,
-            10.0,
-            _USUAL.cross_entropy,
-            0.01,
-            key="heal_cross_entropy",
-            width=210,
-            help="0 follows the dense model alone. A little helps the perplexity; with more the model learns the text instead.",
-        )
+    with st.form("heal_form"):
+        settings = _settings()
         pressed = st.form_submit_button("Heal it", key="heal", icon=":material/healing:", disabled=run.recorded, help=why_not(run))
     if pressed:
-        settings = {"method": method, "steps": int(steps), "cross_entropy": float(entropy)}
-        submit(run, "heal", [trial], healing=settings)
+        with boundary():
+            submit(run, "heal", [trial], healing=to_mapping(HealingConfig(**settings)))
+
+
+def _settings() -> dict[str, Any]:
+    """Draw every option of a healing, the usual three first; return field -> value."""
+    chosen: dict[str, Any] = {}
+    with st.container(horizontal=True, vertical_alignment="bottom"):
+        for name, width in _FIRST.items():
+            chosen[name] = draw(HealingConfig, name, key=f"heal_{name}", width=width)
+    with st.expander("Advanced"):
+        columns = st.columns(3)
+        others = [declared for declared in options_of(HealingConfig) if declared.name not in _FIRST]
+        for index, declared in enumerate(others):
+            chosen[declared.name] = draw(HealingConfig, declared.name, key=f"heal_{declared.name}", place=columns[index % 3])
+    return chosen
 
 
 def show(run: Run) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import streamlit as st
 
-from lowrank_core.config import BOS_RULES, DTYPES, GROUP_WEIGHTS, ROBUST_RULES, CalibrationConfig, ModelSource, RunConfig, TextConfig
+from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
 from lowrank_core.documents import HUB_TEXTS
 from lowrank_core.studio.overview.checkpoint import ModelOnDisk
 from lowrank_core.studio.overview.source_checks import TEXTS
@@ -13,11 +15,11 @@ from pages.components.boundary import boundary
 from pages.components.loading import model_on_disk, preview_of
 from pages.components.overview import preflight
 from pages.components.start import start
+from pages.components.widgets import draw
 
 __all__ = ["calibration_form"]
 
 _MODELS = {"demo": "Bundled demo", "other": "Folder or hub id"}
-_TEXT, _CALIBRATION = TextConfig(), CalibrationConfig()
 
 
 def calibration_form() -> None:
@@ -29,15 +31,16 @@ def calibration_form() -> None:
     with right:
         text = _text_reference()
     windows, context = _sizes()
-    text_options, calibration, dtype = _advanced()
+    chosen = _advanced()
     model, preview, valid = _checked(reference, text)
     config: RunConfig | None = None
     if valid:
         with boundary():
-            options = TextConfig(reference=text, context=context, calibration_windows=windows, **text_options)  # type: ignore[arg-type]
+            options = TextConfig(reference=text, context=context, calibration_windows=windows, **chosen[TextConfig])
             if preview is not None:
                 check_long_enough(preview, options)
-            config = RunConfig(model=ModelSource(reference, dtype=dtype), text=options, calibration=calibration)
+            source = ModelSource(reference, **chosen[ModelSource])
+            config = RunConfig(model=source, text=options, calibration=CalibrationConfig(**chosen[CalibrationConfig]))
     with st.container(horizontal=True, vertical_alignment="center"):
         pressed = st.button("Start calibration", key="start_calibration", type="primary", icon=":material/play_arrow:")
         if model is not None and config is not None:
@@ -88,76 +91,34 @@ def _text_reference() -> str:
 
 def _sizes() -> tuple[int, int]:
     left, right = st.columns(2, gap="large")
-    windows = left.number_input(
-        "Calibration windows",
-        min_value=1,
-        value=_TEXT.calibration_windows,
-        step=32,
-        key="calibration_windows",
-        help="Pieces of text that the statistics are measured on. More windows: steadier small eigenvalues, longer calibration.",
-        persist_state="session",
-    )
-    context = right.number_input(
-        "Context (tokens in a window)",
-        min_value=2,
-        value=_TEXT.context,
-        step=64,
-        key="context",
-        help="BOS included. At most what the model takes.",
-        persist_state="session",
-    )
-    return int(windows), int(context)
+    windows = draw(TextConfig, "calibration_windows", key="calibration_windows", place=left)
+    return windows, draw(TextConfig, "context", key="context", place=right)
 
 
-def _advanced() -> tuple[dict[str, object], CalibrationConfig, str]:
+_ADVANCED: tuple[tuple[type, str, str], ...] = (
+    (CalibrationConfig, "group_size", "group_size"),
+    (CalibrationConfig, "group_weights", "group_weights"),
+    (CalibrationConfig, "batch_size", "batch_size"),
+    (TextConfig, "validation_windows", "validation_windows"),
+    (TextConfig, "test_windows", "test_windows"),
+    (TextConfig, "bos", "bos"),
+    (TextConfig, "seed", "text_seed"),
+    (CalibrationConfig, "robust", "robust"),
+    (ModelSource, "dtype", "model_dtype"),
+    (CalibrationConfig, "gradient_windows", "gradient_windows"),
+    (CalibrationConfig, "gradient_seed", "gradient_seed"),
+)
+"""Config, field and widget key of what stands under Advanced, row by row."""
+
+
+def _advanced() -> dict[type, dict[str, Any]]:
+    """Return config class -> field -> value."""
+    chosen: dict[type, dict[str, Any]] = {TextConfig: {}, CalibrationConfig: {}, ModelSource: {}}
     with st.expander("Advanced"):
-        first, second, third = st.columns(3)
-        group = first.number_input(
-            "Group size (windows)",
-            min_value=1,
-            value=_CALIBRATION.group_size,
-            key="group_size",
-            help="Consecutive windows in a group of the pooled covariance. A remainder forms its own group.",
-        )
-        weights = second.selectbox(
-            "Group weights", GROUP_WEIGHTS, key="group_weights", help="equal: as in the paper; dof: by degrees of freedom."
-        )
-        batch = third.number_input(
-            "Windows in a forward pass",
-            min_value=1,
-            value=_CALIBRATION.batch_size,
-            key="batch_size",
-            help="Changes speed and memory, not results.",
-        )
-        validation = first.number_input(
-            "Search-validation windows",
-            min_value=1,
-            value=_TEXT.validation_windows,
-            key="validation_windows",
-            help="What a search sees in each trial.",
-        )
-        test = second.number_input(
-            "Test windows", min_value=1, value=_TEXT.test_windows, key="test_windows", help="What final figures are measured on."
-        )
-        bos = third.selectbox(
-            "BOS", BOS_RULES, key="bos", help="window: first in every window; none: nowhere; auto: as the tokenizer does."
-        )
-        seed = first.number_input("Seed", min_value=0, value=_TEXT.seed, key="text_seed", help="Of the draw of calibration windows.")
-        robust = second.selectbox(
-            "Robust pooling",
-            ROBUST_RULES,
-            key="robust",
-            help="trimmed: without the tenth of the groups with the largest, and with the smallest, variance. "
-            "downweighted: tokens far longer than their window's median count less.",
-        )
-        dtype = third.selectbox(
-            "Weights held as",
-            DTYPES,
-            key="model_dtype",
-            help="auto: float32 on a CPU, as stored on a GPU. bfloat16 halves the memory and rounds what is measured.",
-        )
-    text = {"validation_windows": int(validation), "test_windows": int(test), "bos": bos, "seed": int(seed)}
-    return text, CalibrationConfig(group_size=int(group), group_weights=weights, batch_size=int(batch), robust=robust), dtype
+        columns = st.columns(3)
+        for index, (kind, name, key) in enumerate(_ADVANCED):
+            chosen[kind][name] = draw(kind, name, key=key, place=columns[index % 3])
+    return chosen
 
 
 def _checked(reference: str, text: str) -> tuple[ModelOnDisk | None, TextPreview | None, bool]:

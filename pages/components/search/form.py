@@ -8,7 +8,6 @@ import streamlit as st
 
 from lowrank_core.config import OBJECTIVES, RunConfig, SearchConfig
 from lowrank_core.presets.recipes import PRESETS, search_by
-from lowrank_core.studio.search.history import OBJECTIVE_LABELS
 from lowrank_core.studio.search.search_plan import Plan, check_budget, time_estimate
 from lowrank_core.studio.shared.formatting import count, duration, percent
 from lowrank_core.studio.shared.model_facts import ModelFacts
@@ -108,7 +107,7 @@ def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
         "Objective",
         OBJECTIVES,
         key="search_objective",
-        format_func=OBJECTIVE_LABELS.__getitem__,
+        format_func=OBJECTIVES.__getitem__,
         disabled=published,
         help="What a trial is judged by, on search-validation text that is neither calibration nor test. As published, it is Bolaco's.",
         persist_state="session",

@@ -9,7 +9,6 @@ import streamlit as st
 from lowrank_core.config import SAMPLERS, SearchConfig
 from lowrank_core.runs import Run, client
 from lowrank_core.studies.storage import dashboard_command
-from lowrank_core.studio.search.history import SAMPLER_LABELS
 from lowrank_core.studio.search.search_plan import check_budget
 from lowrank_core.studio.shared.model_facts import ModelFacts
 from pages.components.boundary import boundary
@@ -50,9 +49,9 @@ def _sampler(run: Run, search: SearchConfig, facts: ModelFacts | None) -> None:
         sampler = st.selectbox(
             "Sampler from the next trial on",
             SAMPLERS,
-            SAMPLERS.index(search.sampler),
+            list(SAMPLERS).index(search.sampler),
             key=f"sampler_now_{run.id}",
-            format_func=SAMPLER_LABELS.__getitem__,
+            format_func=SAMPLERS.__getitem__,
             help="It goes by the trials that are there, whoever proposed them.",
         )
         if st.button("Use it", key="use_sampler", disabled=sampler == search.sampler):

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from lowrank_core.config import SearchConfig
+from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, RunStatus
 from lowrank_core.studies.records import TrialRecord, best_trial, read_trials
-from lowrank_core.studio.search.history import OBJECTIVE_LABELS, Progress, progress
+from lowrank_core.studio.search.history import Progress, progress
 from lowrank_core.studio.search.pareto import front_table
 from lowrank_core.studio.search.worker_list import living_workers, worker_table
 from lowrank_core.studio.shared.formatting import number, percent, short_duration
@@ -98,7 +98,7 @@ def _figures(now: Progress, search: SearchConfig) -> None:
     metrics_row(
         {
             "Best trial": (trial_label(best) if best else "–", "The least value so far."),
-            "Best value": (number(best.value, 4) if best else "–", OBJECTIVE_LABELS[search.objective]),
+            "Best value": (number(best.value, 4) if best else "–", OBJECTIVES[search.objective]),
             "Its perplexity": (
                 number(best.perplexity) if best else "–",
                 f"On search-validation text; uniform: {number(now.uniform_perplexity)}.",
@@ -118,11 +118,11 @@ def _front_figures(trials: Sequence[TrialRecord], now: Progress, search: SearchC
             "On the front": (f"{len(result)} trials", "No other trial removes as much at less loss."),
             "Least removed": (
                 f"{percent(minimum['removed'], 0)} at {number(minimum['value'], 3)}" if minimum is not None else "–",
-                OBJECTIVE_LABELS[search.objective],
+                OBJECTIVES[search.objective],
             ),
             "Most removed": (
                 f"{percent(maximum['removed'], 0)} at {number(maximum['value'], 3)}" if maximum is not None else "–",
-                OBJECTIVE_LABELS[search.objective],
+                OBJECTIVES[search.objective],
             ),
         }
     )
