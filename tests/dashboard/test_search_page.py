@@ -74,7 +74,7 @@ def test_ones_own_recipe_may_trade_errors_with_alternatives(app):
     test = app("search")
     test.segmented_control(key="search_recipe").set_value("own").run()
     assert test.toggle(key="search_stacks").disabled
-    test.selectbox(key="search_variables").set_value("errors")
+    test.selectbox(key="search_variables").set_value("error_weight")
     test.toggle(key="search_value_dense").set_value(False).run()
     test.toggle(key="search_stacks").set_value(True)
     test.toggle(key="search_heads").set_value(True)
