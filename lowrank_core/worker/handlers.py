@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -15,6 +14,7 @@ import torch
 from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks
 from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
 from lowrank_core.config.directions import DirectionsConfig
+from lowrank_core.config.flags import command_line, flags_of
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export import HeldOut, export, metrics_of, verify
@@ -74,10 +74,7 @@ def _told(reporter: Reporter | None, stage: str) -> AbstractContextManager[Progr
 
 
 def _command(run: Run, number: int, out: str, config: ExportConfig) -> str:
-    words = ["lowrank", "export", "--run", str(run.path), "--trial", str(number), "--out", out]
-    for name, value in config.options.items():
-        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return shlex.join(words)
+    return command_line("export", {"run": run.path, "trial": number, "out": out, **flags_of(config)})
 
 
 def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:

@@ -8,7 +8,7 @@ from lowrank_core.studio.compare.healing_chart import healing_figure
 from lowrank_core.studio.compare.healing_commands import healing_commands
 from lowrank_core.studio.compare.healing_runs import Healing, curve_table, ends_in_words, healings
 from lowrank_core.studio.export.export_plan import healed_source
-from lowrank_core.studio.report.blocks import Block, Code, Note, Prose, Section, drawn
+from lowrank_core.studio.report.blocks import Block, Code, Prose, Section, drawn
 from lowrank_core.studio.shared.formatting import number, percent
 
 __all__ = ["healing_section"]
@@ -60,6 +60,4 @@ def _again(run: Run, healing: Healing) -> tuple[Block, ...]:
     if search is None or healing.report is None:
         return ()
     result = healing_commands(run, healed_source(healing, read_trials(run), search))
-    if result.why_not:
-        return (Note("info", result.why_not),)
     return () if result.ranks else (Code(f"Write the one-shot model, and repeat healing {healing.name}", result.lines),)

@@ -233,16 +233,9 @@ def reproduction_section(run: Run) -> Section:
     record, config = run.record, run.config
     result = reproduction(record, config)
     save = json_link(result.record, "run.json", "run.json")
-    exact = (
-        f"Exactly: save this run.json, alone, in a new folder {result.folder}, and let a worker repeat what it says. "
-        "The model and the text must be where it says."
-    )
+    exact = "Save this run.json, which has everything that was chosen, and give it to the command. The model and the text must be where it says."
     blocks: list[Block] = [Prose(exact), save, Code("Repeat the run", result.exact)]
-    if result.options:
-        blocks.append(Code("The same in options", result.options))
-    else:
-        unsaid = ", ".join(f"{name} = {value}" for name, value in result.unsaid.items())
-        blocks.append(Note("info", f"No single command says the same: these have no option of their own: {unsaid}."))
+    blocks.append(Code("The same in flags", result.options))
     trials = answers_of(trials_of(run), config.search) if config.search is not None else []
     if trials:
         number_of = trials[0].number

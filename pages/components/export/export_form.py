@@ -198,18 +198,13 @@ def _command(run: Run, source: Source, config: ExportConfig) -> None:
     elif source.number is not None:
         line = export_command(str(run.path), source.number, config, out=folder_name_of(source, config))
         st.code(line, language="bash", wrap_lines=True)
-    elif command := compress_command(run.config, ranks, folder_name_of(source, config), config):
-        st.caption(f"`lowrank export` takes trials. Save “Allocation (JSON)” below as {ranks}, and make the model of it:")
-        st.code(command, language="bash", wrap_lines=True)
     else:
-        st.caption("No single command makes the same: write it here, or measure it as a trial of your own first.")
+        st.caption(f"`lowrank export` takes trials. Save “Allocation (JSON)” below as {ranks}, and make the model of it:")
+        st.code(compress_command(run.config, ranks, folder_name_of(source, config), config), language="bash", wrap_lines=True)
 
 
 def _healed_command(result: HealingCommands) -> None:
-    """Show the commands that heal the same again, or say what they can't."""
-    if not result.lines:
-        st.caption(f"{result.why_not} Write it here.")
-        return
+    """Show the commands that heal the same again."""
     first = (
         f"Save “Allocation (JSON)” below as {result.ranks}; then make the one-shot model of it"
         if result.ranks

@@ -14,7 +14,7 @@ __all__ = ["show"]
 
 def show(editor: DraftState, draft: Draft) -> None:
     """Draw the download, and the commands that take the file."""
-    name = f"{editor.run.id}-by-hand.json"
+    name = f"{editor.run.id}-manual.json"
     st.subheader("Take it away", anchor=False)
     st.download_button(
         "Allocation (JSON)",
@@ -26,14 +26,8 @@ def show(editor: DraftState, draft: Draft) -> None:
         on_click="ignore",
         help="Ranks and locks, to be imported here again, edited, or compressed.",
     )
-    command = compress_command(editor.run.config, name, f"{editor.run.id}-by-hand")
-    if command:
-        st.caption("Make a model of it, with the recipe of this run:")
-        st.code(command, language="bash", wrap_lines=True)
-    else:
-        st.caption(
-            "No options of `lowrank compress` say the recipe of this run. Measure the draft, and export its trial on the Compare page."
-        )
+    st.caption("Make a model of it, with the recipe of this run:")
+    st.code(compress_command(editor.run.config, name, f"{editor.run.id}-manual"), language="bash", wrap_lines=True)
     if not editor.run.recorded:
         st.caption("Or have it measured from a terminal, where the file is:")
         st.code(enqueue_command(str(editor.run.path), name), language="bash", wrap_lines=True)

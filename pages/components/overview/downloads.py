@@ -109,14 +109,10 @@ def _again(run: Run) -> None:
     """Offer the record of the run, and show the commands that repeat it."""
     result = reproduction(run.record, run.config)
     with st.expander("Repeat the whole run", icon=":material/replay:", key="again_panel"):
-        _offer("run.json", "run", lambda: result.record, "application/json", f"Save it, alone, in a new folder {result.folder}, then:")
+        _offer("run.json", "run", lambda: result.record, "application/json", "Everything that was chosen. Save it, then:")
         st.code(result.exact, language="bash", wrap_lines=True)
-        if result.options:
-            st.caption("The same in options")
-            st.code(result.options, language="bash", wrap_lines=True)
-        else:
-            unsaid = ", ".join(f"{name} = {value}" for name, value in result.unsaid.items())
-            st.caption(f"No single command says the same: these have no option of their own: {unsaid}.")
+        st.caption("The same in flags")
+        st.code(result.options, language="bash", wrap_lines=True)
 
 
 _ENDINGS = {"text/html": "html", "application/json": "json", "text/csv": "csv"}
