@@ -53,7 +53,7 @@ def test_a_folder_is_healed_into_a_folder(folder: Path, text_file: Path, tmp_pat
 def test_a_killed_healing_goes_on(folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     command = arguments(folder, text_file, tmp_path / "healed", "--patience", "99")
     killed = [*command, "--steps", "4000"]
-    process = subprocess.Popen([sys.executable, "-m", "lowrank_core", *killed], cwd=Path(__file__).parents[1], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-m", "lowrank_core", *killed], cwd=Path(__file__).parents[2], stderr=subprocess.DEVNULL)
     checkpoint = tmp_path / ".healed.healing" / "checkpoint.safetensors"
     deadline = time.monotonic() + 120
     while not checkpoint.exists() and time.monotonic() < deadline:
@@ -65,7 +65,7 @@ def test_a_killed_healing_goes_on(folder: Path, text_file: Path, tmp_path: Path,
     assert main(command) == 2  # other settings: said, not mixed
     assert "belongs to another healing" in capsys.readouterr().err
     resumed = subprocess.Popen(
-        [sys.executable, "-m", "lowrank_core", *killed], cwd=Path(__file__).parents[1], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "lowrank_core", *killed], cwd=Path(__file__).parents[2], stderr=subprocess.PIPE, text=True
     )
     assert resumed.stderr is not None
     line = next(line for line in resumed.stderr if "going on" in line)

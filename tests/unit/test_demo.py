@@ -16,7 +16,7 @@ from lowrank_core.runs import recorded_run
 from lowrank_core.studies.records import best_trial, read_trials
 from lowrank_core.text import load_windows
 
-DEMO = Path(__file__).resolve().parents[1] / "assets" / "demo-lm"
+DEMO = Path(__file__).resolve().parents[2] / "assets" / "demo-lm"
 
 
 @pytest.fixture(scope="module")

@@ -612,7 +612,7 @@ def test_models_of_different_vocabularies_are_not_compared(places: Places, tmp_p
 
 
 def _process(*arguments: object) -> subprocess.CompletedProcess[str]:
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "lowrank_core", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)

@@ -200,7 +200,7 @@ def test_a_killed_calibration_goes_on_with_the_same_bits(
     torch.save(windows.ids, tmp_path / "ids.pt")
     store = tmp_path / "store"
     command = [sys.executable, "-c", CHILD.format(done=12), str(llama_checkpoint), str(store), str(tmp_path / "ids.pt")]
-    assert subprocess.run(command, check=False, capture_output=True, cwd=Path(__file__).parents[1]).returncode == -9
+    assert subprocess.run(command, check=False, capture_output=True, cwd=Path(__file__).parents[2]).returncode == -9
     assert len(list(store.glob("*/hidden-*"))) == 1
     assert len(list(store.glob("*/inputs/*"))) == 1
     statistics, cached = cached_statistics(llama, windows, CONFIG, store)

@@ -39,7 +39,7 @@ def app(monkeypatch):
     monkeypatch.setattr("streamlit.runtime.pages_manager.Path", NoPagesFolder)
 
     def opened(page: str = "overview", **query: str) -> AppTest:
-        test = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)
+        test = AppTest.from_file(str(ROOT / "app.py"), default_timeout=300)
         for name, value in query.items():
             test.query_params[name] = value
         test.run()

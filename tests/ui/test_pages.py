@@ -379,7 +379,7 @@ def test_a_recorded_run_is_marked_and_can_not_be_continued(app, tmp_path, monkey
 
 def test_a_page_that_is_opened_by_its_address_first_gets_its_frame():
     run = make_run()
-    test = AppTest.from_file(str(ROOT / "app.py"), default_timeout=30)
+    test = AppTest.from_file(str(ROOT / "app.py"), default_timeout=300)
     test.run()
     test.switch_page("pages/spectra.py").run()
     assert sound(test)

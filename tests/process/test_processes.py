@@ -17,7 +17,7 @@ from lowrank_core.runs.processes import python_command, python_environment
 from lowrank_core.speed import SpeedConfig
 from lowrank_core.speed.memory import measure_memory
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PATIENCE = 180.0
 MARKER = "imported-from-the-working-directory"
 

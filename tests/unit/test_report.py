@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent / "dashboard"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "ui"))
 
 from synthetic import comparison, make_run, matrices, spectra, write_answers, write_front, write_healing, write_rich_study
 from synthetic_answers import on_other_text, speed_answer, tokens_answer

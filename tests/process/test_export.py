@@ -69,7 +69,7 @@ def exports(models: dict[str, CompressedModel], tmp_path_factory: pytest.TempPat
 @pytest.fixture(scope="module")
 def fresh_logits(exports: dict[str, Path]) -> dict[str, dict[str, np.ndarray]]:
     """What a process that knows nothing of this one computes from the folders."""
-    subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, *map(str, exports.values())], check=True, cwd=Path(__file__).parents[1])
+    subprocess.run([sys.executable, "-c", IN_A_FRESH_PROCESS, *map(str, exports.values())], check=True, cwd=Path(__file__).parents[2])
     return {name: dict(np.load(f"{folder}.npz")) for name, folder in exports.items()}
 
 

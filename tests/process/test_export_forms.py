@@ -28,7 +28,7 @@ from lowrank_core.models import load_model
 from lowrank_core.models.hf import METHOD
 from lowrank_core.registration import METHOD as ANNOUNCED
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CASES = ("llama", "llama-centred", "gpt2", "gpt2-centred", "qwen2", "qwen2-centred", "biased-centred")
 """Tied without biases, Conv1D with biases, untied with some biases, untied with every bias."""
 

@@ -9,7 +9,7 @@ import pytest
 from lowrank_core.catalogue import allocator_table, as_markdown, basis_table, preset_table
 from lowrank_core.cli import parser
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^lowrank .*$", README, flags=re.MULTILINE)
 
 
@@ -33,7 +33,7 @@ def test_the_pictures_shown_are_there() -> None:
     pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
     assert pictures
     for picture in pictures:
-        assert (Path(__file__).resolve().parents[1] / picture).is_file(), picture
+        assert (Path(__file__).resolve().parents[2] / picture).is_file(), picture
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from lowrank_core.studio.manual.expectation import LEVEL, KlRegression, expectat
 from lowrank_core.studio.shared.allocation_map import search_units
 from lowrank_core.studio.shared.model_facts import model_facts
 
-RECORDED = Path(__file__).resolve().parents[1] / "assets" / "recorded-run"
-MEASURED = json.loads((Path(__file__).parent / "predictions.json").read_text())
+RECORDED = Path(__file__).resolve().parents[2] / "assets" / "recorded-run"
+MEASURED = json.loads((Path(__file__).parents[1] / "predictions.json").read_text())
 """By ``tests/predictions.py``. The prior was chosen on others (seed 0); after a look at these, ε was raised once from 0.65 to 1 %."""
 
 
