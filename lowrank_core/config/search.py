@@ -75,7 +75,8 @@ class SearchConfig:
     )
     objective: str = option(
         "kl",
-        "what a trial is judged by, on search-validation text; bolaco: perplexity + 1e-3 · summed reverse KL",
+        "what a trial is judged by, on search-validation text; bolaco: perplexity + 1e-3 · reverse KL, summed over the tokens of a window "
+        "and averaged over windows",
         label="Objective",
         choices=OBJECTIVES,
         fallback="kl, or the preset's",
@@ -84,9 +85,16 @@ class SearchConfig:
     startup_trials: int = option(5, "points before the sampler's model takes over (the paper: 3)", label="Startup trials", minimum=1)
     projected: bool = option(
         True,
-        "spend the whole budget at every point; without it, as published: a point is the kept fractions themselves, and counts only if "
-        "it removes at least the compression ratio, and at most a tenth more",
+        "spend the whole budget at every point; without it, as published: a point is the kept fractions themselves, and drawn only if they "
+        "remove at least the compression ratio, and at most a tenth of the parameters more; there are no baselines",
         label="Points projected onto the budget",
+    )
+    selected_windows: int = option(
+        0,
+        "of a search as published: trials see so many windows, those of the validation split whose perplexity varies most over 20 random "
+        "allocations (the paper: 100); 0 takes the text's validation windows",
+        label="Selected windows",
+        minimum=0,
     )
     pruner: str = option(
         "none",
@@ -120,6 +128,8 @@ class SearchConfig:
             raise ConfigError(
                 "a search as published has kept fractions for variables; choose variables `keep_ratio`, or let points be projected."
             )
+        if self.selected_windows and self.projected:
+            raise ConfigError("windows are selected in a search as published alone; leave their number out, or take the preset bolaco.")
         if self.variables == "keep_ratio" and (self.compression.stacks or self.compression.heads):
             raise ConfigError("kept fractions can't choose between single matrices and stacks or heads; choose variables `error_weight`.")
         if self.objective == "bolaco" and self.top_k:

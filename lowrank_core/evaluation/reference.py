@@ -133,5 +133,6 @@ def _check_fits(handle: ModelHandle, windows: WindowSet, kept: int, reverse: boo
     over = f"{kept} tokens of the vocabulary" if kept else "this vocabulary"
     raise TextError(
         f"{windows.windows} windows of {windows.context} tokens over {over} need {amount(size)} to compare with. "
-        f"{take} fewer windows (--validation-windows), or lower --context (the limit is {_CACHE_LIMIT_BYTES / 2**30:.0f} GiB)."
+        f"{take} fewer windows (--validation-windows; as published: --selected-windows), or lower --context "
+        f"(the limit is {_CACHE_LIMIT_BYTES / 2**30:.0f} GiB)."
     )

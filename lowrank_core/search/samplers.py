@@ -3,7 +3,8 @@
 Every trial is drawn by a sampler of its own, seeded by the search's seed and the trial's place, which no kill shifts: what a search
 proposes depends on the seed and on the finished trials alone, so one that was stopped or killed, and resumed, proposes what it would
 have proposed anyway.
-Allocations that are no points of the space (manual ones, some baselines) are hidden from it.
+Allocations that are no points of the space (manual ones, some baselines) are hidden from it. A search as published has a sampler
+of its own (``search.improvement``).
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from optuna.trial import FrozenTrial, TrialState
 from lowrank_core.config import SearchConfig
 from lowrank_core.config.search import MIN_LOSS
 from lowrank_core.search.evolution import SafeCmaEsSampler
+from lowrank_core.search.improvement import next_point
+from lowrank_core.search.published import PublishedScheme
 from lowrank_core.studies.numbering import GIVEN, drawn_before, place_of, without_losses
 
 __all__ = ["ERROR", "ESTIMATE", "GIVEN", "PointSampler", "phase"]
@@ -76,6 +79,8 @@ _WITH_A_MODEL = ("gp", "tpe")
 
 def phase(config: SearchConfig, complete: int) -> str:
     """Return what the sampler does after ``complete`` points, in words."""
+    if not config.projected and config.sampler == "gp" and complete < config.startup_trials:
+        return "initial points"
     if config.sampler in _WITH_A_MODEL and complete < config.startup_trials:
         return "random start"
     return {"gp": "Gaussian process", "tpe": "TPE", "cmaes": "CMA-ES", "qmc": "quasi-random", "random": "random"}[config.sampler]
@@ -168,16 +173,25 @@ def _one_thread() -> Iterator[None]:
 
 
 class PointSampler(BaseSampler):
-    """Draws points of a fixed space by the sampler of a search, from the trials that are points."""
+    """Draws points of a fixed space by the sampler of a search, from the trials that are points; by ``scheme`` if it is as published."""
 
-    def __init__(self, config: SearchConfig, space: Mapping[str, FloatDistribution]) -> None:
-        self._config = config
+    def __init__(self, config: SearchConfig, space: Mapping[str, FloatDistribution], scheme: PublishedScheme | None = None) -> None:
+        self._config, self._scheme = config, scheme
         self._space: dict[str, BaseDistribution] = dict(space)
 
     def _inner(self, place: int) -> BaseSampler:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)  # `deterministic_objective`: ours is, bit for bit; and TPE's options
-            return _SAMPLERS[self._config.sampler](self._config, (self._config.seed * _STRIDE + place) % 2**32)
+            return _SAMPLERS[self._config.sampler](self._config, self._seed(place))
+
+    def _seed(self, place: int) -> int:
+        return (self._config.seed * _STRIDE + place) % 2**32
+
+    def _published(self, scheme: PublishedScheme, study: optuna.Study, place: int) -> dict[str, float]:
+        """Return the next point of a search as published, from the values as they are."""
+        known = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        config = self._config
+        return next_point(scheme, known, self._seed(place), initial=config.startup_trials, random=config.sampler == "random")
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         return self._space
@@ -191,6 +205,8 @@ class PointSampler(BaseSampler):
         view = _Points(study, logarithms=self._config.models_logarithms, bounded=_bounds(self._config), drawn=drawn)
         points = cast(optuna.Study, view)
         with _one_thread():
+            if self._scheme is not None:
+                return self._published(self._scheme, points, place)
             placed = copy.copy(trial)
             placed.number = place  # TPE leaves out the trial in hand by it, CMA-ES adds it to its seed
             return self._inner(place).sample_relative(points, placed, search_space)

@@ -21,13 +21,15 @@ from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks
 from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.pipeline import Decomposed
 from lowrank_core.config import SearchConfig
-from lowrank_core.errors import NumericalError
+from lowrank_core.errors import NumericalError, RunError
 from lowrank_core.evaluation import DenseReference, WindowScores, score_windows
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.parameters import budget_for_ratio
 from lowrank_core.runs import Run, process_started
 from lowrank_core.search.objective import objective_value
+from lowrank_core.search.published import RULES
 from lowrank_core.search.samplers import ERROR, ESTIMATE, GIVEN, PointSampler
+from lowrank_core.search.selection import Selection
 from lowrank_core.studies.numbering import RETRY_OF
 from lowrank_core.studies.records import MANUAL
 from lowrank_core.studies.space import SearchSpace
@@ -36,6 +38,7 @@ from lowrank_core.text.windows import WindowSet
 
 __all__ = [
     "TrialBench",
+    "check_rules",
     "completed_trials",
     "enqueue_allocation",
     "equip",
@@ -54,6 +57,8 @@ _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _UNKNOWN_SECONDS = 60.0
 _MAX_RETRIES = 3
 _MAX_NATS = 500.0  # by which an estimate of the perplexity may lie above the best: math.exp takes no more than 709
+_RULES = "rules"
+"""User attribute of a study: ``published.RULES`` as its trials were measured."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ class TrialBench:
         dense: the dense model's log-probabilities on them.
         space: variables and budget.
         batch_size: windows in a forward pass.
+        selection: how ``windows`` were selected, in a search as published.
     """
 
     decomposed: Decomposed
@@ -73,6 +79,7 @@ class TrialBench:
     dense: DenseReference
     space: SearchSpace
     batch_size: int
+    selection: Selection | None = None
 
     @property
     def handle(self) -> ModelHandle:
@@ -90,24 +97,45 @@ def open_study(run: Run, config: SearchConfig, space: SearchSpace) -> optuna.Stu
     directions = [lower] if config.max_ratio is None else [higher, lower]
     storage = open_storage(run)
     study = optuna.create_study(storage=storage, study_name=run.study_name, directions=directions, load_if_exists=True)
+    if not study.get_trials(deepcopy=False):
+        study.set_user_attr(_RULES, RULES)
     equip(study, config, space)
     requeue_lost(run, study)
-    _enqueue_baselines(study, space)
+    if _has_these_rules(study, config):
+        _enqueue_baselines(study, config, space)
     return study
+
+
+def _has_these_rules(study: optuna.Study, config: SearchConfig) -> bool:
+    return (config.projected and config.objective != "bolaco") or study.user_attrs.get(_RULES) == RULES
+
+
+def check_rules(study: optuna.Study, config: SearchConfig) -> None:
+    """Refuse to mix trials: those of an earlier version have another objective ``bolaco``, and another search as published.
+
+    Raises:
+        RunError: the trials of ``study`` were measured by other rules.
+    """
+    if not _has_these_rules(study, config):
+        raise RunError(
+            "this run's trials follow an earlier version's reading of Bolaco, and new ones can't be compared with them. "
+            "Export from it what you want to keep, and start a new search."
+        )
 
 
 def study_in_memory(config: SearchConfig, space: SearchSpace, *, baselines: bool = True) -> optuna.Study:
     """Return a study with one objective that leaves nothing behind, its baselines enqueued if wanted."""
     study = optuna.create_study(direction=StudyDirection.MINIMIZE)
+    study.set_user_attr(_RULES, RULES)
     equip(study, config, space)
     if baselines:
-        _enqueue_baselines(study, space)
+        _enqueue_baselines(study, config, space)
     return study
 
 
 def equip(study: optuna.Study, config: SearchConfig, space: SearchSpace) -> None:
     """Give ``study`` the sampler and the pruner of ``config``, which may have changed since the last trial."""
-    study.sampler = PointSampler(config, space.distributions())
+    study.sampler = PointSampler(config, space.distributions(), space.scheme)
     study.pruner = _pruner(config)
 
 
@@ -119,13 +147,12 @@ def _pruner(config: SearchConfig) -> BasePruner:
         return WilcoxonPruner(p_threshold=_SIGNIFICANCE, n_startup_steps=_MIN_WINDOWS)
 
 
-def _enqueue_baselines(study: optuna.Study, space: SearchSpace) -> None:
+def _enqueue_baselines(study: optuna.Study, config: SearchConfig, space: SearchSpace) -> None:
     present = {t.user_attrs.get("baseline") for t in study.get_trials(deepcopy=False) if not _was_lost(t)}
-    for baseline in space.baselines():
-        key = f"{baseline.label} {baseline.compression_ratio:.6f}"
-        if key in present:
+    for baseline in (*space.baselines(), *space.first_points(config)):
+        if baseline.key in present:
             continue
-        attributes = {"label": baseline.label, "baseline": key}
+        attributes = {"label": baseline.label, "baseline": baseline.key}
         if baseline.ranks is None:
             study.enqueue_trial(dict(baseline.point), user_attrs=attributes)
         else:
@@ -223,7 +250,9 @@ def run_trial(study: optuna.Study, bench: TrialBench, config: SearchConfig) -> F
 
     Raises:
         BudgetError: the ratio can't be met at any point.
+        RunError: as ``check_rules``.
     """
+    check_rules(study, config)
     numbers: list[int] = []
 
     def measure(trial: Trial) -> float | tuple[float, float]:
@@ -260,9 +289,9 @@ class _Measurement:
                     on_batch=self._report,
                     autocast=config.autocast,
                 )
-            value = objective_value(config.objective, scores, bench.windows.predicted_tokens)
+            value = objective_value(config.objective, scores, bench.windows.context)
             assert scores.kl is not None
-            measured = {"kl": float(scores.kl.mean()), "perplexity": objective_value("perplexity", scores, 0)}
+            measured = {"kl": float(scores.kl.mean()), "perplexity": objective_value("perplexity", scores, bench.windows.context)}
         except NumericalError as error:
             trial.set_user_attr(ERROR, str(error))
             raise
@@ -284,12 +313,11 @@ class _Measurement:
         return space.allocation(trial.params, self._label)
 
     def _constraints(self, allocation: RankAllocation) -> dict[str, float]:
-        """Return by how much each bound is missed; a manual allocation over the budget is measured, and never the best."""
-        result = self._bench.space.constraints(allocation)
-        if self._label == MANUAL and not result and self._config.max_ratio is None:
-            budget = budget_for_ratio(self._bench.space.units, self._config.compression_ratio)
-            result = {"keeps too much": max(0, allocation.parameters - budget) / allocation.dense_parameters}
-        return result
+        """Return by how much the budget is missed; a manual allocation over it is measured, and never the best."""
+        if self._label != MANUAL or self._config.max_ratio is not None:
+            return {}
+        budget = budget_for_ratio(self._bench.space.units, self._config.compression_ratio)
+        return {"keeps too much": max(0, allocation.parameters - budget) / allocation.dense_parameters}
 
     def _report(self, scores: WindowScores) -> None:
         """Tell the study the loss of every window of a batch, and stop here if it can't become the best."""

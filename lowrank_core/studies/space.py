@@ -1,8 +1,8 @@
 """The search space: one variable for each group of matrices, and what a point of it allocates.
 
 ``kept``: a point is a vector x of kept fractions in [LEAST, 1]. Projected, only their ratios matter: they are scaled so that the
-budget is spent exactly, and every trial is feasible. As published, they are the kept fractions themselves, and a point is feasible if
-what it keeps lies between the budget and a tenth of the parameters less. Bounds as in the paper's published code.
+budget is spent exactly, and every trial is feasible. As published (``search.published``), they are the kept fractions themselves, and
+only points that meet the budget are drawn.
 
 ``errors``: a point is a vector of weights w in [1/SPREAD, SPREAD] on the errors of the bases, and the allocator ``lagrangian`` minimises
 Σ w_i e_i(r_i) within the budget: at w = 1 the point is its own allocation, and a search starts there. Only ratios matter, so the group
@@ -29,7 +29,6 @@ from lowrank_core.allocation import (
     Ranks,
     allocate,
     allocation_from_ranks,
-    kept_fractions,
     module_group,
     project,
     round_down,
@@ -38,13 +37,11 @@ from lowrank_core.allocation import (
 from lowrank_core.config import SearchConfig, depth_groups
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import MatrixShape, Unit
+from lowrank_core.search.published import MAX, MIN, PublishedScheme, check_sampler, published_rank
 
 __all__ = ["BASELINES", "RATIO", "SPREAD", "Baseline", "SearchSpace"]
 
-MIN = 0.2
 SPREAD = 2.0
-PUBLISHED_MARGIN = 0.1
-"""Fraction of the parameters that a published trial may remove beyond the ratio."""
 
 RATIO = "compression_ratio"
 """Variable of a search over a range of ratios."""
@@ -65,12 +62,19 @@ class Baseline:
         point: variable -> value; empty where it is no point.
         ranks: unit -> rank; None where it is a point.
         compression_ratio: that it is meant for.
+        place: which of several with one label and ratio.
     """
 
     label: str
     point: Mapping[str, float]
     ranks: Ranks | None
     compression_ratio: float
+    place: str = ""
+
+    @property
+    def key(self) -> str:
+        """What tells it from the others of its study."""
+        return f"{self.place or self.label} {self.compression_ratio:.6f}"
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,9 @@ class SearchSpace:
         """Return the space that ``config`` asks for.
 
         Raises:
-            ConfigError: there is nothing to search over, there are fewer blocks than groups, or more variables than the sampler takes.
+            ConfigError: there is nothing to search over, there are fewer blocks than groups, or more variables than the sampler takes;
+                or it can't search as published.
+            BudgetError: no point as published meets the budget.
         """
         space = cls(
             units,
@@ -118,6 +124,8 @@ class SearchSpace:
             curves,
         )
         count = len(space.distributions())
+        if space.scheme is not None:
+            check_sampler(config.sampler)
         if config.sampler == "gp" and count > _MAX_GP_VARIABLES:
             raise ConfigError(
                 f"the space {config.space} has {count} variables here, and a Gaussian process works up to {_MAX_GP_VARIABLES}. "
@@ -178,7 +186,8 @@ class SearchSpace:
         if not self.groups:
             raise ConfigError("search: every matrix is kept dense; let the value projections be compressed, too.")
         if self.variables == "keep_ratio":
-            result: dict[str, FloatDistribution] = {group: FloatDistribution(MIN, 1.0) for group in self.groups}
+            maximum = 1.0 if self.projected else MAX
+            result: dict[str, FloatDistribution] = {group: FloatDistribution(MIN, maximum) for group in self.groups}
         else:
             result = {g: FloatDistribution(1 / SPREAD, SPREAD, log=True) for g in self.groups if g != self._reference}
         if self.max_ratio is not None:
@@ -186,6 +195,19 @@ class SearchSpace:
         if not result:
             raise ConfigError("search: one group of matrices has nothing to be weighed against; choose a space with more groups.")
         return result
+
+    @cached_property
+    def scheme(self) -> PublishedScheme | None:
+        """How points are drawn as published; None where they are projected.
+
+        Raises:
+            BudgetError: no point meets the budget.
+        """
+        if self.projected:
+            return None
+        groups = {group: [unit for unit in self._free if self.group_of(unit) == group] for group in self.groups}
+        dense = [unit for unit in self.units if unit not in self._free]
+        return PublishedScheme.of(groups, dense, self.compression_ratio)
 
     def problem(self, compression_ratio: float | None = None) -> AllocationProblem:
         """Return what is to be shared out, at the ratio of the search unless another is given."""
@@ -215,34 +237,38 @@ class SearchSpace:
             yield unit.name, math.exp(sum(s * x for s, x in zip(sizes, logarithms, strict=True)) / sum(sizes))
 
     def _published(self, kept: Mapping[str, float]) -> dict[str, int | None]:
-        """Return ⌈k·m·n/(m + n)⌉, floored, for each unit, as the published code; a kept fraction of 1 is dense."""
+        """Return the published code's rank, floored, for each unit; a kept fraction of 1 or more is dense."""
         ranks: dict[str, int | None] = {}
         for unit in self.units:
-            exact = kept[unit.name] * unit.d_out * unit.d_in / (unit.d_out + unit.d_in)
             dense = unit.name in self.keep_dense or kept[unit.name] >= 1
-            ranks[unit.name] = None if dense else round_down(min(unit.max_rank, math.ceil(exact)), self.rank_multiple)
+            ranks[unit.name] = None if dense else round_down(published_rank(unit, kept[unit.name]), self.rank_multiple)
         return ranks
-
-    def constraints(self, allocation: RankAllocation) -> dict[str, float]:
-        """Return by how much an allocation misses each bound; zero or less is feasible. Empty where every point is."""
-        if self.projected:
-            return {}
-        removed = allocation.compression_ratio
-        return {
-            "removes too little": self.compression_ratio - removed,
-            "removes too much": removed - self.compression_ratio - PUBLISHED_MARGIN,
-        }
 
     def baselines(self) -> tuple[Baseline, ...]:
         """Return what is measured first, best known last: the fixed rules, and ``lagrangian`` where the errors are known.
 
-        Over a range of ratios, the rule that is a point of the space stands at several of them, the others at its ends.
+        Over a range of ratios, the rule that is a point of the space stands at several of them, the others at its ends. A search as
+        published has none: it begins with points of its own, ``first_points``.
 
         Raises:
             BudgetError: the ratio can't be met.
         """
-        names = [name for name in BASELINES if name != "lagrangian" or (self.projected and self.curves is not None)]
+        if not self.projected:
+            return ()
+        names = [name for name in BASELINES if name != "lagrangian" or self.curves is not None]
         return tuple(result for name in names for result in self._baselines(name))
+
+    def first_points(self, config: SearchConfig) -> tuple[Baseline, ...]:
+        """Return the points that a search as published begins with; none where points are projected, or all are random.
+
+        Raises:
+            BudgetError: no point meets the budget.
+        """
+        if self.scheme is None or config.sampler == "random":
+            return ()
+        points = self.scheme.initial(config.startup_trials, config.seed)
+        ratio = self.compression_ratio
+        return tuple(Baseline("sampled", self.scheme.point(p), None, ratio, f"initial point {n}") for n, p in enumerate(points))
 
     def _baselines(self, name: str) -> Iterator[Baseline]:
         is_point = (name == "lagrangian") == (self.variables == "error_weight")
@@ -284,7 +310,5 @@ class SearchSpace:
         rule = ALLOCATORS[allocator]
         assert isinstance(rule, ByMultipliers)
         targets = rule.multipliers(self.units)
-        if not self.projected:
-            targets = {name: max(MIN, kept) for name, kept in kept_fractions(self.problem(compression_ratio), targets).items()}
         first = {self.group_of(unit): targets[unit.name] for unit in reversed(self._free)}
         return {group: first[group] for group in self.groups}

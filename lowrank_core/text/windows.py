@@ -39,6 +39,7 @@ class WindowSet:
         available_tokens: tokens that the split has in all.
         stride: tokens from one window to the next; None where windows do not overlap.
         scored: (windows, context - 1), which of the tokens after the first count; None where all do.
+        selection: how they were selected among others, in words; empty where they are spread over the split or drawn.
     """
 
     dataset: str
@@ -48,6 +49,7 @@ class WindowSet:
     available_tokens: int
     stride: int | None = None
     scored: Tensor | None = None
+    selection: str = ""
 
     @property
     def windows(self) -> int:
@@ -77,9 +79,10 @@ class WindowSet:
         bos = "BOS first in every window" if self.bos else "no BOS"
         kind, once = ("non-overlapping", "") if self.stride is None else ("overlapping", " once")
         stride = "" if self.stride is None else f", stride {self.stride}"
+        selection = f", {self.selection}" if self.selection else ""
         return (
             f"{self.dataset}, {self.split} split: {self.windows} {kind} windows of {self.context} tokens{stride}, "
-            f"{self.predicted_tokens} tokens predicted{once}, {bos}"
+            f"{self.predicted_tokens} tokens predicted{once}, {bos}{selection}"
         )
 
 

@@ -20,7 +20,7 @@ from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export import HeldOut, export, metrics_of, verify
 from lowrank_core.runs import Run, write_json
 from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path, result_path, results_of
-from lowrank_core.search.study import TrialBench, enqueue_allocation
+from lowrank_core.search.study import TrialBench, check_rules, enqueue_allocation
 from lowrank_core.statistics.directions import top_directions
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
 from lowrank_core.worker import evaluations
@@ -37,6 +37,7 @@ Answer = dict[str, object]
 def _measure(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Queue a manual allocation; a partial one is completed by an allocator within the budget."""
     bench, study, config = worker.search
+    check_rules(study, config)
     ranks, allocator = arguments.get("ranks"), arguments.get("complete")
     if not isinstance(ranks, Mapping) or not all(rank is None or type(rank) is int for rank in ranks.values()):
         raise ConfigError("an allocation maps unit names to whole ranks, or to null for dense.")

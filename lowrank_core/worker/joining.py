@@ -17,6 +17,7 @@ from lowrank_core.config import RunConfig, SearchConfig, from_mapping, to_mappin
 from lowrank_core.errors import ConfigError, RunError
 from lowrank_core.runs import Run, home, write_json
 from lowrank_core.search.samplers import phase
+from lowrank_core.search.selection import Selection
 from lowrank_core.search.study import TrialBench, completed_trials, equip, run_trial, running_trials, waiting_trials
 from lowrank_core.studies.storage import open_database, open_storage, redacted
 from lowrank_core.worker.identity import JOIN, RunIdentity
@@ -71,7 +72,8 @@ def join_run(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> in
     try:
         study = _begun(run, reporter)
         session = prepare(run, reporter, leads=False)
-        bench = search_bench(session, _wanted(study), run.config.calibration.batch_size, reporter)
+        known = Selection.read(study.user_attrs.get("selection"))
+        bench = search_bench(session, _wanted(study), run.config.calibration.batch_size, reporter, selection=known)
         RunIdentity.of(run, JOIN).check(fingerprint(session, bench))
         return _take_trials(run, study, bench, reporter, warm_seconds)
     finally:

@@ -16,8 +16,9 @@ from filelock import FileLock, Timeout
 
 from lowrank_core.config import SearchConfig, to_mapping
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError, RunError
-from lowrank_core.runs import Run, client
+from lowrank_core.runs import Run, client, write_json
 from lowrank_core.search.samplers import phase
+from lowrank_core.search.selection import Selection
 from lowrank_core.search.study import (
     TrialBench,
     completed_trials,
@@ -82,11 +83,14 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
             _serve(WorkerContext(run, session, reporter), warm_seconds)
             reporter.close("finished")
             return session, None
-        bench = search_bench(session, search, run.config.calibration.batch_size, reporter)
+        known = Selection.read(run.part("selection"))
+        bench = search_bench(session, search, run.config.calibration.batch_size, reporter, selection=known)
         RunIdentity.of(run).keep(result := fingerprint(session, bench))
+        if bench.selection is not None:
+            write_json(run.path / "selection.json", bench.selection.describe())
         record_curves(run, search, bench)
         study = open_study(run, search, bench.space)
-        _sign(run, study, result)
+        _sign(run, study, bench, result)
         for _ in range(helpers):
             client.add_worker(run, warm_seconds=0.0)
         complete = _search(WorkerContext(run, session, reporter, bench, study), warm_seconds)
@@ -134,10 +138,12 @@ def _reporting(run: Run, reporter: Reporter) -> Iterator[Reporter]:
         raise
 
 
-def _sign(run: Run, study: optuna.Study, result: Mapping[str, object]) -> None:
+def _sign(run: Run, study: optuna.Study, bench: TrialBench, result: Mapping[str, object]) -> None:
     """Leave in the study what another worker needs to join, and to see whether it may."""
     study.set_user_attr("run", json.dumps(to_mapping(run.config)))
     study.set_user_attr("fingerprint", json.dumps({**result, **signed_in(study)}))
+    if bench.selection is not None:
+        study.set_user_attr("selection", json.dumps(bench.selection.describe()))
 
 
 class _Orders:

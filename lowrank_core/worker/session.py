@@ -9,19 +9,20 @@ from dataclasses import dataclass
 from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.allocation.units import check_reachable, value_layers
 from lowrank_core.compression.error_weights import measure_error_weights
-from lowrank_core.compression.pipeline import decompose, with_gradients
-from lowrank_core.config import CompressionConfig, SearchConfig
+from lowrank_core.compression.pipeline import Decomposed, decompose, with_gradients
+from lowrank_core.config import CompressionConfig, SearchConfig, TextConfig
 from lowrank_core.decomposition.units import error_curves, units_of
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.models import ModelHandle, describe, load_model
 from lowrank_core.models.attention import Heads, find_heads
 from lowrank_core.runs import Run, statistics_home, write_json
+from lowrank_core.search.selection import ALLOCATIONS, POOL_RATIO, Selection, select_windows
 from lowrank_core.search.study import TrialBench
 from lowrank_core.spectra.spectrum import load_spectra, save_spectra
 from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics
 from lowrank_core.statistics.spectra import spectra_of
 from lowrank_core.studies.space import SearchSpace
-from lowrank_core.text import TokenWindows, load_text
+from lowrank_core.text import TokenWindows, WindowSet, load_text, load_windows
 from lowrank_core.worker.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.worker.reporter import Reporter
 
@@ -30,11 +31,12 @@ __all__ = ["RunContext", "fingerprint", "prepare", "record_curves", "search_benc
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a worker keeps warm."""
+    """What a worker keeps warm; ``text`` is where its windows come from."""
 
     handle: ModelHandle
     windows: TokenWindows
     statistics: LayerStatistics
+    text: TextConfig
     notes: tuple[str, ...] = ()
     """What a user should know of the model: how little of it can be compressed, and what is not compressed by heads."""
 
@@ -65,7 +67,7 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
             write_json(run.path / "text.json", windows.describe(config.text.seed))
     with reporter.stage("Calibrating", windows.calibration.windows) as progress:
         statistics, cached = cached_statistics(handle, windows.calibration, config.calibration, statistics_home(), progress=progress)
-    session = RunContext(handle, windows, statistics, notes)
+    session = RunContext(handle, windows, statistics, config.text, notes)
     if leads:
         _describe(run, session, reporter, cached)
     reporter.say(warnings=(*notes, *statistics.warnings()))
@@ -104,8 +106,12 @@ def statistics_for(session: RunContext, compression: CompressionConfig, reporter
     return with_gradients(session.handle, session.statistics, calibration, (compression.basis,), measuring=stage)
 
 
-def search_bench(session: RunContext, config: SearchConfig, batch_size: int, reporter: Reporter) -> TrialBench:
+def search_bench(
+    session: RunContext, config: SearchConfig, batch_size: int, reporter: Reporter, *, selection: Selection | None = None
+) -> TrialBench:
     """Factorise every layer once and measure the dense model once: all that trials share.
+
+    ``selection`` is that of an earlier worker: windows are not selected again.
 
     Raises:
         LowRankError: the ratio can't be met, or a numerical failure.
@@ -113,15 +119,21 @@ def search_bench(session: RunContext, config: SearchConfig, batch_size: int, rep
     handle, compression = session.handle, config.compression
     units = units_of(handle, compression)
     dense = value_layers(handle.shapes) if compression.value_dense else ()
-    SearchSpace.of(units, config, dense, None)  # what can't be searched, like an unreachable ratio, is reported before minutes of work
+    plain = SearchSpace.of(
+        units, config, dense, None
+    )  # what can't be searched, like an unreachable ratio, is reported before minutes of work
     for ratio in filter(None, (config.compression_ratio, config.max_ratio)):
         check_reachable(units, ratio, compression)
     statistics = statistics_for(session, compression, reporter)
     with reporter.stage("Factorising", len(units)) as progress:
         decomposed = decompose(handle, statistics, compression, progress=progress)
     allocator = "lagrangian" if config.variables == "error_weight" else ""
-    reporter.say(warnings=(*session.notes, *statistics.warnings(), *decomposed.warnings(allocator, weighted=config.error_weights)))
+    reported = (*session.notes, *statistics.warnings(), *decomposed.warnings(allocator, weighted=config.error_weights))
+    reporter.say(warnings=reported)
     windows = session.windows.validation
+    if config.selected_windows:
+        windows, selection = _selected(session, decomposed, plain, config, batch_size, reporter, selection)
+        reporter.say(warnings=(*reported, *filter(None, [selection.warning()])))
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
         reverse = config.objective == "bolaco"
         reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
@@ -135,7 +147,23 @@ def search_bench(session: RunContext, config: SearchConfig, batch_size: int, rep
             )
         curves = {name: curve * error_weights.get(name, 1.0) for name, curve in curves.items()}
     space = SearchSpace.of(units, config, dense, curves)
-    return TrialBench(decomposed, windows, reference, space, batch_size)
+    return TrialBench(decomposed, windows, reference, space, batch_size, selection if config.selected_windows else None)
+
+
+def _selected(
+    session: RunContext,
+    decomposed: Decomposed,
+    space: SearchSpace,
+    config: SearchConfig,
+    batch_size: int,
+    reporter: Reporter,
+    known: Selection | None,
+) -> tuple[WindowSet, Selection]:
+    """Return the windows on which a search as published measures its trials, and how they were selected."""
+    pool = load_windows(session.text, session.handle.tokenizer, "validation", count=round(POOL_RATIO * config.selected_windows))
+    with reporter.stage(f"Selecting {config.selected_windows} of {pool.windows} validation windows", ALLOCATIONS) as progress:
+        result = select_windows(decomposed, pool, space, config, batch_size=batch_size, known=known, progress=progress)
+    return result.of(pool), result
 
 
 def record_curves(run: Run, config: SearchConfig, bench: TrialBench) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
+import json
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -15,15 +15,15 @@ from typing import Any
 
 from scipy.stats import kendalltau
 
-from lowrank_core.allocation import RankAllocation
+from lowrank_core.allocation import RankAllocation, allocation_from_ranks
 from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import DenseReference, score_windows
-from lowrank_core.presets.recipes import PRESETS
+from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import create_run
 from lowrank_core.search.study import TrialBench, run_trial, study_in_memory
-from lowrank_core.studies.records import TrialRecord, records_of
+from lowrank_core.studies.records import TrialRecord, best_trial, records_of
 from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.session import RunContext, prepare, search_bench
 
@@ -40,7 +40,7 @@ class Curve:
 
     Attributes:
         scheme, label: which, and in words.
-        best: least objective after 1, 2, … trials; None before the first that counts.
+        best: KL of the best trial after 1, 2, … of them, on the table's windows; None before the first that counts.
         seconds: in all.
         pruned: trials that were stopped early.
     """
@@ -90,12 +90,13 @@ class _Scheme:
 
 
 def _schemes(ratio: float, trials: int) -> Iterator[_Scheme]:
-    """Yield what is compared; all but the first search with the same factors, in the same space (5x1), on the same objective (KL)."""
+    """Yield what is compared, all in the space 5x1; as published with its own objective and windows, the others by KL."""
     paper = replace(PRESETS["bolaco"].compression, value_dense=True)
     ours = replace(PRESETS["studio"].compression, basis="two_sided", stacks=False, heads=False)
     common = SearchConfig(compression_ratio=ratio, trials=trials, compression=ours)
-    yield _Scheme("published", "As published, its own factors", replace(common, compression=paper, projected=False, startup_trials=3))
-    yield _Scheme("published-on-ours", "As published, on our factors", replace(common, projected=False, startup_trials=3))
+    published = search_by(PRESETS["bolaco"], ratio)
+    yield _Scheme("published", "As published, its own factors", replace(published, trials=trials))
+    yield _Scheme("published-on-ours", "As published, on our factors", replace(published, trials=trials, compression=ours))
     yield _Scheme("random", "Random kept fractions", replace(common, sampler="random"), lagrangian=False)
     yield _Scheme("kept", "Kept fractions after lagrangian, Gaussian process", common)
     around = replace(common, variables="error_weight")
@@ -139,14 +140,34 @@ def search_curves(
     with _prepared(source, text) as (session, reporter):
         for ratio in ratios:
             for scheme in (scheme for scheme in _schemes(ratio, trials) if scheme.name in schemes):
-                bench = search_bench(session, scheme.config, 8, reporter)
+                bench = search_bench(session, _with_windows(scheme.config, text), 8, reporter)
+                judge = _judge(session, bench, scheme.config)
                 for seed in range(seeds):
-                    curves.append(_searched(scheme, bench, seed))
+                    curves.append(_searched(scheme, bench, seed, judge))
+                    print(json.dumps(curves[-1].to_mapping()), file=sys.stderr, flush=True)  # a line each: hours may be behind it
                 print(f"{scheme.label} at {ratio:.0%}: done", file=sys.stderr, flush=True)
     return curves
 
 
-def _searched(scheme: _Scheme, bench: TrialBench, seed: int) -> Curve:
+def _with_windows(config: SearchConfig, text: TextConfig) -> SearchConfig:
+    """Return the search with as many windows in a trial as all others of the table."""
+    return config if config.projected else replace(config, selected_windows=text.validation_windows)
+
+
+def _judge(session: RunContext, bench: TrialBench, config: SearchConfig) -> Callable[[TrialRecord], float | None]:
+    """Return what tells the KL of a trial on the table's windows: as it was measured where trials see those, else measured again."""
+    if config.projected:
+        return lambda trial: trial.kl
+    windows = session.windows.validation
+    dense = DenseReference.compute(bench.handle, windows, batch_size=bench.batch_size)
+
+    def judged(trial: TrialRecord) -> float:
+        return _kl(replace(bench, windows=windows), allocation_from_ranks("", bench.space.units, trial.ranks), dense, False)[0]
+
+    return judged
+
+
+def _searched(scheme: _Scheme, bench: TrialBench, seed: int, judge: Callable[[TrialRecord], float | None]) -> Curve:
     config = replace(scheme.config, seed=seed)
     if not scheme.lagrangian:
         bench = replace(bench, space=replace(bench.space, curves=None))
@@ -154,23 +175,23 @@ def _searched(scheme: _Scheme, bench: TrialBench, seed: int) -> Curve:
     began = time.perf_counter()
     for _ in range(config.trials):
         run_trial(study, bench, config)
-    result = records_of(study)
+    seconds, result = time.perf_counter() - began, records_of(study)
     return Curve(
         scheme.name,
         scheme.label,
         config.compression_ratio,
         seed,
-        _running_best(result),
-        time.perf_counter() - began,
+        _running_best(result, judge),
+        seconds,
         sum(trial.state == "pruned" for trial in result),
     )
 
 
-def _running_best(trials: Sequence[TrialRecord]) -> tuple[float | None, ...]:
-    def lower(best: float | None, other: float | None) -> float | None:
-        return other if best is None or (other is not None and other < best) else best
-
-    return tuple(itertools.accumulate((trial.value if trial.state == "complete" else None for trial in trials), lower))
+def _running_best(trials: Sequence[TrialRecord], judge: Callable[[TrialRecord], float | None]) -> tuple[float | None, ...]:
+    """Return the KL of the trial that is best by its own objective after 1, 2, … of them."""
+    best = [best_trial(trials[: done + 1]) for done in range(len(trials))]
+    judged = {trial.number: judge(trial) for trial in best if trial is not None}
+    return tuple(None if trial is None else judged[trial.number] for trial in best)
 
 
 def cheaper_trials(source: ModelSource, text: TextConfig, ratios: Sequence[float]) -> list[CheaperTrial]:
@@ -246,7 +267,7 @@ def _table(ratio: float, curves: Sequence[Curve]) -> str:
     trials = max(len(curve.best) for curve in curves)
     marks = [mark for mark in _MARKS if mark <= trials]
     lines = [
-        f"| {ratio:.0%} removed: least KL after | {' | '.join(map(str, marks))} trials | seconds a trial | stopped early |",
+        f"| {ratio:.0%} removed: KL of the best after | {' | '.join(map(str, marks))} trials | seconds a trial | stopped early |",
         "| --- " * (len(marks) + 3) + "|",
     ]
     for label in dict.fromkeys(curve.label for curve in curves):

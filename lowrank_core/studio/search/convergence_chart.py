@@ -33,11 +33,11 @@ def convergence_figure(rows: Sequence[Row], protocol: str = "") -> go.Figure:
                 figure.add_trace(_line(curve, label, {**look, "width": 0.8}, faint=True), row=panel, col=1)
             if curves:
                 figure.add_trace(_line(_median(curves), label, {**look, "width": 2.5}, legend=panel == 1), row=panel, col=1)
-        figure.update_yaxes(type="log", automargin=True, title="least KL so far, nats per token", row=panel, col=1)
+        figure.update_yaxes(type="log", automargin=True, title="KL of the best so far, nats per token", row=panel, col=1)
     figure.update_xaxes(title="trials", row=len(ratios), col=1)
     finished(figure, height=_PANEL * len(ratios) + 160, x="", y="", top=40)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "y": -0.2, "yanchor": "top"}, template="plotly_white")
-    figure.update_yaxes(title="least KL so far, nats per token")
+    figure.update_yaxes(title="KL of the best so far, nats per token")
     figure.update_xaxes(title={"text": f"trials<br><sub>{protocol}</sub>"}, row=len(ratios), col=1)
     return figure
 
