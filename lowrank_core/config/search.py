@@ -15,7 +15,7 @@ __all__ = ["MIN_LOSS", "OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABLES
 OBJECTIVES = {
     "kl": "KL to the dense model (nats per token)",
     "perplexity": "Perplexity",
-    "bolaco": "Bolaco: perplexity + weighted KL",
+    "bolaco": "Bolaco: perplexity + 0.001 x reverse KL of a window",
 }
 SAMPLERS = {
     "gp": "Gaussian process",

@@ -26,7 +26,18 @@ from lowrank_core.allocation import module_group
 from lowrank_core.errors import BudgetError, ConfigError
 from lowrank_core.parameters import Unit
 
-__all__ = ["CONSIDERED", "MIN", "MARGIN", "MAX", "RULES", "PublishedScheme", "check_sampler", "published_rank"]
+__all__ = [
+    "ALLOCATIONS",
+    "CONSIDERED",
+    "MIN",
+    "MARGIN",
+    "MAX",
+    "POOL_RATIO",
+    "RULES",
+    "PublishedScheme",
+    "check_sampler",
+    "published_rank",
+]
 
 RULES = "bolaco 2"
 """Of the objective ``bolaco`` and of a search as published; a study says by which its trials were measured (none: by those before)."""
@@ -41,6 +52,9 @@ _DIGITS = 4
 _CANDIDATES = 100  # the initial points are chosen among so many draws
 CONSIDERED = ("gp", "random")
 """Samplers that draw until the condition is met."""
+
+ALLOCATIONS, POOL_RATIO = 20, 8.2
+"""At how many random points windows are looked at, and how many windows for each that is selected: 820 for 100."""
 
 _CHUNK, _MAX_CHUNKS = 2**16, 128
 _STEPS = 60  # of a bisection: exact in float64
@@ -161,11 +175,12 @@ class PublishedScheme:
         wanted = np.where(self.attention, _HALF, np.clip(1 - self.compression_ratio, MIN, 1.0))
         if self.meets(wanted):
             return wanted
+        budget = (1 - self.compression_ratio) * self.total - 10.0**-_DIGITS  # whatever the rounding
         low, high = 0.0, MAX / float(wanted.min())
         for _ in range(_STEPS):
             middle = (low + high) / 2
             spent = self.kept(np.clip(middle * wanted, MIN, MAX))
-            low, high = (middle, high) if spent <= (1 - self.compression_ratio) * self.total else (low, middle)
+            low, high = (middle, high) if spent <= budget else (low, middle)
         result: Points = np.clip(low * wanted, MIN, MAX)
         return result
 

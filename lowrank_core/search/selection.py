@@ -22,14 +22,12 @@ from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import score_windows
 from lowrank_core.evaluation.passes import Progress
+from lowrank_core.search.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.space import SearchSpace
 from lowrank_core.text import WindowSet
 
-__all__ = ["ALLOCATIONS", "POOL_RATIO", "Selection", "most_varied", "select_windows"]
+__all__ = ["Selection", "most_varied", "select_windows"]
 
-ALLOCATIONS = 20
-POOL_RATIO = 8.2
-"""Windows that are looked at for each that is selected: 820 for 100."""
 _SEED = 42
 """One draw for all seeds of a search, as in the published code."""
 

@@ -29,6 +29,7 @@ __all__ = [
     "counts_of",
     "pareto_front",
     "read_frozen",
+    "read_rules",
     "read_trials",
     "records_of",
     "trials_of",
@@ -227,6 +228,20 @@ def read_frozen(run: Run) -> list[FrozenTrial]:
         raise RunError(f"{run.journal} is damaged: {error}. Start a new search.") from error
     except (StorageInternalError, SQLAlchemyError) as error:
         raise RunError(f"the database of this run's study does not answer: {str(error).splitlines()[0]}. Is the server up?") from error
+
+
+def read_rules(run: Run) -> str:
+    """Return by which reading of Bolaco the trials of ``run`` were measured (``published.RULES``); empty for an earlier one's.
+
+    Raises:
+        as ``read_trials``.
+    """
+    if not read_frozen(run):
+        return ""
+    storage = _storage(run)
+    assert storage is not None
+    result: str = storage.get_study_user_attrs(storage.get_study_id_from_name(run.study_name)).get("rules", "")
+    return result
 
 
 def records_of(study: optuna.Study) -> list[TrialRecord]:

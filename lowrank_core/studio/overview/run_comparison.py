@@ -11,7 +11,7 @@ from lowrank_core.config import OBJECTIVES
 from lowrank_core.errors import LowRankError
 from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
-from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, read_trials
+from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, read_rules, read_trials
 from lowrank_core.studio.compare.comparison import Comparison, comparisons, label_of
 from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.shared.formatting import interval_words
@@ -74,17 +74,19 @@ def _row(run: Run) -> _Row:
     config, search = run.config, run.config.search
     facts, best, measured, trials = None, None, None, None
     splits: dict[str, str] = {}
+    selected: Hashable = None
     try:
         facts, text = model_facts(run), text_facts(run)
         splits = {split.name: split.sha256 for split in text.splits} if text else {}
         if search is not None:
             result = read_trials(run)
+            selected = (read_rules(run) if search.objective == "bolaco" else "", str((run.part("selection") or {}).get("chosen")))
             trials, best = counts_of(result).complete, best_trial(result) if search.max_ratio is None else None
             measured = _measured(run, best, result)
     except LowRankError:
         facts, best, measured, trials = None, None, None, None
     model = _identity(facts, config.model.reference)
-    judged = (search.objective, search.top_k, search.autocast) if search else None
+    judged = (search.objective, search.top_k, search.autocast, selected) if search else None
     return _Row(
         run=run,
         name=str(run.record["name"]),

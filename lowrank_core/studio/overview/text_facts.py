@@ -8,8 +8,9 @@ import pandas as pd
 
 from lowrank_core.files.records import build
 from lowrank_core.runs import Run
+from lowrank_core.search.published import ALLOCATIONS
 
-__all__ = ["SplitFacts", "TextFacts", "split_table", "text_facts"]
+__all__ = ["SplitFacts", "TextFacts", "TrialWindows", "split_table", "text_facts", "trial_windows"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,38 @@ def text_facts(run: Run) -> TextFacts | None:
         return None
     splits = tuple(build(SplitFacts, split, "text.json", name=name) for name, split in body.get("splits", {}).items())
     return build(TextFacts, body, "text.json", splits=splits)
+
+
+@dataclass(frozen=True)
+class TrialWindows:
+    """Search-validation windows that trials see; ``pool``: of how many a search as published selected them, 0 elsewhere."""
+
+    count: int
+    context: int
+    pool: int = 0
+
+    @property
+    def words(self) -> str:
+        """Return them in words, for a protocol."""
+        plain = f"{self.count} windows of {self.context} tokens"
+        if self.pool <= self.count:
+            return plain
+        return f"{plain} (of {self.pool} those whose perplexity varies most over {ALLOCATIONS} random allocations)"
+
+
+def trial_windows(run: Run) -> TrialWindows | None:
+    """Return the windows that trials of ``run`` see, or None before they are known.
+
+    Raises:
+        RunError: a file of the run is damaged.
+    """
+    facts, selection, search = text_facts(run), run.part("selection"), run.config.search
+    split = next((split for split in facts.splits if split.name == "validation"), None) if facts else None
+    if facts is None or split is None:
+        return None
+    if search is None or not search.selected_windows:
+        return TrialWindows(split.windows, facts.context)
+    return None if selection is None else TrialWindows(len(selection["chosen"]), facts.context, int(selection["pool"]))
 
 
 def split_table(facts: TextFacts) -> pd.DataFrame:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from lowrank_core.config import OBJECTIVES, SAMPLERS, SearchConfig
 from lowrank_core.runs import Run
 from lowrank_core.studies.records import TrialRecord, read_trials
-from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.overview.text_facts import text_facts, trial_windows
 from lowrank_core.studio.report.blocks import (
     Block,
     Column,
@@ -58,7 +58,7 @@ def _choices(search: SearchConfig, facts: ModelFacts | None) -> Facts:
     meaning = "of the compressible linears' parameters" if facts is None else facts.coverage.ratio_words(search.compression_ratio)
     compression = search.compression
     value_words = "value projections stay dense" if compression.value_dense else "value projections are compressed too"
-    spent = "projected onto the budget" if search.projected else "as published, not projected onto the budget"
+    spent = "projected onto the budget" if search.projected else "as published, drawn until one meets the budget"
     return Facts(
         (
             ("To remove", ratio_words(search), meaning),
@@ -83,12 +83,9 @@ def _found(run: Run, search: SearchConfig, trials: Sequence[TrialRecord]) -> tup
 
 def search_protocol(run: Run, search: SearchConfig) -> str:
     """Return the line under every figure of a search: text, windows, tokens, dtype."""
-    facts, model = text_facts(run), model_facts(run)
-    split = next((split for split in facts.splits if split.name == "validation"), None) if facts else None
+    facts, model, windows = text_facts(run), model_facts(run), trial_windows(run)
     words = [
-        f"{facts.reference}, validation split, {split.windows} windows of {facts.context} tokens"
-        if facts and split
-        else "Validation split",
+        f"{facts.reference}, validation split, {windows.words}" if facts and windows else "Validation split",
         f"model {model.reference} held as {model.dtype}" if model else "",
         "trials in bfloat16" if search.autocast else "",
         f"KL on the {search.top_k} likeliest tokens and the rest: a lower bound" if search.top_k else "",

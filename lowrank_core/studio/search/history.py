@@ -171,4 +171,6 @@ def _variable(name: str, search: SearchConfig) -> Variable:
         )
     if search.projected:
         return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, before all are scaled onto the budget.")
-    return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, as published: not scaled onto the budget.")
+    return Variable(
+        name, f"Kept of {group}", "Kept fraction of these matrices, as published: not scaled onto the budget; from 1 on they are dense."
+    )

@@ -11,6 +11,7 @@ from lowrank_core.config import RunConfig
 from lowrank_core.errors import LowRankError
 from lowrank_core.parameters import HeadUnit, MatrixShape, budget_for_ratio, dense_parameters
 from lowrank_core.runs import Run
+from lowrank_core.search.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studies.space import SearchSpace
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
@@ -71,11 +72,13 @@ class TimeEstimate:
         before: seconds until the first of them, in the run that was gone by, without what is kept of it on this machine; None where it did
             not tell.
         basis: what was gone by, in words.
+        selecting: seconds, at the most, for selecting windows as published; they come before the first trial, on top.
     """
 
     trials: float
     before: float | None
     basis: str
+    selecting: float = 0.0
 
 
 def time_estimate(config: RunConfig, facts: ModelFacts | None = None) -> TimeEstimate | None:
@@ -88,11 +91,12 @@ def time_estimate(config: RunConfig, facts: ModelFacts | None = None) -> TimeEst
     search = config.search
     if search is None:
         return None
-    tokens = config.text.validation_windows * (config.text.context - 1) * search.trials
+    tokens = _windows(config) * (config.text.context - 1) * search.trials
+    looked_at = ALLOCATIONS * round(POOL_RATIO * search.selected_windows) * (config.text.context - 1)
     measured = [result for run in _searched() if (result := _measured(run)) is not None]
-    mine = (config.model.reference, config.text.reference, config.text.validation_windows, config.text.context)
+    mine = _asked(config)
     for alike, scaled, words in (
-        (lambda run: _asked(run) == mine, False, "trials of the same model, text and windows"),
+        (lambda run: _asked(run.config) == mine, False, "trials of the same model, text and windows"),
         (lambda run: run.config.model.reference == config.model.reference, False, "trials of the same model, scaled by tokens"),
         (lambda run: facts is not None, True, "trials of another model, scaled by tokens and parameters"),
     ):
@@ -101,7 +105,7 @@ def time_estimate(config: RunConfig, facts: ModelFacts | None = None) -> TimeEst
             if alike(run) and factor is not None:
                 elsewhere = ", on another machine" if run.recorded else ""
                 before = None if scaled else _before(run, config)
-                return TimeEstimate(rate * factor * tokens, before, f"{words}{elsewhere}")
+                return TimeEstimate(rate * factor * tokens, before, f"{words}{elsewhere}", rate * factor * looked_at)
     return None
 
 
@@ -112,9 +116,14 @@ def _searched() -> list[Run]:
     return own[:_RUNS_LOOKED_AT] + [run for run in result if run.recorded]
 
 
-def _asked(run: Run) -> tuple[str, str, int, int]:
-    text = run.config.text
-    return run.config.model.reference, text.reference, text.validation_windows, text.context
+def _windows(config: RunConfig) -> int:
+    """Return how many windows a trial sees."""
+    selected = config.search.selected_windows if config.search is not None else 0
+    return selected or config.text.validation_windows
+
+
+def _asked(config: RunConfig) -> tuple[str, str, int, int]:
+    return config.model.reference, config.text.reference, _windows(config), config.text.context
 
 
 def _measured(run: Run) -> tuple[Run, float] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowrank_core.runs import Run
 from lowrank_core.studio.overview.calibration_quality import calibration_facts
-from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.overview.text_facts import text_facts, trial_windows
 from lowrank_core.studio.shared.model_facts import model_facts
 
 __all__ = ["bos_words", "spectra_protocol", "trial_protocol"]
@@ -36,12 +36,11 @@ def trial_protocol(run: Run) -> str:
     Raises:
         RunError: a file of the run is damaged.
     """
-    model, text, search = model_facts(run), text_facts(run), run.config.search
-    split = next((split for split in text.splits if split.name == "validation"), None) if text else None
+    model, text, search, windows = model_facts(run), text_facts(run), run.config.search, trial_windows(run)
     dtype = "bfloat16 (autocast)" if search is not None and search.autocast else model.dtype if model else ""
     words = [
         f"{text.reference}, validation split" if text else "validation split",
-        f"{split.windows} windows of {text.context} tokens, {bos_words(text.bos)}" if text and split else "",
+        f"{windows.words}, {bos_words(text.bos)}" if text and windows else "",
         f"held as {dtype}" if dtype else "",
         f"KL on the {search.top_k} likeliest tokens" if search is not None and search.top_k else "",
     ]

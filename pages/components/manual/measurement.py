@@ -15,7 +15,7 @@ from lowrank_core.studio.manual.expectation import expectation_help, expectation
 from lowrank_core.studio.manual.expected_kl import estimate_words, measured_as, predicted_kl, trust
 from lowrank_core.studio.manual.expected_kl_chart import prediction_figure
 from lowrank_core.studio.manual.outcome import Picked, alongside, picked
-from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.overview.text_facts import trial_windows
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.trial_names import trial_label
 from pages.components import navigation, state, tables
@@ -109,9 +109,8 @@ def _open_words(now: Picked, editor: DraftState) -> str:
         return "Waits for the worker, which looks between two trials."
     if now.stage == "waiting" or now.trial is None:
         return "In line: it is the next trial."
-    text = text_facts(editor.run)
-    split = next((split for split in text.splits if split.name == "validation"), None) if text else None
-    of = f" of {split.windows}" if split else ""
+    windows = trial_windows(editor.run)
+    of = f" of {windows.count}" if windows else ""
     return f"Being measured as {trial_label(now.trial)}: {len(now.trial.windows)}{of} windows."
 
 
@@ -130,13 +129,10 @@ def _table(editor: DraftState, trial: TrialRecord, trials: Sequence[TrialRecord]
 
 
 def _protocol(editor: DraftState) -> str:
-    text = text_facts(editor.run)
-    split = next((split for split in text.splits if split.name == "validation"), None) if text else None
-    if text is None or split is None:
+    windows = trial_windows(editor.run)
+    if windows is None:
         return "on search-validation text"
-    return (
-        f"on search-validation text: {editor.run.config.text.reference}, {split.windows} windows of {editor.run.config.text.context} tokens"
-    )
+    return f"on search-validation text: {editor.run.config.text.reference}, {windows.words}"
 
 
 def trusted(editor: DraftState, draft: Draft, predictions: pd.DataFrame) -> None:

@@ -8,6 +8,7 @@ import streamlit as st
 
 from lowrank_core.config import OBJECTIVES, RunConfig, SearchConfig
 from lowrank_core.presets.recipes import PRESETS, search_by
+from lowrank_core.search.published import POOL_RATIO
 from lowrank_core.studio.search.search_plan import Plan, check_budget, time_estimate
 from lowrank_core.studio.shared.formatting import count, duration, percent
 from lowrank_core.studio.shared.model_facts import ModelFacts
@@ -23,9 +24,10 @@ _RECIPES = {"studio": "Ours", "bolaco": "The paper's, as published", "own": "My 
 _ABOUT = {
     "studio": "Factors fitted block by block and weighed by what they do to the output; stacks and per-head factors as alternatives; "
     "the search starts at the allocation that trades errors best, and tunes its weights.",
-    "bolaco": "Bolaco to the letter: pooled feature covariances, perplexity plus KL as the objective, a Gaussian process after 3 initial "
-    "points, kept fractions that are not scaled onto the budget (a trial outside it does not count), ranks in eights, value projections "
-    "dense.",
+    "bolaco": "Bolaco as its code runs it: pooled feature covariances, ranks in eights, value projections dense; kept fractions, drawn "
+    "until they meet the budget, from the paper's first point and the two draws farthest from it on, by a Gaussian process and one time in "
+    "ten at random; judged by perplexity plus 0.001 x the KL of a window, on the 100 windows whose perplexity varies most over 20 "
+    "random allocations.",
     "own": "Choose basis, storage and variables under Advanced.",
 }
 
@@ -43,15 +45,21 @@ def search_form(base: RunConfig, facts: ModelFacts | None) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         pressed = st.button("Start search", key="start_search", type="primary", icon=":material/play_arrow:", disabled=config is None)
         _time_line(config, facts)
-    text, batch = base.text, base.text.validation_windows * base.text.context
-    space = config.search.space if config is not None and config.search is not None else _DEFAULT.space
-    st.caption(
-        f"Each trial is judged on {text.validation_windows} search-validation windows of {text.context} tokens ({batch:,} tokens), "
-        f"in the space {space}; statistics come from {text.calibration_windows} calibration windows."
-    )
+    search = config.search if config is not None and config.search is not None else _DEFAULT
+    st.caption(_judged_words(base, search))
     if pressed and feasible and config is not None:
         with boundary():
             start(config)
+
+
+def _judged_words(base: RunConfig, search: SearchConfig) -> str:
+    text, windows = base.text, search.selected_windows or base.text.validation_windows
+    pool = round(POOL_RATIO * search.selected_windows)
+    selected = f", selected before the first trial from up to {pool}," if search.selected_windows else ""
+    return (
+        f"Each trial is judged on {windows} search-validation windows of {text.context} tokens ({windows * text.context:,} tokens)"
+        f"{selected or ','} in the space {search.space}; statistics come from {text.calibration_windows} calibration windows."
+    )
 
 
 def _inputs() -> SearchConfig:
@@ -100,7 +108,7 @@ def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
         200,
         _DEFAULT.trials,
         key="search_trials",
-        help="The baselines included. A search can be extended later.",
+        help="The baselines included (a search as published has none). It can be extended later.",
         persist_state="session",
     )
     objective = left.selectbox(
@@ -165,7 +173,11 @@ def _budget_words(plan: Plan, search: SearchConfig, layers: int) -> str:
             f"Keeps **{count(plan.allowed)}** ({percent(search.compression_ratio)} removed) down to **{count(plan.minimum)}** "
             f"({percent(search.max_ratio)} removed) of {count(plan.dense)} parameters in {layers} linear layers; {variables}."
         )
-    spends = "every trial spends this budget" if search.projected else "trials within a tenth below it count"
+    spends = (
+        "every trial spends this budget"
+        if search.projected
+        else "only points that keep at most this, and at most a tenth of all less, are drawn"
+    )
     return (
         f"Keeps **{count(plan.allowed)}** of {count(plan.dense)} parameters in {layers} linear layers "
         f"({percent(search.compression_ratio)} removed); {spends}; {variables}."
@@ -181,4 +193,6 @@ def _time_line(config: RunConfig | None, facts: ModelFacts | None) -> None:
         st.caption("How long it takes isn't known until the first trial: nothing was measured on this machine yet.", width="content")
         return
     before = f", after about {duration(result.before)} until the first" if result.before is not None else ""
-    st.caption(f"Estimate: about **{duration(result.trials)}** for the trials{before}, going by {result.basis}.", width="content")
+    selecting = f", and up to {duration(result.selecting)} to select windows" if result.selecting else ""
+    words = f"Estimate: about **{duration(result.trials)}** for the trials{before}{selecting}, going by {result.basis}."
+    st.caption(words, width="content")
