@@ -198,14 +198,15 @@ def test_every_scheme_is_run_with_every_seed(curves: list[search.Curve]) -> None
 
 
 def test_a_curve_never_rises_and_seeds_share_their_baselines(curves: list[search.Curve]) -> None:
-    for curve in curves:
-        result = [value for value in curve.best if value is not None]
-        assert result == sorted(result, reverse=True)
-        assert curve.best == (None,) * (6 - len(result)) + tuple(result)
-    for first, second in zip(curves[::2], curves[1::2], strict=True):
+    published = [curve for curve in curves if curve.scheme.startswith("published")]
+    projected = [curve for curve in curves if curve not in published]
+    for curve in projected:
+        assert list(curve.best) == sorted(curve.best, reverse=True)  # type: ignore[type-var]
+    for first, second in zip(projected[::2], projected[1::2], strict=True):
         assert first.best[:2] == second.best[:2]
-    projected = [curve for curve in curves if not curve.scheme.startswith("published")]
-    assert all(curve.best[0] is not None for curve in projected)
+    for first, second in zip(published[::2], published[1::2], strict=True):
+        assert first.best[0] == second.best[0]  # where they start; it is judged by an objective of its own, so KL may rise
+    assert all(None not in curve.best for curve in curves)
 
 
 def test_the_table_and_the_curves_show_every_scheme(curves: list[search.Curve]) -> None:

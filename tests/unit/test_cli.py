@@ -263,14 +263,21 @@ def test_bolacos_search_runs_as_published(places: Places, tmp_path: Path, sample
     options = ["--preset", "bolaco", "--compression-ratio", 0.2, "--trials", 6, "--run", tmp_path / "run"]
     body = _lowrank("search", "--model", model, *places.source[2:], *options, "--json").body
     assert body["objective"] == "bolaco"
-    assert 0.2 <= body["compression_ratio"] <= 0.3
+    assert body["compression_ratio"] >= 0.2  # and, by ranks in eights, perhaps more than the tenth that the fractions may remove on top
     ranks = body["ranks"]
     assert all(rank is None for name, rank in ranks.items() if name.endswith("v_proj"))
     assert all(rank % 8 == 0 for rank in ranks.values() if rank is not None)
     run = open_run(tmp_path / "run")
     assert run.config.search is not None
     assert (run.config.search.startup_trials, run.config.search.projected) == (3, False)
-    assert {trial.state for trial in read_trials(run)} <= {"complete", "infeasible"}
+    assert run.config.search.selected_windows == 100
+    trials = read_trials(run)
+    assert {(trial.state, trial.label) for trial in trials} == {("complete", "sampled")}
+    assert [trials[0].params[name] for name in ("qk", "o", "gate", "up", "down")] == pytest.approx([0.5, 0.5, 0.8, 0.8, 0.8])
+    assert all(
+        0.7 - 1e-4 <= (1 + 2 * p["qk"] + p["o"] + 2.5 * (p["gate"] + p["up"] + p["down"])) / 11.5 <= 0.8 + 1e-4
+        for p in (t.params for t in trials)
+    )
 
 
 def test_compress_takes_ranks_from_a_file(places: Places):
