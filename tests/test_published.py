@@ -189,6 +189,9 @@ def test_samplers_that_can_not_draw_so_are_refused():
     config = replace(search_by(PRESETS["bolaco"], 0.2), sampler="tpe")
     with pytest.raises(ConfigError, match=r"which the sampler tpe can't\. Choose gp or random"):
         SearchSpace.of(LLAMA, config, VALUES, None)
+    run = create_run(RunConfig(search=search_by(PRESETS["bolaco"], 0.2)))
+    with pytest.raises(ConfigError, match="sampler cmaes can't"):
+        run.change_search(sampler="cmaes")
     with pytest.raises(ConfigError, match="windows are selected in a search as published alone"):
         SearchConfig(selected_windows=10)
 

@@ -26,6 +26,8 @@ SAMPLERS = {
 }
 VARIABLES = {"keep_ratio": "Keep ratios", "error_weight": "Error weights around the Lagrangian allocation"}
 PRUNERS = {"none": "Measure every trial to the end", "wilcoxon": "Stop bad trials early (Wilcoxon test)"}
+_DRAWING = ("gp", "random")
+"""Samplers of a search as published."""
 MIN_LOSS = 1e-9
 """A loss below it has the logarithm of this one."""
 SPACES = ("5x1", "5x4", "per-layer")
@@ -144,6 +146,18 @@ class SearchConfig:
         models the values themselves; and so does one by KL at one ratio, where logarithms gained nothing.
         """
         return self.max_ratio is not None or (self.projected and self.objective != "kl")
+
+    def check_sampler(self) -> None:
+        """Raise unless the sampler can propose points of this search; apart from the other checks, as runs of earlier versions must open.
+
+        Raises:
+            ConfigError: it can't.
+        """
+        if not self.projected and self.sampler not in _DRAWING:
+            raise ConfigError(
+                f"a search as published draws points until one meets the budget, which the sampler {self.sampler} can't. "
+                f"Choose {' or '.join(_DRAWING)}, or a search whose points are projected."
+            )
 
     def _check_two_objectives(self, maximum: float) -> None:
         if maximum <= self.compression_ratio:

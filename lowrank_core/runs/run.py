@@ -71,6 +71,7 @@ class Run:
         if config.search is None:
             raise RunError("this run only analyses a model; it has no search to change. Start a search.")
         search = replace(config.search, **changes)  # type: ignore[arg-type]
+        search.check_sampler()
         write_json(self.path / "run.json", {**self.record, "config": to_mapping(replace(config, search=search))})
         self.add_event("changed", **changes)
         return search

@@ -23,19 +23,17 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.allocation import module_group
-from lowrank_core.errors import BudgetError, ConfigError
+from lowrank_core.errors import BudgetError
 from lowrank_core.parameters import Unit
 
 __all__ = [
     "ALLOCATIONS",
-    "CONSIDERED",
     "MIN",
     "MARGIN",
     "MAX",
     "POOL_RATIO",
     "RULES",
     "PublishedScheme",
-    "check_sampler",
     "published_rank",
 ]
 
@@ -50,8 +48,6 @@ MARGIN = 0.1
 _HALF = 0.5  # of q, k and o in the first point
 _DIGITS = 4
 _CANDIDATES = 100  # the initial points are chosen among so many draws
-CONSIDERED = ("gp", "random")
-"""Samplers that draw until the condition is met."""
 
 ALLOCATIONS, POOL_RATIO = 20, 8.2
 """At how many random points windows are looked at, and how many windows for each that is selected: 820 for 100."""
@@ -60,19 +56,6 @@ _CHUNK, _MAX_CHUNKS = 2**16, 128
 _STEPS = 60  # of a bisection: exact in float64
 
 Points = npt.NDArray[np.float64]
-
-
-def check_sampler(sampler: str) -> None:
-    """Raise unless ``sampler`` keeps the condition.
-
-    Raises:
-        ConfigError: it does not.
-    """
-    if sampler not in CONSIDERED:
-        raise ConfigError(
-            f"a search as published draws points until one meets the budget, which the sampler {sampler} can't. "
-            f"Choose {' or '.join(CONSIDERED)}, or a search whose points are projected."
-        )
 
 
 def published_rank(unit: Unit, kept: float) -> int:

@@ -37,7 +37,7 @@ from lowrank_core.allocation import (
 from lowrank_core.config import SearchConfig, depth_groups
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import MatrixShape, Unit
-from lowrank_core.search.published import MAX, MIN, PublishedScheme, check_sampler, published_rank
+from lowrank_core.search.published import MAX, MIN, PublishedScheme, published_rank
 
 __all__ = ["BASELINES", "RATIO", "SPREAD", "Baseline", "SearchSpace"]
 
@@ -124,8 +124,8 @@ class SearchSpace:
             curves,
         )
         count = len(space.distributions())
-        if space.scheme is not None:
-            check_sampler(config.sampler)
+        config.check_sampler()
+        _ = space.scheme  # a budget that no point meets is reported here
         if config.sampler == "gp" and count > _MAX_GP_VARIABLES:
             raise ConfigError(
                 f"the space {config.space} has {count} variables here, and a Gaussian process works up to {_MAX_GP_VARIABLES}. "

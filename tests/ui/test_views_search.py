@@ -262,6 +262,15 @@ def test_what_the_sampler_can_not_take_is_told_before_the_start():
         search_plan.check_budget(RunConfig(search=replace(wide, space="types x 9")), matrices())
 
 
+def test_what_selecting_windows_takes_is_estimated_too():
+    make_run(config=SEARCH, study=write_rich_study)
+    base = RunConfig(text=TextConfig(context=63, validation_windows=4), search=search_by(PRESETS["bolaco"], RATIO))
+    result, plain = (search_plan.time_estimate(replace(base, search=replace(base.search, selected_windows=n))) for n in (100, 0))
+    assert result.trials == pytest.approx(plain.trials * 100 / 4)
+    assert result.selecting == pytest.approx(result.trials / 50 / 100 * 20 * 820)
+    assert plain.selecting == 0
+
+
 def test_time_is_estimated_from_earlier_trials_of_the_same_model():
     config = RunConfig(text=TextConfig(context=63, validation_windows=4), search=SearchConfig(RATIO, trials=10))
     assert search_plan.time_estimate(config) is None
