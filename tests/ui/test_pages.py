@@ -286,7 +286,7 @@ def test_a_search_as_published_overrides_the_choices_around_it(app):
     test.segmented_control(key="search_recipe").set_value("bolaco").run()
     captions = " ".join(caption.value for caption in test.caption)
     assert "only points that keep at most this, and at most a tenth of all less, are drawn" in captions
-    assert "100 search-validation windows of 256 tokens (25,600 tokens), selected before the first trial from up to 820, in" in captions
+    assert "100 search-validation windows of 32 tokens (3,200 tokens), selected before the first trial from up to 820, in" in captions
     test.button(key="start_search").click().run()
     assert sound(test)
     search = next(run for run in list_runs() if run.id != base.id).config.search
