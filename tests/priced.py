@@ -24,6 +24,7 @@ __all__ = [
     "hull_steps",
     "kept_dense",
     "models",
+    "perplexities_of",
     "single",
 ]
 
@@ -80,6 +81,12 @@ def falling(unit: Unit, seed: int, scale: float = 1.0) -> Curve:
     """Return the tail sums of random energies in descending order: as spectra are."""
     energies = np.sort(np.random.default_rng(seed).exponential(size=unit.max_rank) ** 3)[::-1]
     return np.append(energies[::-1].cumsum()[::-1], 0.0) * scale
+
+
+def perplexities_of(units: Sequence[Unit], seed: int = 0) -> dict[str, dict[float, float]]:
+    """Return the perplexity of a model with each unit alone cut on ASVD's grid; the deeper the cut, the larger, but for noise."""
+    noise = np.random.default_rng(seed)
+    return {u.name: {step / 10: 10 + noise.exponential() * (10 - step) + noise.normal() for step in range(1, 10)} for u in units}
 
 
 def choices(unit: Unit, curve: Curve) -> list[tuple[int, float]]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from lowrank_core.allocation.base import ErrorCurves, RankAllocation, Ranks, allocation_from_ranks, module_group
+from lowrank_core.allocation.base import ErrorCurves, Perplexities, RankAllocation, Ranks, allocation_from_ranks, module_group
 from lowrank_core.allocation.block_influence import BLOCK_INFLUENCE
 from lowrank_core.allocation.draft import Draft, DraftHistory, began
 from lowrank_core.allocation.energy import ENERGY
@@ -13,12 +13,14 @@ from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import ByMultipliers, kept_fractions, project
 from lowrank_core.allocation.svd_llm_v2 import SVD_LLM_V2
 from lowrank_core.allocation.threshold import THRESHOLD
+from lowrank_core.allocation.truncation_search import TRUNCATION_SEARCH
 from lowrank_core.allocation.uniform import UNIFORM
 from lowrank_core.config import check_choice
 from lowrank_core.parameters import Unit
 
 __all__ = [
     "ALLOCATORS",
+    "RULES",
     "AllocationFile",
     "AllocationProblem",
     "Allocator",
@@ -26,6 +28,7 @@ __all__ = [
     "Draft",
     "DraftHistory",
     "ErrorCurves",
+    "Perplexities",
     "RankAllocation",
     "Ranks",
     "allocate",
@@ -42,9 +45,12 @@ __all__ = [
     "round_ranks_down",
 ]
 
-_METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, LAGRANGIAN)
+_METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, TRUNCATION_SEARCH, LAGRANGIAN)
 
 ALLOCATORS: dict[str, Allocator] = {method.name: method for method in _METHODS}
+
+RULES: dict[str, Allocator] = {name: method for name, method in ALLOCATORS.items() if not method.needs_perplexities}
+"""Those that work from what every run keeps; the others first measure the model."""
 
 
 def allocator_named(name: str) -> Allocator:
@@ -67,6 +73,7 @@ def allocate(
     fixed: Ranks | None = None,
     weights: Mapping[str, float] | None = None,
     influence: Sequence[float] = (),
+    perplexities: Perplexities | None = None,
 ) -> RankAllocation:
     """Spend the budget of compression ratio ``ratio`` by the allocator ``name``.
 
@@ -76,15 +83,18 @@ def allocate(
         fixed: ranks by unit that the user chose; the result has them unchanged, as ``locked``.
         weights: positive, on the errors of units, for an allocator that trades errors; 1 where there is none.
         influence: of each block, by depth, for an allocator that needs it.
+        perplexities: of the model with one unit cut alone, for an allocator that needs them.
 
     Raises:
-        ConfigError: no such allocator, it needs errors or influences and there are none, or it can't choose between alternatives; or
-            ``fixed`` or ``weights`` are not those of the units.
+        ConfigError: no such allocator, it needs errors, influences or perplexities and there are none, or it can't choose between
+            alternatives; or ``fixed`` or ``weights`` are not those of the units.
         RankError: a fixed rank outside its limits.
         BudgetError: the ratio can't be met.
     """
     rule = allocator_named(name)
-    problem = AllocationProblem(tuple(units), ratio, frozenset(keep_dense), curves, fixed or {}, weights or {}, influence)
+    problem = AllocationProblem(
+        tuple(units), ratio, frozenset(keep_dense), curves, fixed or {}, weights or {}, influence, perplexities or {}
+    )
     return allocation_from_ranks(name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed)
 
 

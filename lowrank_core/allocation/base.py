@@ -12,13 +12,16 @@ import numpy.typing as npt
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import Unit, allocated_parameters, compression_ratio, dense_parameters
 
-__all__ = ["ErrorCurves", "RankAllocation", "Ranks", "allocation_from_ranks", "module_group", "units_by_name"]
+__all__ = ["ErrorCurves", "Perplexities", "RankAllocation", "Ranks", "allocation_from_ranks", "module_group", "units_by_name"]
 
 Ranks = Mapping[str, int | None]
 """Unit name -> rank, None where it stays dense."""
 
 ErrorCurves = Mapping[str, npt.NDArray[np.float64]]
 """Unit name -> errors e_0 … e_k left at each rank, in one unit for all."""
+
+Perplexities = Mapping[str, Mapping[float, float]]
+"""Unit name -> kept fraction -> perplexity of the model with that unit alone cut so far; infinite where it diverges."""
 
 _GROUPS = {"q_proj": "qk", "k_proj": "qk", "v_proj": "v", "o_proj": "o", "gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 

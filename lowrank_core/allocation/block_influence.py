@@ -40,6 +40,7 @@ class BlockInfluence:
     reference: str = "arXiv 2408.09632, with the influence of 2403.03853"
     needs_curves: bool = False
     needs_influence: bool = True
+    needs_perplexities: bool = False
     trades_errors: bool = False
     epsilon: float = 0.1
 

@@ -25,6 +25,7 @@ class Energy:
     reference: str = "the usual rule for a principal component analysis"
     needs_curves: bool = True
     needs_influence: bool = False
+    needs_perplexities: bool = False
     trades_errors: bool = False
 
     def ranks(self, problem: AllocationProblem) -> Ranks:

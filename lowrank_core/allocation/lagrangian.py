@@ -41,6 +41,7 @@ class Lagrangian:
     reference: str = "Lagrangian allocation; Everett 1963, Shoham & Gersho 1988"
     needs_curves: bool = True
     needs_influence: bool = False
+    needs_perplexities: bool = False
     trades_errors: bool = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:

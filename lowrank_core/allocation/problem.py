@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from lowrank_core.allocation.base import ErrorCurves, Ranks, units_by_name
+from lowrank_core.allocation.base import ErrorCurves, Perplexities, Ranks, units_by_name
 from lowrank_core.errors import BudgetError, ConfigError
 from lowrank_core.parameters import Unit, budget_for_ratio, compression_ratio, dense_parameters
 
@@ -31,6 +31,7 @@ class AllocationProblem:
             that would cost as much as the matrices is stored dense.
         weights: w_u > 0 on the errors of a unit, 1 where there is none; for allocators that trade errors.
         influence: of each block, by depth (``LayerStatistics.influence``); empty where it was not measured.
+        perplexities: of the model with one unit cut alone (``measured_perplexities``); empty where they were not measured.
 
     Raises:
         ConfigError: ``fixed`` or ``weights`` name no unit, a weight is not positive, or two fixed units hold the same matrix.
@@ -44,6 +45,7 @@ class AllocationProblem:
     fixed: Ranks = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     influence: Sequence[float] = ()
+    perplexities: Perplexities = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         known = units_by_name(self.units, self.fixed, "locked ranks")
@@ -138,6 +140,10 @@ class Allocator(Protocol):
         """Whether it works from the influence of the blocks."""
 
     @property
+    def needs_perplexities(self) -> bool:
+        """Whether it works from the perplexity of the model with each unit cut alone: minutes of measuring."""
+
+    @property
     def trades_errors(self) -> bool:
         """Whether it gives up error in one matrix for error in another: they must then be in one unit, or weighted."""
 
@@ -146,7 +152,7 @@ class Allocator(Protocol):
 
         Raises:
             BudgetError: the ratio can't be met.
-            ConfigError: it needs errors or influences and there are none, or it can't choose between alternatives.
+            ConfigError: it needs errors, influences or perplexities and there are none, or it can't choose between alternatives.
         """
 
 

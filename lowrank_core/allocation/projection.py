@@ -27,6 +27,7 @@ class ByMultipliers(ABC):
 
     needs_curves: bool = False
     needs_influence: bool = False
+    needs_perplexities: bool = False
     trades_errors: bool = False
 
     @abstractmethod

@@ -42,6 +42,7 @@ class SvdLlmV2:
     reference: str = "arXiv 2503.12340"
     needs_curves: bool = True
     needs_influence: bool = False
+    needs_perplexities: bool = False
     trades_errors: bool = False
 
     def ranks(self, problem: AllocationProblem) -> Ranks:

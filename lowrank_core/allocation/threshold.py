@@ -27,6 +27,7 @@ class Threshold:
     reference: str = "arXiv 2407.11239"
     needs_curves: bool = True
     needs_influence: bool = False
+    needs_perplexities: bool = False
     trades_errors: bool = False
 
     def ranks(self, problem: AllocationProblem) -> Ranks:

@@ -26,6 +26,7 @@ def add(command: Command) -> None:
 
     quality = kind("quality", "Perplexity and KL of every preset on test text, at equal parameters.")
     _ratios(quality, 0.2, 0.4, 0.6)
+    quality.add_argument("--presets", nargs="+", metavar="P", help="some of the presets (default: all)")
     quality.add_argument("--variants", action="store_true", help="also our default with one part left out or changed")
     quality.add_argument("--search", action="store_true", help="also the paper's search, as published (50 trials for each ratio)")
     quality.add_argument("--int8", action="store_true", help="also with the factors in 8 bits, in columns of their own")
@@ -74,7 +75,7 @@ def run(arguments: argparse.Namespace) -> Result:
         )
     else:
         result = benchmark_commands.benchmark_quality(
-            source, text, ratios, variants=arguments.variants, search=arguments.search, int8=arguments.int8
+            source, text, ratios, presets=arguments.presets, variants=arguments.variants, search=arguments.search, int8=arguments.int8
         )
     if plot is not None:
         _drawn(arguments.benchmark, result).write_html(plot, include_plotlyjs=True)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.allocation import RULES
 from lowrank_core.cli.options import (
     Command,
     Result,
@@ -73,7 +73,7 @@ def _add_worker(parser: argparse.ArgumentParser) -> None:
 def _add_enqueue(parser: argparse.ArgumentParser) -> None:
     _run_option(parser, required=True)
     parser.add_argument("--ranks", required=True, type=Path, metavar="FILE", help="JSON of layer name to rank or null (dense)")
-    parser.add_argument("--complete", metavar="A", help=f"complete a partial choice within the budget: {', '.join(ALLOCATORS)}")
+    parser.add_argument("--complete", metavar="A", help=f"complete a partial choice within the budget: {', '.join(RULES)}")
     json_option(parser)
     parser.set_defaults(run=run_enqueue)
 

@@ -10,6 +10,7 @@ from lowrank_core.commands.benchmarks import search as search_benchmark
 from lowrank_core.commands.benchmarks import speed as speed_benchmark
 from lowrank_core.config import ModelSource, TextConfig, check_ratio
 from lowrank_core.models import load_model
+from lowrank_core.presets.recipes import PRESETS, preset_named
 from lowrank_core.text import load_windows
 
 __all__ = ["benchmark_allocation", "benchmark_quality", "benchmark_search", "benchmark_speed"]
@@ -24,12 +25,20 @@ def benchmark_allocation(source: ModelSource, text: TextConfig, ratios: Sequence
 
 
 def benchmark_quality(
-    source: ModelSource, text: TextConfig, ratios: Sequence[float], *, variants: bool, search: bool, int8: bool = False
+    source: ModelSource,
+    text: TextConfig,
+    ratios: Sequence[float],
+    *,
+    presets: Sequence[str] | None = None,
+    variants: bool,
+    search: bool,
+    int8: bool = False,
 ) -> Result:
-    """Measure every preset at equal parameters on test text."""
+    """Measure every preset, or those named, at equal parameters on test text."""
+    chosen = [preset_named(name) for name in presets or PRESETS]
     for ratio in ratios:
         check_ratio(ratio)
-    rows = quality_benchmark.quality_table(source, text, ratios, variants=variants, search=search, int8=int8)
+    rows = quality_benchmark.quality_table(source, text, ratios, presets=chosen, variants=variants, search=search, int8=int8)
     return {"model": source.reference, "rows": [row.to_mapping() for row in rows], "text": quality_benchmark.as_markdown(rows)}
 
 

@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, allocator_named, read_allocation, read_ranks
+from lowrank_core.allocation import Perplexities, RankAllocation, Ranks, allocation_from_ranks, allocator_named, read_allocation, read_ranks
 from lowrank_core.allocation.units import check_reachable
 from lowrank_core.commands.shared import calibrated, coverage_warnings, progress_line
 from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.truncations import cost_in_words, perplexities_for
 from lowrank_core.compression.tuning import TuningPoint, tune
 from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
 from lowrank_core.decomposition.units import units_of
@@ -21,8 +22,9 @@ from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model, notes_of
 from lowrank_core.parameters import Unit
+from lowrank_core.runs import statistics_home
 from lowrank_core.statistics.calibration import LayerStatistics
-from lowrank_core.text import load_text, load_windows
+from lowrank_core.text import WindowSet, load_text, load_windows
 
 __all__ = ["compress_to"]
 
@@ -54,7 +56,9 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     if allocation is None:
         assert request.compression_ratio is not None
         weights = _slopes(decomposed, text, request, fixed) if request.error_weights else None
-        allocation = decomposed.allocate(request.complete or request.allocation, request.compression_ratio, fixed=fixed, weights=weights)
+        rule = request.complete or request.allocation
+        perplexities = _perplexities(decomposed, windows, rule)
+        allocation = decomposed.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights, perplexities=perplexities)
     doubts = (*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lacks)
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
@@ -156,6 +160,13 @@ def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, 
         fixed=fixed,
         progress=progress_line("Measuring slopes"),
     )
+
+
+def _perplexities(decomposed: Decomposed, windows: WindowSet, rule: str) -> Perplexities:
+    """Return what ``rule`` needs to be measured; what it costs is said first."""
+    if allocator_named(rule).needs_perplexities:
+        print(f"{rule}: {cost_in_words(decomposed, windows)} of calibration text, kept for the next ratio", file=sys.stderr)
+    return perplexities_for(rule, decomposed, windows, statistics_home(), progress=progress_line("Cutting each matrix alone"))
 
 
 def _test_text(handle: ModelHandle, text: TextConfig) -> tuple[HeldOut | None, tuple[str, ...]]:

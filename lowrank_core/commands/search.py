@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lowrank_core.allocation import allocation_from_ranks, allocator_named, read_allocation
+from lowrank_core.allocation import RULES, allocation_from_ranks, read_allocation
 from lowrank_core.commands.shared import calibrated, progress_line
 from lowrank_core.compression.pipeline import decompose
-from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig, check_choice
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.export import check_free, export, held_out
@@ -196,7 +196,7 @@ def _confirmed_lines(confirmed: list[JsonMapping]) -> list[str]:
 def _read_given(ranks: Path | None, complete: str | None) -> Result | None:
     """Return the arguments of a request to measure a file's allocation."""
     if complete is not None:
-        allocator_named(complete)
+        check_choice("complete", complete, RULES)
     if ranks is None:
         if complete is not None:
             raise ConfigError("--complete completes a file of ranks; give one with --ranks.")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
-from lowrank_core.allocation import ALLOCATORS, AllocationProblem, RankAllocation, Ranks, allocate, round_ranks_down
+from lowrank_core.allocation import ALLOCATORS, AllocationProblem, Perplexities, RankAllocation, Ranks, allocate, round_ranks_down
 from lowrank_core.allocation.units import value_layers
 from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.sequential import compress_sequentially
@@ -68,17 +68,25 @@ class Decomposed:
         )
 
     def allocate(
-        self, allocator: str, compression_ratio: float, *, fixed: Ranks | None = None, weights: Mapping[str, float] | None = None
+        self,
+        allocator: str,
+        compression_ratio: float,
+        *,
+        fixed: Ranks | None = None,
+        weights: Mapping[str, float] | None = None,
+        perplexities: Perplexities | None = None,
     ) -> RankAllocation:
         """Spend the budget of ``compression_ratio``.
 
         Args:
             fixed: ranks by unit that the user chose; neither the allocator nor ``rank_multiple`` changes them.
             weights: positive, on the errors of units (``measure_error_weights``), for an allocator that trades them.
+            perplexities: as ``perplexities_for`` measures them for an allocator that needs them.
 
         Raises:
             ConfigError: no such allocator, it can't choose between the alternatives of the config, or it needs the influence of the
-                blocks and the statistics have none; or ``fixed`` or ``weights`` are not those of the units.
+                blocks and the statistics have none, or perplexities that were not given; or ``fixed`` or ``weights`` are not those of
+                the units.
             RankError: a fixed rank outside its limits.
             BudgetError: the ratio can't be met.
         """
@@ -91,6 +99,7 @@ class Decomposed:
             fixed=fixed,
             weights=weights,
             influence=self.statistics.influence,
+            perplexities=perplexities,
         )
         return round_ranks_down(result, self.units, self.config.rank_multiple)
 

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.truncations import perplexities_for
 from lowrank_core.config import CompressionConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle
+from lowrank_core.runs import statistics_home
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.text import TokenWindows
 
@@ -45,7 +47,9 @@ class _Bench:
     def measured(self, decomposed: Decomposed) -> TuningPoint:
         config = decomposed.config
         try:
-            model = decomposed.compress(decomposed.allocate(self.allocator, self.compression_ratio), self.windows.calibration)
+            perplexities = perplexities_for(self.allocator, decomposed, self.windows.calibration, statistics_home())
+            allocation = decomposed.allocate(self.allocator, self.compression_ratio, perplexities=perplexities)
+            model = decomposed.compress(allocation, self.windows.calibration)
             scores, _ = score_windows(model.handle, self.windows.validation, dense=self.dense)
             assert scores.kl is not None
             return TuningPoint(config.gradient_damping, config.drift_beta, float(scores.kl.mean()))

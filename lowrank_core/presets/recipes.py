@@ -55,7 +55,7 @@ _PRESETS = (
     ),
     Preset("svd", "Weight SVD", "Eckart & Young 1936", _plain("weight_svd")),
     Preset("fwsvd", "FWSVD", "arXiv 2207.00112", _plain("fisher_rows")),
-    Preset("asvd", "ASVD", "arXiv 2312.05821", _plain("activation_scaled")),
+    Preset("asvd", "ASVD", "arXiv 2312.05821", _plain("activation_scaled"), allocation="truncation_search"),
     Preset("svd_llm", "SVD-LLM", "arXiv 2403.07378", _plain("whitened")),
     Preset("pifa", "SVD-LLM in PIFA's storage", "arXiv 2501.19090", _plain("whitened", "pivoted")),
     Preset("svd_llm_v2", "SVD-LLM V2's ratios", "arXiv 2503.12340", _plain("whitened"), allocation="svd_llm_v2"),

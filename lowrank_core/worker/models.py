@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowrank_core.allocation import RankAllocation, Ranks
+from lowrank_core.allocation import Perplexities, RankAllocation, Ranks, allocator_named
 from lowrank_core.allocation.units import check_reachable
 from lowrank_core.compression.build import CompressedModel, CompressionReport
 from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
 from lowrank_core.decomposition.units import units_of
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets.recipes import Preset, preset_named
-from lowrank_core.runs import read_json
+from lowrank_core.runs import read_json, statistics_home
 from lowrank_core.studies.records import HEALED, PRESET
 from lowrank_core.worker.context import WorkerContext, chosen_allocation
 from lowrank_core.worker.session import statistics_for
@@ -87,7 +88,17 @@ def _by_preset(worker: WorkerContext, preset: Preset) -> Subject:
         statistics = statistics_for(worker.session, compression, worker.reporter)
         with worker.reporter.stage(f"Factorising by {preset.label}", len(units)) as progress:
             decomposed = decompose(handle, statistics, compression, progress=progress)
-    return _compressed(worker, decomposed, decomposed.allocate(preset.allocation, ratio), label)
+    perplexities = _perplexities(worker, decomposed, preset)
+    return _compressed(worker, decomposed, decomposed.allocate(preset.allocation, ratio, perplexities=perplexities), label)
+
+
+def _perplexities(worker: WorkerContext, decomposed: Decomposed, preset: Preset) -> Perplexities:
+    """Return what the preset's allocator needs to be measured; what was measured stays when the request is withdrawn."""
+    if not allocator_named(preset.allocation).needs_perplexities:
+        return {}
+    calibration = worker.session.windows.calibration
+    with worker.reporter.stage(f"Cutting each matrix alone: {cost_in_words(decomposed, calibration)}") as progress:
+        return measured_perplexities(decomposed, calibration, statistics_home(), progress=progress)
 
 
 def _healed(worker: WorkerContext, name: str) -> Subject:

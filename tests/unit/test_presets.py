@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lowrank_core.allocation import ALLOCATORS, allocator_named
 from lowrank_core.allocation.units import value_layers
 from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.truncations import perplexities_for
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, SearchConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import evaluate
@@ -64,11 +66,12 @@ def decomposed(preset: Preset, handle: ModelHandle, statistics: LayerStatistics,
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_preset_compresses_within_the_budget(
-    name: str, handle: ModelHandle, windows: WindowSet, plain: LayerStatistics, with_gradients: LayerStatistics
+    name: str, handle: ModelHandle, windows: WindowSet, plain: LayerStatistics, with_gradients: LayerStatistics, tmp_path: Path
 ):
     preset = EVERY[name]
     result = decomposed(preset, handle, plain, with_gradients)
-    allocation = result.allocate(preset.allocation, RATIO)
+    perplexities = perplexities_for(preset.allocation, result, windows, tmp_path)
+    allocation = result.allocate(preset.allocation, RATIO, perplexities=perplexities)
     model = result.compress(allocation, windows)
     budget = budget_for_ratio(result.units, RATIO)
     assert model.report.linear_parameters_after == allocation.parameters <= budget
@@ -104,10 +107,10 @@ PUBLISHED = {"svd": "weight_svd", "fwsvd": "fisher_rows", "asvd": "activation_sc
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_methods_are_uniform_in_one_storage(name: str):
+def test_published_methods_have_the_ranks_of_their_paper_in_one_storage(name: str):
     preset = PRESETS[name]
     assert preset.compression.basis == PUBLISHED[name]
-    assert preset.allocation == "uniform"
+    assert preset.allocation == ("truncation_search" if name == "asvd" else "uniform")
     assert preset.compression.storage == ("pivoted" if name == "pifa" else "factored")
     assert not preset.compression.value_dense
     assert preset.compression.rank_multiple == 1

@@ -13,6 +13,7 @@ from pathlib import Path
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.pipeline import decompose, with_gradients
 from lowrank_core.compression.quantization import quantized
+from lowrank_core.compression.truncations import perplexities_for
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
 from lowrank_core.errors import LowRankError
 from lowrank_core.evaluation import evaluate
@@ -80,7 +81,9 @@ class _Table:
         for ratio in ratios:
             began = time.perf_counter()
             try:
-                model = decomposed.compress(decomposed.allocate(preset.allocation, ratio), self.windows.calibration)
+                perplexities = perplexities_for(preset.allocation, decomposed, self.windows.calibration, statistics_home())
+                allocation = decomposed.allocate(preset.allocation, ratio, perplexities=perplexities)
+                model = decomposed.compress(allocation, self.windows.calibration)
             except LowRankError as error:
                 yield replace(_named(preset, ratio), error=str(error))
                 continue
@@ -118,11 +121,19 @@ def _named(preset: Preset, ratio: float) -> QualityRow:
 
 
 def quality_table(
-    source: ModelSource, text: TextConfig, ratios: Sequence[float], *, variants: bool = False, search: bool = False, int8: bool = False
+    source: ModelSource,
+    text: TextConfig,
+    ratios: Sequence[float],
+    *,
+    presets: Sequence[Preset] = tuple(PRESETS.values()),
+    variants: bool = False,
+    search: bool = False,
+    int8: bool = False,
 ) -> list[QualityRow]:
     """Compress by every preset at every ratio, and measure on test text.
 
     Args:
+        presets: those to measure.
         variants: also our default with one of its parts left out or changed.
         search: also the paper's search, as published, at each ratio.
         int8: also each of them with its factors in 8 bits.
@@ -133,7 +144,7 @@ def quality_table(
     handle = load_model(source)
     handle.check_context(text.context)
     windows = load_text(text, handle.tokenizer)
-    recipes = [*PRESETS.values(), *(VARIANTS.values() if variants else ())]
+    recipes = [*presets, *(VARIANTS.values() if variants else ())]
     statistics, _ = cached_statistics(handle, windows.calibration, CalibrationConfig(), statistics_home())
     statistics = with_gradients(handle, statistics, windows.calibration, [recipe.compression.basis for recipe in recipes])
     table = _Table(handle, windows, statistics, int8)

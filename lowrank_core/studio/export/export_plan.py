@@ -100,7 +100,7 @@ def _measured_ranks(allocator: str, bodies: Sequence[JsonMapping]) -> Ranks | No
 def _ruled_ranks(allocator: str, units: Sequence[Unit], search: SearchConfig) -> Ranks | None:
     """Return what an allocator chooses that looks at shapes alone; None for one that needs what the worker measured."""
     rule = ALLOCATORS[allocator]
-    if rule.needs_curves or rule.needs_influence or not units:
+    if rule.needs_curves or rule.needs_influence or rule.needs_perplexities or not units:
         return None
     members = list({member.name: member for unit in units for member in unit.members}.values())
     dense = value_layers(members) if search.compression.value_dense else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_core.allocation import ALLOCATORS, Draft, parse_allocation
+from lowrank_core.allocation import ALLOCATORS, RULES, Draft, parse_allocation
 from lowrank_core.allocation.curves import CurveRecord
 from lowrank_core.allocation.units import value_layers
 from lowrank_core.config import SearchConfig
@@ -93,12 +93,12 @@ def _value_rows(units: Sequence[Unit]) -> tuple[str, ...]:
 
 def rules(recipe: Recipe) -> dict[str, str]:
     """Return name -> label of the allocators that can be asked here."""
-    return {name: ALLOCATORS[name].label for name in ALLOCATORS if not _lacks(name, recipe.record)}
+    return {name: ALLOCATORS[name].label for name in RULES if not _lacks(name, recipe.record)}
 
 
 def missing_rules(recipe: Recipe) -> list[str]:
     """Return the labels of the allocators that lack what they work from."""
-    return [ALLOCATORS[name].label for name in ALLOCATORS if _lacks(name, recipe.record)]
+    return [ALLOCATORS[name].label for name in RULES if _lacks(name, recipe.record)]
 
 
 def _lacks(name: str, record: CurveRecord | None) -> bool:

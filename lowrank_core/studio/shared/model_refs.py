@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.allocation import ALLOCATORS, RULES
 from lowrank_core.config import SearchConfig
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.studies.records import HEALED, PRESET, TrialRecord
@@ -57,7 +57,7 @@ def candidates(
     at = "" if search.max_ratio is None else f" at {percent(search.compression_ratio, 0)} removed"
     healed: dict[Subject, str] = {f"{HEALED}{each.folder}": f"Healed: {each.name}" for each in healings if each.report is not None}
     rules: dict[Subject, str] = {
-        name: f"{'Baseline' if name in BASELINES else 'Allocator'}: {method.label}{at}" for name, method in ALLOCATORS.items()
+        name: f"{'Baseline' if name in BASELINES else 'Allocator'}: {method.label}{at}" for name, method in RULES.items()
     }
     presets: dict[Subject, str] = {f"{PRESET}{name}": f"Preset: {preset.label}{at}" for name, preset in PRESETS.items()}
     return result | healed | rules | presets
