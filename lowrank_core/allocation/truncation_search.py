@@ -75,7 +75,7 @@ def _kept(free: Sequence[Unit], cuts: Sequence[Cut], available: int) -> dict[str
             kept[name] = min(kept[name], fraction)
         return kept
 
-    first = bisect.bisect_right(range(len(cuts) + 1), available, key=lambda index: spent(after(index))) - 1
+    first = bisect.bisect_right(range(len(cuts) + 1), float(available), key=lambda index: spent(after(index))) - 1
     kept = after(max(0, first))
     if 0 <= first < len(cuts):
         name = cuts[first][0]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from lowrank_core.allocation import RankAllocation
 from lowrank_core.compression.build import CompressedModel, build_model, low_rank_layers
-from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit
+from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit, refit_unit
 from lowrank_core.decomposition.units import Bases, operand_of
 from lowrank_core.errors import ConfigError, ModelError, NumericalError
 from lowrank_core.metrics import ErrorMetric
@@ -234,8 +234,9 @@ def compress_sequentially(
             if members[0].depth != block:
                 continue
             moments = pair.moments(block, members[0].members[0].name, statistics.inputs[group].mean, tick)
-            fitted = {u.name: _fitted(u, handle, statistics, moments, bases, basis, damping) for u in members}
-            built = low_rank_layers(handle, fitted, {u.name: allocation.ranks[u.name] for u in members})
+            ranks = {u.name: allocation.ranks[u.name] for u in members}
+            fitted = {u.name: _fitted(u, handle, statistics, moments, bases, basis, damping, ranks[u.name]) for u in members}
+            built = low_rank_layers(handle, fitted, ranks)
             layers |= built
             for name, layer in built.items():
                 replace_module(pair.working.module, name, layer)
@@ -251,6 +252,7 @@ def _fitted(
     bases: Bases,
     basis: ErrorMetric,
     damping: Damping,
+    rank: int | None,
 ) -> FactorBasis:
     given = bases[unit.name]
     if not isinstance(given, FactorBasis):
@@ -259,4 +261,6 @@ def _fitted(
     operands = [
         replace(operand_of(handle, statistics, member), inputs=own, cross=cross, dense_mean=moments.mean) for member in unit.members
     ]
+    if basis.refit_steps and rank is not None:
+        return refit_unit(unit, operands, basis, damping, given.slice(rank))
     return factorize_unit(unit, operands, basis, damping)

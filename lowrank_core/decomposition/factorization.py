@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowrank_core.decomposition.refitting import refitted
 from lowrank_core.errors import ConfigError, NumericalError, RankError
 from lowrank_core.layers.forms import Factors
 from lowrank_core.linalg import Root, damped_root, invertible, svd
@@ -27,7 +28,7 @@ from lowrank_core.metrics import ErrorMetric, LayerData
 from lowrank_core.metrics.base import Metric
 from lowrank_core.parameters import Unit
 
-__all__ = ["Damping", "FactorBasis", "check_finite", "isotonic_upper_bound", "factorize_unit", "tail_sums"]
+__all__ = ["Damping", "FactorBasis", "check_finite", "isotonic_upper_bound", "factorize_unit", "refit_unit", "tail_sums"]
 
 
 @dataclass(frozen=True)
@@ -169,25 +170,83 @@ def factorize_unit(unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric
         ConfigError: the basis corrects drift in a metric that is no moment of the inputs.
         NumericalError: NaN, Inf, or no convergence; names the layer.
     """
-    for layer_data in operands:
-        check_finite(layer_data)
-    metrics = [basis.metric(layer_data) for layer_data in operands]
-    rows = [row_root(metric, damping, layer_data.shape.name) for metric, layer_data in zip(metrics, operands, strict=True)]
-    columns = _column_root(metrics, damping, unit.name)
-    targets = [_target(layer_data, basis, metric, columns) for layer_data, metric in zip(operands, metrics, strict=True)]
-    weighed = torch.cat([left(root, target) for root, target in zip(rows, targets, strict=True)])
-    directions, _, _ = svd(_right(weighed, None if columns is None else columns.damped), unit.name)
+    weighing = _Weighing.of(unit, operands, basis, damping)
+    weighed = weighing.left(weighing.target)
+    directions, _, _ = svd(weighing.right(weighed), unit.name)
     down = directions.T @ weighed
-    parts = torch.split(directions, [layer_data.shape.d_out for layer_data in operands])
-    ups = [left(root, part, inverse=True) for root, part in zip(rows, parts, strict=True)]
-    balance = _balance(torch.cat(ups), down)
+    parts = torch.split(directions, weighing.sizes)
+    up = weighing.left(directions, inverse=True)
+    return _as_basis(unit, operands, basis, weighing, up, down, _errors(parts, down, weighing.metrics, weighing.columns))
+
+
+def refit_unit(unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping, start: Factors) -> FactorBasis:
+    """Return ``start`` after the turns of least squares of ``basis``: factors of one rank, of which a slice is no best of its own.
+
+    Raises:
+        as ``factorize_unit``.
+    """
+    weighing = _Weighing.of(unit, operands, basis, damping)
+    up, down = refitted(weighing.target, torch.cat(start.ups), start.down, weighing.left, weighing.right, basis.refit_steps)
+    return _as_basis(unit, operands, basis, weighing, up, down, weighing.errors_of(up, down))
+
+
+@dataclass(frozen=True)
+class _Weighing:
+    """What the members of a unit are to be like, and how a difference is weighed.
+
+    Attributes:
+        sizes: rows of each member.
+        metrics, rows: of each member; columns: of all.
+        target: [T_1; T_2; …] (M, n).
+    """
+
+    sizes: list[int]
+    metrics: Sequence[Metric]
+    rows: Sequence[Root | None]
+    columns: Root | None
+    target: Tensor
+
+    @classmethod
+    def of(cls, unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping) -> _Weighing:
+        for layer_data in operands:
+            check_finite(layer_data)
+        metrics = [basis.metric(layer_data) for layer_data in operands]
+        rows = [row_root(metric, damping, layer_data.shape.name) for metric, layer_data in zip(metrics, operands, strict=True)]
+        columns = _column_root(metrics, damping, unit.name)
+        targets = [_target(layer_data, basis, metric, columns) for layer_data, metric in zip(operands, metrics, strict=True)]
+        return cls([layer_data.shape.d_out for layer_data in operands], metrics, rows, columns, torch.cat(targets))
+
+    def left(self, matrix: Tensor, *, inverse: bool = False) -> Tensor:
+        """Return [L_1 ·; L_2 ·; …] of an (M, k) matrix."""
+        parts = torch.split(matrix, self.sizes)
+        return torch.cat([left(root, part, inverse=inverse) for root, part in zip(self.rows, parts, strict=True)])
+
+    def right(self, matrix: Tensor) -> Tensor:
+        return _right(matrix, None if self.columns is None else self.columns.damped)
+
+    def errors_of(self, up: Tensor, down: Tensor) -> Tensor:
+        """Return the weighed errors (r + 1,) of the first 0, 1, …, r columns of ``up`` and rows of ``down``; damping is left out."""
+        plain = None if self.columns is None else self.columns.plain
+        target, own, inputs = _right(self.left(self.target), plain), self.left(up), _right(down, plain)
+        matched = ((own.T @ target) * inputs).sum(1)
+        products = (own.T @ own) * (inputs @ inputs.T)
+        kept = 2 * matched.cumsum(0) - products.cumsum(0).cumsum(1).diagonal()
+        total = target.square().sum()
+        return torch.cat([total.reshape(1), (total - kept).clamp(min=0)]) * self.metrics[0].scale
+
+
+def _as_basis(
+    unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, weighing: _Weighing, up: Tensor, down: Tensor, errors: Tensor
+) -> FactorBasis:
+    balance = _balance(up, down)
+    columns = weighing.columns
     return FactorBasis(
         unit=unit,
-        ups=tuple(up * balance for up in ups),
+        ups=torch.split(up * balance, weighing.sizes),
         down=down / balance[:, None],
         biases=tuple(layer_data.bias for layer_data in operands),
         means=tuple(_means(layer_data) for layer_data in operands) if basis.centred else (),
-        errors=_errors(parts, down, metrics, columns),
+        errors=errors,
         damping=0.0 if columns is None else columns.added,
         condition=1.0 if columns is None else columns.condition,
     )

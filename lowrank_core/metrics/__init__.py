@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
+from lowrank_core.bases.refitted import REFITTED
 from lowrank_core.errors import ConfigError
 from lowrank_core.metrics.activation_scaled import ACTIVATION_SCALED
 from lowrank_core.metrics.base import ErrorMetric, Grouping, LayerData, Metric
@@ -21,7 +22,7 @@ __all__ = ["METRICS", "WRAPPERS", "ErrorMetric", "Grouping", "Metric", "LayerDat
 
 _SINGLE: tuple[ErrorMetric, ...] = (POOLED_FEATURE, WEIGHT_SVD, FISHER_ROWS, ACTIVATION_SCALED, WHITENED, TWO_SIDED, TWO_SIDED_HALF)
 
-WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({basis.title: basis for basis in (SHARED_INPUT, CROSS_LAYER, DRIFT_AWARE)})
+WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({basis.title: basis for basis in (SHARED_INPUT, CROSS_LAYER, DRIFT_AWARE, REFITTED)})
 """Bases around another one: ``shared_input:two_sided`` is one, ``shared_input`` alone wraps its default."""
 
 METRICS: Mapping[str, ErrorMetric] = MappingProxyType({basis.name: basis for basis in (*_SINGLE, *WRAPPERS.values(), DATA_FREE_JOINT)})

@@ -90,6 +90,10 @@ class ErrorMetric(Protocol):
         """Whether it compresses block by block, with statistics of the blocks compressed before."""
 
     @property
+    def refit_steps(self) -> int:
+        """Turns of least squares that refit the dense model's factors to the drifted input; 0 where they are decomposed again."""
+
+    @property
     def centred(self) -> bool:
         """Whether C is a covariance: a compressed matrix then has a bias, which keeps the mean output exact."""
 
@@ -117,6 +121,7 @@ class SingleMatrix:
     needs_data: bool = True
     needs_gradients: bool = False
     sequential: bool = False
+    refit_steps: int = 0
     centred: bool = False
     comparable: bool = False
 

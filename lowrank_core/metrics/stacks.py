@@ -51,6 +51,10 @@ class Wrapper:
         return self.inner.sequential
 
     @property
+    def refit_steps(self) -> int:
+        return self.inner.refit_steps
+
+    @property
     def centred(self) -> bool:
         return self.inner.centred
 

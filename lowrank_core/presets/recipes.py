@@ -58,6 +58,12 @@ _PRESETS = (
     Preset("asvd", "ASVD", "arXiv 2312.05821", _plain("activation_scaled"), allocation="truncation_search"),
     Preset("svd_llm", "SVD-LLM", "arXiv 2403.07378", _plain("whitened")),
     Preset("pifa", "SVD-LLM in PIFA's storage", "arXiv 2501.19090", _plain("whitened", "pivoted")),
+    Preset(
+        "mpifa",
+        "MPIFA",
+        "arXiv 2501.19090",
+        CompressionConfig(basis="refitted", storage="pivoted", value_dense=False, drift_beta=0.25),
+    ),
     Preset("svd_llm_v2", "SVD-LLM V2's ratios", "arXiv 2503.12340", _plain("whitened"), allocation="svd_llm_v2"),
     Preset("welore", "WeLore's threshold", "arXiv 2407.11239", _plain("weight_svd"), allocation="threshold"),
     Preset("io_svd", "IO-SVD", "arXiv 2605.15626", _plain("two_sided_half")),
