@@ -35,6 +35,7 @@ __all__ = [
     "Unit",
     "allocated_parameters",
     "budget_for_ratio",
+    "budget_of",
     "compression_ratio",
     "dense_parameters",
     "module_type",
@@ -275,9 +276,18 @@ def budget_for_ratio(units: Iterable[Unit], compression_ratio: float) -> int:
     Raises:
         BudgetError: the ratio is outside [0, 1).
     """
+    return budget_of(dense_parameters(units), compression_ratio)
+
+
+def budget_of(dense: int, compression_ratio: float) -> int:
+    """Return the integer count of parameters allowed to matrices that have ``dense``.
+
+    Raises:
+        BudgetError: the ratio is outside [0, 1).
+    """
     if not 0 <= compression_ratio < 1:
         raise BudgetError(f"compression ratio must be in [0, 1), got {compression_ratio:g}.")
-    return math.floor((1 - compression_ratio) * dense_parameters(units) + FLOAT_SLACK)
+    return math.floor((1 - compression_ratio) * dense + FLOAT_SLACK)
 
 
 def allocated_parameters(units: Sequence[Unit], ranks: Ranks) -> int:

@@ -6,7 +6,7 @@ import streamlit as st
 
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
-from lowrank_core.studio.compare.comparison import comparisons, label_of, last_failure, other_texts, refusals
+from lowrank_core.studio.compare.comparison import comparisons, label_of, last_failure, other_texts, refusals, unspent_notes
 from lowrank_core.studio.compare.continuations import prompts
 from lowrank_core.studio.compare.healing_runs import healings
 from lowrank_core.studio.compare.loss_details import window_table
@@ -55,6 +55,7 @@ with boundary():
     if found:
         measured.show_all(found)
         coverage.show(model_facts(run))
+        measured.show_unspent(unspent_notes(found, search) if search is not None else [])
     else:
         st.info("Nothing measured yet. Press “Measure on test text”: original and compressed see the same windows.", icon=":material/info:")
     measured.show_refusals(refusals(bodies))

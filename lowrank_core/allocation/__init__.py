@@ -15,6 +15,7 @@ from lowrank_core.allocation.svd_llm_v2 import SVD_LLM_V2
 from lowrank_core.allocation.threshold import THRESHOLD
 from lowrank_core.allocation.truncation_search import TRUNCATION_SEARCH
 from lowrank_core.allocation.uniform import UNIFORM
+from lowrank_core.allocation.unspent import unspent_parameters, unspent_warning, unspent_words
 from lowrank_core.config import check_choice
 from lowrank_core.parameters import Unit
 
@@ -43,6 +44,9 @@ __all__ = [
     "read_allocation",
     "read_ranks",
     "round_ranks_down",
+    "unspent_parameters",
+    "unspent_warning",
+    "unspent_words",
 ]
 
 _METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, TRUNCATION_SEARCH, LAGRANGIAN)

@@ -6,7 +6,17 @@ import sys
 import time
 from collections.abc import Sequence
 
-from lowrank_core.allocation import Perplexities, RankAllocation, Ranks, allocation_from_ranks, allocator_named, read_allocation, read_ranks
+from lowrank_core.allocation import (
+    Perplexities,
+    RankAllocation,
+    Ranks,
+    allocation_from_ranks,
+    allocator_named,
+    read_allocation,
+    read_ranks,
+    unspent_parameters,
+    unspent_warning,
+)
 from lowrank_core.allocation.units import check_reachable
 from lowrank_core.commands.shared import calibrated, coverage_warnings, progress_line
 from lowrank_core.compression.error_weights import measure_error_weights
@@ -59,7 +69,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         rule = request.complete or request.allocation
         perplexities = _perplexities(decomposed, windows, rule)
         allocation = decomposed.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights, perplexities=perplexities)
-    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lacks)
+    unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
+    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *_unspent(request, units, allocation), *lacks)
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
     model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
@@ -71,6 +82,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "error_weights": request.error_weights,
         **to_mapping(compression),
         "tuning": [to_mapping(point) for point in tuning],
+        "warnings": list(doubts),
         "command": request.command,
     }
     written = export(model, request.out, provenance=provenance, config=request.export, test=test)
@@ -85,6 +97,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "storage": request.compression.storage,
         "allocation": allocation.allocator,
         "compression_ratio": report.compression_ratio,
+        "unspent_parameters": unspent,
         "model_compression_ratio": report.model_compression_ratio,
         "parameters_before": report.parameters_before,
         "parameters_after": report.parameters_after,
@@ -124,6 +137,13 @@ def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation |
             "Lower some ranks, or leave --compression-ratio out."
         )
     return result
+
+
+def _unspent(request: CompressRequest, units: Sequence[Unit], allocation: RankAllocation) -> tuple[str, ...]:
+    """Return what to say of what rounding left of the budget; nothing of ranks that the user chose."""
+    if request.compression_ratio is None or allocation.allocator == "manual":
+        return ()
+    return unspent_warning(units, request.compression_ratio, allocation, request.compression.rank_multiple)
 
 
 def _tuned(

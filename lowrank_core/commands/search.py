@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lowrank_core.allocation import RULES, allocation_from_ranks, read_allocation
+from lowrank_core.allocation import RULES, allocation_from_ranks, read_allocation, unspent_parameters
 from lowrank_core.commands.shared import calibrated, progress_line
 from lowrank_core.compression.pipeline import decompose
 from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig, check_choice
@@ -23,7 +23,7 @@ from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, par
 from lowrank_core.studies.storage import open_database
 from lowrank_core.text import load_windows
 from lowrank_core.worker.context import complete_trial
-from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of
+from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of, unspent_of
 from lowrank_core.worker.identity import EXPORT, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.worker.joining import join_run, run_of_study
 from lowrank_core.worker.main import run_worker
@@ -84,6 +84,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
     best, coverage = _best_found(run, trials, config), session.handle.coverage
     assert best.compression_ratio is not None  # it is complete
     path = export_trial(run, session, bench, best.number)
+    allocation = allocation_from_ranks(best.label, bench.space.units, best.ranks)
     baselines = {trial.label: _figures(trial, coverage) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
     counts = counts_of(trials)
     lines = [f"{model_name(name, trials)}: {config.objective} {figures['value']:.4g}" for name, figures in baselines.items()]
@@ -93,6 +94,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         **_figures(best, coverage),
         "objective": config.objective,
         "ranks": dict(best.ranks),
+        "unspent_parameters": unspent_parameters(bench.space.units, config.compression_ratio, allocation),
         "export": path,
         "run": str(run.path),
         "trials": counts.complete,
@@ -101,7 +103,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "baselines": baselines,
         "confirmed": (confirmed := _confirmed(run)),
         "coverage": coverage.to_mapping(),
-        "warnings": (warnings := _warnings(run, confirmed)),
+        "warnings": (warnings := [*unspent_of(config, allocation), *_warnings(run, confirmed)]),
         "text": "\n".join([*lines, removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]),
     }
 

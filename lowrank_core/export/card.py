@@ -34,6 +34,7 @@ def model_card(manifest: ExportManifest, report: CompressionReport, base: BaseMo
         _sizes(manifest, report),
         _ranks(report),
         _figures(manifest),
+        _warned(manifest),
         _made(manifest, base),
         _loading(manifest),
     )
@@ -118,6 +119,12 @@ def _figures(manifest: ExportManifest) -> str:
 
 def _sentences(result: object) -> list[str]:
     return [str(sentence) for sentence in result] if isinstance(result, list | tuple) else []
+
+
+def _warned(manifest: ExportManifest) -> str:
+    """Return what was reported when it was made; nothing where nothing was, or by an earlier version."""
+    lines = [f"* {warning}" for warning in _sentences(manifest.details.get("warnings"))]
+    return "\n".join(["## Warnings\n", *lines]) if lines else ""
 
 
 def _made(manifest: ExportManifest, base: BaseModel) -> str:

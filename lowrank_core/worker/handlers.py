@@ -11,13 +11,14 @@ from types import MappingProxyType
 
 import torch
 
-from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks
+from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks, unspent_words
 from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
 from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.config.flags import command_line, flags_of
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export import HeldOut, export, metrics_of, verify
+from lowrank_core.parameters import budget_of
 from lowrank_core.runs import Run, write_json
 from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path, result_path, results_of
 from lowrank_core.search.study import TrialBench, check_rules, enqueue_allocation
@@ -29,7 +30,7 @@ from lowrank_core.worker.healing import export_healed, heal_allocation, healing_
 from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.session import RunContext, record_curves
 
-__all__ = ["Kind", "answer", "answer_requests", "confirm", "export_trial", "metrics_of_trial", "provenance_of"]
+__all__ = ["Kind", "answer", "answer_requests", "confirm", "export_trial", "metrics_of_trial", "provenance_of", "unspent_of"]
 
 Answer = dict[str, object]
 
@@ -83,7 +84,15 @@ def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
     config = run.config
     assert config.search is not None
     made = {"run": run.id, "allocation": allocation.allocator, "text": config.text.reference, "seed": config.text.seed}
-    return {**made, **asdict(config.search.compression)}
+    return {**made, **asdict(config.search.compression), "warnings": list(unspent_of(config.search, allocation))}
+
+
+def unspent_of(search: SearchConfig, allocation: RankAllocation) -> tuple[str, ...]:
+    """Return what to say where rounding left a part of the search's budget; nothing of a search over a range of ratios."""
+    if search.max_ratio is not None:
+        return ()
+    ratio, dense = search.compression_ratio, allocation.dense_parameters
+    return unspent_words(budget_of(dense, ratio), allocation.parameters, dense, ratio, search.compression.rank_multiple)
 
 
 def metrics_of_trial(run: Run, number: int) -> dict[str, object]:

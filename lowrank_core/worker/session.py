@@ -6,6 +6,7 @@ import hashlib
 import sys
 from dataclasses import dataclass
 
+from lowrank_core.allocation import unspent_warning
 from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.allocation.units import check_reachable, value_layers
 from lowrank_core.compression.error_weights import measure_error_weights
@@ -134,7 +135,8 @@ def search_bench(
     windows = session.windows.validation
     if config.selected_windows:
         windows, selection = _selected(session, decomposed, plain, config, batch_size, reporter, selection)
-        reporter.say(warnings=(*reported, *filter(None, [selection.warning()])))
+        reported = (*reported, *filter(None, [selection.warning()]))
+        reporter.say(warnings=reported)
     with reporter.stage("Measuring the dense model", windows.windows) as progress:
         reverse = config.objective == "bolaco"
         reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
@@ -148,6 +150,7 @@ def search_bench(
             )
         curves = {name: curve * error_weights.get(name, 1.0) for name, curve in curves.items()}
     space = SearchSpace.of(units, config, dense, curves)
+    reporter.say(warnings=(*reported, *_unspent(space)))
     return TrialBench(decomposed, windows, reference, space, batch_size, selection if config.selected_windows else None)
 
 
@@ -165,6 +168,15 @@ def _selected(
     with reporter.stage(f"Selecting {config.selected_windows} of {pool.windows} validation windows", ALLOCATIONS) as progress:
         result = select_windows(decomposed, pool, space, config, batch_size=batch_size, known=known, progress=progress)
     return result.of(pool), result
+
+
+def _unspent(space: SearchSpace) -> tuple[str, ...]:
+    """Return what to say of what rounding costs, at uniform ranks: a search with the same rounding loses about as much."""
+    if space.rank_multiple == 1:
+        return ()
+    uniform = space.by_allocator("uniform", space.compression_ratio)
+    result = unspent_warning(space.units, space.compression_ratio, uniform, space.rank_multiple)
+    return tuple(f"With uniform ranks, {words}" for words in result)
 
 
 def record_curves(run: Run, config: SearchConfig, bench: TrialBench) -> str:

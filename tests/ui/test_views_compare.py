@@ -50,6 +50,19 @@ def test_the_usual_choice_is_the_best_trial_and_the_baselines():
     assert model_refs.usual_choice(uniform, trials, 0) == [0, "lord_manual", "lagrangian"]  # trial 0 is the uniform baseline
 
 
+def test_presets_whose_rounded_ranks_leave_a_part_of_the_budget_are_named():
+    run = make_run()
+    search = replace(run.config.search, compression_ratio=0.3)
+    result = compare.comparisons([comparison("preset:bolaco", "preset:bolaco", 3.4), comparison("preset:svd", "preset:svd", 4.0)])
+    dense = 1_000_000
+    short = [replace(each, dense_compressible_parameters=dense, compressible_parameters=600_000) for each in result]
+    (note,) = compare.unspent_notes(short, search)
+    assert note.startswith(f"Preset: {PRESETS['bolaco'].label}: 100,000 of the budget's 700,000 parameters (14.3%) are not spent")
+    assert "40.0% is removed where 30.0% was asked for" in note
+    exact = [replace(each, dense_compressible_parameters=dense, compressible_parameters=695_000) for each in result]
+    assert compare.unspent_notes(exact, search) == []
+
+
 def test_what_is_measured_or_asked_for_is_not_missing():
     run = make_run()
     trials = read_trials(run)

@@ -7,8 +7,11 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.allocation import ALLOCATORS, unspent_words
+from lowrank_core.config import SearchConfig
 from lowrank_core.files.records import build
+from lowrank_core.parameters import budget_of
+from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import JsonMapping
 from lowrank_core.runs.client import BACKGROUND
 from lowrank_core.studies.records import HEALED, MANUAL, PRESET, TrialRecord
@@ -27,6 +30,7 @@ __all__ = [
     "last_failure",
     "other_texts",
     "refusals",
+    "unspent_notes",
     "warnings_of",
 ]
 
@@ -101,6 +105,20 @@ class Comparison:
     def given(self) -> bool:
         """Whether a rule or a published recipe made it, not a search."""
         return self.label in ALLOCATORS or self.label.startswith(PRESET)
+
+
+def unspent_notes(result: Sequence[Comparison], search: SearchConfig) -> list[str]:
+    """Return what to say of presets, rules and trials whose rounded ranks leave a part of the budget; of one ratio alone."""
+    return [f"{each.name}: {words}" for each in result for words in _unspent(each, search)]
+
+
+def _unspent(shown: Comparison, search: SearchConfig) -> tuple[str, ...]:
+    preset = PRESETS.get(shown.label.removeprefix(PRESET)) if shown.label.startswith(PRESET) else None
+    if preset is None and search.max_ratio is not None:
+        return ()
+    multiple = (preset.compression if preset else search.compression).rank_multiple
+    dense, ratio = shown.dense_compressible_parameters, search.compression_ratio
+    return unspent_words(budget_of(dense, ratio), shown.compressible_parameters, dense, ratio, multiple)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lowrank_core.studio.shared.summary import protocol_of
 from pages.components import tables
 from pages.components.charts import chart
 
-__all__ = ["headline", "show_all", "show_refusals"]
+__all__ = ["headline", "show_all", "show_refusals", "show_unspent"]
 
 _WIDTHS = [1.15, 1.2, 1.05, 1.05, 1.15]  # of the cards: the longest labels fit at 1280 pixels
 _TABLES = {"lost": "What is lost", "saved": "What is saved"}
@@ -37,6 +37,12 @@ def show_all(result: Sequence[Comparison]) -> None:
     )
     _table(result)
     st.caption(f"Protocol: {protocol_of(result[0])}. Intervals are of 95 %, bootstrap over windows.")
+
+
+def show_unspent(notes: Sequence[str]) -> None:
+    """Say whose rounded ranks leave a part of the budget: such models are smaller than those they stand next to."""
+    for note in notes:
+        st.caption(f":material/warning: {note}")
 
 
 def show_refusals(reasons: Mapping[str, str]) -> None:
