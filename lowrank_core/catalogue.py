@@ -6,9 +6,10 @@ from collections.abc import Iterable
 
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.metrics import METRICS, ErrorMetric
+from lowrank_core.presets.differences import COMMON
 from lowrank_core.presets.recipes import PRESETS
 
-__all__ = ["allocator_table", "as_markdown", "basis_table", "methods", "preset_table", "registered"]
+__all__ = ["allocator_table", "as_markdown", "basis_table", "difference_table", "methods", "preset_table", "registered"]
 
 Table = list[dict[str, str]]
 
@@ -53,6 +54,15 @@ def preset_table() -> Table:
     ]
 
 
+def difference_table() -> Table:
+    """Return a row for each preset that is named after a paper: where it departs from it."""
+    return [
+        {"preset": f"`{name}`", "differs from paper or published code": preset.differs}
+        for name, preset in PRESETS.items()
+        if preset.differs
+    ]
+
+
 def as_markdown(rows: Iterable[dict[str, str]]) -> str:
     """Return rows of the same keys as a Markdown table."""
     lines = [list(row.values()) for row in rows]
@@ -62,5 +72,5 @@ def as_markdown(rows: Iterable[dict[str, str]]) -> str:
 
 def methods() -> dict[str, object]:
     """Return every registry, and as ``text`` their tables."""
-    tables = {"bases": basis_table(), "allocations": allocator_table(), "presets": preset_table()}
-    return {**tables, "text": "\n\n".join(map(as_markdown, tables.values()))}
+    tables = {"bases": basis_table(), "allocations": allocator_table(), "presets": preset_table(), "differences": difference_table()}
+    return {**tables, "common_differences": COMMON, "text": "\n\n".join([*map(as_markdown, tables.values()), COMMON])}

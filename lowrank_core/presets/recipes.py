@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from lowrank_core.config import CompressionConfig, SearchConfig, check_choice
+from lowrank_core.presets.differences import DIFFERS
 
 __all__ = ["DEFAULT_PRESET", "PRESETS", "VARIANTS", "Preset", "preset_named", "search_by"]
 
@@ -19,6 +20,7 @@ class Preset:
         compression: basis, storage and what goes with them.
         allocation: name of the allocator.
         search: fields of ``SearchConfig`` in which a search by this recipe differs from the default.
+        differs: in words, where this departs from the paper or its published code, and which of the two was taken; empty for ours.
     """
 
     name: str
@@ -27,6 +29,7 @@ class Preset:
     compression: CompressionConfig
     allocation: str = "uniform"
     search: Mapping[str, object] = field(default_factory=dict)
+    differs: str = ""
 
 
 def _plain(basis: str, storage: str = "factored") -> CompressionConfig:
@@ -92,7 +95,9 @@ _VARIANTS = (
     _variant("more damping", "gradient damping 0.1", gradient_damping=1e-1),
 )
 
-PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _PRESETS})
+PRESETS: Mapping[str, Preset] = MappingProxyType(
+    {preset.name: replace(preset, differs=DIFFERS.get(preset.name, "")) for preset in _PRESETS}
+)
 DEFAULT_PRESET = PRESETS["studio"]
 
 VARIANTS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _VARIANTS})

@@ -11,6 +11,7 @@ from synthetic import DENSE_NLL, comparison, make_run, write_healing
 from synthetic_answers import PIECES, detailed, on_other_text, speed_answer, tokens_answer
 
 from lowrank_core.errors import RunError
+from lowrank_core.presets.differences import COMMON
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
@@ -37,6 +38,12 @@ def test_everything_that_can_be_measured_has_a_name_of_its_own():
     assert len(set(result.values())) == len(result)
     assert model_refs.candidates([], search) == {}
     assert set(model_refs.healable(result)).isdisjoint({*model_refs.PRESET_KEYS, "healed:trial-3-distill-12345678"})
+
+
+def test_chosen_presets_say_where_they_depart_from_their_papers():
+    notes = model_refs.preset_notes(["preset:svd_llm", 3, "uniform", "preset:studio"])
+    assert notes == [f"**SVD-LLM** (arXiv 2403.07378): {PRESETS['svd_llm'].differs}", COMMON]
+    assert model_refs.preset_notes([3, "uniform", "preset:studio"]) == []
 
 
 def test_the_usual_choice_is_the_best_trial_and_the_baselines():

@@ -21,6 +21,7 @@ from lowrank_core.layers.base import CompressedModule
 from lowrank_core.metrics import METRICS, metric_named
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.parameters import HeadUnit, budget_for_ratio
+from lowrank_core.presets.differences import DIFFERS
 from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, VARIANTS, Preset, preset_named
 from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
 from lowrank_core.statistics.gradients import collect_gradients
@@ -150,6 +151,31 @@ def test_every_single_basis_and_allocator_is_in_some_preset():
     wrapped = {part for preset in EVERY.values() for part in preset.compression.basis.split(":")}
     assert set(METRICS) - wrapped <= {"shared_input"}  # it is an alternative in our default, chosen by its error
     assert {preset.allocation for preset in EVERY.values()} == set(ALLOCATORS)
+
+
+def test_every_preset_named_after_a_paper_says_where_it_departs_from_it():
+    for name, preset in PRESETS.items():
+        ours = preset.reference == "this project"
+        assert bool(preset.differs) != ours, name
+        assert preset.differs == DIFFERS.get(name, "")
+        assert ours or preset.differs.rstrip().endswith(".")
+        assert "|" not in preset.differs
+        assert "\n" not in preset.differs
+    assert set(DIFFERS) <= set(PRESETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("svd_llm", "Hands out the parameters that the published code floors away"),
+        ("mpifa", "rounds ranks up to multiples of 16"),
+        ("pifa", "Only the storage of the paper"),
+        ("asvd", "the last cut is made in part"),
+        ("bolaco", "is not handed out"),
+    ],
+)
+def test_what_a_reader_would_trip_over_is_said(name: str, words: str):
+    assert words in PRESETS[name].differs
 
 
 @pytest.mark.parametrize("name", ["best", "", "Bolaco"])

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core.catalogue import allocator_table, as_markdown, basis_table, preset_table
+from lowrank_core.catalogue import allocator_table, as_markdown, basis_table, difference_table, preset_table
 from lowrank_core.cli import parser
+from lowrank_core.presets.differences import COMMON
 
 README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^lowrank .*$", README, flags=re.MULTILINE)
@@ -27,6 +28,8 @@ def test_the_tables_of_methods_are_those_of_the_registries() -> None:
     assert as_markdown(basis_table()) in README
     assert as_markdown(allocator_table()) in README
     assert as_markdown(preset_table()) in README
+    assert as_markdown(difference_table()) in README
+    assert COMMON in README
 
 
 def test_the_pictures_shown_are_there() -> None:

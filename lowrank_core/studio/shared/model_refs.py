@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lowrank_core.allocation import ALLOCATORS, RULES
 from lowrank_core.config import SearchConfig
+from lowrank_core.presets.differences import COMMON
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.studies.records import HEALED, PRESET, TrialRecord
 from lowrank_core.studies.space import BASELINES
@@ -14,7 +15,7 @@ from lowrank_core.studio.compare.healing_runs import Healing
 from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.trial_names import answers_of, model_name, trial_label
 
-__all__ = ["PRESET_KEYS", "Subject", "candidates", "healable", "request_words", "unmeasured", "usual_choice"]
+__all__ = ["PRESET_KEYS", "Subject", "candidates", "healable", "preset_notes", "request_words", "unmeasured", "usual_choice"]
 
 Subject = int | str
 """A trial's number, an allocator's name, ``preset:NAME`` or ``healed:FOLDER``."""
@@ -66,6 +67,13 @@ def candidates(
 def _trial_label(trial: TrialRecord, search: SearchConfig) -> str:
     removed = "" if search.max_ratio is None else f"{percent(trial.compression_ratio)} removed, "
     return f"{trial_label(trial)}, {removed}value {number(trial.value, 4)}"
+
+
+def preset_notes(chosen: Sequence[Subject]) -> list[str]:
+    """Return of each chosen preset that is named after a paper where it departs from it, and at the end what all presets do."""
+    presets = [PRESETS[str(key).removeprefix(PRESET)] for key in chosen if key in PRESET_KEYS]
+    notes = [f"**{preset.label}** ({preset.reference}): {preset.differs}" for preset in presets if preset.differs]
+    return [*notes, COMMON] if notes else []
 
 
 def usual_choice(result: Mapping[Subject, str], trials: Sequence[TrialRecord], picked: int | None) -> list[Subject]:

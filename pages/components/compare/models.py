@@ -10,7 +10,7 @@ from lowrank_core.runs import Run, client
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import Comparison
 from lowrank_core.studio.shared.formatting import percent
-from lowrank_core.studio.shared.model_refs import PRESET_KEYS, Subject, unmeasured, usual_choice
+from lowrank_core.studio.shared.model_refs import PRESET_KEYS, Subject, preset_notes, unmeasured, usual_choice
 from pages.components import state
 from pages.components.request_controls import submit, why_not
 
@@ -53,8 +53,13 @@ def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecor
             disabled=run.recorded or not presets,
             help=why_not(run)
             or "Whole published recipes, each with its own basis, storage and ranks, on this run's calibration. "
-            "Some first measure gradients or fit block by block: minutes on a large model.",
+            "Some measure gradients first or fit block by block: minutes on a large model; ASVD cuts each matrix to nine sizes: longer.",
         ):
             submit(run, "compare", presets)
         st.caption(f"{len(chosen) - len(missing)} of {len(chosen)} measured or asked for", width="content")
+    notes = preset_notes(chosen)
+    if notes:
+        with st.expander("Where these presets depart from their papers", icon=":material/difference:"):
+            for note in notes:
+                st.markdown(note)
     return chosen
