@@ -76,7 +76,7 @@ def tune(
     """
     basis = metric_named(config.basis)
     dampings = DAMPINGS if basis.needs_gradients else (config.gradient_damping,)
-    betas = BETAS if basis.sequential else (config.drift_beta,)
+    betas = tuple(sorted({*BETAS, config.drift_beta})) if basis.sequential else (config.drift_beta,)
     dense = DenseReference.compute(handle, windows.validation, batch_size=8)
     bench = _Bench(handle, statistics, windows, dense, allocator, compression_ratio)
     total, points = len(dampings) + len(betas) - 1, []

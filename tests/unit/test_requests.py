@@ -61,8 +61,8 @@ def numbers(values: object) -> list[float]:
     return list(values)
 
 
-PUBLISHED = ("bolaco", "fwsvd", "pifa", "welore", "basis_sharing", "aa_svd")
-"""Presets with gradients, pivots, a threshold, shared bases and a sequential fit among them."""
+PUBLISHED = ("bolaco", "fwsvd", "pifa", "welore", "basis_sharing", "aa_svd", "asvd", "mpifa")
+"""Presets with gradients, pivots, a threshold, shared bases, sequential fits and a search for ranks among them."""
 
 
 def test_presets_are_measured_by_their_own_recipe_at_the_runs_ratio(run: Run):

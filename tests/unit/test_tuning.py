@@ -16,6 +16,7 @@ from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.metrics import metric_named, with_beta
 from lowrank_core.models import ModelHandle
+from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
 from lowrank_core.statistics.gradients import collect_gradients
 from lowrank_core.text import TokenWindows, load_text
@@ -54,6 +55,19 @@ def test_what_a_basis_does_not_have_is_not_tried(llama: ModelHandle, statistics:
     plain = CompressionConfig(basis="whitened", value_dense=False)
     result, points = tune(llama, statistics, plain, text, allocator="uniform", compression_ratio=0.4)
     assert result == plain
+    assert len(points) == 1
+
+
+def test_the_beta_of_a_preset_is_among_those_tried(llama: ModelHandle, statistics: LayerStatistics, text: TokenWindows):
+    """MPIFA's 0.25 is none of the usual ones: a tuned preset must not be worse than an untuned one for that."""
+    _, points = tune(llama, statistics, PRESETS["mpifa"].compression, text, allocator="uniform", compression_ratio=0.4)
+    assert {point.drift_beta for point in points} == {0.25, *BETAS}
+
+
+def test_a_search_for_ranks_is_measured_for_tuning_too(llama: ModelHandle, statistics: LayerStatistics, text: TokenWindows):
+    asvd = PRESETS["asvd"]
+    result, points = tune(llama, statistics, asvd.compression, text, allocator=asvd.allocation, compression_ratio=0.4)
+    assert result == asvd.compression
     assert len(points) == 1
 
 
