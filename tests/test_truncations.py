@@ -21,7 +21,7 @@ from lowrank_core.compression.pipeline import Decomposed, decompose
 from lowrank_core.compression.truncations import KEPT, WINDOWS, cost_in_words, measured_perplexities, perplexities_for, planned_truncations
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.errors import Cancelled, ConfigError, RunError
-from lowrank_core.evaluation import evaluate
+from lowrank_core.evaluation import evaluate, score_windows
 from lowrank_core.models import ModelHandle
 from lowrank_core.parameters import Unit, budget_for_ratio
 from lowrank_core.presets.recipes import PRESETS
@@ -68,6 +68,25 @@ def test_it_is_the_perplexity_with_one_matrix_cut_everything_else_dense(
         with swap_layers(handle, low_rank_layers(handle, asvd.bases, {unit.name: rank})):
             expected = evaluate(handle, windows.first(WINDOWS)).perplexity
         assert measured[unit.name][kept] == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_pass_begins_at_the_block_that_is_cut_and_is_the_whole_pass_bit_for_bit(asvd: Decomposed, windows: WindowSet, tmp_path: Path):
+    last = asvd.units[-1]
+    ran: list[int] = []
+    blocks = asvd.handle.module.model.layers
+    hooks = [block.self_attn.register_forward_hook(lambda *_, number=number: ran.append(number)) for number, block in enumerate(blocks)]
+    try:
+        bench = truncations._Bench(asvd, windows.first(8))
+        bench.perplexity(truncations.Truncation(last.name, 0.2, 2))
+        ran.clear()
+        result = bench.perplexity(truncations.Truncation(last.name, 0.4, 4))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert set(ran) == {1}
+    with swap_layers(asvd.handle, low_rank_layers(asvd.handle, asvd.bases, {last.name: 4}, storage="factored")):
+        scores, _ = score_windows(asvd.handle, windows.first(8))
+    assert result == float(np.exp(scores.nll.double().mean().item()))
 
 
 def test_the_grid_is_the_paper_s_and_the_cost_is_counted(asvd: Decomposed, windows: WindowSet):
@@ -124,15 +143,15 @@ def test_what_was_stopped_goes_on_where_it_was(
 
 
 def count_passes(asvd: Decomposed, windows: WindowSet, store: Path) -> int:
-    real, count = truncations.score_windows, 0
+    real, count = truncations._Bench.perplexity, 0
 
-    def counting(*arguments: object, **options: object) -> object:
+    def counting(bench: truncations._Bench, cut: truncations.Truncation) -> float | None:
         nonlocal count
         count += 1
-        return real(*arguments, **options)  # type: ignore[arg-type]
+        return real(bench, cut)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(truncations, "score_windows", counting)
+        patch.setattr(truncations._Bench, "perplexity", counting)
         measured_perplexities(asvd, windows, store)
     return count
 

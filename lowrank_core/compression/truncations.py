@@ -1,8 +1,9 @@
 """The perplexity of the model with one unit at a time cut: what ASVD's search for ranks works from. arXiv 2312.05821, §3.4.
 
 Each unit is cut alone to every kept fraction of ``KEPT``, everything else dense: a pass over the first ``WINDOWS`` calibration windows for
-each. The passes do not depend on the ratio. They are kept line by line under a name that says what they were measured on, so that an
-interrupted measurement goes on where it was, and the next ratio measures nothing.
+each. A pass begins at the block that is cut, with the dense hidden states before it: about half of the work. The passes do not depend on
+the ratio. They are kept line by line under a name that says what they were measured on, so that an interrupted measurement goes on where it
+was, and the next ratio measures nothing.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from lowrank_core.allocation import AllocationProblem, Perplexities, allocator_named
 from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.pipeline import Decomposed
 from lowrank_core.errors import NumericalError, RunError
 from lowrank_core.evaluation import score_windows
+from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import statistics_key
 from lowrank_core.statistics.gradients import gradients_key
@@ -91,7 +95,7 @@ def measured_perplexities(decomposed: Decomposed, calibration: WindowSet, store:
         RunError: the file of earlier measurements is damaged, or can't be written.
     """
     planned, folder = planned_truncations(_free(decomposed)), store / _key(decomposed, calibration)
-    windows = calibration.first(WINDOWS)
+    bench = _Bench(decomposed, calibration.first(WINDOWS))
 
     def tell(done: int) -> None:
         if progress is not None:
@@ -102,7 +106,7 @@ def measured_perplexities(decomposed: Decomposed, calibration: WindowSet, store:
         for done, cut in enumerate(planned):
             tell(done)
             if (cut.unit, cut.rank) not in known:
-                known[cut.unit, cut.rank] = _perplexity(decomposed, cut, windows)
+                known[cut.unit, cut.rank] = bench.perplexity(cut)
                 _append(folder / _FILE, cut, known[cut.unit, cut.rank])
         tell(len(planned))
     table: dict[str, dict[float, float]] = {unit.name: {} for unit in _free(decomposed)}
@@ -125,16 +129,40 @@ def _key(decomposed: Decomposed, calibration: WindowSet) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-def _perplexity(decomposed: Decomposed, cut: Truncation, windows: WindowSet) -> float | None:
-    """Return the perplexity of the model with ``cut``; None where it diverges."""
-    handle = decomposed.handle
-    try:
-        with swap_layers(handle, low_rank_layers(handle, decomposed.bases, {cut.unit: cut.rank}, storage="factored")):
-            scores, _ = score_windows(handle, windows, batch_size=decomposed.statistics.config.batch_size)
-    except NumericalError:
-        return None
-    result = float(np.exp(scores.nll.double().mean().item()))
-    return result if math.isfinite(result) else None
+class _Bench:
+    """The dense model, and its hidden states before the block in hand, batch by batch; cuts come in the order of the model."""
+
+    def __init__(self, decomposed: Decomposed, windows: WindowSet) -> None:
+        size = decomposed.statistics.config.batch_size
+        self._decomposed, self._runner, self._block = decomposed, BlockRunner(decomposed.handle), 0
+        self._batches = [replace(windows, ids=ids) for ids in torch.split(windows.ids, size)]
+        self._states: list[Tensor | None] = [None] * len(self._batches)
+        self._depths = {unit.name: min(member.depth for member in unit.members) for unit in decomposed.units}
+
+    def perplexity(self, cut: Truncation) -> float | None:
+        """Return the perplexity of the model with ``cut``; None where it diverges."""
+        self._advance(self._depths[cut.unit])
+        handle, bases = self._decomposed.handle, self._decomposed.bases
+        try:
+            with swap_layers(handle, low_rank_layers(handle, bases, {cut.unit: cut.rank}, storage="factored")):
+                losses = torch.cat([self._losses(batch, state) for batch, state in zip(self._batches, self._states, strict=True)])
+        except NumericalError:
+            return None
+        result = float(np.exp(losses.double().mean().item()))
+        return result if math.isfinite(result) else None
+
+    def _losses(self, batch: WindowSet, state: Tensor | None) -> Tensor:
+        with self._runner.beginning_at(self._block, state):
+            scores, _ = score_windows(self._decomposed.handle, batch, batch_size=batch.windows)
+        return scores.nll
+
+    @torch.no_grad()
+    def _advance(self, block: int) -> None:
+        """Take the dense hidden states to ``block``."""
+        for index in range(self._block, block):
+            for number, batch in enumerate(self._batches):
+                self._states[number] = self._runner.run(index, batch.ids, self._states[number]).cpu()
+        self._block = max(block, self._block)
 
 
 def _append(path: Path, cut: Truncation, perplexity: float | None) -> None:

@@ -52,14 +52,23 @@ class BlockRunner:
         Raises:
             ModelError: the blocks pass on more than hidden states, or the model does not reach this one.
         """
+        with self.beginning_at(index, hidden):
+            output = self._pass_until(index, ids)
+        return self._hidden_of(index, output)
+
+    @contextmanager
+    def beginning_at(self, index: int, hidden: Tensor | None) -> Iterator[None]:
+        """Let one pass of the model begin at block ``index``: the blocks before it hand on ``hidden``, of the same tokens.
+
+        Arguments and errors are those of ``run``.
+        """
         assert (hidden is None) == (index == 0)
         if hidden is not None:
             if index - 1 not in self._tuple_lengths:
                 self._learn_form(index - 1)
             hidden = hidden.to(self._handle.device, copy=True)
         with self._skipping(index, hidden):
-            output = self._pass_until(index, ids)
-        return self._hidden_of(index, output)
+            yield
 
     def _learn_form(self, index: int) -> None:
         """See what block ``index`` returns, from two tokens."""

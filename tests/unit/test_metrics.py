@@ -350,7 +350,9 @@ def test_wrappers_around_their_default_have_the_plain_name():
 
 @pytest.mark.parametrize("name", ["best", "", "whitened:two_sided", "shared_input:", "shared_input:best", ":whitened"])
 def test_unknown_bases_list_the_known_ones(name: str):
-    with pytest.raises(ConfigError, match=r"pooled_feature, weight_svd.*one of shared_input, cross_layer, drift_aware around another"):
+    with pytest.raises(
+        ConfigError, match=r"pooled_feature, weight_svd.*one of shared_input, cross_layer, drift_aware, refitted around another"
+    ):
         metric_named(name)
 
 
