@@ -23,7 +23,7 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import fmin_l_bfgs_b
 from scipy.stats import norm
 
-from lowrank_core.search.published import MAX, MIN, PublishedScheme
+from lowrank_core.studies.published import MAX, MIN, PublishedScheme
 
 __all__ = ["RANDOM_SHARE", "GaussianProcess", "next_point"]
 

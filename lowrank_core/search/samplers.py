@@ -28,8 +28,8 @@ from lowrank_core.config import SearchConfig
 from lowrank_core.config.search import MIN_LOSS
 from lowrank_core.search.evolution import SafeCmaEsSampler
 from lowrank_core.search.improvement import next_point
-from lowrank_core.search.published import PublishedScheme
 from lowrank_core.studies.numbering import GIVEN, drawn_before, place_of, without_losses
+from lowrank_core.studies.published import PublishedScheme
 
 __all__ = ["ERROR", "ESTIMATE", "GIVEN", "PointSampler", "phase"]
 

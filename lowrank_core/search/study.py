@@ -27,10 +27,10 @@ from lowrank_core.models.handle import ModelHandle
 from lowrank_core.parameters import budget_for_ratio
 from lowrank_core.runs import Run, process_started
 from lowrank_core.search.objective import objective_value
-from lowrank_core.search.published import RULES
 from lowrank_core.search.samplers import ERROR, ESTIMATE, GIVEN, PointSampler
 from lowrank_core.search.selection import Selection
 from lowrank_core.studies.numbering import RETRY_OF
+from lowrank_core.studies.published import RULES
 from lowrank_core.studies.records import MANUAL
 from lowrank_core.studies.space import SearchSpace
 from lowrank_core.studies.storage import open_storage

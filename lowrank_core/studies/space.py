@@ -1,7 +1,7 @@
 """The search space: one variable for each group of matrices, and what a point of it allocates.
 
 ``kept``: a point is a vector x of kept fractions in [LEAST, 1]. Projected, only their ratios matter: they are scaled so that the
-budget is spent exactly, and every trial is feasible. As published (``search.published``), they are the kept fractions themselves, and
+budget is spent exactly, and every trial is feasible. As published (``studies.published``), they are the kept fractions themselves, and
 only points that meet the budget are drawn.
 
 ``errors``: a point is a vector of weights w in [1/SPREAD, SPREAD] on the errors of the bases, and the allocator ``lagrangian`` minimises
@@ -37,7 +37,7 @@ from lowrank_core.allocation import (
 from lowrank_core.config import SearchConfig, depth_groups
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import MatrixShape, Unit
-from lowrank_core.search.published import MAX, MIN, PublishedScheme, published_rank
+from lowrank_core.studies.published import MAX, MIN, PublishedScheme, published_rank
 
 __all__ = ["BASELINES", "RATIO", "SPREAD", "Baseline", "SearchSpace"]
 

@@ -17,12 +17,12 @@ from lowrank_core.evaluation import DenseReference
 from lowrank_core.models import ModelHandle, describe, load_model
 from lowrank_core.models.attention import Heads, find_heads
 from lowrank_core.runs import Run, statistics_home, write_json
-from lowrank_core.search.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.search.selection import Selection, select_windows
 from lowrank_core.search.study import TrialBench
 from lowrank_core.spectra.spectrum import load_spectra, save_spectra
 from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics
 from lowrank_core.statistics.spectra import spectra_of
+from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.space import SearchSpace
 from lowrank_core.text import TokenWindows, WindowSet, load_text, load_windows
 from lowrank_core.worker.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts

@@ -8,7 +8,7 @@ import pandas as pd
 
 from lowrank_core.files.records import build
 from lowrank_core.runs import Run
-from lowrank_core.search.published import ALLOCATIONS
+from lowrank_core.studies.published import ALLOCATIONS
 
 __all__ = ["SplitFacts", "TextFacts", "TrialWindows", "split_table", "text_facts", "trial_windows"]
 

@@ -233,7 +233,7 @@ def reproduction_section(run: Run) -> Section:
     record, config = run.record, run.config
     result = reproduction(record, config)
     save = json_link(result.record, "run.json", "run.json")
-        "Save this run.json, which has every option, and give it to the command. Model and text must be where it says."
+    exact = "Save this run.json, which has every option, and give it to the command. Model and text must be where it says."
     blocks: list[Block] = [Prose(exact), save, Code("Repeat the run", result.exact)]
     blocks.append(Code("The same in flags", result.options))
     trials = answers_of(trials_of(run), config.search) if config.search is not None else []

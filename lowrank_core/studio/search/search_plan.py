@@ -11,7 +11,7 @@ from lowrank_core.config import RunConfig
 from lowrank_core.errors import LowRankError
 from lowrank_core.parameters import HeadUnit, MatrixShape, budget_for_ratio, dense_parameters
 from lowrank_core.runs import Run
-from lowrank_core.search.published import ALLOCATIONS, POOL_RATIO
+from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studies.space import SearchSpace
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts

@@ -8,7 +8,7 @@ import streamlit as st
 
 from lowrank_core.config import OBJECTIVES, RunConfig, SearchConfig
 from lowrank_core.presets.recipes import PRESETS, search_by
-from lowrank_core.search.published import POOL_RATIO
+from lowrank_core.studies.published import POOL_RATIO
 from lowrank_core.studio.search.search_plan import Plan, check_budget, time_estimate
 from lowrank_core.studio.shared.formatting import count, duration, percent
 from lowrank_core.studio.shared.model_facts import ModelFacts

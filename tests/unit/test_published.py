@@ -26,9 +26,9 @@ from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import Run, create_run
 from lowrank_core.search.improvement import GaussianProcess, _loss, next_point
 from lowrank_core.search.objective import objective_value
-from lowrank_core.search.published import MARGIN, PublishedScheme, published_rank
 from lowrank_core.search.samplers import PointSampler, phase
 from lowrank_core.search.selection import Selection, most_varied
+from lowrank_core.studies.published import MARGIN, PublishedScheme, published_rank
 from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studies.space import SearchSpace
 from lowrank_core.studio.overview.text_facts import trial_windows
@@ -179,7 +179,7 @@ def test_a_ratio_that_no_point_meets_is_told():
 
 
 def test_rare_points_are_refused_after_very_many_draws(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowrank_core.search.published._MOST_CHUNKS", 2)
+    monkeypatch.setattr("lowrank_core.studies.published._MOST_CHUNKS", 2)
     scheme = replace(scheme_of(0.2), compression_ratio=0.7336)  # a corner of the cube
     with pytest.raises(BudgetError, match="none of 131,072 random points"):
         scheme.draw(np.random.default_rng(0), 1)

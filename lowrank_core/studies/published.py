@@ -128,7 +128,7 @@ class PublishedScheme:
         if round(minimum, _DIGITS) > (1 - self.compression_ratio) * self.total:
             raise BudgetError(
                 f"compression ratio {self.compression_ratio:g} can't be met: kept fractions of {MIN:g} everywhere, the least that the "
-                f"published search draws, remove only {1 - minimum / self.total:.3f}. Lower the ratio, or compress the value projections too."
+                f"published search draws, remove only {1 - minimum / self.total:.3f}. Lower it, or compress the value projections too."
             )
 
     def draw(self, generator: np.random.Generator, count: int) -> Points:
