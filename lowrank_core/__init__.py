@@ -5,7 +5,7 @@ The stages, each a function from a value to a value, are imported from their mod
     from lowrank_core.models import load_model
     from lowrank_core.text import load_text
     from lowrank_core.calibration import collect_statistics
-    from lowrank_core.bases import BASES, factorize
+    from lowrank_core.metrics import BASES, factorize
     from lowrank_core.allocation import allocate
     from lowrank_core.compression import compress
     from lowrank_core.evaluation import evaluate

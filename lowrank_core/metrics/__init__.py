@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
-from lowrank_core.bases.refitted import REFITTED
 from lowrank_core.errors import ConfigError
 from lowrank_core.metrics.activation_scaled import ACTIVATION_SCALED
 from lowrank_core.metrics.base import ErrorMetric, Grouping, LayerData, Metric
 from lowrank_core.metrics.drift_aware import DRIFT_AWARE, DriftAware
 from lowrank_core.metrics.fisher_rows import FISHER_ROWS
 from lowrank_core.metrics.pooled_feature import POOLED_FEATURE
+from lowrank_core.metrics.refitted import REFITTED
 from lowrank_core.metrics.stacks import CROSS_LAYER, DATA_FREE_JOINT, SHARED_INPUT, Wrapper, by_input
 from lowrank_core.metrics.two_sided import TWO_SIDED, TWO_SIDED_HALF
 from lowrank_core.metrics.weight_svd import WEIGHT_SVD

@@ -8,7 +8,7 @@ import re
 import pytest
 from synthetic import make_run, priced_units, write_rich_study
 from test_dashboard import CALIBRATION_SECONDS, TRIAL_SECONDS, assert_sound, console_errors, wait_for
-from test_hand_page import SEARCH, with_curves
+from test_manual_page import SEARCH, with_curves
 
 from lowrank_core.config import RunConfig, SearchConfig, TextConfig
 from lowrank_core.runs import Run, client, create_run

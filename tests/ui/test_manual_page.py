@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from synthetic import RATIO, make_run, priced_units, running_status, write_front, write_rich_study
 from test_pages import charts, sound, words
-from test_views_hand import record_of
+from test_views_manual import record_of
 
 from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.allocation.curves import CURVES_FILE, save_curves

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from operands import gradients, inputs_of, layer_data, random, rows, second_moment
 from torch import Tensor
 
-from lowrank_core.bases.refitted import REFITTED
 from lowrank_core.compression.pipeline import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit, refit_unit
@@ -23,6 +22,7 @@ from lowrank_core.evaluation import evaluate
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.metrics import LayerData, metric_named
 from lowrank_core.metrics.drift_aware import DriftAware
+from lowrank_core.metrics.refitted import REFITTED
 from lowrank_core.metrics.two_sided import TWO_SIDED
 from lowrank_core.models import ModelHandle
 from lowrank_core.parameters import Unit, budget_for_ratio
