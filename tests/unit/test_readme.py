@@ -1,4 +1,4 @@
-"""The README's commands and code are what the package accepts and runs."""
+"""The commands, code, links and tables of README.md and docs/ are what the package accepts, runs and has."""
 
 import re
 import shlex
@@ -10,41 +10,66 @@ from lowrank_core.catalogue import allocator_table, as_markdown, basis_table, di
 from lowrank_core.cli import parser
 from lowrank_core.presets.differences import COMMON
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
-COMMANDS = re.findall(r"^lowrank .*$", README, flags=re.MULTILINE)
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+README = PAGES[0].read_text(encoding="utf-8")
+SPAN = r"^lowrank [a-z].*$|`(lowrank [a-z][^`]*)`"
+
+
+def commands() -> list[tuple[str, str]]:
+    """Return (page, command) of every line, and of every code span, that calls ``lowrank`` with options."""
+    result = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        lines = [" ".join((match[1] or match[0]).split()) for match in re.finditer(SPAN, text, flags=re.MULTILINE)]
+        result += [(page.name, line) for line in lines if " --" in line and "…" not in line]
+    return result
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_there_are_commands_to_check() -> None:
-    assert len(COMMANDS) >= 7
+    assert sum(page == "README.md" for page, _ in commands()) >= 5
+    assert len(commands()) >= 25
 
 
-@pytest.mark.parametrize("line", COMMANDS)
-def test_the_command_line_takes_every_command_shown(line: str) -> None:
+@pytest.mark.parametrize(("page", "line"), commands())
+def test_the_command_line_takes_every_command_shown(page: str, line: str) -> None:
     arguments = parser().parse_args(shlex.split(line, comments=True)[1:])
-    assert arguments.command in line
+    assert arguments.command in line, page
 
 
 def test_the_tables_of_methods_are_those_of_the_registries() -> None:
-    assert as_markdown(basis_table()) in README
-    assert as_markdown(allocator_table()) in README
-    assert as_markdown(preset_table()) in README
-    assert as_markdown(difference_table()) in README
-    assert COMMON in README
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    for table in (basis_table(), allocator_table(), preset_table(), difference_table()):
+        assert as_markdown(table) in text
+    assert COMMON in text
 
 
-def test_the_pictures_shown_are_there() -> None:
-    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README)
-    assert pictures
-    for picture in pictures:
-        assert (Path(__file__).resolve().parents[2] / picture).is_file(), picture
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_and_pictures_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            path, _, anchor = target.partition("#")
+            file = page.parent / path if path else page
+            assert file.exists(), target
+            assert not anchor or anchor in anchors(file), target
+
+
+def test_the_readme_is_short_and_shows_a_picture() -> None:
+    assert len(README.encode()) <= 6_000
+    assert re.search(r"!\[[^]]+\]\(", README)
 
 
 @pytest.mark.slow
-def test_the_notebook_code_runs_and_leaves_a_smaller_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_notebook_code_runs_and_leaves_smaller_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(code.splitlines()) <= 10
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    assert float(capsys.readouterr().out) > 1
-    assert (tmp_path / "smaller" / "model.safetensors").stat().st_size > 0
+    for ratio in (0.2, 0.4):
+        assert (tmp_path / f"smaller-{ratio}" / "model.safetensors").stat().st_size > 0
