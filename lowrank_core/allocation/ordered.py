@@ -21,10 +21,9 @@ import numpy.typing as npt
 
 from lowrank_core.allocation.problem import AllocationProblem, unreachable
 from lowrank_core.parameters import Unit
+from lowrank_core.types import Vector
 
 __all__ = ["Keys", "spend_in_order"]
-
-Vector = npt.NDArray[np.float64]
 
 Keys = Callable[[Unit], Vector]
 """Unit -> key (break_even_rank,) of each of its steps; the last is the step to dense."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.ordered import Vector, spend_in_order
+from lowrank_core.allocation.ordered import spend_in_order
 from lowrank_core.allocation.problem import AllocationProblem
 from lowrank_core.parameters import Unit
+from lowrank_core.types import Vector
 
 __all__ = ["THRESHOLD", "Threshold"]
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from lowrank_core.cli.options import Command, Result, add_options, config_of, model_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, add_options, config_of, model_options, source_of, text_of, text_options
 from lowrank_core.config import CalibrationConfig
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

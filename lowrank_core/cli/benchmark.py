@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lowrank_core.cli.options import Command, Parser, Result, json_option, model_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, Parser, json_option, model_options, source_of, text_of, text_options
 from lowrank_core.errors import ConfigError
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.cli.options import (
     Command,
-    Result,
     add_options,
     chosen_preset,
     compression_options,
@@ -22,6 +21,7 @@ from lowrank_core.cli.options import (
 )
 from lowrank_core.config import CalibrationConfig, CompressionConfig, CompressRequest, ExportConfig, SearchConfig
 from lowrank_core.presets.recipes import DEFAULT_PRESET
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

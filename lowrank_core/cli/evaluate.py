@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from lowrank_core.cli.options import Command, Result, given_options, model_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, given_options, model_options, source_of, text_of, text_options
 from lowrank_core.config import TextConfig
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

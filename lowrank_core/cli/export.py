@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.cli.options import Command, Result, add_options, config_of, json_option
+from lowrank_core.cli.options import Command, add_options, config_of, json_option
 from lowrank_core.config import ExportConfig
 from lowrank_core.errors import ConfigError
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
+from lowrank_core.cli.options import Command, json_option, model_options, source_of
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.cli.options import Command, Result, add_options, config_of, model_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, add_options, config_of, model_options, source_of, text_of, text_options
 from lowrank_core.config import ExportConfig
 from lowrank_core.config.healing import HealingConfig
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

@@ -25,7 +25,6 @@ from lowrank_core.sensitivity.config import SensitivityConfig
 __all__ = [
     "Command",
     "Parser",
-    "Result",
     "add_options",
     "chosen_preset",
     "compression_options",
@@ -39,8 +38,6 @@ __all__ = [
     "text_options",
 ]
 
-Result = dict[str, object]
-"""The outcome of a command, ready for JSON; ``text`` is for people, and not part of the JSON."""
 Command = Callable[[str, str], argparse.ArgumentParser]
 """Adds a command by its name and a sentence on what it does, and returns its parser."""
 T = TypeVar("T")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.cli.options import Command, Result, json_option
+from lowrank_core.cli.options import Command, json_option
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

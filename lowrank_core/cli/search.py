@@ -9,7 +9,6 @@ from pathlib import Path
 from lowrank_core.allocation import RULES
 from lowrank_core.cli.options import (
     Command,
-    Result,
     add_options,
     chosen_preset,
     compression_options,
@@ -25,6 +24,7 @@ from lowrank_core.cli.options import (
 from lowrank_core.config import SAMPLERS, CalibrationConfig, CompressionConfig, SearchConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.presets.recipes import DEFAULT_PRESET
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.cli.options import Command, Result, add_options, config_of, given_options, model_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, add_options, config_of, given_options, model_options, source_of, text_of, text_options
 from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.sensitivity.config import SensitivityConfig
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

@@ -6,10 +6,11 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, Result, add_options, config_of, json_option, model_options, source_of
+from lowrank_core.cli.options import Command, add_options, config_of, json_option, model_options, source_of
 from lowrank_core.cli.tables import aligned
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.studio.shared.formatting import DASH, size
+from lowrank_core.types import Result
 
 if TYPE_CHECKING:
     from lowrank_core.speed import SpeedComparison, SpeedReport, Spread

@@ -6,7 +6,8 @@ import argparse
 import os
 
 from lowrank_core.catalogue import methods
-from lowrank_core.cli.options import Command, Result, json_option
+from lowrank_core.cli.options import Command, json_option
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
+from lowrank_core.cli.options import Command, json_option, model_options, source_of
 from lowrank_core.cli.tables import aligned
 from lowrank_core.studio.shared.formatting import DASH
+from lowrank_core.types import Result
 from lowrank_core.wording import fixed
 
 if TYPE_CHECKING:

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, Result, add_options, given_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, add_options, given_options, source_of, text_of, text_options
 from lowrank_core.config import ModelSource, TextConfig, to_mapping
 from lowrank_core.errors import ConfigError
+from lowrank_core.types import Result
 
 if TYPE_CHECKING:
     from lowrank_core.export import Verification

@@ -12,10 +12,9 @@ from lowrank_core.spectra.spectrum import LayerSpectrum, effective_rank, partici
 from lowrank_core.statistics.directions import top_directions
 from lowrank_core.statistics.spectra import spectra_of
 from lowrank_core.text import load_windows
+from lowrank_core.types import Result
 
 __all__ = ["analyze"]
-
-Result = dict[str, object]
 
 
 def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, *, directions: tuple[str, str] | None = None) -> Result:

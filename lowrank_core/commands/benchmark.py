@@ -12,10 +12,9 @@ from lowrank_core.config import ModelSource, TextConfig, check_ratio
 from lowrank_core.models import load_model
 from lowrank_core.presets.recipes import PRESETS, preset_named
 from lowrank_core.text import load_windows
+from lowrank_core.types import Result
 
 __all__ = ["benchmark_allocation", "benchmark_quality", "benchmark_search", "benchmark_speed"]
-
-Result = dict[str, object]
 
 
 def benchmark_allocation(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int) -> Result:

@@ -35,10 +35,9 @@ from lowrank_core.parameters import Unit
 from lowrank_core.runs import statistics_home
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.text import WindowSet, load_text, load_windows
+from lowrank_core.types import Result
 
 __all__ = ["compress_to"]
-
-Result = dict[str, object]
 
 
 def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:

@@ -14,11 +14,11 @@ from lowrank_core.evaluation import EvaluationReport, PositionRow, evaluate
 from lowrank_core.evaluation.generation import Continuation, Sampling, side_by_side
 from lowrank_core.models import load_model
 from lowrank_core.text import SPLITS, load_windows, open_text
+from lowrank_core.types import Result
 from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
 
 __all__ = ["EvaluationRequest", "continue_with", "evaluate_on", "evaluate_on_texts"]
 
-Result = dict[str, object]
 _COLUMN = 58
 """Characters of a continuation's lines, two next to each other."""
 

@@ -17,11 +17,10 @@ from lowrank_core.models import load_model
 from lowrank_core.models.loading import resolve_reference
 from lowrank_core.runs.healing_records import HealingReport, read_history
 from lowrank_core.text import load_windows
+from lowrank_core.types import Result
 from lowrank_core.wording import fixed
 
 __all__ = ["HealRequest", "heal_folder"]
-
-Result = dict[str, object]
 
 
 @dataclass(frozen=True)

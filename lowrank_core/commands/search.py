@@ -22,6 +22,7 @@ from lowrank_core.studies.naming import model_name, trial_label
 from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
 from lowrank_core.studies.storage import open_database
 from lowrank_core.text import load_windows
+from lowrank_core.types import Result
 from lowrank_core.worker.context import complete_trial
 from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of, unspent_of
 from lowrank_core.worker.identity import EXPORT, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
@@ -30,7 +31,6 @@ from lowrank_core.worker.main import run_worker
 
 __all__ = ["SearchPlace", "enqueue", "export_from", "join", "join_study", "search_in", "work"]
 
-Result = dict[str, object]
 _FRONT = "Pareto front, on validation text:"
 
 

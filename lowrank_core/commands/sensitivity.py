@@ -12,12 +12,12 @@ from lowrank_core.errors import ConfigError
 from lowrank_core.runs import Run, client, create_run, open_run
 from lowrank_core.sensitivity.config import TYPE, SensitivityConfig
 from lowrank_core.sensitivity.records import SensitivityCell
+from lowrank_core.types import Result
 from lowrank_core.worker.main import measure_alone
 from lowrank_core.worker.sensitivity import SensitivityOutcome
 
 __all__ = ["NewRun", "sensitivity_in"]
 
-Result = dict[str, object]
 _MAX_ROWS = 10
 
 

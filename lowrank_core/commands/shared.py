@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from contextlib import nullcontext
 
 from lowrank_core.compression.pipeline import with_gradients
@@ -12,11 +11,12 @@ from lowrank_core.models import ModelHandle, max_context
 from lowrank_core.runs import statistics_home
 from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics
 from lowrank_core.text import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["calibrated", "coverage_warnings", "fitting_context", "progress_line"]
 
 
-def progress_line(label: str) -> Callable[[int, int], None]:
+def progress_line(label: str) -> Progress:
     """Return a callback that keeps one line on a terminal, and is silent elsewhere."""
 
     def show(done: int, total: int) -> None:

@@ -9,7 +9,6 @@ Notation::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +20,9 @@ from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.parameters import Unit
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["measure_error_weights"]
-
-Progress = Callable[[int, int], None]
 
 _MIN_KL = 1e-9
 """Nats per token; a smaller or negative divergence is rounding, and a weight must be positive."""

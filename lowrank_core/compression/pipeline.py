@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -20,10 +20,9 @@ from lowrank_core.runs import statistics_home
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.gradients import cached_gradients
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["Decomposed", "decompose", "with_gradients"]
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,9 @@ from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.moments import InputStatistics
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["CrossMoments", "compress_sequentially"]
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from lowrank_core.statistics.calibration import statistics_key
 from lowrank_core.statistics.gradients import gradients_key
 from lowrank_core.statistics.store import exclusive
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["KEPT", "WINDOWS", "Truncation", "cost_in_words", "measured_perplexities", "perplexities_for", "planned_truncations"]
 
@@ -38,8 +39,6 @@ KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 WINDOWS = 32
 """Calibration samples of the published code (``n_calib_samples``), which are 2048 tokens long there."""
-
-Progress = Callable[[int, int], None]
 
 _FORMAT = 1
 _FILE = "perplexities.jsonl"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from lowrank_core.compression.pipeline import Decomposed, decompose
@@ -15,6 +15,7 @@ from lowrank_core.models import ModelHandle
 from lowrank_core.runs import statistics_home
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.text import TokenWindows
+from lowrank_core.types import Progress
 
 __all__ = ["BETAS", "DAMPINGS", "TuningPoint", "tune"]
 
@@ -22,8 +23,6 @@ DAMPINGS = (1e-3, 1e-2, 1e-1)
 """Of the output gradients' metric, relative to its mean eigenvalue."""
 
 BETAS = (0.5, 0.75, 1.0)
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from lowrank_core.models.attention import head_units
 from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 from lowrank_core.statistics.calibration import LayerStatistics
+from lowrank_core.types import Progress
 
 __all__ = ["Bases", "damping_of", "error_curves", "factorize", "operand_of", "units_of"]
 
@@ -57,7 +58,7 @@ def factorize(
     units: Sequence[Unit],
     config: CompressionConfig,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, FactorBasis | HeadBasis]:
     """Decompose every unit once, in float64 on the CPU.
 

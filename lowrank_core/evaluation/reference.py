@@ -9,12 +9,13 @@ from torch import Tensor
 
 from lowrank_core.errors import ConfigError, TextError
 from lowrank_core.evaluation.intervals import Sample
-from lowrank_core.evaluation.passes import Progress, batches_of, logits_of
+from lowrank_core.evaluation.passes import batches_of, logits_of
 from lowrank_core.evaluation.tokens import TokenScores, score_coarse, score_logits, score_probabilities
 from lowrank_core.evaluation.tokens import outcomes as outcomes_of
 from lowrank_core.evaluation.warnings import uniform_warning
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 from lowrank_core.wording import amount
 
 __all__ = ["DenseReference"]

@@ -18,13 +18,13 @@ import numpy as np
 
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation.intervals import Sample, sample_of
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.evaluation.positions import PositionRow, position_rows
 from lowrank_core.evaluation.scoring import WindowScores, score_tokens
 from lowrank_core.evaluation.tokens import TokenScores
 from lowrank_core.evaluation.warnings import uniform_warning, window_warning
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["EvaluationReport", "evaluate"]
 

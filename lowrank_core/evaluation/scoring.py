@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lowrank_core.errors import NumericalError
-from lowrank_core.evaluation.passes import Progress, batches_of, logits_of
+from lowrank_core.evaluation.passes import batches_of, logits_of
 from lowrank_core.evaluation.reference import DenseReference
 from lowrank_core.evaluation.tokens import TokenScores, compare_logits, joined
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["WindowScores", "score_tokens", "score_windows"]
 

@@ -10,7 +10,6 @@ from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ExportConfig, TextConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.evaluation import EvaluationReport
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.manifest import ExportManifest
 from lowrank_core.export.measuring import HeldOut, metrics_of
 from lowrank_core.export.writing import export
@@ -18,6 +17,7 @@ from lowrank_core.healing.trainer import heal
 from lowrank_core.models import ModelHandle
 from lowrank_core.runs.healing_records import HealingReport
 from lowrank_core.text import WindowSet, load_windows
+from lowrank_core.types import Progress
 
 __all__ = ["healed_model", "write_healed"]
 

@@ -10,10 +10,10 @@ import torch
 
 from lowrank_core.config import ModelSource, TextConfig
 from lowrank_core.evaluation import evaluate
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.manifest import Measurement, Protocol
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.text import WindowSet, load_windows
+from lowrank_core.types import Progress
 
 __all__ = ["HeldOut", "metrics_of", "held_out", "loaded_like", "measured"]
 

@@ -14,7 +14,6 @@ from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.quantization import quantized
 from lowrank_core.config import ExportConfig
 from lowrank_core.errors import NumericalError
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.base_model import BaseModel, base_model_of
 from lowrank_core.export.card import model_card
 from lowrank_core.export.code import auto_map, write_code
@@ -23,6 +22,7 @@ from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, versions
 from lowrank_core.export.measuring import HeldOut, loaded_like, measured
 from lowrank_core.models.hf import compressed_modules, mark_compressed
+from lowrank_core.types import Progress
 
 __all__ = ["export"]
 

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -25,10 +24,9 @@ from lowrank_core.healing.rates import measured_rate
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.runs.healing_records import HealingPoint, HealingReport, write_history
 from lowrank_core.text import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["Healed", "heal"]
-
-Progress = Callable[[int, int], None]
 
 _LARGEST_GRADIENT = 1.0
 """Norm to which a step's gradient is cut."""

@@ -21,10 +21,10 @@ from lowrank_core.compression.pipeline import Decomposed
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import score_windows
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.space import SearchSpace
 from lowrank_core.text import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["Selection", "most_varied", "select_windows"]
 

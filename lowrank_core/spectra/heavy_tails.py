@@ -17,11 +17,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
+
+from lowrank_core.types import Vector
 
 __all__ = ["MIN_TAIL", "TailFit", "bulk_density", "bulk_edges", "entry_variance", "fit_tail", "outliers"]
-
-Vector = npt.NDArray[np.float64]
 
 MIN_TAIL = 10
 """Eigenvalues that a tail must have to be fitted."""

@@ -27,6 +27,7 @@ from lowrank_core.errors import RunError
 from lowrank_core.files.archives import DAMAGE, read_archive, write_archive
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.spectra.heavy_tails import TailFit, fit_tail
+from lowrank_core.types import Vector
 
 __all__ = [
     "LayerSpectrum",
@@ -39,7 +40,6 @@ __all__ = [
     "stable_rank",
 ]
 
-Vector = npt.NDArray[np.float64]
 Array = npt.NDArray[np.generic]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowrank_core.config import ModelSource
@@ -12,6 +11,7 @@ from lowrank_core.models import ModelHandle
 from lowrank_core.speed.memory import MemoryReport, measure_memory
 from lowrank_core.speed.timing import Clock, SpeedReport, report_of, timed_in_turns
 from lowrank_core.speed.turns import Spread
+from lowrank_core.types import Progress
 
 __all__ = ["SpeedComparison", "compare_speed"]
 
@@ -63,7 +63,7 @@ def compare_speed(
     *,
     sources: tuple[ModelSource, ModelSource] | None = None,
     clock: Clock = time.perf_counter,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SpeedComparison:
     """Measure both models on the same prompts, in turns, who goes first changing with every round.
 

@@ -16,6 +16,7 @@ from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
 from lowrank_core.speed.memory import MemoryReport, measure_memory
 from lowrank_core.speed.turns import Spread, in_turns
+from lowrank_core.types import Progress
 
 __all__ = [
     "Clock",
@@ -103,7 +104,7 @@ def measure_speed(
 
 
 def timed_in_turns(
-    handles: Sequence[ModelHandle], config: SpeedConfig, clock: Clock, progress: Callable[[int, int], None] | None = None
+    handles: Sequence[ModelHandle], config: SpeedConfig, clock: Clock, progress: Progress | None = None
 ) -> list[tuple[Timing, ...]]:
     """Return the timings of each model, round by round, after the rounds to warm up; ``progress`` counts generations of all models."""
     prompts = [prompt_for(handle, config) for handle in handles]

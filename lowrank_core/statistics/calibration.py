@@ -18,13 +18,12 @@ from lowrank_core.config import TOKENS_PER_DIMENSION, CalibrationConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import LayerSpec, ModelHandle
-from lowrank_core.spectra.spectrum import LayerSpectrum, Vector
+from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.statistics.influence import InfluenceAccumulator
 from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
 from lowrank_core.statistics.pooling import PooledAccumulator, check_groups, trimmed
 from lowrank_core.statistics.store import (
     HiddenStates,
-    Progress,
     StoredStatistics,
     block_path,
     exclusive,
@@ -35,6 +34,7 @@ from lowrank_core.statistics.store import (
     write_block,
 )
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress, Vector
 from lowrank_core.wording import amount
 
 __all__ = ["LayerStatistics", "cached_statistics", "collect_statistics", "load_statistics", "statistics_key"]

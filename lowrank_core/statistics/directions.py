@@ -10,7 +10,7 @@ Notation::
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from lowrank_core.models.handle import LayerSpec, ModelHandle, weight_of
 from lowrank_core.spectra.directions import Direction, Directions, TokenHit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["top_directions"]
 
@@ -34,7 +35,7 @@ def top_directions(
     statistics: LayerStatistics,
     config: DirectionsConfig,
     *,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Directions:
     """Return the top directions of one side of a module, each with the tokens of ``windows`` that lie furthest along it.
 

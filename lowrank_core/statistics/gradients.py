@@ -29,7 +29,6 @@ from lowrank_core.errors import ModelError
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.statistics.moments import GradientAccumulator, OutputStatistics
 from lowrank_core.statistics.store import (
-    Progress,
     StoredStatistics,
     block_path,
     exclusive,
@@ -40,6 +39,7 @@ from lowrank_core.statistics.store import (
     write_block,
 )
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["cached_gradients", "collect_gradients", "gradients_key", "sampled_labels"]
 

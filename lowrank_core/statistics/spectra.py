@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 
 from lowrank_core.linalg import eigenvalues, square_root
 from lowrank_core.models.handle import ModelHandle, weight_of
-from lowrank_core.spectra.spectrum import LayerSpectrum, Vector
+from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.statistics.calibration import LayerStatistics
+from lowrank_core.types import Progress, Vector
 
 __all__ = ["shuffled", "spectra_of"]
 
 _SHUFFLE_SEED = 0
 
 
-def spectra_of(
-    handle: ModelHandle, statistics: LayerStatistics, *, progress: Callable[[int, int], None] | None = None
-) -> tuple[LayerSpectrum, ...]:
+def spectra_of(handle: ModelHandle, statistics: LayerStatistics, *, progress: Progress | None = None) -> tuple[LayerSpectrum, ...]:
     """Return the spectrum of every compressible layer, in the order of the model.
 
     Raises:

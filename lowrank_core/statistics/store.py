@@ -30,7 +30,6 @@ from lowrank_core.wording import amount
 
 __all__ = [
     "HiddenStates",
-    "Progress",
     "StoredStatistics",
     "block_path",
     "exclusive",
@@ -40,9 +39,6 @@ __all__ = [
     "statistics_folder",
     "write_block",
 ]
-
-Progress = Callable[[int, int], None]
-"""Called with (done, total) in batches; may raise ``Cancelled``."""
 
 S = TypeVar("S", InputStatistics, OutputStatistics)
 

@@ -16,7 +16,6 @@ from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
 from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.config.flags import command_line, flags_of
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export import HeldOut, export, metrics_of, verify
 from lowrank_core.parameters import budget_of
 from lowrank_core.runs import Run, write_json
@@ -24,6 +23,7 @@ from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path,
 from lowrank_core.search.study import TrialBench, check_rules, enqueue_allocation
 from lowrank_core.statistics.directions import top_directions
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
+from lowrank_core.types import Progress
 from lowrank_core.worker import evaluations
 from lowrank_core.worker.context import WorkerContext, chosen_allocation, chosen_model, complete_trial
 from lowrank_core.worker.healing import export_healed, heal_allocation, healing_config

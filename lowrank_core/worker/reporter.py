@@ -6,13 +6,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from lowrank_core.errors import Cancelled
 from lowrank_core.runs import Run, RunStatus, process_started
+from lowrank_core.types import Progress
 from lowrank_core.worker.pace import Pace
 
 __all__ = ["Reporter"]
@@ -87,7 +88,7 @@ class Reporter:
             raise Cancelled
 
     @contextmanager
-    def stage(self, name: str, total: int = 0) -> Iterator[Callable[[int, int], None]]:
+    def stage(self, name: str, total: int = 0) -> Iterator[Progress]:
         """Announce a stage and yield its progress callback; its time is recorded, and a line goes to the log of a detached worker."""
         self.check_stop()
         began, pace = time.perf_counter(), Pace()

@@ -24,7 +24,7 @@ TORCH_FREE = (
 """What the dashboard's process is made of: whole packages, and everything in them."""
 
 STAGES = (
-    {"errors", "registration", "wording"},
+    {"errors", "types", "registration", "wording"},
     {"parameters", "files", "coverage"},
     {"config", "spectra", "documents", "linalg", "layers"},
     {"metrics", "presets"},
@@ -204,3 +204,9 @@ def test_help_answers_without_torch():
         "try:\n    main(['search', '--help'])\nexcept SystemExit:\n    pass\nassert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True)
+
+
+def test_shared_types_are_declared_once():
+    shared = ("Progress = Callable", "Vector = npt", "Result = dict", "Callable[[int, int], None]")
+    holders = {name for name, path in _modules().items() if any(words in path.read_text(encoding="utf-8") for words in shared)}
+    assert holders == {"lowrank_core.types"}

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lowrank_core.studio.energy.energy_table import EnergyCurves, PoolingCurves, Vector
+from lowrank_core.studio.energy.energy_table import EnergyCurves, PoolingCurves
 from lowrank_core.studio.shared.chart_style import (
     BLUE,
     GREEN,
@@ -19,6 +19,7 @@ from lowrank_core.studio.shared.chart_style import (
     log_rank_axis,
     log_value_axis,
 )
+from lowrank_core.types import Vector
 
 __all__ = ["band_figure", "groups_figure", "left_figure", "pooling_figure", "retained_figure"]
 

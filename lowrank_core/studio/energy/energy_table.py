@@ -15,6 +15,7 @@ from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.trial_names import kind_of, trial_label
 from lowrank_core.studio.spectra.spectrum_table import log_ranks
+from lowrank_core.types import Vector
 
 __all__ = [
     "EnergyAtRank",
@@ -29,8 +30,6 @@ __all__ = [
     "pooling_curves",
     "pooling_table",
 ]
-
-Vector = npt.NDArray[np.float64]
 
 _BAND_POINTS = 100
 _ALIKE = 0.01

@@ -23,7 +23,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from lowrank_core.allocation import Ranks
 from lowrank_core.allocation.curves import CurveRecord
@@ -31,6 +30,7 @@ from lowrank_core.parameters import Unit
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.manual.expected_kl import measured_as, predicted_kl
 from lowrank_core.studio.shared.formatting import number, percent
+from lowrank_core.types import Vector
 
 __all__ = ["LEVEL", "Expectation", "KlRegression", "expectation_help", "expectation_words"]
 
@@ -73,8 +73,6 @@ _INSIDE_LOSS = 1.5
 """Factor by which a predicted KL may leave the range of the trials' and still count as inside it."""
 _INSIDE_SHARE = 0.25
 """Part of the predicted loss that may lie in other types, or blocks, than a trial's."""
-
-Vector = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ from lowrank_core.config import TOKENS_PER_DIMENSION
 from lowrank_core.files.records import build
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run
-from lowrank_core.spectra.spectrum import LayerSpectrum, Vector
+from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studio.shared.formatting import DASH, kind_label, number
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
+from lowrank_core.types import Vector
 
 __all__ = [
     "CalibrationFacts",

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from lowrank_core.metrics import metric_named
@@ -18,6 +17,7 @@ from lowrank_core.sensitivity.records import SensitivityRecord, SensitivitySetti
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studio.shared.formatting import DASH, count, number, percent
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
+from lowrank_core.types import Vector
 
 __all__ = [
     "ESTIMATES",
@@ -40,8 +40,6 @@ __all__ = [
     "spearman",
     "type_curves",
 ]
-
-Vector = npt.NDArray[np.float64]
 
 FLOOR = 1e-9
 """Nats per token; a smaller or negative divergence is rounding, and has no place on a log scale."""

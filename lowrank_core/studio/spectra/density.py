@@ -5,16 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
 from lowrank_core.spectra.heavy_tails import bulk_density, bulk_edges, outliers
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studio.spectra.map_metrics import energies_of, tail_words
+from lowrank_core.types import Vector
 
 __all__ = ["Density", "density", "density_table"]
-
-Vector = npt.NDArray[np.float64]
 
 _BINS_PER_DECADE = 12
 _FLOOR = 1e-6  # of the mean: what lies below is rounding, or as good as nothing

@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 import numpy as np
-import numpy.typing as npt
 
 from lowrank_core.spectra.heavy_tails import outliers
 from lowrank_core.spectra.spectrum import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.studio.sensitivity.sensitivity_table import FLOOR
 from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.module_choices import RunFacts
+from lowrank_core.types import Vector
 
 __all__ = ["METRICS", "SOURCES", "Metric", "Reading", "energies_of", "offered", "tail_words"]
-
-Vector = npt.NDArray[np.float64]
 
 SOURCES: Mapping[str, str] = MappingProxyType({"features": "Features (outputs)", "weights": "Weights"})
 

@@ -19,7 +19,8 @@ from lowrank_core.studio.shared.chart_style import (
     log_value_axis,
 )
 from lowrank_core.studio.spectra.density import Density
-from lowrank_core.studio.spectra.spectrum_table import RankMark, ScreeCurves, Vector
+from lowrank_core.studio.spectra.spectrum_table import RankMark, ScreeCurves
+from lowrank_core.types import Vector
 
 __all__ = ["density_figure", "scree_figure"]
 

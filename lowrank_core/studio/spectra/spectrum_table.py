@@ -17,6 +17,7 @@ from lowrank_core.studio.shared.formatting import DASH, number
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
 from lowrank_core.studio.shared.module_choices import RunFacts
 from lowrank_core.studio.spectra.map_metrics import METRICS, SOURCES, Metric, Reading
+from lowrank_core.types import Vector
 
 __all__ = [
     "METRICS",
@@ -32,8 +33,6 @@ __all__ = [
     "scree_table",
     "spectrum_named",
 ]
-
-Vector = npt.NDArray[np.float64]
 
 ALWAYS_DRAWN = 32  # the ranks where spectra fall fastest
 CURVE_POINTS = 200
