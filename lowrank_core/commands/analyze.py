@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from lowrank_core.commands.shared import calibrated, coverage_warnings, progress_line
+from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported
+from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig
 from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.coverage import coverage_lines
-from lowrank_core.models import describe, load_model, notes_of
+from lowrank_core.models import describe, notes_of
 from lowrank_core.models.attention import find_heads
 from lowrank_core.spectra.spectrum import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.statistics.directions import top_directions
 from lowrank_core.statistics.spectra import spectra_of
-from lowrank_core.text import load_windows
 from lowrank_core.types import Result
 
 __all__ = ["analyze"]
@@ -20,10 +20,10 @@ __all__ = ["analyze"]
 def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, *, directions: tuple[str, str] | None = None) -> Result:
     """Calibrate, and return the figures of every compressible layer; with ``directions`` (module, side) what its top ones mean, too."""
     config = DirectionsConfig(*directions, batch_size=calibration.batch_size) if directions else None
-    handle = load_model(source)
+    pipeline = Pipeline(source, text, calibration=calibration, progress=progress_stage)
+    handle = pipeline.handle
     doubts, heads = coverage_warnings(handle), find_heads(handle)
-    windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
-    statistics = calibrated(handle, windows, calibration)
+    statistics = reported(pipeline.moments)
     spectra = spectra_of(handle, statistics, progress=progress_line("Spectra"))
     rows = [_spectrum_row(spectrum) for spectrum in spectra]
     lines = [f"{'layer':42} {'shape':>12} {'break-even':>10} {'eff. rank W':>12} {'eff. rank y':>12} {'90 % of y':>10} {'99 % of y':>10}"]
@@ -44,7 +44,7 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
         "warnings": [*notes_of(source.reference), *doubts, *statistics.warnings()],
     }
     if config is not None:
-        output = top_directions(handle, windows, statistics, config)
+        output = top_directions(handle, pipeline.calibration_windows, statistics, config)
         result["directions"] = output.to_mapping()
         lines += ["", output.to_text()]
     return {**result, "text": "\n".join(lines)}

@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 
 from lowrank_core.allocation import (
-    Perplexities,
     RankAllocation,
     Ranks,
     allocation_from_ranks,
@@ -18,23 +17,21 @@ from lowrank_core.allocation import (
     unspent_warning,
 )
 from lowrank_core.allocation.units import check_reachable
-from lowrank_core.commands.shared import calibrated, coverage_warnings, progress_line
+from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.compression.error_weights import measure_error_weights
-from lowrank_core.compression.pipeline import Decomposed, decompose
-from lowrank_core.compression.truncations import cost_in_words, perplexities_for
+from lowrank_core.compression.pipeline import Pipeline
+from lowrank_core.compression.truncations import cost_in_words
 from lowrank_core.compression.tuning import TuningPoint, tune
 from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
-from lowrank_core.decomposition.units import units_of
 from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_free, export, held_out
 from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
-from lowrank_core.models import ModelHandle, load_model, notes_of
+from lowrank_core.models import ModelHandle, notes_of
 from lowrank_core.parameters import Unit
-from lowrank_core.runs import statistics_home
-from lowrank_core.statistics.calibration import LayerStatistics
-from lowrank_core.text import WindowSet, load_text, load_windows
+from lowrank_core.text import load_text, load_windows
 from lowrank_core.types import Result
 
 __all__ = ["compress_to"]
@@ -51,28 +48,31 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         allocator_named(request.complete)
     if request.ranks is not None:
         read_ranks(request.ranks)
-    handle = load_model(source)
-    units = units_of(handle, request.compression)
+    pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression, progress=progress_stage)
+    handle, units = pipeline.handle, pipeline.units
     allocation = _manual(request, units)  # bad ranks are reported before minutes of calibration
     if request.compression_ratio is not None:
         check_reachable(units, request.compression_ratio, request.compression)
     narrow = coverage_warnings(handle, request.compression_ratio)
-    windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
+    _ = pipeline.calibration_windows  # a text that can't be read is reported as such
     test, lacks = _test_text(handle, text)
-    statistics = calibrated(handle, windows, request.calibration, basis=request.compression.basis)
-    compression, tuning = _tuned(handle, statistics, request, text) if request.tune else (request.compression, ())
-    decomposed = decompose(handle, statistics, compression, progress=progress_line("Factorising"))
+    statistics = reported(pipeline.statistics)
+    compression, tuning = _tuned(pipeline, request) if request.tune else (request.compression, ())
+    pipeline = pipeline.under(compression)
+    decomposed = pipeline.decomposed
     if allocation is None:
         assert request.compression_ratio is not None
         weights = _slopes(decomposed, text, request, fixed) if request.error_weights else None
         rule = request.complete or request.allocation
-        perplexities = _perplexities(decomposed, windows, rule)
-        allocation = decomposed.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights, perplexities=perplexities)
+        if allocator_named(rule).needs_perplexities:
+            cost = cost_in_words(decomposed, pipeline.calibration_windows)
+            print(f"{rule}: {cost} of calibration text, kept for the next ratio", file=sys.stderr)
+        allocation = pipeline.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights)
     unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
     doubts = (*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *_unspent(request, units, allocation), *lacks)
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
-    model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
+    model = pipeline.compress(allocation)
     provenance = {
         "preset": request.preset,
         "allocation": allocation.allocator,
@@ -145,15 +145,13 @@ def _unspent(request: CompressRequest, units: Sequence[Unit], allocation: RankAl
     return unspent_warning(units, request.compression_ratio, allocation, request.compression.rank_multiple)
 
 
-def _tuned(
-    handle: ModelHandle, statistics: LayerStatistics, request: CompressRequest, text: TextConfig
-) -> tuple[CompressionConfig, tuple[TuningPoint, ...]]:
+def _tuned(pipeline: Pipeline, request: CompressRequest) -> tuple[CompressionConfig, tuple[TuningPoint, ...]]:
     assert request.compression_ratio is not None
     config, points = tune(
-        handle,
-        statistics,
+        pipeline.handle,
+        pipeline.statistics,
         request.compression,
-        load_text(text, handle.tokenizer),
+        load_text(pipeline.text, pipeline.handle.tokenizer),
         allocator=request.allocation,
         compression_ratio=request.compression_ratio,
         progress=progress_line("Tuning"),
@@ -179,13 +177,6 @@ def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, 
         fixed=fixed,
         progress=progress_line("Measuring slopes"),
     )
-
-
-def _perplexities(decomposed: Decomposed, windows: WindowSet, rule: str) -> Perplexities:
-    """Return what ``rule`` needs to be measured; what it costs is said first."""
-    if allocator_named(rule).needs_perplexities:
-        print(f"{rule}: {cost_in_words(decomposed, windows)} of calibration text, kept for the next ratio", file=sys.stderr)
-    return perplexities_for(rule, decomposed, windows, statistics_home(), progress=progress_line("Cutting each matrix alone"))
 
 
 def _test_text(handle: ModelHandle, text: TextConfig) -> tuple[HeldOut | None, tuple[str, ...]]:

@@ -9,19 +9,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lowrank_core.allocation import RULES, allocation_from_ranks, read_allocation, unspent_parameters
-from lowrank_core.commands.shared import calibrated, progress_line
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.commands.shared import progress_stage, reported
+from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig, check_choice
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.export import check_free, export, held_out
 from lowrank_core.metrics import metric_named
-from lowrank_core.models import load_model
 from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.studies.naming import model_name, trial_label
 from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
 from lowrank_core.studies.storage import open_database
-from lowrank_core.text import load_windows
 from lowrank_core.types import Result
 from lowrank_core.worker.context import complete_trial
 from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of, unspent_of
@@ -278,16 +276,15 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
         raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
     record = complete_trial(run, _trial_number(trial))
     identity, begun = RunIdentity.of(run, EXPORT), run.config
-    handle = load_model(begun.model)
+    pipeline = Pipeline(begun.model, begun.text, calibration=begun.calibration, compression=search.compression, progress=progress_stage)
+    handle = pipeline.handle
     identity.check(identity_of_model(handle))
-    windows = load_windows(begun.text, handle.tokenizer, "calibration", count=begun.text.calibration_windows)
     test = held_out(handle, begun.text)
-    identity.check(identity_of_texts(handle, begun.calibration, windows, test.windows))
-    statistics = calibrated(handle, windows, begun.calibration, basis=search.compression.basis)
-    decomposed = decompose(handle, statistics, search.compression, progress=progress_line("Factorising"))
-    identity.check(identity_of_factors(decomposed))
-    allocation = allocation_from_ranks(f"trial {record.number}", decomposed.units, record.ranks)
-    model = decomposed.compress(allocation, windows, progress=progress_line("Fitting block by block"))
+    identity.check(identity_of_texts(handle, begun.calibration, pipeline.calibration_windows, test.windows))
+    reported(pipeline.statistics)
+    identity.check(identity_of_factors(pipeline.decomposed))
+    allocation = allocation_from_ranks(f"trial {record.number}", pipeline.units, record.ranks)
+    model = pipeline.compress(allocation)
     provenance = {**provenance_of(run, allocation), "command": command}
     figures = metrics_of_trial(run, record.number)
     written = export(model, out, provenance=provenance, config=config, figures=figures, test=test)

@@ -1,19 +1,16 @@
-"""What several commands of ``lowrank`` share: how progress is shown, and the calibration that they begin with."""
+"""What several commands of ``lowrank`` share: how progress and warnings are shown."""
 
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
-from lowrank_core.compression.pipeline import with_gradients
-from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig
+from lowrank_core.config import ModelSource, TextConfig
 from lowrank_core.models import ModelHandle, max_context
-from lowrank_core.runs import statistics_home
-from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics
-from lowrank_core.text import WindowSet
+from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.types import Progress
 
-__all__ = ["calibrated", "coverage_warnings", "fitting_context", "progress_line"]
+__all__ = ["coverage_warnings", "fitting_context", "progress_line", "progress_stage", "reported"]
 
 
 def progress_line(label: str) -> Progress:
@@ -40,12 +37,13 @@ def coverage_warnings(handle: ModelHandle, compression_ratio: float | None = Non
     return () if warning is None else (warning,)
 
 
-def calibrated(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, basis: str | None = None) -> LayerStatistics:
-    """Return the statistics of ``windows``, with what ``basis`` needs; what a user should know of them is reported."""
-    statistics, _ = cached_statistics(handle, windows, config, statistics_home(), progress=progress_line("Calibrating"))
-    if basis is not None:
-        gradients = nullcontext(progress_line("Measuring gradients"))
-        statistics = with_gradients(handle, statistics, windows, (basis,), measuring=gradients)
+def progress_stage(name: str, total: int = 0) -> AbstractContextManager[Progress]:
+    """Report the stages of a ``Pipeline`` in lines of a terminal."""
+    return nullcontext(progress_line(name))
+
+
+def reported(statistics: LayerStatistics) -> LayerStatistics:
+    """Return ``statistics``; what a user should know of them is reported."""
     for warning in statistics.warnings():
         print(f"warning: {warning}", file=sys.stderr)
     return statistics

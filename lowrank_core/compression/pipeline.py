@@ -1,175 +1,172 @@
-"""From a dense model to a compressed one in one go: units, decompositions, ranks, layers."""
+"""From a model and a text to smaller models: the one way of the commands, the worker, the benchmarks and a notebook."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping
+from functools import cached_property
 
-from lowrank_core.allocation import ALLOCATORS, AllocationProblem, Perplexities, RankAllocation, Ranks, allocate, round_ranks_down
-from lowrank_core.allocation.units import value_layers
-from lowrank_core.compression.build import CompressedModel, compress
-from lowrank_core.compression.sequential import compress_sequentially
-from lowrank_core.config import CompressionConfig
-from lowrank_core.decomposition.units import Bases, damping_of, error_curves, factorize, units_of
-from lowrank_core.metrics import ErrorMetric, metric_named, with_beta
-from lowrank_core.models.handle import ModelHandle
+from lowrank_core.allocation import RankAllocation, Ranks, allocator_named
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.compression.decomposed import Decomposed, decompose
+from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
+from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
+from lowrank_core.decomposition.units import units_of
+from lowrank_core.metrics import metric_named
+from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.parameters import Unit
+from lowrank_core.presets.recipes import DEFAULT_PRESET, Preset, preset_named
 from lowrank_core.runs import statistics_home
-from lowrank_core.statistics.calibration import LayerStatistics
+from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics
 from lowrank_core.statistics.gradients import cached_gradients
-from lowrank_core.text.windows import WindowSet
-from lowrank_core.types import Progress
+from lowrank_core.statistics.moments import OutputStatistics
+from lowrank_core.text import TokenWindows, WindowSet, load_text, load_windows
+from lowrank_core.types import Stage, silent
 
-__all__ = ["Decomposed", "decompose", "with_gradients"]
+__all__ = ["Pipeline"]
+
+_OF_COMPRESSION = ("statistics", "units", "decomposed")
+"""Stages that depend on how matrices are compressed; the others are shared."""
 
 
-@dataclass(frozen=True)
-class Decomposed:
-    """A model whose units are decomposed: compressed at any ratio from here, without another decomposition.
+class Pipeline:
+    """A model, a text, and how to compress: each stage is computed when it is first asked for, and kept.
 
-    Attributes:
-        handle: the dense model.
-        statistics: what the decompositions rest on.
-        config: how.
-        units: every unit, alternatives included.
-        bases: their nested factors.
+    ::
+
+        pipeline = Pipeline("demo", "python-stdlib")
+        for ratio in (0.2, 0.4):  # calibrated and decomposed once
+            print(pipeline.compress(ratio).report.compression_ratio)
+
+    Each stage raises ``LowRankError`` for bad input or a numerical failure, and what ``progress`` raises ends it; then it is not kept.
     """
 
-    handle: ModelHandle
-    statistics: LayerStatistics
-    config: CompressionConfig
-    units: tuple[Unit, ...]
-    bases: Bases
-
-    @property
-    def basis(self) -> ErrorMetric:
-        return with_beta(metric_named(self.config.basis), self.config.drift_beta)
-
-    @property
-    def keep_dense(self) -> tuple[str, ...]:
-        return value_layers(self.handle.shapes) if self.config.value_dense else ()
-
-    def problem(self, compression_ratio: float, *, fixed: Ranks | None = None) -> AllocationProblem:
-        """Return what an allocator would be given.
-
-        Raises:
-            ConfigError, RankError: as ``allocate``.
-        """
-        return AllocationProblem(
-            self.units,
-            compression_ratio,
-            frozenset(self.keep_dense),
-            error_curves(self.bases),
-            fixed or {},
-            influence=self.statistics.influence,
-        )
-
-    def allocate(
+    def __init__(
         self,
-        allocator: str,
-        compression_ratio: float,
+        source: ModelSource | str = "demo",
+        text: TextConfig | str = "python-stdlib",
         *,
-        fixed: Ranks | None = None,
-        weights: Mapping[str, float] | None = None,
-        perplexities: Perplexities | None = None,
-    ) -> RankAllocation:
-        """Spend the budget of ``compression_ratio``.
+        calibration: CalibrationConfig | None = None,
+        compression: CompressionConfig | Preset | str = DEFAULT_PRESET,
+        progress: Stage = silent,
+    ) -> None:
+        """Compute nothing yet.
 
         Args:
-            fixed: ranks by unit that the user chose; neither the allocator nor ``rank_multiple`` changes them.
-            weights: positive, on the errors of units (``measure_error_weights``), for an allocator that trades them.
-            perplexities: as ``perplexities_for`` measures them for an allocator that needs them.
+            source: the model, or its reference alone.
+            text: the text and its windows, or its reference alone.
+            compression: the settings, or a preset or its name, which brings its allocator along.
+            progress: is entered for each stage.
 
         Raises:
-            ConfigError: no such allocator, it can't choose between the alternatives of the config, or it needs the influence of the
-                blocks and the statistics have none, or perplexities that were not given; or ``fixed`` or ``weights`` are not those of
-                the units.
-            RankError: a fixed rank outside its limits.
-            BudgetError: the ratio can't be met.
+            ConfigError: a bad reference, or no such preset.
         """
-        result = allocate(
-            allocator,
-            self.units,
-            compression_ratio,
-            keep_dense=self.keep_dense,
-            curves=error_curves(self.bases),
-            fixed=fixed,
-            weights=weights,
-            influence=self.statistics.influence,
-            perplexities=perplexities,
-        )
-        return round_ranks_down(result, self.units, self.config.rank_multiple)
+        self.source = ModelSource(source) if isinstance(source, str) else source
+        self.text = TextConfig(text) if isinstance(text, str) else text
+        self.calibration = calibration or CalibrationConfig()
+        self.progress = progress
+        self._compress_by(compression)
 
-    def warnings(self, allocator: str, *, weighted: bool = False) -> tuple[str, ...]:
-        """Return what a user should know before trusting an allocation; ``weighted``: by measured slopes."""
-        result = []
-        if allocator in ALLOCATORS and ALLOCATORS[allocator].trades_errors and not (self.basis.comparable or weighted):
-            result.append(
-                f"{allocator} trades errors of one matrix for another's, and {self.basis.label} measures each in its own unit. "
-                "The basis two_sided makes them comparable."
-            )
-        singular = [basis for basis in self.bases.values() if math.isinf(basis.condition)]
-        if singular:
-            result.append(
-                f"{len(singular)} of {len(self.bases)} input metrics are singular (dead or duplicated features, or fewer tokens than "
-                f"dimensions; the first: {singular[0].unit.name}). Damped by {self.config.input_damping:g} of the mean eigenvalue."
-            )
-        return tuple(result)
+    def _compress_by(self, compression: CompressionConfig | Preset | str) -> None:
+        chosen = preset_named(compression) if isinstance(compression, str) else compression
+        self.preset = chosen if isinstance(chosen, Preset) else None
+        self.compression = chosen.compression if isinstance(chosen, Preset) else chosen
 
-    def compress(self, allocation: RankAllocation, calibration: WindowSet, *, progress: Progress | None = None) -> CompressedModel:
-        """Return the smaller model; a sequential basis is fitted block by block on ``calibration``.
+    def under(self, compression: CompressionConfig | Preset | str) -> Pipeline:
+        """Return a pipeline that compresses otherwise, on the same model, windows and moments."""
+        if compression == self.compression:
+            return self
+        _ = self.moments
+        result = copy.copy(self)
+        result._compress_by(compression)
+        if result.compression != self.compression:
+            for stage in _OF_COMPRESSION:
+                result.__dict__.pop(stage, None)
+        return result
 
-        Raises:
-            ConfigError, RankError, NumericalError: as ``compress`` and ``compress_sequentially``.
+    @cached_property
+    def handle(self) -> ModelHandle:
+        """The dense model."""
+        with self.progress("Loading the model", 0):
+            return load_model(self.source)
+
+    @cached_property
+    def windows(self) -> TokenWindows:
+        """Calibration, validation and test windows."""
+        self.handle.check_context(self.text.context)
+        with self.progress("Reading the text", 0):
+            return load_text(self.text, self.handle.tokenizer)
+
+    @cached_property
+    def calibration_windows(self) -> WindowSet:
+        """The calibration windows alone: the other splits of the text may be too short for one."""
+        if "windows" in self.__dict__:
+            return self.windows.calibration
+        return load_windows(self.text, self.handle.tokenizer, "calibration", count=self.text.calibration_windows)
+
+    @cached_property
+    def _measured(self) -> tuple[LayerStatistics, bool]:
+        windows = self.calibration_windows
+        with self.progress("Calibrating", windows.windows) as progress:
+            return cached_statistics(self.handle, windows, self.calibration, statistics_home(), progress=progress)
+
+    @property
+    def moments(self) -> LayerStatistics:
+        """The statistics of the inputs alone, measured once and then kept on disk."""
+        return self._measured[0]
+
+    @property
+    def calibrated_before(self) -> bool:
+        """Whether the moments were on disk already."""
+        return self._measured[1]
+
+    @cached_property
+    def _gradients(self) -> Mapping[str, OutputStatistics]:
+        windows = self.calibration_windows
+        with self.progress("Measuring gradients", windows.windows) as progress:
+            return cached_gradients(self.handle, windows, self.calibration, statistics_home(), progress=progress)
+
+    @cached_property
+    def statistics(self) -> LayerStatistics:
+        """What the error metric needs: the moments, and those of the output gradients if it weighs by them."""
+        weighed = metric_named(self.compression.basis).needs_gradients
+        return self.moments.with_outputs(self._gradients) if weighed else self.moments
+
+    @cached_property
+    def units(self) -> tuple[Unit, ...]:
+        """What is factored together."""
+        return units_of(self.handle, self.compression)
+
+    @cached_property
+    def decomposed(self) -> Decomposed:
+        """Nested factors of every unit, for any ratio."""
+        statistics, by = self.statistics, f" by {self.preset.label}" if self.preset else ""
+        with self.progress(f"Factorising{by}", len(self.units)) as progress:
+            return decompose(self.handle, statistics, self.compression, progress=progress)
+
+    def allocate(
+        self, allocator: str, compression_ratio: float, *, fixed: Ranks | None = None, weights: Mapping[str, float] | None = None
+    ) -> RankAllocation:
+        """Spend the budget of ``compression_ratio``; what the allocator needs to be measured is measured, and kept on disk.
+
+        Args and errors are those of ``Decomposed.allocate``.
         """
-        if not self.basis.sequential:
-            return compress(self.handle, self.bases, allocation)
-        return compress_sequentially(
-            self.handle,
-            calibration.first(self.config.fit_windows),
-            self.statistics,
-            self.bases,
-            allocation,
-            self.basis,
-            damping=damping_of(self.config),
-            progress=progress,
-        )
+        decomposed, perplexities = self.decomposed, None
+        if allocator_named(allocator).needs_perplexities:
+            windows = self.calibration_windows
+            with self.progress(f"Cutting each matrix alone: {cost_in_words(decomposed, windows)}", 0) as progress:
+                perplexities = measured_perplexities(decomposed, windows, statistics_home(), progress=progress)
+        return decomposed.allocate(allocator, compression_ratio, fixed=fixed, weights=weights, perplexities=perplexities)
 
+    def compress(self, ranks: float | RankAllocation, *, allocator: str | None = None) -> CompressedModel:
+        """Return a smaller model.
 
-def with_gradients(
-    handle: ModelHandle,
-    statistics: LayerStatistics,
-    windows: WindowSet,
-    bases: Iterable[str],
-    *,
-    measuring: AbstractContextManager[Progress | None] | None = None,
-) -> LayerStatistics:
-    """Return ``statistics`` with the moments of output gradients, if one of ``bases`` weighs by them: measured once, then kept at home.
-
-    Args:
-        windows: that the statistics were measured on.
-        measuring: is entered if gradients are wanted, and gives their progress.
-
-    Raises:
-        ConfigError: no such basis.
-        LowRankError: as ``cached_gradients``.
-    """
-    if not any(metric_named(name).needs_gradients for name in bases):
-        return statistics
-    with measuring or nullcontext() as progress:
-        return statistics.with_outputs(cached_gradients(handle, windows, statistics.config, statistics_home(), progress=progress))
-
-
-def decompose(
-    handle: ModelHandle, statistics: LayerStatistics, config: CompressionConfig, *, progress: Progress | None = None
-) -> Decomposed:
-    """Decompose every unit of ``handle`` under ``config``.
-
-    Raises:
-        ConfigError: no such basis, or it needs gradients that were not collected.
-        NumericalError: NaN, Inf or no convergence; names the layer.
-    """
-    units = units_of(handle, config)
-    return Decomposed(handle, statistics, config, units, factorize(handle, statistics, units, config, progress=progress))
+        Args:
+            ranks: an allocation, or a compression ratio at which ``allocator`` chooses one.
+            allocator: the preset's if there is one, else ``uniform``.
+        """
+        if not isinstance(ranks, RankAllocation):
+            ranks = self.allocate(allocator or (self.preset.allocation if self.preset else "uniform"), ranks)
+        decomposed = self.decomposed
+        with self.progress(f"Compressing by {ranks.allocator}", 0) as progress:
+            return decomposed.compress(ranks, self.calibration_windows, progress=progress)

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 
 from lowrank_core.compression.build import low_rank_layers, swap_layers
-from lowrank_core.compression.pipeline import Decomposed
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.sensitivity.planning import PlannedCell

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from lowrank_core.allocation import AllocationProblem, Perplexities, allocator_named
 from lowrank_core.compression.build import low_rank_layers, swap_layers
-from lowrank_core.compression.pipeline import Decomposed
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.errors import NumericalError, RunError
 from lowrank_core.evaluation import score_windows
 from lowrank_core.models.blocks import BlockRunner

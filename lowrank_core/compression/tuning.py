@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.truncations import perplexities_for
 from lowrank_core.config import CompressionConfig
 from lowrank_core.errors import NumericalError

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from lowrank_core.compression.build import low_rank_layers, swap_layers
-from lowrank_core.compression.pipeline import Decomposed
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import score_windows

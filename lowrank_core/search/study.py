@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks
 from lowrank_core.compression.build import low_rank_layers, swap_layers
-from lowrank_core.compression.pipeline import Decomposed
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError, RunError
 from lowrank_core.evaluation import DenseReference, WindowScores, score_windows

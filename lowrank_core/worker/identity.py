@@ -18,7 +18,7 @@ from importlib import metadata
 import optuna
 from transformers import PreTrainedTokenizerBase
 
-from lowrank_core.compression.pipeline import Decomposed
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.decomposition.units import error_curves
 from lowrank_core.errors import ConfigError

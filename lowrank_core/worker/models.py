@@ -5,19 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowrank_core.allocation import Perplexities, RankAllocation, Ranks, allocator_named
+from lowrank_core.allocation import RankAllocation, Ranks
 from lowrank_core.allocation.units import check_reachable
 from lowrank_core.compression.build import CompressedModel, CompressionReport
-from lowrank_core.compression.pipeline import Decomposed, decompose
-from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
-from lowrank_core.decomposition.units import units_of
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets.recipes import Preset, preset_named
-from lowrank_core.runs import read_json, statistics_home
+from lowrank_core.runs import read_json
 from lowrank_core.studies.records import HEALED, PRESET
 from lowrank_core.worker.context import WorkerContext, chosen_allocation
-from lowrank_core.worker.session import statistics_for
 
 __all__ = ["Subject", "subject_of"]
 
@@ -79,26 +76,9 @@ def _compressed(worker: WorkerContext, decomposed: Decomposed, allocation: RankA
 def _by_preset(worker: WorkerContext, preset: Preset) -> Subject:
     """Compress by the preset's own basis, storage and allocation, on the run's calibration and at its ratio."""
     bench, _, _ = worker.search
-    ratio, label = bench.space.compression_ratio, f"{PRESET}{preset.name}"
-    decomposed = bench.decomposed
-    if preset.compression != decomposed.config:
-        handle, compression = worker.session.handle, preset.compression
-        units = units_of(handle, compression)
-        check_reachable(units, ratio, compression)  # told before minutes of work
-        statistics = statistics_for(worker.session, compression, worker.reporter)
-        with worker.reporter.stage(f"Factorising by {preset.label}", len(units)) as progress:
-            decomposed = decompose(handle, statistics, compression, progress=progress)
-    perplexities = _perplexities(worker, decomposed, preset)
-    return _compressed(worker, decomposed, decomposed.allocate(preset.allocation, ratio, perplexities=perplexities), label)
-
-
-def _perplexities(worker: WorkerContext, decomposed: Decomposed, preset: Preset) -> Perplexities:
-    """Return what the preset's allocator needs to be measured; what was measured stays when the request is withdrawn."""
-    if not allocator_named(preset.allocation).needs_perplexities:
-        return {}
-    calibration = worker.session.windows.calibration
-    with worker.reporter.stage(f"Cutting each matrix alone: {cost_in_words(decomposed, calibration)}") as progress:
-        return measured_perplexities(decomposed, calibration, statistics_home(), progress=progress)
+    ratio, pipeline = bench.space.compression_ratio, worker.session.pipeline.under(preset)
+    check_reachable(pipeline.units, ratio, preset.compression)  # told before minutes of work
+    return _compressed(worker, pipeline.decomposed, pipeline.allocate(preset.allocation, ratio), f"{PRESET}{preset.name}")
 
 
 def _healed(worker: WorkerContext, name: str) -> Subject:

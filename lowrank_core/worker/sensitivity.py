@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.compression.sensitivity import evenly_spaced, measured_cell
 from lowrank_core.config import CompressionConfig
-from lowrank_core.decomposition.units import units_of
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.metrics import metric_named
 from lowrank_core.runs import Run
@@ -20,7 +19,7 @@ from lowrank_core.statistics.calibration import statistics_key
 from lowrank_core.statistics.gradients import gradients_key
 from lowrank_core.text import WindowSet
 from lowrank_core.worker.reporter import Reporter
-from lowrank_core.worker.session import RunContext, statistics_for
+from lowrank_core.worker.session import RunContext, compression_of
 
 __all__ = ["SensitivityBench", "SensitivityOutcome"]
 
@@ -59,7 +58,7 @@ class SensitivityBench:
         """
         handle, text = self._session.handle, self._session.windows
         windows = evenly_spaced(text.validation, config.windows)
-        compression = single_compression(_compression_of(self._run), config)
+        compression = single_compression(compression_of(self._run), config)
         setting = self._setting(compression, windows)
         path = record_path(self._run, setting)
         record = read_record(path)
@@ -114,16 +113,14 @@ class SensitivityBench:
 
     def _decomposed(self, compression: CompressionConfig) -> Decomposed:
         """Return the factors of every matrix; those of the search where it has them, next to its stacks and heads."""
-        handle = self._session.handle
-        units = units_of(handle, compression)
+        pipeline = self._session.pipeline.under(compression)
+        units = pipeline.units
         held = self._search.decomposed if self._search is not None else None
         if held is not None and single_compression(held.config, SensitivityConfig()) == compression:
             bases = {unit.name: held.bases[unit.name] for unit in units if unit.name in held.bases}
             if all(unit.name in bases and bases[unit.name].unit == unit for unit in units):
                 return replace(held, config=compression, units=units, bases=bases)
-        statistics = statistics_for(self._session, compression, self._reporter)
-        with self._reporter.stage("Factorising", len(units)) as progress:
-            return decompose(handle, statistics, compression, progress=progress)
+        return pipeline.decomposed
 
     def _reference(self, windows: WindowSet) -> DenseReference:
         """Return the log-probabilities of the dense model: their differences have no rounding that all tokens share.
@@ -136,8 +133,3 @@ class SensitivityBench:
             result = DenseReference.compute(handle, windows, batch_size=self._batch_size, reverse=not top_k, top_k=top_k, progress=progress)
         self._reporter.say(dense_warnings=result.warnings)
         return result
-
-
-def _compression_of(run: Run) -> CompressionConfig:
-    search = run.config.search
-    return search.compression if search is not None else CompressionConfig()

@@ -9,38 +9,49 @@ from dataclasses import dataclass
 from lowrank_core.allocation import unspent_warning
 from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.allocation.units import check_reachable, value_layers
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.compression.error_weights import measure_error_weights
-from lowrank_core.compression.pipeline import Decomposed, decompose, with_gradients
-from lowrank_core.config import CompressionConfig, SearchConfig, TextConfig
-from lowrank_core.decomposition.units import error_curves, units_of
+from lowrank_core.compression.pipeline import Pipeline
+from lowrank_core.config import CompressionConfig, SearchConfig
+from lowrank_core.decomposition.units import error_curves
 from lowrank_core.evaluation import DenseReference
-from lowrank_core.models import ModelHandle, describe, load_model
+from lowrank_core.models import ModelHandle, describe
 from lowrank_core.models.attention import Heads, find_heads
-from lowrank_core.runs import Run, statistics_home, write_json
+from lowrank_core.runs import Run, write_json
 from lowrank_core.search.selection import Selection, select_windows
 from lowrank_core.search.study import TrialBench
 from lowrank_core.spectra.spectrum import load_spectra, save_spectra
-from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics
+from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.spectra import spectra_of
 from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.space import SearchSpace
-from lowrank_core.text import TokenWindows, WindowSet, load_text, load_windows
+from lowrank_core.text import TokenWindows, WindowSet, load_windows
 from lowrank_core.worker.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.worker.reporter import Reporter
 
-__all__ = ["RunContext", "fingerprint", "prepare", "record_curves", "search_bench", "statistics_for"]
+__all__ = ["RunContext", "compression_of", "fingerprint", "prepare", "record_curves", "search_bench"]
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a worker keeps warm; ``text`` is where its windows come from."""
+    """What a worker keeps warm."""
 
-    handle: ModelHandle
-    windows: TokenWindows
-    statistics: LayerStatistics
-    text: TextConfig
+    pipeline: Pipeline
     notes: tuple[str, ...] = ()
     """What a user should know of the model: how little of it can be compressed, and what is not compressed by heads."""
+
+    @property
+    def handle(self) -> ModelHandle:
+        return self.pipeline.handle
+
+    @property
+    def windows(self) -> TokenWindows:
+        return self.pipeline.windows
+
+    @property
+    def statistics(self) -> LayerStatistics:
+        """Of the inputs alone."""
+        return self.pipeline.moments
 
 
 def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
@@ -54,26 +65,28 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     config = run.config
     identity = RunIdentity.of(run, RESUME if leads else JOIN)
     meet = identity.keep if leads else identity.check
-    with reporter.stage("Loading the model"):
-        handle = load_model(config.model)
-        meet(identity_of_model(handle))
+    pipeline = Pipeline(config.model, config.text, calibration=config.calibration, compression=compression_of(run), progress=reporter.stage)
+    handle = pipeline.handle
+    meet(identity_of_model(handle))
     heads = find_heads(handle)
     notes = _notes(run, handle, heads)
     reporter.say(warnings=notes)  # before work is spent
-    with reporter.stage("Reading the text"):
-        handle.check_context(config.text.context)
-        windows = load_text(config.text, handle.tokenizer)
-        meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
-        if leads:
-            write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
-            write_json(run.path / "text.json", windows.describe(config.text.seed))
-    with reporter.stage("Calibrating", windows.calibration.windows) as progress:
-        statistics, cached = cached_statistics(handle, windows.calibration, config.calibration, statistics_home(), progress=progress)
-    session = RunContext(handle, windows, statistics, config.text, notes)
+    windows = pipeline.windows
+    meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
     if leads:
-        _describe(run, session, reporter, cached)
+        write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
+        write_json(run.path / "text.json", windows.describe(config.text.seed))
+    statistics = pipeline.moments
+    session = RunContext(pipeline, notes)
+    if leads:
+        _describe(run, session, reporter)
     reporter.say(warnings=(*notes, *statistics.warnings()))
     return session
+
+
+def compression_of(run: Run) -> CompressionConfig:
+    """Return the search's way to compress, or the default where nothing is searched."""
+    return run.config.search.compression if run.config.search is not None else CompressionConfig()
 
 
 def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
@@ -86,26 +99,15 @@ def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
     return notes
 
 
-def _describe(run: Run, session: RunContext, reporter: Reporter, cached: bool) -> None:
+def _describe(run: Run, session: RunContext, reporter: Reporter) -> None:
     """Write spectra and the figures of the calibration."""
     path, handle = run.path / "spectra.npz", session.handle
     if not path.exists():
         with reporter.stage("Computing spectra", len(handle.layers)) as progress:
             save_spectra(path, spectra_of(handle, session.statistics, progress=progress))
     figures = session.statistics.describe(load_spectra(path), handle.layers)
-    write_json(run.path / "calibration.json", {**figures, "windows": session.windows.calibration.windows, "cached": cached})
-
-
-def statistics_for(session: RunContext, compression: CompressionConfig, reporter: Reporter) -> LayerStatistics:
-    """Return the statistics that the basis of ``compression`` needs: with gradients where it weighs by them.
-
-    Raises:
-        LowRankError: a numerical failure.
-        Cancelled: stopped or withdrawn.
-    """
-    calibration = session.windows.calibration
-    stage = reporter.stage("Measuring gradients", calibration.windows)
-    return with_gradients(session.handle, session.statistics, calibration, (compression.basis,), measuring=stage)
+    windows, cached = session.windows.calibration.windows, session.pipeline.calibrated_before
+    write_json(run.path / "calibration.json", {**figures, "windows": windows, "cached": cached})
 
 
 def search_bench(
@@ -118,17 +120,15 @@ def search_bench(
     Raises:
         LowRankError: the ratio can't be met, or a numerical failure.
     """
-    handle, compression = session.handle, config.compression
-    units = units_of(handle, compression)
+    handle, pipeline = session.handle, session.pipeline.under(config.compression)
+    units, compression = pipeline.units, config.compression
     dense = value_layers(handle.shapes) if compression.value_dense else ()
     plain = SearchSpace.of(
         units, config, dense, None
     )  # what can't be searched, like an unreachable ratio, is reported before minutes of work
     for ratio in filter(None, (config.compression_ratio, config.max_ratio)):
         check_reachable(units, ratio, compression)
-    statistics = statistics_for(session, compression, reporter)
-    with reporter.stage("Factorising", len(units)) as progress:
-        decomposed = decompose(handle, statistics, compression, progress=progress)
+    statistics, decomposed = pipeline.statistics, pipeline.decomposed
     allocator = "lagrangian" if config.variables == "error_weight" else ""
     reported = (*session.notes, *statistics.warnings(), *decomposed.warnings(allocator, weighted=config.error_weights))
     reporter.say(warnings=reported)
@@ -164,7 +164,7 @@ def _selected(
     known: Selection | None,
 ) -> tuple[WindowSet, Selection]:
     """Return the windows on which a search as published measures its trials, and how they were selected."""
-    pool = load_windows(session.text, session.handle.tokenizer, "validation", count=round(POOL_RATIO * config.selected_windows))
+    pool = load_windows(session.pipeline.text, session.handle.tokenizer, "validation", count=round(POOL_RATIO * config.selected_windows))
     with reporter.stage(f"Selecting {config.selected_windows} of {pool.windows} validation windows", ALLOCATIONS) as progress:
         result = select_windows(decomposed, pool, space, config, batch_size=batch_size, known=known, progress=progress)
     return result.of(pool), result

@@ -16,7 +16,7 @@ import torch
 from checkpoints import assert_cache_changes_nothing
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ModelError, RunError
 from lowrank_core.evaluation import evaluate

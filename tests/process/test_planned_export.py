@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig
 from lowrank_core.export import export
 from lowrank_core.models import ModelHandle, describe, load_model

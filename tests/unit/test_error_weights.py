@@ -9,8 +9,8 @@ import torch
 
 from lowrank_core.compression import error_weights
 from lowrank_core.compression.build import low_rank_layers, swap_layers
+from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
-from lowrank_core.compression.pipeline import Decomposed, decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows

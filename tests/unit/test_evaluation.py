@@ -8,7 +8,7 @@ import torch
 from checkpoints import VOCABULARY
 from torch.nn import functional
 
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ConfigError, ModelError, NumericalError, TextError
 from lowrank_core.evaluation import DenseReference, WindowScores, evaluate, score_windows

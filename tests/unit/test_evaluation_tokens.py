@@ -10,7 +10,7 @@ from checkpoints import VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.evaluation import EvaluationReport, evaluate, scoring
 from lowrank_core.evaluation import tokens as tokens_module

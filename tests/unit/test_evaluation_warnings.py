@@ -15,7 +15,7 @@ from checkpoints import VOCABULARY
 
 from lowrank_core.cli import main
 from lowrank_core.commands.evaluate import _one, _several
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, RunConfig
 from lowrank_core.evaluation import DenseReference, EvaluationReport, evaluate
 from lowrank_core.evaluation.intervals import Sample, bootstrap_interval

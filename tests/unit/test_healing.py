@@ -14,7 +14,7 @@ from checkpoints import VOCABULARY
 from torch import nn
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.compression.quantization import quantized_handle
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.config.healing import HEALER_LABELS, HealingConfig

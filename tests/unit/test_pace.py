@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, RunConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import Cancelled

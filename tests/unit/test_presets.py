@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lowrank_core.allocation import ALLOCATORS, allocator_named
 from lowrank_core.allocation.units import value_layers
-from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.truncations import perplexities_for
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, SearchConfig
 from lowrank_core.errors import ConfigError

@@ -10,7 +10,7 @@ from checkpoints import assert_cache_changes_nothing
 from torch import nn
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.compression.quantization import quantized, quantized_handle
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.errors import ConfigError

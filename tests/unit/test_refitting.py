@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from operands import gradients, inputs_of, layer_data, random, rows, second_moment
 from torch import Tensor
 
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit, refit_unit
 from lowrank_core.decomposition.units import factorize, units_of

@@ -11,7 +11,7 @@ import torch
 
 from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.compression.build import compress
-from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.sensitivity import evenly_spaced, measured_cell
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, RunConfig, TextConfig, from_mapping, to_mapping
 from lowrank_core.errors import ConfigError, RunError

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks
 from lowrank_core.compression.build import CompressedModel, compress
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.compression.sequential import _CrossAccumulator, compress_sequentially
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.decomposition.factorization import Damping

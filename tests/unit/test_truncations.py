@@ -17,7 +17,7 @@ from lowrank_core.allocation import AllocationProblem, allocate
 from lowrank_core.allocation.truncation_search import _kept
 from lowrank_core.compression import truncations
 from lowrank_core.compression.build import low_rank_layers, swap_layers
-from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.truncations import KEPT, WINDOWS, cost_in_words, measured_perplexities, perplexities_for, planned_truncations
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.errors import Cancelled, ConfigError, RunError

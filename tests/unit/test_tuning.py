@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lowrank_core.cli import main
-from lowrank_core.compression.pipeline import decompose
+from lowrank_core.compression.decomposed import decompose
 from lowrank_core.compression.tuning import BETAS, DAMPINGS, TuningPoint, _best, tune
 from lowrank_core.config import CalibrationConfig, CompressionConfig, TextConfig
 from lowrank_core.errors import ConfigError, NumericalError

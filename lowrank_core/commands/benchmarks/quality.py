@@ -11,18 +11,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.pipeline import decompose, with_gradients
+from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.compression.quantization import quantized
-from lowrank_core.compression.truncations import perplexities_for
-from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
+from lowrank_core.config import ModelSource, RunConfig, TextConfig
 from lowrank_core.errors import LowRankError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.metrics import metric_named
 from lowrank_core.presets.recipes import PRESETS, VARIANTS, Preset, search_by
-from lowrank_core.runs import create_run, statistics_home
-from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics
+from lowrank_core.runs import create_run
 from lowrank_core.studies.records import best_trial, read_trials
-from lowrank_core.text import TokenWindows, load_text
 from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
 from lowrank_core.worker.context import chosen_model
 from lowrank_core.worker.main import run_worker
@@ -68,22 +65,19 @@ class QualityRow:
 
 @dataclass(frozen=True)
 class _Table:
-    handle: ModelHandle
-    windows: TokenWindows
-    statistics: LayerStatistics
+    pipeline: Pipeline
     int8: bool = False
 
     def rows(self, preset: Preset, ratios: Sequence[float]) -> Iterator[QualityRow]:
         """Decompose once, and yield a row for each ratio."""
         began = time.perf_counter()
-        decomposed = decompose(self.handle, self.statistics, preset.compression)
+        pipeline = self.pipeline.under(preset)
+        _ = pipeline.decomposed
         shared = time.perf_counter() - began
         for ratio in ratios:
             began = time.perf_counter()
             try:
-                perplexities = perplexities_for(preset.allocation, decomposed, self.windows.calibration, statistics_home())
-                allocation = decomposed.allocate(preset.allocation, ratio, perplexities=perplexities)
-                model = decomposed.compress(allocation, self.windows.calibration)
+                model = pipeline.compress(ratio)
             except LowRankError as error:
                 yield replace(_named(preset, ratio), error=str(error))
                 continue
@@ -91,7 +85,7 @@ class _Table:
 
     def measured(self, row: QualityRow, model: CompressedModel, seconds: float) -> QualityRow:
         try:
-            report = evaluate(model.handle, self.windows.test, against=self.handle)
+            report = evaluate(model.handle, self.pipeline.windows.test, against=self.pipeline.handle)
             row = self._in_int8(row, model) if self.int8 else row
         except LowRankError as error:
             return replace(row, removed=model.report.compression_ratio, error=str(error))
@@ -112,7 +106,7 @@ class _Table:
 
     def _in_int8(self, row: QualityRow, model: CompressedModel) -> QualityRow:
         small = quantized(model)
-        report = evaluate(small.handle, self.windows.test, against=self.handle)
+        report = evaluate(small.handle, self.pipeline.windows.test, against=self.pipeline.handle)
         return replace(row, int8_bytes=small.report.bytes_after, int8_perplexity=report.perplexity, int8_kl=report.kl)
 
 
@@ -141,13 +135,11 @@ def quality_table(
     Raises:
         LowRankError: model or text can't be used.
     """
-    handle = load_model(source)
-    handle.check_context(text.context)
-    windows = load_text(text, handle.tokenizer)
     recipes = [*presets, *(VARIANTS.values() if variants else ())]
-    statistics, _ = cached_statistics(handle, windows.calibration, CalibrationConfig(), statistics_home())
-    statistics = with_gradients(handle, statistics, windows.calibration, [recipe.compression.basis for recipe in recipes])
-    table = _Table(handle, windows, statistics, int8)
+    weighed = [recipe for recipe in recipes if metric_named(recipe.compression.basis).needs_gradients]
+    pipeline = Pipeline(source, text, compression=(weighed or recipes)[0])
+    _ = pipeline.windows, pipeline.statistics  # measured before the first clock is started
+    table = _Table(pipeline, int8)
     rows: list[QualityRow] = []
     for recipe in recipes:
         rows += table.rows(recipe, ratios)

@@ -13,7 +13,7 @@ from lowrank_core.allocation import Ranks
 from lowrank_core.commands.benchmarks.layer_speed import layer_rows
 from lowrank_core.commands.benchmarks.speed_rows import TURNS, SpeedRow, compared
 from lowrank_core.compression.build import low_rank_layers, swap_layers
-from lowrank_core.compression.pipeline import Decomposed, decompose
+from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.models import ModelHandle, load_model
