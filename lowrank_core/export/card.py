@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lowrank_core.compression.build import CompressionReport
 from lowrank_core.export.base_model import BaseModel
 from lowrank_core.export.manifest import ExportManifest
+from lowrank_core.files.weights import REGISTERING
 from lowrank_core.wording import NO_INTERVAL, fixed_interval
 
 __all__ = ["model_card", "rank_rows", "with_todays_loading"]
@@ -20,8 +21,8 @@ _REFUSAL = """
 
 In any other way (`from_pretrained`, `pipeline`, `transformers serve`) transformers warns of a quantization type that it does not know,
 and refuses the folder: its error speaks of mismatched sizes. Don't follow its advice to set `ignore_mismatched_sizes`: the compressed
-layers would be random. Import `lowrank_core` first. Other runtimes (vLLM, llama.cpp, ONNX) don't read these factors: for them, export
-the dense form (`--form dense`)."""
+layers would be random. Import `lowrank_core.models.hf` first. Other runtimes (vLLM, llama.cpp, ONNX) don't read these factors: for them,
+export the dense form (`--form dense`)."""
 
 
 def model_card(manifest: ExportManifest, report: CompressionReport, base: BaseModel) -> str:
@@ -152,7 +153,7 @@ def _loading_section(form: str, *, with_code: bool) -> str:
     if form == "dense":
         ways.append(("With transformers, or any runtime that reads its checkpoints", "", ""))
     else:
-        ways.append(("With lowrank-studio installed", "import lowrank_core  # tells transformers of the format\n", ""))
+        ways.append(("With lowrank-studio installed", REGISTERING, ""))
     if with_code:
         ways.append(("Without it, by the code in this folder", "", ", trust_remote_code=True"))
     text = "\n\n".join(

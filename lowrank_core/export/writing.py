@@ -29,9 +29,9 @@ __all__ = ["export"]
 
 def export(
     model: CompressedModel,
-    folder: Path,
+    folder: Path | str,
     *,
-    provenance: Mapping[str, object],
+    provenance: Mapping[str, object] | None = None,
     config: ExportConfig | None = None,
     figures: Mapping[str, object] | None = None,
     test: HeldOut | None = None,
@@ -54,7 +54,7 @@ def export(
         ModelError: a dense merge that the architecture has no place for.
         NumericalError: a weight overflows in the dtype that it is written in, or a loss is not finite.
     """
-    config = config or ExportConfig()
+    config, provenance, folder = config or ExportConfig(), provenance or {}, Path(folder)
     if config.quantization != "none":
         model = quantized(model, scales=_stored_dtype(model, config))
     base = base_model_of(model.handle.reference)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from lowrank_core.errors import ModelError
 
-__all__ = ["WeightFiles", "read_object", "unguarded_note", "weight_files"]
+__all__ = ["REGISTERING", "WeightFiles", "read_object", "unguarded_note", "weight_files"]
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -114,10 +114,14 @@ def _shards(folder: Path, index: str) -> tuple[str, ...]:
     return tuple(names)
 
 
+REGISTERING = "import lowrank_core.models.hf  # registers the format with transformers\n"
+"""The line before ``from_pretrained`` reads a folder of factors."""
+
+
 def unguarded_note(folder: Path) -> str:
     """Return what a user should know of a folder of factors that an earlier version wrote, in a line (``models.guard``)."""
     return (
-        f"{folder} was written by an earlier version: where lowrank_core is not imported it loads with random weights and no error. "
+        f"{folder} was written by an earlier version: without `import lowrank_core.models.hf` it loads with random weights, and no error. "
         f"Rewrite it: lowrank export --from {folder} --out NEW."
     )
 

@@ -25,8 +25,6 @@ from lowrank_core.config import ExportConfig, ModelSource
 from lowrank_core.errors import ConfigError, ModelError, NumericalError
 from lowrank_core.export import export
 from lowrank_core.models import load_model
-from lowrank_core.models.hf import METHOD
-from lowrank_core.registration import METHOD as ANNOUNCED
 
 ROOT = Path(__file__).parents[2]
 CASES = ("llama", "llama-centred", "gpt2", "gpt2-centred", "qwen2", "qwen2-centred", "biased-centred")
@@ -40,6 +38,7 @@ if {first!r} == "transformers":
 else:
     import lowrank_core
     assert "torch" not in sys.modules and "transformers" not in sys.modules
+    import lowrank_core.models.hf
     from transformers import AutoModelForCausalLM
 import torch
 torch.set_num_threads(1)
@@ -125,10 +124,6 @@ def test_a_folder_with_code_loads_where_our_package_is_absent(models: dict[str, 
     _run(WITHOUT_OURS, folders, tmp_path / "modules", "-I")
     for case, folder in folders.items():
         np.testing.assert_allclose(np.load(f"{folder}.code.npy"), logits_of(models[case].handle.module).numpy(), atol=1e-5, err_msg=case)
-
-
-def test_the_format_has_one_name():
-    assert METHOD == ANNOUNCED
 
 
 @pytest.mark.parametrize("case", CASES)

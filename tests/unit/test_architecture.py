@@ -24,7 +24,7 @@ TORCH_FREE = (
 """What the dashboard's process is made of: whole packages, and everything in them."""
 
 STAGES = (
-    {"errors", "types", "registration", "wording"},
+    {"errors", "types", "wording"},
     {"parameters", "files", "coverage"},
     {"config", "spectra", "documents", "linalg", "layers"},
     {"metrics", "presets"},

@@ -82,7 +82,7 @@ def test_the_text_has_method_sizes_ranks_figures_and_command(folder: Path, model
     assert "| healed | 1.500 | 1.250 to 1.750 |" in card
     assert card.count("random tokens, calibration split: 40 non-overlapping windows of 16 tokens") == 2
     assert "```bash\nlowrank compress --model here\n```" in card
-    assert "import lowrank_core" in card
+    assert "import lowrank_core.models.hf  # registers" in card
     assert "trust_remote_code" not in card
 
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from lowrank_core.errors import ModelError, RunError
 from lowrank_core.files.records import build
-from lowrank_core.files.weights import weight_files
+from lowrank_core.files.weights import REGISTERING, weight_files
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.studio.compare.comparison import Export, exports
 from lowrank_core.studio.shared.formatting import number
@@ -245,7 +245,7 @@ def loading_of(path: Path, form: str, *, with_code: bool) -> tuple[Loading, ...]
     """Return the ways to load a folder: in Python, and by a server where one knows the form."""
     ways = [("With transformers, or any runtime that reads its checkpoints", "", "")]
     if form != "dense":
-        ways = [("With this package installed", "import lowrank_core  # tells transformers of the format\n", "")]
+        ways = [("With this package installed", REGISTERING, "")]
     if with_code:
         ways.append(("Without it, by the code in the folder", "", ", trust_remote_code=True"))
     served = (Loading("With a server", f"vllm serve {shlex.quote(str(path))}", "bash"),) if form == "dense" else ()

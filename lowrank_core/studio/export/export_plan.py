@@ -246,7 +246,7 @@ def runtimes(config: ExportConfig) -> pd.DataFrame:
         (
             "transformers, with this package installed",
             True,
-            "as any model" if dense else "after `import lowrank_core`",
+            "as any model" if dense else "after `import lowrank_core.models.hf`",
         ),
         (
             "transformers alone",
