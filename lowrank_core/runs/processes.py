@@ -24,7 +24,7 @@ def python_environment(**changes: str) -> dict[str, str]:
     A checkout that is not installed is found, too. Entries of PYTHONPATH are made absolute, and empty ones are left out: Python takes
     them relative to the new process's working directory.
     """
-    package_root = str(Path(__file__).resolve().parents[1])
+    package_root = str(Path(__file__).resolve().parents[2])
     entries = [str(Path(entry).absolute()) for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     result = {"PYTHONPATH": os.pathsep.join(dict.fromkeys([package_root, *entries])), "PYTHONSAFEPATH": "1"}
     return {**os.environ, **result, **changes}

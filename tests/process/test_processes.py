@@ -92,4 +92,4 @@ def test_one_place_alone_starts_interpreters():
     result = [
         str(path.relative_to(ROOT)) for path in paths if re.search(r"sys\.executable|\bmultiprocessing\b", path.read_text(encoding="utf-8"))
     ]
-    assert result == ["lowrank_core/processes.py"]
+    assert result == ["lowrank_core/runs/processes.py"]
