@@ -106,7 +106,7 @@ def submit(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> 
 
     A search that was stopped or interrupted stays so: the worker only answers.
 
-    Kinds: ``compare`` (trial: a number, an allocator's name, ``preset:NAME`` or ``healed:FOLDER``; also in the next four),
+    Kinds: ``compare`` (trial: as ``ModelRef.parse`` reads it; also in the next four),
     ``other_text`` (trial, text: a text's reference), ``tokens`` (trial, and text or window: a test window's number), ``generate``
     (trial, prompt, tokens, temperature, seed), ``speed`` (trial, memory, and fields of ``SpeedConfig``),
     ``export`` (trial, or under ``healed`` the folder of a healed model, and fields of ``ExportConfig``),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.presets.recipes import PRESETS
-from lowrank_core.studies.records import MANUAL, PRESET, TrialRecord
+from lowrank_core.studies.model_ref import ModelRef
+from lowrank_core.studies.records import MANUAL, TrialRecord
 
 __all__ = ["model_name", "trial_label"]
 
@@ -34,12 +34,13 @@ def model_name(label: str, trials: Sequence[TrialRecord] = ()) -> str:
 
 
 def _name(label: str, trials: Sequence[TrialRecord]) -> str:
-    if label.startswith(PRESET) and (preset := PRESETS.get(label.removeprefix(PRESET))) is not None:
-        return f"Preset: {preset.label}"
-    number = re.fullmatch(r"trial (\d+)", label)
-    alike = [trial for trial in trials if trial.number == int(number[1])] if number else [t for t in trials if t.label == label != MANUAL]
+    ref = ModelRef.find(label)
+    if ref is not None and ref.kind == "preset" and ref.name in PRESETS:
+        return f"Preset: {PRESETS[ref.name].label}"
+    number = ref.number if ref is not None else None
+    alike = [trial for trial in trials if (trial.number == number if number is not None else trial.label == label != MANUAL)]
     if len(alike) == 1:  # a search over a range of ratios has a rule's allocation at each end
         return trial_label(alike[0])
-    if number:
-        return f"Trial {number[1]}"
+    if number is not None:
+        return f"Trial {number}"
     return ALLOCATORS[label].label if label in ALLOCATORS else label

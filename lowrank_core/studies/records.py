@@ -20,9 +20,7 @@ from lowrank_core.runs import Run
 from lowrank_core.studies.storage import open_database, open_journal
 
 __all__ = [
-    "HEALED",
     "MANUAL",
-    "PRESET",
     "TrialCounts",
     "TrialRecord",
     "best_trial",
@@ -37,8 +35,6 @@ __all__ = [
 
 MANUAL = "manual"
 """Label of a manual allocation."""
-PRESET, HEALED = "preset:", "healed:"
-"""What a request puts before the name of a preset, or of a healed model's folder, in place of a trial."""
 
 
 @dataclass(frozen=True)

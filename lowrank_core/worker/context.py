@@ -14,6 +14,7 @@ from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import EvaluationReport
 from lowrank_core.runs import Run
 from lowrank_core.search.study import TrialBench
+from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import TrialRecord, best_trial, pareto_front, read_trials
 from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.sensitivity import SensitivityBench
@@ -115,17 +116,18 @@ def complete_trial(run: Run, number: int | None) -> TrialRecord:
     return chosen
 
 
-def chosen_allocation(run: Run, bench: TrialBench, trial: object) -> RankAllocation:
-    """Return the allocation of ``trial``: a number, None or ``best``, or an allocator's name.
+def chosen_allocation(run: Run, bench: TrialBench, model: object) -> RankAllocation:
+    """Return the allocation of the trial or the allocator that ``model`` refers to, as ``ModelRef.parse`` reads it.
 
     Raises:
         ConfigError: there is no such trial.
     """
-    if isinstance(trial, str) and trial in ALLOCATORS:
-        return bench.space.by_allocator(trial, bench.space.compression_ratio, influence=bench.decomposed.statistics.influence)
-    if trial is not None and trial != "best" and type(trial) is not int:
-        raise ConfigError(f"trial must be a number, `best` or one of {', '.join(ALLOCATORS)}; got {trial!r}.")
-    record = complete_trial(run, trial if type(trial) is int else None)
+    ref = ModelRef.parse(model)
+    if not ref.searched:
+        raise ConfigError(f"{ref} is no allocation of this run's search. Give a trial's number, `best` or one of {', '.join(ALLOCATORS)}.")
+    if ref.kind == "allocator":
+        return bench.space.by_allocator(ref.name, bench.space.compression_ratio, influence=bench.decomposed.statistics.influence)
+    record = complete_trial(run, ref.number)
     config = run.config.search
     single = config is not None and config.max_ratio is None
     # Only a rule at the one ratio of the search is known by its name; a second manual trial would pass for the first.
@@ -133,11 +135,11 @@ def chosen_allocation(run: Run, bench: TrialBench, trial: object) -> RankAllocat
     return allocation_from_ranks(label, bench.space.units, record.ranks)
 
 
-def chosen_model(run: Run, session: RunContext, bench: TrialBench, trial: object) -> tuple[RankAllocation, CompressedModel]:
-    """Return what ``trial`` (a number, None or ``best``, or an allocator's name) allocates, and the model compressed so.
+def chosen_model(run: Run, session: RunContext, bench: TrialBench, model: object) -> tuple[RankAllocation, CompressedModel]:
+    """Return the allocation as ``chosen_allocation`` does, and the model compressed so.
 
     Raises:
         ConfigError: there is no such trial.
     """
-    allocation = chosen_allocation(run, bench, trial)
+    allocation = chosen_allocation(run, bench, model)
     return allocation, bench.decomposed.compress(allocation, session.windows.calibration)

@@ -16,9 +16,10 @@ from lowrank_core.evaluation.texts import losses_of, tokens_of_text
 from lowrank_core.export import export
 from lowrank_core.runs.client import TEMPERATURE, results_of
 from lowrank_core.speed import SpeedConfig, compare_speed
+from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.text import WindowSet, load_windows
 from lowrank_core.worker.context import WorkerContext
-from lowrank_core.worker.models import Subject, subject_of
+from lowrank_core.worker.models import BuiltModel, built_model
 
 __all__ = ["KINDS"]
 
@@ -58,16 +59,16 @@ def _check_unchanged(worker: WorkerContext, reference: str, windows: WindowSet) 
 
 def _measured(worker: WorkerContext, arguments: Mapping[str, object], windows: WindowSet, where: str) -> Answer:
     bench, _, _ = worker.search
-    subject = subject_of(worker, arguments.get("trial"))
-    with worker.reporter.stage(f"Measuring {subject.label} on {where}", windows.windows) as progress:
-        report = evaluate(subject.handle, windows, against=worker.session.handle, batch_size=bench.batch_size, progress=progress)
-    if subject.of_search and windows is worker.session.windows.test:
-        worker.evaluations.keep(subject.ranks, report)
+    model = built_model(worker, ModelRef.parse(arguments.get("trial")))
+    with worker.reporter.stage(f"Measuring {model.label} on {where}", windows.windows) as progress:
+        report = evaluate(model.handle, windows, against=worker.session.handle, batch_size=bench.batch_size, progress=progress)
+    if model.of_search and windows is worker.session.windows.test:
+        worker.evaluations.keep(model.ranks, report)
     return {
         "trial": arguments.get("trial"),
-        "label": subject.label,
-        "ranks": dict(subject.ranks),
-        "report": _rounded(report.to_mapping()) | _flops(subject),
+        "label": model.label,
+        "ranks": dict(model.ranks),
+        "report": _rounded(report.to_mapping()) | _flops(model),
     }
 
 
@@ -86,8 +87,8 @@ def _rounded(report: Mapping[str, object]) -> dict[str, object]:
     return result
 
 
-def _flops(subject: Subject) -> dict[str, object]:
-    report = subject.report
+def _flops(model: BuiltModel) -> dict[str, object]:
+    report = model.report
     return {} if report is None else {"flops": report.model_flops_after, "dense_flops": report.model_flops_before}
 
 
@@ -105,13 +106,13 @@ def _tokens(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
         left_out = test.context - len(ids)
     else:
         raise ConfigError(f"window must be a number from 0 to {test.windows - 1}; got {window!r}. Or give a text.")
-    subject = subject_of(worker, arguments.get("trial"))
-    with worker.reporter.stage(f"Reading a text with {subject.label}"):
-        result = losses_of(subject.handle, session.handle, ids)
+    model = built_model(worker, ModelRef.parse(arguments.get("trial")))
+    with worker.reporter.stage(f"Reading a text with {model.label}"):
+        result = losses_of(model.handle, session.handle, ids)
     protocol = f"{source}: {len(result.nll)} tokens predicted, {'BOS first' if test.bos else 'no BOS'}"
     return {
         "trial": arguments.get("trial"),
-        "label": subject.label,
+        "label": model.label,
         "window": window if given is None else None,
         "left_out": left_out,
         "protocol": protocol + (f", {left_out} more tokens left out" if left_out else ""),
@@ -124,43 +125,43 @@ def _generate(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     prompt = str(arguments.get("prompt", ""))
     tokens, seed = int(str(arguments.get("tokens", 64))), int(str(arguments.get("seed", 0)))
     temperature = float(str(arguments.get("temperature", TEMPERATURE)))
-    subject = subject_of(worker, arguments.get("trial"))
-    with worker.reporter.stage(f"Continuing the prompt with {subject.label}"):
+    model = built_model(worker, ModelRef.parse(arguments.get("trial")))
+    with worker.reporter.stage(f"Continuing the prompt with {model.label}"):
         texts = {
             name: continue_prompt(handle, prompt, tokens=tokens, seed=seed, temperature=temperature)
-            for name, handle in (("dense_text", worker.session.handle), ("compressed_text", subject.handle))
+            for name, handle in (("dense_text", worker.session.handle), ("compressed_text", model.handle))
         }
     chosen = {"prompt": prompt, "tokens": tokens, "seed": seed, "temperature": temperature}
-    return {"trial": arguments.get("trial"), "label": subject.label, **chosen, **texts}
+    return {"trial": arguments.get("trial"), "label": model.label, **chosen, **texts}
 
 
 def _speed(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
     """Time both models in turns; peak memory, if asked for, in a fresh process for each."""
     config = from_mapping(SpeedConfig, {f.name: arguments[f.name] for f in fields(SpeedConfig) if f.name in arguments})
     config.check_fits(worker.session.handle)
-    subject, source = subject_of(worker, arguments.get("trial")), worker.run.config.model
+    model, source = built_model(worker, ModelRef.parse(arguments.get("trial"))), worker.run.config.model
     rounds = 2 * (config.rounds + config.warmup)
     with tempfile.TemporaryDirectory(dir=worker.run.path, prefix="speed-") as folder:
-        sources = (source, _on_disk(worker, subject, Path(folder))) if arguments.get("memory", True) else None
-        with worker.reporter.stage(f"Timing {subject.label} and the dense model in turns", rounds) as progress:
-            result = compare_speed(worker.session.handle, subject.handle, config, sources=sources, progress=progress)
+        sources = (source, _on_disk(worker, model, Path(folder))) if arguments.get("memory", True) else None
+        with worker.reporter.stage(f"Timing {model.label} and the dense model in turns", rounds) as progress:
+            result = compare_speed(worker.session.handle, model.handle, config, sources=sources, progress=progress)
     return {
         "trial": arguments.get("trial"),
-        "label": subject.label,
+        "label": model.label,
         "config": asdict(config),
         **result.to_mapping(),
-        **_flops(subject),
+        **_flops(model),
     }
 
 
-def _on_disk(worker: WorkerContext, subject: Subject, folder: Path) -> ModelSource:
+def _on_disk(worker: WorkerContext, model: BuiltModel, folder: Path) -> ModelSource:
     """Return where a fresh process finds the model; one that was only built is written to ``folder`` for as long as that takes."""
     source = worker.run.config.model
-    if subject.folder is not None:
-        return replace(source, reference=str(subject.folder))
-    assert subject.report is not None
-    with worker.reporter.stage(f"Writing {subject.label} to measure its memory"):
-        export(CompressedModel(subject.handle, subject.report), folder / "model", provenance={"allocation": subject.label})
+    if model.folder is not None:
+        return replace(source, reference=str(model.folder))
+    assert model.report is not None
+    with worker.reporter.stage(f"Writing {model.label} to measure its memory"):
+        export(CompressedModel(model.handle, model.report), folder / "model", provenance={"allocation": model.label})
     return replace(source, reference=str(folder / "model"))
 
 

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import torch
 
-from lowrank_core.allocation import ALLOCATORS, RankAllocation, allocation_from_ranks, unspent_words
+from lowrank_core.allocation import RankAllocation, allocation_from_ranks, unspent_words
 from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
 from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.config.flags import command_line, flags_of
@@ -22,6 +22,7 @@ from lowrank_core.runs import Run, write_json
 from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path, result_path, results_of
 from lowrank_core.search.study import TrialBench, check_rules, enqueue_allocation
 from lowrank_core.statistics.directions import top_directions
+from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
 from lowrank_core.types import Progress
 from lowrank_core.worker import evaluations
@@ -57,12 +58,13 @@ def export_trial(
 ) -> str:
     """Write the compressed model of ``trial`` under the run's exports, and return its folder; one that is there is kept."""
     config = config or ExportConfig()
-    allocation = chosen_allocation(run, bench, trial)
+    ref = ModelRef.parse(trial)
+    allocation = chosen_allocation(run, bench, ref)
     folder = run.path / "exports" / config.folder_name(allocation.allocator)
     if not folder.exists():
         with _told(reporter, "Building the compressed model") as progress:
             model = bench.decomposed.compress(allocation, session.windows.calibration, progress=progress)
-        number = complete_trial(run, trial if type(trial) is int else None).number if trial not in ALLOCATORS else None
+        number = None if ref.kind == "allocator" else complete_trial(run, ref.number).number
         provenance = provenance_of(run, allocation) | ({} if number is None else {"command": _command(run, number, folder.name, config)})
         figures = {} if number is None else metrics_of_trial(run, number)
         test = HeldOut(run.config.text, session.windows.test)

@@ -13,14 +13,14 @@ from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets.recipes import Preset, preset_named
 from lowrank_core.runs import read_json
-from lowrank_core.studies.records import HEALED, PRESET
+from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.worker.context import WorkerContext, chosen_allocation
 
-__all__ = ["Subject", "subject_of"]
+__all__ = ["BuiltModel", "built_model"]
 
 
 @dataclass(frozen=True)
-class Subject:
+class BuiltModel:
     """A compressed model, ready to be measured.
 
     Attributes:
@@ -40,8 +40,8 @@ class Subject:
     of_search: bool = False
 
 
-def subject_of(worker: WorkerContext, trial: object) -> Subject:
-    """Return the model that ``trial`` names: a number, None or ``best``, an allocator, ``preset:NAME`` or ``healed:FOLDER``.
+def built_model(worker: WorkerContext, ref: ModelRef) -> BuiltModel:
+    """Return the model that ``ref`` refers to.
 
     Requests in a row for the same one share it.
 
@@ -51,41 +51,41 @@ def subject_of(worker: WorkerContext, trial: object) -> Subject:
         NumericalError: a decomposition failed; names the layer.
         Cancelled: stopped or withdrawn.
     """
-    result = worker.last_built.take(trial, lambda: _built(worker, trial))
-    assert isinstance(result, Subject)
+    result = worker.last_built.take(ref, lambda: _built(worker, ref))
+    assert isinstance(result, BuiltModel)
     return result
 
 
-def _built(worker: WorkerContext, trial: object) -> Subject:
-    if isinstance(trial, str) and trial.startswith(PRESET):
-        return _by_preset(worker, preset_named(trial.removeprefix(PRESET)))
-    if isinstance(trial, str) and trial.startswith(HEALED):
-        return _healed(worker, trial.removeprefix(HEALED))
+def _built(worker: WorkerContext, ref: ModelRef) -> BuiltModel:
+    if ref.kind == "preset":
+        return _by_preset(worker, preset_named(ref.name), str(ref))
+    if ref.kind == "healed":
+        return _healed(worker, ref.name)
     bench, _, _ = worker.search
-    allocation = chosen_allocation(worker.run, bench, trial)
+    allocation = chosen_allocation(worker.run, bench, ref)
     return _compressed(worker, bench.decomposed, allocation, allocation.allocator)
 
 
-def _compressed(worker: WorkerContext, decomposed: Decomposed, allocation: RankAllocation, label: str) -> Subject:
+def _compressed(worker: WorkerContext, decomposed: Decomposed, allocation: RankAllocation, label: str) -> BuiltModel:
     with worker.reporter.stage(f"Compressing by {label}") as progress:
         model: CompressedModel = decomposed.compress(allocation, worker.session.windows.calibration, progress=progress)
     bench, _, _ = worker.search
-    return Subject(label, model.handle, dict(allocation.ranks), model.report, of_search=decomposed is bench.decomposed)
+    return BuiltModel(label, model.handle, dict(allocation.ranks), model.report, of_search=decomposed is bench.decomposed)
 
 
-def _by_preset(worker: WorkerContext, preset: Preset) -> Subject:
+def _by_preset(worker: WorkerContext, preset: Preset, label: str) -> BuiltModel:
     """Compress by the preset's own basis, storage and allocation, on the run's calibration and at its ratio."""
     bench, _, _ = worker.search
     ratio, pipeline = bench.space.compression_ratio, worker.session.pipeline.under(preset)
     check_reachable(pipeline.units, ratio, preset.compression)  # told before minutes of work
-    return _compressed(worker, pipeline.decomposed, pipeline.allocate(preset.allocation, ratio), f"{PRESET}{preset.name}")
+    return _compressed(worker, pipeline.decomposed, pipeline.allocate(preset.allocation, ratio), label)
 
 
-def _healed(worker: WorkerContext, name: str) -> Subject:
+def _healed(worker: WorkerContext, name: str) -> BuiltModel:
     folder = worker.run.path / "exports" / Path(name).name
     request = read_json(worker.run.path / "healed" / Path(name).name / "request.json")
     if not name or request is None or not folder.is_dir():
         raise ConfigError(f"this run has no healed model {name!r}. Heal an allocation first.")
     with worker.reporter.stage(f"Loading {request.get('label')}"):
         handle = load_model(replace(worker.run.config.model, reference=str(folder)))
-    return Subject(str(request.get("label")), handle, {}, folder=folder)
+    return BuiltModel(str(request.get("label")), handle, {}, folder=folder)

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from lowrank_core.runs import Run, client
-from lowrank_core.studio.shared.model_refs import Subject, request_words
+from lowrank_core.studies.model_ref import ModelKey
+from lowrank_core.studio.shared.model_refs import request_words
 from lowrank_core.studio.shared.run_list import is_working, status_words
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
@@ -22,7 +23,7 @@ def why_not(run: Run) -> str | None:
     return _RECORDED if run.recorded else None
 
 
-def submit(run: Run, kind: str, subjects: Sequence[Subject], **arguments: object) -> None:
+def submit(run: Run, kind: str, subjects: Sequence[ModelKey], **arguments: object) -> None:
     """Leave a request of ``kind`` for each of ``subjects``, and draw the page again."""
     ask_all(run, [(kind, {"trial": subject, **arguments}) for subject in subjects])
 

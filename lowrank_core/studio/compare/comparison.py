@@ -14,7 +14,8 @@ from lowrank_core.parameters import budget_of
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import JsonMapping
 from lowrank_core.runs.client import BACKGROUND
-from lowrank_core.studies.records import HEALED, MANUAL, PRESET, TrialRecord
+from lowrank_core.studies.model_ref import ModelRef
+from lowrank_core.studies.records import MANUAL, TrialRecord
 from lowrank_core.studio.shared.trial_names import model_name, trial_label
 
 __all__ = [
@@ -104,7 +105,7 @@ class Comparison:
     @property
     def given(self) -> bool:
         """Whether a rule or a published recipe made it, not a search."""
-        return self.label in ALLOCATORS or self.label.startswith(PRESET)
+        return (ref := ModelRef.find(self.label)) is not None and ref.kind in ("allocator", "preset")
 
 
 def unspent_notes(result: Sequence[Comparison], search: SearchConfig) -> list[str]:
@@ -113,7 +114,8 @@ def unspent_notes(result: Sequence[Comparison], search: SearchConfig) -> list[st
 
 
 def _unspent(shown: Comparison, search: SearchConfig) -> tuple[str, ...]:
-    preset = PRESETS.get(shown.label.removeprefix(PRESET)) if shown.label.startswith(PRESET) else None
+    ref = ModelRef.find(shown.label)
+    preset = PRESETS.get(ref.name) if ref is not None and ref.kind == "preset" else None
     if preset is None and search.max_ratio is not None:
         return ()
     multiple = (preset.compression if preset else search.compression).rank_multiple
@@ -146,9 +148,7 @@ _ELSEWHERE = ("measure", "directions", *BACKGROUND)
 def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
     """Return the label under which the worker files ``trial``, a number or an allocator's name."""
     record = next((record for record in trials if record.number == trial), None)
-    if record is not None and record.label in ALLOCATORS:
-        return record.label
-    return trial if isinstance(trial, str) else f"trial {trial}"
+    return record.label if record is not None and record.label in ALLOCATORS else ModelRef.parse(trial).label
 
 
 def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
@@ -162,8 +162,8 @@ def filed_as(body: JsonMapping) -> str:
 
 
 def _key(body: JsonMapping) -> str:
-    trial = body.get("trial")
-    return trial if isinstance(trial, str) and trial.startswith(HEALED) else filed_as(body)
+    ref = ModelRef.find(body.get("trial"))
+    return str(ref) if ref is not None and ref.kind == "healed" else filed_as(body)
 
 
 def comparisons(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Comparison]:
@@ -179,7 +179,7 @@ def comparisons(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = (
             key = _key(body)
             newest[key] = _comparison(body, key)
         elif body.get("kind") == "heal":
-            key = f"{HEALED}{body.get('folder') or body.get('label')}"
+            key = str(ModelRef("healed", str(body.get("folder") or body.get("label"))))
             newest[key] = _comparison(body, key)
             before = str(body.get("label")).partition(", healed")[0]
             newest.setdefault(before, _comparison(body, before, "one_shot"))
@@ -187,7 +187,7 @@ def comparisons(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = (
 
 
 def _comparison(body: JsonMapping, key: str, report: str = "report") -> Comparison:
-    healed = key.startswith(HEALED)
+    healed = (ref := ModelRef.find(key)) is not None and ref.kind == "healed"
     return build(
         Comparison,
         _measured_body(body, report),
@@ -313,7 +313,8 @@ def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
 
 def _is_preset(body: JsonMapping) -> bool:
     arguments = body.get("arguments")
-    return isinstance(arguments, dict) and str(arguments.get("trial")).startswith(PRESET)
+    ref = ModelRef.find(arguments.get("trial")) if isinstance(arguments, dict) else None
+    return ref is not None and ref.kind == "preset"
 
 
 def refusals(bodies: Sequence[JsonMapping]) -> dict[str, str]:

@@ -8,19 +8,17 @@ from lowrank_core.allocation import ALLOCATORS, RULES
 from lowrank_core.config import SearchConfig
 from lowrank_core.presets.differences import COMMON
 from lowrank_core.presets.recipes import PRESETS
-from lowrank_core.studies.records import HEALED, PRESET, TrialRecord
+from lowrank_core.studies.model_ref import ModelKey, ModelRef
+from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studies.space import BASELINES
 from lowrank_core.studio.compare.comparison import Comparison, label_of
 from lowrank_core.studio.compare.healing_runs import Healing
 from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.trial_names import answers_of, model_name, trial_label
 
-__all__ = ["PRESET_KEYS", "Subject", "candidates", "healable", "preset_notes", "request_words", "unmeasured", "usual_choice"]
+__all__ = ["PRESET_KEYS", "candidates", "healable", "preset_notes", "request_words", "unmeasured", "usual_choice"]
 
-Subject = int | str
-"""A trial's number, an allocator's name, ``preset:NAME`` or ``healed:FOLDER``."""
-
-PRESET_KEYS: tuple[Subject, ...] = tuple(f"{PRESET}{name}" for name in PRESETS)
+PRESET_KEYS: tuple[ModelKey, ...] = tuple(ModelRef("preset", name).key for name in PRESETS)
 
 _KINDS = {
     "compare": "measuring on test text",
@@ -39,7 +37,7 @@ _KINDS = {
 
 def candidates(
     trials: Sequence[TrialRecord], search: SearchConfig, healings: Sequence[Healing] = (), picked: int | None = None
-) -> dict[Subject, str]:
+) -> dict[ModelKey, str]:
     """Return what can be measured: complete trials (the best one first, or the Pareto front), healed models, what allocators choose,
     and presets. Empty without a complete trial.
 
@@ -52,15 +50,17 @@ def candidates(
     first = [trial.number for trial in results]
     complete = sorted((trial for trial in trials if trial.state == "complete"), key=lambda trial: (trial.value or 0.0, trial.number))
     others = [trial for trial in complete if trial.number == picked or search.max_ratio is not None or trial.label not in ALLOCATORS]
-    result: dict[Subject, str] = {
+    result: dict[ModelKey, str] = {
         trial.number: _trial_label(trial, search) for trial in (*results, *(trial for trial in others if trial.number not in first))
     }
     at = "" if search.max_ratio is None else f" at {percent(search.compression_ratio, 0)} removed"
-    healed: dict[Subject, str] = {f"{HEALED}{each.folder}": f"Healed: {each.name}" for each in healings if each.report is not None}
-    rules: dict[Subject, str] = {
+    healed: dict[ModelKey, str] = {
+        ModelRef("healed", each.folder).key: f"Healed: {each.name}" for each in healings if each.report is not None
+    }
+    rules: dict[ModelKey, str] = {
         name: f"{'Baseline' if name in BASELINES else 'Allocator'}: {method.label}{at}" for name, method in RULES.items()
     }
-    presets: dict[Subject, str] = {f"{PRESET}{name}": f"Preset: {preset.label}{at}" for name, preset in PRESETS.items()}
+    presets: dict[ModelKey, str] = {ModelRef("preset", name).key: f"Preset: {preset.label}{at}" for name, preset in PRESETS.items()}
     return result | healed | rules | presets
 
 
@@ -69,28 +69,28 @@ def _trial_label(trial: TrialRecord, search: SearchConfig) -> str:
     return f"{trial_label(trial)}, {removed}value {number(trial.value, 4)}"
 
 
-def preset_notes(chosen: Sequence[Subject]) -> list[str]:
+def preset_notes(chosen: Sequence[ModelKey]) -> list[str]:
     """Return of each chosen preset that is named after a paper where it departs from it, and at the end what all presets do."""
-    presets = [PRESETS[str(key).removeprefix(PRESET)] for key in chosen if key in PRESET_KEYS]
+    presets = [PRESETS[ModelRef.parse(key).name] for key in chosen if key in PRESET_KEYS]
     notes = [f"**{preset.label}** ({preset.reference}): {preset.differs}" for preset in presets if preset.differs]
     return [*notes, COMMON] if notes else []
 
 
-def usual_choice(result: Mapping[Subject, str], trials: Sequence[TrialRecord], picked: int | None) -> list[Subject]:
+def usual_choice(result: Mapping[ModelKey, str], trials: Sequence[TrialRecord], picked: int | None) -> list[ModelKey]:
     """Return what is chosen before the user chooses: the picked trial or the first of all, and the baselines that it is not."""
     first = picked if picked in result else next(iter(result))
     assert first is not None
     return [first, *(name for name in BASELINES if name in result and name != label_of(first, trials))]
 
 
-def healable(result: Mapping[Subject, str]) -> dict[Subject, str]:
+def healable(result: Mapping[ModelKey, str]) -> dict[ModelKey, str]:
     """Return those that are allocations of the run's own search: they can be healed and exported."""
-    return {key: label for key, label in result.items() if not str(key).startswith((PRESET, HEALED))}
+    return {key: label for key, label in result.items() if ModelRef.parse(key).searched}
 
 
 def unmeasured(
-    subjects: Sequence[Subject], trials: Sequence[TrialRecord], result: Sequence[Comparison], waiting: Sequence[Mapping[str, object]] = ()
-) -> list[Subject]:
+    subjects: Sequence[ModelKey], trials: Sequence[TrialRecord], result: Sequence[Comparison], waiting: Sequence[Mapping[str, object]] = ()
+) -> list[ModelKey]:
     """Return those of ``subjects`` that have no measurement in ``found``, nor wait for one among the requests ``waiting``."""
     asked = {_argument(request, "trial") for request in waiting}
     known = {comparison.key for comparison in result}
@@ -105,8 +105,8 @@ def _argument(request: Mapping[str, object], name: str) -> object:
 def request_words(request: Mapping[str, object]) -> str:
     """Return what a request asks for: ``Trial 3: measuring on test text``."""
     kind, trial = str(request.get("kind")), _argument(request, "trial")
-    label = f"trial {trial}" if isinstance(trial, int) else trial.removeprefix(HEALED) if isinstance(trial, str) else ""
-    name = model_name(label)
+    ref = None if trial is None else ModelRef.find(trial)
+    name = "" if ref is None else model_name(ref.name if ref.kind == "healed" else ref.label)
     text = _argument(request, "text") if kind == "other_text" else None
     words = _KINDS.get(kind, kind) + (f" ({text})" if text else "")
     return f"{name}: {words}" if name else words

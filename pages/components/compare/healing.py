@@ -11,10 +11,10 @@ from lowrank_core.config import to_mapping
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import options_of
 from lowrank_core.runs import Run
+from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.healing_chart import healing_figure
 from lowrank_core.studio.compare.healing_runs import Healing, curve_table, ends_in_words, healings
 from lowrank_core.studio.shared.formatting import count, number, percent
-from lowrank_core.studio.shared.model_refs import Subject
 from pages.components.boundary import boundary
 from pages.components.charts import chart
 from pages.components.request_controls import submit, why_not
@@ -26,7 +26,7 @@ _FIRST = {"method": 300, "steps": 150, "cross_entropy": 210}
 """What stands outside of Advanced, and how wide it is."""
 
 
-def form(run: Run, result: Mapping[Subject, str], first: Subject) -> None:
+def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
     """Draw the choice of an allocation, the settings of a healing, and the button that has it healed."""
     options = list(result)
     index = options.index(first) if first in options else 0

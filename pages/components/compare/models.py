@@ -7,17 +7,18 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from lowrank_core.runs import Run, client
+from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import Comparison
 from lowrank_core.studio.shared.formatting import percent
-from lowrank_core.studio.shared.model_refs import PRESET_KEYS, Subject, preset_notes, unmeasured, usual_choice
+from lowrank_core.studio.shared.model_refs import PRESET_KEYS, preset_notes, unmeasured, usual_choice
 from pages.components import state
 from pages.components.request_controls import submit, why_not
 
 __all__ = ["choose"]
 
 
-def choose(run: Run, options: Mapping[Subject, str], trials: Sequence[TrialRecord], result: Sequence[Comparison]) -> list[Subject]:
+def choose(run: Run, options: Mapping[ModelKey, str], trials: Sequence[TrialRecord], result: Sequence[Comparison]) -> list[ModelKey]:
     """Draw the choice of models and the buttons that have them measured on test text; return the choice."""
     picked = state.selection().trial
     chosen = st.multiselect(

@@ -8,8 +8,8 @@ import streamlit as st
 
 from lowrank_core.runs import Run
 from lowrank_core.runs.client import TEMPERATURE
+from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.continuations import Prompt
-from lowrank_core.studio.shared.model_refs import Subject
 from pages.components.request_controls import submit, why_not
 
 __all__ = ["show"]
@@ -17,7 +17,7 @@ __all__ = ["show"]
 _PROMPT = "def mean(values):\n    "
 
 
-def show(run: Run, chosen: Sequence[Subject], result: Sequence[Prompt]) -> None:
+def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Prompt]) -> None:
     """Draw the form, and the prompts that were continued, the newest open."""
     _form(run, chosen)
     for position, entry in enumerate(result):
@@ -30,7 +30,7 @@ def show(run: Run, chosen: Sequence[Subject], result: Sequence[Prompt]) -> None:
                 right.code(text, language=None, wrap_lines=True)
 
 
-def _form(run: Run, chosen: Sequence[Subject]) -> None:
+def _form(run: Run, chosen: Sequence[ModelKey]) -> None:
     with st.form("prompt_form"):
         prompt = st.text_area("Prompt", _PROMPT, key="prompt", height=110)
         with st.container(horizontal=True, vertical_alignment="bottom"):

@@ -7,12 +7,13 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from lowrank_core.runs import Run, client
+from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import Comparison, warnings_of
 from lowrank_core.studio.compare.comparison_chart import ratio_figure
 from lowrank_core.studio.compare.second_text import other_text
 from lowrank_core.studio.overview.source_checks import TEXTS, check_text
-from lowrank_core.studio.shared.model_refs import Subject, unmeasured
+from lowrank_core.studio.shared.model_refs import unmeasured
 from pages.components import tables
 from pages.components.boundary import boundary
 from pages.components.charts import chart
@@ -32,7 +33,7 @@ def say(own: Sequence[Comparison], others: Mapping[str, Sequence[Comparison]]) -
 
 def show(
     run: Run,
-    chosen: Sequence[Subject],
+    chosen: Sequence[ModelKey],
     trials: Sequence[TrialRecord],
     own: Sequence[Comparison],
     others: Mapping[str, Sequence[Comparison]],
@@ -75,7 +76,7 @@ def show(
 
 def _form(
     run: Run,
-    chosen: Sequence[Subject],
+    chosen: Sequence[ModelKey],
     trials: Sequence[TrialRecord],
     own: Sequence[Comparison],
     others: Mapping[str, Sequence[Comparison]],

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import streamlit as st
 
 from lowrank_core.runs import Run
+from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.comparison_chart import speedup_figure
 from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, speed_table, speedup_table
-from lowrank_core.studio.shared.model_refs import Subject
 from pages.components import tables
 from pages.components.charts import chart
 from pages.components.request_controls import submit, why_not
@@ -17,7 +17,7 @@ from pages.components.request_controls import submit, why_not
 __all__ = ["show"]
 
 
-def show(run: Run, chosen: Sequence[Subject], result: Sequence[Speed]) -> None:
+def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Speed]) -> None:
     """Draw the form, and what was timed."""
     _form(run, chosen)
     if not result:
@@ -45,7 +45,7 @@ def show(run: Run, chosen: Sequence[Subject], result: Sequence[Speed]) -> None:
         st.caption(f"Protocol: {speed.protocol}." + (f" Memory: {speed.memory}." if speed.memory else " Memory was not measured."))
 
 
-def _form(run: Run, chosen: Sequence[Subject]) -> None:
+def _form(run: Run, chosen: Sequence[ModelKey]) -> None:
     with st.form("speed_form"), st.container(horizontal=True, vertical_alignment="bottom"):
         batch = st.number_input("Batch", 1, 64, 1, key="speed_batch", width=110, help="Prompts that are continued at once.")
         prompt = st.number_input("Prompt tokens", 1, 8192, 128, key="speed_prompt", width=150)

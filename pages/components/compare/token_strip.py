@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from lowrank_core.runs import Run
+from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.loss_details import WindowTable
 from lowrank_core.studio.compare.token_losses import TokenStrip, worst_tokens
 from lowrank_core.studio.compare.token_losses_chart import strip_html
 from lowrank_core.studio.overview.text_facts import text_facts
-from lowrank_core.studio.shared.model_refs import Subject
 from lowrank_core.studio.shared.spreadsheet import csv_of
 from pages.components import tables
 from pages.components.request_controls import submit, why_not
@@ -22,7 +22,7 @@ _SOURCES = {"window": "A test window", "text": "A text of mine"}
 _TEXT = "def mean(values):\n    return sum(values) / len(values)\n"
 
 
-def show(run: Run, chosen: Mapping[Subject, str], result: Sequence[TokenStrip], windows: WindowTable | None) -> None:
+def show(run: Run, chosen: Mapping[ModelKey, str], result: Sequence[TokenStrip], windows: WindowTable | None) -> None:
     """Draw the form that asks for a text, and the texts that were read; ``windows`` says where most is lost."""
     _form(run, chosen, windows)
     if not result:
@@ -59,7 +59,7 @@ def show(run: Run, chosen: Mapping[Subject, str], result: Sequence[TokenStrip], 
     )
 
 
-def _form(run: Run, chosen: Mapping[Subject, str], windows: WindowTable | None) -> None:
+def _form(run: Run, chosen: Mapping[ModelKey, str], windows: WindowTable | None) -> None:
     if not chosen:
         st.caption("Choose a model above.")
         return
