@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lowrank_core.files.records import build
+from lowrank_core.config.mapping import build
 
 __all__ = ["Direction", "Directions", "TokenHit"]
 

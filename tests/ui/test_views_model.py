@@ -19,8 +19,8 @@ from synthetic import (
     model_json,
 )
 
+from lowrank_core.config.mapping import build
 from lowrank_core.errors import ModelError, RunError, TextError
-from lowrank_core.files.records import build
 from lowrank_core.runs import write_json
 from lowrank_core.studio.overview import source_checks, text_facts
 from lowrank_core.studio.overview.checkpoint import read_model
@@ -93,7 +93,7 @@ def test_a_record_without_a_key_is_a_message_that_names_it():
 
 
 def test_a_record_with_a_wrong_kind_of_value_is_a_message():
-    with pytest.raises(RunError, match="windows holds 'many'"):
+    with pytest.raises(RunError, match="windows: expected int, got 'many'"):
         build(text_facts.SplitFacts, {"name": "test", "windows": "many", "tokens": 1}, "text.json")
 
 

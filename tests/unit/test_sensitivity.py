@@ -175,7 +175,7 @@ def test_matrices_are_factorised_one_by_one_whatever_the_run_does(llama: ModelHa
         ({"kept": []}, "at least one kept ratio"),
         ({"kept": [1.0]}, r"between 0 and 1 .* got 1\.0"),
         ({"kept": ["half"]}, "got 'half'"),
-        ({"kept": 0.5}, "kept must be a list"),
+        ({"kept": 0.5}, "kept: expected list, got 0.5"),
         ({"scopes": ["layer"]}, "scopes must be some of type, module; got layer"),
         ({"windows": 0}, "windows must be at least 1"),
         ({"basis": "magic"}, "basis must be one of"),

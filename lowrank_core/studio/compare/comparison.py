@@ -9,7 +9,7 @@ import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS, unspent_words
 from lowrank_core.config import SearchConfig
-from lowrank_core.files.records import build
+from lowrank_core.config.mapping import build
 from lowrank_core.parameters import budget_of
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import JsonMapping

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowrank_core.files.records import build
+from lowrank_core.config.mapping import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import MANUAL, TrialRecord
 from lowrank_core.studio.shared.trial_names import model_name

@@ -11,7 +11,7 @@ import pandas as pd
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.config import SearchConfig
 from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
-from lowrank_core.files.records import build
+from lowrank_core.config.mapping import build
 from lowrank_core.runs import Run, read_json
 from lowrank_core.runs.healing_records import HealingPoint, HealingReport, read_history, read_report
 from lowrank_core.studies.records import TrialRecord

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
+from lowrank_core.config.mapping import build
 from lowrank_core.errors import RunError
-from lowrank_core.files.records import build
 from lowrank_core.studio.compare.comparison import Comparison
 from lowrank_core.studio.shared.formatting import DASH, interval_words, number
 

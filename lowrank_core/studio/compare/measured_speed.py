@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_core.files.records import build
+from lowrank_core.config.mapping import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import filed_as

@@ -12,8 +12,8 @@ from statistics import median
 
 import pandas as pd
 
+from lowrank_core.config.mapping import build
 from lowrank_core.errors import ModelError, RunError
-from lowrank_core.files.records import build
 from lowrank_core.files.weights import REGISTERING, weight_files
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.studio.compare.comparison import Export, exports

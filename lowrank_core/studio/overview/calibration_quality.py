@@ -10,7 +10,7 @@ from types import MappingProxyType
 import pandas as pd
 
 from lowrank_core.config import TOKENS_PER_DIMENSION
-from lowrank_core.files.records import build
+from lowrank_core.config.mapping import build
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_core.files.records import build
+from lowrank_core.config.mapping import build
 from lowrank_core.runs import Run
 from lowrank_core.studies.published import ALLOCATIONS
 

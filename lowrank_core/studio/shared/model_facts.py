@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass, field
 
 import pandas as pd
 
+from lowrank_core.config.mapping import build
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import RunError
-from lowrank_core.files.records import build
 from lowrank_core.parameters import HeadUnit, MatrixShape
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.studio.shared.formatting import kind_label

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
-from lowrank_core.files.records import build
+from lowrank_core.config.mapping import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studies.records import TrialRecord
