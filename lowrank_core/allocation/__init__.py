@@ -6,6 +6,7 @@ from lowrank_core.allocation.base import ErrorCurves, Perplexities, RankAllocati
 from lowrank_core.allocation.block_influence import BLOCK_INFLUENCE
 from lowrank_core.allocation.draft import Draft, DraftHistory, began
 from lowrank_core.allocation.energy import ENERGY
+from lowrank_core.allocation.former_names import current_name, with_current_names
 from lowrank_core.allocation.files import AllocationFile, parse_allocation, read_allocation, read_ranks
 from lowrank_core.allocation.lagrangian import LAGRANGIAN
 from lowrank_core.allocation.lord_manual import LORD_MANUAL
@@ -36,6 +37,7 @@ __all__ = [
     "allocation_from_ranks",
     "allocator_named",
     "began",
+    "current_name",
     "round_down",
     "kept_fractions",
     "module_group",
@@ -47,6 +49,7 @@ __all__ = [
     "unspent_parameters",
     "unspent_warning",
     "unspent_words",
+    "with_current_names",
 ]
 
 _METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, TRUNCATION_SEARCH, LAGRANGIAN)
@@ -58,11 +61,12 @@ RULES: dict[str, Allocator] = {name: method for name, method in ALLOCATORS.items
 
 
 def allocator_named(name: str) -> Allocator:
-    """Return the allocator ``name``.
+    """Return the allocator ``name``, which may be that of an earlier version.
 
     Raises:
         ConfigError: there is none; the message lists those that are.
     """
+    name = current_name(name)
     check_choice("allocation", name, ALLOCATORS)
     return ALLOCATORS[name]
 
@@ -99,7 +103,7 @@ def allocate(
     problem = AllocationProblem(
         tuple(units), ratio, frozenset(keep_dense), curves, fixed or {}, weights or {}, influence, perplexities or {}
     )
-    return allocation_from_ranks(name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed)
+    return allocation_from_ranks(rule.name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed)
 
 
 def round_down(rank: int, multiple: int) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.allocation import ALLOCATORS, current_name
 from lowrank_core.cli.options import (
     Command,
     add_options,
@@ -33,10 +33,10 @@ def add(command: Command) -> None:
     add_options(parser, CalibrationConfig)
     add_options(parser, SearchConfig, only=("compression_ratio", "error_weights"))
     compression_options(parser, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
-    parser.add_argument("--allocation", metavar="A", help=f"one of {', '.join(ALLOCATORS)} (default: the preset's, or uniform)")
+    parser.add_argument("--allocation", metavar="A", type=current_name, help=f"one of {', '.join(ALLOCATORS)} (default: the preset's, or uniform)")
     parser.add_argument("--tune", action="store_true", help="choose the gradient damping and a drift-aware basis's β on validation text")
     parser.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
-    parser.add_argument("--complete", metavar="A", help="keep the locked ranks of the file, and spend the rest of the budget by A")
+    parser.add_argument("--complete", metavar="A", type=current_name, help="keep the locked ranks of the file, and spend the rest of the budget by A")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
     add_options(parser, ExportConfig)
     parser.set_defaults(run=run)

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from lowrank_core.allocation import RULES
+from lowrank_core.allocation import RULES, current_name
 from lowrank_core.cli.options import (
     Command,
     add_options,
@@ -44,7 +44,7 @@ def add(command: Command) -> None:
 
 def _place_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ranks", type=Path, metavar="FILE", help="a manual allocation, measured first")
-    parser.add_argument("--complete", metavar="A", help="complete a partial --ranks within the budget by an allocation")
+    parser.add_argument("--complete", metavar="A", type=current_name, help="complete a partial --ranks within the budget by an allocation")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: %(default)s)")
     parser.add_argument("--storage-url", metavar="URL", help="keep the study in a database, where workers of other machines join it")
     _run_option(parser, required=True, meaning="new folder for the run")
@@ -73,7 +73,7 @@ def _add_worker(parser: argparse.ArgumentParser) -> None:
 def _add_enqueue(parser: argparse.ArgumentParser) -> None:
     _run_option(parser, required=True)
     parser.add_argument("--ranks", required=True, type=Path, metavar="FILE", help="JSON of layer name to rank or null (dense)")
-    parser.add_argument("--complete", metavar="A", help=f"complete a partial choice within the budget: {', '.join(RULES)}")
+    parser.add_argument("--complete", metavar="A", type=current_name, help=f"complete a partial choice within the budget: {', '.join(RULES)}")
     json_option(parser)
     parser.set_defaults(run=run_enqueue)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from lowrank_core.allocation import with_current_names
 from lowrank_core.errors import RunError
 from lowrank_core.runs import JsonMapping, Run, RunStatus, read_json, write_json
 from lowrank_core.runs.processes import python_command, python_environment
@@ -145,7 +146,7 @@ def pending_requests(run: Run) -> list[dict[str, object]]:
     if not folder.is_dir():
         return []
     waiting = [path for path in sorted(folder.glob("[0-9]*.json")) if not result_path(run, path.stem).exists()]
-    result = [body for path in waiting if (body := read_json(path)) is not None]
+    result = [with_current_names(body) for path in waiting if (body := read_json(path)) is not None]
     return sorted(result, key=lambda body: body.get("kind") in BACKGROUND)
 
 
@@ -162,7 +163,7 @@ def results(run: Run) -> list[JsonMapping]:
     """
     folder = run.path / "results"
     paths = sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
-    return [body for path in paths if (body := read_json(path)) is not None]
+    return [with_current_names(body) for path in paths if (body := read_json(path)) is not None]
 
 
 def results_of(run: Run, kind: str) -> list[JsonMapping]:

@@ -17,7 +17,7 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks
+from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, current_name
 from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import SearchConfig
@@ -148,7 +148,7 @@ def _pruner(config: SearchConfig) -> BasePruner:
 
 
 def _enqueue_baselines(study: optuna.Study, config: SearchConfig, space: SearchSpace) -> None:
-    present = {t.user_attrs.get("baseline") for t in study.get_trials(deepcopy=False) if not _was_lost(t)}
+    present = {current_name(t.user_attrs.get("baseline", "")) for t in study.get_trials(deepcopy=False) if not _was_lost(t)}
     for baseline in (*space.baselines(), *space.first_points(config)):
         if baseline.key in present:
             continue
@@ -268,7 +268,7 @@ class _Measurement:
 
     def __init__(self, trial: Trial, bench: TrialBench, config: SearchConfig) -> None:
         self._trial, self._bench, self._config = trial, bench, config
-        self._label = trial.user_attrs.get("label", "sampled")
+        self._label = current_name(trial.user_attrs.get("label", "sampled"))
         self._losses: list[float] = []
 
     def run(self) -> float | tuple[float, float]:

@@ -15,6 +15,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
+from lowrank_core.allocation import current_name
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run
 from lowrank_core.studies.storage import open_database, open_journal
@@ -154,7 +155,7 @@ def _record(trial: FrozenTrial) -> TrialRecord:
     return TrialRecord(
         number=trial.number,
         state="infeasible" if complete and any(excess > 0 for excess in trial.constraints.values()) else _STATES[trial.state],
-        label=attributes.get("label", "sampled"),
+        label=current_name(attributes.get("label", "sampled")),
         value=trial.values[-1] if complete else None,
         params=dict(trial.params),
         ranks=_ranks(attributes.get("ranks", "{}")),

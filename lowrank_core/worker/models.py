@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from lowrank_core.allocation import RankAllocation, Ranks
+from lowrank_core.allocation import RankAllocation, Ranks, with_current_names
 from lowrank_core.allocation.units import check_reachable
 from lowrank_core.compression.build import CompressedModel, CompressionReport
 from lowrank_core.compression.decomposed import Decomposed
@@ -88,4 +88,4 @@ def _healed(worker: WorkerContext, name: str) -> BuiltModel:
         raise ConfigError(f"this run has no healed model {name!r}. Heal an allocation first.")
     with worker.reporter.stage(f"Loading {request.get('label')}"):
         handle = load_model(replace(worker.run.config.model, reference=str(folder)))
-    return BuiltModel(str(request.get("label")), handle, {}, folder=folder)
+    return BuiltModel(str(with_current_names(request).get("label")), handle, {}, folder=folder)

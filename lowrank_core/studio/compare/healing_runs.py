@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.allocation import ALLOCATORS, with_current_names
 from lowrank_core.config import SearchConfig
 from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
 from lowrank_core.config.mapping import build
@@ -73,6 +73,7 @@ def healings(run: Run) -> list[Healing]:
         body = read_json(folder / "request.json")
         if body is None:
             continue
+        body = with_current_names(body)
         history = read_history(folder)
         paths = [path for name in ("history.json", "report.json", "request.json") if (path := folder / name).exists()]
         result.append(
