@@ -6,8 +6,8 @@ from lowrank_core.allocation.base import ErrorCurves, Perplexities, RankAllocati
 from lowrank_core.allocation.block_influence import BLOCK_INFLUENCE
 from lowrank_core.allocation.draft import Draft, DraftHistory, began
 from lowrank_core.allocation.energy import ENERGY
-from lowrank_core.allocation.former_names import current_name, with_current_names
 from lowrank_core.allocation.files import AllocationFile, parse_allocation, read_allocation, read_ranks
+from lowrank_core.allocation.former_names import current_name, with_current_names
 from lowrank_core.allocation.lagrangian import LAGRANGIAN
 from lowrank_core.allocation.lord_manual import LORD_MANUAL
 from lowrank_core.allocation.problem import AllocationProblem, Allocator

@@ -14,7 +14,7 @@ _KEYS = ("label", "trial", "allocation", "complete")
 
 
 def current_name(label: str) -> str:
-    """Return ``label`` with today's name of the allocator that it begins with: ``marginal, healed by distill`` and ``marginal 0.4``, too."""
+    """Return ``label`` with today's name of the allocator that it begins with: also of ``marginal, healed by distill``."""
     return _NAME.sub(lambda match: _FORMER[match[1]], label, count=1) if _NAME.match(label) else label
 
 

@@ -12,6 +12,7 @@ from lowrank_core.cli.options import (
     chosen_preset,
     compression_options,
     config_of,
+    factors_of,
     given_options,
     model_options,
     recorded,
@@ -19,7 +20,7 @@ from lowrank_core.cli.options import (
     text_of,
     text_options,
 )
-from lowrank_core.config import CalibrationConfig, CompressionConfig, CompressRequest, ExportConfig, SearchConfig
+from lowrank_core.config import CalibrationConfig, CompressRequest, ExportConfig, SearchConfig
 from lowrank_core.presets.recipes import DEFAULT_PRESET
 from lowrank_core.types import Result
 
@@ -33,10 +34,17 @@ def add(command: Command) -> None:
     add_options(parser, CalibrationConfig)
     add_options(parser, SearchConfig, only=("compression_ratio", "error_weights"))
     compression_options(parser, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
-    parser.add_argument("--allocation", metavar="A", type=current_name, help=f"one of {', '.join(ALLOCATORS)} (default: the preset's, or uniform)")
+    parser.add_argument(
+        "--allocation",
+        metavar="A",
+        type=current_name,
+        help=f"one of {', '.join(ALLOCATORS)} (default: the preset's; else that of the search in --config, or uniform)",
+    )
     parser.add_argument("--tune", action="store_true", help="choose the gradient damping and a drift-aware basis's β on validation text")
     parser.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
-    parser.add_argument("--complete", metavar="A", type=current_name, help="keep the locked ranks of the file, and spend the rest of the budget by A")
+    parser.add_argument(
+        "--complete", metavar="A", type=current_name, help="keep the locked ranks of the file, and spend the rest of the budget by A"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
     add_options(parser, ExportConfig)
     parser.set_defaults(run=run)
@@ -56,8 +64,8 @@ def _request(arguments: argparse.Namespace) -> CompressRequest:
         preset=preset.name if preset else "",
         tune=arguments.tune,
         calibration=config_of(arguments, CalibrationConfig),
-        compression=config_of(arguments, CompressionConfig, usual=preset.compression if preset else None),
-        allocation=arguments.allocation or (preset.allocation if preset else "uniform"),
+        compression=factors_of(arguments, preset),
+        allocation=arguments.allocation or (preset.allocation if preset else _searched(base)),
         ranks=arguments.ranks,
         out=arguments.out,
         complete=arguments.complete,
@@ -65,3 +73,8 @@ def _request(arguments: argparse.Namespace) -> CompressRequest:
         export=config_of(arguments, ExportConfig),
         command=arguments.line,
     )
+
+
+def _searched(search: SearchConfig | None) -> str:
+    """Return the allocator around which ``search`` looks."""
+    return "lagrangian" if search is not None and search.variables == "error_weight" else "uniform"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.cli.options import Command, add_options, config_of, json_option
+from lowrank_core.cli.options import Command, add_options, config_of, file_option, json_option
 from lowrank_core.config import ExportConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.types import Result
@@ -23,6 +23,7 @@ def add(command: Command) -> None:
     parser.add_argument("--trial", default="best", help="best or a trial's number (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
     add_options(parser, ExportConfig, aliases={"dtype": "--dtype"})
+    file_option(parser)
     json_option(parser)
     parser.set_defaults(run=run)
 

@@ -29,6 +29,8 @@ __all__ = [
     "chosen_preset",
     "compression_options",
     "config_of",
+    "factors_of",
+    "file_option",
     "given_options",
     "json_option",
     "model_options",
@@ -64,8 +66,12 @@ class Parser(argparse.ArgumentParser):
 
 
 def json_option(parser: argparse.ArgumentParser) -> None:
-    """Add the options of every command: how the result is printed, and a file of options."""
+    """Add the option of every command: how the result is printed."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+
+
+def file_option(parser: argparse.ArgumentParser) -> None:
+    """Add the file of options of a command that takes any."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="JSON with options, such as the run.json of a run; flags come on top")
 
 
@@ -89,7 +95,10 @@ def add_options(
         if declared.name not in without and (not only or declared.name in only):
             flags = [*filter(None, [(aliases or {}).get(declared.name)]), declared.flag]
             default = declared.default if usual is None else getattr(usual, declared.name)
-            parser.add_argument(*flags, dest=_dest(kind, declared.name), default=None, **_about(declared, default))
+            about = {"dest": _dest(kind, declared.name), "default": None, **_about(declared, default)}
+            parser.add_argument(*flags, **about)
+            for old in declared.option.formerly:
+                parser.add_argument(f"--{old.replace('_', '-')}", **{**about, "help": argparse.SUPPRESS})
 
 
 def _dest(kind: type, name: str) -> str:
@@ -107,7 +116,8 @@ def _about(declared: Declared, default: object) -> dict[str, Any]:
     metavar = {int: "N", float: "X"}.get(declared.type, declared.name.split("_")[-1].upper())
     if declared.type is tuple:
         return {"nargs": "+", "metavar": metavar, "help": text, "type": float if isinstance(default, tuple) and _numbers(default) else str}
-    return {"type": declared.type, "metavar": metavar, "help": text}
+    former = about.values_formerly
+    return {"type": (lambda value: former.get(value, value)) if former else declared.type, "metavar": metavar, "help": text}
 
 
 def _numbers(values: tuple[object, ...]) -> bool:
@@ -151,7 +161,9 @@ def config_of(arguments: argparse.Namespace, kind: type[T], *, usual: T | None =
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a model, and the file of options."""
     add_options(parser, ModelSource)
+    file_option(parser)
 
 
 def source_of(arguments: argparse.Namespace, *, required: bool = True) -> ModelSource:
@@ -198,9 +210,21 @@ def compression_options(parser: argparse.ArgumentParser, default: str) -> None:
     """Add a preset, and the options of factors and storage."""
     parser.add_argument("--preset", metavar="P", help=f"a whole recipe: one of {', '.join(PRESETS)} (default: {default})")
     add_options(parser, CompressionConfig)
-    parser.add_argument(
-        "--compress-value", action="store_false", dest=_dest(CompressionConfig, "value_dense"), default=None, help="as --no-value-dense"
-    )
+    parser.add_argument("--compress-value", action=_Opposite, dest=_dest(CompressionConfig, "value_dense"), help=argparse.SUPPRESS)
+
+
+class _Opposite(argparse.BooleanOptionalAction):
+    """A flag of earlier versions, whose option is called after the opposite now."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, str(option_string).startswith("--no-"))
+
+
+def factors_of(arguments: argparse.Namespace, preset: Preset | None) -> CompressionConfig:
+    """Return how matrices are factorised: by ``preset``, else as the file of ``--config`` says, and flags on top."""
+    if preset is None:
+        return config_of(arguments, CompressionConfig)
+    return replace(preset.compression, **given_options(arguments, CompressionConfig))
 
 
 def chosen_preset(arguments: argparse.Namespace, *own: str) -> Preset | None:

@@ -13,6 +13,7 @@ from lowrank_core.cli.options import (
     chosen_preset,
     compression_options,
     config_of,
+    factors_of,
     given_options,
     json_option,
     model_options,
@@ -21,7 +22,7 @@ from lowrank_core.cli.options import (
     text_of,
     text_options,
 )
-from lowrank_core.config import SAMPLERS, CalibrationConfig, CompressionConfig, SearchConfig
+from lowrank_core.config import SAMPLERS, CalibrationConfig, SearchConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.presets.recipes import DEFAULT_PRESET
 from lowrank_core.types import Result
@@ -73,7 +74,9 @@ def _add_worker(parser: argparse.ArgumentParser) -> None:
 def _add_enqueue(parser: argparse.ArgumentParser) -> None:
     _run_option(parser, required=True)
     parser.add_argument("--ranks", required=True, type=Path, metavar="FILE", help="JSON of layer name to rank or null (dense)")
-    parser.add_argument("--complete", metavar="A", type=current_name, help=f"complete a partial choice within the budget: {', '.join(RULES)}")
+    parser.add_argument(
+        "--complete", metavar="A", type=current_name, help=f"complete a partial choice within the budget: {', '.join(RULES)}"
+    )
     json_option(parser)
     parser.set_defaults(run=run_enqueue)
 
@@ -92,8 +95,7 @@ def _config(arguments: argparse.Namespace) -> SearchConfig:
         raise ConfigError("how much to remove? Give --compression-ratio, such as 0.2, or --config FILE.")
     base = base or replace(SearchConfig(), seed=text_of(arguments).seed)
     chosen = {} if preset is None else dict(preset.search)
-    compression = config_of(arguments, CompressionConfig, usual=preset.compression if preset else None)
-    return replace(base, **{**chosen, **given}, compression=compression)
+    return replace(base, **{**chosen, **given}, compression=factors_of(arguments, preset))
 
 
 def run_worker(arguments: argparse.Namespace) -> Result:

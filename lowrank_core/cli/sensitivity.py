@@ -28,7 +28,8 @@ def add(command: Command) -> None:
 
 def run(arguments: argparse.Namespace) -> Result:
     text = given_options(arguments, TextConfig)
-    config = config_of(arguments, SensitivityConfig, windows=text.get("validation_windows"))
+    windows = {"windows": text["validation_windows"]} if "validation_windows" in text else {}
+    config = config_of(arguments, SensitivityConfig, **windows)
     model, named = "reference" in given_options(arguments, ModelSource), "reference" in text
     if model != named and arguments.config is None:
         raise ConfigError("a new run needs both a model and a text: give --model and --text together.")

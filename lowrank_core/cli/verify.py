@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, add_options, given_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, add_options, file_option, given_options, source_of, text_of, text_options
 from lowrank_core.config import ModelSource, TextConfig, to_mapping
 from lowrank_core.errors import ConfigError
 from lowrank_core.types import Result
@@ -20,6 +20,7 @@ __all__ = ["add"]
 def add(command: Command) -> None:
     parser = command("verify", "Check the files of an export, and measure its perplexity again in a fresh process.")
     add_options(parser, ModelSource, only=("reference", "device"))
+    file_option(parser)
     text_options(parser, "test_windows")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="part of --text (default: %(default)s)")
     parser.set_defaults(run=run)

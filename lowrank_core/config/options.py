@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
@@ -19,7 +19,6 @@ from lowrank_core.errors import ConfigError
 __all__ = ["Declared", "Option", "changed_options", "check_options", "option", "options_of", "renamed"]
 
 _KEY = "option"
-_RENAMED = "renamed"
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,8 @@ class Option:
         flag: without dashes; the name of the field where empty.
         unit: of the value, such as tokens.
         fallback: what stands in ``--help`` for the default, where that depends on something else.
+        formerly: names of the field in earlier versions: files may have them, and their flags are taken.
+        values_formerly: values of earlier versions -> today's.
     """
 
     help: str
@@ -46,6 +47,8 @@ class Option:
     flag: str = ""
     unit: str = ""
     fallback: str = ""
+    formerly: tuple[str, ...] = ()
+    values_formerly: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,9 @@ class Declared:
         return "–" if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def option(default: Any, help: str, *, formerly: Iterable[str] = (), values_formerly: Mapping[str, str] | None = None, **about: Any) -> Any:
-    """Return a dataclass field that is an option; ``about`` are further fields of ``Option``.
-
-    Args:
-        formerly: names under which files of earlier versions have the field.
-        values_formerly: values of earlier versions -> today's.
-    """
-    metadata = {_KEY: Option(help, **about), _RENAMED: (tuple(formerly), dict(values_formerly or {}))}
-    return field(default=default, metadata=metadata)
+def option(default: Any, help: str, **about: Any) -> Any:
+    """Return a dataclass field that is an option; ``about`` are further fields of ``Option``, and the default ``MISSING`` is none."""
+    return field(default=default, metadata={_KEY: Option(help, **about)})
 
 
 def options_of(kind: type) -> tuple[Declared, ...]:
@@ -141,12 +138,11 @@ def check_options(config: object) -> None:
 def renamed(kind: type, mapping: Mapping[str, object]) -> dict[str, object]:
     """Return ``mapping`` with today's names and values where a file of an earlier version has others."""
     result = dict(mapping)
-    for entry in dataclasses.fields(kind):
-        names, values = entry.metadata.get(_RENAMED, ((), {}))
-        for old in names:
+    for declared in options_of(kind):
+        for old in declared.option.formerly:
             if old in result:
-                result.setdefault(entry.name, result.pop(old))
-        value = result.get(entry.name)
-        if isinstance(value, str) and value in values:
-            result[entry.name] = values[value]
+                result.setdefault(declared.name, result.pop(old))
+        value = result.get(declared.name)
+        if isinstance(value, str):
+            result[declared.name] = declared.option.values_formerly.get(value, value)
     return result

@@ -10,9 +10,8 @@ import pytest
 from synthetic import make_run, write_front, write_healing
 
 from lowrank_core.cli import parser
-from lowrank_core.cli.export import export_config_of
-from lowrank_core.cli.heal import _FRACTIONS, _NUMBERS
-from lowrank_core.cli.options import source_of
+from lowrank_core.cli.compress import _request
+from lowrank_core.cli.options import config_of, source_of, text_of
 from lowrank_core.config import CompressionConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.runs import Run, recorded_run, write_json
@@ -44,7 +43,7 @@ def taken(line: str) -> argparse.Namespace:
 
 
 def healing_of(arguments: argparse.Namespace) -> HealingConfig:
-    return HealingConfig(**{name: getattr(arguments, name) for name in ("method", "criterion", *_NUMBERS, *_FRACTIONS, "seed")})
+    return config_of(arguments, HealingConfig, usual=HealingConfig(seed=text_of(arguments).seed))
 
 
 def newest(run: Run) -> Source:
@@ -67,33 +66,28 @@ def test_the_recorded_healing_has_two_lines_with_no_option_that_is_as_usual():
         shlex.join(["lowrank", "export", "--run", str(run.path), "--trial", "25", "--out", "trial-25"]),
         "lowrank heal --model trial-25 --text python-stdlib --method distill --steps 200 --out trial-25-distill-5c39398f",
     ]
-    assert (result.ranks, result.unsaid, result.why_not) == ("", {}, "")
+    assert result.ranks == ""
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(HealingConfig)])
-def test_every_setting_of_a_healing_is_said_or_named(name: str):
+def test_every_option_of_a_healing_is_in_its_command(name: str):
     run = make_run()
     write_healing(run)
     asked(run, healing={name: CHANGED[name]})
     result = healing_commands(run, newest(run))
-    if result.lines:
-        assert healing_of(taken(result.lines.splitlines()[1])) == HealingConfig(**{name: CHANGED[name]})
-    else:
-        assert result.unsaid == {f"healing.{name}": CHANGED[name]}
-        assert f"no option of their own: healing.{name} = {CHANGED[name]}." in result.why_not
-    assert bool(result.lines) == (name != "warmup")
+    assert healing_of(taken(result.lines.splitlines()[1])) == HealingConfig(**{name: CHANGED[name]})
 
 
 def test_text_model_and_form_are_said():
     text = TextConfig("file:/a b/c.txt", context=64, test_windows=9, bos="none", calibration_windows=5, seed=3)
     config = RunConfig(ModelSource("some/model", "cuda:1", "bfloat16"), text)
     export = ExportConfig(with_code=True, max_shard_size="2GB", quantization="int8", dtype="float32")
-    healing = HealingConfig(**{**CHANGED, "warmup": 0.05})
+    healing = HealingConfig(**CHANGED)
     arguments = taken(heal_command(config, healing, "a folder", "healed", export))
     assert source_of(arguments) == ModelSource("a folder", "cuda:1", "bfloat16")
-    assert (arguments.text, arguments.context, arguments.windows, arguments.bos) == (text.reference, 64, 9, "none")
+    assert text_of(arguments) == text
     assert healing_of(arguments) == healing  # whose seed draws the windows, not that of the calibration
-    assert export_config_of(arguments) == replace(export, dtype="auto")
+    assert config_of(arguments, ExportConfig) == replace(export, dtype="auto")
     assert str(arguments.out) == "healed"
 
 
@@ -102,8 +96,8 @@ def test_the_dtype_is_that_of_the_folder_that_is_healed():
     write_healing(run)
     first, second = healing_commands(run, newest(run), ExportConfig(dtype="float32", quantization="int8")).lines.splitlines()
     written, healed = taken(first), taken(second)
-    assert (written.dtype, written.quantize, str(written.out)) == ("float32", "none", "trial-3-float32")
-    assert (healed.model, healed.quantize, healed.dtype) == ("trial-3-float32", "int8", "auto")
+    assert (config_of(written, ExportConfig), str(written.out)) == (ExportConfig(dtype="float32"), "trial-3-float32")
+    assert (source_of(healed), config_of(healed, ExportConfig)) == (ModelSource("trial-3-float32"), ExportConfig(quantization="int8"))
     assert str(healed.out) == "trial-3-distill-12345678-float32-int8"
 
 
@@ -114,22 +108,25 @@ def test_what_a_rule_allocates_is_made_of_its_ranks_where_no_trial_has_them():
     result = healing_commands(run, newest(run))
     first, second = map(taken, result.lines.splitlines())
     assert (first.command, first.ranks, result.ranks) == ("compress", *["trial-3-distill-12345678.json"] * 2)
-    assert str(first.out) == second.model == "trial-3-distill-12345678-one-shot"
-    assert healing_commands(run, newest(run), ExportConfig(dtype="bfloat16")).unsaid == {"export.dtype": "bfloat16"}
+    assert str(first.out) == source_of(second).reference == "trial-3-distill-12345678-one-shot"
+    typed, _ = map(taken, healing_commands(run, newest(run), ExportConfig(dtype="bfloat16")).lines.splitlines())
+    assert config_of(typed, ExportConfig) == ExportConfig(dtype="bfloat16")
 
 
-def test_a_recipe_or_a_text_that_no_option_says_is_named():
+def test_recipe_and_text_are_in_the_command_where_no_trial_has_them():
     search = SearchConfig(0.3, trials=6, compression=CompressionConfig(rank_multiple=4))
     run = make_run(config=search)
     write_healing(run)
-    assert healing_commands(run, newest(run)).unsaid == {}  # the trial has it all
+    assert healing_commands(run, newest(run)).lines.startswith("lowrank export")  # the trial has it all
     asked(run, allocation="energy")
-    assert healing_commands(run, newest(run)).unsaid == {"search.compression.rank_multiple": 4, "search.projected": True}
     record = run.record
     write_json(
         run.path / "run.json", {**record, "config": {**record["config"], "text": {**record["config"]["text"], "validation_windows": 5}}}
     )
-    assert healing_commands(Run(run.path), newest(run)).unsaid["text.validation_windows"] == 5
+    run = Run(run.path)
+    first, second = map(taken, healing_commands(run, newest(run)).lines.splitlines())
+    assert _request(first).compression == search.compression
+    assert text_of(first) == text_of(second) == run.config.text
 
 
 def test_a_rule_is_a_trial_of_a_search_at_one_ratio_alone():

@@ -13,7 +13,7 @@ from synthetic import RATIO, make_run, model_json, priced_units, write_front, wr
 from lowrank_core.allocation import Draft, allocate
 from lowrank_core.allocation.curves import CurveRecord
 from lowrank_core.cli import parser
-from lowrank_core.cli.options import compression_of
+from lowrank_core.cli.options import config_of
 from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.errors import BudgetError, ConfigError, RankError, RunError
 from lowrank_core.parameters import HeadUnit, Unit, budget_for_ratio, dense_parameters
@@ -316,9 +316,11 @@ def test_the_command_that_makes_a_model_of_a_draft_is_one_the_command_line_takes
     line = compress_command(config, "mine file.json", "smaller")
     arguments = parser().parse_args(shlex.split(line)[1:])
     assert (arguments.command, arguments.ranks, arguments.preset, str(arguments.out)) == ("compress", "mine file.json", "studio", "smaller")
-    assert compression_of(arguments, PRESETS[arguments.preset]) == config.search.compression
-    unsaid = replace(config.search, compression=replace(config.search.compression, fit_windows=3))
-    assert compress_command(replace(config, search=unsaid), "mine.json", "smaller") == ""
+    assert config_of(arguments, CompressionConfig, usual=PRESETS["studio"].compression) == config.search.compression
+    changed = replace(config.search.compression, fit_windows=3, heads=False, gradient_damping=0.5)
+    line = compress_command(replace(config, search=replace(config.search, compression=changed)), "mine.json", "smaller")
+    arguments = parser().parse_args(shlex.split(line)[1:])
+    assert config_of(arguments, CompressionConfig, usual=PRESETS[arguments.preset].compression) == changed
     assert compress_command(RunConfig(), "mine.json", "smaller") == ""
     enqueued = parser().parse_args(shlex.split(enqueue_command("a run", "mine.json"))[1:])
     assert (enqueued.command, str(enqueued.folder), str(enqueued.ranks)) == ("enqueue", "a run", "mine.json")

@@ -514,7 +514,7 @@ BAD_INPUT: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "search: more groups than blocks": (lambda p: _search(p, "--compression-ratio", 0.2, "--space", "5x4"), "the model has 2 blocks"),
     "search: stacks by kept fractions": (
         lambda p: _search(p, "--compression-ratio", 0.2, "--preset", "studio", "--variables", "keep_ratio"),
-        "choose variables `errors`",
+        "choose variables `error_weight`",
     ),
     "search: top-k for the paper's objective": (
         lambda p: _search(p, "--compression-ratio", 0.2, "--objective", "bolaco", "--top-k", 8),

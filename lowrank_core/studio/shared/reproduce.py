@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from lowrank_core.config import CompressionConfig, ExportConfig, RunConfig, SearchConfig
+from lowrank_core.config import ExportConfig, RunConfig, SearchConfig
 from lowrank_core.config.flags import command_line, flags_of
-from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, Preset
+from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, Preset, search_by
 from lowrank_core.runs import JsonMapping
 
 __all__ = [
@@ -87,8 +87,7 @@ def _flags(config: RunConfig) -> dict[str, object]:
     search = config.search
     if search is None:
         return _shared(config)
-    preset = _nearest(search)
-    usual = replace(SearchConfig(), **{"compression": preset.compression, **preset.search}, seed=config.text.seed)  # type: ignore[arg-type]
+    usual = search_by(_nearest(search), search.compression_ratio, seed=config.text.seed)
     return {**_shared(config), **_recipe(search), **flags_of(search, usual, always=("compression_ratio",))}
 
 
@@ -102,7 +101,7 @@ def _nearest(search: SearchConfig) -> Preset:
     """Return the preset from which the fewest options differ, the default one where several do."""
 
     def distance(preset: Preset) -> int:
-        usual = replace(SearchConfig(compression=CompressionConfig(**vars(preset.compression))), **preset.search)  # type: ignore[arg-type]
+        usual = search_by(preset, search.compression_ratio, seed=search.seed)
         return len(flags_of(search.compression, preset.compression)) + len(flags_of(search, usual))
 
     return min([DEFAULT_PRESET, *PRESETS.values()], key=distance)
