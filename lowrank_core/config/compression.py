@@ -11,7 +11,6 @@ from lowrank_core.config.checks import check_ratio
 from lowrank_core.config.export import ExportConfig
 from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
-from lowrank_core.parameters import STORAGES
 
 __all__ = ["CompressRequest", "CompressionConfig"]
 
@@ -29,7 +28,7 @@ class CompressionConfig:
         "factored",
         "factored: two factors, r(m + n) parameters; pivoted (PIFA): the same matrix, r(m + n - r) parameters",
         label="Storage",
-        choices=STORAGES,
+        choices={"factored": "Two factors", "pivoted": "Pivoted (PIFA)"},
     )
     value_dense: bool = option(True, "keep the value projections as they are, as the paper does", label="Keep value projections dense")
     stacks: bool = option(

@@ -13,7 +13,9 @@ from synthetic import make_run, running_status, write_answers, write_front, writ
 from test_pages import sound, words
 
 from lowrank_core.cli import parser
+from lowrank_core.cli.options import config_of, source_of, text_of
 from lowrank_core.config import ExportConfig
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.runs import client, write_json
 from lowrank_core.runs.client import pending_requests
 
@@ -146,13 +148,15 @@ def shown_healed(app, **changed):
 def test_a_healing_is_repeated_by_two_commands(app):
     run, test, codes = shown_healed(app)
     export = f"lowrank export --run {run.path} --trial 3 --out trial-3"
-    heal = "lowrank heal --model trial-3 --text python-stdlib --context 32 --method distill --steps 40 --out trial-3-distill-12345678"
-    assert f"{export}\n{heal}" in codes
-    for line in (export, heal):
-        assert parser().parse_args(shlex.split(line)[1:]).command in line
+    (first, heal) = next(code for code in codes if "lowrank heal" in code).splitlines()
+    assert first == export
+    arguments = parser().parse_args(shlex.split(heal)[1:])
+    assert (arguments.command, str(arguments.out)) == ("heal", "trial-3-distill-12345678")
+    assert (source_of(arguments).reference, text_of(arguments)) == ("trial-3", run.config.text)
+    assert config_of(arguments, HealingConfig) == HealingConfig(steps=40)
     assert "Write the one-shot model, and heal it:" in words(test)
     test.selectbox(key="export_dtype").set_value("float32").run()
-    assert any("--out trial-3-float32 --dtype float32\nlowrank heal --model trial-3-float32" in block.value for block in test.code)
+    assert any("--out trial-3-float32 --export-dtype float32\nlowrank heal --model trial-3-float32" in block.value for block in test.code)
 
 
 def paths_of(codes: list[str]) -> list[str]:
@@ -190,10 +194,9 @@ def test_every_recipe_names_one_relative_path(app, chosen: str, form: str):
     assert not Path(result[0]).is_absolute()
 
 
-def test_a_healing_that_no_options_say_is_told_with_the_setting(app):
-    _, test, codes = shown_healed(app, healing={"method": "distill", "warmup": 0.25})
-    assert "these have no option of their own: healing.warmup = 0.25. Write it here." in words(test)
-    assert not any("lowrank heal" in code for code in codes)
+def test_every_option_of_a_healing_is_in_its_command(app):
+    _, _, codes = shown_healed(app, healing={"method": "distill", "warmup": 0.25})
+    assert any("lowrank heal" in code and "--warmup 0.25" in code for code in codes)
 
 
 def test_a_healing_of_no_trial_is_made_of_its_ranks(app):

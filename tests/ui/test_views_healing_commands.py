@@ -39,7 +39,9 @@ CHANGED = {
 
 
 def taken(line: str) -> argparse.Namespace:
-    return parser().parse_args(shlex.split(line)[1:])
+    result = parser().parse_args(shlex.split(line)[1:])
+    result.line = line
+    return result
 
 
 def healing_of(arguments: argparse.Namespace) -> HealingConfig:
