@@ -70,8 +70,15 @@ class Declared:
         """The flag with its dashes."""
         return f"--{self.option.flag or self.name.replace('_', '-')}"
 
+    @property
+    def listed(self) -> tuple[str, ...]:
+        """The choices in a line; empty where any value is one."""
+        return (f"one of {', '.join(self.option.choices)}",) if self.option.choices and self.type is str else ()
+
     def words(self, value: object) -> str:
         """Return a value as a form or a table shows it."""
+        if isinstance(value, tuple):
+            return " ".join(map(self.words, value)) or "–"
         if isinstance(value, bool):
             return "yes" if value else "no"
         choices = self.option.choices

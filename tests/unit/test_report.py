@@ -684,7 +684,7 @@ def test_the_command_in_options_means_the_same_run(config: RunConfig):
 
 def test_the_commands_shown_are_ones_that_the_command_line_takes(page: Page):
     shown = [line for line in "\n".join(page.words).splitlines() if line.startswith("lowrank ") and "--" in line]
-    assert {shlex.split(line)[1] for line in shown} == {"worker", "search", "export", "heal", "evaluate", "report"}
+    assert {shlex.split(line)[1] for line in shown} == {"search", "export", "heal", "evaluate", "report"}
     for line in shown:
         parser().parse_args(shlex.split(line)[1:])
 

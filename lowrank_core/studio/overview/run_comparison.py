@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_core.config import OBJECTIVES
+from lowrank_core.catalogue import registered
+from lowrank_core.config import OBJECTIVES, RunConfig
+from lowrank_core.config.options import Declared, options_of
 from lowrank_core.errors import LowRankError
 from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, read_rules, read_trials
 from lowrank_core.studio.compare.comparison import Comparison, comparisons, label_of
 from lowrank_core.studio.overview.text_facts import text_facts
-from lowrank_core.studio.shared.formatting import interval_words
+from lowrank_core.studio.shared.formatting import DASH, interval_words
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 from lowrank_core.studio.shared.summary import protocol_of
 from lowrank_core.studio.shared.trial_names import ratio_words, trial_label
 
-__all__ = ["RunComparison", "compare_runs"]
+__all__ = ["RunComparison", "compare_runs", "option_differences"]
 
 _COLUMNS = (
     *("id", "run", "model", "text", "removed", "trials", "best", "value", "value_group"),
@@ -34,10 +36,12 @@ class RunComparison:
     Attributes:
         frame: columns id, run, model, text, removed, trials, best, value, value_group, perplexity, interval, original, test_group. Groups
             are letters: numbers with one letter were measured alike. Values and perplexities are missing where they were not measured.
+        options: columns option, and one for each run's id: the options in which the runs differ, in words.
         notes: what can't be compared and why, and the protocols by letter; in sentences.
     """
 
     frame: pd.DataFrame
+    options: pd.DataFrame
     notes: tuple[str, ...]
 
 
@@ -67,7 +71,31 @@ def compare_runs(runs: Sequence[Run]) -> RunComparison:
         [_cells(row, value, test) for row, value, test in zip(rows, values, tests, strict=True)],
         columns=list(_COLUMNS),
     ).astype({"trials": "Int64", **dict.fromkeys(("value", "perplexity", "original"), float)})
-    return RunComparison(frame, (*_value_notes(rows, values), *_test_notes(rows, tests)))
+    options = pd.DataFrame(_differing({run.id: run.config for run in runs}), columns=["option", *(run.id for run in runs)])
+    return RunComparison(frame, options, (*_value_notes(rows, values), *_test_notes(rows, tests)))
+
+
+def _differing(configs: Mapping[str, RunConfig]) -> list[dict[str, str]]:
+    parts = [
+        *({name: getattr(config, part) for name, config in configs.items()} for part in ("model", "text", "calibration", "search")),
+        {name: config.search and config.search.compression for name, config in configs.items()},
+    ]
+    return [row for part in parts for row in option_differences(part)]
+
+
+def option_differences(configs: Mapping[str, object | None]) -> list[dict[str, str]]:
+    """Return a row for each option in which ``configs`` (name -> one of a class, or None) differ: its label, and its value by name."""
+    kinds = {type(config) for config in configs.values() if config is not None}
+    rows = []
+    for declared in options_of(kinds.pop()) if kinds else ():
+        values = {name: None if config is None else _words(declared, getattr(config, declared.name)) for name, config in configs.items()}
+        if len(set(values.values())) > 1:
+            rows.append({"option": declared.label, **{name: value or DASH for name, value in values.items()}})
+    return rows
+
+
+def _words(declared: Declared, value: object) -> str:
+    return registered(declared.name).get(str(value)) or declared.words(value)
 
 
 def _row(run: Run) -> _Row:

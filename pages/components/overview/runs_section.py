@@ -86,6 +86,11 @@ def _comparison(runs: Sequence[Run]) -> None:
     tables.table(result.frame, columns, key="run_comparison", alt="The picked runs side by side")
     for note in result.notes:
         st.caption(note)
+    if result.options.empty:
+        st.caption("These runs have the same options.")
+        return
+    names = {"option": tables.text("Option"), **{run.id: tables.text(str(run.record["name"])) for run in runs}}
+    tables.table(result.options, names, key="run_options", alt="The options in which the picked runs differ")
 
 
 def _rename(run: Run) -> None:
