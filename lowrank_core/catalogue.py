@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.config.options import Declared
 from lowrank_core.metrics import METRICS, ErrorMetric
 from lowrank_core.presets.differences import COMMON
 from lowrank_core.presets.recipes import PRESETS
 
-__all__ = ["allocator_table", "as_markdown", "basis_table", "difference_table", "methods", "preset_table", "registered"]
+__all__ = ["allocator_table", "as_markdown", "basis_table", "difference_table", "methods", "preset_table", "registered", "sentence_of"]
 
 Table = list[dict[str, str]]
 
@@ -19,6 +20,13 @@ def registered(name: str) -> dict[str, str]:
     if name == "basis":
         return {key: metric.label for key, metric in METRICS.items()}
     return {key: rule.label for key, rule in ALLOCATORS.items()} if name == "allocation" else {}
+
+
+def sentence_of(declared: Declared) -> str:
+    """Return what an option is in a line: its choices, then its help."""
+    choices = declared.option.choices or registered(declared.name)
+    listed = f"one of {', '.join(choices)}; " if choices and declared.type is str else ""
+    return f"{listed}{declared.option.help}"
 
 
 def _needs(basis: ErrorMetric) -> str:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from lowrank_core.catalogue import registered
+from lowrank_core.catalogue import sentence_of
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig, TextConfig, from_mapping
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import Declared, options_of
@@ -107,10 +107,7 @@ def _dest(kind: type, name: str) -> str:
 
 def _about(declared: Declared, default: object) -> dict[str, Any]:
     about = declared.option
-    choices = about.choices or registered(declared.name)
-    listed = f"one of {', '.join(choices)}; " if choices and declared.type is str else ""
-    shown = about.fallback or declared.words(default)
-    text = f"{listed}{about.help} (default: {shown})".replace("%", "%%")
+    text = f"{sentence_of(declared)} (default: {about.fallback or declared.typed(default)})".replace("%", "%%")
     if declared.type is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     metavar = {int: "N", float: "X"}.get(declared.type, declared.name.split("_")[-1].upper())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank_core.catalogue import as_markdown
+from lowrank_core.catalogue import as_markdown, sentence_of
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig, TextConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import options_of
@@ -33,8 +33,8 @@ def _section(kind: type) -> str:
     rows = [
         {
             "flag": f"`{declared.flag}`",
-            "default": declared.option.fallback or declared.words(declared.default),
-            "meaning": "; ".join([*declared.listed, declared.option.help]).replace("|", "\\|"),
+            "default": declared.option.fallback or declared.typed(declared.default),
+            "meaning": sentence_of(declared).replace("|", "\\|"),
         }
         for declared in options_of(kind)
     ]

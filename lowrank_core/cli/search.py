@@ -24,10 +24,13 @@ from lowrank_core.cli.options import (
 )
 from lowrank_core.config import SAMPLERS, CalibrationConfig, SearchConfig
 from lowrank_core.errors import ConfigError
-from lowrank_core.presets.recipes import DEFAULT_PRESET
+from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS
 from lowrank_core.types import Result
 
 __all__ = ["add"]
+
+_USUAL = {name: getattr(SearchConfig(), name) for preset in PRESETS.values() for name in preset.search}
+"""Of what some preset decides, the default: a preset on the command line takes the place of the recipe in the file of ``--config``."""
 
 
 def add(command: Command) -> None:
@@ -94,8 +97,8 @@ def _config(arguments: argparse.Namespace) -> SearchConfig:
     if base is None and "compression_ratio" not in given:
         raise ConfigError("how much to remove? Give --compression-ratio, such as 0.2, or --config FILE.")
     base = base or replace(SearchConfig(), seed=text_of(arguments).seed)
-    chosen = {} if preset is None else dict(preset.search)
-    return replace(base, **{**chosen, **given}, compression=factors_of(arguments, preset))
+    recipe = {} if preset is None else {**_USUAL, **preset.search}
+    return replace(base, **{**recipe, **given}, compression=factors_of(arguments, preset))
 
 
 def run_worker(arguments: argparse.Namespace) -> Result:

@@ -70,20 +70,17 @@ class Declared:
         """The flag with its dashes."""
         return f"--{self.option.flag or self.name.replace('_', '-')}"
 
-    @property
-    def listed(self) -> tuple[str, ...]:
-        """The choices in a line; empty where any value is one."""
-        return (f"one of {', '.join(self.option.choices)}",) if self.option.choices and self.type is str else ()
-
     def words(self, value: object) -> str:
         """Return a value as a form or a table shows it."""
+        choices = self.option.choices
+        return str(choices[str(value)]) if isinstance(choices, Mapping) and value in choices else self.typed(value)
+
+    def typed(self, value: object) -> str:
+        """Return a value as it is typed, or yes and no for a switch."""
         if isinstance(value, tuple):
-            return " ".join(map(self.words, value)) or "–"
+            return " ".join(map(self.typed, value)) or "–"
         if isinstance(value, bool):
             return "yes" if value else "no"
-        choices = self.option.choices
-        if isinstance(choices, Mapping) and value in choices:
-            return str(choices[value])
         return "–" if value is None or value == "" else f"{value:g}" if isinstance(value, float) else str(value)
 
 
