@@ -18,7 +18,7 @@ __all__ = ["SpeedConfig"]
 class SpeedConfig:
     """Prompts, continuations and rounds."""
 
-    batch_size: int = option(1, "prompts that are continued at once", minimum=1)
+    batch_size: int = option(1, "prompts that are continued at once", label="Batch", minimum=1)
     prompt_tokens: int = option(128, "tokens of each prompt", minimum=1)
     new_tokens: int = option(
         64, "tokens that each is continued by; the first comes from prefill, so that it takes two to time decode", minimum=2

@@ -73,9 +73,9 @@ def test_the_model_is_left_as_it_was(llama: ModelHandle, windows: WindowSet) -> 
 def test_bad_choices_are_told(llama: ModelHandle, windows: WindowSet) -> None:
     with pytest.raises(ConfigError, match=r"no compressible module 'no.such'; one is model.layers.0"):
         top_directions(llama, windows, _statistics(llama, windows), DirectionsConfig("no.such"))
-    with pytest.raises(ConfigError, match="side must be input or output, got 'left'"):
+    with pytest.raises(ConfigError, match="side must be one of input, output; got 'left'"):
         DirectionsConfig("a", side="left")
-    with pytest.raises(ConfigError, match="directions must lie between 1 and 32, got 99"):
+    with pytest.raises(ConfigError, match="directions must be at most 32, got 99"):
         DirectionsConfig("a", directions=99)
-    with pytest.raises(ConfigError, match="windows and batch size must be at least 1"):
+    with pytest.raises(ConfigError, match="windows must be at least 1, got 0"):
         DirectionsConfig("a", windows=0)

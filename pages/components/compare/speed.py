@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import streamlit as st
 
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.comparison_chart import speedup_figure
@@ -13,8 +14,12 @@ from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, spe
 from pages.components import tables
 from pages.components.charts import chart
 from pages.components.request_controls import submit, why_not
+from pages.components.widgets import draw
 
 __all__ = ["show"]
+
+_SIZES = {"batch_size": "batch", "prompt_tokens": "prompt", "new_tokens": "new", "rounds": "rounds"}
+"""Field -> end of its widget's key."""
 
 
 def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Speed]) -> None:
@@ -47,10 +52,7 @@ def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Speed]) -> None:
 
 def _form(run: Run, chosen: Sequence[ModelKey]) -> None:
     with st.form("speed_form"), st.container(horizontal=True, vertical_alignment="bottom"):
-        batch = st.number_input("Batch", 1, 64, 1, key="speed_batch", width=110, help="Prompts that are continued at once.")
-        prompt = st.number_input("Prompt tokens", 1, 8192, 128, key="speed_prompt", width=150)
-        new = st.number_input("New tokens", 2, 2048, 64, key="speed_new", width=140)
-        rounds = st.number_input("Rounds", 1, 50, 7, key="speed_rounds", width=110, help="Timed generations of each model.")
+        sizes = {name: draw(SpeedConfig, name, key=f"speed_{key}", width=140) for name, key in _SIZES.items()}
         memory = st.checkbox("Peak memory", True, key="speed_memory", help="In a fresh process for each model, which takes longer.")
         pressed = st.form_submit_button(
             "Time the chosen models", key="time_models", icon=":material/speed:", disabled=run.recorded, help=why_not(run)
@@ -58,5 +60,4 @@ def _form(run: Run, chosen: Sequence[ModelKey]) -> None:
     if pressed and not chosen:
         st.warning("No model is chosen above.")
     elif pressed:
-        sizes = {"batch_size": int(batch), "prompt_tokens": int(prompt), "new_tokens": int(new), "rounds": int(rounds)}
         submit(run, "speed", chosen, memory=memory, **sizes)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import streamlit as st
 
+from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.runs import Run, client
 from lowrank_core.runs.client import results
 from lowrank_core.studio.shared.run_list import is_busy
 from lowrank_core.studio.spectra.top_directions import direction_facts, direction_failure
 from pages.components import request_controls, tables
 from pages.components.boundary import boundary, live
+from pages.components.widgets import draw
 
 __all__ = ["show"]
 
@@ -59,10 +61,8 @@ def _form(run: Run, module: str) -> str:
             format_func=_SIDES.__getitem__,
             persist_state="session",
         )
-        count = st.number_input("Directions", 1, 32, 6, key="direction_count", width=130, persist_state="session")
-        windows = st.number_input(
-            "Windows", 1, 4096, 32, key="direction_windows", width=130, help="Of the calibration text, at most.", persist_state="session"
-        )
+        count = draw(DirectionsConfig, "directions", key="direction_count", width=130)
+        windows = draw(DirectionsConfig, "windows", key="direction_windows", width=130)
         pressed = st.button(
             "Find their tokens",
             key="find_directions",
