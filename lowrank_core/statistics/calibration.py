@@ -273,7 +273,7 @@ def collect_statistics(
 def statistics_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
     """Return the name of these statistics: a hash of model, tokens, layers with the input that each reads, and config.
 
-    Neither the batch size nor what gradients use is in it.
+    Neither the batch size nor what gradients use is in it; nor is the context, which ``statistics_folder`` adds.
     """
     layers = sorted((layer.name, layer.input_group) for layer in handle.layers)
     parts = [_FORMAT, handle.fingerprint, windows.sha256, config.group_size, config.group_weights, config.robust, layers]
@@ -291,7 +291,7 @@ def cached_statistics(
     Raises:
         as ``collect_statistics``; NumericalError also where the stored ones are damaged.
     """
-    folder = statistics_folder(store, statistics_key(handle, windows, config))
+    folder = statistics_folder(store, statistics_key(handle, windows, config), windows.context)
     stored = load_statistics(folder, config)
     if stored is not None:
         return stored, True

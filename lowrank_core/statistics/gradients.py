@@ -220,7 +220,7 @@ def cached_gradients(
     Raises:
         as ``collect_gradients``; NumericalError also where the stored ones are damaged.
     """
-    folder = statistics_folder(store, gradients_key(handle, windows, config))
+    folder = statistics_folder(store, gradients_key(handle, windows, config), windows.context)
     if not is_finished(folder):
         measurement = _Measurement(handle, windows, config)
 

@@ -58,9 +58,12 @@ def _damage_told(folder: Path) -> Iterator[None]:
         raise NumericalError(f"the stored statistics in {folder} are damaged ({error}). Delete that folder and calibrate again.") from error
 
 
-def statistics_folder(store: Path, key: str) -> Path:
-    """Return where ``store`` keeps the statistics that are called ``key``."""
-    return store / f"{key}-{_FORMAT}"
+def statistics_folder(store: Path, key: str, context: int) -> Path:
+    """Return where ``store`` keeps the statistics that are called ``key``, of windows of ``context`` tokens.
+
+    The key hashes tokens alone, as runs have recorded it: the same tokens may be cut into 50 windows of 16, or 25 of 32.
+    """
+    return store / f"{key}-{context}-{_FORMAT}"
 
 
 def _checksums(folder: Path) -> dict[str, tuple[int, str]]:

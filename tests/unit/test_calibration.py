@@ -108,7 +108,7 @@ def test_inputs_are_read_when_they_are_asked_for(llama: ModelHandle, windows: Wi
     assert len(statistics.inputs) == 8
     with pytest.raises(KeyError):
         statistics.inputs["none"]
-    loaded = load_statistics(statistics_folder(tmp_path, statistics_key(llama, windows, CONFIG)), CONFIG)
+    loaded = load_statistics(statistics_folder(tmp_path, statistics_key(llama, windows, CONFIG), windows.context), CONFIG)
     assert loaded is not None
     assert equal(loaded.inputs, statistics.inputs)
     assert load_statistics(tmp_path / "nothing", CONFIG) is None
@@ -208,7 +208,7 @@ def test_a_killed_calibration_goes_on_with_the_same_bits(
     whole = collect_statistics(llama, windows, CONFIG)
     assert equal(statistics.inputs, whole.inputs)
     assert statistics.influence == whole.influence
-    assert load_statistics(statistics_folder(store, statistics_key(llama, windows, CONFIG)), CONFIG) is not None
+    assert load_statistics(statistics_folder(store, statistics_key(llama, windows, CONFIG), windows.context), CONFIG) is not None
     assert cached_statistics(llama, windows, CONFIG, store)[0].influence == whole.influence
 
 
@@ -234,7 +234,7 @@ def test_two_at_once_measure_once(llama: ModelHandle, windows: WindowSet, tmp_pa
 
 
 def test_waiting_for_another_can_be_cancelled(llama: ModelHandle, windows: WindowSet, tmp_path: Path) -> None:
-    folder = statistics_folder(tmp_path, statistics_key(llama, windows, CONFIG))
+    folder = statistics_folder(tmp_path, statistics_key(llama, windows, CONFIG), windows.context)
     with exclusive(folder, lambda: None), pytest.raises(Cancelled):
         cached_statistics(llama, windows, CONFIG, tmp_path, progress=stop_after(0))
 
@@ -361,6 +361,16 @@ def test_the_key_is_the_content(llama: ModelHandle, windows: WindowSet) -> None:
     assert key != statistics_key(llama, windows, replace(CONFIG, group_weights="dof"))
     assert key != statistics_key(llama, windows, replace(CONFIG, robust="trimmed"))
     assert key == statistics_key(llama, windows, replace(CONFIG, gradient_windows=3, gradient_seed=1))
+
+
+def test_the_same_tokens_cut_otherwise_have_statistics_of_their_own(llama: ModelHandle, windows: WindowSet, tmp_path: Path) -> None:
+    short = replace(windows, ids=windows.ids.reshape(-1, 8))
+    assert short.sha256 == windows.sha256
+    cached_statistics(llama, windows, CONFIG, tmp_path)
+    result, cached = cached_statistics(llama, short, CONFIG, tmp_path)
+    assert not cached
+    fresh, group = collect_statistics(llama, short, CONFIG), llama.layers[0].input_group
+    assert torch.equal(result.inputs[group].pooled, fresh.inputs[group].pooled)
 
 
 def test_bad_settings_are_refused() -> None:

@@ -144,6 +144,14 @@ def test_only_the_first_windows_are_used(llama: ModelHandle, windows: WindowSet,
     assert gradients_key(llama, windows, config) == gradients_key(llama, few, CONFIG)
 
 
+def test_the_same_tokens_cut_otherwise_have_gradients_of_their_own(llama: ModelHandle, few: WindowSet, tmp_path: Path):
+    short = replace(few, ids=few.ids.reshape(2 * few.windows, -1))
+    config = replace(CONFIG, gradient_windows=short.windows)
+    assert short.sha256 == few.sha256
+    cached_gradients(llama, few, config, tmp_path)
+    assert same(cached_gradients(llama, short, config, tmp_path), collect_gradients(llama, short, config))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_lower_precisions_are_near(llama: ModelHandle, few: WindowSet, dtype: torch.dtype):
     module = type(llama.module)(llama.module.config)

@@ -17,7 +17,7 @@ from lowrank_core.models import ModelHandle
 from lowrank_core.runs import Run, create_run
 from lowrank_core.statistics.calibration import cached_statistics, collect_statistics, statistics_key
 from lowrank_core.statistics.gradients import cached_gradients
-from lowrank_core.statistics.store import exclusive
+from lowrank_core.statistics.store import exclusive, statistics_folder
 from lowrank_core.studio.shared.run_list import status_words
 from lowrank_core.text import WindowSet
 from lowrank_core.worker.main import _remaining
@@ -138,7 +138,7 @@ def test_who_waits_for_another_calibration_is_told_how_far_that_is(clock: Clock,
     with pytest.raises(Cancelled):
         cached_statistics(llama, few, CONFIG, tmp_path, progress=Watched(clock, 1.0, lambda calls: calls == 12))
     waiting = Watched(clock, 1.0, lambda calls: calls == 2)
-    with exclusive(tmp_path / statistics_key(llama, few, CONFIG), lambda: None), pytest.raises(Cancelled):
+    with exclusive(statistics_folder(tmp_path, statistics_key(llama, few, CONFIG), few.context), lambda: None), pytest.raises(Cancelled):
         cached_statistics(llama, few, CONFIG, tmp_path, progress=waiting)
     assert waiting.said == [(8, 16, None), (8, 16, None)]
 
