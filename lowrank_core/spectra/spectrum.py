@@ -31,6 +31,7 @@ from lowrank_core.types import Vector
 
 __all__ = [
     "LayerSpectrum",
+    "condition_number",
     "effective_rank",
     "load_spectra",
     "participation_ratio",
@@ -84,6 +85,14 @@ def _proportions(energies: Vector) -> Vector:
     if not total > 0:
         return np.zeros_like(energies)
     return np.asarray(energies / total)
+
+
+def condition_number(largest: float, smallest: float, width: int) -> float | None:
+    """Return largest / smallest eigenvalue of a positive semi-definite (n, n) matrix, n = ``width``; None where it is singular.
+
+    An eigenvalue of zero comes out as up to n·eps of the largest: their ratio would be rounding, some 1e17.
+    """
+    return largest / smallest if smallest > width * np.finfo(np.float64).eps * largest else None
 
 
 def effective_rank(energies: Vector) -> float:

@@ -18,7 +18,7 @@ from lowrank_core.config import TOKENS_PER_DIMENSION, CalibrationConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import LayerSpec, ModelHandle
-from lowrank_core.spectra.spectrum import LayerSpectrum
+from lowrank_core.spectra.spectrum import LayerSpectrum, condition_number
 from lowrank_core.statistics.influence import InfluenceAccumulator
 from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
 from lowrank_core.statistics.pooling import PooledAccumulator, check_groups, trimmed
@@ -114,14 +114,13 @@ def _thin(sizes: Mapping[str, tuple[int, int]], what: str, advice: str) -> tuple
 
 
 def _describe_input(name: str, layers: list[str], statistics: InputStatistics, values: Vector) -> dict[str, object]:
-    minimum = float(values[-1])
     return {
         "input_group": name,
         "width": statistics.width,
         "layers": layers,
         "tokens": statistics.count,
         "tokens_per_dimension": statistics.count / statistics.width,
-        "condition": float(values[0]) / minimum if minimum > 0 else None,
+        "condition": condition_number(float(values[0]), float(values[-1]), statistics.width),
         "group_tokens": statistics.group_counts.tolist(),
         "group_kept": [weight > 0 for weight in statistics.group_weights.tolist()],
         "group_traces": statistics.group_traces.tolist(),

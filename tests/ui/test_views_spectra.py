@@ -132,3 +132,16 @@ def test_an_input_without_a_condition_is_no_number():
         entry["condition"] = None
     write_json(run.path / "calibration.json", body)
     assert calibration_quality.calibration_facts(run).worst_condition is None
+
+
+def test_the_worst_condition_is_that_of_the_singular_input():
+    run = make_run()
+    body = calibration_json()
+    inputs = body["inputs"]
+    assert calibration_quality.calibration_facts(run).condition_words == "10,000"
+    inputs[0]["condition"] = None
+    inputs[1]["condition"] = 7.3e17  # as an earlier version recorded what is rounding of a zero
+    write_json(run.path / "calibration.json", body)
+    facts = calibration_quality.calibration_facts(run)
+    assert facts.inputs[1].condition is None
+    assert facts.condition_words == f"∞ (2 of {len(inputs)} singular)"

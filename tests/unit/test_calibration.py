@@ -18,6 +18,7 @@ from lowrank_core.statistics import calibration
 from lowrank_core.statistics import store as statistics_store
 from lowrank_core.statistics.calibration import cached_statistics, collect_statistics, load_statistics, statistics_key
 from lowrank_core.statistics.moments import InputStatistics
+from lowrank_core.statistics.spectra import spectra_of
 from lowrank_core.statistics.store import exclusive, statistics_folder
 from lowrank_core.text import WindowSet
 
@@ -350,6 +351,12 @@ def test_a_bad_hidden_state_names_the_block(llama: ModelHandle, windows: WindowS
     module.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan  # after the last input that is looked at
     with pytest.raises(NumericalError, match=r"model\.layers\.1: its hidden states hold NaN or Inf"):
         collect_statistics(replace(llama, module=module), windows, CONFIG)
+
+
+def test_fewer_tokens_than_dimensions_have_no_condition(llama: ModelHandle, windows: WindowSet) -> None:
+    statistics = collect_statistics(llama, windows.first(1), CONFIG)  # 16 tokens of 32 and of 80 dimensions
+    described = statistics.describe(spectra_of(llama, statistics), llama.layers)
+    assert {entry["condition"] for entry in described["inputs"]} == {None}
 
 
 def test_the_key_is_the_content(llama: ModelHandle, windows: WindowSet) -> None:

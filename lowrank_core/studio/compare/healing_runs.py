@@ -81,7 +81,7 @@ def healings(run: Run) -> list[Healing]:
                 folder=folder.name,
                 label=str(body.get("label")),
                 allocation=str(body.get("allocation")),
-                settings=build(HealingConfig, body.get("healing", {}), f"{folder.name}/request.json"),
+                settings=build(HealingConfig, dict(body.get("healing") or {}), f"{folder.name}/request.json"),
                 history=history,
                 report=read_report(folder),
                 changed=max(path.stat().st_mtime for path in paths),

@@ -13,7 +13,7 @@ from lowrank_core.config import TOKENS_PER_DIMENSION
 from lowrank_core.config.mapping import build
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run
-from lowrank_core.spectra.spectrum import LayerSpectrum
+from lowrank_core.spectra.spectrum import LayerSpectrum, condition_number
 from lowrank_core.studio.shared.formatting import DASH, kind_label, number
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
 from lowrank_core.types import Vector
@@ -37,7 +37,7 @@ class InputFacts:
     """Statistics of one distinct input, shared by ``layers``.
 
     Attributes:
-        condition: of the pooled covariance; None where its least eigenvalue is zero.
+        condition: of the pooled covariance; None where it is singular up to rounding.
         group_traces: trace of each group's covariance, in the order of the windows.
         pooled_to_sample: relative Frobenius distance between pooled and sample covariance; 0 with a single group.
     """
@@ -81,7 +81,14 @@ class CalibrationFacts:
 
     @property
     def worst_condition(self) -> float | None:
+        """The largest finite one."""
         return max((entry.condition for entry in self.inputs if entry.condition is not None), default=None)
+
+    @property
+    def condition_words(self) -> str:
+        """The worst condition: infinite where an input's covariance is singular, with how many are."""
+        singular = sum(entry.condition is None for entry in self.inputs)
+        return f"∞ ({singular} of {len(self.inputs)} singular)" if singular else number(self.worst_condition, 2)
 
     def input_of(self, module: str) -> InputFacts | None:
         """Return the input that ``module`` reads."""
@@ -97,8 +104,13 @@ def calibration_facts(run: Run) -> CalibrationFacts | None:
     body = run.part("calibration")
     if body is None:
         return None
-    inputs = tuple(build(InputFacts, entry, "calibration.json") for entry in body.get("inputs", []))
+    inputs = tuple(_without_rounding(build(InputFacts, entry, "calibration.json")) for entry in body.get("inputs", []))
     return build(CalibrationFacts, body, "calibration.json", inputs=inputs)
+
+
+def _without_rounding(entry: InputFacts) -> InputFacts:
+    """Return the same without a condition that is rounding of a singular covariance: earlier versions recorded it as a number."""
+    return entry if entry.condition is None else replace(entry, condition=condition_number(entry.condition, 1.0, entry.width))
 
 
 def quality_table(facts: CalibrationFacts) -> pd.DataFrame:

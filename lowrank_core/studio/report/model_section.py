@@ -111,7 +111,7 @@ def _quality(facts: CalibrationFacts) -> Facts:
         (
             ("Calibration tokens", f"{facts.tokens:,}", f"{facts.windows} windows, {took}"),
             ("Tokens per dimension", minimum, f"the least over all inputs; below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy"),
-            ("Worst condition", number(facts.worst_condition, 2), "largest over smallest eigenvalue of an input's covariance, the largest"),
+            ("Worst condition", facts.condition_words, "largest over smallest eigenvalue of an input's covariance, the largest"),
             ("Groups × windows", f"{facts.groups} × {facts.group_size}", f"weights: {facts.group_weights}; pooled within groups"),
         )
     )

@@ -32,7 +32,7 @@ def show(run: Run, spectra: Sequence[LayerSpectrum], facts: CalibrationFacts, mo
                 number(facts.min_tokens_per_dimension),
                 f"Over all inputs; below {TOKENS_PER_DIMENSION} small eigenvalues are noise.",
             ),
-            "Condition number, largest": (number(facts.worst_condition, 2), "Over all inputs with a finite one, before any damping."),
+            "Condition number, largest": (facts.condition_words, "Over all inputs, before any damping."),
             "Damping in use": (
                 f"{damping:g}" if damping is not None else "none",
                 "Added to every eigenvalue of an input's covariance before it is inverted, relative to their mean."

@@ -114,7 +114,7 @@ def calibration_section(calibration: CalibrationFacts) -> None:
                 f"The least over all inputs. Below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
             ),
             "Worst condition": (
-                number(calibration.worst_condition, 2),
+                calibration.condition_words,
                 "Largest over smallest eigenvalue of an input's covariance, the largest over all inputs.",
             ),
             "Groups × windows": (
