@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextC
 from lowrank_core.models import ModelHandle
 from lowrank_core.runs import home
 from lowrank_core.statistics.calibration import cached_statistics
+from lowrank_core.statistics.pooling import trimmed
 from lowrank_core.studio.overview import memory_estimate
 from lowrank_core.studio.overview.checkpoint import read_model
 from lowrank_core.text import WindowSet
@@ -40,3 +42,14 @@ def test_the_estimate_of_the_disk_is_what_a_calibration_leaves_there(llama: Mode
     weights = next(line.bytes for line in result.lines if line.part == "Weights")
     if result.machine.gpu is None:
         assert weights == sum(parameter.numel() * parameter.element_size() for parameter in llama.module.parameters())
+
+
+def test_groups_that_a_trimmed_pooling_keeps_out_take_memory(llama: ModelHandle):
+    facts, plain = read_model(Path(llama.reference)).facts, CalibrationConfig(group_size=4)
+    text = TextConfig(context=32, calibration_windows=200)  # 50 groups: 5 wait at each end
+    sizes = []
+    for calibration in (plain, replace(plain, robust="trimmed")):
+        result = memory_estimate.fit_of(facts, RunConfig(ModelSource(llama.reference), text, calibration), memory_estimate.this_machine())
+        sizes.append(next(line.bytes for line in result.lines if line.part == "Statistics of the block in hand"))
+    assert trimmed(50) == 5
+    assert sizes[1] * 5 == sizes[0] * (5 + 2 * 5)

@@ -17,7 +17,7 @@ from functools import lru_cache
 import pandas as pd
 import psutil
 
-from lowrank_core.config import RunConfig
+from lowrank_core.config import CalibrationConfig, RunConfig
 from lowrank_core.runs import home
 from lowrank_core.studio.shared.formatting import size
 from lowrank_core.studio.shared.model_facts import ModelFacts
@@ -104,7 +104,7 @@ def fit_of(facts: ModelFacts, config: RunConfig, machine: Machine) -> Fit:
     block = max((_squares(widths) for widths in blocks.values()), default=0)
     every = sum(_squares(widths) for widths in blocks.values())
     windows, batch = text.calibration_windows, min(config.calibration.batch_size, text.calibration_windows)
-    passing = _passing(facts)
+    passing, matrices = _passing(facts), _MATRICES + _trimmed(config.calibration, windows)
     hidden = windows * text.context * facts.hidden
     return Fit(
         (
@@ -112,8 +112,8 @@ def fit_of(facts: ModelFacts, config: RunConfig, machine: Machine) -> Fit:
             FitLine(
                 "Statistics of the block in hand",
                 place,
-                block * _FLOAT64 * _MATRICES,
-                f"Σ n² over the distinct inputs of the widest block ({block:,}) × 8 bytes × {_MATRICES} matrices",
+                block * _FLOAT64 * matrices,
+                f"Σ n² over the distinct inputs of the widest block ({block:,}) × 8 bytes × {matrices} matrices",
             ),
             FitLine(
                 "Activations",
@@ -136,6 +136,12 @@ def fit_of(facts: ModelFacts, config: RunConfig, machine: Machine) -> Fit:
         ),
         machine,
     )
+
+
+def _trimmed(calibration: CalibrationConfig, windows: int) -> int:
+    """Return how many groups' covariances wait outside a trimmed pooling: a tenth of the groups, rounded up, at each end."""
+    groups = -(-windows // calibration.group_size)
+    return 2 * -(-groups // 10) if calibration.robust == "trimmed" else 0
 
 
 def _held(facts: ModelFacts, config: RunConfig, *, on_gpu: bool) -> int:
