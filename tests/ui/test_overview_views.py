@@ -398,6 +398,13 @@ def test_numbers_that_were_measured_otherwise_are_kept_apart_and_it_is_said():
     assert "Perplexities with different letters can't be set against each other" in result.notes[1]
 
 
+def test_the_same_tokens_in_shorter_windows_are_another_measurement():
+    first, second = make_run(), make_run()
+    text = text_json()
+    write_json(second.path / "text.json", text | {"context": text["context"] // 2})
+    assert list(compare_runs([first, second]).frame["value_group"]) == ["A", "B"]
+
+
 def test_runs_without_a_measurement_have_gaps():
     result = compare_runs(
         [make_run(search=False), make_run(config=SearchConfig(0.2, max_ratio=0.6, trials=9), study=write_front), make_run()]

@@ -101,11 +101,11 @@ def _words(declared: Declared, value: object) -> str:
 def _row(run: Run) -> _Row:
     config, search = run.config, run.config.search
     facts, best, measured, trials = None, None, None, None
-    splits: dict[str, str] = {}
+    splits: dict[str, Hashable] = {}
     selected: Hashable = None
     try:
         facts, text = model_facts(run), text_facts(run)
-        splits = {split.name: split.sha256 for split in text.splits} if text else {}
+        splits = {split.name: (split.sha256, text.context) for split in text.splits} if text else {}  # one text may be cut in two ways
         if search is not None:
             result = read_trials(run)
             selected = (read_rules(run) if search.objective == "bolaco" else "", str((run.part("selection") or {}).get("chosen")))
