@@ -86,10 +86,19 @@ def _forget(folder: Path) -> None:
     folder.rmdir()
 
 
+def _recovered(before: EvaluationReport, after: EvaluationReport) -> str:
+    """Return the share of the lost perplexity that is back; nothing where these windows do not tell that any was lost."""
+    assert before.dense_perplexity is not None
+    ends = before.perplexity_difference_interval
+    if ends is None or ends[0] <= 0:
+        return ""
+    share = 1 - (after.perplexity - before.dense_perplexity) / (before.perplexity - before.dense_perplexity)
+    return f", {share:.0%} of what one shot lost recovered"
+
+
 def _told(report: HealingReport, before: EvaluationReport, after: EvaluationReport, out: Path) -> str:
     assert before.dense_perplexity is not None
-    lost = before.perplexity - before.dense_perplexity
-    recovered = f", {1 - (after.perplexity - before.dense_perplexity) / lost:.0%} of what one shot lost recovered" if lost > 0 else ""
+    recovered = _recovered(before, after)
     kept = f"step {report.best_step} kept" if report.best_step else "no step was better than the start: the model is as it was"
     ends = {"steps": "all steps taken", "patience": "validation stopped improving", "diverged": "stopped: a loss was not finite"}
     return "\n".join(

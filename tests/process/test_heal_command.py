@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lowrank_core.cli import main
+from lowrank_core.commands.heal import _recovered
 from lowrank_core.config import ModelSource
-from lowrank_core.models import load_model
+from lowrank_core.evaluation import evaluate
+from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.text import WindowSet
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +86,13 @@ def test_what_is_no_export_is_refused(llama_checkpoint: Path, text_file: Path, t
     (tmp_path / "taken" / "file").touch()
     assert main(arguments(llama_checkpoint, text_file, tmp_path / "taken")) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("interval", "words"), [((0.5, 1.5), ", 75% of what one shot lost recovered"), ((-0.1, 2.1), ""), (None, "")])
+def test_a_loss_that_the_windows_do_not_tell_has_no_share(
+    llama: ModelHandle, windows: WindowSet, interval: tuple[float, float] | None, words: str
+):
+    report = evaluate(llama, windows.first(2), against=llama)
+    dense = report.dense_perplexity
+    before = replace(report, perplexity=dense + 1.0, perplexity_difference_interval=interval)
+    assert _recovered(before, replace(report, perplexity=dense + 0.25)) == words
