@@ -180,6 +180,12 @@ class ModelHandle:
         return sum(int(child.scales.numel()) for child in self.module.modules() if isinstance(child, Int8Matrix))
 
     @property
+    def tied(self) -> bool:
+        """Whether embedding and head are one matrix: what the config says of it is not so where a checkpoint has two that differ."""
+        embedding, head = self.module.get_input_embeddings(), self.module.get_output_embeddings()
+        return head is not None and getattr(embedding, "weight", None) is head.weight
+
+    @property
     def bytes(self) -> int:
         """Bytes of the weights and indices as they are stored on disk."""
         floats = self.parameters - self._indices - self._int8
@@ -327,7 +333,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "blocks": len(blocks_of(handle.module)[1]),
         "hidden": int(config.hidden_size),
         "head_flops": head_flops(handle),
-        "tied_embeddings": bool(getattr(config, "tie_word_embeddings", False)),
+        "tied_embeddings": handle.tied,
         "layers": [
             {
                 "name": layer.name,

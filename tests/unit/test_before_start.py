@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
-from lowrank_core.models import ModelHandle
+from lowrank_core.models import ModelHandle, describe, load_model
 from lowrank_core.runs import home
 from lowrank_core.statistics.calibration import cached_statistics
 from lowrank_core.statistics.pooling import trimmed
@@ -53,3 +55,16 @@ def test_groups_that_a_trimmed_pooling_keeps_out_take_memory(llama: ModelHandle)
         sizes.append(next(line.bytes for line in result.lines if line.part == "Statistics of the block in hand"))
     assert trimmed(50) == 5
     assert sizes[1] * 5 == sizes[0] * (5 + 2 * 5)
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_head_that_is_stored_too_is_tied_only_where_it_equals_the_embedding(llama_checkpoint: Path, tmp_path: Path, equal: bool):
+    folder = Path(shutil.copytree(llama_checkpoint, tmp_path / "both"))
+    weights = load_file(folder / "model.safetensors")
+    embedding = weights["model.embed_tokens.weight"]
+    weights["lm_head.weight"] = embedding.clone() if equal else embedding.flip(0)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    handle, result = load_model(ModelSource(str(folder))), read_model(folder)
+    assert describe(handle)["tied_embeddings"] is result.facts.tied_embeddings is equal
+    assert result.facts.parameters == handle.parameters == 21664 + embedding.numel() * (1 if equal else 2)
+    assert result.facts.coverage == handle.coverage

@@ -16,7 +16,7 @@ import pandas as pd
 from lowrank_core.coverage import KINDS, Coverage, has_experts, kind_by_name
 from lowrank_core.files.weights import unguarded_note
 from lowrank_core.parameters import MatrixShape, module_type
-from lowrank_core.studio.overview.headers import Checkpoint, StoredTensor, read_checkpoint
+from lowrank_core.studio.overview.headers import Checkpoint, StoredTensor, read_checkpoint, same_values
 from lowrank_core.studio.shared.model_facts import ModelFacts
 
 __all__ = ["ModelOnDisk", "Part", "checkpoint_facts", "parts_of", "read_model", "tensor_table"]
@@ -129,9 +129,16 @@ def _stem(tensors: Sequence[StoredTensor]) -> str:
 
 
 def _tied(checkpoint: Checkpoint) -> bool:
-    """Whether embedding and head are one matrix; where the config does not say, a checkpoint without a head ties it."""
+    """Whether embedding and head are one matrix, as transformers decides it.
+
+    Where the config does not say, a checkpoint without a head ties it; where it says so and both are there, they are if they are equal.
+    """
     stated = checkpoint.config.get("tie_word_embeddings")
-    return stated if isinstance(stated, bool) else not any(tensor.name.endswith(_HEADS) for tensor in checkpoint.tensors)
+    head = next((tensor for tensor in checkpoint.tensors if tensor.name.endswith(_HEADS)), None)
+    if stated is not True or head is None:
+        return stated if isinstance(stated, bool) else head is None
+    alike = [tensor for tensor in checkpoint.tensors if tensor.shape == head.shape and _is_table(tensor.name)]
+    return not alike or any(same_values(checkpoint.folder, tensor, head) for tensor in alike)
 
 
 def _part(tensor: StoredTensor, stem: str, checkpoint: Checkpoint, tied: bool, experts: set[int]) -> Part:
@@ -157,10 +164,14 @@ def _outside(part: Part, tied: bool) -> tuple[str, str]:
         return ("tied", "second copy of the embedding: tied, counted once") if tied else ("head", "head: outside the blocks")
     if len(part.shape) == 1:
         return "vector", "vector of a norm" if "norm" in part.name or "ln_" in part.name else "vector"
-    if "embed" in part.name or ".wte." in f".{part.name}" or ".wpe." in f".{part.name}":
+    if _is_table(part.name):
         both = tied and not _POSITIONS.search(part.name)
         return ("tied", "embedding, and the head too: tied") if both else ("embedding", "embedding")
     return "outside", "outside the blocks"
+
+
+def _is_table(name: str) -> bool:
+    return ("embed" in name or ".wte." in f".{name}" or ".wpe." in f".{name}") and not name.endswith(_HEADS)
 
 
 def _inside(part: Part, checkpoint: Checkpoint, *, experts: bool) -> tuple[str, str]:

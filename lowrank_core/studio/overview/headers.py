@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,9 +14,11 @@ from safetensors import SafetensorError, safe_open
 from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import read_object, weight_files
 
-__all__ = ["Checkpoint", "StoredTensor", "read_checkpoint"]
+__all__ = ["Checkpoint", "StoredTensor", "read_checkpoint", "same_values"]
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+_SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,30 @@ class StoredTensor:
     @property
     def bytes(self) -> int:
         return self.elements * _BYTES.get(self.dtype, 1)
+
+
+def same_values(folder: Path, first: StoredTensor, second: StoredTensor) -> bool:
+    """Return whether two tensors hold the same bytes, as far as samples spread over them tell: two that were trained apart differ in all.
+
+    Raises:
+        ModelError: a file is damaged.
+    """
+    if (first.shape, first.dtype) != (second.shape, second.dtype):
+        return False
+    places = range(0, first.bytes, max(_SAMPLE_BYTES, first.bytes // _SAMPLES))
+    return all(_sample(folder, first, place) == _sample(folder, second, place) for place in places)
+
+
+def _sample(folder: Path, tensor: StoredTensor, place: int) -> bytes:
+    """Return some bytes of a tensor from ``place`` on; a file is an 8-byte length, a header in JSON, and the data."""
+    try:
+        with (folder / tensor.file).open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            begin, end = json.loads(stream.read(length))[tensor.name]["data_offsets"]
+            stream.seek(8 + length + begin + place)
+            return stream.read(min(_SAMPLE_BYTES, end - begin - place))
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{folder / tensor.file} is damaged: {error}. Copy or download the model again.") from error
 
 
 @dataclass(frozen=True)
