@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["NO_INTERVAL", "amount", "fixed", "fixed_interval", "has_interval"]
+__all__ = ["NO_INTERVAL", "amount", "fixed", "fixed_interval", "given_percent", "has_interval"]
 
 NO_INTERVAL = "no interval"
 """Where something was measured of which no spread was seen: on one window, or on windows that do not differ."""
@@ -26,6 +26,11 @@ def fixed_interval(ends: Sequence[float] | None, digits: int, *, signed: bool = 
     if ends is None or not has_interval(ends):
         return NO_INTERVAL
     return " to ".join(fixed(end, digits, signed=signed) for end in ends)
+
+
+def given_percent(fraction: float) -> str:
+    """Return a fraction that somebody chose in percent, as it was given: 12.5%, not 12%."""
+    return f"{100 * fraction:.6g}%"
 
 
 def amount(size: int) -> str:

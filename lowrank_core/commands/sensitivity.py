@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from lowrank_core.runs import Run, client, create_run, open_run
 from lowrank_core.sensitivity.config import TYPE, SensitivityConfig
 from lowrank_core.sensitivity.records import SensitivityCell
 from lowrank_core.types import Result
+from lowrank_core.wording import given_percent
 from lowrank_core.worker.main import measure_alone
 from lowrank_core.worker.sensitivity import SensitivityOutcome
 
@@ -88,12 +90,14 @@ def _lines(cells: tuple[SensitivityCell, ...]) -> list[str]:
     kept = sorted({cell.kept for cell in cells})
     by_key = {cell.key: cell for cell in cells}
     types = list(dict.fromkeys(cell.name for cell in cells if cell.scope == TYPE))
-    lines = [f"{'all of a type, kept':30}" + "".join(f"{ratio:>12.0%}" for ratio in kept)] if types else []
+    lines = [f"{'all of a type, kept':30}" + "".join(f"{given_percent(ratio):>12}" for ratio in kept)] if types else []
     lines += [f"{kind:30}" + "".join(f"{_word(by_key.get((TYPE, kind, ratio))):>12}" for ratio in kept) for kind in types]
     modules = [cell for cell in cells if cell.scope != TYPE]
     if modules:
-        first = sorted((cell for cell in modules if cell.kept == modules[0].kept), key=lambda cell: -(cell.kl or 0.0))
-        lines.append(f"the most sensitive modules at {modules[0].kept:.0%} kept, each alone:")
+        first = sorted(
+            (cell for cell in modules if cell.kept == modules[0].kept), key=lambda cell: -(math.inf if cell.kl is None else cell.kl)
+        )
+        lines.append(f"the most sensitive modules at {given_percent(modules[0].kept)} kept, each alone:")
         lines += [f"  {cell.name:40} {_word(cell):>12}" for cell in first[:_MAX_ROWS]]
     return lines
 

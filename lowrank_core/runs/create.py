@@ -15,6 +15,7 @@ from lowrank_core.errors import RunError
 from lowrank_core.runs.files import write_json
 from lowrank_core.runs.paths import home
 from lowrank_core.runs.run import Run
+from lowrank_core.wording import given_percent
 
 __all__ = ["create_run"]
 
@@ -71,5 +72,5 @@ def _default_name(config: RunConfig) -> str:
     if config.search is None:
         return f"{model} on {text}"
     maximum = config.search.max_ratio
-    ratios = f"{config.search.compression_ratio:.0%}" + (f" to {maximum:.0%}" if maximum is not None else "")
+    ratios = given_percent(config.search.compression_ratio) + (f" to {given_percent(maximum)}" if maximum is not None else "")
     return f"{model} on {text}, {ratios} removed"

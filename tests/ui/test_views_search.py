@@ -227,6 +227,7 @@ def test_a_range_has_no_best_trial(ranged):
     marks = history.trial_table(ranged, RANGE)["kind"]
     assert [number for number, kind in enumerate(marks) if kind.endswith("★ front")] == [0, 1, 3, 4]
     assert ratio_words(RANGE) == "20% to 60%"
+    assert ratio_words(replace(RANGE, compression_ratio=0.125, max_ratio=0.996)) == "12.5% to 99.6%"
     run = make_run(config=RANGE, study=write_front)
     assert run_list.run_table([run])["best"].isna().all()
     assert run_list.run_table([run])["ratio"][0] == "20% to 60%"

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from lowrank_core.cli import main
+from lowrank_core.commands.sensitivity import _lines
 from lowrank_core.config import ModelSource, RunConfig, TextConfig
 from lowrank_core.runs import Run, bundled_path, client, create_run, open_run
-from lowrank_core.sensitivity.records import read_records
+from lowrank_core.sensitivity.config import MODULE
+from lowrank_core.sensitivity.records import SensitivityCell, read_records
 
 
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object, status: int = 0) -> tuple[str, str]:
@@ -68,3 +70,10 @@ def test_a_run_with_a_worker_is_left_to_it(
     assert "has a worker: it measures when its trials are done" in out
     (request,) = client.pending_requests(run)
     assert request["arguments"]["kept"] == [0.4]
+
+
+def test_a_module_that_diverged_is_the_max_sensitive():
+    cells = [SensitivityCell(MODULE, name, 0.125, 4, 1, 10, 80, kl, None, None, 1.0) for name, kl in (("a", 0.1), ("b", None), ("c", 0.2))]
+    head, *rows = _lines(tuple(cells))
+    assert head == "the most sensitive modules at 12.5% kept, each alone:"
+    assert [row.split() for row in rows] == [["b", "diverged"], ["c", "0.2"], ["a", "0.1"]]

@@ -13,6 +13,7 @@ from lowrank_core.parameters import MatrixShape
 from lowrank_core.studio.sensitivity.sensitivity_table import Estimate
 from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, axis_note, direct_label, finished
 from lowrank_core.studio.shared.formatting import kind_label
+from lowrank_core.wording import given_percent
 
 __all__ = ["depth_figure", "scatter_figure", "types_figure"]
 
@@ -143,17 +144,18 @@ def depth_figure(curves: pd.DataFrame, kinds: Sequence[str], chosen: MatrixShape
         figure.add_scatter(
             x=rows["depth"].to_numpy(),
             y=rows["shown"].to_numpy(),
-            name=f"{ratio:.0%} kept",
+            name=f"{given_percent(ratio)} kept",
             mode="lines+markers",
             opacity=1 - _FADE * index / max(1, len(ratios) - 1),
             line={"color": colour, "width": 2},
             marker={"size": 6},
             customdata=rows[["name", "rank"]].assign(error=_errors(rows)).to_numpy(),
-            hovertemplate="%{customdata[0]}, rank %{customdata[1]}<br>%{y:.3g}%{customdata[2]} nats<extra>" + f"{ratio:.0%} kept</extra>",
+            hovertemplate="%{customdata[0]}, rank %{customdata[1]}<br>%{y:.3g}%{customdata[2]} nats<extra>"
+            + f"{given_percent(ratio)} kept</extra>",
         )
         drawn = rows.dropna(subset=["shown"])
         if not drawn.empty:
-            ends.append((f"{ratio:.0%} kept", float(drawn["depth"].iloc[-1]), float(drawn["shown"].iloc[-1]), GREY))
+            ends.append((f"{given_percent(ratio)} kept", float(drawn["depth"].iloc[-1]), float(drawn["shown"].iloc[-1]), GREY))
     finished(figure, height=420, x="Block (depth, from the embedding to the head)", y="KL, nats per token (log scale)", right=84)
     low, high = _log_range(curves["shown"].to_numpy(float))
     figure.update_yaxes(**_log_axis(low, high))

@@ -10,6 +10,7 @@ from lowrank_core.config import SearchConfig
 from lowrank_core.studies.naming import model_name, trial_label
 from lowrank_core.studies.records import MANUAL, TrialRecord, best_trial, pareto_front
 from lowrank_core.studio.shared.formatting import kind_label, number, percent
+from lowrank_core.wording import given_percent
 
 __all__ = [
     "KINDS",
@@ -75,8 +76,8 @@ def trial_note(trial: TrialRecord) -> str:
 def ratio_words(search: SearchConfig) -> str:
     """Return the ratio of a search, or its range."""
     if search.max_ratio is None:
-        return f"{search.compression_ratio:.0%}"
-    return f"{search.compression_ratio:.0%} to {search.max_ratio:.0%}"
+        return given_percent(search.compression_ratio)
+    return f"{given_percent(search.compression_ratio)} to {given_percent(search.max_ratio)}"
 
 
 def unit_label(name: str) -> str:

@@ -14,6 +14,7 @@ from lowrank_core.studio.sensitivity.sensitivity_plan import SensitivityPlan, la
 from lowrank_core.studio.shared.formatting import count, duration, kind_label
 from lowrank_core.studio.shared.model_facts import ModelFacts
 from lowrank_core.studio.shared.run_list import is_working, status_words
+from lowrank_core.wording import given_percent
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
 
@@ -74,7 +75,7 @@ def _inputs(run: Run, facts: ModelFacts) -> SensitivityConfig:
         selection_mode="multi",
         default=list(_USUAL.kept),
         key="sensitivity_ratios",
-        format_func=lambda ratio: f"{ratio:.0%}",
+        format_func=given_percent,
         help="Of what is compressed, biases and index tables counted.",
         persist_state="session",
     )
