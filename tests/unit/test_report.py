@@ -433,6 +433,16 @@ def test_negative_results_are_said():
     assert "A request (export) failed: disk full" in page.text
 
 
+def test_a_healed_rule_is_no_searched_trial():
+    run = make_run()
+    bodies = [comparison("trial 3", 3, 3.4), comparison("uniform", "uniform", 3.2)]
+    healed = comparison("uniform, healed by distillation", "uniform", 3.1)
+    bodies.append({**healed, "kind": "heal", "folder": "uniform-abcd", "one_shot": bodies[1]["report"]})
+    for index, body in enumerate(bodies):
+        write_json(run.path / "results" / f"{index + 1}.json", body)
+    assert "No searched trial is better than Uniform (trial 0) (24.533)" in report(run).text
+
+
 def test_an_answer_that_was_not_measured_is_named():
     run = make_run()
     write_json(run.path / "results" / "1.json", comparison("trial 2", 2, 3.4))
