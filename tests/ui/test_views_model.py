@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +24,11 @@ from synthetic import (
 from lowrank_core.config.mapping import build
 from lowrank_core.errors import ModelError, RunError, TextError
 from lowrank_core.runs import write_json
+from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.overview import source_checks, text_facts
 from lowrank_core.studio.overview.checkpoint import read_model
-from lowrank_core.studio.shared import formatting, model_facts
+from lowrank_core.studio.search import history
+from lowrank_core.studio.shared import formatting, model_facts, run_list
 
 
 @pytest.mark.parametrize(
@@ -62,6 +66,31 @@ def test_fractions_and_sizes_are_words():
     assert formatting.percent(math.nan) == "–"
     assert formatting.size(27_400_000) == "26.1 MiB"
     assert formatting.interval(1.0, None) == "–"
+
+
+def test_a_moment_of_another_year_says_which():
+    now = time.localtime()
+    this, last = (time.mktime((year, 1, 1, 9, 5, 0, 0, 0, -1)) for year in (now.tm_year, now.tm_year - 1))
+    assert formatting.timestamp(this) == "1 Jan 09:05"
+    assert formatting.timestamp(last) == f"1 Jan {now.tm_year - 1}"
+
+
+@pytest.fixture
+def in_tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+def test_tables_have_the_time_that_labels_have(in_tokyo: None):
+    run = make_run()
+    label, (created,) = formatting.timestamp(float(run.record["created"])), run_list.run_table([run])["created"]
+    assert f"{created:%H:%M}" == label.rpartition(" ")[2]
+    trial = next(trial for trial in read_trials(run) if trial.started is not None)
+    started = history.trial_table([trial], run.config.search)["started"].iloc[0]
+    assert f"{started:%H:%M}" == formatting.timestamp(trial.started).rpartition(" ")[2]
 
 
 # the model

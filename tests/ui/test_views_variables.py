@@ -140,6 +140,12 @@ def test_trials_stand_where_they_were_measured():
     assert list(drawn.data["chosen"]) == [False, True, False, False]
 
 
+def test_a_clock_that_was_set_back_makes_no_time_negative():
+    result = timeline([record(0, started=3700.0, ended=102.0, seconds=2.0)], set(), 110.0)
+    assert list(result["seconds"]) == [2.0]
+    assert result["note"][0].endswith("took 2.0 s")
+
+
 def test_the_times_of_a_study_are_read():
     run = make_run(state="running", config=SEARCH, study=write_rich_study)
     result = timeline(read_trials(run), {f"{socket.gethostname()}:{os.getpid()}"}, 4e9)

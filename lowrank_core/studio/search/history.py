@@ -12,6 +12,7 @@ from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
 from lowrank_core.studies.space import RATIO
+from lowrank_core.studio.shared.formatting import local_time
 from lowrank_core.studio.shared.trial_names import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
 
 __all__ = [
@@ -134,7 +135,7 @@ def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataF
             "removed": trial.compression_ratio,
             "seconds": trial.seconds,
             "worker": trial.worker or None,
-            "started": None if trial.started is None else pd.Timestamp(trial.started, unit="s"),
+            "started": None if trial.started is None else local_time(trial.started),
             **trial.params,
         }
         for trial in trials

@@ -29,6 +29,8 @@ def _row(trial: TrialRecord, living: Collection[str], now: float) -> dict[str, o
     start = trial.started or 0.0
     lost = trial.ended is None and trial.worker not in living
     end = trial.ended if trial.ended is not None else start if lost else max(now, start)
+    if end < start:  # the clock was set back meanwhile
+        end = start + (trial.seconds or 0.0)
     took = "its worker is gone" if lost else f"{'for' if trial.ended is None else 'took'} {short_duration(end - start)}"
     return {
         "number": trial.number,

@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Sequence
+from datetime import datetime
 
 from lowrank_core.wording import NO_INTERVAL, fixed, has_interval
 
@@ -19,6 +20,7 @@ __all__ = [
     "interval",
     "interval_words",
     "kind_label",
+    "local_time",
     "number",
     "percent",
     "plain",
@@ -114,9 +116,14 @@ def interval_words(ends: Sequence[float] | None) -> str:
 
 
 def timestamp(seconds: float) -> str:
-    """Return local date and time: 14 Mar 09:05."""
+    """Return local date and time: 14 Mar 09:05; of another year, with it: 14 Mar 2025."""
     moment = time.localtime(seconds)
-    return f"{moment.tm_mday} {time.strftime('%b %H:%M', moment)}"
+    return f"{moment.tm_mday} {time.strftime('%b %H:%M' if moment.tm_year == time.localtime().tm_year else '%b %Y', moment)}"
+
+
+def local_time(seconds: float) -> datetime:
+    """Return local date and time for a table, which shows them as they are: the same as ``timestamp`` says next to it."""
+    return datetime.fromtimestamp(seconds)
 
 
 def age(seconds: float, now: float) -> str:

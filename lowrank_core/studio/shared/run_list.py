@@ -13,7 +13,7 @@ from lowrank_core.runs import Run, RunStatus, list_runs, recorded_run
 from lowrank_core.runs.client import pending_requests
 from lowrank_core.runs.manage import notes_of
 from lowrank_core.studies.records import best_trial, counts_of, read_trials
-from lowrank_core.studio.shared.formatting import duration, shortened, timestamp
+from lowrank_core.studio.shared.formatting import duration, local_time, shortened, timestamp
 from lowrank_core.studio.shared.trial_names import ratio_words
 
 __all__ = [
@@ -154,6 +154,6 @@ def _row(run: Run) -> dict[str, object]:
         "ratio": ratio_words(config.search) if config.search else None,
         "trials": counts_of(trials).complete if config.search else None,
         "best": best.value if best else None,
-        "created": pd.Timestamp(float(record["created"]), unit="s"),
+        "created": local_time(float(record["created"])),
         "notes": shortened(notes, _NOTES) or None,
     }
