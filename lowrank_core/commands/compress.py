@@ -31,7 +31,7 @@ from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, notes_of
 from lowrank_core.parameters import Unit
-from lowrank_core.text import load_text, load_windows
+from lowrank_core.text import load_text, load_windows, overlap_warnings
 from lowrank_core.types import Result
 
 __all__ = ["compress_to"]
@@ -56,6 +56,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     narrow = coverage_warnings(handle, request.compression_ratio)
     _ = pipeline.calibration_windows  # a text that can't be read is reported as such
     test, lacks = _test_text(handle, text)
+    repeats = () if test is None else overlap_warnings(pipeline.calibration_windows, test.windows)
     statistics = reported(pipeline.statistics)
     compression, tuning = _tuned(pipeline, request) if request.tune else (request.compression, ())
     pipeline = pipeline.under(compression)
@@ -69,7 +70,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
             print(f"{rule}: {cost} of calibration text, kept for the next ratio", file=sys.stderr)
         allocation = pipeline.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights)
     unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
-    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *_unspent(request, units, allocation), *lacks)
+    lost = _unspent(request, units, allocation)
+    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lost, *lacks, *repeats)
     for doubt in doubts:
         print(f"warning: {doubt}", file=sys.stderr)
     model = pipeline.compress(allocation)

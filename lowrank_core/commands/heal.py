@@ -16,7 +16,7 @@ from lowrank_core.export.manifest import read_manifest, report_of
 from lowrank_core.models import load_model
 from lowrank_core.models.loading import resolve_reference
 from lowrank_core.runs.healing_records import HealingReport, read_history
-from lowrank_core.text import load_windows
+from lowrank_core.text import load_windows, overlap_warnings
 from lowrank_core.types import Result
 from lowrank_core.wording import fixed
 
@@ -61,6 +61,7 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
     config, tokenizer = request.healing, compressed.handle.tokenizer
     validation = load_windows(text, tokenizer, "validation", count=text.validation_windows)
     test = load_windows(text, tokenizer, "test", count=text.test_windows)
+    repeats = overlap_warnings(load_windows(text, tokenizer, "calibration", count=text.calibration_windows), validation, test)
     begun = read_history(request.checkpoint)
     if begun:
         print(f"going on after step {begun[-1].step} of {config.steps}", file=sys.stderr)
@@ -76,7 +77,8 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
         "healing": asdict(report),
         "one_shot": before.to_mapping(),
         "healed": after.to_mapping(),
-        "text": _told(report, before, after, request.out),
+        "warnings": list(repeats),
+        "text": _told(report, replace(before, warnings=(*repeats, *before.warnings)), after, request.out),
     }
 
 

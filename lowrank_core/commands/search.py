@@ -156,7 +156,8 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
 def _warnings(run: Run, confirmed: list[JsonMapping]) -> list[str]:
     """Return why the figures may say less than they seem to, each reason once."""
     reported = [warning for row in confirmed for warning in row["warnings"]]
-    return list(dict.fromkeys([*run.status().dense_warnings, *reported]))
+    of_text = (run.part("text") or {}).get("warnings", [])
+    return list(dict.fromkeys([*of_text, *run.status().dense_warnings, *reported]))
 
 
 def _warning_lines(warnings: list[str]) -> list[str]:

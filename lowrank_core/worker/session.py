@@ -25,7 +25,7 @@ from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.spectra import spectra_of
 from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.space import SearchSpace
-from lowrank_core.text import TokenWindows, WindowSet, load_windows
+from lowrank_core.text import TokenWindows, WindowSet, load_windows, overlap_warnings
 from lowrank_core.worker.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.worker.reporter import Reporter
 
@@ -38,7 +38,7 @@ class RunContext:
 
     pipeline: Pipeline
     notes: tuple[str, ...] = ()
-    """What a user should know of the model: how little of it can be compressed, and what is not compressed by heads."""
+    """What a user should know of the model and the text: what can't be compressed, and which splits repeat each other."""
 
     @property
     def handle(self) -> ModelHandle:
@@ -73,9 +73,11 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     reporter.say(warnings=notes)  # before work is spent
     windows = pipeline.windows
     meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
+    repeats = overlap_warnings(windows.calibration, windows.validation, windows.test)
+    notes = (*notes, *_told(repeats))
     if leads:
         write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
-        write_json(run.path / "text.json", windows.describe(config.text.seed))
+        write_json(run.path / "text.json", {**windows.describe(config.text.seed), "warnings": list(repeats)})
     statistics = pipeline.moments
     session = RunContext(pipeline, notes)
     if leads:
@@ -93,7 +95,11 @@ def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
     search = run.config.search
     warning = handle.coverage.warning(None if search is None else search.compression_ratio)
     by_heads = search is not None and search.compression.heads
-    notes = (*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads))
+    return _told((*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads)))
+
+
+def _told(notes: tuple[str, ...]) -> tuple[str, ...]:
+    """Print ``notes``, and return them."""
     for note in notes:
         print(f"warning: {note}", file=sys.stderr, flush=True)
     return notes

@@ -26,7 +26,7 @@ class SplitFacts:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """A text as it was cut; ``bos`` is ``window`` (BOS first in every window) or ``none``."""
+    """A text as it was cut; ``bos`` is ``window`` (BOS in every window) or ``none``; ``warnings`` say which splits are no new text."""
 
     reference: str
     context: int
@@ -34,6 +34,7 @@ class TextFacts:
     seed: int
     splits: tuple[SplitFacts, ...]
     preview: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def text_facts(run: Run) -> TextFacts | None:

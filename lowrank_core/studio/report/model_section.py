@@ -67,7 +67,7 @@ def text_section(run: Run) -> Section:
     facts = text_facts(run)
     blocks: tuple[Block, ...] = (Note("missing", "The text was not cut yet: text.json is written when it was."),)
     if facts is not None:
-        blocks = (_text_facts(facts), _splits(facts))
+        blocks = (*(Note("warning", warning) for warning in facts.warnings), _text_facts(facts), _splits(facts))
     return Section("text", "The text and the protocol", "What did the model read, and on which part was what decided?", blocks)
 
 

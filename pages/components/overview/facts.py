@@ -85,6 +85,8 @@ def _tree(reference: str) -> None:
 
 def text_section(text: TextFacts) -> None:
     st.subheader("The text it saw", anchor=False)
+    for warning in text.warnings:
+        st.warning(warning, icon=":material/warning:")
     bos = "BOS first in every window" if text.bos == "window" else "no BOS"
     st.caption(f"{text.reference} · context {text.context} tokens · {bos} · seed {text.seed} · three disjoint splits")
     left, right = st.columns([3, 2], gap="small") if text.preview else (st.container(), None)
