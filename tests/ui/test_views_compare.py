@@ -237,6 +237,14 @@ def test_all_that_continued_one_prompt_stand_under_it():
     assert first.original == "x):"
 
 
+def test_timings_of_one_model_are_told_apart():
+    sizes = {"prompt_tokens": 8, "new_tokens": 4, "rounds": 3}
+    result = measured_speed.speeds([speed_answer() | {"config": {"batch_size": batch, **sizes}} for batch in (1, 16)])
+    names = ["Uniform, batch 16, 8 + 4 tokens, 3 rounds", "Uniform, batch 1, 8 + 4 tokens, 3 rounds"]
+    assert list(dict.fromkeys(measured_speed.speedup_table(result)["name"])) == names
+    assert set(measured_speed.speedup_table(result[:1])["name"]) == {"Uniform"}
+
+
 def test_speed_is_told_with_spread_and_protocol():
     result = measured_speed.speeds([speed_answer(), speed_answer("trial 3", memory=False), speed_answer()])
     assert [each.name for each in result] == ["Uniform", "Trial 3"]

@@ -50,6 +50,7 @@ class Speed:
     Attributes:
         name: of the compressed model.
         protocol: batch, lengths, rounds, dtype, device; memory: what its peaks are, empty if they were not measured.
+        setup: batch, lengths and rounds in short: what tells two timings of one model apart.
         dense, compressed: each by itself; speedups: time of the dense model over that of the compressed model in the same round.
     """
 
@@ -59,6 +60,7 @@ class Speed:
     dense: _Side
     compressed: _Side
     speedups: Mapping[str, _Spread]
+    setup: str = ""
 
 
 def speeds(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Speed]:
@@ -94,7 +96,14 @@ def _speed(body: JsonMapping, trials: Sequence[TrialRecord]) -> Speed:
         dense=_side(_part(body, "dense"), body.get("dense_flops")),
         compressed=_side(compressed, body.get("flops")),
         speedups={name: _spread(body, name) for name in _MEASURES},
+        setup=_setup(_part(body, "config")),
     )
+
+
+def _setup(config: Mapping[str, object]) -> str:
+    """Return ``batch 1, 128 + 64 tokens, 7 rounds``; empty where an answer does not say."""
+    sizes = [config.get(name) for name in ("batch_size", "prompt_tokens", "new_tokens", "rounds")]
+    return "batch {}, {} + {} tokens, {} rounds".format(*sizes) if None not in sizes else ""
 
 
 def _side(body: Mapping[str, object], flops: object) -> _Side:
@@ -136,9 +145,19 @@ def _share(ours: int | None, theirs: int | None) -> str:
 
 
 def speedup_table(result: Sequence[Speed]) -> pd.DataFrame:
-    """Return columns name, measure, median, low, high: how many times faster each model is; above 1 it is faster."""
+    """Return columns name, measure, median, low, high: how many times faster each model is; above 1 it is faster.
+
+    A model that was timed at several batches or lengths has a name for each.
+    """
+    names = [speed.name for speed in result]
     rows = [
-        (speed.name, label, speed.speedups[name].median, speed.speedups[name].low, speed.speedups[name].high)
+        (
+            f"{speed.name}, {speed.setup}" if names.count(speed.name) > 1 else speed.name,
+            label,
+            speed.speedups[name].median,
+            speed.speedups[name].low,
+            speed.speedups[name].high,
+        )
         for speed in result
         for name, label in _MEASURES.items()
     ]

@@ -43,7 +43,7 @@ def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Speed]) -> None:
         "faster": tables.text("Times as fast", "Round by round; of memory and counts, the share that is left."),
     }
     for index, speed in enumerate(result):
-        st.markdown(f"**{speed.name}**")
+        st.markdown(f"**{speed.name}**" + (f", {speed.setup}" if speed.setup else ""))
         tables.table(
             speed_table(speed), columns, key=f"speed_table_{index}", alt=f"Speed and memory of {speed.name} next to the dense model"
         )
