@@ -22,7 +22,7 @@ def test_before_anything_is_measured_the_form_says_what_it_takes(app, dead):
     assert sound(test)
     assert not charts(test)
     assert "Nothing measured yet" in words(test)
-    assert "140** cells, each on 24 windows" in words(test)
+    assert "140** cells, each on 4 windows" in words(test)
     assert "going by the trials of this run" in words(test)
     test.number_input(key="sensitivity_windows_24").set_value(3)
     test.button(key="start_sensitivity").click().run()

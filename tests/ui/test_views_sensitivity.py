@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import spearmanr
-from synthetic import make_run, matrices, spectra, write_sensitivity
+from synthetic import make_run, matrices, spectra, text_json, write_sensitivity
 
-from lowrank_core.config import SearchConfig
+from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.errors import RunError
 from lowrank_core.presets.recipes import preset_named
-from lowrank_core.runs import Run
+from lowrank_core.runs import Run, write_json
 from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.sensitivity.records import SensitivityRecord, append_cell, read_records, record_path
 from lowrank_core.studio.energy.energy_table import energy_at_rank
@@ -184,6 +184,23 @@ def test_a_plan_counts_what_is_left_and_what_it_takes():
     assert begun.seconds == pytest.approx(0.5 * begun.missing)
     assert plan_of(run, matrices(), replace(config, windows=2)).missing == empty.cells  # other windows are measured again
     assert plan_of(run, matrices(), replace(config, windows=2)).seconds == pytest.approx(0.25 * empty.cells)
+
+
+def test_a_plan_does_not_count_what_another_damping_gave():
+    compression = CompressionConfig(basis="two_sided", input_damping=1e-3)
+    run = make_run(config=SearchConfig(0.3, compression=compression))
+    config = SensitivityConfig(kept=(0.2, 0.5, 0.8), windows=4, storage="factored")
+    write_sensitivity(run, cells=10)  # at the usual damping
+    plan = plan_of(run, matrices(), config)
+    assert plan.missing == plan.cells
+
+
+def test_a_plan_takes_no_more_windows_than_the_text_holds():
+    run = make_run()
+    text = text_json()
+    text["splits"]["validation"]["windows"] = 3
+    write_json(run.path / "text.json", text)
+    assert plan_of(run, matrices(), SensitivityConfig(kept=(0.5,), scopes=("type",))).windows == 3
 
 
 def test_a_plan_goes_by_the_trials_before_there_are_cells():

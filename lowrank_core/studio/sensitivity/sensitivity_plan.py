@@ -14,6 +14,7 @@ from lowrank_core.sensitivity.config import SensitivityConfig, single_compressio
 from lowrank_core.sensitivity.planning import planned_cells
 from lowrank_core.sensitivity.records import SensitivityRecord, read_records
 from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.overview.text_facts import text_facts
 
 __all__ = ["SensitivityPlan", "last_answer", "plan_of", "usual_compression", "waiting_request"]
 
@@ -53,7 +54,8 @@ def plan_of(run: Run, matrices: Sequence[MatrixShape], config: SensitivityConfig
         RunError: a record is damaged.
     """
     text = run.config.text
-    windows = min(config.windows or text.validation_windows, text.validation_windows)
+    available = _validation_windows(run)
+    windows = min(config.windows or available, available)
     tokens = windows * (text.context - 1)
     compression = single_compression(usual_compression(run), config)
     planned = planned_cells(matrices, compression, config)
@@ -67,9 +69,18 @@ def plan_of(run: Run, matrices: Sequence[MatrixShape], config: SensitivityConfig
     return SensitivityPlan(len(planned), missing, windows, tokens, seconds, source, skipped)
 
 
+def _validation_windows(run: Run) -> int:
+    """Return how many the run has, as far as it knows: a short text holds fewer than were asked for."""
+    facts = text_facts(run)
+    result = next((split.windows for split in facts.splits if split.name == "validation"), None) if facts else None
+    return run.config.text.validation_windows if result is None else result
+
+
 def _is_of(record: SensitivityRecord, compression: CompressionConfig, windows: int) -> bool:
+    """Whether cells of ``record`` would not be measured again: what a setting shares with ``compression``."""
     setting = record.setting
-    return (setting.basis, setting.storage, setting.windows) == (compression.basis, compression.storage, windows)
+    names = ("basis", "storage", "input_damping", "gradient_damping")
+    return setting.windows == windows and all(getattr(setting, name) == getattr(compression, name) for name in names)
 
 
 def _seconds_per_token(run: Run, records: Sequence[SensitivityRecord]) -> tuple[float | None, str]:
