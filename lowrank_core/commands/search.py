@@ -20,6 +20,7 @@ from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.studies.naming import model_name, trial_label
 from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
 from lowrank_core.studies.storage import open_database
+from lowrank_core.studio.shared.protocol import trial_protocol
 from lowrank_core.types import Result
 from lowrank_core.worker.context import complete_trial
 from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of, unspent_of
@@ -99,10 +100,13 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "pruned": counts.pruned,
         "counts": asdict(counts),
         "baselines": baselines,
+        "protocol": (protocol := trial_protocol(run)),
         "confirmed": (confirmed := _confirmed(run)),
         "coverage": coverage.to_mapping(),
         "warnings": (warnings := [*unspent_of(config, allocation), *_warnings(run, confirmed)]),
-        "text": "\n".join([*lines, removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]),
+        "text": "\n".join(
+            [*lines, f"  {protocol}", removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]
+        ),
     }
 
 
@@ -146,10 +150,11 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
         "trials": counts.complete,
         "counts": asdict(counts),
         "front": [_figures(trial, coverage) for trial, _ in front],
+        "protocol": (protocol := trial_protocol(run)),
         "coverage": coverage.to_mapping(),
         "confirmed": (confirmed := _confirmed(run)),
         "warnings": (warnings := _warnings(run, confirmed)),
-        "text": "\n".join([_FRONT, *lines, *_confirmed_lines(confirmed), *_warning_lines(warnings), counts.words, take]),
+        "text": "\n".join([_FRONT, *lines, f"  {protocol}", *_confirmed_lines(confirmed), *_warning_lines(warnings), counts.words, take]),
     }
 
 

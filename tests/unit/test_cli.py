@@ -254,6 +254,12 @@ def test_robust_pooling_changes_what_is_measured_and_is_checked(places: Places):
     assert "at least 3" in refused.err
 
 
+def test_a_search_says_that_its_kl_is_a_lower_bound_where_it_is(places: Places):
+    options = ["--compression-ratio", 0.2, "--trials", 3, "--top-k", 8, "--run", places.folder / "run"]
+    body = _lowrank("search", *places.source, *options, "--json").body
+    assert body["protocol"].endswith("KL on the 8 likeliest tokens and the rest: a lower bound.")
+
+
 def test_bolacos_search_runs_as_published(places: Places, tmp_path: Path, sample_text: str):
     torch.manual_seed(5)
     config = LlamaConfig(

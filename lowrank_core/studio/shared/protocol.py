@@ -42,6 +42,6 @@ def trial_protocol(run: Run) -> str:
         f"{text.reference}, validation split" if text else "validation split",
         f"{windows.words}, {bos_words(text.bos)}" if text and windows else "",
         f"held as {dtype}" if dtype else "",
-        f"KL on the {search.top_k} likeliest tokens" if search is not None and search.top_k else "",
+        f"KL on the {search.top_k} likeliest tokens and the rest: a lower bound" if search is not None and search.top_k else "",
     ]
     return "; ".join(word for word in words if word) + "."
