@@ -103,7 +103,7 @@ def allocate(
     problem = AllocationProblem(
         tuple(units), ratio, frozenset(keep_dense), curves, fixed or {}, weights or {}, influence, perplexities or {}
     )
-    return allocation_from_ranks(rule.name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed)
+    return allocation_from_ranks(rule.name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed, allocator=rule.name)
 
 
 def round_down(rank: int, multiple: int) -> int:
@@ -117,4 +117,4 @@ def round_ranks_down(allocation: RankAllocation, units: Sequence[Unit], multiple
         return allocation
     locked = allocation.locked
     ranks = {n: rank if rank is None or n in locked else round_down(rank, multiple) for n, rank in allocation.ranks.items()}
-    return allocation_from_ranks(allocation.allocator, units, ranks, locked=locked)
+    return allocation_from_ranks(allocation.label, units, ranks, locked=locked, allocator=allocation.allocator)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.problem import AllocationProblem
+from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import Unit
@@ -25,7 +25,7 @@ _MIN_KEPT = 0.01
 
 
 @dataclass(frozen=True)
-class BlockInfluence:
+class BlockInfluence(Rule):
     """Influence of ShortGPT, arXiv 2403.03853; sparsity of MoDeGPT, arXiv 2408.09632, §3.3. All units of a block keep the same fraction.
 
     A stack across blocks keeps the mean of theirs. What is kept is clipped to (0, 1] and scaled onto the budget.
@@ -38,10 +38,7 @@ class BlockInfluence:
     name: str = "block_influence"
     label: str = "Block influence (MoDeGPT)"
     reference: str = "arXiv 2408.09632, with the influence of 2403.03853"
-    needs_curves: bool = False
-    needs_influence: bool = True
-    needs_perplexities: bool = False
-    trades_errors: bool = False
+    needs_influence = True
     epsilon: float = 0.1
 
     def ranks(self, problem: AllocationProblem) -> Ranks:

@@ -189,7 +189,7 @@ class Draft:
         """
         moved = [name for name in self.locked if name not in allocation.ranks or allocation.ranks[name] != self.ranks[name]]
         if moved:
-            raise ConfigError(f"{allocation.allocator} would move {sorted(moved)[0]}, which is locked.")
+            raise ConfigError(f"{allocation.label} would move {sorted(moved)[0]}, which is locked.")
         return Draft.of(self.units, allocation.ranks, locked=self.locked, rank_multiple=self.rank_multiple)
 
     def alternatives(self, module: str) -> tuple[Unit, ...]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lowrank_core.allocation.base import Ranks
 from lowrank_core.allocation.ordered import spend_in_order
-from lowrank_core.allocation.problem import AllocationProblem
+from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.parameters import Unit
 from lowrank_core.types import Vector
 
@@ -14,7 +14,7 @@ __all__ = ["ENERGY", "Energy"]
 
 
 @dataclass(frozen=True)
-class Energy:
+class Energy(Rule):
     """Every unit takes the least rank at which it retains 1 - e_r/e_0 of its energy, for one threshold that spends the budget.
 
     A unit that would need more than its break-even rank stays dense. Each error is compared with its own unit's e_0 alone, so the unit
@@ -24,10 +24,7 @@ class Energy:
     name: str = "energy"
     label: str = "Equal energy"
     reference: str = "the usual rule for a principal component analysis"
-    needs_curves: bool = True
-    needs_influence: bool = False
-    needs_perplexities: bool = False
-    trades_errors: bool = False
+    needs_curves = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         curves = problem.known_curves(self.name)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.problem import AllocationProblem, unreachable
+from lowrank_core.allocation.problem import AllocationProblem, Rule, unreachable
 from lowrank_core.parameters import Unit
 
 __all__ = ["LAGRANGIAN", "Lagrangian"]
@@ -33,16 +33,16 @@ _BISECTION_STEPS = 80  # of the logarithm of λ, over 60 decades: to the last bi
 
 
 @dataclass(frozen=True)
-class Lagrangian:
+class Lagrangian(Rule):
     """Minimise Σ w_i e_i(r_i) subject to Σ cost_i(r_i) <= budget. METHODS §5; equal slopes as in reverse water-filling."""
 
     name: str = "lagrangian"
     label: str = "Lagrangian (equal slopes)"
     reference: str = "Lagrangian allocation; Everett 1963, Shoham & Gersho 1988"
-    needs_curves: bool = True
-    needs_influence: bool = False
-    needs_perplexities: bool = False
-    trades_errors: bool = True
+    needs_curves = True
+    trades_errors = True
+    takes_alternatives = True
+    neutral = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         free = problem.free

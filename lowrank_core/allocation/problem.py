@@ -13,7 +13,7 @@ from lowrank_core.allocation.base import ErrorCurves, Perplexities, Ranks, units
 from lowrank_core.errors import BudgetError, ConfigError
 from lowrank_core.parameters import Unit, budget_for_ratio, compression_ratio, dense_parameters
 
-__all__ = ["AllocationProblem", "Allocator", "unreachable"]
+__all__ = ["AllocationProblem", "Allocator", "Rule", "unreachable"]
 
 _LOCKS_SHOWN = 3
 
@@ -147,6 +147,14 @@ class Allocator(Protocol):
     def trades_errors(self) -> bool:
         """Whether it gives up error in one matrix for error in another: they must then be in one unit, or weighted."""
 
+    @property
+    def takes_alternatives(self) -> bool:
+        """Whether it chooses between units that share matrices; the others get single matrices."""
+
+    @property
+    def neutral(self) -> bool:
+        """Whether it prefers no type of matrix: as a point of a search it is the middle, at every ratio."""
+
     def ranks(self, problem: AllocationProblem) -> Ranks:
         """Return the rank of each free unit that is used, None where it stays dense; ``problem.completed`` adds the rest.
 
@@ -154,6 +162,17 @@ class Allocator(Protocol):
             BudgetError: the ratio can't be met.
             ConfigError: it needs errors, influences or perplexities and there are none, or it can't choose between alternatives.
         """
+
+
+class Rule:
+    """What most allocators need and do: nothing of it."""
+
+    needs_curves = False
+    needs_influence = False
+    needs_perplexities = False
+    trades_errors = False
+    takes_alternatives = False
+    neutral = False
 
 
 def unreachable(problem: AllocationProblem, minimum: int) -> BudgetError:

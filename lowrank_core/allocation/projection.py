@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.problem import AllocationProblem, unreachable
+from lowrank_core.allocation.problem import AllocationProblem, Rule, unreachable
 from lowrank_core.parameters import Unit
 
 __all__ = ["ByMultipliers", "kept_fractions", "project"]
@@ -22,13 +22,8 @@ __all__ = ["ByMultipliers", "kept_fractions", "project"]
 _BISECTION_STEPS = 100  # halves the bracket to below one part in 2^100: exact in float64
 
 
-class ByMultipliers(ABC):
+class ByMultipliers(Rule, ABC):
     """An allocator that needs no errors: it says how much each unit keeps, in proportion."""
-
-    needs_curves: bool = False
-    needs_influence: bool = False
-    needs_perplexities: bool = False
-    trades_errors: bool = False
 
     @abstractmethod
     def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowrank_core.allocation.base import ErrorCurves, Ranks
-from lowrank_core.allocation.problem import AllocationProblem
+from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.allocation.projection import project
 from lowrank_core.parameters import Unit
 
@@ -30,7 +30,7 @@ _TOKENS = 256 * 2048
 
 
 @dataclass(frozen=True)
-class SvdLlmV2:
+class SvdLlmV2(Rule):
     """Within a type, the fraction removed from a matrix is in proportion to 1 / log of its truncation loss. arXiv 2503.12340, §3.2.
 
     The paper's log L_u depends on the unit of L, and has no use at L <= 1: a loss below e counts as e. What is kept is clipped to (0, 1]
@@ -40,10 +40,7 @@ class SvdLlmV2:
     name: str = "svd_llm_v2"
     label: str = "Truncation loss by type (SVD-LLM V2)"
     reference: str = "arXiv 2503.12340"
-    needs_curves: bool = True
-    needs_influence: bool = False
-    needs_perplexities: bool = False
-    trades_errors: bool = False
+    needs_curves = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         curves, kept = problem.known_curves(self.name), problem.kept_share

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_core.allocation.base import Perplexities, Ranks
-from lowrank_core.allocation.problem import AllocationProblem
+from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import Unit
@@ -29,7 +29,7 @@ Cut = tuple[str, float]
 
 
 @dataclass(frozen=True)
-class TruncationSearch:
+class TruncationSearch(Rule):
     """Sensitivity-based truncation rank search (STRS) of ASVD, arXiv 2312.05821, §3.4.
 
     The published code stops at a whole cut, at the last one that its bisection looked at: just below the nominal ratio or just above. Here
@@ -40,10 +40,7 @@ class TruncationSearch:
     name: str = "truncation_search"
     label: str = "Sensitivity-based truncation rank search (ASVD)"
     reference: str = "arXiv 2312.05821"
-    needs_curves: bool = False
-    needs_influence: bool = False
-    needs_perplexities: bool = True
-    trades_errors: bool = False
+    needs_perplexities = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         free = problem.without_alternatives()

@@ -18,6 +18,7 @@ class Uniform(ByMultipliers):
     name: str = "uniform"
     label: str = "Uniform"
     reference: str = "the usual baseline"
+    neutral = True
 
     def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:
         return {unit.name: 1.0 for unit in units}

@@ -77,7 +77,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     model = pipeline.compress(allocation)
     provenance = {
         "preset": request.preset,
-        "allocation": allocation.allocator,
+        "allocation": allocation.label,
         "text": text.reference,
         "seed": text.seed,
         "error_weights": request.error_weights,
@@ -96,7 +96,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "drift_beta": compression.drift_beta,
         "basis": request.compression.basis,
         "storage": request.compression.storage,
-        "allocation": allocation.allocator,
+        "allocation": allocation.label,
         "compression_ratio": report.compression_ratio,
         "unspent_parameters": unspent,
         "model_compression_ratio": report.model_compression_ratio,
@@ -142,7 +142,7 @@ def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation |
 
 def _unspent(request: CompressRequest, units: Sequence[Unit], allocation: RankAllocation) -> tuple[str, ...]:
     """Return what to say of what rounding left of the budget; nothing of ranks that the user chose."""
-    if request.compression_ratio is None or allocation.allocator == "manual":
+    if request.compression_ratio is None or not allocation.allocator:
         return ()
     return unspent_warning(units, request.compression_ratio, allocation, request.compression.rank_multiple)
 

@@ -168,5 +168,5 @@ class Pipeline:
         if not isinstance(ranks, RankAllocation):
             ranks = self.allocate(allocator or (self.preset.allocation if self.preset else "uniform"), ranks)
         decomposed = self.decomposed
-        with self.progress(f"Compressing by {ranks.allocator}", 0) as progress:
+        with self.progress(f"Compressing by {ranks.label}", 0) as progress:
             return decomposed.compress(ranks, self.calibration_windows, progress=progress)

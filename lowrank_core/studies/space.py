@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from optuna.distributions import FloatDistribution
@@ -29,6 +29,7 @@ from lowrank_core.allocation import (
     Ranks,
     allocate,
     allocation_from_ranks,
+    allocator_named,
     module_group,
     project,
     round_down,
@@ -39,12 +40,15 @@ from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import MatrixShape, Unit
 from lowrank_core.studies.published import MAX, MIN, PublishedScheme, published_rank
 
-__all__ = ["BASELINES", "RATIO", "SPREAD", "Baseline", "SearchSpace"]
+__all__ = ["BASELINES", "RATIO", "SPREAD", "WEIGHTED", "Baseline", "SearchSpace"]
 
 SPREAD = 2.0
 
 RATIO = "compression_ratio"
 """Variable of a search over a range of ratios."""
+
+WEIGHTED = next(rule for rule in ALLOCATORS.values() if rule.trades_errors)
+"""What makes ranks of a point of error weights."""
 
 BASELINES = ("uniform", "lord_manual", "lagrangian")
 """Allocators that are enqueued as the first trials, so that the result is never worse than any of them."""
@@ -223,9 +227,9 @@ class SearchSpace:
         ratio = point.get(RATIO, self.compression_ratio)
         if self.variables == "error_weight":
             result = allocate(
-                "lagrangian", self.units, ratio, keep_dense=self.keep_dense, curves=self.curves, weights=dict(self._weights(point))
+                WEIGHTED.name, self.units, ratio, keep_dense=self.keep_dense, curves=self.curves, weights=dict(self._weights(point))
             )
-            return round_ranks_down(allocation_from_ranks(label, self.units, result.ranks), self.units, self.rank_multiple)
+            return replace(round_ranks_down(result, self.units, self.rank_multiple), label=label, allocator="")
         targets = {unit.name: point.get(self.group_of(unit), 1.0) for unit in self.units}
         ranks = project(self.problem(ratio), targets) if self.projected else self._published(targets)
         return round_ranks_down(allocation_from_ranks(label, self.units, ranks), self.units, self.rank_multiple)
@@ -255,7 +259,7 @@ class SearchSpace:
         """
         if not self.projected:
             return ()
-        names = [name for name in BASELINES if name != "lagrangian" or self.curves is not None]
+        names = [name for name in BASELINES if not ALLOCATORS[name].needs_curves or self.curves is not None]
         return tuple(result for name in names for result in self._baselines(name))
 
     def first_points(self, config: SearchConfig) -> tuple[Baseline, ...]:
@@ -271,8 +275,9 @@ class SearchSpace:
         return tuple(Baseline("sampled", self.scheme.point(p), None, ratio, f"initial point {n}") for n, p in enumerate(points))
 
     def _baselines(self, name: str) -> Iterator[Baseline]:
-        is_point = (name == "lagrangian") == (self.variables == "error_weight")
-        for ratio in self._ratios(_RATIOS_OF_BASELINES if is_point and name != "lord_manual" else 2):
+        rule = ALLOCATORS[name]
+        is_point = rule.trades_errors == (self.variables == "error_weight")
+        for ratio in self._ratios(_RATIOS_OF_BASELINES if is_point and rule.neutral else 2):
             chosen = {RATIO: ratio} if self.max_ratio is not None else {}
             if is_point:
                 yield Baseline(name, {**self.point_of(name, ratio), **chosen}, None, ratio)
@@ -289,9 +294,12 @@ class SearchSpace:
             BudgetError: the ratio can't be met.
         """
         fixed = fixed or {}
-        units = self.units if name == "lagrangian" else tuple(u for u in self.units if u.name in fixed or self._alone(u))
+        units = (
+            self.units if allocator_named(name).takes_alternatives else tuple(u for u in self.units if u.name in fixed or self._alone(u))
+        )
         result = allocate(name, units, compression_ratio, keep_dense=self.keep_dense, curves=self.curves, fixed=fixed, influence=influence)
-        return round_ranks_down(allocation_from_ranks(name, self.units, result.ranks, locked=result.locked), self.units, self.rank_multiple)
+        whole = allocation_from_ranks(name, self.units, result.ranks, locked=result.locked, allocator=name)
+        return round_ranks_down(whole, self.units, self.rank_multiple)
 
     def _ratios(self, count: int) -> list[float]:
         if self.max_ratio is None:
@@ -305,9 +313,9 @@ class SearchSpace:
 
     def point_of(self, allocator: str, compression_ratio: float) -> dict[str, float]:
         """Return the point that ``allocator`` is: ones for ``lagrangian``; else kept fractions, which depend on the type alone."""
-        if allocator == "lagrangian":
-            return {group: 1.0 for group in self.groups if group != self._reference}
         rule = ALLOCATORS[allocator]
+        if rule.trades_errors:
+            return {group: 1.0 for group in self.groups if group != self._reference}
         assert isinstance(rule, ByMultipliers)
         targets = rule.multipliers(self.units)
         first = {self.group_of(unit): targets[unit.name] for unit in reversed(self._free)}

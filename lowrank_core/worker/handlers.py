@@ -60,7 +60,7 @@ def export_trial(
     config = config or ExportConfig()
     ref = ModelRef.parse(trial)
     allocation = chosen_allocation(run, bench, ref)
-    folder = run.path / "exports" / config.folder_name(allocation.allocator)
+    folder = run.path / "exports" / config.folder_name(allocation.label)
     if not folder.exists():
         with _told(reporter, "Building the compressed model") as progress:
             model = bench.decomposed.compress(allocation, session.windows.calibration, progress=progress)
@@ -85,7 +85,7 @@ def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
     """Return how a trial's model was made, for its folder."""
     config = run.config
     assert config.search is not None
-    made = {"run": run.id, "allocation": allocation.allocator, "text": config.text.reference, "seed": config.text.seed}
+    made = {"run": run.id, "allocation": allocation.label, "text": config.text.reference, "seed": config.text.seed}
     return {**made, **asdict(config.search.compression), "warnings": list(unspent_of(config.search, allocation))}
 
 

@@ -39,7 +39,7 @@ def healing_config(arguments: Mapping[str, object]) -> HealingConfig:
 def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path:
     """Return where this healing is kept: the same ranks and settings find what an earlier request left."""
     key = json.dumps([dict(allocation.ranks), to_mapping(config)], sort_keys=True)
-    words = f"{allocation.allocator}-{config.method}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    words = f"{allocation.label}-{config.method}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     return run.path / "healed" / words.replace(" ", "-")
 
 
@@ -60,16 +60,14 @@ def heal_allocation(
     """
     allocation, model = allocated
     folder = _folder(worker.run, allocation, config)
-    label = f"{allocation.allocator}, healed by {config.method}"
-    write_json(folder / "request.json", {"label": label, "allocation": allocation.allocator, "healing": to_mapping(config)})
+    label = f"{allocation.label}, healed by {config.method}"
+    write_json(folder / "request.json", {"label": label, "allocation": allocation.label, "healing": to_mapping(config)})
     before = worker.evaluations.of(allocation.ranks)
     if before is None:
-        before = worker.evaluations.keep(
-            allocation.ranks, _measured(worker, model.handle, f"Measuring {allocation.allocator} on test text")
-        )
+        before = worker.evaluations.keep(allocation.ranks, _measured(worker, model.handle, f"Measuring {allocation.label} on test text"))
     report, written = read_report(folder), worker.run.path / "exports" / folder.name
     if report is None or not written.is_dir():
-        stage = f"Healing {allocation.allocator}: {HEALER_LABELS[config.method]}"
+        stage = f"Healing {allocation.label}: {HEALER_LABELS[config.method]}"
         texts = worker.run.config.text, worker.session.windows.validation
         with worker.reporter.stage(stage, config.steps) as progress:
             healed = healed_model(model, worker.session.handle, texts, config, folder=folder, progress=progress)

@@ -63,7 +63,7 @@ def _built(worker: WorkerContext, ref: ModelRef) -> BuiltModel:
         return _healed(worker, ref.name)
     bench, _, _ = worker.search
     allocation = chosen_allocation(worker.run, bench, ref)
-    return _compressed(worker, bench.decomposed, allocation, allocation.allocator)
+    return _compressed(worker, bench.decomposed, allocation, allocation.label)
 
 
 def _compressed(worker: WorkerContext, decomposed: Decomposed, allocation: RankAllocation, label: str) -> BuiltModel:

@@ -24,7 +24,7 @@ from lowrank_core.spectra.spectrum import load_spectra, save_spectra
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.spectra import spectra_of
 from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
-from lowrank_core.studies.space import SearchSpace
+from lowrank_core.studies.space import WEIGHTED, SearchSpace
 from lowrank_core.text import TokenWindows, WindowSet, load_windows, overlap_warnings
 from lowrank_core.worker.identity import JOIN, RESUME, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
 from lowrank_core.worker.reporter import Reporter
@@ -135,7 +135,7 @@ def search_bench(
     for ratio in filter(None, (config.compression_ratio, config.max_ratio)):
         check_reachable(units, ratio, compression)
     statistics, decomposed = pipeline.statistics, pipeline.decomposed
-    allocator = "lagrangian" if config.variables == "error_weight" else ""
+    allocator = WEIGHTED.name if config.variables == "error_weight" else ""
     reported = (*session.notes, *statistics.warnings(), *decomposed.warnings(allocator, weighted=config.error_weights))
     reporter.say(warnings=reported)
     windows = session.windows.validation

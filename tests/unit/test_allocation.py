@@ -361,6 +361,8 @@ def test_every_allocator_says_where_it_comes_from():
         {name for name, method in ALLOCATORS.items() if method.needs_perplexities} == {"truncation_search"} == set(ALLOCATORS) - set(RULES)
     )
     assert {name for name, method in ALLOCATORS.items() if method.trades_errors} == {"lagrangian"}
+    assert {name for name, method in ALLOCATORS.items() if method.takes_alternatives} == {"lagrangian"}
+    assert {name for name, method in ALLOCATORS.items() if method.neutral} == {"uniform", "lagrangian"}
 
 
 def test_unknown_allocators_list_the_known_ones():
