@@ -103,7 +103,7 @@ def refused(run: Run, message: str, work: Callable[[], object] | None = None) ->
     with pytest.raises(ConfigError, match=message) as reported:
         (work or (lambda: run_worker(run, verbose=False)))()
     assert files(run) == before
-    assert set(stages(run)[len(done) :]) <= {"Loading the model", "Waiting for the first worker"}
+    assert set(stages(run)[len(done) :]) <= {"Loading the model", "Reading the text", "Waiting for the first worker"}
     assert "\n" not in str(reported.value)
     return str(reported.value)
 
@@ -198,7 +198,7 @@ def test_a_run_knows_its_model_before_it_is_calibrated(config: RunConfig, model:
         raise Cancelled
 
     with monkeypatch.context() as patch:
-        patch.setattr("lowrank_core.worker.session.cached_statistics", killed)
+        patch.setattr("lowrank_core.compression.pipeline.cached_statistics", killed)
         with pytest.raises(Cancelled):
             run_worker(run, verbose=False)
     known = read_json(run.path / "identity.json") or {}
