@@ -9,7 +9,7 @@ work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 cd "$work"
 python3 -m venv venv
-venv/bin/pip install --quiet torch==2.13.0 transformers==5.24.0 gguf==0.19.0
+venv/bin/pip install --quiet torch==2.13.0 transformers==5.24.0 gguf==0.19.0 accelerate==1.15.0
 venv/bin/python - <<'PYTHON'
 import sys
 from pathlib import Path
