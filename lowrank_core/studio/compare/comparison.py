@@ -16,6 +16,7 @@ from lowrank_core.runs import JsonMapping
 from lowrank_core.runs.client import BACKGROUND
 from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import MANUAL, TrialRecord
+from lowrank_core.studio.shared.table import Column, Table, intervals
 from lowrank_core.studio.shared.trial_names import model_name, trial_label
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Failure",
     "comparisons",
     "confirmed",
+    "confirmed_spec",
     "exports",
     "filed_as",
     "label_of",
@@ -295,6 +297,23 @@ def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> C
         rows.append(_ends(row, report.perplexity_interval, report.kl_interval))
     frame = pd.DataFrame(rows, columns=["trial", "name", "value", "perplexity", "low", "high", "kl", "kl_low", "kl_high"])
     return Confirmed(first.protocol, frame.astype({"trial": "Int64"}), tuple(warnings_of(list(result.values()))))
+
+
+def confirmed_spec(seen: Confirmed) -> Table:
+    """Return its frame as it is shown, intervals in words."""
+    columns = (
+        Column.text("name", "Allocation"),
+        Column.number("value", "Value on validation text", help="The objective on search-validation text, as the search saw it."),
+        Column.number("perplexity", "Perplexity on test text", 3, digits=5),
+        Column.short("interval", "95 % interval", "Of the perplexity, bootstrap over windows."),
+        Column.number("kl", "KL on test text (nats per token)", help="To the dense model."),
+        Column.short("kl_interval", "95 % interval", "Of the KL, bootstrap over windows."),
+    )
+    shown = seen.frame.assign(
+        interval=intervals(seen.frame, "perplexity", "low", "high", 4), kl_interval=intervals(seen.frame, "kl", "kl_low", "kl_high", 4)
+    )
+    caption = f"Trials of the search by their validation value, confirmed on test text. {seen.protocol}"
+    return Table(shown, columns, caption, "confirmed", seen.frame)
 
 
 def _ends(row: dict[str, object], perplexity: Sequence[float], kl: Sequence[float]) -> dict[str, object]:

@@ -10,16 +10,47 @@ import pandas as pd
 
 from lowrank_core.config.mapping import build
 from lowrank_core.errors import RunError
+from lowrank_core.parameters import FLOPS_MEANING
 from lowrank_core.studio.compare.comparison import Comparison
-from lowrank_core.studio.shared.formatting import DASH, interval_words, number
+from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.table import Column, Table, intervals
 
-__all__ = ["LOST", "SAVED", "WindowTable", "comparison_table", "difference_table", "position_table", "window_table"]
+__all__ = [
+    "LOST",
+    "SAVED",
+    "WindowTable",
+    "comparison_table",
+    "difference_table",
+    "lost_spec",
+    "position_table",
+    "saved_spec",
+    "window_table",
+]
 
-LOST = (
-    *("allocation", "form", "perplexity", "interval", "difference", "difference_interval"),
-    *("kl", "reverse_kl", "agreement", "top5", "kl_interval"),
-)
+_COLUMNS = {
+    column.name: column
+    for column in (
+        Column.text("allocation", "Model", width="medium"),
+        Column.short("form", "Form"),
+        Column.number("perplexity", "Perplexity", 3, digits=5),
+        Column.short("interval", "95 %", "Of each perplexity by itself."),
+        Column.number("difference", "Difference", help="Perplexity above the dense model's.", digits=3),
+        Column.short("difference_interval", "95 %, paired", "Of the difference, paired by window."),
+        Column.number("kl", "KL (nats/token)", help="Of the compressed from the dense model, nats per token."),
+        Column.number("reverse_kl", "Reverse KL", help="Of the dense model from the compressed, nats per token."),
+        Column.share("agreement", "Top-1 agreement", "Tokens where both models rank the same one first."),
+        Column.share("top5", "Top-5", "Share that the five likeliest tokens of both have in common."),
+        Column.short("kl_interval", "KL, 95 %"),
+        Column.share("removed", "Removed, linears", digits=2),
+        Column.share("model_removed", "Removed, model", digits=2),
+        Column.whole("linears", "Parameters, linears"),
+        Column.whole("parameters", "Parameters, model"),
+        Column("bytes", "Size", "bytes"),
+        Column.whole("flops", "FLOPs per token", FLOPS_MEANING),
+    )
+}
 SAVED = ("allocation", "form", "removed", "model_removed", "linears", "parameters", "bytes", "flops")
+LOST = ("allocation", "form", *(name for name in _COLUMNS if name not in SAVED))
 """Columns of ``comparison_table`` that say what was lost, and what was saved."""
 
 _ENDS = ("low", "high", "difference_low", "difference_high", "kl_low", "kl_high")
@@ -44,9 +75,23 @@ def comparison_table(result: Sequence[Comparison]) -> pd.DataFrame:
     numbers = [name for name in columns if name not in ("allocation", "form", *_WHOLE)]
     frame = frame.astype({**dict.fromkeys(numbers, float), **dict.fromkeys(_WHOLE, "Int64")})
     for name, prefix in (("perplexity", ""), ("difference", "difference_"), ("kl", "kl_")):
-        rows = zip(frame[name], frame[f"{prefix}low"], frame[f"{prefix}high"], strict=True)
-        frame[f"{prefix}interval"] = [DASH if pd.isna(value) else interval_words((minimum, maximum)) for value, minimum, maximum in rows]
+        frame[f"{prefix}interval"] = intervals(frame, name, f"{prefix}low", f"{prefix}high")
     return frame
+
+
+def lost_spec(result: Sequence[Comparison], protocol: str) -> Table:
+    """Return what ``comparison_table`` says of the loss, as it is shown."""
+    caption = f"What is lost, dense next to compressed. {protocol}"
+    return Table(comparison_table(result), [_COLUMNS[name] for name in LOST], caption, f"test-{result[0].dataset}-{result[0].split}")
+
+
+def saved_spec(result: Sequence[Comparison]) -> Table:
+    """Return what ``comparison_table`` says of sizes, as it is shown."""
+    caption, file = (
+        "What is saved: parameters (biases and index tables counted) and bytes",
+        f"test-{result[0].dataset}-{result[0].split}-sizes",
+    )
+    return Table(comparison_table(result), [_COLUMNS[name] for name in SAVED], caption, file)
 
 
 def _ends(result: Sequence[float]) -> tuple[float | None, float | None]:

@@ -12,9 +12,10 @@ from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import filed_as
 from lowrank_core.studio.shared.formatting import DASH, size
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import model_name
 
-__all__ = ["Speed", "speed_numbers", "speed_table", "speeds", "speedup_table"]
+__all__ = ["Speed", "speed_numbers", "speed_spec", "speed_table", "speeds", "speedup_table"]
 
 _MEASURES = {"prefill_speedup": "Reading the prompt", "decode_speedup": "Writing tokens", "first_token_speedup": "First token"}
 
@@ -138,6 +139,17 @@ def speed_table(speed: Speed) -> pd.DataFrame:
     )
     rows += [(name, words(a), words(b), _share(b, a)) for name, a, b, words in counts if a is not None and b is not None]
     return pd.DataFrame(rows, columns=["measure", "original", "compressed", "faster"])
+
+
+def speed_spec(speed: Speed, number: int = 1) -> Table:
+    """Return ``speed_table`` as it is shown; ``number`` tells several in one report apart."""
+    columns = (
+        Column.text("measure", "Median (least to most)", width="medium"),
+        Column.text("original", "Original"),
+        Column.text("compressed", "Compressed"),
+        Column.text("faster", "Times as fast", "Round by round; of memory and counts, the share that is left."),
+    )
+    return Table(speed_table(speed), columns, f"{speed.name} next to the dense model. {speed.protocol}", f"speed-{number}")
 
 
 def _share(ours: int | None, theirs: int | None) -> str:

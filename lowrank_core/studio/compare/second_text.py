@@ -9,8 +9,9 @@ import pandas as pd
 
 from lowrank_core.studio.compare.comparison import Comparison
 from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.table import Column, Table
 
-__all__ = ["OtherText", "other_text"]
+__all__ = ["OtherText", "other_text", "other_text_spec"]
 
 _COLUMNS = (
     *("name", "own", "own_dense", "own_ratio", "own_low", "own_high"),
@@ -34,6 +35,14 @@ class OtherText:
     own_protocol: str
     other_protocol: str
     frame: pd.DataFrame
+
+    @property
+    def own_name(self) -> str:
+        return self.own or "the run's text"
+
+    @property
+    def protocol(self) -> str:
+        return f"{self.own_protocol or f'On {self.own_name} not measured'}. {self.other_protocol}."
 
     @property
     def words(self) -> str:
@@ -89,3 +98,20 @@ def _row(own: Comparison | None, other: Comparison) -> dict[str, object]:
             f"kl_{prefix}": comparison.kl,
         }
     return row
+
+
+def other_text_spec(view: OtherText, number: int = 1) -> Table:
+    """Return its frame as it is shown; ``number`` tells several in one report apart."""
+    own, ratio = view.own_name, "Compressed over original; 1 is no loss."
+    columns = (
+        Column.text("name", "Model", width="medium"),
+        Column.number("own_ratio", f"Ratio on {own}", 4, ratio),
+        Column.number("other_ratio", f"Ratio on {view.other}", 4, ratio),
+        Column.number("own", f"Perplexity, {own}", 3, digits=5),
+        Column.number("own_dense", "of the dense model", 3, digits=5),
+        Column.number("other", f"Perplexity, {view.other}", 3, digits=5),
+        Column.number("other_dense", "of the dense model", 3, digits=5),
+        Column.number("kl_own", f"KL, {own} (nats per token)"),
+        Column.number("kl_other", f"KL, {view.other} (nats per token)"),
+    )
+    return Table(view.frame, columns, f"Every model on both texts. {view.protocol}", f"second-text-{number}-models")

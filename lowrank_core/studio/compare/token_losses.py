@@ -14,9 +14,10 @@ from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import filed_as
 from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import model_name
 
-__all__ = ["TokenStrip", "strips", "worst_tokens"]
+__all__ = ["TokenStrip", "strips", "worst_spec", "worst_tokens"]
 
 _MIN_SCALE = 0.1  # nats: below, differences are noise of rounding, and would be painted as losses
 _QUANTILE = 0.98
@@ -118,6 +119,23 @@ def worst_tokens(strip: TokenStrip, count: int = 15) -> pd.DataFrame:
     for name in ("piece", "likeliest", "dense_likeliest"):
         frame[name] = frame[name].map(_visible)
     return frame.nlargest(count, "extra").reset_index(drop=True)
+
+
+def worst_spec(strip: TokenStrip, count: int = 15, number: int = 1) -> Table:
+    """Return ``worst_tokens`` as it is shown; ``number`` tells several in one report apart."""
+    columns = (
+        Column.whole("position", "Position"),
+        Column.text("before", "After", "The text in front of it; ␣ is a blank, ⏎ a line break.", width="medium"),
+        Column.short("piece", "Token"),
+        Column.number("extra", "Extra loss (nats)", 3, "Of the compressed model above the dense model.", 3),
+        Column.number("dense_nll", "Original (nats)", 3, "-log p.", 3),
+        Column.number("nll", "Compressed (nats)", 3, "-log q.", 3),
+        Column.number("kl", "KL (nats)", 3, "Between the two predictions.", 3),
+        Column.short("dense_likeliest", "Original expects"),
+        Column.short("likeliest", "Compressed expects"),
+    )
+    caption = f"The tokens on which {strip.name} lost most; all of them are in the file. {strip.protocol}"
+    return Table(worst_tokens(strip, count), columns, caption, f"tokens-{number}", strip.frame)
 
 
 def _visible(text: str) -> str:

@@ -16,6 +16,7 @@ from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum, condition_number
 from lowrank_core.studio.shared.formatting import DASH, kind_label, number
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.types import Vector
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "calibration_facts",
     "group_table",
     "input_table",
+    "inputs_spec",
     "quality_map",
     "quality_table",
     "quality_warnings",
@@ -127,6 +129,25 @@ def quality_table(facts: CalibrationFacts) -> pd.DataFrame:
         for entry in facts.inputs
     ]
     return pd.DataFrame(rows, columns=["input", "width", "modules", "tokens_per_dimension", "condition", "pooled_to_sample"])
+
+
+_COLUMNS = (
+    Column.text("input", "Input", width="medium"),
+    Column.text("kind", "Read by"),
+    Column.whole("depth", "Block"),
+    Column.whole("width", "Width"),
+    Column.whole("modules", "Modules that read it"),
+    Column.number("tokens_per_dimension", "Tokens per dimension", 1),
+    Column("thin", "Too few", "flag", f"Fewer than {TOKENS_PER_DIMENSION} tokens per dimension."),
+    Column("condition", "Condition", "scientific", digits=3),
+    Column("damped_condition", "After damping", "scientific", digits=3),
+    Column.number("pooled_to_sample", "Pooled to sample distance", 4, "Relative Frobenius distance of the two covariances.", 3),
+)
+
+
+def inputs_spec(frame: pd.DataFrame) -> Table:
+    """Return ``quality_table`` or ``input_table`` as it is shown."""
+    return Table(frame, _COLUMNS, "Statistics of each distinct input", "calibration-inputs")
 
 
 def quality_warnings(facts: CalibrationFacts) -> list[str]:

@@ -9,8 +9,9 @@ import pandas as pd
 from lowrank_core.config.mapping import build
 from lowrank_core.runs import Run
 from lowrank_core.studies.published import ALLOCATIONS
+from lowrank_core.studio.shared.table import Column, Table
 
-__all__ = ["SplitFacts", "TextFacts", "TrialWindows", "split_table", "text_facts", "trial_windows"]
+__all__ = ["SplitFacts", "TextFacts", "TrialWindows", "split_table", "splits_spec", "text_facts", "trial_windows"]
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,16 @@ def split_table(facts: TextFacts) -> pd.DataFrame:
         for split in facts.splits
     ]
     return pd.DataFrame(rows, columns=["split", "windows", "tokens", "available", "sha256"])
+
+
+def splits_spec(facts: TextFacts) -> Table:
+    """Return ``split_table`` as it is shown."""
+    columns = (
+        Column.text("split", "Split"),
+        Column.whole("windows", "Windows"),
+        Column.whole("tokens", "Tokens"),
+        Column.whole("available", "Available tokens"),
+        Column.text("sha256", "SHA-256 (first 12)", "Of the tokens, so that two runs can be shown to have seen the same text."),
+    )
+    caption = "Three disjoint splits: calibration (statistics), validation (what a search sees), test (what is reported)"
+    return Table(split_table(facts), columns, caption, "splits")

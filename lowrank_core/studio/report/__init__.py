@@ -23,7 +23,7 @@ from markupsafe import Markup
 from lowrank_core import __version__
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, bundled_path, open_run
-from lowrank_core.studio.report.blocks import Facts, Note, Section, metrics_in
+from lowrank_core.studio.report.blocks import Facts, Note, Section, csv_link, metrics_in
 from lowrank_core.studio.report.healing_section import healing_section
 from lowrank_core.studio.report.loss_section import closely_section
 from lowrank_core.studio.report.model_section import calibration_section, model_section, spectra_section, text_section
@@ -157,6 +157,7 @@ def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.globals["csv_link"] = csv_link
     return environment.get_template("page.html")
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -15,8 +15,8 @@ import pandas as pd
 from markupsafe import Markup
 
 from lowrank_core.studio.shared.embedding import figure_json
-from lowrank_core.studio.shared.formatting import DASH, number, percent, size
 from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.table import Table
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = [
     "Block",
     "Code",
-    "Column",
     "Download",
     "Facts",
     "Figure",
@@ -33,75 +32,18 @@ __all__ = [
     "Prose",
     "Section",
     "Strip",
-    "Table",
     "csv_link",
     "drawn",
     "metrics_in",
     "json_link",
-    "share",
-    "sized",
-    "table",
-    "text",
-    "value",
-    "whole",
 ]
-
-
-@dataclass(frozen=True)
-class Column:
-    """A column of a table: its name in the frame, its head with the unit, and how a value becomes words.
-
-    Attributes:
-        meaning: what the head does not say; empty where it says all.
-        look: ``number`` stands to the right, ``short`` is not broken into lines; empty for words.
-    """
-
-    name: str
-    label: str
-    words: Callable[[object], str]
-    meaning: str = ""
-    look: str = "number"
-
-
-def _float(entry: object) -> float | None:
-    return None if entry is None or pd.isna(entry) else float(entry)  # type: ignore[call-overload,arg-type]
-
-
-def text(name: str, label: str, meaning: str = "", *, short: bool = False) -> Column:
-    def words(entry: object) -> str:
-        return DASH if entry is None or entry == "" or pd.isna(entry) else str(entry)  # type: ignore[call-overload]
-
-    return Column(name, label, words, meaning, "short" if short else "")
-
-
-def value(name: str, label: str, digits: int = 4, meaning: str = "") -> Column:
-    """Return a column of numbers with ``digits`` significant digits."""
-    return Column(name, label, lambda entry: number(_float(entry), digits), meaning)
-
-
-def whole(name: str, label: str, meaning: str = "") -> Column:
-    def words(entry: object) -> str:
-        result = _float(entry)
-        return DASH if result is None else f"{result:,.0f}"
-
-    return Column(name, label, words, meaning)
-
-
-def share(name: str, label: str, meaning: str = "", digits: int = 1) -> Column:
-    """Return a column of fractions in [0, 1], shown as percent."""
-    return Column(name, label, lambda entry: percent(_float(entry), digits), meaning)
-
-
-def sized(name: str, label: str, meaning: str = "") -> Column:
-    """Return a column of bytes."""
-    return Column(name, label, lambda entry: size(_float(entry)), meaning)
 
 
 @dataclass(frozen=True)
 class Download:
     """A file inside the page, as a data link."""
 
-    kind: ClassVar[str] = "download"
+    block: ClassVar[str] = "download"
     label: str
     file: str
     link: str
@@ -122,24 +64,6 @@ def json_link(body: str, file: str, label: str) -> Download:
 
 
 @dataclass(frozen=True)
-class Table:
-    """Rows in words under a caption."""
-
-    kind: ClassVar[str] = "table"
-    caption: str
-    columns: tuple[Column, ...]
-    rows: tuple[tuple[str, ...], ...]
-    download: Download
-
-
-def table(frame: pd.DataFrame, columns: Sequence[Column], *, caption: str, file: str, data: pd.DataFrame | None = None) -> Table:
-    """Return those of ``columns`` that ``frame`` has; all of ``data``, the frame itself unless it is given, is in the CSV link."""
-    shown = tuple(column for column in columns if column.name in frame.columns)
-    cells = [[column.words(entry) for entry in frame[column.name]] for column in shown]
-    return Table(caption, shown, tuple(zip(*cells, strict=True)), csv_link(frame if data is None else data, file))
-
-
-@dataclass(frozen=True)
 class Figure:
     """A Plotly figure with what a reader needs next to it.
 
@@ -150,7 +74,7 @@ class Figure:
         height: pixels.
     """
 
-    kind: ClassVar[str] = "figure"
+    block: ClassVar[str] = "figure"
     name: str
     title: str
     how: str
@@ -171,7 +95,7 @@ def drawn(figure: go.Figure, data: pd.DataFrame, *, name: str, title: str, how: 
 class Facts:
     """Figures side by side: label, value, what it means."""
 
-    kind: ClassVar[str] = "facts"
+    block: ClassVar[str] = "facts"
     entries: tuple[tuple[str, str, str], ...]
 
 
@@ -179,14 +103,14 @@ class Facts:
 class Note:
     """A sentence that must not be missed; ``tone`` is info, warning, missing or error."""
 
-    kind: ClassVar[str] = "note"
+    block: ClassVar[str] = "note"
     tone: str
     text: str
 
 
 @dataclass(frozen=True)
 class Prose:
-    kind: ClassVar[str] = "prose"
+    block: ClassVar[str] = "prose"
     text: str
 
 
@@ -194,7 +118,7 @@ class Prose:
 class Code:
     """Text as it is: commands, or what a model wrote."""
 
-    kind: ClassVar[str] = "code"
+    block: ClassVar[str] = "code"
     label: str
     text: str
 
@@ -208,7 +132,7 @@ class Strip:
         protocol: which text, and how many tokens.
     """
 
-    kind: ClassVar[str] = "strip"
+    block: ClassVar[str] = "strip"
     title: str
     words: str
     html: Markup
@@ -219,7 +143,7 @@ class Strip:
 class Folded:
     """Blocks that open on demand; printed open."""
 
-    kind: ClassVar[str] = "folded"
+    block: ClassVar[str] = "folded"
     label: str
     blocks: tuple[Block, ...]
 

@@ -7,16 +7,23 @@ import pandas as pd
 from lowrank_core.config import TOKENS_PER_DIMENSION
 from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum, load_spectra
-from lowrank_core.studio.overview.calibration_quality import CalibrationFacts, calibration_facts, quality_table, quality_warnings
-from lowrank_core.studio.overview.text_facts import TextFacts, split_table, text_facts
-from lowrank_core.studio.report.blocks import Block, Facts, Folded, Note, Section, drawn, share, table, text, value, whole
+from lowrank_core.studio.overview.calibration_quality import (
+    CalibrationFacts,
+    calibration_facts,
+    inputs_spec,
+    quality_table,
+    quality_warnings,
+)
+from lowrank_core.studio.overview.text_facts import TextFacts, splits_spec, text_facts
+from lowrank_core.studio.report.blocks import Block, Facts, Folded, Note, Section, drawn
 from lowrank_core.studio.shared.formatting import DASH, count, duration, number, percent, size
 from lowrank_core.studio.shared.layer_map_chart import map_figure
-from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts, module_table
+from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts, modules_spec
 from lowrank_core.studio.shared.protocol import bos_words, spectra_protocol
 from lowrank_core.studio.shared.summary import min_relative, type_table
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.spectra.spectrum_chart import scree_figure
-from lowrank_core.studio.spectra.spectrum_table import METRICS, SOURCES, atlas, atlas_table, module_facts, scree_curves
+from lowrank_core.studio.spectra.spectrum_table import METRICS, SOURCES, atlas, atlas_spec, module_facts, scree_curves
 
 __all__ = ["calibration_section", "model_section", "spectra_section", "text_section"]
 
@@ -31,7 +38,7 @@ def model_section(run: Run) -> Section:
         warning = facts.coverage.warning()
         notes = [Note("warning", f"{warning[0].upper()}{warning[1:]}")] if warning else []
         notes += [Note("info", reason) for reason in facts.heads_dropped]
-        blocks = (*notes, _model_facts(facts), Note("info", f"{facts.coverage.statement()}."), _module_types(facts))
+        blocks = (*notes, _model_facts(facts), Note("info", f"{facts.coverage.statement()}."), modules_spec(facts))
     return Section("model", "The model", "What is compressed, and how much of it can be?", blocks)
 
 
@@ -50,24 +57,12 @@ def _model_facts(facts: ModelFacts) -> Facts:
     )
 
 
-def _module_types(facts: ModelFacts) -> Block:
-    columns = (
-        text("type", "Module type"),
-        whole("count", "Count"),
-        text("shape", "Shape (out × in)", short=True),
-        text("break_even", "Break-even rank", "The largest rank whose two factors cost less than the matrix."),
-        whole("parameters", "Parameters"),
-        share("share", "Share of the model"),
-    )
-    return table(module_table(facts), columns, caption="Modules by type, with parameters (biases counted)", file="modules")
-
-
 def text_section(run: Run) -> Section:
     """Raises: RunError: text.json is damaged."""
     facts = text_facts(run)
     blocks: tuple[Block, ...] = (Note("missing", "The text was not cut yet: text.json is written when it was."),)
     if facts is not None:
-        blocks = (*(Note("warning", warning) for warning in facts.warnings), _text_facts(facts), _splits(facts))
+        blocks = (*(Note("warning", warning) for warning in facts.warnings), _text_facts(facts), splits_spec(facts))
     return Section("text", "The text and the protocol", "What did the model read, and on which part was what decided?", blocks)
 
 
@@ -82,25 +77,14 @@ def _text_facts(facts: TextFacts) -> Facts:
     )
 
 
-def _splits(facts: TextFacts) -> Block:
-    columns = (
-        text("split", "Split"),
-        whole("windows", "Windows"),
-        whole("tokens", "Tokens"),
-        whole("available", "Available tokens"),
-        text("sha256", "SHA-256 (first 12)", "Of the tokens, so that two runs can be shown to have seen the same text."),
-    )
-    caption = "Three disjoint splits: calibration (statistics), validation (what a search sees), test (what is reported)"
-    return table(split_table(facts), columns, caption=caption, file="splits")
-
-
 def calibration_section(run: Run) -> Section:
     """Raises: RunError: calibration.json is damaged."""
     facts = calibration_facts(run)
     blocks: tuple[Block, ...] = (Note("missing", "Not calibrated yet: calibration.json is written when the statistics are there."),)
     if facts is not None:
         warnings = [Note("warning", warning) for warning in quality_warnings(facts)]
-        blocks = (*(warnings or [Note("info", "No warning: every input saw enough tokens.")]), _quality(facts), _inputs(facts))
+        inputs = Folded(f"All {len(facts.inputs)} distinct inputs", (inputs_spec(quality_table(facts)),))
+        blocks = (*(warnings or [Note("info", "No warning: every input saw enough tokens.")]), _quality(facts), inputs)
     return Section("calibration", "Calibration quality", "How well were the statistics behind everything below measured?", blocks)
 
 
@@ -117,26 +101,18 @@ def _quality(facts: CalibrationFacts) -> Facts:
     )
 
 
-def _inputs(facts: CalibrationFacts) -> Block:
-    columns = (
-        text("input", "Input"),
-        whole("width", "Width"),
-        whole("modules", "Modules that read it"),
-        value("tokens_per_dimension", "Tokens per dimension", 4),
-        value("condition", "Condition", 3),
-        value("pooled_to_sample", "Pooled to sample", 3, "Relative Frobenius distance of the two covariances."),
-    )
-    result = table(quality_table(facts), columns, caption="Statistics of each distinct input", file="calibration-inputs")
-    return Folded(f"All {len(facts.inputs)} distinct inputs", (result,))
-
-
 def spectra_section(run: Run) -> Section:
     """Raises: RunError: spectra.npz is damaged."""
     path = run.path / "spectra.npz"
     blocks: tuple[Block, ...] = (Note("missing", "No spectra yet: they are computed when the calibration is done."),)
     if path.exists():
         spectra = load_spectra(path)
-        blocks = (*_maps(spectra, spectra_protocol(run)), _by_type(spectra), _scree(spectra, spectra_protocol(run)), _every_module(spectra))
+        blocks = (
+            *_maps(spectra, spectra_protocol(run)),
+            _by_type(spectra),
+            _scree(spectra, spectra_protocol(run)),
+            Folded(f"All {len(spectra)} modules", (atlas_spec(spectra, _METRIC),)),
+        )
     return Section("spectra", "Where the model is low-rank", "In its weights, or in its features?", blocks)
 
 
@@ -160,12 +136,12 @@ def _maps(spectra: tuple[LayerSpectrum, ...], protocol: str) -> list[Block]:
 
 
 def _by_type(spectra: tuple[LayerSpectrum, ...]) -> Block:
-    columns = [text("type", "Module type"), whole("modules", "Modules")]
+    columns = [Column.text("type", "Module type"), Column.whole("modules", "Modules")]
     for source in SOURCES:
-        columns += [share(f"{source}_{end}", f"{source.capitalize()}, {end}") for end in ("least", "median", "most")]
-    columns.append(whole("below_even", "Below break-even", "Modules whose features' effective rank lies below the break-even rank."))
+        columns += [Column.share(f"{source}_{end}", f"{source.capitalize()}, {end}") for end in ("least", "median", "most")]
+    columns.append(Column.whole("below_even", "Below break-even", "Modules whose features' effective rank lies below the break-even rank."))
     caption = f"{METRICS[_METRIC].label} as a share of full rank (%), by module type"
-    return table(type_table(spectra, _METRIC), columns, caption=caption, file="spectra-by-type")
+    return Table(type_table(spectra, _METRIC), columns, caption, "spectra-by-type")
 
 
 def _scree(spectra: tuple[LayerSpectrum, ...], protocol: str) -> Block:
@@ -183,17 +159,3 @@ def _scree(spectra: tuple[LayerSpectrum, ...], protocol: str) -> Block:
         alt=f"Singular values of the weight and square roots of feature eigenvalues of {minimum.shape.name} over rank, log axes",
         protocol=protocol,
     )
-
-
-def _every_module(spectra: tuple[LayerSpectrum, ...]) -> Block:
-    columns = (
-        text("module", "Module"),
-        text("shape", "Shape (out × in)", short=True),
-        value("features", "Features (ranks)"),
-        share("features_relative", "Features, of full rank"),
-        value("weights", "Weights (ranks)"),
-        share("weights_relative", "Weights, of full rank"),
-        whole("break_even", "Break-even rank"),
-    )
-    result = table(atlas_table(spectra, _METRIC), columns, caption=f"{METRICS[_METRIC].label} of every module", file="spectra")
-    return Folded(f"All {len(spectra)} modules", (result,))

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import TrialRecord, trials_of
-from lowrank_core.studio.compare.comparison import Comparison, Confirmed, comparisons, confirmed, warnings_of
+from lowrank_core.studio.compare.comparison import Comparison, comparisons, confirmed, confirmed_spec, warnings_of
 from lowrank_core.studio.compare.comparison_chart import difference_figure
 from lowrank_core.studio.compare.continuations import prompts
-from lowrank_core.studio.compare.loss_details import difference_table
+from lowrank_core.studio.compare.loss_details import difference_table, lost_spec, saved_spec
 from lowrank_core.studio.export.export_list import Written, written_models
 from lowrank_core.studio.report.blocks import (
     Block,
@@ -23,16 +24,11 @@ from lowrank_core.studio.report.blocks import (
     Section,
     drawn,
     json_link,
-    share,
-    sized,
-    table,
-    text,
-    value,
-    whole,
 )
-from lowrank_core.studio.shared.formatting import DASH, NO_INTERVAL, number
+from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.reproduce import export_command, reproduction, test_command
 from lowrank_core.studio.shared.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import answers_of, model_name, trial_label
 
 __all__ = ["configuration_section", "exports_section", "measured_section", "reproduction_section"]
@@ -45,9 +41,10 @@ def measured_section(run: Run) -> Section:
     blocks: list[Block] = [Prose(_INTRODUCTION)] if result else []
     for protocol, alike in by_protocol(result).items():
         warnings = [Note("warning", warning) for warning in warnings_of(alike)]
-        blocks += [*warnings, _differences(alike, protocol), *_tables(alike, protocol)]
+        lost = replace(lost_spec(alike, protocol), data=measured_table(alike))
+        blocks += [*warnings, _differences(alike, protocol), lost, saved_spec(alike)]
     seen = confirmed(bodies, trials)
-    blocks += [_confirmed(seen)] if seen is not None else []
+    blocks += [confirmed_spec(seen)] if seen is not None else []
     blocks += [*_verdicts(result), *_missing(run, result, bodies, trials), *_failures(bodies), *_continued(bodies, trials)]
     return Section(
         "measured", "Measured on test text", "What does the compressed model lose, on text that nothing was chosen on?", tuple(blocks)
@@ -72,65 +69,6 @@ def _differences(result: Sequence[Comparison], protocol: str) -> Block:
         alt="Dots with intervals: test perplexity of each measured model less that of the dense model; the table below has the numbers",
         protocol=f"{protocol}.",
     )
-
-
-def _tables(result: Sequence[Comparison], protocol: str) -> tuple[Block, Block]:
-    """Return what is lost, and what is saved."""
-    frame, file = measured_table(result), f"test-{result[0].dataset}-{result[0].split}"
-    names = (text("model", "Model"), text("form", "Form", short=True))
-    lost = (
-        *names,
-        value("perplexity", "Perplexity", 5),
-        text("interval", "95 % interval", short=True),
-        value("difference", "Difference", 3, "Compressed less original."),
-        text("difference_interval", "95 % interval", "Paired by window.", short=True),
-        value("kl", "KL (nats per token)"),
-        text("kl_interval", "95 % interval", short=True),
-        share("agreement", "Top-1 agreement", "Tokens where both models rank the same one first."),
-    )
-    saved = (
-        *names,
-        share("removed", "Removed, linears", digits=2),
-        share("model_removed", "Removed, model", digits=2),
-        whole("linears", "Parameters, linears"),
-        whole("parameters", "Parameters, model"),
-        sized("bytes", "Size"),
-    )
-    shown = frame.assign(
-        interval=_ends(frame, "perplexity", "low", "high"),
-        difference_interval=_ends(frame, "difference", "difference_low", "difference_high"),
-        kl_interval=_ends(frame, "kl", "kl_low", "kl_high"),
-    )
-    return (
-        table(shown, lost, caption=f"What is lost, dense next to compressed. {protocol}", file=file, data=frame),
-        table(frame, saved, caption="What is saved: parameters (biases and index tables counted) and bytes", file=f"{file}-sizes"),
-    )
-
-
-def _ends(frame: pd.DataFrame, measured: str, low: str, high: str) -> list[str]:
-    """Return intervals in words; a dash where nothing was measured of which one could be."""
-    rows = zip(frame[measured], frame[low], frame[high], strict=True)
-    return [DASH if pd.isna(value) else _interval(minimum, maximum) for value, minimum, maximum in rows]
-
-
-def _interval(low: float, high: float) -> str:
-    return NO_INTERVAL if pd.isna(low) or pd.isna(high) else f"{number(low, 4)} to {number(high, 4)}"
-
-
-def _confirmed(seen: Confirmed) -> Block:
-    columns = (
-        text("name", "Allocation"),
-        value("value", "Value on validation text"),
-        value("perplexity", "Perplexity on test text", 5),
-        text("interval", "95 % interval", short=True),
-        value("kl", "KL on test text (nats per token)"),
-        text("kl_interval", "95 % interval", short=True),
-    )
-    shown = seen.frame.assign(
-        interval=_ends(seen.frame, "perplexity", "low", "high"), kl_interval=_ends(seen.frame, "kl", "kl_low", "kl_high")
-    )
-    caption = f"Trials of the search by their validation value, confirmed on test text. {seen.protocol}"
-    return table(shown, columns, caption=caption, file="confirmed", data=seen.frame)
 
 
 def _verdicts(result: Sequence[Comparison]) -> list[Block]:
@@ -208,16 +146,16 @@ def exports_section(run: Run) -> Section:
             for entry in result
         ]
         columns = (
-            text("folder", "Folder"),
-            text("allocation", "Allocation"),
-            share("removed", "Removed, linears", digits=2),
-            share("model_removed", "Removed, model", digits=2),
-            sized("bytes", "Weight files"),
-            text("state", "When this was written"),
-            value("perplexity", "Perplexity as written", 5, "On test windows, measured when it was written."),
-            text("proof", "Read again in a fresh process", "What `lowrank verify` found."),
+            Column.text("folder", "Folder"),
+            Column.text("allocation", "Allocation"),
+            Column.share("removed", "Removed, linears", digits=2),
+            Column.share("model_removed", "Removed, model", digits=2),
+            Column("bytes", "Weight files", "bytes"),
+            Column.text("state", "When this was written"),
+            Column.number("perplexity", "Perplexity as written", help="On test windows, measured when it was written.", digits=5),
+            Column.text("proof", "Read again in a fresh process", "What `lowrank verify` found."),
         )
-        blocks = (table(pd.DataFrame(rows), columns, caption="Compressed models on disk, each a valid --model", file="exports"),)
+        blocks = (Table(pd.DataFrame(rows), columns, "Compressed models on disk, each a valid --model", "exports"),)
     return Section("exports", "What was written", "Which compressed models are there to take away?", blocks)
 
 
@@ -250,12 +188,10 @@ def configuration_section(run: Run) -> Section:
     record = run.record
     config = dict(record["config"])
     versions = pd.DataFrame(list(dict(record.get("versions", {})).items()), columns=["name", "value"])
-    pair = (text("name", "Name"), text("value", "Value"))
+    pair = (Column.text("name", "Name"), Column.text("value", "Value"))
     blocks = (
-        table(seed_table(config), pair, caption="Seeds", file="seeds"),
-        table(versions, pair, caption="Versions that the run was made with", file="versions"),
-        Folded(
-            "The whole configuration", (table(flat_table(config), pair, caption="Configuration, as in run.json", file="configuration"),)
-        ),
+        Table(seed_table(config), pair, "Seeds", "seeds"),
+        Table(versions, pair, "Versions that the run was made with", "versions"),
+        Folded("The whole configuration", (Table(flat_table(config), pair, "Configuration, as in run.json", "configuration"),)),
     )
     return Section("configuration", "Configuration, versions, seeds", "What exactly was run?", blocks)

@@ -10,27 +10,22 @@ from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studio.overview.text_facts import text_facts, trial_windows
 from lowrank_core.studio.report.blocks import (
     Block,
-    Column,
     Facts,
     Folded,
     Note,
     Section,
     drawn,
     json_link,
-    share,
-    table,
-    text,
-    value,
-    whole,
 )
-from lowrank_core.studio.search.history import Progress, history, progress, search_variables, trial_table
-from lowrank_core.studio.search.pareto import front, front_table
+from lowrank_core.studio.search.history import Progress, history, progress, search_variables, trials_spec
+from lowrank_core.studio.search.pareto import front, front_spec
 from lowrank_core.studio.search.static_chart import front_figure, history_figure
 from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, rank_table, search_units
 from lowrank_core.studio.shared.formatting import DASH, number, percent, short_duration
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 from lowrank_core.studio.shared.summary import unfinished_table
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import answers_of, ratio_words, trial_label
 
 __all__ = ["search_section"]
@@ -138,8 +133,8 @@ def _history(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str)
 
 
 def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -> tuple[Block, ...]:
-    view, frame = front(trials, search.objective), front_table(trials)
-    if frame.empty:
+    view = front(trials, search.objective)
+    if view.best.empty:
         return (Note("missing", "No trial is complete, so there is no Pareto front."),)
     figure = drawn(
         front_figure(view),
@@ -151,14 +146,7 @@ def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -
         alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front; the table below has the front",
         protocol=protocol,
     )
-    columns = [text("name", "On the front"), share("removed", "Removed, linears", digits=2), *_values(search)]
-    return figure, table(frame, columns, caption="Pareto front: no other trial removes as much at less loss", file="pareto-front")
-
-
-def _values(search: SearchConfig) -> list[Column]:
-    """Return the columns of what a trial measures; the objective is named once."""
-    result = [value("value", OBJECTIVES[search.objective]), value("perplexity", "Perplexity"), value("kl", "KL (nats per token)")]
-    return [column for column in result if column.name != search.objective]
+    return figure, front_spec(trials, search)
 
 
 def _allocations(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, facts: ModelFacts, protocol: str) -> list[Block]:
@@ -183,8 +171,8 @@ def _allocation(run: Run, trial: TrialRecord, search: SearchConfig, facts: Model
         alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}; the table of its ranks has the same",
         protocol=protocol,
     )
-    columns = (text("layer", "Unit"), whole("rank", "Rank (– is dense)"), whole("most", "Largest rank that saves"))
-    rows = table(ranks.reset_index(), columns, caption=f"Ranks of {trial_label(trial)}", file=f"ranks-{name}")
+    columns = (Column.text("layer", "Unit"), Column.whole("rank", "Rank (– is dense)"), Column.whole("most", "Largest rank that saves"))
+    rows = Table(ranks.reset_index(), columns, f"Ranks of {trial_label(trial)}", f"ranks-{name}")
     file = json_link(result.to_json(), f"{run.id}-{name}.json", "Allocation (JSON), for `lowrank compress --ranks`")
     return figure, Folded(f"Ranks of {trial_label(trial)}", (file, rows))
 
@@ -193,17 +181,13 @@ def _unfinished(trials: Sequence[TrialRecord]) -> Block:
     frame = unfinished_table(trials)
     if frame.empty:
         return Note("info", "Every trial was measured to the end, within the budget.")
-    columns = (text("name", "Trial"), text("state", "What it is"), text("reason", "What became of it"))
+    columns = (Column.text("name", "Trial"), Column.text("state", "What it is"), Column.text("reason", "What became of it"))
     caption = "Trials that do not count: stopped early, outside the budget, failed, or not at their end"
-    return table(frame, columns, caption=caption, file="unfinished-trials")
+    return Table(frame, columns, caption, "unfinished-trials")
 
 
 def _all_trials(trials: Sequence[TrialRecord], search: SearchConfig) -> Block:
-    frame, variables = trial_table(trials, search), search_variables(trials, search)
-    columns = [whole("trial", "Trial"), text("state", "State"), text("kind", "Kind"), *_values(search)]
-    columns += [share("removed", "Removed, linears", digits=2), value("seconds", "Seconds", 3)]
-    columns += [value(result.name, result.label, 3, result.meaning) for result in variables[:_MAX_VARIABLES]]
-    rows = table(frame, columns, caption="Every trial, on search-validation text", file="trials")
-    hidden = len(variables) - _MAX_VARIABLES
+    rows = trials_spec(trials, search, _MAX_VARIABLES)
+    hidden = len(search_variables(trials, search)) - _MAX_VARIABLES
     notes = (Note("info", f"{hidden} more variables of the space are in the CSV file."),) if hidden > 0 else ()
     return Folded(f"All {len(trials)} trials", (*notes, rows))

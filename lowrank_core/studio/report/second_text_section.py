@@ -9,12 +9,10 @@ from lowrank_core.runs.client import results
 from lowrank_core.studies.records import trials_of
 from lowrank_core.studio.compare.comparison import comparisons, other_texts
 from lowrank_core.studio.compare.comparison_chart import ratio_figure
-from lowrank_core.studio.compare.second_text import OtherText, other_text
-from lowrank_core.studio.report.blocks import Block, Note, Prose, Section, drawn, table, text, value
+from lowrank_core.studio.compare.second_text import OtherText, other_text, other_text_spec
+from lowrank_core.studio.report.blocks import Block, Note, Prose, Section, drawn
 
 __all__ = ["second_text_section"]
-
-_RATIO = "Compressed over original; 1 is no loss."
 
 
 def second_text_section(run: Run) -> Section:
@@ -42,15 +40,4 @@ def _told(view: OtherText, number: int) -> Iterator[Block]:
         alt="Two dots for each model: its perplexity over the dense model's on both texts; the table below has the numbers",
         protocol=protocol,
     )
-    columns = (
-        text("name", "Model"),
-        value("own_ratio", f"Ratio on {own}", 4, _RATIO),
-        value("other_ratio", f"Ratio on {view.other}", 4, _RATIO),
-        value("own", f"Perplexity, {own}", 5),
-        value("own_dense", "of the dense model", 5),
-        value("other", f"Perplexity, {view.other}", 5),
-        value("other_dense", "of the dense model", 5),
-        value("kl_own", f"KL, {own} (nats per token)"),
-        value("kl_other", f"KL, {view.other} (nats per token)"),
-    )
-    yield table(view.frame, columns, caption=f"Every model on both texts. {protocol}", file=f"{name}-models")
+    yield other_text_spec(view, number)

@@ -9,8 +9,8 @@ from lowrank_core.runs.client import results
 from lowrank_core.studies.records import trials_of
 from lowrank_core.studio.compare.comparison import comparisons
 from lowrank_core.studio.compare.comparison_chart import speedup_figure
-from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, speed_table, speeds, speedup_table
-from lowrank_core.studio.report.blocks import Block, Note, Prose, Section, drawn, table, text
+from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, speed_spec, speeds, speedup_table
+from lowrank_core.studio.report.blocks import Block, Note, Prose, Section, drawn
 
 __all__ = ["speed_section"]
 
@@ -40,11 +40,5 @@ def _speedups(result: Sequence[Speed]) -> Block:
 
 
 def _figures(speed: Speed, number: int) -> tuple[Block, Block]:
-    columns = (
-        text("measure", "Median (least to most)"),
-        text("original", "Original"),
-        text("compressed", "Compressed"),
-        text("faster", "Times as fast", "Round by round; of memory and counts, the share that is left."),
-    )
-    rows = table(speed_table(speed), columns, caption=f"{speed.name} next to the dense model. {speed.protocol}", file=f"speed-{number}")
+    rows = speed_spec(speed, number)
     return rows, Prose(f"Memory of {speed.name}: {speed.memory}." if speed.memory else f"Memory of {speed.name} was not measured.")

@@ -9,9 +9,9 @@ from markupsafe import Markup
 from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import trials_of
-from lowrank_core.studio.compare.token_losses import TokenStrip, strips, worst_tokens
+from lowrank_core.studio.compare.token_losses import TokenStrip, strips, worst_spec
 from lowrank_core.studio.compare.token_losses_chart import strip_html
-from lowrank_core.studio.report.blocks import Block, Folded, Section, Strip, table, text, value, whole
+from lowrank_core.studio.report.blocks import Block, Folded, Section, Strip
 
 __all__ = ["tokens_section"]
 
@@ -28,18 +28,5 @@ def tokens_section(run: Run) -> Section:
 def _told(strip: TokenStrip, number: int) -> Iterator[Block]:
     words = f"Coloured by what each token costs it above the dense model. {strip.words}"
     yield Strip(strip.name, words, Markup(strip_html(strip)), strip.protocol)
-    columns = (
-        whole("position", "Position"),
-        text("before", "After", "The text in front of it; ␣ is a blank, ⏎ a line break."),
-        text("piece", "Token", short=True),
-        value("extra", "Extra loss (nats)", 3, "Of the compressed model above the dense model."),
-        value("dense_nll", "Original (nats)", 3, "-log p."),
-        value("nll", "Compressed (nats)", 3, "-log q."),
-        value("kl", "KL (nats)", 3, "Between the two predictions."),
-        text("dense_likeliest", "Original expects", short=True),
-        text("likeliest", "Compressed expects", short=True),
-    )
-    worst = worst_tokens(strip, _WORST)
-    caption = f"The tokens on which {strip.name} lost most; all of them are in the file. {strip.protocol}"
-    rows = table(worst, columns, caption=caption, file=f"tokens-{number}", data=strip.frame)
-    yield Folded(f"The {len(worst)} tokens on which {strip.name} lost most", (rows,))
+    worst = worst_spec(strip, _WORST, number)
+    yield Folded(f"The {len(worst.frame)} tokens on which {strip.name} lost most", (worst,))

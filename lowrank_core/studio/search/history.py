@@ -13,6 +13,7 @@ from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
 from lowrank_core.studies.space import RATIO
 from lowrank_core.studio.shared.formatting import local_time
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
 
 __all__ = [
@@ -24,6 +25,8 @@ __all__ = [
     "progress",
     "search_variables",
     "trial_table",
+    "trials_spec",
+    "value_columns",
 ]
 
 
@@ -141,6 +144,30 @@ def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataF
         for trial in trials
     ]
     return pd.DataFrame(rows, columns=None if rows else list(_COLUMNS))
+
+
+def value_columns(search: SearchConfig) -> list[Column]:
+    """Return the columns of what a trial measures; the objective is named once."""
+    columns = [
+        Column.number("value", OBJECTIVES[search.objective]),
+        Column.number("perplexity", "Perplexity", 2),
+        Column.number("kl", "KL (nats/token)"),
+    ]
+    return [column for column in columns if column.name != search.objective]
+
+
+def trials_spec(trials: Sequence[TrialRecord], search: SearchConfig, variables: int | None = None) -> Table:
+    """Return ``trial_table`` as it is shown, with so many of the space's variables: all unless it is said."""
+    columns = [
+        Column.whole("trial", "Trial"),
+        Column.text("state", "State"),
+        Column.text("kind", "Kind", width=220),
+        *value_columns(search),
+        Column.share("removed", "Removed, linears", digits=2),
+        Column.number("seconds", "Seconds", 1, digits=3),
+        *(Column.number(each.name, each.label, 3, each.meaning, 3) for each in search_variables(trials, search)[:variables]),
+    ]
+    return Table(trial_table(trials, search), columns, "Every trial, on search-validation text", "trials")
 
 
 def _kind(trial: TrialRecord) -> str:

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
-from lowrank_core.config import OBJECTIVES
+from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.studies.records import TrialRecord, pareto_front
+from lowrank_core.studio.search.history import value_columns
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import kind_of, trial_label, trial_note
 
-__all__ = ["Front", "front", "front_table"]
+__all__ = ["Front", "front", "front_spec", "front_table"]
 
 
 @dataclass(frozen=True)
@@ -71,3 +73,9 @@ def front_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
         for trial in pareto_front(trials)
     ]
     return pd.DataFrame(rows, columns=["trial", "name", "removed", "value", "perplexity", "kl"])
+
+
+def front_spec(trials: Sequence[TrialRecord], search: SearchConfig) -> Table:
+    """Return ``front_table`` as it is shown."""
+    columns = (Column.text("name", "On the front"), Column.share("removed", "Removed, linears", digits=2), *value_columns(search))
+    return Table(front_table(trials), columns, "Pareto front: no other trial removes as much at less loss", "pareto-front")

@@ -110,9 +110,9 @@ def interval(low: float | None, high: float | None) -> str:
     return DASH if low is None or high is None or _missing(low) or _missing(high) else f"{number(low)} to {number(high)}"
 
 
-def interval_words(ends: Sequence[float] | None) -> str:
-    """Return the ends of a measured interval with three significant digits; words where there is none."""
-    return " to ".join(map(number, ends)) if ends is not None and has_interval(ends) else NO_INTERVAL
+def interval_words(ends: Sequence[float] | None, digits: int = 3) -> str:
+    """Return the ends of a measured interval with so many significant digits; words where there is none."""
+    return " to ".join(number(end, digits) for end in ends) if ends is not None and has_interval(ends) else NO_INTERVAL
 
 
 def timestamp(seconds: float) -> str:

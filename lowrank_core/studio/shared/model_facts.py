@@ -13,8 +13,9 @@ from lowrank_core.errors import RunError
 from lowrank_core.parameters import HeadUnit, MatrixShape
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.studio.shared.formatting import kind_label
+from lowrank_core.studio.shared.table import Column, Table
 
-__all__ = ["ModelFacts", "model_facts", "module_table"]
+__all__ = ["ModelFacts", "model_facts", "module_table", "modules_spec"]
 
 
 @dataclass(frozen=True)
@@ -152,3 +153,16 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
         if row.kind != "linear"
     ]
     return pd.DataFrame(rows).astype({"count": "Int64"})
+
+
+def modules_spec(facts: ModelFacts) -> Table:
+    """Return ``module_table`` as it is shown."""
+    columns = (
+        Column.text("type", "Module type, or what is left alone", width="medium"),
+        Column.whole("count", "Count"),
+        Column.short("shape", "Shape (out × in), or why"),
+        Column.text("break_even", "Break-even rank", "The largest rank whose two factors cost less than the matrix."),
+        Column.whole("parameters", "Parameters"),
+        Column.share("share", "Share of the model"),
+    )
+    return Table(module_table(facts), columns, "Modules by type, with parameters (biases counted)", "modules")

@@ -11,6 +11,7 @@ from lowrank_core.runs import JsonMapping
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import Comparison, Failure
+from lowrank_core.studio.compare.loss_details import comparison_table
 from lowrank_core.studio.shared.formatting import kind_label
 from lowrank_core.studio.shared.trial_names import kind_of, state_words, trial_label
 from lowrank_core.studio.spectra.spectrum_table import atlas_table
@@ -81,54 +82,13 @@ def measured_table(result: Sequence[Comparison]) -> pd.DataFrame:
     """
     if not result:
         return pd.DataFrame(columns=list(_MEASURED))
-    first = result[0]
-    low, high = first.dense_perplexity_interval or (None, None)
-    dense = {
-        "model": "Original",
-        "form": "dense",
-        "perplexity": first.dense_perplexity,
-        "low": low,
-        "high": high,
-        "removed": 0.0,
-        "model_removed": 0.0,
-        "linears": first.dense_compressible_parameters,
-        "parameters": first.dense_parameters,
-        "bytes": first.dense_bytes,
-    }
-    frame = pd.DataFrame([dense, *(_measured_row(comparison) for comparison in result)], columns=list(_MEASURED))
-    whole = ("model", "form", "linears", "parameters", "bytes")
-    return frame.astype({name: float for name in _MEASURED if name not in whole})
+    return comparison_table(result).rename(columns={"allocation": "model"})[list(_MEASURED)]
 
 
 def comparisons_table(result: Sequence[Comparison]) -> pd.DataFrame:
     """Return the rows of ``measured_table`` for every protocol, with the protocol as a last column."""
     parts = [measured_table(alike).assign(protocol=protocol) for protocol, alike in by_protocol(result).items()]
     return pd.concat(parts, ignore_index=True) if parts else measured_table([])
-
-
-def _measured_row(comparison: Comparison) -> dict[str, object]:
-    low, high = comparison.perplexity_interval or (None, None)
-    difference_low, difference_high = comparison.perplexity_difference_interval or (None, None)
-    kl_low, kl_high = comparison.kl_interval or (None, None)
-    return {
-        "model": comparison.name,
-        "form": comparison.form,
-        "perplexity": comparison.perplexity,
-        "low": low,
-        "high": high,
-        "difference": comparison.perplexity - comparison.dense_perplexity,
-        "difference_low": difference_low,
-        "difference_high": difference_high,
-        "kl": comparison.kl,
-        "kl_low": kl_low,
-        "kl_high": kl_high,
-        "agreement": comparison.top1_agreement,
-        "removed": comparison.compression_ratio,
-        "model_removed": comparison.model_compression_ratio,
-        "linears": comparison.compressible_parameters,
-        "parameters": comparison.parameters,
-        "bytes": comparison.bytes,
-    }
 
 
 def failures(bodies: Sequence[JsonMapping]) -> list[Failure]:

@@ -16,6 +16,7 @@ from lowrank_core.spectra.spectrum import LayerSpectrum, effective_rank, rank_fo
 from lowrank_core.studio.shared.formatting import DASH, number
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
 from lowrank_core.studio.shared.module_choices import RunFacts
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.spectra.map_metrics import METRICS, SOURCES, Metric, Reading
 from lowrank_core.types import Vector
 
@@ -25,6 +26,7 @@ __all__ = [
     "RankMark",
     "ScreeCurves",
     "atlas",
+    "atlas_spec",
     "atlas_table",
     "log_ranks",
     "module_facts",
@@ -71,6 +73,23 @@ def atlas_table(spectra: Sequence[LayerSpectrum], metric: str, facts: RunFacts =
     for column in _columns(result) if result.ranks else ():
         table[f"{column}_relative"] = table[column] / table["full_rank"]
     return table
+
+
+def atlas_spec(spectra: Sequence[LayerSpectrum], metric: str, facts: RunFacts = _NOTHING) -> Table:
+    """Return ``atlas_table`` as it is shown."""
+    result = METRICS[metric]
+    measure, decimals = ("ranks", 1) if result.ranks else (result.measure, 2)
+    columns = (
+        Column.text("module", "Module", width="medium"),
+        Column.short("shape", "Shape (out × in)"),
+        Column.number("features", f"Features ({measure})", decimals),
+        Column.share("features_relative", "Features, of full rank"),
+        Column.number("weights", f"Weights ({measure})", decimals),
+        Column.share("weights_relative", "Weights, of full rank"),
+        Column.share(_ITS_OWN, result.measure) if result.share else Column.number(_ITS_OWN, result.measure),
+        Column.whole("break_even", "Break-even rank"),
+    )
+    return Table(atlas_table(spectra, metric, facts), columns, f"{result.label} of every module", "spectra")
 
 
 def atlas(spectra: Sequence[LayerSpectrum], metric: str, source: str, *, relative: bool, facts: RunFacts = _NOTHING) -> LayerMap:

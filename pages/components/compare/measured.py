@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
-from lowrank_core.parameters import FLOPS_MEANING
 from lowrank_core.studio.compare.comparison import Comparison, warnings_of
 from lowrank_core.studio.compare.comparison_chart import difference_figure
-from lowrank_core.studio.compare.loss_details import LOST, SAVED, comparison_table, difference_table
+from lowrank_core.studio.compare.loss_details import difference_table, lost_spec, saved_spec
 from lowrank_core.studio.shared.formatting import count, interval_words, number, percent, size
 from lowrank_core.studio.shared.summary import protocol_of
 from pages.components import tables
@@ -103,29 +102,5 @@ def _table(result: Sequence[Comparison]) -> None:
         label_visibility="collapsed",
         persist_state="session",
     )
-    columns = {
-        "allocation": tables.text("Model", width="medium"),
-        "form": tables.text("Form"),
-        "perplexity": tables.number("Perplexity", 3),
-        "interval": tables.text("95 %", "Of each perplexity by itself."),
-        "difference": tables.figure("Difference", "Perplexity above the dense model's."),
-        "difference_interval": tables.text("95 %, paired", "Of the difference, paired by window."),
-        "kl": tables.figure("KL", "Of the compressed from the dense model, nats per token."),
-        "reverse_kl": tables.figure("Reverse KL", "Of the dense model from the compressed, nats per token."),
-        "agreement": tables.share("Top-1", "Tokens where both models rank the same one first."),
-        "top5": tables.share("Top-5", "Share that the five likeliest tokens of both have in common."),
-        "kl_interval": tables.text("KL, 95 %"),
-        "removed": tables.share("Removed, linears"),
-        "model_removed": tables.share("Removed, model"),
-        "linears": tables.whole("Parameters, linears"),
-        "parameters": tables.whole("Parameters, model"),
-        "bytes": st.column_config.NumberColumn("Size", format="bytes"),
-        "flops": tables.whole("FLOPs per token", FLOPS_MEANING),
-    }
-    wanted = LOST if shown == "lost" else SAVED
-    tables.table(
-        comparison_table(result),
-        {name: columns[name] for name in wanted},
-        key=f"comparison_table_{shown}",
-        alt="All measured models next to the dense model",
-    )
+    spec = lost_spec(result, protocol_of(result[0])) if shown == "lost" else saved_spec(result)
+    tables.show(spec, key=f"comparison_table_{shown}")

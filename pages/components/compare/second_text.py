@@ -11,7 +11,7 @@ from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import Comparison, warnings_of
 from lowrank_core.studio.compare.comparison_chart import ratio_figure
-from lowrank_core.studio.compare.second_text import other_text
+from lowrank_core.studio.compare.second_text import other_text, other_text_spec
 from lowrank_core.studio.overview.source_checks import TEXTS, check_text
 from lowrank_core.studio.shared.model_refs import unmeasured
 from pages.components import tables
@@ -20,8 +20,6 @@ from pages.components.charts import chart
 from pages.components.request_controls import ask_all, why_not
 
 __all__ = ["say", "show"]
-
-_RATIO = "Compressed over original; 1 is no loss."
 
 
 def say(own: Sequence[Comparison], others: Mapping[str, Sequence[Comparison]]) -> None:
@@ -59,18 +57,7 @@ def show(
         alt="Two dots for each model: its perplexity over the dense model's on both texts",
         data=view.frame,
     )
-    columns = {
-        "name": tables.text("Model", width="medium"),
-        "own_ratio": tables.number(f"Ratio on {view.own}", 4, _RATIO),
-        "other_ratio": tables.number(f"Ratio on {view.other}", 4, _RATIO),
-        "own": tables.number(f"Perplexity, {view.own}", 3),
-        "own_dense": tables.number("of the dense model", 3),
-        "other": tables.number(f"Perplexity, {view.other}", 3),
-        "other_dense": tables.number("of the dense model", 3),
-        "kl_own": tables.figure(f"KL, {view.own}", "Nats per token."),
-        "kl_other": tables.figure(f"KL, {view.other}", "Nats per token."),
-    }
-    tables.table(view.frame, columns, key="second_text_table", alt="Every model on both texts")
+    tables.show(other_text_spec(view), key="second_text_table")
     st.caption(f"Protocols: {view.own_protocol or 'not measured'}; {view.other_protocol}.")
 
 

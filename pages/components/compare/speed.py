@@ -10,7 +10,7 @@ from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.comparison_chart import speedup_figure
-from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, speed_table, speedup_table
+from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, speed_spec, speedup_table
 from pages.components import tables
 from pages.components.charts import chart
 from pages.components.request_controls import submit, why_not
@@ -36,17 +36,9 @@ def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Speed]) -> None:
         alt="Dots with ranges: how many times faster each model reads, writes and begins",
         data=speed_numbers(result),
     )
-    columns = {
-        "measure": tables.text("Median (least to most)", width="medium"),
-        "original": tables.text("Original"),
-        "compressed": tables.text("Compressed"),
-        "faster": tables.text("Times as fast", "Round by round; of memory and counts, the share that is left."),
-    }
     for index, speed in enumerate(result):
         st.markdown(f"**{speed.name}**" + (f", {speed.setup}" if speed.setup else ""))
-        tables.table(
-            speed_table(speed), columns, key=f"speed_table_{index}", alt=f"Speed and memory of {speed.name} next to the dense model"
-        )
+        tables.show(speed_spec(speed), key=f"speed_table_{index}")
         st.caption(f"Protocol: {speed.protocol}." + (f" Memory: {speed.memory}." if speed.memory else " Memory was not measured."))
 
 

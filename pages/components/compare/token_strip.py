@@ -9,7 +9,7 @@ import streamlit as st
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.loss_details import WindowTable
-from lowrank_core.studio.compare.token_losses import TokenStrip, worst_tokens
+from lowrank_core.studio.compare.token_losses import TokenStrip, worst_spec
 from lowrank_core.studio.compare.token_losses_chart import strip_html
 from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.shared.spreadsheet import csv_of
@@ -35,18 +35,8 @@ def show(run: Run, chosen: Mapping[ModelKey, str], result: Sequence[TokenStrip],
     with st.container(border=True, height=360 if len(strip.frame) > 150 else "content", key="token_strip"):
         st.html(strip_html(strip))
     st.caption(f"Hover over a token for its figures. Protocol: {strip.protocol}.")
-    columns = {
-        "before": tables.text("After", "The text in front of it; ␣ is a blank, ⏎ a line break.", width="medium"),
-        "piece": tables.text("Token"),
-        "extra": tables.number("Extra loss (nats)", 3, "Of the compressed model above the dense model."),
-        "dense_nll": tables.number("Original", 3, "-log p, nats."),
-        "nll": tables.number("Compressed", 3, "-log q, nats."),
-        "kl": tables.number("KL", 3, "Between the two predictions, nats."),
-        "dense_likeliest": tables.text("Original expects"),
-        "likeliest": tables.text("Compressed expects"),
-    }
     st.markdown("**The tokens that lost most**")
-    tables.table(worst_tokens(strip), columns, key="worst_tokens", alt="The tokens that lost most, with both models' guesses")
+    tables.show(worst_spec(strip), key="worst_tokens")
     st.download_button(
         "All tokens (CSV)",
         lambda: csv_of(strip.frame).encode(),

@@ -22,6 +22,7 @@ from lowrank_core.studio.energy.energy_table import (
 from lowrank_core.studio.overview.calibration_quality import InputFacts, group_table
 from lowrank_core.studio.shared.formatting import kind_label, percent
 from lowrank_core.studio.shared.protocol import trial_protocol
+from lowrank_core.studio.shared.table import Column, Table
 from pages.components import navigation, tables
 from pages.components.charts import chart
 
@@ -93,13 +94,13 @@ def loss(run: Run, spectrum: LayerSpectrum, rank: int) -> None:
         st.page_link(navigation.SEARCH, label="Measure it in a rank search", icon=":material/query_stats:")
         return
     st.caption(result.sentence())
-    columns = {
-        "name": tables.text("Allocation"),
-        "kept": tables.share("Kept, linears"),
-        "kl": tables.figure("KL (nats/token)"),
-        "perplexity": tables.number("Perplexity", 3),
-    }
-    tables.table(result.frame, columns, key="energy_loss", alt="Measured loss at the nearest kept fraction")
+    columns = (
+        Column.text("name", "Allocation"),
+        Column.share("kept", "Kept, linears"),
+        Column.number("kl", "KL (nats/token)"),
+        Column.number("perplexity", "Perplexity", 3),
+    )
+    tables.show(Table(result.frame, columns, "Measured loss at the nearest kept fraction"), key="energy_loss")
     st.caption(trial_protocol(run))
     st.page_link(navigation.COMPARE, label="On test text", icon=":material/balance:")
 

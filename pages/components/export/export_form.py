@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import pandas as pd
 import streamlit as st
 
 from lowrank_core.config import EXPORT_DTYPES, ExportConfig, SearchConfig
@@ -33,6 +34,7 @@ from lowrank_core.studio.shared.formatting import count, percent, size
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 from lowrank_core.studio.shared.model_refs import candidates, healable
 from lowrank_core.studio.shared.reproduce import compress_command, export_command
+from lowrank_core.studio.shared.table import Column, Table
 from pages.components import coverage, layout, navigation, state, tables
 from pages.components.boundary import boundary
 
@@ -177,16 +179,16 @@ def _bounded(words: str, result: Planned) -> str:
     return words if result.exact else f"≤ {words}"
 
 
-def _sizes(frame: object) -> None:
-    columns = {
-        "chosen": tables.text("", "The form that is chosen.", 30),
-        "form": tables.text("Form", "“At most” where the exact count is known only once it is built.", 150),
-        "dtype": tables.text("Floats", width=75),
-        "parameters": tables.whole("Parameters", "Numbers in the files: biases, indices and scales counted."),
-        "bytes": tables.whole("Bytes", "Of the tensors; a header of some kilobytes comes on top."),
-        "share": tables.share("Share", "Of the dense model's bytes."),
-    }
-    tables.table(frame, columns, key="export_sizes", alt="Bytes of each form")  # type: ignore[arg-type]
+def _sizes(frame: pd.DataFrame) -> None:
+    columns = (
+        Column.text("chosen", "", "The form that is chosen.", 30),
+        Column.text("form", "Form", "“At most” where the exact count is known only once it is built.", 150),
+        Column.text("dtype", "Floats", width=75),
+        Column.whole("parameters", "Parameters", "Numbers in the files: biases, indices and scales counted."),
+        Column.whole("bytes", "Bytes", "Of the tensors; a header of some kilobytes comes on top."),
+        Column.share("share", "Share", "Of the dense model's bytes."),
+    )
+    tables.show(Table(frame, columns, "Bytes of each form"), key="export_sizes")
     st.caption("Counted from the ranks, not measured. The dense model is the checkpoint as it is stored.")
 
 

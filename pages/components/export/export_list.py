@@ -21,6 +21,7 @@ from lowrank_core.studio.export.export_list import (
 )
 from lowrank_core.studio.shared.formatting import DASH, count, number, percent, size, timestamp
 from lowrank_core.studio.shared.reproduce import verify_command
+from lowrank_core.studio.shared.table import Column, Table
 from pages.components import layout, tables
 from pages.components.boundary import boundary
 
@@ -164,5 +165,5 @@ def _details(entry: Written) -> None:
         st.caption("The same proof without the dashboard")
         st.code(verify_command(str(entry.path)), language="bash", wrap_lines=True)
         if entry.ranks:
-            columns = {"layer": tables.text("Layer"), "rank": tables.whole("Rank", "A dash: stays dense.")}
-            tables.table(rank_table_of(entry.ranks), columns, key=f"ranks_{name}", height=240, alt=f"Ranks of {name}")
+            columns = (Column.text("layer", "Layer"), Column.whole("rank", "Rank", "A dash: stays dense."))
+            tables.show(Table(rank_table_of(entry.ranks), columns, f"Ranks of {name}"), key=f"ranks_{name}", height=240)

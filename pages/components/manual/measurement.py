@@ -17,6 +17,7 @@ from lowrank_core.studio.manual.expected_kl_chart import prediction_figure
 from lowrank_core.studio.manual.outcome import Picked, alongside, picked
 from lowrank_core.studio.overview.text_facts import trial_windows
 from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import trial_label
 from pages.components import navigation, state, tables
 from pages.components.boundary import boundary
@@ -116,16 +117,15 @@ def _open_words(now: Picked, editor: DraftState) -> str:
 
 def _table(editor: DraftState, trial: TrialRecord, trials: Sequence[TrialRecord]) -> None:
     frame = alongside(trial, trials, editor.search, editor.recipe.record)
-    columns = {
-        "name": tables.text("Allocation", width="medium"),
-        "kl": tables.figure("Measured KL", "To the dense model, nats per token."),
-        "predicted": tables.figure("Predicted KL", "Before it was measured; a prediction."),
-        "perplexity": tables.number("Perplexity", 3),
-        "removed": tables.share("Removed"),
-    }
-    if frame["predicted"].isna().all():
-        columns.pop("predicted")
-    tables.table(frame, columns, key="hand_result", alt="This draft next to the best trial and the uniform baseline")
+    columns = (
+        Column.text("name", "Allocation", width="medium"),
+        Column.number("kl", "Measured KL", help="To the dense model, nats per token."),
+        Column.number("predicted", "Predicted KL", help="Before it was measured; a prediction."),
+        Column.number("perplexity", "Perplexity", 3),
+        Column.share("removed", "Removed"),
+    )
+    shown = [column for column in columns if column.name != "predicted" or frame["predicted"].notna().any()]
+    tables.show(Table(frame, shown, "This draft next to the best trial and the uniform baseline"), key="hand_result")
 
 
 def _protocol(editor: DraftState) -> str:

@@ -9,7 +9,7 @@ import streamlit as st
 
 from lowrank_core.allocation import Draft
 from lowrank_core.studio.manual.rank_table import RowEdit, RowGroup, dense_words, draft_rows, edited_draft, row_groups
-from pages.components import state, tables
+from pages.components import state
 from pages.components.manual.draft_state import DraftState, edit, history, note, revision, say
 
 __all__ = ["sliders", "table"]
@@ -66,10 +66,12 @@ def table(editor: DraftState, draft: Draft) -> None:
     """Draw a row for each unit; rank, kept ratio and lock can be edited."""
     frame = draft_rows(draft, editor.recipe.record)
     columns: dict[str, Any] = {
-        "module": tables.text("Module", "Block and module type; a stack, or a value and an output by heads, share one rank.", 90),
-        "kind": tables.text("Type", width=72),
+        "module": st.column_config.TextColumn(
+            "Module", width=90, help="Block and module type; a stack, or a value and an output by heads, share one rank."
+        ),
+        "kind": st.column_config.TextColumn("Type", width=72),
         "block": st.column_config.NumberColumn("Block", width=48),
-        "shape": tables.text("Shape", width=92),
+        "shape": st.column_config.TextColumn("Shape", width=92),
         "rank": st.column_config.NumberColumn("Rank", min_value=1, step=1, width=68, help="Empty: the row stays dense."),
         "kept": st.column_config.NumberColumn(
             "Kept %",

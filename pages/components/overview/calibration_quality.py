@@ -4,13 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pandas as pd
 import streamlit as st
 
 from lowrank_core.config import TOKENS_PER_DIMENSION
 from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum
-from lowrank_core.studio.overview.calibration_quality import QUALITIES, CalibrationFacts, input_table, quality_map, quality_warnings
+from lowrank_core.studio.overview.calibration_quality import (
+    QUALITIES,
+    CalibrationFacts,
+    input_table,
+    inputs_spec,
+    quality_map,
+    quality_warnings,
+)
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from pages.components import layout, state, tables
@@ -55,20 +61,5 @@ def show(run: Run, spectra: Sequence[LayerSpectrum], facts: CalibrationFacts, mo
         data=table,
         on_pick=state.pick_from_chart("module", "quality_map"),
     )
-    _table(table, facts)
-
-
-def _table(table: pd.DataFrame, facts: CalibrationFacts) -> None:
-    columns = {
-        "input": tables.text("Input", width="medium"),
-        "kind": tables.text("Read by"),
-        "depth": tables.whole("Block"),
-        "width": tables.whole("Width"),
-        "tokens_per_dimension": tables.number("Tokens per dimension", 1),
-        "thin": st.column_config.CheckboxColumn("Too few", help=f"Fewer than {TOKENS_PER_DIMENSION} tokens per dimension."),
-        "condition": st.column_config.NumberColumn("Condition", format="scientific"),
-        "damped_condition": st.column_config.NumberColumn("After damping", format="scientific"),
-        "pooled_to_sample": tables.number("Pooled to sample distance", 4, "Relative Frobenius distance of the two covariances."),
-    }
     with st.expander(f"All {len(facts.inputs)} distinct inputs"):
-        tables.table(table, columns, key="input_table", height=320, alt="Calibration quality of each input")
+        tables.show(inputs_spec(table), key="input_table", height=320)

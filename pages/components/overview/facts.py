@@ -9,10 +9,10 @@ import streamlit as st
 from lowrank_core.config import TOKENS_PER_DIMENSION
 from lowrank_core.errors import ModelError
 from lowrank_core.runs import Run
-from lowrank_core.studio.overview.calibration_quality import CalibrationFacts, quality_table, quality_warnings
-from lowrank_core.studio.overview.text_facts import TextFacts, split_table
+from lowrank_core.studio.overview.calibration_quality import CalibrationFacts, inputs_spec, quality_table, quality_warnings
+from lowrank_core.studio.overview.text_facts import TextFacts, splits_spec
 from lowrank_core.studio.shared.formatting import count, duration, number, percent, size
-from lowrank_core.studio.shared.model_facts import ModelFacts, module_table
+from lowrank_core.studio.shared.model_facts import ModelFacts, modules_spec
 from pages.components import coverage, navigation, tables
 from pages.components.boundary import boundary
 from pages.components.layout import metrics_row
@@ -59,15 +59,7 @@ def model_section(model: ModelFacts, reference: str) -> None:
     coverage.show(model)
     for reason in model.heads_dropped:
         st.caption(reason)
-    columns = {
-        "type": tables.text("Module type, or what is left alone", width="medium"),
-        "count": tables.whole("Count"),
-        "shape": tables.text("Shape (out × in), or why"),
-        "break_even": tables.text("Break-even rank", "The largest rank whose two factors cost less than the matrix."),
-        "parameters": tables.whole("Parameters"),
-        "share": tables.share("Share of the model"),
-    }
-    tables.table(module_table(model), columns, key="module_table", alt="Compressible modules by type")
+    tables.show(modules_spec(model), key="module_table")
     _tree(reference)
 
 
@@ -90,15 +82,8 @@ def text_section(text: TextFacts) -> None:
     bos = "BOS first in every window" if text.bos == "window" else "no BOS"
     st.caption(f"{text.reference} · context {text.context} tokens · {bos} · seed {text.seed} · three disjoint splits")
     left, right = st.columns([3, 2], gap="small") if text.preview else (st.container(), None)
-    columns = {
-        "split": tables.text("Split"),
-        "windows": tables.whole("Windows"),
-        "tokens": tables.whole("Tokens"),
-        "available": tables.whole("Available tokens"),
-        "sha256": tables.text("SHA-256", "Of the tokens, so that two runs can be shown to have seen the same text."),
-    }
     with left:
-        tables.table(split_table(text), columns, key="split_table", alt="Windows and tokens of each split")
+        tables.show(splits_spec(text), key="split_table")
     if right is not None:
         right.code(text.preview, language=None, height=142)
 
@@ -126,15 +111,7 @@ def calibration_section(calibration: CalibrationFacts) -> None:
         }
     )
     with st.expander(f"All {len(calibration.inputs)} distinct inputs"):
-        columns = {
-            "input": tables.text("Input"),
-            "width": tables.whole("Width"),
-            "modules": tables.whole("Modules that read it"),
-            "tokens_per_dimension": tables.number("Tokens per dimension", 1),
-            "condition": st.column_config.NumberColumn("Condition", format="scientific"),
-            "pooled_to_sample": tables.number("Pooled to sample distance", 4, "Relative Frobenius distance of the two covariances."),
-        }
-        tables.table(quality_table(calibration), columns, key="quality_table", alt="Calibration quality of each input")
+        tables.show(inputs_spec(quality_table(calibration)), key="quality_table")
 
 
 def next_steps(run: Run) -> None:

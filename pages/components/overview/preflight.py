@@ -13,6 +13,7 @@ from lowrank_core.studio.overview.source_checks import hub_cache
 from lowrank_core.studio.overview.text_preview import CHARACTERS_PER_TOKEN, TextPreview, preview_table, preview_warnings
 from lowrank_core.studio.shared.formatting import count, percent, size
 from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.table import Column, Table
 from pages.components import coverage, tables
 
 __all__ = ["fit_line", "notes", "show", "tree"]
@@ -124,14 +125,14 @@ def _preview(preview: TextPreview, config: RunConfig) -> None:
         st.warning(warning, icon=":material/short_text:")
     counted = "Characters are counted" if preview.counted else "Characters are reported from the size of the file"
     st.caption(f"{counted}; tokens are an estimate at {CHARACTERS_PER_TOKEN} characters each. The splits are disjoint.")
-    columns = {
-        "split": tables.text("Split"),
-        "characters": tables.whole("Characters"),
-        "tokens": tables.whole("Tokens (estimate)"),
-        "windows": tables.whole(f"Windows of {config.text.context} (estimate)"),
-        "asked": tables.whole("Windows asked for"),
-    }
-    tables.table(preview_table(preview, config.text), columns, key="preview_table", alt="Size of each split")
+    columns = (
+        Column.text("split", "Split"),
+        Column.whole("characters", "Characters"),
+        Column.whole("tokens", "Tokens (estimate)"),
+        Column.whole("windows", f"Windows of {config.text.context} (estimate)"),
+        Column.whole("asked", "Windows asked for"),
+    )
+    tables.show(Table(preview_table(preview, config.text), columns, "Size of each split"), key="preview_table")
     beginnings = [split for split in preview.splits if split.beginning]
     if beginnings:
         for tab, split in zip(st.tabs([f"{split.name} begins".capitalize() for split in beginnings]), beginnings, strict=True):

@@ -13,6 +13,7 @@ from lowrank_core.runs.manage import check_deletable, delete_run, notes_of, rena
 from lowrank_core.studio.overview.run_comparison import compare_runs
 from lowrank_core.studio.shared.formatting import size
 from lowrank_core.studio.shared.run_list import run_table
+from lowrank_core.studio.shared.table import Column, Table
 from pages.components import state, tables
 from pages.components.boundary import boundary
 
@@ -47,43 +48,41 @@ def show(runs: Sequence[Run], shown: Run | None) -> None:
 
 def _table(runs: Sequence[Run]) -> list[Run]:
     frame = run_table(runs)
-    columns = {
-        "name": tables.text("Name", width=330),
-        "state": tables.text("State"),
-        "ratio": tables.text("Removed", "Compression ratio that the search aims at, or its range."),
-        "trials": tables.whole("Trials complete"),
-        "best": tables.figure("Best value"),
-        "created": st.column_config.DatetimeColumn("Started", format="distance"),
-        "notes": tables.text("Notes", width=220),
-    }
+    columns = (
+        Column.text("name", "Name", width=330),
+        Column.text("state", "State"),
+        Column.text("ratio", "Removed", "Compression ratio that the search aims at, or its range."),
+        Column.whole("trials", "Trials complete"),
+        Column.number("best", "Best value"),
+        Column("created", "Started", "ago"),
+        Column.text("notes", "Notes", width=220),
+    )
     ids = list(frame["id"])
     key = f"runs_table_{zlib.crc32(' '.join(ids).encode()):08x}"  # rows of another list of runs are not those that were picked
-    tables.table(frame, columns, key=key, on_pick=state.pick_from_table("run", key, ids), several=True, alt="Runs, the newest first")
+    tables.show(Table(frame, columns, "Runs, the newest first"), key=key, on_pick=state.pick_from_table("run", key, ids), several=True)
     known = {run.id: run for run in runs}
     return [known[identifier] for identifier in state.picked_rows(key, ids)]
 
 
 def _comparison(runs: Sequence[Run]) -> None:
     result = compare_runs(runs)
-    columns = {
-        "run": tables.text("Run", width=180),
-        "model": tables.text("Model"),
-        "text": tables.text("Text"),
-        "removed": tables.text("Removed"),
-        "trials": tables.whole("Trials"),
-        "best": tables.text("Best trial"),
-        "value": tables.figure("Best value", "The objective, on search-validation text."),
-        "value_group": tables.text("Alike", "Best values with one letter were measured alike."),
-        "perplexity": tables.number("Perplexity (test)", 3, "Of the best trial, as measured on test text."),
-        "interval": tables.text("95 % interval", "Bootstrap over test windows."),
-        "original": tables.number("Original", 3, "Perplexity of the dense model on the same windows."),
-        "test_group": tables.text("Alike (test)", "Perplexities with one letter were measured alike."),
-    }
-    for group in ("value_group", "test_group"):
-        if result.frame[group].nunique() < 2:
-            columns.pop(group)
+    columns = (
+        Column.text("run", "Run", width=180),
+        Column.text("model", "Model"),
+        Column.text("text", "Text"),
+        Column.text("removed", "Removed"),
+        Column.whole("trials", "Trials"),
+        Column.text("best", "Best trial"),
+        Column.number("value", "Best value", help="The objective, on search-validation text."),
+        Column.text("value_group", "Alike", "Best values with one letter were measured alike."),
+        Column.number("perplexity", "Perplexity (test)", 3, "Of the best trial, as measured on test text."),
+        Column.text("interval", "95 % interval", "Bootstrap over test windows."),
+        Column.number("original", "Original", 3, "Perplexity of the dense model on the same windows."),
+        Column.text("test_group", "Alike (test)", "Perplexities with one letter were measured alike."),
+    )
+    alike = [group for group in ("value_group", "test_group") if result.frame[group].nunique() < 2]
     st.markdown("**Side by side**")
-    tables.table(result.frame, columns, key="run_comparison", alt="The picked runs side by side")
+    tables.show(Table(result.frame.drop(columns=alike), columns, "The picked runs side by side"), key="run_comparison")
     for note in result.notes:
         st.caption(note)
     if result.options.empty:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import streamlit as st
 
@@ -12,7 +13,7 @@ from lowrank_core.runs import Run
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studies.variables import read_ranges
 from lowrank_core.studio.search import pareto as fronts
-from lowrank_core.studio.search.history import better_half, search_variables, trial_table
+from lowrank_core.studio.search.history import better_half, trials_spec
 from lowrank_core.studio.search.history import history as history_of
 from lowrank_core.studio.search.history_chart import history_chart
 from lowrank_core.studio.search.parallel_coordinates import fingerprint as fingerprint_of
@@ -29,6 +30,7 @@ from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.table import Column
 from lowrank_core.studio.shared.trial_names import state_words, trial_label
 from lowrank_core.studio.shared.vega import PICKED
 from pages.components import navigation, state, tables
@@ -92,17 +94,9 @@ def front(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialReco
         data=view.trials,
         on_pick=state.pick_from_vega("trial", "front", PICKED, "number"),
     )
-    frame = fronts.front_table(trials)
-    columns = {
-        "name": tables.text("On the front"),
-        "removed": tables.share("Removed"),
-        "value": tables.figure("Value", "The objective."),
-        "perplexity": tables.number("Perplexity", 2),
-        "kl": tables.figure("KL (nats/token)"),
-    }
-    columns.pop(search.objective, None)
-    pick = state.pick_from_table("trial", "front_table", list(frame["trial"]))
-    tables.table(frame, columns, key="front_table", height=230, on_pick=pick, alt="Trials of the Pareto front")
+    table = fronts.front_spec(trials, search)
+    pick = state.pick_from_table("trial", "front_table", list(table.frame["trial"]))
+    tables.show(table, key="front_table", height=230, on_pick=pick)
 
 
 def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
@@ -202,27 +196,18 @@ def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -
 
 def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
     """Draw every trial as a row, and offer them as a file."""
-    frame = trial_table(trials, search)
-    columns = {
-        "trial": tables.whole("Trial"),
-        "state": tables.text("State"),
-        "kind": tables.text("Kind", width=220),
-        "value": tables.figure("Value", "The objective.", width=90),
-        "perplexity": tables.number("Perplexity", 2),
-        "kl": tables.figure("KL (nats/token)"),
-        "removed": tables.share("Removed"),
-        "seconds": tables.number("Seconds", 1),
-        **{result.name: tables.number(result.label, 3, result.meaning) for result in search_variables(trials, search)},
-        "worker": tables.text("Worker", "Machine and process that measured it."),
-        "started": st.column_config.DatetimeColumn("Started", format="D MMM, HH:mm:ss"),
-    }
-    columns.pop(search.objective, None)  # it is the value
+    result = trials_spec(trials, search)
+    columns = (
+        *result.columns,
+        Column.text("worker", "Worker", "Machine and process that measured it."),
+        Column("started", "Started", "moment"),
+    )
     st.markdown("**Trials**")
-    pick = state.pick_from_table("trial", "trial_table", list(frame["trial"]))
-    tables.table(frame, columns, key="trial_table", height=300, on_pick=pick, alt="Trials of the search")
+    pick = state.pick_from_table("trial", "trial_table", list(result.frame["trial"]))
+    tables.show(replace(result, columns=columns), key="trial_table", height=300, on_pick=pick)
     st.download_button(
         "Trials (CSV)",
-        csv_of(frame),
+        csv_of(result.frame),
         f"{run.id}-trials.csv",
         "text/csv",
         key="download_trials",

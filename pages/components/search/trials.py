@@ -16,6 +16,7 @@ from lowrank_core.studio.search.pareto import front_table
 from lowrank_core.studio.search.worker_list import living_workers, worker_table
 from lowrank_core.studio.shared.formatting import number, percent, short_duration
 from lowrank_core.studio.shared.run_list import STATE_WORDS, is_working, status_words
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import ratio_words, trial_label
 from pages.components import state, tables
 from pages.components.layout import metrics_row
@@ -134,12 +135,12 @@ def _workers(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None
     if not panel.open:
         return
     frame = worker_table(trials, {} if run.recorded else living_workers(run), time.time())
-    columns = {
-        "worker": tables.text("Worker", "Machine and process."),
-        "measured": tables.whole("Trials measured"),
-        "now": tables.text("Now", width="large"),
-    }
+    columns = (
+        Column.text("worker", "Worker", "Machine and process."),
+        Column.whole("measured", "Trials measured"),
+        Column.text("now", "Now", width="large"),
+    )
     with panel:
         if not frame.empty:
-            tables.table(frame, columns, key="worker_table", alt="Workers of this search")
+            tables.show(Table(frame, columns, "Workers of this search"), key="worker_table")
         trial_charts.times(run, trials, chosen)

@@ -17,6 +17,7 @@ from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.shared.model_facts import ModelFacts
 from lowrank_core.studio.shared.run_list import is_busy
 from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.table import Column, Table
 from pages.components import pickers, state, tables
 from pages.components.boundary import live
 from pages.components.charts import chart
@@ -141,14 +142,14 @@ def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: s
     names = list(result["estimate"])
     left, right = st.columns(2, gap="large")
     with left:
-        columns = {
-            "label": tables.text("Estimate", "Found without measuring the model, at the same rank."),
-            "rho": tables.number(f"ρ, {percent(kept, 0)} kept", 2, "Spearman's rank correlation with the measured KL, over modules."),
-            "n": tables.whole("n", "Modules at this ratio."),
-            "rho_all": tables.number("ρ, all", 2, "Over the cells of all ratios: raised by what they have in common, the ratio."),
-            "n_all": tables.whole("n, all", "Cells of all ratios."),
-        }
-        tables.table(result, columns, key="sensitivity_rho", alt="Spearman's rank correlation of each estimate with the measured KL")
+        columns = (
+            Column.text("label", "Estimate", "Found without measuring the model, at the same rank."),
+            Column.number("rho", f"ρ, {percent(kept, 0)} kept", 2, "Spearman's rank correlation with the measured KL, over modules."),
+            Column.whole("n", "n", "Modules at this ratio."),
+            Column.number("rho_all", "ρ, all", 2, "Over the cells of all ratios: raised by what they have in common, the ratio."),
+            Column.whole("n_all", "n, all", "Cells of all ratios."),
+        )
+        tables.show(Table(result, columns, "Spearman's rank correlation of each estimate with the measured KL"), key="sensitivity_rho")
         name = st.selectbox(
             "Estimate",
             names,
@@ -175,21 +176,21 @@ def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: s
 
 def _table(run: Run, cells: pd.DataFrame) -> None:
     with st.expander("All measured cells as a table"):
-        columns = {
-            "scope": tables.text("Compressed"),
-            "name": tables.text("Module or type", width="medium"),
-            "kept": tables.share("Asked to keep"),
-            "kept_share": tables.share("Kept", "Parameters of the factors over those of the dense matrices."),
-            "rank": tables.whole("Rank", "Of a type, the smallest."),
-            "kl": tables.figure("KL (nats/token)"),
-            "kl_stderr": tables.figure("Standard error", "Over windows."),
-            **{name: tables.figure(estimate.label, estimate.meaning) for name, estimate in views.ESTIMATES.items()},
-            "windows": tables.whole("Windows"),
-            "tokens": tables.whole("Tokens"),
-            "seconds": tables.number("Seconds", 2),
-            "error": tables.text("Error"),
-        }
-        tables.table(cells, columns, key="sensitivity_cells", height=360, alt="Every measured cell")
+        columns = (
+            Column.text("scope", "Compressed"),
+            Column.text("name", "Module or type", width="medium"),
+            Column.share("kept", "Asked to keep"),
+            Column.share("kept_share", "Kept", "Parameters of the factors over those of the dense matrices."),
+            Column.whole("rank", "Rank", "Of a type, the smallest."),
+            Column.number("kl", "KL (nats/token)"),
+            Column.number("kl_stderr", "Standard error", help="Over windows."),
+            *(Column.number(name, estimate.label, help=estimate.meaning) for name, estimate in views.ESTIMATES.items()),
+            Column.whole("windows", "Windows"),
+            Column.whole("tokens", "Tokens"),
+            Column.number("seconds", "Seconds", 2),
+            Column.text("error", "Error"),
+        )
+        tables.show(Table(cells, columns, "Every measured cell"), key="sensitivity_cells", height=360)
         st.download_button(
             "Sensitivities (CSV)",
             lambda: csv_of(cells).encode(),

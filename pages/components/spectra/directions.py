@@ -8,6 +8,7 @@ from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.runs import Run, client
 from lowrank_core.runs.client import results
 from lowrank_core.studio.shared.run_list import is_busy
+from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.spectra.top_directions import direction_facts, direction_failure
 from pages.components import request_controls, tables
 from pages.components.boundary import boundary, live
@@ -39,14 +40,14 @@ def show(run: Run, module: str) -> None:
     if result is None:
         st.caption(_RECORDED if run.recorded else f"Not read yet for the {side} of `{module}`.")
         return
-    columns = {
-        "direction": tables.whole("Direction", "The largest eigenvalue first."),
-        "share": tables.share("Energy", "The direction's eigenvalue over the sum of all."),
-        "token": tables.text("Token", "␣ is a space, ↵ a new line."),
-        "context": tables.text("In its context", "The token stands between ⟦ and ⟧.", width="large"),
-        "projection": tables.number("Projection (SD)", 1, "In standard deviations along the direction, over the calibration text."),
-    }
-    tables.table(result.frame, columns, key="directions_table", height=380, alt=f"Tokens along the top directions of {module}")
+    columns = (
+        Column.whole("direction", "Direction", "The largest eigenvalue first."),
+        Column.share("share", "Energy", "The direction's eigenvalue over the sum of all."),
+        Column.text("token", "Token", "␣ is a space, ↵ a new line."),
+        Column.text("context", "In its context", "The token stands between ⟦ and ⟧.", width="large"),
+        Column.number("projection", "Projection (SD)", 1, "In standard deviations along the direction, over the calibration text."),
+    )
+    tables.show(Table(result.frame, columns, f"Tokens along the top directions of {module}"), key="directions_table", height=380)
     st.caption(f"{result.protocol}. Each different token is shown once for a direction, where it lies furthest.")
 
 

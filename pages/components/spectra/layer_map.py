@@ -13,7 +13,7 @@ from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.shared.module_choices import RunFacts
 from lowrank_core.studio.spectra.depth_profile_chart import profile_figure
 from lowrank_core.studio.spectra.map_metrics import METRICS, SOURCES, Metric, offered
-from lowrank_core.studio.spectra.spectrum_table import atlas, atlas_table
+from lowrank_core.studio.spectra.spectrum_table import atlas, atlas_spec
 from pages.components import state, tables
 from pages.components.charts import chart
 
@@ -57,7 +57,9 @@ def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> No
         alt=f"{chosen.title} against depth, a line for each module type",
         data=view.frame,
     )
-    _table(spectra, chosen.metric, facts, names)
+    with st.expander("The same as a table"):
+        pick = state.pick_from_table("module", "spectra_table", names)
+        tables.show(atlas_spec(spectra, chosen.metric.name, facts), key="spectra_table", height=320, on_pick=pick)
 
 
 def _choice(facts: RunFacts) -> tuple[_Choice, RunFacts]:
@@ -95,21 +97,3 @@ def _ratio(facts: RunFacts) -> float | None:
         persist_state="session",
         width=160,
     )
-
-
-def _table(spectra: Sequence[LayerSpectrum], metric: Metric, facts: RunFacts, names: Sequence[str]) -> None:
-    measure = "ranks" if metric.ranks else metric.measure
-    columns = {
-        "module": tables.text("Module", width="medium"),
-        "shape": tables.text("Shape (out × in)"),
-        "features": tables.number(f"Features ({measure})", 1 if metric.ranks else 2),
-        "features_relative": tables.share("Features, of full rank"),
-        "weights": tables.number(f"Weights ({measure})", 1 if metric.ranks else 2),
-        "weights_relative": tables.share("Weights, of full rank"),
-        "value": tables.share(metric.measure) if metric.share else tables.figure(metric.measure),
-        "break_even": tables.whole("Break-even rank"),
-    }
-    with st.expander("The same as a table"):
-        pick = state.pick_from_table("module", "spectra_table", names)
-        table = atlas_table(spectra, metric.name, facts)
-        tables.table(table, columns, key="spectra_table", height=320, on_pick=pick, alt="Metric of every module")
