@@ -66,7 +66,7 @@ class Column:
 
     def words(self, entry: object) -> str:
         """Return ``entry`` as a report writes it."""
-        if entry is None or entry == "" or pd.isna(entry):  # type: ignore[call-overload]
+        if pd.isna(entry) or entry == "":  # type: ignore[call-overload]
             return DASH
         if self.kind in _WORDS:
             return str(entry)
