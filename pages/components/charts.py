@@ -8,11 +8,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from lowrank_core.studio.shared.chart_style import CONFIG, legible
+from lowrank_core.studio.shared.chart_style import CONFIG, Chart, legible
 from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.vega import PICKED, ZOOM, VegaChart
 
-__all__ = ["chart"]
+__all__ = ["chart", "show"]
 
 
 def chart(
@@ -45,6 +45,11 @@ def chart(
         st.plotly_chart(legible(figure), key=key, config=CONFIG, alt=alt)
     else:
         st.plotly_chart(legible(figure), key=key, config=CONFIG, alt=alt, on_select=on_pick, selection_mode="points")
+
+
+def show(spec: Chart, *, key: str) -> None:
+    """Show a chart that a report has, too."""
+    chart(spec.figure, key=key, title=spec.title, how=spec.how, alt=spec.alt, data=spec.data)
 
 
 def _numbers(data: pd.DataFrame, key: str) -> None:

@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, finished
+from lowrank_core.studio.compare.comparison import Comparison
+from lowrank_core.studio.compare.loss_details import difference_table
+from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, speedup_table
+from lowrank_core.studio.compare.second_text import OtherText
+from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, Chart, finished
 
-__all__ = ["difference_figure", "ratio_figure", "speedup_figure"]
+__all__ = ["difference_chart", "difference_figure", "ratio_chart", "ratio_figure", "speedup_chart", "speedup_figure"]
 
 _ROW, _FRAME = 36, 84  # pixels; a row holds a name in two lines
 _MARKS = {"searched": (BLUE, "circle"), "healed": (GREEN, "star"), "rule": (ORANGE, "square")}
 _WIDE = 30.0  # times the smallest: above, a linear axis would put most dots on top of each other
+
+
+def difference_chart(result: Sequence[Comparison], protocol: str) -> Chart:
+    frame = difference_table(result)
+    return Chart(
+        difference_figure(frame, result[0].dense_perplexity),
+        frame,
+        name=f"perplexity-{result[0].dataset}-{result[0].split}",
+        title="Perplexity above the dense model's, on the same test windows",
+        how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
+        "Circles were searched for, squares are rules and presets, stars were healed.",
+        alt="Dots with intervals: test perplexity of each measured model less that of the dense model; the table below has the numbers",
+        protocol=f"{protocol}.",
+    )
 
 
 def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure:
@@ -83,6 +103,20 @@ def _signed_log_axis(figure: go.Figure, table: pd.DataFrame, unit: float) -> Non
     figure.update_xaxes(tickvals=_placed(ticks, unit), ticktext=[f"{tick:+g}" if tick else "0" for tick in ticks], tickangle=0)
 
 
+def ratio_chart(view: OtherText, number: int = 1) -> Chart:
+    """Return the models on two texts; ``number`` tells several in one report apart."""
+    return Chart(
+        ratio_figure(view.frame, view.own_name, view.other),
+        view.frame,
+        name=f"second-text-{number}",
+        title=f"Perplexity over the dense model's: {view.own_name} and {view.other}",
+        how="two dots a model, one for each text; the longer the line between them, the more the compression fits its own text alone. "
+        "Whiskers are 95 % intervals, paired by window.",
+        alt="Two dots for each model: its perplexity over the dense model's on both texts; the table below has the numbers",
+        protocol=view.protocol,
+    )
+
+
 def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
     """Draw perplexity over the dense model's on two texts (columns of ``OtherText.frame``), two dots a model; 1 is the dense model."""
     pairs = table[["own_ratio", "other_ratio"]].to_numpy(dtype=float)
@@ -108,6 +142,18 @@ def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
     figure.update_xaxes(type="log", tickformat="~g", nticks=8)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": 1.0, "yref": "container", "yanchor": "top"})
     return figure
+
+
+def speedup_chart(result: Sequence[Speed]) -> Chart:
+    return Chart(
+        speedup_figure(speedup_table(result)),
+        speed_numbers(result),
+        name="speedups",
+        title="Times as fast as the dense model, in the same rounds",
+        how="right of the dotted line the compressed model is faster; whiskers reach from the slowest round to the fastest.",
+        alt="Dots with ranges: how many times faster each model reads, writes and begins; the tables below have the numbers",
+        protocol=" ".join(f"{protocol}." for protocol in dict.fromkeys(speed.protocol for speed in result)),
+    )
 
 
 def speedup_figure(table: pd.DataFrame) -> go.Figure:

@@ -6,11 +6,27 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from lowrank_core.studio.shared.chart_style import BLUE, ORANGE, finished
+from lowrank_core.studio.compare.healing_runs import Healing, curve_table
+from lowrank_core.studio.shared.chart_style import BLUE, ORANGE, Chart, finished
 
-__all__ = ["healing_figure"]
+__all__ = ["healing_chart", "healing_figure"]
 
 _FIGURES = {"kl": "KL to the dense model,<br>nats per token", "perplexity": "Perplexity"}
+
+
+def healing_chart(healing: Healing) -> Chart:
+    """Return the validations of a healing, of which there is one or more."""
+    curve = curve_table(healing.history)
+    return Chart(
+        healing_figure(curve, healing.steps),
+        curve,
+        name=f"healing-{healing.folder}",
+        title=f"Healing {healing.name}",
+        how="each point is a validation on text that is not trained on; lower is better in both. The starred state is what is kept, "
+        "however the curve goes on.",
+        alt="KL divergence and perplexity on validation text over the steps of a healing",
+        protocol="" if healing.report is None else f"Trained on {healing.report.training}. Validated on {healing.report.validation}.",
+    )
 
 
 def healing_figure(curve: pd.DataFrame, steps: int) -> go.Figure:

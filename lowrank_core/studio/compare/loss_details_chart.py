@@ -6,12 +6,56 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from lowrank_core.studio.compare.loss_details import WindowTable
-from lowrank_core.studio.shared.chart_style import BLUE, GREY, ORANGE, VERMILLION, finished
+from lowrank_core.studio.compare.comparison import Comparison
+from lowrank_core.studio.compare.loss_details import WindowTable, position_table, window_table
+from lowrank_core.studio.shared.chart_style import BLUE, GREY, ORANGE, VERMILLION, Chart, finished
+from lowrank_core.studio.shared.summary import protocol_of
 
-__all__ = ["histogram_figure", "position_figure", "scatter_figure"]
+__all__ = ["histogram_figure", "position_chart", "position_figure", "scatter_figure", "window_charts"]
 
 _BINS = 30
+
+
+def window_charts(shown: Comparison) -> tuple[Chart, Chart] | None:
+    """Return the loss of both models on each window, and how the differences are spread; None where windows were not recorded."""
+    view, protocol = window_table(shown), f"{protocol_of(shown)}."
+    if view is None:
+        return None
+    scatter = Chart(
+        scatter_figure(view),
+        view.frame,
+        name="window-scatter",
+        title=f"Each window: the dense model against {shown.name}",
+        how="above the diagonal the compressed model predicts worse (orange), below it better (blue).",
+        alt=f"Loss of {shown.name} over that of the dense model, a dot for each test window",
+        protocol=protocol,
+    )
+    histogram = Chart(
+        histogram_figure(view),
+        view.frame[["window", "difference"]],
+        name="window-histogram",
+        title="How the differences are spread",
+        how="a narrow heap next to zero is a small loss everywhere; a long tail is text that the compression broke.",
+        alt=f"Histogram of the loss of {shown.name} less that of the dense model over test windows",
+        protocol=protocol,
+    )
+    return scatter, histogram
+
+
+def position_chart(shown: Comparison) -> Chart | None:
+    """Return what is lost after how many tokens of context; None where positions were not recorded."""
+    table = position_table(shown)
+    if table.empty:
+        return None
+    return Chart(
+        position_figure(table),
+        table,
+        name="positions",
+        title=f"What {shown.name} loses, by the tokens of context",
+        how="a line that rises says that the compressed model makes less of a long context; the first tokens are few, so noisy.",
+        alt=f"KL divergence and extra loss of {shown.name} by position in the context",
+        protocol=f"{protocol_of(shown)}.",
+    )
 
 
 def scatter_figure(view: WindowTable) -> go.Figure:

@@ -32,7 +32,7 @@ from lowrank_core.studio.report.search_section import search_section
 from lowrank_core.studio.report.second_text_section import second_text_section
 from lowrank_core.studio.report.speed_section import speed_section
 from lowrank_core.studio.report.tokens_section import tokens_section
-from lowrank_core.studio.shared.embedding import EMBED_CONFIG, plotly_script
+from lowrank_core.studio.shared.embedding import EMBED_CONFIG, figure_json, plotly_script
 from lowrank_core.studio.shared.formatting import duration
 from lowrank_core.studio.shared.run_list import STATE_WORDS, is_working, stages, status_words
 
@@ -157,7 +157,7 @@ def _template() -> Template:
     environment = Environment(
         loader=FileSystemLoader(_FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.globals["csv_link"] = csv_link
+    environment.globals.update(csv_link=csv_link, figure_json=figure_json)
     return environment.get_template("page.html")
 
 

@@ -9,31 +9,26 @@ import base64
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import pandas as pd
 from markupsafe import Markup
 
-from lowrank_core.studio.shared.embedding import figure_json
+from lowrank_core.studio.shared.chart_style import Chart
 from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.table import Table
-
-if TYPE_CHECKING:
-    import plotly.graph_objects as go
 
 __all__ = [
     "Block",
     "Code",
     "Download",
     "Facts",
-    "Figure",
     "Folded",
     "Note",
     "Prose",
     "Section",
     "Strip",
     "csv_link",
-    "drawn",
     "metrics_in",
     "json_link",
 ]
@@ -61,34 +56,6 @@ def csv_link(frame: pd.DataFrame, file: str, label: str = "Data (CSV)") -> Downl
 
 def json_link(body: str, file: str, label: str) -> Download:
     return _link(body, "application/json", label, file)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A Plotly figure with what a reader needs next to it.
-
-    Attributes:
-        how: how to read it.
-        alt: what the picture shows, for those who do not see it.
-        protocol: model, text, tokens and dtype behind it.
-        height: pixels.
-    """
-
-    block: ClassVar[str] = "figure"
-    name: str
-    title: str
-    how: str
-    alt: str
-    protocol: str
-    height: int
-    json: str
-    download: Download
-
-
-def drawn(figure: go.Figure, data: pd.DataFrame, *, name: str, title: str, how: str, alt: str, protocol: str) -> Figure:
-    """Return ``figure`` with the frame that it was drawn from; ``name`` is that of its CSV file, unique in the report."""
-    height = int(figure.layout.height)
-    return Figure(name, title, how, alt, protocol, height, figure_json(figure), csv_link(data, name))
 
 
 @dataclass(frozen=True)
@@ -148,13 +115,13 @@ class Folded:
     blocks: tuple[Block, ...]
 
 
-Block = Table | Figure | Facts | Note | Prose | Code | Download | Strip | Folded
+Block = Table | Chart | Facts | Note | Prose | Code | Download | Strip | Folded
 
 
-def metrics_in(blocks: Iterable[Block]) -> Iterator[Figure]:
+def metrics_in(blocks: Iterable[Block]) -> Iterator[Chart]:
     """Yield the figures among ``blocks``, the folded ones, too."""
     for block in blocks:
-        if isinstance(block, Figure):
+        if isinstance(block, Chart):
             yield block
         elif isinstance(block, Folded):
             yield from metrics_in(block.blocks)

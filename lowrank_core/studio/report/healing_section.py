@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from lowrank_core.runs import Run
 from lowrank_core.studies.records import read_trials
-from lowrank_core.studio.compare.healing_chart import healing_figure
+from lowrank_core.studio.compare.healing_chart import healing_chart
 from lowrank_core.studio.compare.healing_commands import healing_commands
-from lowrank_core.studio.compare.healing_runs import Healing, curve_table, ends_in_words, healings
+from lowrank_core.studio.compare.healing_runs import Healing, ends_in_words, healings
 from lowrank_core.studio.export.export_plan import healed_source
-from lowrank_core.studio.report.blocks import Block, Code, Prose, Section, drawn
+from lowrank_core.studio.report.blocks import Block, Code, Prose, Section
 from lowrank_core.studio.shared.formatting import number, percent
 
 __all__ = ["healing_section"]
@@ -17,7 +17,11 @@ __all__ = ["healing_section"]
 def healing_section(run: Run) -> Section:
     """Raises: RunError, ConfigError: a file of a healing, or the study, is damaged."""
     result = healings(run)
-    blocks: list[Block] = [block for healing in result for block in (_told(healing), *_curve(healing), *_again(run, healing))]
+    blocks: list[Block] = [
+        block
+        for healing in result
+        for block in (_told(healing), *([healing_chart(healing)] if healing.history else []), *_again(run, healing))
+    ]
     if not blocks:
         blocks = [Prose("Nothing was healed: every compressed model of this run is as it came out.")]
     return Section("healing", "Healing", "What did training the factors win back, and what did it take?", tuple(blocks))
@@ -36,22 +40,6 @@ def _told(healing: Healing) -> Block:
         f"{number(report.kl_before)} before, {number(report.kl_after)} after ({percent(report.recovered)} of it gone). "
         f"{ends_in_words(report)}"
     )
-
-
-def _curve(healing: Healing) -> tuple[Block, ...]:
-    if not healing.history:
-        return ()
-    curve = curve_table(healing.history)
-    figure = drawn(
-        healing_figure(curve, healing.steps),
-        curve,
-        name=f"healing-{healing.folder}",
-        title=f"Healing {healing.name}",
-        how="each point is a validation; the starred state is what is kept, however the curve goes on.",
-        alt="KL divergence and perplexity on validation text over the steps of a healing",
-        protocol="" if healing.report is None else f"Trained on {healing.report.training}. Validated on {healing.report.validation}.",
-    )
-    return (figure,)
 
 
 def _again(run: Run, healing: Healing) -> tuple[Block, ...]:

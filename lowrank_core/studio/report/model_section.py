@@ -15,7 +15,8 @@ from lowrank_core.studio.overview.calibration_quality import (
     quality_warnings,
 )
 from lowrank_core.studio.overview.text_facts import TextFacts, splits_spec, text_facts
-from lowrank_core.studio.report.blocks import Block, Facts, Folded, Note, Section, drawn
+from lowrank_core.studio.report.blocks import Block, Facts, Folded, Note, Section
+from lowrank_core.studio.shared.chart_style import Chart
 from lowrank_core.studio.shared.formatting import DASH, count, duration, number, percent, size
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts, modules_spec
@@ -122,7 +123,7 @@ def _maps(spectra: tuple[LayerSpectrum, ...], protocol: str) -> list[Block]:
         view = atlas(spectra, _METRIC, source, relative=True)
         kind = label.split(" ")[0].lower()
         result.append(
-            drawn(
+            Chart(
                 map_figure(view),
                 view.frame,
                 name=f"map-{source}",
@@ -149,7 +150,7 @@ def _scree(spectra: tuple[LayerSpectrum, ...], protocol: str) -> Block:
     curves = scree_curves(minimum)
     data = pd.DataFrame({"rank": curves.ranks, "weights": curves.weights, "features": curves.features})
     words = "; ".join(f"{label.lower()} {words}" for label, (words, _) in module_facts(minimum).items())
-    return drawn(
+    return Chart(
         scree_figure(curves),
         data,
         name="scree",

@@ -11,9 +11,9 @@ from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import TrialRecord, trials_of
 from lowrank_core.studio.compare.comparison import Comparison, comparisons, confirmed, confirmed_spec, warnings_of
-from lowrank_core.studio.compare.comparison_chart import difference_figure
+from lowrank_core.studio.compare.comparison_chart import difference_chart
 from lowrank_core.studio.compare.continuations import prompts
-from lowrank_core.studio.compare.loss_details import difference_table, lost_spec, saved_spec
+from lowrank_core.studio.compare.loss_details import lost_spec, saved_spec
 from lowrank_core.studio.export.export_list import Written, written_models
 from lowrank_core.studio.report.blocks import (
     Block,
@@ -22,7 +22,6 @@ from lowrank_core.studio.report.blocks import (
     Note,
     Prose,
     Section,
-    drawn,
     json_link,
 )
 from lowrank_core.studio.shared.formatting import number
@@ -42,7 +41,7 @@ def measured_section(run: Run) -> Section:
     for protocol, alike in by_protocol(result).items():
         warnings = [Note("warning", warning) for warning in warnings_of(alike)]
         lost = replace(lost_spec(alike, protocol), data=measured_table(alike))
-        blocks += [*warnings, _differences(alike, protocol), lost, saved_spec(alike)]
+        blocks += [*warnings, difference_chart(alike, protocol), lost, saved_spec(alike)]
     seen = confirmed(bodies, trials)
     blocks += [confirmed_spec(seen)] if seen is not None else []
     blocks += [*_verdicts(result), *_missing(run, result, bodies, trials), *_failures(bodies), *_continued(bodies, trials)]
@@ -55,20 +54,6 @@ _INTRODUCTION = (
     "Every model saw the same windows. Rows are the dense original, the compressed models as they came out (one-shot), and those whose "
     "factors were trained afterwards (healed). Intervals are of 95 %, bootstrap over windows; that of the difference is paired by window."
 )
-
-
-def _differences(result: Sequence[Comparison], protocol: str) -> Block:
-    frame = difference_table(result)
-    return drawn(
-        difference_figure(frame, result[0].dense_perplexity),
-        frame,
-        name=f"perplexity-{result[0].dataset}-{result[0].split}",
-        title="Perplexity above the dense model's, on the same test windows",
-        how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
-        "Circles were searched for, squares are rules and presets, stars were healed.",
-        alt="Dots with intervals: test perplexity of each measured model less that of the dense model; the table below has the numbers",
-        protocol=f"{protocol}.",
-    )
 
 
 def _verdicts(result: Sequence[Comparison]) -> list[Block]:

@@ -14,13 +14,13 @@ from lowrank_core.studio.report.blocks import (
     Folded,
     Note,
     Section,
-    drawn,
     json_link,
 )
 from lowrank_core.studio.search.history import Progress, history, progress, search_variables, trials_spec
 from lowrank_core.studio.search.pareto import front, front_spec
 from lowrank_core.studio.search.static_chart import front_figure, history_figure
 from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, rank_table, search_units
+from lowrank_core.studio.shared.chart_style import Chart
 from lowrank_core.studio.shared.formatting import DASH, number, percent, short_duration
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
@@ -53,7 +53,7 @@ def _choices(search: SearchConfig, facts: ModelFacts | None) -> Facts:
     meaning = "of the compressible linears' parameters" if facts is None else facts.coverage.ratio_words(search.compression_ratio)
     compression = search.compression
     value_words = "value projections stay dense" if compression.value_dense else "value projections are compressed too"
-    spent = "projected onto the budget" if search.projected else "as published, drawn until one meets the budget"
+    spent = "projected onto the budget" if search.projected else "as published until one meets the budget"
     return Facts(
         (
             ("To remove", ratio_words(search), meaning),
@@ -120,7 +120,7 @@ def _verdict(now: Progress) -> list[Note]:
 
 def _history(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -> Block:
     view = history(trials, search.objective)
-    return drawn(
+    return Chart(
         history_figure(view),
         view.trials,
         name="history",
@@ -136,7 +136,7 @@ def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -
     view = front(trials, search.objective)
     if view.best.empty:
         return (Note("missing", "No trial is complete, so there is no Pareto front."),)
-    figure = drawn(
+    figure = Chart(
         front_figure(view),
         view.trials,
         name="front",
@@ -161,7 +161,7 @@ def _allocation(run: Run, trial: TrialRecord, search: SearchConfig, facts: Model
     units = search_units(facts.matrices, search.compression, facts.head_units)
     result = allocation_of(trial, units)
     view, ranks, name = allocation_map(result, units), rank_table(result, units), f"trial-{trial.number}"
-    figure = drawn(
+    figure = Chart(
         map_figure(view),
         view.frame,
         name=f"allocation-{name}",

@@ -8,9 +8,9 @@ from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import trials_of
 from lowrank_core.studio.compare.comparison import comparisons, other_texts
-from lowrank_core.studio.compare.comparison_chart import ratio_figure
+from lowrank_core.studio.compare.comparison_chart import ratio_chart
 from lowrank_core.studio.compare.second_text import OtherText, other_text, other_text_spec
-from lowrank_core.studio.report.blocks import Block, Note, Prose, Section, drawn
+from lowrank_core.studio.report.blocks import Block, Note, Prose, Section
 
 __all__ = ["second_text_section"]
 
@@ -27,17 +27,6 @@ def second_text_section(run: Run) -> Section:
 
 
 def _told(view: OtherText, number: int) -> Iterator[Block]:
-    own, name = view.own or "the run's text", f"second-text-{number}"
-    protocol = f"{view.own_protocol or f'On {own} not measured'}. {view.other_protocol}."
     yield Prose(view.words)
-    yield drawn(
-        ratio_figure(view.frame, own, view.other),
-        view.frame,
-        name=name,
-        title=f"Perplexity over the dense model's: {own} and {view.other}",
-        how="two dots a model, one for each text; the longer the line between them, the more the compression fits its own text alone. "
-        "Whiskers are 95 % intervals, paired by window.",
-        alt="Two dots for each model: its perplexity over the dense model's on both texts; the table below has the numbers",
-        protocol=protocol,
-    )
+    yield ratio_chart(view, number)
     yield other_text_spec(view, number)

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import math
 import textwrap
+from dataclasses import dataclass
+from typing import ClassVar
 
+import pandas as pd
 import plotly.graph_objects as go
 
 __all__ = [
     "BLUE",
     "CONFIG",
+    "Chart",
     "GREEN",
     "GREY",
     "ORANGE",
@@ -44,6 +48,27 @@ CONFIG = {
     "toImageButtonOptions": {"format": "svg", "filename": "lowrank-figure"},
 }
 """For Plotly's ``config``; the camera of the mode bar saves what is seen as SVG, in the browser."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A Plotly figure as it is declared, once: a page shows it with Streamlit, a report as HTML, and both offer its numbers as CSV.
+
+    Attributes:
+        data: what the figure was drawn from.
+        name: of its CSV file, unique in a report.
+        how: how to read it; alt: what the picture shows, for those who do not see it.
+        protocol: model, text, tokens and dtype behind it, for a report.
+    """
+
+    block: ClassVar[str] = "figure"
+    figure: go.Figure
+    data: pd.DataFrame
+    name: str
+    title: str
+    how: str
+    alt: str
+    protocol: str = ""
 
 
 def finished(figure: go.Figure, *, height: int, x: str, y: str, right: int = 16, top: int = 12) -> go.Figure:

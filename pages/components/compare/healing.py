@@ -12,11 +12,11 @@ from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import options_of
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
-from lowrank_core.studio.compare.healing_chart import healing_figure
-from lowrank_core.studio.compare.healing_runs import Healing, curve_table, ends_in_words, healings
+from lowrank_core.studio.compare.healing_chart import healing_chart
+from lowrank_core.studio.compare.healing_runs import Healing, ends_in_words, healings
 from lowrank_core.studio.shared.formatting import count, number, percent
+from pages.components import charts
 from pages.components.boundary import boundary
-from pages.components.charts import chart
 from pages.components.request_controls import submit, why_not
 from pages.components.widgets import draw
 
@@ -69,15 +69,7 @@ def show(run: Run) -> None:
     newest, *older = result
     _told(newest)
     if newest.history:
-        curve = curve_table(newest.history)
-        chart(
-            healing_figure(curve, newest.steps),
-            key="healing_curve",
-            title=f"Healing {newest.label}",
-            how="each point is a validation on text that is not trained on; lower is better in both. The starred state is what is kept.",
-            alt="KL divergence and perplexity on validation text over the steps of a healing",
-            data=curve,
-        )
+        charts.show(healing_chart(newest), key="healing_curve")
     for healing in older:
         _told(healing)
 

@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 import streamlit as st
 
 from lowrank_core.studio.compare.comparison import Comparison, warnings_of
-from lowrank_core.studio.compare.comparison_chart import difference_figure
-from lowrank_core.studio.compare.loss_details import difference_table, lost_spec, saved_spec
+from lowrank_core.studio.compare.comparison_chart import difference_chart
+from lowrank_core.studio.compare.loss_details import lost_spec, saved_spec
 from lowrank_core.studio.shared.formatting import count, interval_words, number, percent, size
 from lowrank_core.studio.shared.summary import protocol_of
-from pages.components import tables
-from pages.components.charts import chart
+from pages.components import charts, tables
 
 __all__ = ["headline", "show_all", "show_refusals", "show_unspent"]
 
@@ -24,16 +23,7 @@ def show_all(result: Sequence[Comparison]) -> None:
     """Draw everything that was measured in this run, next to the dense model."""
     for warning in warnings_of(result):
         st.warning(warning, icon=":material/warning:")
-    table = difference_table(result)
-    chart(
-        difference_figure(table, result[0].dense_perplexity),
-        key="perplexity_differences",
-        title="Perplexity above the dense model's, on the same test windows",
-        how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
-        "Circles were searched for, squares are rules and presets, stars were healed.",
-        alt="Dots with intervals: test perplexity of each measured model less that of the dense model",
-        data=table,
-    )
+    charts.show(difference_chart(result, protocol_of(result[0])), key="perplexity_differences")
     _table(result)
     st.caption(f"Protocol: {protocol_of(result[0])}. Intervals are of 95 %, bootstrap over windows.")
 

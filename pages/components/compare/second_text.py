@@ -10,13 +10,12 @@ from lowrank_core.runs import Run, client
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import Comparison, warnings_of
-from lowrank_core.studio.compare.comparison_chart import ratio_figure
+from lowrank_core.studio.compare.comparison_chart import ratio_chart
 from lowrank_core.studio.compare.second_text import other_text, other_text_spec
 from lowrank_core.studio.overview.source_checks import TEXTS, check_text
 from lowrank_core.studio.shared.model_refs import unmeasured
-from pages.components import tables
+from pages.components import charts, tables
 from pages.components.boundary import boundary
-from pages.components.charts import chart
 from pages.components.request_controls import ask_all, why_not
 
 __all__ = ["say", "show"]
@@ -48,15 +47,7 @@ def show(
     for warning in warnings_of(others[reference]):
         st.warning(warning, icon=":material/warning:")
     st.markdown(view.words)
-    chart(
-        ratio_figure(view.frame, view.own or "the run's text", view.other),
-        key="second_text_ratios",
-        title=f"Perplexity over the dense model's: {view.own} and {view.other}",
-        how="two dots a model, one for each text; the longer the line between them, the more the compression fits its own text alone. "
-        "Whiskers are 95 % intervals, paired by window.",
-        alt="Two dots for each model: its perplexity over the dense model's on both texts",
-        data=view.frame,
-    )
+    charts.show(ratio_chart(view), key="second_text_ratios")
     tables.show(other_text_spec(view), key="second_text_table")
     st.caption(f"Protocols: {view.own_protocol or 'not measured'}; {view.other_protocol}.")
 

@@ -9,10 +9,9 @@ import streamlit as st
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
-from lowrank_core.studio.compare.comparison_chart import speedup_figure
-from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, speed_spec, speedup_table
-from pages.components import tables
-from pages.components.charts import chart
+from lowrank_core.studio.compare.comparison_chart import speedup_chart
+from lowrank_core.studio.compare.measured_speed import Speed, speed_spec
+from pages.components import charts, tables
 from pages.components.request_controls import submit, why_not
 from pages.components.widgets import draw
 
@@ -28,14 +27,7 @@ def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Speed]) -> None:
     if not result:
         st.caption("Each model is timed in turns with the dense model, warm. Fewer parameters are not always faster: this tells.")
         return
-    chart(
-        speedup_figure(speedup_table(result)),
-        key="speedups",
-        title="Times as fast as the dense model, in the same rounds",
-        how="right of the dotted line the compressed model is faster; whiskers reach from the slowest round to the fastest.",
-        alt="Dots with ranges: how many times faster each model reads, writes and begins",
-        data=speed_numbers(result),
-    )
+    charts.show(speedup_chart(result), key="speedups")
     for index, speed in enumerate(result):
         st.markdown(f"**{speed.name}**" + (f", {speed.setup}" if speed.setup else ""))
         tables.show(speed_spec(speed), key=f"speed_table_{index}")
