@@ -22,7 +22,7 @@ from lowrank_core.studio.compare.comparison import comparisons
 from lowrank_core.studio.compare.measured_speed import speeds
 from lowrank_core.studio.compare.token_losses import strips
 from lowrank_core.studio.report import report_html
-from pages.components import tables
+from lowrank_core.studio.shared.table import Column, Table
 from pages.components.tables import _without_negative_zeros
 
 LOOKS = ("windows", "positions", "tokens", "text", "prompt", "speed")
@@ -319,8 +319,9 @@ def test_a_model_has_one_name_in_every_look(app):
 
 def test_a_table_has_no_negative_zero():
     frame = pd.DataFrame({"extra": [-0.0004, -0.0006, 0.25, None], "kl": [-1e-9, 1.0, 2.0, 3.0]})
-    shown = _without_negative_zeros(frame, {"extra": tables.number("Extra", 3), "kl": tables.figure("KL")})
+    columns = (Column.number("extra", "Extra", 3), Column.number("kl", "KL"))
+    shown = _without_negative_zeros(Table(frame, columns, "Losses"))
     assert [f"{value:.3f}" for value in shown["extra"][:3]] == ["0.000", "-0.001", "0.250"]
     assert list(shown["kl"]) == list(frame["kl"])
     nothing = pd.DataFrame({"extra": pd.Series([None, None], dtype=object)})
-    assert list(_without_negative_zeros(nothing, {"extra": tables.number("Extra", 3)})["extra"]) == [None, None]
+    assert list(_without_negative_zeros(Table(nothing, columns, "Losses"))["extra"]) == [None, None]

@@ -51,7 +51,7 @@ def position_chart(shown: Comparison) -> Chart | None:
         position_figure(table),
         table,
         name="positions",
-        title=f"What {shown.name} loses, by the tokens of context",
+        title=f"What is lost, by the tokens of context: {shown.name}",
         how="a line that rises says that the compressed model makes less of a long context; the first tokens are few, so noisy.",
         alt=f"KL divergence and extra loss of {shown.name} by position in the context",
         protocol=f"{protocol_of(shown)}.",

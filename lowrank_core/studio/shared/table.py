@@ -108,4 +108,4 @@ class Table:
 def intervals(frame: pd.DataFrame, measured: str, low: str, high: str, digits: int = 3) -> list[str]:
     """Return the ends of 95 % intervals in words; a dash where nothing was measured of which one could be."""
     rows = zip(frame[measured], frame[low], frame[high], strict=True)
-    return [DASH if pd.isna(value) else interval_words((minimum, maximum), digits) for value, minimum, maximum in rows]
+    return [DASH if pd.isna(value) else interval_words(None if pd.isna(ends).any() else ends, digits) for value, *ends in rows]

@@ -82,7 +82,10 @@ def _comparison(runs: Sequence[Run]) -> None:
     )
     alike = [group for group in ("value_group", "test_group") if result.frame[group].nunique() < 2]
     st.markdown("**Side by side**")
-    tables.show(Table(result.frame.drop(columns=alike), columns, "The picked runs side by side"), key="run_comparison")
+    tables.show(
+        Table(result.frame, [column for column in columns if column.name not in alike], "The picked runs side by side"),
+        key="run_comparison",
+    )
     for note in result.notes:
         st.caption(note)
     if result.options.empty:
