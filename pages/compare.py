@@ -29,12 +29,12 @@ LOOKS = {
     "speed": "Speed and memory",
 }
 
-layout.header("Compare", "What does the compressed model lose, measured on text that nothing was chosen on?")
+layout.header("Compare", "How much quality does compression cost on held-out test text?")
 
 with boundary():
     run = layout.page_run()
     if run is None:
-        text = "A comparison needs an allocation. Start a search; its baselines are there within a minute."
+        text = "A comparison needs an allocation. Start a search; its baselines are measured within a minute."
         layout.empty("Nothing to compare yet", text, icon=":material/balance:", page=navigation.SEARCH, label="Start a search")
         st.stop()
     search = run.config.search
@@ -57,14 +57,17 @@ with boundary():
         coverage.show(model_facts(run))
         measured.show_unspent(unspent_notes(found, search) if search is not None else [])
     else:
-        st.info("Nothing measured yet. Press “Measure on test text”: original and compressed see the same windows.", icon=":material/info:")
+        st.info(
+            "Nothing measured yet. Press “Measure on test text”: the dense and the compressed models see the same windows.",
+            icon=":material/info:",
+        )
     measured.show_refusals(refusals(bodies))
     others = other_texts(bodies, trials)
     second_text.say(found, others)
 
-    st.subheader("Look closer", anchor=False)
+    st.subheader("Diagnostics", anchor=False)
     look = st.segmented_control(
-        "Look closer at",
+        "Diagnostics of",
         list(LOOKS),
         key="compare_look",
         default="windows",
@@ -89,8 +92,8 @@ with boundary():
 
     made = healable(options)
     trial = next((subject for subject in picked if subject in made), next(iter(made)))
-    st.subheader("Win some of it back", anchor=False)
+    st.subheader("Healing (recovery fine-tuning)", anchor=False)
     healing.form(run, made, trial)
     live(healing.show, 2.0 if is_busy(run) else None, run)
 
-    st.page_link(navigation.EXPORT, label="Take it away: the Export page writes the model and proves it", icon=":material/save:")
+    st.page_link(navigation.EXPORT, label="Export: write the model and verify it", icon=":material/save:")

@@ -13,7 +13,7 @@ from pages.components.boundary import boundary
 from pages.components.energy import sections
 from pages.components.overview import calibration_quality
 
-layout.header("Feature energy", "How much of a module's output does a rank keep, and how much of its weight?")
+layout.header("Feature energy", "Energy of features and weights retained at a rank.")
 
 with boundary():
     run, spectra = layout.calibrated_run()

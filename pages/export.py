@@ -10,14 +10,14 @@ from pages.components.boundary import boundary, live
 from pages.components.export import export_form, export_list
 from pages.components.overview import downloads
 
-layout.header("Export", "What do you take away, and is it what was measured?")
+layout.header("Export", "Write a compressed model and verify that it is what was measured.")
 
 with boundary():
     run = state.run()
     with boundary():
         layout.page_run()
     if run is None:
-        text = "A model to take away needs an allocation. Start a search; its baselines are there within a minute."
+        text = "An export needs an allocation. Start a search; its baselines are measured within a minute."
         layout.empty("Nothing to export yet", text, icon=":material/save:", page=navigation.SEARCH, label="Start a search")
         st.stop()
     live(request_controls.waiting, 1.0 if is_busy(run) else None, run)

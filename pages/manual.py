@@ -16,7 +16,7 @@ from pages.components.loading import curves_of
 from pages.components.manual import draft_state, export, layer_map, meter, rank_table, starting_point
 from pages.components.manual import measurement as hand_measure
 
-layout.header("Manual allocation", "Which rank would you give each module, and what would it cost?")
+layout.header("Manual allocation", "Set the rank of each module and see what it costs.")
 
 
 @st.fragment
@@ -62,8 +62,8 @@ with boundary():
     run = layout.page_run()
     search = run.config.search if run is not None else None
     if run is None or search is None:
-        text = "Ranks are picked for a search: it factorises every module once, and measures what you pick. Start a search first."
-        layout.empty("No search to pick ranks for", text, icon=":material/tune:", page=navigation.SEARCH, label="Start a search")
+        text = "Manual allocation needs a search: it factorises every module once, and measures your ranks. Start one first."
+        layout.empty("No search in this run", text, icon=":material/tune:", page=navigation.SEARCH, label="Start a search")
         st.stop()
     facts = model_facts(run)
     if facts is None and is_working(run.status()):

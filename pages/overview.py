@@ -13,14 +13,14 @@ from pages.components.boundary import boundary
 from pages.components.overview import facts, runs_section
 from pages.components.overview.calibration_form import calibration_form
 
-layout.header("Overview", "Which model, on which text, and how well was it measured?")
+layout.header("Overview", "Model, text, and quality of the calibration.")
 
 with boundary():
     run = layout.page_run()
     if run is None:
         st.markdown(
-            "See where a causal language model is low-rank, search how to spend a parameter budget while watching it happen, "
-            "and compare what comes out. Start with the bundled model: nothing to download."
+            "Find the low-rank layers of a causal language model, search rank allocations under a parameter budget, and compare the "
+            "results. Start with the bundled model: nothing to download."
         )
     with st.expander(
         "Calibrate a model",

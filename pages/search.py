@@ -15,7 +15,7 @@ from pages.components.search.form import search_form
 
 IMPORTANCE_TICK = 5.0  # seconds
 
-layout.header("Rank search", "How should a parameter budget be spent over the layers?")
+layout.header("Rank search", "Search rank allocations under a parameter budget.")
 
 with boundary():
     run = layout.page_run()

@@ -11,7 +11,7 @@ from pages.components.boundary import boundary
 from pages.components.loading import spectra_of
 from pages.components.sensitivity import form, results
 
-layout.header("Sensitivity", "What does each module cost when it alone is compressed?")
+layout.header("Sensitivity", "KL divergence when a single module is compressed.")
 
 with boundary():
     run = layout.page_run()

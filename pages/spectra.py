@@ -11,7 +11,7 @@ from pages.components.boundary import boundary
 from pages.components.spectra import directions, layer_map, module_spectra
 from pages.components.spectra.module_facts import run_facts
 
-layout.header("Spectra", "Where is the model low-rank: in its weights, or in its features?")
+layout.header("Spectra", "Singular values of weights, eigenvalues of features.")
 
 with boundary():
     run, spectra = layout.calibrated_run()

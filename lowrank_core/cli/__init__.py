@@ -41,7 +41,7 @@ COMMANDS = (analyze, compress, evaluate, generate, tasks, speed, search, sensiti
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each leaves in ``run`` what it does."""
-    result = Parser(prog="lowrank", description="See where a language model is low-rank, search for ranks, keep a smaller model.")
+    result = Parser(prog="lowrank", description="Analyse, search and compress the low-rank structure of a causal language model.")
     result.add_argument("--version", action="version", version=f"lowrank {__version__}")
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for module in COMMANDS:

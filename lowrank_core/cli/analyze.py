@@ -16,7 +16,7 @@ def add(command: Command) -> None:
     model_options(parser)
     text_options(parser)
     add_options(parser, CalibrationConfig)
-    parser.add_argument("--directions", metavar="MODULE", help="the tokens that lie furthest along the top directions of MODULE, too")
+    parser.add_argument("--directions", metavar="MODULE", help="also the extreme tokens along the top directions of MODULE")
     parser.add_argument("--side", default="input", help="of its input or its output (default: %(default)s)")
     parser.set_defaults(run=run)
 

@@ -12,7 +12,7 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("evaluate", "Measure perplexity, and what changed against the dense model, on one text or several.")
+    parser = command("evaluate", "Measure perplexity and KL to the dense model on one text or several.")
     model_options(parser)
     text_options(parser, "test_windows", several=True)
     parser.add_argument("--split", choices=("validation", "test", "all"), default="test", help="part of the text (default: %(default)s)")

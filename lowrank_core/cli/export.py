@@ -14,11 +14,11 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("export", "Write the compressed model of a trial as a folder, or rewrite an older export in today's form.")
+    parser = command("export", "Export the compressed model of a trial, or convert an older export to the current format.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="folder of the run")
     source.add_argument(
-        "--from", type=Path, metavar="DIR", dest="source", help="an export of an earlier version: the same numbers, in today's form"
+        "--from", type=Path, metavar="DIR", dest="source", help="an export of an earlier version, to convert with unchanged weights"
     )
     parser.add_argument("--trial", default="best", help="best or a trial's number (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
@@ -45,7 +45,7 @@ def _rewritten(arguments: argparse.Namespace, config: ExportConfig) -> Result:
     """
     if config != ExportConfig() or arguments.trial != "best":
         raise ConfigError(
-            "--from writes the same numbers as they are stored; leave --trial, --form, --dtype, --quantize, --with-code and "
+            "--from converts an export with unchanged weights; leave --trial, --form, --dtype, --quantize, --with-code and "
             "--max-shard-size out."
         )
     from lowrank_core.export import rewrite

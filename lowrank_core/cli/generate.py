@@ -11,13 +11,15 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("generate", "Continue a prompt, with the dense model next to it.")
+    parser = command("generate", "Continue a prompt, optionally next to the dense model.")
     model_options(parser)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, continuing the same prompt")
-    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what is continued")
-    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to add, at most (default: %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 takes the likeliest token (default: %(default)g)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of what is drawn above temperature 0 (default: 0)")
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=64, metavar="N", help="maximum number of new tokens (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, metavar="X", help="sampling temperature; 0 is greedy (default: %(default)g)"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="seed of sampling (default: 0)")
     json_option(parser)
     parser.set_defaults(run=run)
 

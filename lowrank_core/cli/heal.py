@@ -14,12 +14,10 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command(
-        "heal", "Train the factors of a compressed model towards the dense one, at the same size; goes on where it was killed."
-    )
+    parser = command("heal", "Heal a compressed model: distil the dense model into its factors; resumes if interrupted.")
     model_options(parser)
     text_options(parser, "test_windows")
-    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model (default: the one that the folder was made from)")
+    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model (default: that of the folder's manifest)")
     add_options(parser, HealingConfig)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the healed model")
     add_options(parser, ExportConfig, without=("dtype",))

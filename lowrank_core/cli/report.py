@@ -12,13 +12,13 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("report", "Write a run as one HTML file that needs no server: figures, tables, protocol, versions, seeds.")
+    parser = command("report", "Write a run as one self-contained HTML file: charts, tables, protocol, versions, seeds.")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", dest="folder", help="folder of the run, also of the recorded one")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="HTML file, replaced if it is there (default: report.html in the run's folder; for the recorded run, in the one you are in)",
+        help="HTML file, replaced if it exists (default: report.html in the run's folder; for the recorded run, in the current folder)",
     )
     json_option(parser)
     parser.set_defaults(run=run)

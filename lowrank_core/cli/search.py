@@ -34,7 +34,7 @@ _USUAL = {name: getattr(SearchConfig(), name) for preset in PRESETS.values() for
 
 
 def add(command: Command) -> None:
-    search = command("search", "Search for the ranks that lose least at a compression ratio, then export the best.")
+    search = command("search", "Search for the ranks of minimum loss at a compression ratio, then export the best.")
     model_options(search)
     text_options(search)
     add_options(search, CalibrationConfig)
@@ -42,7 +42,7 @@ def add(command: Command) -> None:
     add_options(search, SearchConfig)
     _place_options(search)
     search.set_defaults(run=run_search)
-    _add_worker(command("worker", "Do what is left to do in a run: start, resume, answer the dashboard; or help with its trials."))
+    _add_worker(command("worker", "Start or resume a run's worker, or join its search."))
     _add_enqueue(command("enqueue", "Queue a manual allocation: the run's worker measures it next."))
 
 
@@ -60,12 +60,12 @@ def _run_option(parser: argparse.ArgumentParser, *, required: bool, meaning: str
 
 def _add_worker(parser: argparse.ArgumentParser) -> None:
     _run_option(parser, required=False)
-    parser.add_argument("--warm", type=float, default=0.0, metavar="SECONDS", help="stay and answer requests for so long (default: 0)")
-    parser.add_argument("--keep-paused", action="store_true", help="leave a stopped search stopped, and only answer requests")
+    parser.add_argument("--warm", type=float, default=0.0, metavar="SECONDS", help="seconds to stay for requests when done (default: 0)")
+    parser.add_argument("--keep-paused", action="store_true", help="handle requests without resuming a stopped search")
     parser.add_argument("--more-trials", type=int, metavar="N", help="extend the search by N trials")
     parser.add_argument("--sampler", help=f"go on with another one of {', '.join(SAMPLERS)}")
-    parser.add_argument("--join", action="store_true", help="help the worker that holds the run with its trials")
-    parser.add_argument("--storage-url", metavar="URL", help="help with a study in a database, from any machine that has the model")
+    parser.add_argument("--join", action="store_true", help="join the run's worker and share its trials")
+    parser.add_argument("--storage-url", metavar="URL", help="join a study in a database, from any machine that has the model")
     parser.add_argument("--study", metavar="NAME", help="name of the study there: that of the run's folder")
     parser.add_argument("--model", metavar="M", help="with --storage-url: where the model is on this machine, if elsewhere")
     parser.add_argument("--text", metavar="T", help="with --storage-url: where the text is on this machine, if elsewhere")
@@ -107,7 +107,7 @@ def run_worker(arguments: argparse.Namespace) -> Result:
     if (arguments.storage_url is None) != (arguments.study is None):
         raise ConfigError("a study in a database has two names: give --storage-url and --study together.")
     if (arguments.folder is None) == (arguments.storage_url is None):
-        raise ConfigError("say what to work on: either --run DIR, or --storage-url URL and --study NAME.")
+        raise ConfigError("which run? Give either --run DIR, or --storage-url URL and --study NAME.")
     changes = {name: value for name in ("more_trials", "sampler") if (value := getattr(arguments, name)) is not None}
     if changes and (arguments.join or arguments.storage_url is not None):
         raise ConfigError("--more-trials and --sampler change the search; a worker that joins takes it as it is. Leave them out.")

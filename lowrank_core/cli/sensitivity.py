@@ -16,7 +16,7 @@ __all__ = ["add"]
 
 def add(command: Command) -> None:
     parser = command(
-        "sensitivity", "Measure what each module, and each type of them, costs when it alone is compressed; goes on where it was killed."
+        "sensitivity", "Measure the KL divergence of compressing each module, and each module type, alone; resumes if interrupted."
     )
     parser.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="a run, or with --model and --text the folder of a new one")
     model_options(parser)

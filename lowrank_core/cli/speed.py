@@ -21,7 +21,7 @@ __all__ = ["add"]
 def add(command: Command) -> None:
     parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense next to compressed.")
     model_options(parser)
-    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are measured in turns")
+    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are timed in alternation")
     add_options(parser, SpeedConfig)
     memory = "measure peak memory too, in a fresh process for each model"
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help=f"{memory} (default: yes)")
@@ -69,7 +69,7 @@ def _cells(report: SpeedReport) -> list[str]:
     ]
 
 
-_ROWS = ("prefill, tokens/s", "decode, tokens/s", "first token, ms", "peak memory, running", "peak memory, loading", "parameters", "stored")
+_ROWS = ("prefill, tokens/s", "decode, tokens/s", "TTFT, ms", "peak memory, running", "peak memory, loading", "parameters", "stored")
 
 
 def _table(columns: list[list[str]]) -> str:
@@ -92,7 +92,7 @@ def _beside(comparison: SpeedComparison) -> str:
     sizes = [f"{compressed.parameters / dense.parameters:.2f}", f"{compressed.bytes / dense.bytes:.2f}"]
     ratios = ["times faster; size ratio", *speedups, memory, _loading(comparison), *sizes]
     table = _table([["dense", *_cells(dense)], ["compressed", *_cells(compressed)], ratios])
-    return f"{table}\nThe two in turns; above 1 the compressed model is faster. {_notes(compressed)}"
+    return f"{table}\nTimed in alternation; above 1 the compressed model is faster. {_notes(compressed)}"
 
 
 def _loading(comparison: SpeedComparison) -> str:

@@ -14,7 +14,7 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    listed = command("methods", "List bases, allocations and presets, with their sources.")
+    listed = command("methods", "List metrics, allocations and presets, with their sources.")
     json_option(listed)
     listed.add_argument("--options", action="store_true", help="list every option instead, as Markdown: docs/options.md")
     listed.set_defaults(run=lambda arguments: {"text": options_reference()} if arguments.options else methods())

@@ -22,13 +22,13 @@ __all__ = ["add"]
 def add(command: Command) -> None:
     parser = command("tasks", "Run zero-shot and few-shot tasks through lm-eval, dense next to compressed.")
     model_options(parser)
-    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, asked the same")
+    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, on the same tasks")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="tasks, groups or patterns (arc_easy, 'mmlu_*')")
     own = "folder with .yaml task files of your own; Python functions that they name are run"
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help=own)
     parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences in a forward pass (default: %(default)s)")
-    parser.add_argument("--few-shot", type=int, metavar="K", help="solved examples before each question (default: the task's own number)")
+    parser.add_argument("--few-shot", type=int, metavar="K", help="few-shot examples (default: the task's own number)")
     json_option(parser)
     parser.set_defaults(run=run)
 
@@ -52,7 +52,7 @@ def _text(report: TasksReport) -> str:
     headings = ["task", "metric", "documents", "shots", "version", *(["dense", "compressed", "difference"] if alongside else ["score"])]
     lines = [aligned([headings, *(_cells(score, alongside=alongside) for score in report.scores)], left=2), report.protocol]
     if alongside:
-        lines.append("± is one standard error; that of a difference is over documents, as both models were asked the same.")
+        lines.append("± is one standard error; that of a difference is paired over documents.")
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report.warnings)])
 
 

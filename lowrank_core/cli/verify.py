@@ -38,12 +38,12 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _told(result: Verification) -> str:
-    lines = [f"{result.files} files are as they were exported", f"perplexity {result.measured:.6f}, loaded in a fresh process"]
+    lines = [f"{result.files} files are unchanged", f"perplexity {result.measured:.6f}, loaded in a fresh process"]
     if result.recorded is None:
-        lines.append("nothing is recorded for these windows: there is nothing to compare with")
+        lines.append("no perplexity is recorded for these windows, so there is no comparison")
     else:
-        verdict = "the same to rounding" if result.ok else "NOT the same"
+        verdict = "equal up to rounding" if result.ok else "DIFFERENT"
         lines.append(
-            f"recorded   {result.recorded:.6f}: {verdict} (difference {result.difference:+z.2e}, rounding may make {result.tolerance:.0e})"
+            f"recorded   {result.recorded:.6f}: {verdict} (difference {result.difference:+z.2e}, tolerance {result.tolerance:.0e})"
         )
     return "\n".join([*lines, result.protocol])

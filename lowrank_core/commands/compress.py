@@ -177,7 +177,7 @@ def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, 
         compression_ratio=request.compression_ratio,
         batch_size=request.calibration.batch_size,
         fixed=fixed,
-        progress=progress_line("Measuring slopes"),
+        progress=progress_line("Measuring error weights"),
     )
 
 
@@ -186,4 +186,4 @@ def _test_text(handle: ModelHandle, text: TextConfig) -> tuple[HeldOut | None, t
     try:
         return held_out(handle, text), ()
     except TextError as error:
-        return None, (f"what is written is not measured: {error}",)
+        return None, (f"the written model is not measured: {error}",)

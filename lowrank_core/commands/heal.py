@@ -95,13 +95,13 @@ def _recovered(before: EvaluationReport, after: EvaluationReport) -> str:
     if ends is None or ends[0] <= 0:
         return ""
     share = 1 - (after.perplexity - before.dense_perplexity) / (before.perplexity - before.dense_perplexity)
-    return f", {share:.0%} of what one shot lost recovered"
+    return f", {share:.0%} of the one-shot loss recovered"
 
 
 def _told(report: HealingReport, before: EvaluationReport, after: EvaluationReport, out: Path) -> str:
     assert before.dense_perplexity is not None
     recovered = _recovered(before, after)
-    kept = f"step {report.best_step} kept" if report.best_step else "no step was better than the start: the model is as it was"
+    kept = f"step {report.best_step} kept" if report.best_step else "no step was better than the start: the model is unchanged"
     ends = {"steps": "all steps taken", "patience": "validation stopped improving", "diverged": "stopped: a loss was not finite"}
     return "\n".join(
         [

@@ -125,8 +125,8 @@ def _best_found(run: Run, trials: list[TrialRecord], config: SearchConfig) -> Tr
     outside = sum(trial.state == "infeasible" for trial in trials)
     if best is None and outside:
         raise ConfigError(
-            f"none of the {outside} trials removed between {config.compression_ratio:g} and a tenth more, as the published search asks. "
-            f"Give it more --trials, or search without --preset: then every trial meets the ratio."
+            f"none of the {outside} trials removed between {config.compression_ratio:g} and a tenth more, as the published search "
+            f"requires. Give it more --trials, or search without --preset: then every trial meets the ratio."
         )
     if best is None:
         raise ConfigError(
@@ -196,7 +196,7 @@ def _confirmed_lines(confirmed: list[JsonMapping]) -> list[str]:
         f"  {row['name']}: perplexity {row['perplexity']:.3f} (dense {row['dense_perplexity']:.3f}), KL {row['kl']:.3g}"
         for row in confirmed
     ]
-    return ["measured again on test text, which no trial saw:", *rows, f"  {confirmed[0]['protocol']}"]
+    return ["measured on test text, unseen by all trials:", *rows, f"  {confirmed[0]['protocol']}"]
 
 
 def _read_given(ranks: Path | None, complete: str | None) -> Result | None:
@@ -221,7 +221,7 @@ def enqueue(folder: Path, ranks: Path, complete: str | None) -> Result:
         raise ConfigError(f"{run.path} only analyses a model; it measures no allocations. Run `lowrank search`.")
     request = client.submit(run, "measure", launch=False, **given)
     next_step = "its worker measures it next" if run.status().active else f"`lowrank worker --run {run.path}` will measure it"
-    return {"run": str(run.path), "request": request, "text": f"{ranks} is in line: {next_step}."}
+    return {"run": str(run.path), "request": request, "text": f"{ranks} is queued: {next_step}."}
 
 
 def work(folder: Path, warm_seconds: float, *, keep_paused: bool = False, changes: Mapping[str, object] | None = None) -> Result:

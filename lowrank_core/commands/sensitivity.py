@@ -48,7 +48,7 @@ def sensitivity_in(folder: Path | None, new: NewRun | None, config: SensitivityC
         return {
             "run": str(run.path),
             "request": request,
-            "text": f"{run.path} has a worker: it measures when its trials are done, and the Sensitivity page shows what is there.",
+            "text": f"{run.path} has a worker, which measures when its trials are done; see the Sensitivity page.",
         }
     return _told(run, measure_alone(run, config, verbose=sys.stderr.isatty()))
 
@@ -60,7 +60,7 @@ def _run(folder: Path | None, new: NewRun | None) -> Run:
     if new is not None:
         return create_run(RunConfig(model=new.model, text=new.text, calibration=new.calibration), path=folder)
     if folder is None:
-        raise ConfigError("say where to measure: --run DIR, or --model M and --text T for a new run.")
+        raise ConfigError("where to measure? Give --run DIR, or --model M and --text T for a new run.")
     return open_run(folder)
 
 

@@ -313,7 +313,7 @@ class _Measurement:
         return space.allocation(trial.params, self._label)
 
     def _constraints(self, allocation: RankAllocation) -> dict[str, float]:
-        """Return by how much the budget is missed; a manual allocation over it is measured, and never the best."""
+        """Return by how much the budget is missed; a manual allocation over it is measured, but never the best."""
         if self._label != MANUAL or self._config.max_ratio is not None:
             return {}
         budget = budget_for_ratio(self._bench.space.units, self._config.compression_ratio)

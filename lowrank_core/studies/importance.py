@@ -58,7 +58,7 @@ class VarianceShare:
 def variance_shares(points: Array, losses: Array, *, seed: int = 0) -> tuple[VarianceShare, ...]:
     """Return the share of every variable.
 
-    Of more than 150 trials as many, evenly spaced in the order of asking, are used. Where all losses are the same every share is open.
+    Of more than 150 trials as many, evenly spaced in trial order, are used. Where all losses are the same every share is open.
 
     Args:
         points: (trials, variables), each in [0, 1].

@@ -43,7 +43,7 @@ class TrialRecord:
     """One trial.
 
     Attributes:
-        number: from 0, in the order of asking.
+        number: from 0, in trial order.
         state: ``complete``, ``infeasible`` (measured, and outside the budget of a published search), ``running``, ``failed``,
             ``pruned`` (stopped early: its windows were worse than the best trial's) or ``waiting``.
         label: ``uniform``, ``lord_manual``… for an enqueued baseline, ``manual`` for a manual allocation, else ``sampled``.

@@ -20,7 +20,7 @@ class TasksConfig:
             functions of its folder, and these are run: give only folders that you trust.
         limit: documents of each task, the first ones; None takes all.
         batch_size: sequences in a forward pass.
-        few_shot: solved examples before each question; None leaves it to the task.
+        few_shot: few-shot examples; None leaves it to the task.
         seed: of the draw of these examples, and of generation where a task samples.
     """
 
@@ -55,7 +55,7 @@ class TaskScore:
         value: of the model, with its standard error over documents where the task tells one.
         documents: how many were asked.
         version: of the task; scores of different versions can't be compared.
-        few_shot: solved examples before each question; None for a group whose tasks differ.
+        few_shot: few-shot examples; None for a group whose tasks differ.
         higher_is_better: None where the task does not say.
         dense, dense_stderr: of the dense model, if there is one.
         difference: compressed minus dense.

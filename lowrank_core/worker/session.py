@@ -149,7 +149,7 @@ def search_bench(
     reporter.say(dense_warnings=reference.warnings)
     curves = error_curves(decomposed.bases)
     if config.error_weights:
-        with reporter.stage("Measuring slopes", len(units)) as progress:
+        with reporter.stage("Measuring error weights", len(units)) as progress:
             ratio = config.compression_ratio
             error_weights = measure_error_weights(
                 decomposed, windows, reference, compression_ratio=ratio, batch_size=batch_size, progress=progress

@@ -60,7 +60,7 @@ def _numbers(data: pd.DataFrame, key: str) -> None:
         f"{key}.csv",
         "text/csv",
         key=f"{key}_csv",
-        help="The numbers behind this figure.",
+        help="The data of this chart.",
         icon=":material/download:",
         type="tertiary",
         on_click="ignore",

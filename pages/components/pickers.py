@@ -16,6 +16,6 @@ def module_picker(names: Sequence[str]) -> str:
     module = state.module_of(names)
     key = state.control("module_picker", module)
     st.selectbox(
-        "Module", names, key=key, on_change=state.pick_from_widget("module", key), help="Or pick a cell of the map on the Spectra page."
+        "Module", names, key=key, on_change=state.pick_from_widget("module", key), help="Or click a cell of the map on the Spectra page."
     )
     return module

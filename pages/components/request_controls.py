@@ -47,7 +47,7 @@ def waiting(run: Run) -> None:
             doing = f"{status.stage} · {status_words(status)}".strip(" ·") if is_working(status) else request_words(requests[0])
             st.progress(status.fraction or 0.0, text=doing)
         else:
-            st.warning(f"{len(requests)} requests wait for a worker, which is not running.", icon=":material/pause:")
+            st.warning(f"{len(requests)} requests are queued, but no worker is running.", icon=":material/pause:")
             resume_button(run, key="resume_requests", width="content")
         _list(run, requests)
 
@@ -55,13 +55,13 @@ def waiting(run: Run) -> None:
 def _list(run: Run, requests: Sequence[Mapping[str, object]]) -> None:
     names = [str(request.get("id")) for request in requests]
     with st.container(horizontal=True, vertical_alignment="center"):
-        with st.popover(f"{len(requests)} asked for", icon=":material/list:", key="waiting_list"):
+        with st.popover(f"{len(requests)} queued", icon=":material/list:", key="waiting_list"):
             for name, request in zip(names, requests, strict=True):
                 with st.container(horizontal=True, vertical_alignment="center"):
                     st.caption(request_words(request), width=340)
                     if st.button("Withdraw", key=f"withdraw_{name}", type="tertiary", icon=":material/close:"):
                         _withdraw(run, names=[name])
-        if st.button("Withdraw all", key="withdraw_all", type="tertiary", icon=":material/close:", help="What is measured already stays."):
+        if st.button("Cancel all", key="withdraw_all", type="tertiary", icon=":material/close:", help="Finished measurements stay."):
             _withdraw(run, names=names)
 
 

@@ -46,9 +46,7 @@ def show() -> None:
         if notes := notes_of(run):
             st.caption(f":material/sticky_note_2: {plain(shortened(notes, _NOTES))}", help=plain(notes))
         if run.recorded:
-            st.badge(
-                "Recorded", icon=":material/inventory_2:", color="violet", help="Ships with the package: to be looked at, not continued."
-            )
+            st.badge("Recorded", icon=":material/inventory_2:", color="violet", help="Ships with the package; read-only.")
         else:
             _watch(run)
 
@@ -83,12 +81,12 @@ def _buttons(run: Run, status: RunStatus) -> None:
         client.request_stop(run)
         st.rerun()
     if status.state == "stopping" and st.button(
-        "End now", key="end_run", help="Ends the process at once; the step in hand is lost.", width="stretch"
+        "End now", key="end_run", help="Ends the process at once; the current step is discarded.", width="stretch"
     ):
         client.terminate(run)
         st.rerun()
     if status.state == "idle" and st.button(
-        "Release memory", key="release_run", help="Ends the worker, which is done and waits for requests.", type="tertiary"
+        "Release memory", key="release_run", help="Ends the worker, which is idle and waits for requests.", type="tertiary"
     ):
         client.request_stop(run)
         st.rerun()

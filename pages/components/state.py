@@ -235,7 +235,7 @@ def _from_link(link: Mapping[str, str]) -> tuple[Selection, list[str]]:
         trial = None
     draft = link.get("draft")
     if draft and (shown is None or not has_draft(shown, draft)):
-        result.append("The link names a draft of ranks that is no longer here; the page begins a new one.")
+        result.append("The link names a draft of ranks that no longer exists; a new draft is shown.")
         draft = None
     return Selection(identifier, module or None, int(trial) if trial else None, draft or None), result
 

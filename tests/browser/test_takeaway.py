@@ -48,7 +48,7 @@ def test_everything_that_is_downloaded_can_be_read(finished, address, page, tmp_
     compared = list(csv.DictReader(io.StringIO(fetched(page, "Comparison (CSV)").path().read_text())))
     assert [row["form"] for row in compared] == ["dense", "one-shot", "one-shot"]
     assert {row["protocol"] for row in compared} == {"python-stdlib, test split, 4 windows of 32 tokens"}
-    report, figures = (fetched(page, name) for name in ("Report (HTML)", "Figures (SVG, PNG, HTML)"))
+    report, figures = (fetched(page, name) for name in ("Report (HTML)", "Charts (SVG, PNG, HTML)"))
     assert (report.suggested_filename, figures.suggested_filename) == ("report.html", "figures.html")
     report.save_as(tmp_path / "report.html")
     figures.save_as(tmp_path / "figures.html")
@@ -90,7 +90,7 @@ def test_a_model_is_written_and_proves_itself(address, page, home):
     page.get_by_role("button", name="Write it").click()
     entry = page.locator(".st-key-written_0")
     entry.get_by_role("button", name="Reload and measure again").click(timeout=TRIAL_SECONDS * 1000)
-    entry.get_by_text("Passed: the same to rounding").wait_for(timeout=TRIAL_SECONDS * 1000)
+    entry.get_by_text("Passed: equal up to rounding").wait_for(timeout=TRIAL_SECONDS * 1000)
     entry.get_by_text("4 non-overlapping windows of 64 tokens").first.wait_for()
     (written,) = written_models(run, results(run))
     assert written.quantization == "int8"

@@ -131,7 +131,7 @@ def test_headers_count_a_guard_as_nothing_and_say_what_it_is(one: Path):
     for layer in _layers(one):
         part = parts[guard_name(layer)]
         assert (part.parameters, part.compressible) == (0, False)
-        assert part.why == "empty: makes transformers refuse the folder where our package is absent"
+        assert part.why == "empty: makes transformers refuse the folder without our package"
 
 
 def test_our_ways_pass_over_the_guards_without_a_word(one: Path, caplog: pytest.LogCaptureFixture):
@@ -236,7 +236,7 @@ def test_an_older_export_that_says_little_is_rewritten_too(manifest: str, one: P
     [
         (None, ["--from", "{today}"], "is in today's form already: nothing to rewrite"),
         (None, ["--from", "{dense}"], "holds no low-rank factors, so there is nothing to rewrite"),
-        (None, ["--from", "{old}", "--dtype", "bfloat16"], "--from writes the same numbers as they are stored; leave --trial"),
+        (None, ["--from", "{old}", "--dtype", "bfloat16"], "--from converts an export with unchanged weights; leave --trial"),
         (None, ["--from", "{old}", "--run", "x"], "not allowed with argument"),
         ("model.safetensors", ["--from", "{old}"], "is damaged or cut short"),
     ],

@@ -60,8 +60,8 @@ def look(app, name, **query):
     ("name", "said", "drawn"),
     [
         ("windows", "better than the dense model on 0 % of 4 windows", 3),
-        ("positions", "What is lost, by the tokens of context", 2),
-        ("tokens", "half of all that is lost lies in 1 of 4 tokens", 1),
+        ("positions", "Loss by tokens of context", 2),
+        ("tokens", "half of the extra loss lies in 1 of 4 tokens", 1),
         ("text", "Largest gap: Trial 3", 2),
         ("prompt", "Compressed, Trial 3", 1),
         ("speed", "batch 1, prompts of 8 random tokens", 2),
@@ -108,12 +108,12 @@ def test_only_what_is_missing_is_asked_for(app, dead_worker):
     run = make_run()
     write_answers(run)  # trial 3 and uniform
     test = app("compare")
-    assert "2 of 4 measured or asked for" in words(test)
+    assert "2 of 4 measured or queued" in words(test)
     test.button(key="measure").click().run()
     assert sound(test)
     assert asked(run) == [("compare", {"trial": "lord_manual"}), ("compare", {"trial": "lagrangian"})]
     assert test.button(key="measure").disabled
-    assert "4 of 4 measured or asked for" in words(test)
+    assert "4 of 4 measured or queued" in words(test)
 
 
 def test_one_press_asks_for_every_preset(app, dead_worker):

@@ -19,7 +19,7 @@ from lowrank_core.config.healing import HealingConfig
 from lowrank_core.runs import client, write_json
 from lowrank_core.runs.client import pending_requests
 
-REPORTED = {"Report (HTML)", "Figures (SVG, PNG, HTML)"}
+REPORTED = {"Report (HTML)", "Charts (SVG, PNG, HTML)"}
 TABLES = {"Allocation (JSON)", "Trials (CSV)", "Comparison (CSV)"}
 
 
@@ -254,8 +254,8 @@ def test_a_recorded_run_can_be_downloaded_and_not_written(app, tmp_path, monkeyp
 @pytest.mark.parametrize(
     ("proof", "said", "ok"),
     [
-        (proven(), "Passed: the same to rounding", True),
-        (proven(ok=False, measured=25.5, difference=1.0), "Failed: NOT what was recorded", False),
+        (proven(), "Passed: equal up to rounding", True),
+        (proven(ok=False, measured=25.5, difference=1.0), "Failed: differs from the recorded perplexity", False),
         ({"ok": False, "error": "model.safetensors is altered"}, "Failed: not measured. model.safetensors is altered", False),
     ],
 )
@@ -280,7 +280,7 @@ def test_a_written_model_is_listed_and_can_be_measured_again(app):
         "factors, bfloat16",
         "2.00 KiB of weights",
         "1 compressed, 1 dense; ranks 5 to 5",
-        "Not proven yet",
+        "Not verified yet",
         "perplexity 24.500",
     ):
         assert reported in shown
@@ -329,7 +329,7 @@ def test_a_model_that_was_not_written_is_told(app):
     run = make_run()
     write_json(run.path / "results" / "9.json", {"ok": False, "kind": "export", "error": "the disk is full", "arguments": {}, "time": 1.0})
     test = app("export", run=run.id)
-    assert [error.value for error in test.error] == ["The last model was not written: the disk is full"]
+    assert [error.value for error in test.error] == ["The last export failed: the disk is full"]
 
 
 def test_compare_leads_here(app):

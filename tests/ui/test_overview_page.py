@@ -89,7 +89,7 @@ def test_a_model_that_will_not_fit_is_told(app, monkeypatch):
 
     monkeypatch.setattr("pages.components.overview.preflight.this_machine", lambda: fit.Machine(1, 2**40, None))
     test = app("overview")
-    assert any("It will not fit: too little memory" in warning.value for warning in test.warning)
+    assert any("Does not fit: too little memory" in warning.value for warning in test.warning)
 
 
 def test_a_file_is_previewed_and_a_bad_one_refused(app, tmp_path):

@@ -413,4 +413,4 @@ def test_runs_without_a_measurement_have_gaps():
     assert result.frame["value"].isna().tolist() == [True, True, False]
     assert list(result.frame["removed"][1:]) == ["20% to 60%", "30%"]
     assert pd.isna(result.frame["trials"][0])
-    assert result.notes[-1] == "No best trial of these runs was measured on test text yet: the Compare page does that."
+    assert result.notes[-1] == "No best trial of these runs is measured on test text yet; do it on the Compare page."

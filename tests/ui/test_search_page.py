@@ -160,15 +160,15 @@ def test_a_search_shows_what_its_trials_were_made_of_and_what_is_missing(app):
     test = app("search")
     assert sound(test)
     shown = words(test)
-    assert "What the trials were made of, the best at the left" in shown
-    assert "Which variable matters can't be determined from 5 trials that set them all: 11 more sampled trials are needed." in shown
+    assert "Trial parameters, best at the left" in shown
+    assert "The importance of variables can't be estimated from 5 trials that set them all: 11 more sampled trials are needed." in shown
 
 
 def test_which_variables_mattered_is_shown_once_there_are_trials(app):
     make_run(config=replace(RICH, trials=20), study=write_long_study)
     test = app("search")
     assert sound(test)
-    assert "Which variables mattered" in words(test)
+    assert "Importance of variables" in words(test)
     assert "A Gaussian process fitted to 20 trials" in words(test)
     assert "variance of the KL divergence over the whole search space" in words(test)
 
@@ -184,7 +184,7 @@ def test_workers_are_listed(app, rich):
     test = app("search")
     assert not [frame for frame in test.dataframe if "now" in frame.value.columns]  # sent only where it is seen
     open_panel(test, "workers_panel")
-    assert "When each worker measured which trial" in words(test)
+    assert "Timeline of workers and trials" in words(test)
     tables = [frame.value for frame in test.dataframe]
     (workers,) = [frame for frame in tables if "now" in frame.columns]
     assert list(workers["measured"]) == [0, 7]
@@ -200,7 +200,7 @@ def test_a_range_of_ratios_has_a_front_instead_of_a_best_trial(app, page):
     assert "Best" not in words(test)
     if page == "search":
         assert "On the front 4 trials" in words(test)
-        assert "How much can be removed at which loss" in words(test)
+        assert "Loss against compression ratio" in words(test)
     if page == "compare":
         front = pareto_front(read_trials(run))
         options = test.multiselect[0].options[: len(front)]

@@ -84,7 +84,7 @@ def test_a_failure_is_told_here_and_not_on_the_compare_page(app):
     body = {"ok": False, "error": "no module type 'x'.", "kind": "sensitivity", "arguments": {}, "time": 1.0}
     write_json(run.path / "results" / "9.json", body)
     assert [error.value for error in app("sensitivity").error] == [
-        "The last measurement ended: no module type 'x'. What was measured is kept."
+        "The last measurement ended: no module type 'x'. Finished cells are kept."
     ]
     assert not app("compare").error
 

@@ -215,7 +215,7 @@ def test_every_token_has_its_extra_loss_and_the_worst_come_first():
     assert list(worst["piece"]) == ["␣<", "␣b"]
     assert list(worst["before"]) == ["if␣a", "if␣a␣<"]
     assert 0.1 <= strip.scale <= 2.0
-    assert "half of all that is lost lies in 1 of 4 tokens" in strip.words
+    assert "half of the extra loss lies in 1 of 4 tokens" in strip.words
     assert strip.title == "Uniform: if a < b:"
 
 

@@ -79,7 +79,7 @@ def test_a_trial_is_called_by_what_it_is(rich):
 
 def test_what_became_of_a_trial_is_said_in_words(rich):
     assert "stopped early after 6 windows" in state_words(rich[4])
-    assert state_words(rich[6]) == "over the budget: measured, and never the best"
+    assert state_words(rich[6]) == "over the budget: measured, but never the best"
     assert "outside the range of ratios" in state_words(replace(rich[6], label="sampled"))
     assert state_words(rich[7]) == "failed: the objective kl is not finite at this allocation"
     assert state_words(replace(rich[7], error="")) == "failed: its worker ended"
@@ -122,7 +122,7 @@ def test_variables_are_headed_by_what_they_mean(rich, ranged):
     assert "before all are scaled" in history.search_variables(rich, SEARCH)[0].meaning
     assert "not scaled" in history.search_variables(rich, replace(SEARCH, projected=False))[0].meaning
     assert history.search_variables(rich, replace(SEARCH, variables="error_weight"))[1].label == "Weight of o"
-    assert [v.label for v in history.search_variables(ranged, RANGE)] == ["Kept of q, k", "Ratio asked for"]
+    assert [v.label for v in history.search_variables(ranged, RANGE)] == ["Kept of q, k", "Target ratio"]
     layer = replace(rich[3], params={"model.layers.1.mlp.up_proj": 0.5, "gate 0-3": 0.4})
     assert [v.label for v in history.search_variables([layer], SEARCH)] == ["Kept of 1 · up", "Kept of gate 0-3"]
 
@@ -202,7 +202,7 @@ def test_workers_are_listed_with_what_they_do(rich):
     table = worker_table(rich, living, now=rich[8].started + 3).set_index("worker")
     assert table.loc[me, "now"] == "Trial 8, for 3 s"
     assert table.loc["elsewhere:77", "measured"] == 7
-    assert table.loc["elsewhere:77", "now"] == "no trial in hand"
+    assert table.loc["elsewhere:77", "now"] == "no trial running"
     assert worker_table(rich, {}, 0.0).set_index("worker").loc[me, "now"] == "ended"
     assert worker_table([], {me: running_status("Calibrating")}, 0.0)["now"][0] == "Calibrating"
 

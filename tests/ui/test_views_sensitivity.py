@@ -145,7 +145,7 @@ def test_correlations_say_over_how_many(run: Run):
     assert result.loc["weights", "rho"] == pytest.approx(spearmanr(here["kl"], here["weights"]).statistic)
     assert set(result["n"]) == {MODULES}
     assert set(result["n_all"]) == {3 * MODULES}
-    assert views.rho_words(0.5, 3) == "Spearman's ρ = 0.50 over 3 modules: few modules, so ρ says little"
+    assert views.rho_words(0.5, 3) == "Spearman's ρ = 0.50 over 3 modules: few modules, so ρ is unreliable"
     assert views.rho_words(None, 21) == "Spearman's ρ = – over 21 modules"
     assert list(views.correlations(views.cell_table(record_of(run), matrices()), 0.5)["estimate"]) == ["predicted"]
     figure = scatter_figure(here, views.ESTIMATES["predicted"], list(dict.fromkeys(here["kind"])), UP)

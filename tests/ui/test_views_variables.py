@@ -59,7 +59,7 @@ def test_too_few_trials_tell_nothing_and_how_many_are_missing(long):
     assert few == Importances((), 10, 6)
     assert (
         missing_words(few)
-        == "Which variable matters can't be determined from 10 trials that set them all: 6 more sampled trials are needed."
+        == "The importance of variables can't be estimated from 10 trials that set them all: 6 more sampled trials are needed."
     )
     assert missing_words(replace(few, missing=0)) == ""
     assert importances([]).missing == 16

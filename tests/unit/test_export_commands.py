@@ -65,7 +65,7 @@ def test_a_text_without_a_test_split_is_told_and_compressed_all_the_same(
     source = ["--model", str(llama_checkpoint), "--text", f"file:{text}", "--context", "60", "--windows", "4"]
     body = _printed(capsys, "compress", *source, "--preset", "svd", "--compression-ratio", "0.3", "--out", tmp_path / "out")
     assert body["perplexity"] is None
-    assert "what is written is not measured: text: the test split of file:short.txt has" in str(body["warnings"])
+    assert "the written model is not measured: text: the test split of file:short.txt has" in str(body["warnings"])
     assert "Not measured when this was written" in (tmp_path / "out" / "README.md").read_text()
 
 

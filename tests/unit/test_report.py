@@ -226,7 +226,7 @@ def test_perplexities_and_intervals_are_those_of_the_comparison(recorded: Run, p
     for ours, theirs in (("model", "allocation"), ("perplexity",) * 2, ("low",) * 2, ("high",) * 2, ("kl",) * 2, ("bytes",) * 2):
         left, right = frame[ours], table[theirs]
         assert list(left) == (list(right) if ours == "model" else pytest.approx(list(right), rel=1e-12, nan_ok=True))
-    rows = page.rows("What is lost")
+    rows = page.rows("Quality")
     assert [row["Perplexity"] for row in rows] == [number(value, 5) for value in table["perplexity"]]
     assert [row["Form"] for row in rows] == ["dense", *(comparison.form for comparison in result)]
     ends = {comparison.name: comparison.perplexity_difference_interval for comparison in result}
@@ -280,7 +280,7 @@ def test_every_text_that_was_read_token_by_token_is_there_with_its_worst_tokens(
         assert strip.words in page.text
         frame = page.frame(f"tokens-{index}.csv")
         assert list(frame["extra"]) == pytest.approx(list(strip.frame["extra"]), rel=1e-12)
-        rows = page.rows(f"The tokens on which {strip.name} lost most; all of them are in the file. {strip.protocol}")
+        rows = page.rows(f"Tokens with the largest extra loss of {strip.name}; the file has all tokens. {strip.protocol}")
         worst = worst_tokens(strip, 10)
         assert [row["Extra loss (nats)"] for row in rows] == [number(value, 3) for value in worst["extra"]]
         assert [row["Token"] for row in rows] == list(worst["piece"])
@@ -292,7 +292,7 @@ def test_speed_and_memory_are_those_of_the_compare_page(recorded: Run, page: Pag
     rows = page.rows(f"{speed.name} next to the dense model. {speed.protocol}")
     reported = speed_table(speed)
     assert [row["Compressed"] for row in rows] == list(reported["compressed"])
-    assert [row["Times as fast"] for row in rows] == list(reported["faster"])
+    assert [row["Speed-up"] for row in rows] == list(reported["faster"])
     numbers, frame = speed_numbers([speed]), page.frame("speedups.csv")
     assert list(frame["decode_tokens_per_second"]) == pytest.approx(list(numbers["decode_tokens_per_second"]), rel=1e-12)
     assert list(frame["protocol"]) == [speed.protocol] * 2
@@ -329,7 +329,7 @@ def test_tables_have_captions_and_scopes_and_figures_their_protocol(page: Page):
     assert all(head["scope"] == "col" for head in page.all("th"))
     assert page.text.count("How to read this:") == len(charts(page))
     assert "statistics in float64" in page.text
-    assert "Search-validation figures: what was minimised, not what is reported." in page.text
+    assert "Search-validation values are minimised, so optimistic; report test values." in page.text
 
 
 def test_nothing_is_read_but_what_is_there_and_nothing_is_written(recorded: Run, tmp_path: Path):
@@ -373,7 +373,7 @@ def test_a_failed_run_says_why_and_keeps_what_there_is():
 def test_a_run_at_work_is_shown_as_it_is_now():
     page = report(make_run(state="running"))
     assert "at work when the report was written (Searching · 5 of 30" in page.text
-    assert {"running", "failed"} <= {row["What it is"] for row in page.rows("Trials that do not count")}
+    assert {"running", "failed"} <= {row["Kind"] for row in page.rows("Trials that do not count")}
 
 
 def test_a_worker_that_died_is_told():
@@ -387,9 +387,9 @@ def test_trials_of_every_kind_are_listed_with_what_became_of_them():
     page, trials = report(run), read_trials(run)
     unfinished = {row["Trial"]: row for row in page.rows("Trials that do not count")}
     assert len(unfinished) == sum(trial.state != "complete" for trial in trials)
-    assert "the objective kl is not finite at this allocation" in unfinished["Trial 7"]["What became of it"]
-    assert "stopped early after 6 windows" in unfinished["Trial 4"]["What became of it"]
-    assert unfinished["By hand (trial 6)"]["What it is"] == "outside budget"
+    assert "the objective kl is not finite at this allocation" in unfinished["Trial 7"]["Outcome"]
+    assert "stopped early after 6 windows" in unfinished["Trial 4"]["Outcome"]
+    assert unfinished["By hand (trial 6)"]["Kind"] == "outside budget"
 
 
 def test_two_objectives_have_a_front_and_maps_along_it():
@@ -419,7 +419,7 @@ def test_a_protocol_is_never_mixed_with_another():
     write_json(run.path / "results" / "9.json", other)
     page = report(run)
     assert len(by_protocol(comparisons(results(run)))) == 2
-    assert [row["Model"] for row in page.rows("What is lost, dense next to compressed. wikitext-2")] == ["Original", "Trial 5"]
+    assert [row["Model"] for row in page.rows("Quality, dense next to compressed. wikitext-2")] == ["Original", "Trial 5"]
     assert len([name for name in charts(page) if name.startswith("perplexity")]) == 2
 
 
@@ -486,7 +486,7 @@ def test_second_texts_strips_and_timings_of_several_models_stand_by_themselves()
     assert "Memory of Trial 3 was not measured." in page.text
     assert "Memory of Uniform (trial 0): peak of a fresh process." in page.text
     timed = page.rows("Uniform (trial 0) next to the dense model. batch 1, prompts of 8 random tokens")
-    assert timed[1]["Times as fast"] == "2.00 (1.80 to 2.20)"
+    assert timed[1]["Speed-up"] == "2.00 (1.80 to 2.20)"
 
 
 def test_healings_are_told_with_their_curve_and_a_row_of_their_own():
@@ -509,7 +509,7 @@ def test_models_on_disk_are_listed_and_those_that_went_are_said_to_be_gone():
     write_json(run.path / "results" / "9.json", checked)
     (folder / "model.safetensors").write_bytes(b"0" * 2048)
     rows = report(run).rows("Compressed models on disk")
-    assert [(row["Allocation"], row["Removed, linears"], row["When this was written"]) for row in rows] == [
+    assert [(row["Allocation"], row["Removed, linears"], row["At the time of this report"]) for row in rows] == [
         ("Trial 5", "30.00 %", "there, merged"),
         ("Trial 3", "–", "gone"),
     ]

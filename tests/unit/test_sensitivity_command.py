@@ -48,7 +48,7 @@ def test_a_run_is_made_measured_and_gone_on_with(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "say where to measure: --run DIR, or --model M and --text T"),
+        ([], "where to measure? Give --run DIR, or --model M and --text T"),
         (["--model", "demo"], "give --model and --text together"),
         (["--run", "nowhere"], "is no run"),
         (["--run", "nowhere", "--kept", "1.5"], "a kept ratio must lie between 0 and 1"),

@@ -225,7 +225,7 @@ def test_the_command_compares_two_models(llama_checkpoint: Path, gpt2_checkpoint
 def test_the_command_measures_one_model(llama_checkpoint: Path, capsys: pytest.CaptureFixture[str]):
     short = ["--prompt-tokens", "4", "--new-tokens", "3", "--rounds", "1", "--no-memory"]
     assert main(["speed", "--model", str(llama_checkpoint), *short]) == 0
-    assert "first token, ms" in capsys.readouterr().out
+    assert "TTFT, ms" in capsys.readouterr().out
 
 
 def test_a_bad_number_costs_no_loading(capsys: pytest.CaptureFixture[str]):

@@ -35,7 +35,7 @@ PHASES = (("prefill", (1, 512)), ("decode", (1, 1)), ("decode", (8, 1)))
 RATIOS = (0.2, 0.4, 0.6)
 _REST = {"factored": "calling the layer takes", "pivoted": "gathering rows and calling the layer take"}
 _NOTABLE = 0.05
-"""Shares of time below this are not told."""
+"""Smaller shares of time are not reported."""
 _EQUAL = 0.02
 """Ratios within this of 1 are as fast."""
 

@@ -290,7 +290,7 @@ def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> C
     }
     first = next(iter(result.values()))
     ordered = sorted(result, key=lambda number: (known[number].value is None, known[number].value or 0.0, number))
-    rows = [_ends({"name": "Original", "perplexity": first.dense_perplexity}, first.dense_perplexity_interval, ())]
+    rows = [_ends({"name": "Dense", "perplexity": first.dense_perplexity}, first.dense_perplexity_interval, ())]
     for number in ordered:
         report, trial = result[number], known[number]
         row = {"trial": number, "name": trial_label(trial), "value": trial.value, "perplexity": report.perplexity, "kl": report.kl}

@@ -28,7 +28,7 @@ def difference_chart(result: Sequence[Comparison], protocol: str) -> Chart:
         frame,
         name=f"perplexity-{result[0].dataset}-{result[0].split}",
         title="Perplexity above the dense model's, on the same test windows",
-        how="the further right, the more is lost; whiskers are 95 % intervals of the difference, paired by window. "
+        how="further right is worse; whiskers are 95 % intervals of the difference, paired by window. "
         "Circles were searched for, squares are rules and presets, stars were healed.",
         alt="Dots with intervals: test perplexity of each measured model less that of the dense model; the table below has the numbers",
         protocol=f"{protocol}.",
@@ -46,7 +46,7 @@ def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure
     figure = go.Figure([_dots(table, "difference", unit)])
     finished(figure, height=_FRAME + _ROW * len(table), x="", y="", top=28)
     scale = ", logarithmic away from zero" if unit is not None else ""
-    _zero(figure, 0.0, f"Original, {dense_perplexity:.4g}")
+    _zero(figure, 0.0, f"Dense, {dense_perplexity:.4g}")
     figure.update_xaxes(title={"text": f"Perplexity above the dense model{scale}"})
     if unit is not None:
         _signed_log_axis(figure, table, unit)
@@ -110,7 +110,7 @@ def ratio_chart(view: OtherText, number: int = 1) -> Chart:
         view.frame,
         name=f"second-text-{number}",
         title=f"Perplexity over the dense model's: {view.own_name} and {view.other}",
-        how="two dots a model, one for each text; the longer the line between them, the more the compression fits its own text alone. "
+        how="two dots a model, one for each text; the longer the line between them, the more the compression overfits its text. "
         "Whiskers are 95 % intervals, paired by window.",
         alt="Two dots for each model: its perplexity over the dense model's on both texts; the table below has the numbers",
         protocol=view.protocol,
@@ -138,7 +138,7 @@ def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
         )
     title = "Perplexity, times the dense model's on the same text (log scale)"
     finished(figure, height=_FRAME + _ROW * len(table) + 24, x=title, y="", top=52)
-    _zero(figure, 1.0, "Original", log=True)
+    _zero(figure, 1.0, "Dense", log=True)
     figure.update_xaxes(type="log", tickformat="~g", nticks=8)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": 1.0, "yref": "container", "yanchor": "top"})
     return figure
@@ -149,9 +149,9 @@ def speedup_chart(result: Sequence[Speed]) -> Chart:
         speedup_figure(speedup_table(result)),
         speed_numbers(result),
         name="speedups",
-        title="Times as fast as the dense model, in the same rounds",
-        how="right of the dotted line the compressed model is faster; whiskers reach from the slowest round to the fastest.",
-        alt="Dots with ranges: how many times faster each model reads, writes and begins; the tables below have the numbers",
+        title="Speed-up over the dense model, in the same rounds",
+        how="right of the dotted line the compressed model is faster; whiskers span the slowest to the fastest round.",
+        alt="Dots with ranges: speed-up of each model in prefill, decode and TTFT; the tables below have the numbers",
         protocol=" ".join(f"{protocol}." for protocol in dict.fromkeys(speed.protocol for speed in result)),
     )
 
@@ -165,15 +165,15 @@ def speedup_figure(table: pd.DataFrame) -> go.Figure:
         x=median,
         y=labels,
         mode="markers+text",
-        text=[f"{value:.2f}×" for value in median],
+        text=[f"{value:.2f}x" for value in median],
         textposition="top center",
         cliponaxis=False,
         marker={"size": 10, "color": [colours[measure] for measure in table["measure"]]},
         error_x=_whiskers(median, low, high),
-        hovertemplate="<b>%{y}</b><br>%{x:.3g} times as fast<extra></extra>",
+        hovertemplate="<b>%{y}</b><br>%{x:.3g}x<extra></extra>",
     )
     figure = go.Figure(dots)
-    finished(figure, height=_FRAME + _ROW * len(table), x="Times as fast as the dense model (above 1 is faster)", y="", top=40)
-    _zero(figure, 1.0, "Original")
+    finished(figure, height=_FRAME + _ROW * len(table), x="Speed-up over the dense model (above 1 is faster)", y="", top=40)
+    _zero(figure, 1.0, "Dense")
     figure.layout.annotations[0].update(yshift=12)
     return figure

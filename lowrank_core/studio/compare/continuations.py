@@ -19,7 +19,7 @@ class Prompt:
 
     Attributes:
         tokens: at most; temperature, seed: of the draws, which all models share.
-        original: what the dense model added; texts: (name, what it added) of each compressed model, in the order of asking.
+        original: what the dense model added; texts: (name, what it added) of each compressed model, in trial order.
     """
 
     prompt: str

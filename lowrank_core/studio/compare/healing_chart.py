@@ -22,8 +22,7 @@ def healing_chart(healing: Healing) -> Chart:
         curve,
         name=f"healing-{healing.folder}",
         title=f"Healing {healing.name}",
-        how="each point is a validation on text that is not trained on; lower is better in both. The starred state is what is kept, "
-        "however the curve goes on.",
+        how="each point is a validation on held-out text; lower is better in both. The starred state is kept, however the curve goes on.",
         alt="KL divergence and perplexity on validation text over the steps of a healing",
         protocol="" if healing.report is None else f"Trained on {healing.report.training}. Validated on {healing.report.validation}.",
     )

@@ -33,13 +33,13 @@ _COLUMNS = {
         Column.text("allocation", "Model", width="medium"),
         Column.short("form", "Form"),
         Column.number("perplexity", "Perplexity", 3, digits=5),
-        Column.short("interval", "95 %", "Of each perplexity by itself."),
+        Column.short("interval", "95 %", "Of each perplexity on its own."),
         Column.number("difference", "Difference", help="Perplexity above the dense model's.", digits=3),
         Column.short("difference_interval", "95 %, paired", "Of the difference, paired by window."),
-        Column.number("kl", "KL (nats/token)", help="Of the compressed from the dense model, nats per token."),
-        Column.number("reverse_kl", "Reverse KL", help="Of the dense model from the compressed, nats per token."),
+        Column.number("kl", "KL (nats/token)", help="KL(dense ‖ compressed), nats per token."),
+        Column.number("reverse_kl", "Reverse KL", help="KL(compressed ‖ dense), nats per token."),
         Column.share("agreement", "Top-1 agreement", "Tokens where both models rank the same one first."),
-        Column.share("top5", "Top-5", "Share that the five likeliest tokens of both have in common."),
+        Column.share("top5", "Top-5", "Overlap of the five most likely tokens of both models."),
         Column.short("kl_interval", "KL, 95 %"),
         Column.share("removed", "Removed, linears", digits=2),
         Column.share("model_removed", "Removed, model", digits=2),
@@ -67,7 +67,7 @@ def comparison_table(result: Sequence[Comparison]) -> pd.DataFrame:
         return pd.DataFrame()
     first = result[0]
     low, high = _ends(first.dense_perplexity_interval)
-    dense = {"allocation": "Original", "form": "dense", "perplexity": first.dense_perplexity, "low": low, "high": high}
+    dense = {"allocation": "Dense", "form": "dense", "perplexity": first.dense_perplexity, "low": low, "high": high}
     dense |= {"removed": 0.0, "model_removed": 0.0, "parameters": first.dense_parameters, "linears": first.dense_compressible_parameters}
     dense |= {"bytes": first.dense_bytes, "flops": next((each.dense_flops for each in result if each.dense_flops is not None), None)}
     columns = [name for name in dict.fromkeys([*LOST, *SAVED, *_ENDS]) if "interval" not in name]
@@ -81,14 +81,14 @@ def comparison_table(result: Sequence[Comparison]) -> pd.DataFrame:
 
 def lost_spec(result: Sequence[Comparison], protocol: str) -> Table:
     """Return what ``comparison_table`` says of the loss, as it is shown."""
-    caption = f"What is lost, dense next to compressed. {protocol}"
+    caption = f"Quality, dense next to compressed. {protocol}"
     return Table(comparison_table(result), [_COLUMNS[name] for name in LOST], caption, f"test-{result[0].dataset}-{result[0].split}")
 
 
 def saved_spec(result: Sequence[Comparison]) -> Table:
     """Return what ``comparison_table`` says of sizes, as it is shown."""
     caption, file = (
-        "What is saved: parameters (biases and index tables counted) and bytes",
+        "Size: parameters (biases and index tables counted) and bytes",
         f"test-{result[0].dataset}-{result[0].split}-sizes",
     )
     return Table(comparison_table(result), [_COLUMNS[name] for name in SAVED], caption, file)

@@ -34,7 +34,7 @@ def window_charts(shown: Comparison) -> tuple[Chart, Chart] | None:
         histogram_figure(view),
         view.frame[["window", "difference"]],
         name="window-histogram",
-        title="How the differences are spread",
+        title="Distribution of the differences",
         how="a narrow heap next to zero is a small loss everywhere; a long tail is text that the compression broke.",
         alt=f"Histogram of the loss of {shown.name} less that of the dense model over test windows",
         protocol=protocol,
@@ -51,8 +51,8 @@ def position_chart(shown: Comparison) -> Chart | None:
         position_figure(table),
         table,
         name="positions",
-        title=f"What is lost, by the tokens of context: {shown.name}",
-        how="a line that rises says that the compressed model makes less of a long context; the first tokens are few, so noisy.",
+        title=f"{shown.name}: loss by tokens of context",
+        how="a rising line means that the compressed model uses a long context less well; the first positions are few, so noisy.",
         alt=f"KL divergence and extra loss of {shown.name} by position in the context",
         protocol=f"{protocol_of(shown)}.",
     )
@@ -74,7 +74,7 @@ def scatter_figure(view: WindowTable) -> go.Figure:
         hovertemplate="window %{customdata[0]}: %{x:.4g} → %{y:.4g} (%{customdata[1]:+.3g})<extra></extra>",
     )
     figure = go.Figure([diagonal, dots])
-    finished(figure, height=380, x="Original, nats per token", y="Compressed, nats per token")
+    finished(figure, height=380, x="Dense, nats per token", y="Compressed, nats per token")
     figure.update_xaxes(range=ends)
     figure.update_yaxes(range=ends)
     note = {"xref": "x", "yref": "y", "showarrow": False, "font": {"size": 11, "color": GREY}}
@@ -96,7 +96,7 @@ def histogram_figure(view: WindowTable) -> go.Figure:
         hovertemplate="%{customdata[0]:+.3g} to %{customdata[1]:+.3g}: %{y} windows<extra></extra>",
     )
     figure = go.Figure([bars])
-    finished(figure, height=300, x="Compressed less original, nats per token", y="Windows", top=28)
+    finished(figure, height=300, x="Compressed minus dense, nats per token", y="Windows", top=28)
     for x, words, colour in ((0.0, "original", GREY), (view.mean, "mean", ORANGE)):
         figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 2, "dash": "dot"})
         anchor = "right" if (words == "original") == (view.mean >= 0) else "left"

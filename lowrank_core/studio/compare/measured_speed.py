@@ -17,7 +17,7 @@ from lowrank_core.studio.shared.trial_names import model_name
 
 __all__ = ["Speed", "speed_numbers", "speed_spec", "speed_table", "speeds", "speedup_table"]
 
-_MEASURES = {"prefill_speedup": "Reading the prompt", "decode_speedup": "Writing tokens", "first_token_speedup": "First token"}
+_MEASURES = {"prefill_speedup": "Prefill", "decode_speedup": "Decode", "first_token_speedup": "TTFT"}
 
 
 @dataclass(frozen=True)
@@ -119,13 +119,13 @@ def _side(body: Mapping[str, object], flops: object) -> _Side:
 
 
 def speed_table(speed: Speed) -> pd.DataFrame:
-    """Return the figures in words, median (least to most): columns measure, original, compressed, faster (times, or share of memory)."""
+    """Return the figures in words, median (min to max): columns measure, original, compressed, faster (times, or share of memory)."""
     dense, ours = speed.dense, speed.compressed
     times = {name: spread.words(digits=2) for name, spread in speed.speedups.items()}
     rows = [
-        ("Reading the prompt, tokens/s", dense.prefill.words(), ours.prefill.words(), times["prefill_speedup"]),
-        ("Writing, tokens/s", dense.decode.words(), ours.decode.words(), times["decode_speedup"]),
-        ("First token, ms", dense.first_token.words(1e3, 1), ours.first_token.words(1e3, 1), times["first_token_speedup"]),
+        ("Prefill, tokens/s", dense.prefill.words(), ours.prefill.words(), times["prefill_speedup"]),
+        ("Decode, tokens/s", dense.decode.words(), ours.decode.words(), times["decode_speedup"]),
+        ("TTFT, ms", dense.first_token.words(1e3, 1), ours.first_token.words(1e3, 1), times["first_token_speedup"]),
     ]
     if speed.memory:
         rows += [
@@ -144,16 +144,16 @@ def speed_table(speed: Speed) -> pd.DataFrame:
 def speed_spec(speed: Speed, number: int = 1) -> Table:
     """Return ``speed_table`` as it is shown; ``number`` tells several in one report apart."""
     columns = (
-        Column.text("measure", "Median (least to most)", width="medium"),
-        Column.text("original", "Original"),
+        Column.text("measure", "Median (min to max)", width="medium"),
+        Column.text("original", "Dense"),
         Column.text("compressed", "Compressed"),
-        Column.text("faster", "Times as fast", "Round by round; of memory and counts, the share that is left."),
+        Column.text("faster", "Speed-up", "Round by round; for memory and counts, compressed over dense."),
     )
     return Table(speed_table(speed), columns, f"{speed.name} next to the dense model. {speed.protocol}", f"speed-{number}")
 
 
 def _share(ours: int | None, theirs: int | None) -> str:
-    return DASH if ours is None or not theirs else f"{ours / theirs:.2f} of it"
+    return DASH if ours is None or not theirs else f"{ours / theirs:.2f}x"
 
 
 def speedup_table(result: Sequence[Speed]) -> pd.DataFrame:

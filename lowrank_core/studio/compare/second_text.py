@@ -102,7 +102,7 @@ def _row(own: Comparison | None, other: Comparison) -> dict[str, object]:
 
 def other_text_spec(view: OtherText, number: int = 1) -> Table:
     """Return its frame as it is shown; ``number`` tells several in one report apart."""
-    own, ratio = view.own_name, "Compressed over original; 1 is no loss."
+    own, ratio = view.own_name, "Compressed over dense; 1 is no loss."
     columns = (
         Column.text("name", "Model", width="medium"),
         Column.number("own_ratio", f"Ratio on {own}", 4, ratio),

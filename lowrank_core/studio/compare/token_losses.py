@@ -52,8 +52,8 @@ class TokenStrip:
     def words(self) -> str:
         extra = self.frame["extra"]
         return (
-            f"Mean extra loss {extra.mean():+z.3g} nats per token; half of all that is lost lies in {_few(extra)} of {len(extra)} tokens; "
-            f"original {number(self.frame['dense_nll'].mean(), 4)}, compressed {number(self.frame['nll'].mean(), 4)} nats per token."
+            f"Mean extra loss {extra.mean():+z.3g} nats per token; half of the extra loss lies in {_few(extra)} of {len(extra)} tokens; "
+            f"dense {number(self.frame['dense_nll'].mean(), 4)}, compressed {number(self.frame['nll'].mean(), 4)} nats per token."
         )
 
 
@@ -85,7 +85,7 @@ def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) ->
     result: dict[tuple[str, tuple[object, ...]], TokenStrip] = {}
     for body in bodies:
         if body.get("ok") and body.get("kind") == "tokens":
-            answer = build(_Answer, body, "an answer about tokens")
+            answer = build(_Answer, body, "a token strip")
             key = filed_as(body), answer.pieces
             result.pop(key, None)
             result[key] = _strip(answer, model_name(key[0], trials))
@@ -95,7 +95,7 @@ def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) ->
 def _strip(answer: _Answer, name: str) -> TokenStrip:
     columns = (answer.nll, answer.dense_nll, answer.kl, answer.likeliest, answer.dense_likeliest)
     if not answer.nll or any(len(column) != len(answer.pieces) - 1 for column in columns):
-        raise RunError("an answer about tokens does not have one figure for each token. Ask for it again.")
+        raise RunError("a token strip does not have one value for each token. Measure it again.")
     beginning, *pieces = map(str, answer.pieces)
     frame = pd.DataFrame({"position": range(1, len(pieces) + 1), "piece": pieces, "nll": answer.nll, "dense_nll": answer.dense_nll})
     frame = frame.astype({"nll": float, "dense_nll": float})
@@ -125,16 +125,16 @@ def worst_spec(strip: TokenStrip, count: int = 15, number: int = 1) -> Table:
     """Return ``worst_tokens`` as it is shown; ``number`` tells several in one report apart."""
     columns = (
         Column.whole("position", "Position"),
-        Column.text("before", "After", "The text in front of it; ␣ is a blank, ⏎ a line break.", width="medium"),
+        Column.text("before", "After", "The text before it; ␣ is a space, ⏎ a line break.", width="medium"),
         Column.short("piece", "Token"),
-        Column.number("extra", "Extra loss (nats)", 3, "Of the compressed model above the dense model.", 3),
-        Column.number("dense_nll", "Original (nats)", 3, "-log p.", 3),
+        Column.number("extra", "Extra loss (nats)", 3, "Compressed minus dense.", 3),
+        Column.number("dense_nll", "Dense (nats)", 3, "-log p.", 3),
         Column.number("nll", "Compressed (nats)", 3, "-log q.", 3),
-        Column.number("kl", "KL (nats)", 3, "Between the two predictions.", 3),
-        Column.short("dense_likeliest", "Original expects"),
+        Column.number("kl", "KL (nats)", 3, "KL(dense ‖ compressed).", 3),
+        Column.short("dense_likeliest", "Dense expects"),
         Column.short("likeliest", "Compressed expects"),
     )
-    caption = f"The tokens on which {strip.name} lost most; all of them are in the file. {strip.protocol}"
+    caption = f"Tokens with the largest extra loss of {strip.name}; the file has all tokens. {strip.protocol}"
     return Table(worst_tokens(strip, count), columns, caption, f"tokens-{number}", strip.frame)
 
 

@@ -23,8 +23,8 @@ def strip_html(strip: TokenStrip) -> str:
     columns = (strip.frame[name] for name in ("piece", "extra", "dense_nll", "nll", "kl", "dense_likeliest", "likeliest"))
     for piece, extra, dense, ours, kl, theirs, mine in zip(*columns, strict=True):
         tip = (
-            f"{fixed(extra, 3, signed=True)} nats; original {fixed(dense, 3)}, compressed {fixed(ours, 3)}, KL {fixed(kl, 3)}; "
-            f"likeliest: original {theirs!r}, compressed {mine!r}"
+            f"{fixed(extra, 3, signed=True)} nats; dense {fixed(dense, 3)}, compressed {fixed(ours, 3)}, KL {fixed(kl, 3)}; "
+            f"most likely: dense {theirs!r}, compressed {mine!r}"
         )
         spans.append(f'<span title="{html.escape(tip, quote=True)}"{_style(extra, strip.scale)}>{_shown(piece)}</span>')
     style = "white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; font-size: 0.9rem; line-height: 1.7"

@@ -59,7 +59,7 @@ def retained_figure(curves: EnergyCurves, rank: int) -> go.Figure:
     x = float(curves.ranks[at])
     direct_label(figure, upper, x=x, y=float(values[upper][at]), colour=colours[upper], xanchor="left", yanchor="bottom")
     direct_label(figure, lower, x=x, y=float(values[lower][at]), colour=colours[lower], xanchor="left", yanchor="top")
-    finished(figure, height=360, x="Rank, and its share of full rank", y="Energy kept")
+    finished(figure, height=360, x="Rank, and its share of full rank", y="Retained energy")
     figure.update_yaxes(tickformat=".0%", range=[0, 1.12], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
     _rank_axes(figure, curves, rank, bottom=True)
     return figure
@@ -87,7 +87,7 @@ def left_figure(curves: EnergyCurves, rank: int) -> go.Figure:
                 xanchor="left" if upper else "right",
                 yanchor="bottom" if upper else "top",
             )
-    finished(figure, height=360, x="Rank, and its share of full rank", y="Energy removed (log scale)")
+    finished(figure, height=360, x="Rank, and its share of full rank", y="Discarded energy (log scale)")
     log_value_axis(figure)
     _rank_axes(figure, curves, rank)
     return figure
@@ -107,7 +107,7 @@ def band_figure(band: pd.DataFrame, what: str, rank_share: float) -> go.Figure:
         xanchor, yanchor = "right" if left else "left", "bottom" if source == upper else "top"
         y = float(np.log10(max(value, _FLOOR))) if removed else value
         direct_label(figure, source, x=at, y=y, colour=_COLOURS[source], xanchor=xanchor, yanchor=yanchor)
-    axis = "Energy removed (log scale)" if removed else "Energy kept"
+    axis = "Discarded energy (log scale)" if removed else "Retained energy"
     finished(figure, height=360, x="Rank, as a share of full rank", y=axis)
     figure.update_xaxes(range=[0, 1.01], tickformat=".0%")
     if removed:

@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 MAX_BYTES = 200_000_000
-"""Of a folder that is offered as one file: it is held in memory while the browser fetches it."""
+"""Limit of a folder served as one file, which is held in memory during the download."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Proof:
             return "Failed: not measured"
         if self.recorded is None:
             return "Files are as listed; no perplexity was recorded to compare with"
-        return "Passed: the same to rounding" if self.ok else "Failed: NOT what was recorded"
+        return "Passed: equal up to rounding" if self.ok else "Failed: differs from the recorded perplexity"
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Written:
             return "" if result is None else f"not measured: {result.error}"
         if result.recorded is None:
             return f"perplexity {number(result.measured, 5)}; nothing was recorded to compare it with"
-        verdict = "the same to rounding" if result.ok else "NOT what was recorded"
+        verdict = "equal up to rounding" if result.ok else "DIFFERS from the recording"
         return f"perplexity {number(result.measured, 5)}, recorded {number(result.recorded, 5)}: {verdict}"
 
     @property
@@ -247,7 +247,7 @@ def loading_of(path: Path, form: str, *, with_code: bool) -> tuple[Loading, ...]
     if form != "dense":
         ways = [("With this package installed", REGISTERING, "")]
     if with_code:
-        ways.append(("Without it, by the code in the folder", "", ", trust_remote_code=True"))
+        ways.append(("Without it, with the code in the folder", "", ", trust_remote_code=True"))
     served = (Loading("With a server", f"vllm serve {shlex.quote(str(path))}", "bash"),) if form == "dense" else ()
     result = tuple(
         Loading(
@@ -285,9 +285,9 @@ def zipped(folder: Path) -> bytes:
     """
     files = _files(folder)
     if not files:
-        raise RunError(f"{folder} is not there any more. Write the model again.")
+        raise RunError(f"{folder} does not exist any more. Write the model again.")
     if sum(path.stat().st_size for path in files) > MAX_BYTES:
-        raise RunError(f"{folder} is too large to be fetched as one file. Copy the folder.")
+        raise RunError(f"{folder} is too large for one download. Copy the folder.")
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for path in files:

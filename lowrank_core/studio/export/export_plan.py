@@ -142,7 +142,7 @@ class Planned:
 
     Attributes:
         parameters: numbers in the weight files, biases, indices and scales included.
-        bytes: of the tensors in them; a header of some kilobytes comes on top.
+        bytes: of the tensors in them; without a header of some kilobytes.
         exact: whether both are exact; else they are the most that it can be.
         dtype: of the floats.
     """
@@ -201,7 +201,7 @@ def forms_table(facts: ModelFacts, units: Sequence[Unit], source: Source, search
     for each in [*usual, config]:  # the last one of a form and dtype is the chosen one
         result = planned(facts, units, source, search, each)
         forms[_form_words(each), result.dtype] = _row(_form_words(each), result, facts.bytes, chosen=each is config)
-    return pd.DataFrame([_row("Original", original, facts.bytes, chosen=False), *forms.values()])
+    return pd.DataFrame([_row("Dense", original, facts.bytes, chosen=False), *forms.values()])
 
 
 def _form_words(config: ExportConfig) -> str:
@@ -222,18 +222,18 @@ def files_of(result: Planned, config: ExportConfig) -> list[tuple[str, str]]:
     if shards > 1:
         weights = [
             (f"model-00001-of-{shards:05}.safetensors …", f"the weights, in at least {shards} files"),
-            ("model.safetensors.index.json", "which tensor is in which file"),
+            ("model.safetensors.index.json", "index of tensors and files"),
         ]
     config_words = "the architecture" if config.form == "dense" else "the architecture, and which layers are factors, at which rank"
     code = [("modeling_lowrank.py, lowrank_*.py", "our code, Apache-2.0")] if config.with_code else []
     return [
         *weights,
         ("config.json, generation_config.json", config_words),
-        ("tokenizer.json, tokenizer_config.json …", "the tokenizer, as the base model has it"),
+        ("tokenizer.json, tokenizer_config.json …", "the tokenizer of the base model"),
         *code,
-        ("lowrank.json", "sizes and SHA-256 of the weight files, ranks, settings, versions, and what was measured on the folder"),
+        ("lowrank.json", "sizes and SHA-256 of the weight files, ranks, settings, versions, measured quality"),
         ("README.md", "the model card"),
-        ("LICENSE …", "that of the base model, where it has one"),
+        ("LICENSE …", "license of the base model, if any"),
     ]
 
 
@@ -253,7 +253,7 @@ def runtimes(config: ExportConfig) -> pd.DataFrame:
             dense or code,
             "as any model" if dense else "with `trust_remote_code=True`" if code else "write it with our code, or merged",
         ),
-        ("vLLM, llama.cpp's converter and others", dense, "as the base model" if dense else "these know no factors: write it merged"),
+        ("vLLM, llama.cpp's converter and others", dense, "as the base model" if dense else "runs merged only"),
     ]
     return pd.DataFrame([(name, "yes" if loads else "no", how) for name, loads, how in rows], columns=["runtime", "loads", "how"])
 

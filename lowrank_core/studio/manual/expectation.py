@@ -197,13 +197,13 @@ def expectation_words(record: CurveRecord, units: Sequence[Unit], trials: Sequen
     if trial is not None and trial.state == "failed":
         return f"Predicted KL {number(predicted)}; measuring it failed."
     if not predicted > 0:
-        return "No loss is predicted, so there is nothing to scale by what was measured."
+        return "The predicted loss is zero, so it has no ratio to measured losses."
     regression = KlRegression(record, units, trials)
     expected = regression.expected(ranks)
     words = f"Predicted KL {number(predicted)} is no measurement."
     if expected is None:
         count = "No trial" if not regression.trials else "Only 1 trial" if regression.trials == 1 else f"Only {regression.trials} trials"
-        return f"{words} {count} of this run can say how far it is off: the first three, its baselines, give an interval."
+        return f"{words} {count} of this run is measured so far; an interval needs three, such as its baselines."
     return f"{words} {expected.sentence()}"
 
 
@@ -212,5 +212,6 @@ def expectation_help(protocol: str) -> str:
     return (
         f"The interval holds the measured KL ({protocol}) with a probability of {percent(LEVEL, 0)}. It comes from a Bayesian regression "
         "of log measured on log predicted KL over this run's trials, in which every module type and every block may be off by a factor of "
-        "its own. It widens away from the trials; “extrapolated” says that the draft loses more, less, or elsewhere than all of them."
+        "its own. It widens away from the trials; “extrapolated” means that the draft's predicted loss is larger, smaller or in other "
+        "modules than in all of them."
     )

@@ -37,7 +37,7 @@ def estimate_words(record: CurveRecord) -> str:
             f"{label} measures the error of every matrix in a unit of its own, so errors of different matrices can't be added up: the "
             "table shows the energy that each keeps, and no ΔKL is predicted. The basis two_sided predicts one."
         )
-    added = "Errors are added up as if no layer felt another, and a sequential fit is not part of it."
+    added = "Errors are summed as if layers were independent, without the sequential fit."
     if record.estimate == "error_weights":
         return (
             f"{label}; every unit's error is weighted by its ΔKL/Δe, measured on validation text with this unit alone compressed. {added}"

@@ -160,7 +160,7 @@ def quality_warnings(facts: CalibrationFacts) -> list[str]:
     minimum = min(thin, key=lambda entry: entry.tokens_per_dimension)
     return [
         f"{len(thin)} of {len(facts.inputs)} inputs saw fewer than {TOKENS_PER_DIMENSION} tokens per dimension "
-        f"(the least: {number(minimum.tokens_per_dimension)} at {minimum.input_group}, {minimum.width} wide). "
+        f"(minimum: {number(minimum.tokens_per_dimension)} at {minimum.input_group}, {minimum.width} wide). "
         "Small eigenvalues are noisy there; use more calibration windows."
     ]
 
@@ -192,13 +192,13 @@ QUALITIES: Mapping[str, Quality] = MappingProxyType(
         "condition": Quality(
             "Condition number",
             "log₁₀ of the condition number",
-            "largest over smallest eigenvalue of the pooled covariance; the larger, the less its inverse means",
+            "largest over smallest eigenvalue of the pooled covariance; its inverse is unreliable where this is large",
             logarithm=True,
         ),
         "damped_condition": Quality(
             "Condition number after damping",
             "log₁₀ of the condition number",
-            "the same once the damping in use is added to every eigenvalue: what a method that inverts the covariance meets",
+            "the same after adding the damping in use to every eigenvalue, as methods that invert the covariance do",
             logarithm=True,
         ),
         "pooled_to_sample": Quality(

@@ -23,7 +23,7 @@ __all__ = ["ModelOnDisk", "Part", "checkpoint_facts", "parts_of", "read_model", 
 
 _NUMBERED = re.compile(r"^(?P<stem>.+?)\.(?P<depth>\d+)\.(?P<path>.+)$")
 _POSITIONS = re.compile(r"position|wpe|per_layer")  # tables that are never the head
-_WHY = {"experts": "expert: sees only the tokens that are routed to it", "router": "router of the experts"}
+_WHY = {"experts": "expert: sees only its routed tokens", "router": "router of the experts"}
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _HEAD_BIASES = tuple(name.replace(".weight", ".bias") for name in _HEADS)
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -157,7 +157,7 @@ def _part(tensor: StoredTensor, stem: str, checkpoint: Checkpoint, tied: bool, e
 def _outside(part: Part, tied: bool) -> tuple[str, str]:
     """Return kind and reason of a tensor outside the blocks."""
     if part.name.endswith(_BUFFERS):
-        return "other", "table that follows from the config"
+        return "other", "table computed from the config"
     if part.name.endswith(_HEAD_BIASES):
         return "head", "bias of the head: outside the blocks"
     if part.name.endswith(_HEADS) or part.name == "head.weight":
@@ -177,10 +177,10 @@ def _is_table(name: str) -> bool:
 def _inside(part: Part, checkpoint: Checkpoint, *, experts: bool) -> tuple[str, str]:
     """Return kind and reason of a tensor in a block; no reason for the matrix of a linear layer."""
     if part.name.endswith(_BUFFERS) and len(part.shape) != 1:
-        return "other", "table that follows from the config"
+        return "other", "table computed from the config"
     for layer, replaced in _replaced(checkpoint).items():
         if part.name.startswith(layer):
-            empty = ("other", "empty: makes transformers refuse the folder where our package is absent")
+            empty = ("other", "empty: makes transformers refuse the folder without our package")
             return replaced if prod(part.shape) else empty
     if f"{part.module.rpartition('.')[0]}.A_log" in checkpoint.names and part.module.endswith(".dt_proj"):
         return "unreached", "read by its weight, not called as a layer"  # of Mamba, first version

@@ -31,7 +31,7 @@ _INDENT, _MARK = 0.9, 1.0  # rem: for each level, and for the mark that folds a 
 
 def tree_html(root: Node) -> str:
     """Return ``root`` as nested ``details``; its first level is open. Bars: share of the model, what is compressible of it in blue."""
-    head = _cells("Module", "Shape", "Dtype", "Parameters", "Share of the model", "What becomes of it")
+    head = _cells("Module", "Shape", "Dtype", "Parameters", "Share of the model", "Treatment")
     return f'{_STYLE}<div class="tree"><div class="row head">{head}</div>{_node(root, 0)}</div>'
 
 
@@ -63,7 +63,7 @@ def _fate(node: Node) -> str:
     if node.compressible == node.parameters and node.parameters:
         return "compressible"
     if not node.compressible:
-        return f"left alone{': ' + node.why if node.why else ''}"
+        return f"not compressed{': ' + node.why if node.why else ''}"
     return f"{percent(node.compressible / node.parameters)} compressible"
 
 

@@ -182,7 +182,7 @@ def _value_notes(rows: Sequence[_Row], letters: Sequence[str | None]) -> list[st
         return [f"Best values: {OBJECTIVES[row.objective]}, on the same search-validation text." for row in groups.values()]
     words = "; ".join(f"{letter}: {OBJECTIVES[groups[letter].objective]} of {groups[letter].model}" for letter in sorted(groups))
     return [
-        "Best values with different letters can't be set against each other: objective, model or search-validation text differ "
+        "Best values with different letters are not comparable: objective, model or search-validation text differ "
         f"({words}, on {_texts(groups)})."
     ]
 
@@ -196,8 +196,8 @@ def _test_notes(rows: Sequence[_Row], letters: Sequence[str | None]) -> list[str
     groups = {letter: row for row, letter in zip(reversed(rows), reversed(letters), strict=True) if letter}
     protocols = {letter: protocol_of(row.measured) for letter, row in groups.items() if row.measured is not None}
     if not groups:
-        return ["No best trial of these runs was measured on test text yet: the Compare page does that."]
+        return ["No best trial of these runs is measured on test text yet; do it on the Compare page."]
     if len(groups) == 1:
         return [f"Perplexity on test text, one protocol for all: {protocol}." for protocol in protocols.values()]
     listed = " ".join(f"{letter}: {groups[letter].model}; {protocols[letter]}." for letter in sorted(protocols))
-    return [f"Perplexities with different letters can't be set against each other: model or test text differ. {listed}"]
+    return [f"Perplexities with different letters are not comparable: model or test text differ. {listed}"]

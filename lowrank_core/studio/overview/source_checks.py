@@ -21,7 +21,7 @@ TEXTS = {
     "wikitext-2": "WikiText-2",
     "c4": "C4",
     "ptb": "Penn Treebank",
-    "file": "A file of mine",
+    "file": "Own file",
 }
 """Reference -> label; ``file`` stands for ``file:PATH``."""
 

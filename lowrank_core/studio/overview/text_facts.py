@@ -105,7 +105,7 @@ def splits_spec(facts: TextFacts) -> Table:
         Column.whole("windows", "Windows"),
         Column.whole("tokens", "Tokens"),
         Column.whole("available", "Available tokens"),
-        Column.text("sha256", "SHA-256 (first 12)", "Of the tokens, so that two runs can be shown to have seen the same text."),
+        Column.text("sha256", "SHA-256 (first 12)", "Of the tokens: equal hashes mean equal text."),
     )
     caption = "Three disjoint splits: calibration (statistics), validation (what a search sees), test (what is reported)"
     return Table(split_table(facts), columns, caption, "splits")

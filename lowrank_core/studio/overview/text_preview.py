@@ -173,7 +173,9 @@ def preview_warnings(preview: TextPreview, text: TextConfig) -> list[str]:
         if windows < 1:
             result.append(f"The {split.name} split may hold no window of {text.context} tokens. Give a longer text, or a shorter context.")
         else:
-            result.append(f"The {split.name} split may hold about {windows} windows; {asked} are asked for. All that fit are taken.")
+            result.append(
+                f"The {split.name} split may hold about {windows} windows, fewer than the requested {asked}. All of them are used."
+            )
     return result
 
 

@@ -129,18 +129,18 @@ def _beginning(run: Run) -> Section:
             ("Run", run.id, "search for ranks" if search else "analysis of a model"),
             ("State", state, status.stage if is_working(status) else ""),
             ("Started", _moment(float(record.get("created", 0.0))), ""),
-            ("Time in stages", duration(sum(took) if took else None), "of the last worker; the trials come on top"),
+            ("Time in stages", duration(sum(took) if took else None), "of the last worker, without trials"),
         )
     )
     notes = [Note("warning", warning) for warning in (*status.warnings, *status.dense_warnings)]
     if not run.recorded and is_working(status):
         now = " · ".join(word for word in (status.stage, status_words(status)) if word)
-        notes.append(Note("warning", f"This run was at work when the report was written ({now or state}): figures are of that moment."))
+        notes.append(Note("warning", f"This run was running when the report was written ({now or state}): numbers are of that moment."))
     if status.state in ("failed", "interrupted"):
         notes.append(Note("error", f"This run {STATE_WORDS[status.state]}. {status.message}"))
     if status.state == "new" and not run.recorded:
         notes.append(Note("missing", f"This run has not begun: no worker took it up yet. `lowrank worker --run {run.path}` starts it."))
-    return Section("run", "The run", "What was done, when, and how did it end?", (facts, *notes))
+    return Section("run", "The run", "Run, times and state.", (facts, *notes))
 
 
 def _moment(seconds: float) -> str:

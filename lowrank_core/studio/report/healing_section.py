@@ -23,8 +23,8 @@ def healing_section(run: Run) -> Section:
         for block in (_told(healing), *([healing_chart(healing)] if healing.history else []), *_again(run, healing))
     ]
     if not blocks:
-        blocks = [Prose("Nothing was healed: every compressed model of this run is as it came out.")]
-    return Section("healing", "Healing", "What did training the factors win back, and what did it take?", tuple(blocks))
+        blocks = [Prose("No model of this run was healed.")]
+    return Section("healing", "Healing", "Recovery by fine-tuning the factors, and its cost.", tuple(blocks))
 
 
 def _told(healing: Healing) -> Block:

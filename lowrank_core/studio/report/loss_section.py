@@ -24,7 +24,7 @@ def closely_section(run: Run) -> Section:
         blocks = [Prose(f"{shown.name}: {view.words}"), *(window_charts(shown) or ())]
     if shown is not None and (positions := position_chart(shown)) is not None:
         blocks.append(positions)
-    return Section("closely", "One model closely", "Is the loss spread over all of the text, or is some of it broken?", tuple(blocks))
+    return Section("closely", "Diagnostics of one model", "Distribution of the loss over windows and positions.", tuple(blocks))
 
 
 def _shown(result: Sequence[Comparison]) -> Comparison | None:

@@ -40,7 +40,7 @@ def model_section(run: Run) -> Section:
         notes = [Note("warning", f"{warning[0].upper()}{warning[1:]}")] if warning else []
         notes += [Note("info", reason) for reason in facts.heads_dropped]
         blocks = (*notes, _model_facts(facts), Note("info", f"{facts.coverage.statement()}."), modules_spec(facts))
-    return Section("model", "The model", "What is compressed, and how much of it can be?", blocks)
+    return Section("model", "The model", "Architecture and compressible parameters.", blocks)
 
 
 def _model_facts(facts: ModelFacts) -> Facts:
@@ -53,7 +53,7 @@ def _model_facts(facts: ModelFacts) -> Facts:
             ("Size of the checkpoint", size(facts.bytes), f"held as {facts.dtype} on {facts.device or 'cpu'}"),
             ("Blocks × hidden", f"{facts.blocks} × {facts.hidden:,}", f"context up to {facts.max_context or DASH} tokens"),
             ("Vocabulary", f"{facts.vocabulary:,}", f"embeddings {tied}"),
-            ("Fingerprint", facts.fingerprint[:12] or DASH, "of the weights, so that two runs can be shown to have seen the same model"),
+            ("Fingerprint", facts.fingerprint[:12] or DASH, "of the weights: equal hashes mean equal models"),
         )
     )
 
@@ -64,7 +64,7 @@ def text_section(run: Run) -> Section:
     blocks: tuple[Block, ...] = (Note("missing", "The text was not cut yet: text.json is written when it was."),)
     if facts is not None:
         blocks = (*(Note("warning", warning) for warning in facts.warnings), _text_facts(facts), splits_spec(facts))
-    return Section("text", "The text and the protocol", "What did the model read, and on which part was what decided?", blocks)
+    return Section("text", "The text and the protocol", "Data splits and their use.", blocks)
 
 
 def _text_facts(facts: TextFacts) -> Facts:
@@ -86,7 +86,7 @@ def calibration_section(run: Run) -> Section:
         warnings = [Note("warning", warning) for warning in quality_warnings(facts)]
         inputs = Folded(f"All {len(facts.inputs)} distinct inputs", (inputs_spec(quality_table(facts)),))
         blocks = (*(warnings or [Note("info", "No warning: every input saw enough tokens.")]), _quality(facts), inputs)
-    return Section("calibration", "Calibration quality", "How well were the statistics behind everything below measured?", blocks)
+    return Section("calibration", "Calibration quality", "Quality of the statistics behind all results.", blocks)
 
 
 def _quality(facts: CalibrationFacts) -> Facts:
@@ -95,7 +95,7 @@ def _quality(facts: CalibrationFacts) -> Facts:
     return Facts(
         (
             ("Calibration tokens", f"{facts.tokens:,}", f"{facts.windows} windows, {took}"),
-            ("Tokens per dimension", minimum, f"the least over all inputs; below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy"),
+            ("Tokens per dimension", minimum, f"minimum over all inputs; below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy"),
             ("Worst condition", facts.condition_words, "largest over smallest eigenvalue of an input's covariance, the largest"),
             ("Groups × windows", f"{facts.groups} × {facts.group_size}", f"weights: {facts.group_weights}; pooled within groups"),
         )
@@ -114,7 +114,7 @@ def spectra_section(run: Run) -> Section:
             _scree(spectra, spectra_protocol(run)),
             Folded(f"All {len(spectra)} modules", (atlas_spec(spectra, _METRIC),)),
         )
-    return Section("spectra", "Where the model is low-rank", "In its weights, or in its features?", blocks)
+    return Section("spectra", "Where the model is low-rank", "Ranks of weights and features.", blocks)
 
 
 def _maps(spectra: tuple[LayerSpectrum, ...], protocol: str) -> list[Block]:
@@ -155,8 +155,7 @@ def _scree(spectra: tuple[LayerSpectrum, ...], protocol: str) -> Block:
         data,
         name="scree",
         title=f"Spectra of {minimum.shape.name}, the module with the lowest-rank features",
-        how="the faster a curve falls, the fewer directions matter; left of the break-even rank two factors are smaller than the matrix. "
-        f"Here: {words}.",
+        how=f"a curve that falls fast is low-rank; left of the break-even rank two factors are smaller than the matrix. Here: {words}.",
         alt=f"Singular values of the weight and square roots of feature eigenvalues of {minimum.shape.name} over rank, log axes",
         protocol=protocol,
     )

@@ -45,14 +45,12 @@ def measured_section(run: Run) -> Section:
     seen = confirmed(bodies, trials)
     blocks += [confirmed_spec(seen)] if seen is not None else []
     blocks += [*_verdicts(result), *_missing(run, result, bodies, trials), *_failures(bodies), *_continued(bodies, trials)]
-    return Section(
-        "measured", "Measured on test text", "What does the compressed model lose, on text that nothing was chosen on?", tuple(blocks)
-    )
+    return Section("measured", "Measured on test text", "Quality on held-out test text.", tuple(blocks))
 
 
 _INTRODUCTION = (
-    "Every model saw the same windows. Rows are the dense original, the compressed models as they came out (one-shot), and those whose "
-    "factors were trained afterwards (healed). Intervals are of 95 %, bootstrap over windows; that of the difference is paired by window."
+    "Every model saw the same windows. Rows are the dense model, one-shot compressed models, and healed (fine-tuned) ones. Intervals are "
+    "of 95 %, bootstrap over windows; that of the difference is paired by window."
 )
 
 
@@ -85,7 +83,7 @@ def _missing(run: Run, result: Sequence[Comparison], bodies: Sequence[JsonMappin
         return [
             Note(
                 "missing",
-                "Nothing was measured on test text yet. A search measures its best trials when it ends; the Compare page any other.",
+                "Nothing was measured on test text yet. A search measures its best trials when it ends; measure others on the Compare page.",
             )
         ]
     measured = {body.get("trial") for body in bodies if body.get("ok") and body.get("kind") == "compare"}
@@ -94,7 +92,7 @@ def _missing(run: Run, result: Sequence[Comparison], bodies: Sequence[JsonMappin
     if names:
         blocks.append(Note("missing", f"Not measured on test text: {', '.join(names)} (the answer of the search, or part of it)."))
     if "uniform" not in measured and not any(comparison.label == "uniform" for comparison in result):
-        blocks.append(Note("missing", "The uniform baseline was not measured on test text; the Compare page does it."))
+        blocks.append(Note("missing", "The uniform baseline was not measured on test text; do it on the Compare page."))
     return blocks
 
 
@@ -108,7 +106,7 @@ def _continued(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> 
         how = f"{entry.tokens} tokens, temperature {entry.temperature:g}, seed {entry.seed}"
         compressed = (Code(f"Compressed, {name}", text) for name, text in entry.texts)
         names = ", ".join(name for name, _ in entry.texts)
-        blocks.append(Folded(f"The same prompt, continued by both ({names}; {how})", (Code("Original", entry.original), *compressed)))
+        blocks.append(Folded(f"The same prompt, continued by both ({names}; {how})", (Code("Dense", entry.original), *compressed)))
     return blocks
 
 
@@ -136,12 +134,12 @@ def exports_section(run: Run) -> Section:
             Column.share("removed", "Removed, linears", digits=2),
             Column.share("model_removed", "Removed, model", digits=2),
             Column("bytes", "Weight files", "bytes"),
-            Column.text("state", "When this was written"),
+            Column.text("state", "At the time of this report"),
             Column.number("perplexity", "Perplexity as written", help="On test windows, measured when it was written.", digits=5),
-            Column.text("proof", "Read again in a fresh process", "What `lowrank verify` found."),
+            Column.text("proof", "Read again in a fresh process", "Result of `lowrank verify`."),
         )
         blocks = (Table(pd.DataFrame(rows), columns, "Compressed models on disk, each a valid --model", "exports"),)
-    return Section("exports", "What was written", "Which compressed models are there to take away?", blocks)
+    return Section("exports", "Exports", "Compressed models on disk.", blocks)
 
 
 def _state(entry: Written) -> str:
@@ -158,14 +156,14 @@ def reproduction_section(run: Run) -> Section:
     save = json_link(result.record, "run.json", "run.json")
     exact = "Save this run.json, which has every option, and give it to the command. Model and text must be where it says."
     blocks: list[Block] = [Prose(exact), save, Code("Repeat the run", result.exact)]
-    blocks.append(Code("The same in flags", result.options))
+    blocks.append(Code("As command-line flags", result.options))
     trials = answers_of(trials_of(run), config.search) if config.search is not None else []
     if trials:
         number_of = trials[0].number
         lines = [export_command(str(run.path), number_of), test_command(config, f"trial-{number_of}")]
         blocks.append(Code(f"Write {trial_label(trials[0])}, and measure it on test text next to the dense model", "\n".join(lines)))
     blocks.append(Code("This report", f"lowrank report --run {run.path}"))
-    return Section("reproduction", "How to repeat it", "Which commands give these numbers again?", tuple(blocks))
+    return Section("reproduction", "Reproduction", "Commands that reproduce these numbers.", tuple(blocks))
 
 
 def configuration_section(run: Run) -> Section:
@@ -179,4 +177,4 @@ def configuration_section(run: Run) -> Section:
         Table(versions, pair, "Versions that the run was made with", "versions"),
         Folded("The whole configuration", (Table(flat_table(config), pair, "Configuration, as in run.json", "configuration"),)),
     )
-    return Section("configuration", "Configuration, versions, seeds", "What exactly was run?", blocks)
+    return Section("configuration", "Configuration, versions, seeds", "Configuration, versions and seeds of the run.", blocks)

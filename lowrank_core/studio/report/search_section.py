@@ -42,7 +42,7 @@ def search_section(run: Run) -> Section:
     else:
         trials = read_trials(run)
         blocks = (_choices(search, model_facts(run)), *(_found(run, search, trials) if trials else (_no_trial(run),)))
-    return Section("search", "The rank search", "How should a parameter budget be spent over the layers?", blocks)
+    return Section("search", "The rank search", "Search rank allocations under a parameter budget.", blocks)
 
 
 def _no_trial(run: Run) -> Note:
@@ -85,7 +85,7 @@ def search_protocol(run: Run, search: SearchConfig) -> str:
         "trials in bfloat16" if search.autocast else "",
         f"KL on the {search.top_k} likeliest tokens and the rest: a lower bound" if search.top_k else "",
     ]
-    return "; ".join(word for word in words if word) + ". Search-validation figures: what was minimised, not what is reported."
+    return "; ".join(word for word in words if word) + ". Search-validation values are minimised, so optimistic; report test values."
 
 
 def _headline(now: Progress, search: SearchConfig) -> Facts:
@@ -93,7 +93,7 @@ def _headline(now: Progress, search: SearchConfig) -> Facts:
     return Facts(
         (
             ("Trials complete", f"{now.complete} of {now.wanted}", ", ".join(now.counts.parts)),
-            ("Best trial", trial_label(best) if best else DASH, "least value; on validation text"),
+            ("Best trial", trial_label(best) if best else DASH, "lowest value; on validation text"),
             ("Best value", number(best.value, 4) if best else DASH, OBJECTIVES[search.objective]),
             (
                 "Its perplexity",
@@ -127,7 +127,7 @@ def _history(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str)
         title="Every trial on search-validation text",
         how="lower is better; green steps are the best so far, dashed lines the baselines. Triangles that point down were stopped "
         "early and stand at the loss of the windows they saw; crosses failed, and stand above all others.",
-        alt="Objective of each trial in the order of asking, with baselines and the best so far; the table of trials has the same",
+        alt="Objective of each trial in trial order, with baselines and the best so far; the table of trials has the same",
         protocol=protocol,
     )
 
@@ -140,9 +140,8 @@ def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -
         front_figure(view),
         view.trials,
         name="front",
-        title="How much can be removed at which loss",
-        how="lower is better, and so is further right. The green steps are the Pareto front: to remove at least so much, this is the least "
-        "loss found. Dashed lines join the points of a baseline.",
+        title="Loss against compression ratio",
+        how="lower and further right is better. The green steps are the Pareto front. Dashed lines join the points of a baseline.",
         alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front; the table below has the front",
         protocol=protocol,
     )
@@ -181,7 +180,7 @@ def _unfinished(trials: Sequence[TrialRecord]) -> Block:
     frame = unfinished_table(trials)
     if frame.empty:
         return Note("info", "Every trial was measured to the end, within the budget.")
-    columns = (Column.text("name", "Trial"), Column.text("state", "What it is"), Column.text("reason", "What became of it"))
+    columns = (Column.text("name", "Trial"), Column.text("state", "Kind"), Column.text("reason", "Outcome"))
     caption = "Trials that do not count: stopped early, outside the budget, failed, or not at their end"
     return Table(frame, columns, caption, "unfinished-trials")
 

@@ -22,8 +22,12 @@ def second_text_section(run: Run) -> Section:
     views = [view for result in other_texts(bodies, trials).values() if (view := other_text(own, result)) is not None]
     blocks: list[Block] = [block for number, view in enumerate(views, 1) for block in _told(view, number)]
     if own and not views:
-        blocks = [Note("missing", "No second text was measured: whether this holds on other kinds of text is not known. Compare does it.")]
-    return Section("second-text", "A second text", "Does what was calibrated on one text hold on another?", tuple(blocks))
+        blocks = [
+            Note(
+                "missing", "No second text was measured, so the quality on other kinds of text is unknown. Measure one on the Compare page."
+            )
+        ]
+    return Section("second-text", "A second text", "Quality on text of another kind.", tuple(blocks))
 
 
 def _told(view: OtherText, number: int) -> Iterator[Block]:

@@ -21,8 +21,8 @@ def speed_section(run: Run) -> Section:
     if result:
         blocks = [speedup_chart(result), *(block for number, speed in enumerate(result, 1) for block in _figures(speed, number))]
     elif comparisons(bodies):
-        blocks = [Note("missing", "No model was timed: fewer parameters are not always faster. The Compare page does it.")]
-    return Section("speed", "Speed and memory", "Is the compressed model faster, and does it need less memory?", tuple(blocks))
+        blocks = [Note("missing", "No model was timed: fewer parameters are not always faster. Measure it on the Compare page.")]
+    return Section("speed", "Speed and memory", "Speed and memory of the compressed models.", tuple(blocks))
 
 
 def _figures(speed: Speed, number: int) -> tuple[Block, Block]:

@@ -22,11 +22,11 @@ def tokens_section(run: Run) -> Section:
     """Raises: RunError: an answer of the worker is damaged."""
     result = strips(results(run), trials_of(run))
     blocks = tuple(block for number, strip in enumerate(result, 1) for block in _told(strip, number))
-    return Section("tokens", "Token by token", "Where in a text is a compressed model surprised more than the dense model?", blocks)
+    return Section("tokens", "Token by token", "Where in a text does a compressed model predict worse than the dense model?", blocks)
 
 
 def _told(strip: TokenStrip, number: int) -> Iterator[Block]:
-    words = f"Coloured by what each token costs it above the dense model. {strip.words}"
+    words = f"Coloured by the extra loss of each token over the dense model. {strip.words}"
     yield Strip(strip.name, words, Markup(strip_html(strip)), strip.protocol)
     worst = worst_spec(strip, _WORST, number)
-    yield Folded(f"The {len(worst.frame)} tokens on which {strip.name} lost most", (worst,))
+    yield Folded(f"The {len(worst.frame)} tokens with the largest extra loss of {strip.name}", (worst,))

@@ -191,14 +191,14 @@ def search_variables(trials: Sequence[TrialRecord], search: SearchConfig) -> lis
 
 def _variable(name: str, search: SearchConfig) -> Variable:
     if name == RATIO:
-        return Variable(name, "Ratio asked for", "Fraction of parameters to remove, as the sampler proposed it.")
+        return Variable(name, "Target ratio", "Fraction of parameters to remove, as proposed by the sampler.")
     group = unit_label(name) if "." in name else {"qk": "q, k"}.get(name, name)
     if search.variables == "error_weight":
         return Variable(
             name, f"Weight of {group}", "On the errors of these matrices when they are traded; 1 is the allocation `lagrangian`."
         )
     if search.projected:
-        return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, before all are scaled onto the budget.")
+        return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, before scaling onto the budget.")
     return Variable(
         name, f"Kept of {group}", "Kept fraction of these matrices, as published: not scaled onto the budget; from 1 on they are dense."
     )

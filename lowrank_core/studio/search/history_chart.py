@@ -102,7 +102,7 @@ def _height(objective: str) -> Spec:
 def _across(**domain: object) -> Spec:
     scale = {"nice": False, "zero": False, "padding": 14, **domain}
     axis = {"format": "d", "tickMinStep": 1, "grid": False, "labelExpr": "datum.value < 0 ? '' : datum.label"}
-    return {"field": "number", "type": "quantitative", "title": "Trial (in the order of asking)", "scale": scale, "axis": axis}
+    return {"field": "number", "type": "quantitative", "title": "Trial (in trial order)", "scale": scale, "axis": axis}
 
 
 def _spec(objective: str) -> Spec:

@@ -114,4 +114,4 @@ def missing_words(result: Importances) -> str:
         return ""
     more = "1 more sampled trial is" if result.missing == 1 else f"{result.missing} more sampled trials are"
     so_far = "1 trial" if result.trials == 1 else f"{result.trials or 'no'} trials"
-    return f"Which variable matters can't be determined from {so_far} that set them all: {more} needed."
+    return f"The importance of variables can't be estimated from {so_far} that set them all: {more} needed."

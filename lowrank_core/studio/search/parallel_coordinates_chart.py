@@ -19,11 +19,11 @@ _VARIABLES: Spec = {
     "axis": {"domain": False, "ticks": False, "labelLimit": 220, "labelOverlap": False},
 }
 """A row for each variable, in the order of the table."""
-_LEVELS = "datum.value == 0 ? 'least of its range' : 'most of its range'"
+_LEVELS = "datum.value == 0 ? 'minimum of its range' : 'maximum of its range'"
 
 
 def fingerprint_chart(view: Fingerprint, chosen: int | None = None) -> VegaChart:
-    """Draw a column for each trial, the best at the left, and a row for each variable: bright is the most of the variable's range."""
+    """Draw a column for each trial, best at the left, and a row for each variable: bright is the most of the variable's range."""
     frame = view.frame[["number", "place", "left", "right", "variable", "position", "note"]]
     return VegaChart(frame.assign(chosen=frame["number"] == (-1 if chosen is None else chosen)), _strips(view.variables))
 

@@ -78,4 +78,4 @@ def front_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
 def front_spec(trials: Sequence[TrialRecord], search: SearchConfig) -> Table:
     """Return ``front_table`` as it is shown."""
     columns = (Column.text("name", "On the front"), Column.share("removed", "Removed, linears", digits=2), *value_columns(search))
-    return Table(front_table(trials), columns, "Pareto front: no other trial removes as much at less loss", "pareto-front")
+    return Table(front_table(trials), columns, "Pareto front: no other trial removes as much at a lower loss", "pareto-front")

@@ -22,7 +22,7 @@ __all__ = ["Plan", "TimeEstimate", "check_budget", "time_estimate"]
 _RUNS_LOOKED_AT = 8
 _KEPT = ("Calibrating", "Computing spectra", "Measuring gradients")
 """Stages whose results the runs of a machine share."""
-_STAGES_BEFORE = ("Loading the model", "Reading the text", *_KEPT, "Factorising", "Measuring the dense model", "Measuring slopes")
+_STAGES_BEFORE = ("Loading the model", "Reading the text", *_KEPT, "Factorising", "Measuring the dense model", "Measuring error weights")
 """As the worker calls them in ``events.jsonl``."""
 
 

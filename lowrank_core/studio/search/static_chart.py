@@ -41,7 +41,7 @@ def history_figure(view: History) -> go.Figure:
     heights = view.trials["value"].fillna(view.trials["partial"])
     figure = go.Figure(_steps(view.trials["number"], view.trials["best"], "best so far", "hv"))
     _points(figure, view.trials.assign(across=view.trials["number"], height=heights.fillna(_above(heights.dropna()))))
-    _finish(figure, x="Trial (in the order of asking)", y=f"{view.objective}, log scale")
+    _finish(figure, x="Trial (in trial order)", y=f"{view.objective}, log scale")
     _baselines(figure, view.baselines)
     figure.update_xaxes(rangemode="tozero", tickformat="d", showgrid=False)
     return figure

@@ -50,5 +50,5 @@ def _now(name: str, trials: Sequence[TrialRecord], living: Mapping[str, RunStatu
         since = "" if running.started is None else f", for {duration(now - running.started)}"
         return f"{trial_label(running)}{since}"
     if status is None:
-        return "ended" if here else "no trial in hand"
-    return status.stage or ("working" if is_working(status) else "waits for work")
+        return "ended" if here else "no trial running"
+    return status.stage or ("working" if is_working(status) else "idle")

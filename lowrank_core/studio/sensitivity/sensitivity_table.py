@@ -268,5 +268,5 @@ def coverage(cells: pd.DataFrame, matrices: Sequence[MatrixShape], kept: float) 
 
 def rho_words(rho: float | None, n: int) -> str:
     """Return a correlation with its number of modules, and a warning where they are few."""
-    few = ": few modules, so ρ says little" if n < FEW_CELLS else ""
+    few = ": few modules, so ρ is unreliable" if n < FEW_CELLS else ""
     return f"Spearman's ρ = {DASH if rho is None or np.isnan(rho) else format(rho, '.2f')} over {n} modules{few}"

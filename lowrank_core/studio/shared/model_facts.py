@@ -158,7 +158,7 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
 def modules_spec(facts: ModelFacts) -> Table:
     """Return ``module_table`` as it is shown."""
     columns = (
-        Column.text("type", "Module type, or what is left alone", width="medium"),
+        Column.text("type", "Module type (or not compressed)", width="medium"),
         Column.whole("count", "Count"),
         Column.short("shape", "Shape (out × in), or why"),
         Column.text("break_even", "Break-even rank", "The largest rank whose two factors cost less than the matrix."),

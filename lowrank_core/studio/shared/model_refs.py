@@ -28,7 +28,7 @@ _KINDS = {
     "speed": "timing",
     "directions": "reading the top directions",
     "export": "writing the model",
-    "measure": "putting an allocation in line",
+    "measure": "queueing an allocation",
     "heal": "healing",
     "sensitivity": "measuring sensitivities",
     "verify": "measuring an exported folder again",

@@ -58,9 +58,9 @@ def state_words(trial: TrialRecord) -> str:
     if trial.state == "pruned":
         return f"stopped early after {len(trial.windows)} windows, {number(partial_value(trial), 4)} per token on them"
     if trial.state == "infeasible" and trial.label == MANUAL:
-        return "over the budget: measured, and never the best"
+        return "over the budget: measured, but never the best"
     if trial.state == "infeasible":
-        return "outside the range of ratios that counts: measured, and never the best"
+        return "outside the range of ratios that counts: measured, but never the best"
     return trial.state
 
 

@@ -179,7 +179,7 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
                 sources=(),
                 ranks=False,
                 from_zero=False,
-                missing="not measured, or nothing but rounding",
+                missing="not measured, or below rounding",
                 log=True,
                 known=lambda facts: bool(facts.costs),
             ),

@@ -64,7 +64,7 @@ def show(run: Run) -> None:
     """Draw the newest healing; the older ones are reported in a line each."""
     result = healings(run)
     if not result:
-        st.caption("Trains the factors for some minutes on calibration text, chooses on validation text, and measures on test text.")
+        st.caption("Trains the factors for some minutes on calibration text, selects a step on validation text, and measures on test text.")
         return
     newest, *older = result
     _told(newest)
@@ -78,7 +78,7 @@ def _told(healing: Healing) -> None:
     report = healing.report
     if report is None:
         done = healing.history[-1].step if healing.history else 0
-        st.caption(f"**{healing.name}**: {healing.method}, validated up to step {done:,} of {healing.steps:,}. Asked again, it goes on.")
+        st.caption(f"**{healing.name}**: {healing.method}, validated up to step {done:,} of {healing.steps:,}. Start it again to resume.")
         return
     st.caption(
         f"**{healing.name}**: {report.label}, {report.steps:,} steps, {count(report.tokens)} tokens, {report.seconds:,.0f} s, rate "

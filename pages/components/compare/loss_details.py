@@ -22,9 +22,7 @@ def one_model(result: Sequence[Comparison], wanted: str) -> Comparison:
     """Draw the choice of a measured model and its figures; ``wanted`` is the key of the one that is shown first."""
     known = {comparison.key: comparison for comparison in result}
     first = list(known).index(wanted) if wanted in known else 0
-    key = st.selectbox(
-        "Original against", list(known), first, key=f"one_model_{wanted}", format_func=lambda key: known[key].name, width=420
-    )
+    key = st.selectbox("Dense against", list(known), first, key=f"one_model_{wanted}", format_func=lambda key: known[key].name, width=420)
     shown = known.get(key, result[0])
     headline(shown)
     return shown

@@ -16,7 +16,7 @@ from pages.components import charts, tables
 __all__ = ["headline", "show_all", "show_refusals", "show_unspent"]
 
 _WIDTHS = [1.15, 1.2, 1.05, 1.05, 1.15]  # of the cards: the longest labels fit at 1280 pixels
-_TABLES = {"lost": "What is lost", "saved": "What is saved"}
+_TABLES = {"lost": "Quality", "saved": "Size"}
 
 
 def show_all(result: Sequence[Comparison]) -> None:
@@ -44,13 +44,13 @@ def headline(shown: Comparison) -> None:
     """Draw one model's figures as cards: what it loses, and what it saves."""
     change = shown.perplexity - shown.dense_perplexity
     cards = (
-        ("Perplexity, original", number(shown.dense_perplexity, 4), interval_words(shown.dense_perplexity_interval), None),
+        ("Perplexity, dense", number(shown.dense_perplexity, 4), interval_words(shown.dense_perplexity_interval), None),
         ("Perplexity, compressed", number(shown.perplexity, 4), interval_words(shown.perplexity_interval), None),
         (
             "Difference",
             f"{change:+z.3g}",
             interval_words(shown.perplexity_difference_interval),
-            "Compressed less original, paired by window.",
+            "Compressed minus dense, paired by window.",
         ),
         ("KL to the dense model", number(shown.kl), "nats per token", None),
         ("Top-1 agreement", percent(shown.top1_agreement), "of tokens", "Where both models rank the same token first."),

@@ -44,7 +44,7 @@ def choose(run: Run, options: Mapping[ModelKey, str], trials: Sequence[TrialReco
             type="primary",
             icon=":material/straighten:",
             disabled=run.recorded or not missing,
-            help=why_not(run) or ("Each on the same windows as the dense model." if missing else "All that is chosen is measured."),
+            help=why_not(run) or ("Each on the same windows as the dense model." if missing else "All chosen models are measured."),
         ):
             submit(run, "compare", missing)
         if st.button(
@@ -53,14 +53,14 @@ def choose(run: Run, options: Mapping[ModelKey, str], trials: Sequence[TrialReco
             icon=":material/playlist_add:",
             disabled=run.recorded or not presets,
             help=why_not(run)
-            or "Whole published recipes, each with its own basis, storage and ranks, on this run's calibration. "
+            or "Complete published recipes, each with its own error metric, storage and ranks, on this run's calibration. "
             "Some measure gradients first or fit block by block: minutes on a large model; ASVD cuts each matrix to nine sizes: longer.",
         ):
             submit(run, "compare", presets)
-        st.caption(f"{len(chosen) - len(missing)} of {len(chosen)} measured or asked for", width="content")
+        st.caption(f"{len(chosen) - len(missing)} of {len(chosen)} measured or queued", width="content")
     notes = preset_notes(chosen)
     if notes:
-        with st.expander("Where these presets depart from their papers", icon=":material/difference:"):
+        with st.expander("How these presets differ from their papers", icon=":material/difference:"):
             for note in notes:
                 st.markdown(note)
     return chosen

@@ -23,7 +23,7 @@ def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Prompt]) -> None
     for position, entry in enumerate(result):
         with st.expander(entry.title, expanded=position == 0):
             left, right = st.columns(2)
-            left.caption("Original")
+            left.caption("Dense")
             left.code(entry.original, language=None, wrap_lines=True)
             for name, text in entry.texts:
                 right.caption(f"Compressed, {name}")
@@ -38,7 +38,7 @@ def _form(run: Run, chosen: Sequence[ModelKey]) -> None:
             temperature = st.number_input(
                 "Temperature", 0.0, 2.0, TEMPERATURE, 0.1, key="prompt_temperature", width=160, help="0 always takes the likeliest token."
             )
-            seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="prompt_seed", width=140, help="All models draw with it.")
+            seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="prompt_seed", width=140, help="Used for all models.")
             pressed = st.form_submit_button(
                 "Continue with all chosen", key="continue", icon=":material/edit_note:", disabled=run.recorded, help=why_not(run)
             )

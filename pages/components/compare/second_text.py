@@ -38,7 +38,7 @@ def show(
     """Draw the form that asks for another text, and what was measured on those that were asked for."""
     _form(run, chosen, trials, own, others)
     if not others:
-        st.caption("Statistics of one text decide what is kept: another kind of text can lose far more. Measure one to see.")
+        st.caption("The calibration text decides what is kept; other kinds of text can lose far more. Measure a second text to check.")
         return
     reference = st.selectbox("Shown", list(others), key="second_text_shown") if len(others) > 1 else next(iter(others))
     view = other_text(own, others[reference])
@@ -78,7 +78,7 @@ def _form(
             key="measure_second",
             icon=":material/compare_arrows:",
             disabled=run.recorded or not chosen,
-            help=why_not(run) or "Next to the dense model, on the same windows; on the run's own text, too, where that is missing.",
+            help=why_not(run) or "Next to the dense model, on the same windows; also on the run's own text if that is missing.",
         )
     if not pressed:
         return
@@ -95,4 +95,4 @@ def _form(
         ]
         if requests:
             ask_all(run, requests)
-        st.info("All that is chosen was measured on this text.", icon=":material/check:")
+        st.info("All chosen models are measured on this text.", icon=":material/check:")

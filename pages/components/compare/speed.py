@@ -25,7 +25,7 @@ def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Speed]) -> None:
     """Draw the form, and what was timed."""
     _form(run, chosen)
     if not result:
-        st.caption("Each model is timed in turns with the dense model, warm. Fewer parameters are not always faster: this tells.")
+        st.caption("Each model is timed in alternation with the dense model, warm. Fewer parameters are not always faster.")
         return
     charts.show(speedup_chart(result), key="speedups")
     for index, speed in enumerate(result):

@@ -18,7 +18,7 @@ from pages.components.request_controls import submit, why_not
 
 __all__ = ["show"]
 
-_SOURCES = {"window": "A test window", "text": "A text of mine"}
+_SOURCES = {"window": "A test window", "text": "Own text"}
 _TEXT = "def mean(values):\n    return sum(values) / len(values)\n"
 
 
@@ -26,7 +26,7 @@ def show(run: Run, chosen: Mapping[ModelKey, str], result: Sequence[TokenStrip],
     """Draw the form that asks for a text, and the texts that were read; ``windows`` says where most is lost."""
     _form(run, chosen, windows)
     if not result:
-        st.caption("Shows where in a text the compressed model is surprised more than the dense model.")
+        st.caption("Shows where in a text the compressed model predicts worse than the dense model.")
         return
     titles = [strip.title for strip in result]
     index = st.selectbox("Shown", range(len(result)), key=f"strip_{len(result)}", format_func=titles.__getitem__) if len(result) > 1 else 0
@@ -34,8 +34,8 @@ def show(run: Run, chosen: Mapping[ModelKey, str], result: Sequence[TokenStrip],
     st.caption(f"{strip.name}. {strip.words}")
     with st.container(border=True, height=360 if len(strip.frame) > 150 else "content", key="token_strip"):
         st.html(strip_html(strip))
-    st.caption(f"Hover over a token for its figures. Protocol: {strip.protocol}.")
-    st.markdown("**The tokens that lost most**")
+    st.caption(f"Hover over a token for its values. Protocol: {strip.protocol}.")
+    st.markdown("**Tokens with the largest extra loss**")
     tables.show(worst_spec(strip), key="worst_tokens")
     st.download_button(
         "All tokens (CSV)",
@@ -75,10 +75,10 @@ def _form(run: Run, chosen: Mapping[ModelKey, str], windows: WindowTable | None)
                 min(worst, max(0, last)),
                 key=f"token_window_{run.id}",
                 width=140,
-                help="Of the test text. Begins at the one where the model above loses most.",
+                help="Of the test text; the default is the window with the largest extra loss.",
             )
     text = st.text_area("Text", _TEXT, key="token_text", height=110, persist_state="session") if source == "text" else ""
-    if st.button("Read it with both", key="read_tokens", icon=":material/format_color_text:", disabled=run.recorded, help=why_not(run)):
+    if st.button("Evaluate both models", key="read_tokens", icon=":material/format_color_text:", disabled=run.recorded, help=why_not(run)):
         if source == "window":
             submit(run, "tokens", [subject], window=int(window))
         elif text.strip():

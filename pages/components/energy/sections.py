@@ -53,8 +53,8 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
         chart(
             retained_figure(result, rank),
             key="energy_kept",
-            title="Energy kept",
-            how="a curve that rises early is low-rank: features often are where weights are not.",
+            title="Retained energy",
+            how="a curve that rises early is low-rank; features often are, weights less so.",
             alt=f"Cumulative energy of features and weights of {module} against rank",
             data=numbers,
         )
@@ -62,8 +62,8 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
         chart(
             left_figure(result, rank),
             key="energy_removed",
-            title="Energy removed",
-            how="the share of energy that a rank loses; each step down is a power of ten.",
+            title="Discarded energy",
+            how="the share of energy beyond a rank, log scale.",
             alt=f"Energy removed from features and weights of {module} against rank, log scale",
             data=numbers,
         )
@@ -71,7 +71,7 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
 
 def _type(spectra: Sequence[LayerSpectrum], kind: str, name: str, rank_share: float, columns: Sequence[object]) -> None:
     band = energy_band(spectra, kind)
-    words = {"kept": "the higher, the fewer ranks are needed", "removed": "each step down is a power of ten"}
+    words = {"kept": "the higher, the fewer ranks are needed", "removed": "log scale"}
     for column, (what, reading) in zip(columns, words.items(), strict=True):
         with column:  # type: ignore[attr-defined]
             chart(
@@ -88,9 +88,9 @@ def loss(run: Run, spectrum: LayerSpectrum, rank: int) -> None:
     """Say what trials lost that keep about as much as the factors at ``rank``; energy alone is no loss."""
     search = run.config.search
     result = measured_loss(read_trials(run), energy_at_rank(spectrum, rank).parameters_kept) if search is not None else None
-    st.markdown("**Measured loss next to it**")
+    st.markdown("**Measured loss**")
     if result is None:
-        st.caption("Energy is not a loss, and no loss is measured in this run yet: a rank search measures its baselines first.")
+        st.caption("Energy is not a loss, and this run has no measured loss yet: a rank search measures its baselines first.")
         st.page_link(navigation.SEARCH, label="Measure it in a rank search", icon=":material/query_stats:")
         return
     st.caption(result.sentence())
@@ -120,7 +120,7 @@ def pooling(spectrum: LayerSpectrum, entry: InputFacts | None) -> None:
             pooling_figure(result),
             key="pooling",
             title="Feature eigenvalues, pooled and sample",
-            how="where the curves part, differences between groups of text made up part of the variance.",
+            how="where the curves differ, part of the variance comes from differences between groups of text.",
             alt=f"Square roots of pooled and sample feature eigenvalues of {module}",
             data=pooling_table(result),
         )
@@ -132,7 +132,7 @@ def pooling(spectrum: LayerSpectrum, entry: InputFacts | None) -> None:
             groups_figure(groups),
             key="groups",
             title="Variance of each group",
-            how="long bars are pieces of text that excite this input more, or less, than the rest.",
+            how="long bars are groups of text with a larger or smaller input variance than the rest.",
             alt="Deviation of the trace of each group's covariance from the mean of groups",
             data=groups,
         )

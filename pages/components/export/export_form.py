@@ -43,8 +43,7 @@ __all__ = ["show"]
 _FORMS = {"compressed": "Factors", "dense": "Dense merge"}
 _DTYPES = {"auto": "As checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 _RECORDED = (
-    "A recorded run has no worker: the line under “Command” writes this model from a terminal, or start a search of your own. "
-    "Everything that can be downloaded is below."
+    "A recorded run has no worker: use the line under “Command” in a terminal, or start a search of your own. All downloads are below."
 )
 
 
@@ -60,11 +59,11 @@ def show(run: Run) -> Source | None:
     if search is None or not result:
         text = "This run only analyses the model." if search is None else "This run has no complete trial."
         text += " A search has its first allocations within a minute."
-        layout.empty("No allocation to take away", text, icon=":material/save:", page=navigation.SEARCH, label="Go to the rank search")
+        layout.empty("No allocation to export", text, icon=":material/save:", page=navigation.SEARCH, label="Go to the rank search")
         return None
     failure = last_failure([body for body in results(run) if body.get("kind") == "export"])
     if failure is not None:
-        st.error(f"The last model was not written: {failure.error}", icon=":material/error:")
+        st.error(f"The last export failed: {failure.error}", icon=":material/error:")
     left, right = st.columns([1, 1.6], gap="large")
     with left:
         source, config = _choice(run, result)
@@ -93,7 +92,7 @@ def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
         index,
         key=f"export_what_{run.id}_{picked}",
         format_func=lambda name: result[name].label if name in result else name,
-        help="An allocation is written as it comes out of the compression. A healed model has the same ranks, and trained factors.",
+        help="An allocation is exported as compressed (one-shot). A healed model has the same ranks and trained factors.",
     )
     form = st.segmented_control(
         "Form",
@@ -103,8 +102,8 @@ def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
         required=True,
         format_func=_FORMS.__getitem__,
         persist_state="session",
-        help="Factors: smaller, for transformers with this package or with our code. Dense merge: the factors multiplied out into the "
-        "plain architecture, for vLLM, llama.cpp and any other runtime; it is not smaller.",
+        help="Factors: smaller; for transformers with this package or with our code. Dense merge: the factors multiplied out into the "
+        "plain architecture, no smaller; for vLLM, llama.cpp and any other runtime.",
     )
     dense = form == "dense"
     code = st.toggle(
@@ -112,16 +111,16 @@ def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
         key="export_with_code",
         disabled=dense,
         persist_state="session",
-        help="Puts our code next to the weights: for people who have transformers and not this package. They load it with "
-        "trust_remote_code=True. A dense merge needs none.",
+        help="Writes our code with the weights: for users of transformers without this package, who load it with trust_remote_code=True. "
+        "A dense merge needs none.",
     )
     int8 = st.toggle(
         "int8 factors",
         key="export_int8",
         disabled=dense,
         persist_state="session",
-        help="Stores the factors as whole numbers with one scale for each row: for small disks and memory. It saves no time, and it "
-        "rounds: the folder is measured as written. A dense merge has no factors.",
+        help="Stores the factors as 8-bit integers with one scale per row: less disk and memory, no speed-up, some rounding error (the "
+        "folder is measured as written). A dense merge has no factors.",
     )
     with st.container(horizontal=True):
         dtype = st.selectbox(
@@ -130,8 +129,8 @@ def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
             key="export_dtype",
             format_func=_DTYPES.__getitem__,
             persist_state="session",
-            help="Of everything that is not int8. As the checkpoint is the usual choice: never larger than what it was made from. "
-            "bfloat16 halves float32 and rounds; float16 is for runtimes without bfloat16.",
+            help="Of all tensors that are not int8. Keep the checkpoint's unless you need another: bfloat16 halves float32 and rounds; "
+            "float16 is for runtimes without bfloat16.",
         )
         shard = st.text_input(
             "Largest weight file",
@@ -150,7 +149,7 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
     st.markdown("**What will be written**")
     layout.metrics_row(
         {
-            "Weights": (_bounded(size(result.bytes), result), f"{result.bytes:,} bytes of {result.dtype}; the file's header comes on top."),
+            "Weights": (_bounded(size(result.bytes), result), f"{result.bytes:,} bytes of {result.dtype}; without the file's header."),
             "Of the dense model": (percent(result.bytes / max(1, facts.bytes)), f"The checkpoint has {size(facts.bytes)}."),
             "Parameters": (_bounded(count(result.parameters), result), f"{result.parameters:,}: biases, indices and scales counted."),
         }
@@ -159,7 +158,7 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
     if not result.exact:
         why = "its ranks are known once the worker has built it" if source.ranks is None else "a merge may add biases"
         st.caption(f"At most, because {why}: these are upper bounds.")
-    sizes, files, who, again, loading = st.tabs(["Sizes", "Files", "Who can load it", "Command", "Load it"])
+    sizes, files, who, again, loading = st.tabs(["Sizes", "Files", "Runtimes", "Command", "Load it"])
     folder = folder_of(run, source, config)
     with sizes:
         _sizes(forms_table(facts, units, source, search, config))
@@ -181,11 +180,11 @@ def _bounded(words: str, result: Planned) -> str:
 
 def _sizes(frame: pd.DataFrame) -> None:
     columns = (
-        Column.text("chosen", "", "The form that is chosen.", 30),
-        Column.text("form", "Form", "“At most” where the exact count is known only once it is built.", 150),
+        Column.text("chosen", "", "The chosen form.", 30),
+        Column.text("form", "Form", "“At most” where the exact count is known only after building.", 150),
         Column.text("dtype", "Floats", width=75),
         Column.whole("parameters", "Parameters", "Numbers in the files: biases, indices and scales counted."),
-        Column.whole("bytes", "Bytes", "Of the tensors; a header of some kilobytes comes on top."),
+        Column.whole("bytes", "Bytes", "Of the tensors; without a header of some kilobytes."),
         Column.share("share", "Share", "Of the dense model's bytes."),
     )
     tables.show(Table(frame, columns, "Bytes of each form"), key="export_sizes")
@@ -215,15 +214,15 @@ def _healed_command(result: HealingCommands) -> None:
     st.caption(f"{first}, and heal it:")
     st.code(result.lines, language="bash", wrap_lines=True)
     st.caption(
-        "`lowrank heal` begins with the factors as the first folder stores them, the worker began with those in memory: figures may "
-        "differ by rounding, unless both are float32 (“Stored as”)."
+        "`lowrank heal` starts from the factors as stored, the worker started from those in memory: results may differ by rounding, "
+        "unless both are float32 (“Stored as”)."
     )
 
 
 def _loading(folder: Path, source: Source, config: ExportConfig) -> None:
     """Show how to load what the command writes: by the same relative path."""
     name = folder_name_of(source, config)
-    st.caption(f"From where `{name}` lies: the command writes it to the folder that you are in, the button to `{folder.parent}`.")
+    st.caption(f"In the folder of `{name}`: the command writes to the current folder, the button to `{folder.parent}`.")
     for way in loading_of(Path(name), config.form, with_code=config.with_code):
         st.caption(way.title)
         st.code(way.code, language=way.language, wrap_lines=True)
@@ -232,7 +231,7 @@ def _loading(folder: Path, source: Source, config: ExportConfig) -> None:
 def _write_button(run: Run, source: Source, config: ExportConfig) -> None:
     """Draw the button that has the model written."""
     there = folder_of(run, source, config).exists()
-    why_not = _RECORDED if run.recorded else "This one is written already: see below." if there else None
+    why_not = _RECORDED if run.recorded else "Already written: see below." if there else None
     pressed = st.button("Write it", key="export", type="primary", icon=":material/save:", disabled=why_not is not None, help=why_not)
     if why_not is not None:
         st.caption(why_not)

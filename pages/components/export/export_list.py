@@ -36,7 +36,9 @@ def show(run: Run) -> None:
     """
     result = sorted(written_models(run, results(run)), key=lambda entry: entry.changed or 0.0, reverse=True)
     if not result:
-        st.caption("None yet. A written folder is a valid `--model` of the command line, and can prove that it is what was measured.")
+        st.caption(
+            "None yet. An exported folder is a valid `--model` of the command line, and can be verified against its recorded perplexity."
+        )
     asked = {str(_arguments(request).get("path")) for request in client.pending_requests(run) if request.get("kind") == "verify"}
     for position, entry in enumerate(result):
         with st.container(border=True, key=f"written_{position}"), boundary():
@@ -57,7 +59,7 @@ def _entry(run: Run, entry: Written, *, waits: bool) -> None:
         st.error(f"{entry.damage} Delete the folder, and write the model again.", icon=":material/error:")
         return
     if entry.bytes is None:
-        st.warning(f"The folder has gone: {entry.path}. Write the model again.", icon=":material/folder_off:")
+        st.warning(f"The folder is missing: {entry.path}. Write the model again.", icon=":material/folder_off:")
         return
     _facts(entry)
     _proof(entry, waits=waits)
@@ -70,7 +72,7 @@ def _entry(run: Run, entry: Written, *, waits: bool) -> None:
 
 def _badge(proof: Proof | None) -> None:
     if proof is None:
-        st.badge("Not proven yet", icon=":material/help:", color="gray")
+        st.badge("Not verified yet", icon=":material/help:", color="gray")
     elif proof.ok:
         st.badge("Proven", icon=":material/verified:", color="green")
     else:
@@ -106,7 +108,7 @@ def _proof(entry: Written, *, waits: bool) -> None:
     layout.metrics_row(
         {
             "Perplexity as written": (number(result.recorded, 6), "Measured on the folder when it was written."),
-            "As reloaded": (number(result.measured, 6), "By a process that knows nothing of the first one."),
+            "As reloaded": (number(result.measured, 6), "Measured in a fresh process."),
             "Difference": (_signed(result.difference), f"Rounding allows {number(result.tolerance, 2)}."),
         }
     )
@@ -125,7 +127,7 @@ def _told(result: Proof) -> str:
 
 def _verify_button(run: Run, name: str, *, waits: bool) -> None:
     """Draw the button that has an export loaded in a fresh process and measured again."""
-    why_not = "A recorded run has no worker." if run.recorded else "It is on its way." if waits else None
+    why_not = "A recorded run has no worker." if run.recorded else "Already queued." if waits else None
     if st.button("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", disabled=why_not is not None, help=why_not):
         with boundary():
             client.submit(run, "verify", path=name)
@@ -158,11 +160,11 @@ def _card_button(entry: Written) -> None:
 
 def _details(entry: Written) -> None:
     name = entry.path.name
-    with st.expander("Load it, prove it on the command line, ranks", key=f"details_{name}"):
+    with st.expander("Loading, verification on the command line, ranks", key=f"details_{name}"):
         for way in loading_of(entry.path, entry.form, with_code=entry.with_code):
             st.caption(way.title)
             st.code(way.code, language=way.language, wrap_lines=True)
-        st.caption("The same proof without the dashboard")
+        st.caption("The same check on the command line")
         st.code(verify_command(str(entry.path)), language="bash", wrap_lines=True)
         if entry.ranks:
             columns = (Column.text("layer", "Layer"), Column.whole("rank", "Rank", "A dash: stays dense."))

@@ -15,7 +15,7 @@ __all__ = ["show"]
 def show(editor: DraftState, draft: Draft) -> None:
     """Draw the download, and the commands that take the file."""
     name = f"{editor.run.id}-manual.json"
-    st.subheader("Take it away", anchor=False)
+    st.subheader("Export", anchor=False)
     st.download_button(
         "Allocation (JSON)",
         draft.to_json(MANUAL),
@@ -24,10 +24,10 @@ def show(editor: DraftState, draft: Draft) -> None:
         key="hand_download",
         icon=":material/download:",
         on_click="ignore",
-        help="Ranks and locks, to be imported here again, edited, or compressed.",
+        help="Ranks and locks, for importing here, editing, or `lowrank compress --ranks`.",
     )
-    st.caption("Make a model of it, with the recipe of this run:")
+    st.caption("Compress with it, by this run's recipe:")
     st.code(compress_command(editor.run.config, name, f"{editor.run.id}-manual"), language="bash", wrap_lines=True)
     if not editor.run.recorded:
-        st.caption("Or have it measured from a terminal, where the file is:")
+        st.caption("Or queue it from a terminal, in the folder of the file:")
         st.code(enqueue_command(str(editor.run.path), name), language="bash", wrap_lines=True)

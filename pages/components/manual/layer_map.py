@@ -26,9 +26,9 @@ def show(editor: DraftState, draft: Draft) -> None:
         map_figure(view, module),
         key="hand_map",
         title="Share of the predicted ΔKL" if loss else "Where this draft keeps its parameters",
-        how="bright cells are predicted to cost most; the members of a stack show the share of the whole stack. Click one to pick it."
+        how="bright cells have the largest predicted cost; members of a stack show the share of the whole stack. Click a cell to select it."
         if loss
-        else f"bright cells keep most, 100 % is dense; {percent(allocation.compression_ratio)} are removed in all. Click one to pick it.",
+        else f"bright cells keep most, 100 % is dense; {percent(allocation.compression_ratio)} removed. Click a cell to select it.",
         alt="Kept fraction of parameters, or share of the predicted loss, by block and module type",
         data=view.frame,
         on_pick=state.pick_from_chart("module", "hand_map"),
@@ -57,7 +57,7 @@ def _grouping(editor: DraftState, draft: Draft, module: str) -> None:
         format_func=lambda name: result.get(name, name),
         on_change=_regroup,
         args=(editor, key),
-        help="What shared its row stands by itself again. Every matrix keeps about the fraction that it kept before.",
+        help="Modules that shared its row get rows of their own. Every matrix keeps about its fraction.",
         width=420,
     )
 

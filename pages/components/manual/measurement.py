@@ -34,7 +34,7 @@ def button(editor: DraftState, draft: Draft) -> None:
     """Draw the button that has the draft measured next."""
     now = _now(editor, draft, read_trials(editor.run))
     known = now.trial is not None and now.stage == "measured"
-    why_not = _RECORDED if editor.run.recorded else "It is measured: see below." if known else "It is queued." if now.open else None
+    why_not = _RECORDED if editor.run.recorded else "Measured: see below." if known else "Queued." if now.open else None
     pressed = st.button(
         "Measure it now",
         key="measure_hand",
@@ -73,7 +73,7 @@ def status(editor: DraftState, draft: Draft) -> None:
         RunError: an answer, or the journal, is damaged.
     """
     now = _now(editor, draft, read_trials(editor.run))
-    others = {0: "", 1: " One other allocation waits."}.get(now.others, f" {now.others} other allocations wait.")
+    others = {0: "", 1: " One other allocation is queued."}.get(now.others, f" {now.others} other allocations are queued.")
     if now.open:
         st.info(_open_words(now, editor) + others, icon=":material/hourglass_top:")
         if not editor.run.worker_alive():
@@ -107,9 +107,9 @@ def result(editor: DraftState, draft: Draft) -> None:
 
 def _open_words(now: Picked, editor: DraftState) -> str:
     if now.stage == "asked":
-        return "Waits for the worker, which looks between two trials."
+        return "Waits for the worker, which checks between two trials."
     if now.stage == "waiting" or now.trial is None:
-        return "In line: it is the next trial."
+        return "Queued as the next trial."
     windows = trial_windows(editor.run)
     of = f" of {windows.count}" if windows else ""
     return f"Being measured as {trial_label(now.trial)}: {len(now.trial.windows)}{of} windows."
@@ -140,7 +140,7 @@ def trusted(editor: DraftState, draft: Draft, predictions: pd.DataFrame) -> None
     record = editor.recipe.record
     if record is None:
         return
-    st.subheader("How far can the prediction be trusted?", anchor=False)
+    st.subheader("Accuracy of the prediction", anchor=False)
     result = trust(predictions)
     left, right = st.columns([1.7, 1], gap="large") if record.predicts and result is not None else (None, st.container())
     with right:
@@ -157,8 +157,8 @@ def trusted(editor: DraftState, draft: Draft, predictions: pd.DataFrame) -> None
             prediction_figure(predictions, now=predicted_kl(record, draft.ranks)),
             key="prediction",
             title="Predicted and measured KL of this run's trials",
-            how="on the dashed line a prediction came true; above it the model lost more. Points along a line, even next to this one, are "
-            "in the right order.",
+            how="on the dashed line prediction and measurement are equal; above it the measured loss is larger. Points along any rising "
+            "line are ranked correctly.",
             alt="Measured against predicted KL divergence of every trial, on log axes, with the diagonal",
             data=predictions,
         )

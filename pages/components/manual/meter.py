@@ -40,14 +40,14 @@ def meter(editor: DraftState, history: DraftHistory) -> None:
                 count(cost.flops),
                 f"{count(cost.dense_flops)} before. {FLOPS_MEANING}",
             ),
-            "Predicted KL": (number(predicted), "The errors of all rows added up, nats per token: a prediction, not a measurement."),
+            "Predicted KL": (number(predicted), "Sum over all rows, nats per token: a prediction, not a measurement."),
         }
     )
     coverage.show(editor.facts, cost.removed)
     coverage.warn(editor.facts)
     if not cost.counts:
         st.warning(
-            f"Over the run's budget of {percent(search.compression_ratio)} removed: it can be measured, and never counts as the best.",
+            f"Over the run's budget of {percent(search.compression_ratio)} removed: it can be measured but never counts as the best.",
             icon=":material/scale:",
         )
 
@@ -55,7 +55,7 @@ def meter(editor: DraftState, history: DraftHistory) -> None:
 def _budget_words(cost: Bill) -> str:
     if cost.left < 0:
         return f"**{-cost.left:,} parameters over the budget**: keeps {cost.kept:,} of {cost.allowed:,}."
-    met = f" The budget is met: {cost.left:,} are left, less than any further rank costs." if cost.spent else f" {cost.left:,} are left."
+    met = f" The budget is met: {cost.left:,} are left, less than one more rank costs." if cost.spent else f" {cost.left:,} are left."
     return f"Keeps {cost.kept:,} of {cost.allowed:,} parameters.{met}"
 
 
@@ -72,7 +72,7 @@ def steps(editor: DraftState, history: DraftHistory) -> None:
             disabled=history.present == history.start,
             on_click=step,
             args=(editor, "reset"),
-            help="Back to what the draft started from.",
+            help="Back to the starting point of the draft.",
         )
         with st.popover("Fit the rest to the budget", icon=":material/balance:", key="hand_fit_popover"):
             _fit(editor)
@@ -98,11 +98,11 @@ def _fit(editor: DraftState) -> None:
     result = {_PROPORTION: "In proportion to what they keep now", **rules(editor.recipe)}
     key = editor.key("rule")
     st.selectbox(
-        "How the unlocked rows share what is left",
+        "How the unlocked rows share the remaining budget",
         list(result),
         key=key,
         format_func=lambda name: result.get(name, name),
-        help="A rule decides again what each unlocked row gets; Lagrangian may also group unlocked modules otherwise.",
+        help="A rule reallocates all unlocked rows; Lagrangian may also regroup unlocked modules.",
     )
     st.button("Fit", key="hand_fit", type="primary", on_click=_fitted, args=(editor, key))
 

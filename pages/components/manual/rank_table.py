@@ -34,7 +34,7 @@ def _slider(editor: DraftState, draft: Draft, group: RowGroup) -> None:
     shown = asked if then == draft else group.kept
     name = state.control(key, shown)
     locked = f" {group.locked} rows are locked." if group.locked else ""
-    words = f"Percent of their parameters that the unlocked rows of {group.label} keep together.{locked}"
+    words = f"Percent of parameters kept by the unlocked rows of {group.label} together.{locked}"
     st.slider(
         group.label,
         1,
@@ -44,7 +44,7 @@ def _slider(editor: DraftState, draft: Draft, group: RowGroup) -> None:
         disabled=not group.names,
         on_change=_slid,
         args=(editor, (key, name), group, shown),
-        help=words if group.names else f"Nothing here can move.{locked}",
+        help=words if group.names else f"All rows are locked.{locked}",
     )
 
 
@@ -83,15 +83,15 @@ def table(editor: DraftState, draft: Draft) -> None:
         ),
         "locked": st.column_config.CheckboxColumn("Lock", width=66, help="A locked row is moved by no slider and no fit."),
         "energy": st.column_config.NumberColumn(
-            "Energy", format="%.5f", width=75, help="Kept at this rank, in the metric of the run's basis; 1 is all. It is not a loss."
+            "Energy", format="%.5f", width=75, help="Retained at this rank, in the run's error metric; 1 is all. Not a loss."
         ),
         "kl": st.column_config.NumberColumn(
-            "Predicted ΔKL", format="%.2e", width=100, help="This row's part of the predicted KL, nats per token."
+            "Predicted ΔKL", format="%.2e", width=100, help="This row's share of the predicted KL, nats per token."
         ),
         "most": st.column_config.NumberColumn(
             "Most",
             width=58,
-            help="The break-even rank: the largest that costs less than dense. Beyond it a row is stored dense.",
+            help="The break-even rank: the largest that costs less than dense. Above it a row is stored dense.",
         ),
     }
     shown = [name for name in columns if not (name in ("energy", "kl") and frame[name].isna().all())]

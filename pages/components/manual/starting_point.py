@@ -30,7 +30,7 @@ def show(editor: DraftState) -> None:
             key=key,
             format_func=lambda start: result.get(start, str(start)),
             width=400,
-            help="A trial of this run, or what a rule makes of the budget on the right.",
+            help="A trial of this run, or an allocation rule at the budget on the right.",
         )
         st.button(
             "Start from it",
@@ -38,7 +38,7 @@ def show(editor: DraftState) -> None:
             icon=":material/start:",
             on_click=_begin,
             args=(editor, key, result),
-            help="Replaces every row and every lock. Undo brings back what was.",
+            help="Replaces all rows and locks. Undo restores them.",
         )
         with st.popover("Import", icon=":material/upload:", key="hand_import"):
             _import(editor)
@@ -105,11 +105,11 @@ def _without_curves(editor: DraftState) -> None:
     missing = ", ".join(missing_rules(editor.recipe))
     with st.container(horizontal=True, vertical_alignment="center"):
         st.info(
-            f"This run has no error curves: energy and predicted ΔKL can't be shown, nor these rules be asked: {missing}. "
+            f"This run has no error curves: energy, predicted ΔKL and these rules are unavailable: {missing}. "
             + ("A search of your own records them." if editor.run.recorded else "Its worker writes them as it starts."),
             icon=":material/show_chart:",
         )
-        if not editor.run.recorded and st.button("Have the worker write them", key="hand_curves", disabled=_asked(editor)):
+        if not editor.run.recorded and st.button("Compute error curves", key="hand_curves", disabled=_asked(editor)):
             with boundary():
                 client.submit(editor.run, "curves")
                 st.rerun()

@@ -24,7 +24,7 @@ _MODELS = {"demo": "Bundled demo", "other": "Folder or hub id"}
 
 def calibration_form() -> None:
     """Draw the form; a press on its button starts a run and selects it."""
-    st.caption("Runs the model over some text and measures where its features are low-rank. What is measured is kept for searches.")
+    st.caption("Runs the model over calibration text and computes feature and weight spectra. Searches reuse the statistics.")
     left, right = st.columns(2, gap="large")
     with left:
         reference = _model_reference()
@@ -61,7 +61,7 @@ def _model_reference() -> str:
         "Folder or hub id",
         key="model_reference",
         placeholder="/models/llama-2-7b or owner/name",
-        help="A folder that save_pretrained wrote, on the machine that runs the dashboard, or an id on the Hugging Face hub.",
+        help="A folder in save_pretrained format on the machine of the dashboard, or an id on the Hugging Face hub.",
         persist_state="session",
     )
 
@@ -82,7 +82,7 @@ def _text_reference() -> str:
             "Folder of a local copy (else it is downloaded)",
             key="text_folder",
             placeholder="/data/wikitext",
-            help="In the form of the hub: .parquet or .json files with the name of the split in theirs.",
+            help="As on the hub: .parquet or .json files named by their split.",
             persist_state="session",
         )
         return f"{choice}:{folder}" if folder.strip() else str(choice)
@@ -133,5 +133,5 @@ def _checked(reference: str, text: str) -> tuple[ModelOnDisk | None, TextPreview
             preview = preview_of(text)
             checked += 1
     if not reference.strip() or text == "file:":
-        st.caption("Enter the path that is missing above.")
+        st.caption("Enter the missing path above.")
     return model, preview, checked == 2

@@ -34,16 +34,16 @@ def show(run: Run, spectra: Sequence[LayerSpectrum], facts: CalibrationFacts, mo
     damping = search.compression.input_damping if search is not None else None
     layout.metrics_row(
         {
-            "Tokens per dimension, least": (
+            "Tokens per dimension (min)": (
                 number(facts.min_tokens_per_dimension),
                 f"Over all inputs; below {TOKENS_PER_DIMENSION} small eigenvalues are noise.",
             ),
-            "Condition number, largest": (facts.condition_words, "Over all inputs, before any damping."),
+            "Condition number (max)": (facts.condition_words, "Over all inputs, before any damping."),
             "Damping in use": (
                 f"{damping:g}" if damping is not None else "none",
                 "Added to every eigenvalue of an input's covariance before it is inverted, relative to their mean."
                 if damping is not None
-                else "This run only analyses: nothing is inverted. A search, or `lowrank compress`, damps.",
+                else "Not used by an analysis. A search or `lowrank compress` applies damping.",
             ),
             "Groups × windows": (f"{facts.groups} × {facts.group_size}", f"Weights: {facts.group_weights}. Pooled within groups."),
         }

@@ -37,17 +37,17 @@ def show(run: Run, source: Source | None) -> None:
     """
     damage = _damage(run)
     if damage:
-        st.error(f"The report and the figures can't be made: {damage}", icon=":material/error:")
+        st.error(f"The report and the charts can't be written: {damage}", icon=":material/error:")
     why_not = "A file of this run is damaged." if damage else ""
     _offer(
-        "Report (HTML)", "report", partial(report_html, run), "text/html", "One file, no server: figures, tables, protocol, seeds.", why_not
+        "Report (HTML)", "report", partial(report_html, run), "text/html", "One file, no server: charts, tables, protocol, seeds.", why_not
     )
-    pictures = "Every figure in one file that loads nothing; each has buttons for SVG, PNG, CSV, and interactive HTML of its own."
-    _offer("Figures (SVG, PNG, HTML)", "figures", partial(charts_html, run), "text/html", pictures, why_not)
+    pictures = "All charts in one self-contained file; each has buttons for SVG, PNG, CSV and interactive HTML."
+    _offer("Charts (SVG, PNG, HTML)", "figures", partial(charts_html, run), "text/html", pictures, why_not)
     _tables(run, source)
     st.caption(
-        "On the pages, the camera above a figure saves it as SVG, and the button next to it its numbers as CSV. Your browser draws the "
-        "pictures; nothing is sent anywhere. Model cards are with the written models."
+        "On each page, the camera above a chart saves it as SVG, and the button next to it saves its data as CSV. Rendered in your "
+        "browser; nothing is uploaded. Model cards are with the written models."
     )
     _again(run)
 
@@ -70,7 +70,7 @@ def _tables(run: Run, source: Source | None) -> None:
     trials = read_trials(run)
     result = comparisons(results(run), trials)
     why_not = "" if source is not None and source.ranks else "Its ranks are known once the worker has built or measured it."
-    chosen = source.label if source is not None else "Nothing is chosen"
+    chosen = source.label if source is not None else "Nothing chosen"
     meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or to start from manually."
     name = source.name.replace(" ", "-") if source is not None else "allocation"
     _offer("Allocation (JSON)", name, partial(_allocation, run, source), "application/json", meaning, why_not)
@@ -83,7 +83,7 @@ def _tables(run: Run, source: Source | None) -> None:
         rows,
         "" if trials else "No trial yet.",
     )
-    rows = "Original and everything measured on test text, with intervals, sizes and protocol."
+    rows = "Dense and everything measured on test text, with intervals, sizes and protocol."
     table = comparisons_table(result)
     _offer(
         "Comparison (CSV)",
@@ -109,9 +109,9 @@ def _again(run: Run) -> None:
     """Offer the record of the run, and show the commands that repeat it."""
     result = reproduction(run.record, run.config)
     with st.expander("Repeat the whole run", icon=":material/replay:", key="again_panel"):
-        _offer("run.json", "run", lambda: result.record, "application/json", "Everything that was chosen. Save it, then:")
+        _offer("run.json", "run", lambda: result.record, "application/json", "All options of the run. Save the file, then:")
         st.code(result.exact, language="bash", wrap_lines=True)
-        st.caption("The same in flags")
+        st.caption("As command-line flags")
         st.code(result.options, language="bash", wrap_lines=True)
 
 

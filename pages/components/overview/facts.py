@@ -34,7 +34,7 @@ def failure(run: Run) -> None:
 
 
 def model_section(model: ModelFacts, reference: str) -> None:
-    st.subheader("What the model is made of", anchor=False)
+    st.subheader("Model structure", anchor=False)
     coverage.warn(model)
     metrics_row(
         {
@@ -42,9 +42,9 @@ def model_section(model: ModelFacts, reference: str) -> None:
             "Compressible": (count(model.compressible_parameters), "In linear layers of the blocks, biases counted."),
             "Share compressible": (
                 percent(model.compressible_share),
-                "Of all parameters; the table says what the rest is, and why it is left alone.",
+                "Of all parameters; the table lists the rest, and why it is not compressed.",
             ),
-            "Size": (size(model.bytes), f"Of the checkpoint; it is held as {model.dtype} while it is measured."),
+            "Size": (size(model.bytes), f"Of the checkpoint; loaded as {model.dtype}."),
             "Blocks × hidden": (f"{model.blocks} × {model.hidden:,}", "Number of blocks, and the width of the residual stream."),
             "Vocabulary": (
                 f"{model.vocabulary:,}",
@@ -67,7 +67,7 @@ def _tree(reference: str) -> None:
     """Draw every module of the checkpoint, if it is still where the run found it."""
     with contextlib.suppress(ModelError):  # shown below
         preflight.notes(model_on_disk(reference))
-    with st.expander("Every module, with what is left alone and why", icon=":material/account_tree:", key="tree_panel"), boundary():
+    with st.expander("All modules, with reasons for those not compressed", icon=":material/account_tree:", key="tree_panel"), boundary():
         result = model_on_disk(reference)
         if result is None:
             st.caption(f"{reference} is no longer in the cache of the hub: its modules are listed once it is on this machine again.")
@@ -76,7 +76,7 @@ def _tree(reference: str) -> None:
 
 
 def text_section(text: TextFacts) -> None:
-    st.subheader("The text it saw", anchor=False)
+    st.subheader("Calibration text", anchor=False)
     for warning in text.warnings:
         st.warning(warning, icon=":material/warning:")
     bos = "BOS first in every window" if text.bos == "window" else "no BOS"
@@ -89,7 +89,7 @@ def text_section(text: TextFacts) -> None:
 
 
 def calibration_section(calibration: CalibrationFacts) -> None:
-    st.subheader("How well it was measured", anchor=False)
+    st.subheader("Calibration quality", anchor=False)
     for warning in quality_warnings(calibration):
         st.warning(warning, icon=":material/warning:")
     took = "from the cache" if calibration.cached else f"in {duration(calibration.seconds)}"
@@ -98,7 +98,7 @@ def calibration_section(calibration: CalibrationFacts) -> None:
             "Calibration tokens": (count(calibration.tokens), f"{calibration.windows} windows, measured {took}."),
             "Tokens per dimension": (
                 number(calibration.min_tokens_per_dimension),
-                f"The least over all inputs. Below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
+                f"Minimum over all inputs. Below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
             ),
             "Worst condition": (
                 calibration.condition_words,
@@ -117,5 +117,5 @@ def calibration_section(calibration: CalibrationFacts) -> None:
 def next_steps(run: Run) -> None:
     if (run.path / "spectra.npz").exists():
         with st.container(horizontal=True):
-            st.page_link(navigation.SPECTRA, label="See where it is low-rank", icon=":material/grid_view:")
-            st.page_link(navigation.SEARCH, label="Search how to spend a budget", icon=":material/query_stats:")
+            st.page_link(navigation.SPECTRA, label="Spectra of the model", icon=":material/grid_view:")
+            st.page_link(navigation.SEARCH, label="Start a rank search", icon=":material/query_stats:")

@@ -25,7 +25,7 @@ _PLACES = {MEMORY: "Memory", DEVICE: "GPU memory", DISK: "Disk"}
 def show(reference: str, model: ModelOnDisk | None, preview: TextPreview | None, config: RunConfig | None) -> None:
     """Draw the three views; a missing one says what it waits for."""
     notes(model)
-    modules, fit, text = st.tabs(["Modules", "Will it fit?", "Text"])
+    modules, fit, text = st.tabs(["Modules", "Memory estimate", "Text"])
     with modules:
         if model is not None:
             tree(model, key="start_tree")
@@ -35,12 +35,12 @@ def show(reference: str, model: ModelOnDisk | None, preview: TextPreview | None,
         if model is not None and config is not None:
             _fit(fit_of(model.facts, config, this_machine()))
         else:
-            st.caption("What it takes is counted once the model is on this machine.")
+            st.caption("Available once the model is on this machine.")
     with text:
         if preview is not None and config is not None:
             _preview(preview, config)
         else:
-            st.caption("Choose a text that can be read; the message above says what is wrong.")
+            st.caption("Choose a readable text; see the message above.")
 
 
 def notes(model: ModelOnDisk | None) -> None:
@@ -69,7 +69,7 @@ def tree(model: ModelOnDisk, *, key: str) -> None:
             "tensors.csv",
             "text/csv",
             key=f"{key}_csv",
-            help="Every tensor with shape, dtype, parameters and what becomes of it.",
+            help="Every tensor with shape, dtype, parameters and treatment.",
             icon=":material/download:",
             type="tertiary",
             on_click="ignore",
@@ -77,7 +77,7 @@ def tree(model: ModelOnDisk, *, key: str) -> None:
     files = "one file" if len(model.files) == 1 else f"{len(model.files)} files"
     st.caption(
         f"{facts.architecture} · {count(facts.parameters)} parameters, {percent(facts.compressible_share)} of them compressible · "
-        f"{size(facts.bytes)} as {facts.dtype} in {files} · read from the headers, nothing is loaded"
+        f"{size(facts.bytes)} as {facts.dtype} in {files} · from the file headers, without loading weights"
     )
     coverage.show(facts)
     root = module_tree(model.parts, str(arrangement))
@@ -91,7 +91,7 @@ def _not_here(reference: str) -> None:
         return
     st.info(
         f"**{reference}** is not on this machine. When a run starts, its config, tokenizer and safetensors weights are downloaded from "
-        f"huggingface.co into `{hub_cache()}`; how much that is, only the hub knows. Modules and sizes are shown once they are here.",
+        f"huggingface.co into `{hub_cache()}`; its size is known only to the hub. Modules and sizes appear after the download.",
         icon=":material/cloud_download:",
     )
 
@@ -102,7 +102,7 @@ def fit_line(model: ModelOnDisk, config: RunConfig) -> None:
     fit = fit_of(model.facts, config, this_machine())
     words = " and ".join(f"**{size(fit.needed(place))}** of {place} ({size(fit.free(place))} free)" for place in fit.places)
     if fit.short_of:
-        st.warning(f"Estimate: {words}. It will not fit: too little {' and '.join(fit.short_of)}.", icon=":material/memory:")
+        st.warning(f"Estimate: {words}. Does not fit: too little {' and '.join(fit.short_of)}.", icon=":material/memory:")
     else:
         st.caption(f"Estimate: {words}.", width="content")
 
@@ -113,7 +113,7 @@ def _fit(fit: Fit) -> None:
     st.caption(f"An estimate of what calibration takes, next to Python and its libraries. GPU: {where}.")
     for place in fit.short_of:
         st.warning(f"{_PLACES[place]}: {size(fit.needed(place))} needed, {size(fit.free(place))} free.", icon=":material/memory:")
-    words = {"part": "What", "place": "Where", "size": "Size", "how": "How it is counted"}
+    words = {"part": "What", "place": "Where", "size": "Size", "how": "Details of the estimate"}
     rows = fit_table(fit)[list(words)].rename(columns=words)
     st.table(rows, border="horizontal", hide_index=True, alt="What a calibration takes, by line")  # its cells wrap: they hold sentences
 
@@ -123,14 +123,14 @@ def _preview(preview: TextPreview, config: RunConfig) -> None:
         st.info(preview.note, icon=":material/info:")
     for warning in preview_warnings(preview, config.text):
         st.warning(warning, icon=":material/short_text:")
-    counted = "Characters are counted" if preview.counted else "Characters are reported from the size of the file"
+    counted = "Characters are counted" if preview.counted else "Characters are estimated from the file size"
     st.caption(f"{counted}; tokens are an estimate at {CHARACTERS_PER_TOKEN} characters each. The splits are disjoint.")
     columns = (
         Column.text("split", "Split"),
         Column.whole("characters", "Characters"),
         Column.whole("tokens", "Tokens (estimate)"),
         Column.whole("windows", f"Windows of {config.text.context} (estimate)"),
-        Column.whole("asked", "Windows asked for"),
+        Column.whole("asked", "Requested windows"),
     )
     tables.show(Table(preview_table(preview, config.text), columns, "Size of each split"), key="preview_table")
     beginnings = [split for split in preview.splits if split.beginning]

@@ -25,7 +25,7 @@ class _Guard(TypedDict):
     help: str | None
 
 
-_RECORDED = "This run ships with the package: it can be looked at, not changed."
+_RECORDED = "This run ships with the package and is read-only."
 
 
 def show(runs: Sequence[Run], shown: Run | None) -> None:
@@ -34,7 +34,7 @@ def show(runs: Sequence[Run], shown: Run | None) -> None:
         return
     st.subheader("Runs", anchor=False)
     picked = _table(runs)
-    st.caption("Pick a row to look at that run on every page, several to compare them.")
+    st.caption("Select a row to open that run on every page, several rows to compare them.")
     if len(picked) > 1:
         _comparison(picked)
         _delete_button(picked)
@@ -51,7 +51,7 @@ def _table(runs: Sequence[Run]) -> list[Run]:
     columns = (
         Column.text("name", "Name", width=330),
         Column.text("state", "State"),
-        Column.text("ratio", "Removed", "Compression ratio that the search aims at, or its range."),
+        Column.text("ratio", "Removed", "Target compression ratio of the search, or its range."),
         Column.whole("trials", "Trials complete"),
         Column.number("best", "Best value"),
         Column("created", "Started", "ago"),
@@ -74,11 +74,11 @@ def _comparison(runs: Sequence[Run]) -> None:
         Column.whole("trials", "Trials"),
         Column.text("best", "Best trial"),
         Column.number("value", "Best value", help="The objective, on search-validation text."),
-        Column.text("value_group", "Alike", "Best values with one letter were measured alike."),
+        Column.text("value_group", "Comparable", "Best values with the same letter are comparable."),
         Column.number("perplexity", "Perplexity (test)", 3, "Of the best trial, as measured on test text."),
         Column.text("interval", "95 % interval", "Bootstrap over test windows."),
-        Column.number("original", "Original", 3, "Perplexity of the dense model on the same windows."),
-        Column.text("test_group", "Alike (test)", "Perplexities with one letter were measured alike."),
+        Column.number("original", "Dense", 3, "Perplexity of the dense model on the same windows."),
+        Column.text("test_group", "Comparable (test)", "Perplexities with the same letter are comparable."),
     )
     alike = [group for group in ("value_group", "test_group") if result.frame[group].nunique() < 2]
     st.markdown("**Side by side**")
@@ -106,9 +106,9 @@ def _rename(run: Run) -> None:
 
 def _notes(run: Run) -> None:
     with st.popover("Notes", icon=":material/sticky_note_2:", key="notes_popover", **_only_own(run)), boundary():
-        asked = "What was this run for? What did it show?"
+        asked = "Purpose and outcome of this run."
         notes = st.text_area("Notes", notes_of(run), key=f"notes_{run.id}", height=160, max_chars=20_000, placeholder=asked)
-        st.caption("Kept in the run's folder; shown in the sidebar of every page.")
+        st.caption("Saved in the run's folder; shown in the sidebar of every page.")
         if st.button("Save", key="save_notes", type="primary", disabled=run.recorded):
             write_notes(run, notes)
             st.rerun()
@@ -135,7 +135,7 @@ def _confirm(runs: Sequence[Run]) -> None:
             exports = [path.name for path in (run.path / "exports").glob("*") if path.is_dir()]
             also = f", with its exported models ({', '.join(exports)})" if exports else ""
             st.markdown(f"**{run.record['name']}** · {size(run_bytes(run))}{also}  \n`{run.path}`")
-        st.caption("Trials, measurements and notes go with it and can't be brought back. Calibration statistics stay: runs share them.")
+        st.caption("Trials, measurements and notes are deleted permanently. Calibration statistics stay: runs share them.")
         if any(run.storage_url for run in runs):
             st.caption("A study in a database stays there.")
         if st.button("Delete", key="delete_confirm", type="primary", icon=":material/delete_forever:"):

@@ -26,8 +26,8 @@ def show(run: Run) -> None:
     for warning in result.warnings:
         st.warning(warning, icon=":material/warning:")
     st.caption(
-        "No trial saw this text: the search went by search-validation text, so these figures are not the ones that were minimised. "
-        f"Protocol: {result.protocol}. Intervals are of 95 %, over windows."
+        f"No trial used this text: the search minimised on search-validation text. Protocol: {result.protocol}. Intervals are of 95 %, "
+        "over windows."
     )
     tables.show(confirmed_spec(result), key="confirmed_table")
     st.page_link(navigation.COMPARE, label="More on the Compare page", icon=":material/balance:")

@@ -20,15 +20,15 @@ from pages.components.start import start
 __all__ = ["search_form"]
 
 _DEFAULT = SearchConfig()
-_RECIPES = {"studio": "Ours", "bolaco": "The paper's, as published", "own": "My own"}
+_RECIPES = {"studio": "Studio (default)", "bolaco": "Bolaco (as published)", "own": "Custom"}
 _ABOUT = {
-    "studio": "Factors fitted block by block and weighed by what they do to the output; stacks and per-head factors as alternatives; "
-    "the search starts at the allocation that trades errors best, and tunes its weights.",
+    "studio": "Factors fitted block by block in the two-sided (K-FAC) metric; stacks and per-head factors as alternatives; the search "
+    "starts at the Lagrangian allocation and tunes its error weights.",
     "bolaco": "Bolaco as its code runs it: pooled feature covariances, ranks in eights, value projections dense; kept fractions, drawn "
     "until they meet the budget, from the paper's first point and the two draws farthest from it on, by a Gaussian process and one time in "
     "ten at random; judged by perplexity plus 0.001 x the KL of a window, on the 100 windows whose perplexity varies most over 20 "
     "random allocations.",
-    "own": "Choose basis, storage and variables under Advanced.",
+    "own": "Choose error metric, storage and variables under Advanced.",
 }
 
 
@@ -92,11 +92,11 @@ def _inputs() -> SearchConfig:
 def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
     """Draw what everybody should look at; return the ratio, the end of its range or None, the trials and the objective."""
     far = st.toggle(
-        "How far can I go?",
+        "Sweep of ratios (Pareto front)",
         key="search_far",
         disabled=published,
-        help="Search a range of ratios at once, for the least loss at each. The answer is a front instead of one best trial; give it more "
-        "trials. The paper's search has one ratio.",
+        help="Searches a range of ratios at once and returns the Pareto front of loss against ratio instead of one best trial. Needs more "
+        "trials. Bolaco's search has a single ratio.",
         persist_state="session",
     )
     left, right = st.columns(2, gap="large")
@@ -108,7 +108,7 @@ def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
         200,
         _DEFAULT.trials,
         key="search_trials",
-        help="The baselines included (a search as published has none). It can be extended later.",
+        help="Including baselines (Bolaco's search has none). Can be extended later.",
         persist_state="session",
     )
     objective = left.selectbox(
@@ -117,7 +117,7 @@ def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
         key="search_objective",
         format_func=OBJECTIVES.__getitem__,
         disabled=published,
-        help="What a trial is judged by, on search-validation text that is neither calibration nor test. As published, it is Bolaco's.",
+        help="Minimised on search-validation text, which is disjoint from calibration and test text. The Bolaco recipe has its own.",
         persist_state="session",
     )
     return minimum, maximum, trials, objective
@@ -145,7 +145,7 @@ def _range() -> tuple[float, float]:
         (20, 60),
         format="%d %%",
         key="search_ratios",
-        help="Every trial removes a fraction of its own between these two.",
+        help="Every trial removes its own fraction between these two.",
         persist_state="session",
     )
     return low / 100, high / 100
@@ -154,7 +154,7 @@ def _range() -> tuple[float, float]:
 def _budget_line(config: RunConfig, facts: ModelFacts | None) -> bool:
     """Say what the budget is; return whether it can be met."""
     if facts is None or not facts.matrices:
-        st.caption("The budget is counted once the model was read.")
+        st.caption("The budget is shown once the model has been read.")
         return True
     with boundary():
         plan = check_budget(config, facts.matrices, facts.head_units)
@@ -190,7 +190,7 @@ def _time_line(config: RunConfig | None, facts: ModelFacts | None) -> None:
         return
     result = time_estimate(config, facts)
     if result is None:
-        st.caption("How long it takes isn't known until the first trial: nothing was measured on this machine yet.", width="content")
+        st.caption("No time estimate before the first trial: this machine has no measurements yet.", width="content")
         return
     before = f", after about {duration(result.before)} until the first" if result.before is not None else ""
     selecting = f", and up to {duration(result.selecting)} to select windows" if result.selecting else ""

@@ -14,7 +14,7 @@ _SPACES = {
     "5x1": "By module type (5x1)",
     "5x4": "By module type, in 4 depth groups (5x4)",
     "types": "By module type, in N depth groups",
-    "per-layer": "Every layer by itself",
+    "per-layer": "Per layer",
 }
 _NUMBERS = ("input_damping", "gradient_damping", "drift_beta", "fit_windows", "rank_multiple")
 
@@ -22,7 +22,7 @@ _NUMBERS = ("input_damping", "gradient_damping", "drift_beta", "fit_windows", "r
 def seed_alone() -> int:
     """Draw the one choice that a published recipe leaves."""
     with st.expander("Advanced"):
-        st.caption("As published, everything but the seed is given. Choose “My own” to change more.")
+        st.caption("The published recipe fixes everything but the seed. Choose “Custom” to change more.")
         return _seed()
 
 

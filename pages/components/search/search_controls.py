@@ -34,9 +34,9 @@ def _extension(run: Run, search: SearchConfig) -> None:
             max_value=1000,
             value=20,
             key="extend_by",
-            help=f"On top of the {search.trials} that this search has now.",
+            help=f"In addition to the {search.trials} of this search.",
         )
-        st.caption("Goes on where the search is, with all its trials; starts the worker if none is there.")
+        st.caption("Continues the search with all its trials; starts a worker if none is running.")
         if st.button(f"Extend by {int(more)} trials", key="extend", type="primary"):
             with boundary():
                 run.change_search(trials=search.trials + int(more))
@@ -52,7 +52,7 @@ def _sampler(run: Run, search: SearchConfig, facts: ModelFacts | None) -> None:
             list(SAMPLERS).index(search.sampler),
             key=f"sampler_now_{run.id}",
             format_func=SAMPLERS.__getitem__,
-            help="It goes by the trials that are there, whoever proposed them.",
+            help="It uses all existing trials, whichever sampler proposed them.",
         )
         if st.button("Use it", key="use_sampler", disabled=sampler == search.sampler):
             with boundary():
@@ -70,15 +70,15 @@ def _worker(run: Run) -> None:
         key="add_worker",
         icon=":material/group_add:",
         disabled=not alive,
-        help="One more process on this machine that takes trials. It loads the model once more, so it needs as much memory again; "
-        "worth it with cores or devices to spare." + ("" if alive else " Nobody works on this run now: extend or resume it first."),
+        help="One more process on this machine that runs trials. It loads the model again and needs as much memory again; useful with "
+        "spare cores or devices." + ("" if alive else " No worker is running: extend or resume the search first."),
     ):
         with boundary():
             client.add_worker(run)
-            st.toast("A further worker is starting; it is listed under Workers once it takes trials.", icon=":material/group_add:")
+            st.toast("Another worker is starting; it is listed under Workers once it runs trials.", icon=":material/group_add:")
 
 
 def _optuna(run: Run) -> None:
     with st.popover("Open in optuna-dashboard", icon=":material/open_in_new:", key="optuna_popover"):
-        st.caption("Optuna's own dashboard reads the study as it is (`pip install optuna-dashboard`). In a terminal:")
+        st.caption("Optuna's dashboard reads the study directly (`pip install optuna-dashboard`). In a terminal:")
         st.code(dashboard_command(run), language="bash", wrap_lines=True)

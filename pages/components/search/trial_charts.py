@@ -47,7 +47,7 @@ def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chose
         "Only the better half",
         key="history_near",
         persist_state="session",
-        help="Leaves out trials and baselines that are worse than the median, so that small gains can be seen. The best baseline stays.",
+        help="Hides trials and baselines worse than the median, so that small gains are visible. The best baseline stays.",
     )
     shown = better_half(view) if near else view
     left_out = len(view.trials) - len(shown.trials) + len(view.baselines) - len(shown.baselines)
@@ -55,10 +55,10 @@ def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chose
         history_chart(shown, chosen.number if chosen else None, pictures_of(run, trials, search)),
         key="history",
         title=f"{'The better half of the trials' if near else 'Every trial'} on search-validation text",
-        how="lower is better; the green steps are the best so far, dashed lines the baselines. Point at a trial for a "
-        "small map of its allocation, click it for a large one; drag moves, Ctrl + wheel zooms, a double click resets."
+        how="lower is better; the green steps are the best so far, dashed lines the baselines. Hover over a trial for a small map of its "
+        "allocation, click it for a large one; drag to pan, Ctrl + wheel to zoom, double-click to reset."
         + (f" **Left out**, as worse than half of the trials: {left_out} points and lines." if near else ""),
-        alt="Objective of each trial in the order of asking, with baselines and the best so far",
+        alt="Objective of each trial in trial order, with baselines and the best so far",
         data=view.trials,
         on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),
     )
@@ -87,9 +87,9 @@ def front(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialReco
     chart(
         front_chart(view, chosen.number if chosen else None),
         key="front",
-        title="How much can be removed at which loss, on search-validation text",
-        how="lower is better, and so is further right. The green steps are the Pareto front: to remove at least so much, this is the least "
-        "loss found. Dashed lines join the points of a baseline. Click a point for its allocation.",
+        title="Loss against compression ratio, on search-validation text",
+        how="lower and further right is better. The green steps are the Pareto front. Dashed lines join the points of a baseline. Click a "
+        "point for its allocation.",
         alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front",
         data=view.trials,
         on_pick=state.pick_from_vega("trial", "front", PICKED, "number"),
@@ -143,9 +143,9 @@ def fingerprint(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, c
     chart(
         fingerprint_chart(view, chosen.number if chosen else None),
         key="fingerprint",
-        title="What the trials were made of, the best at the left",
-        how="a column is a trial, a row a variable; where a row keeps one shade at the left and mixes at the right, good trials agree on "
-        f"that variable. Click a column for its allocation; drag moves, Ctrl + wheel zooms.{rest}",
+        title="Trial parameters, best at the left",
+        how="a column is a trial, a row a variable; a row with one shade at the left and a mix at the right is a variable on which good "
+        f"trials agree. Click a column for its allocation; drag to pan, Ctrl + wheel to zoom.{rest}",
         alt="Value of each variable in each trial, trials ordered by their objective",
         data=view.frame,
         on_pick=state.pick_from_vega("trial", "fingerprint", PICKED, "number"),
@@ -162,11 +162,10 @@ def importance(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) ->
     chart(
         importance_chart(frame),
         key="importance",
-        title="Which variables mattered",
-        how=f"the share of the variance of {_importance_of(search)} over the whole search space that is due to a variable: its own effect "
-        "and half of each interaction with another (Shapley effect). A Gaussian process fitted to "
-        f"{result.trials} trials, wherever the sampler put them, estimates it. The lines are 90 % credible intervals; where they overlap, "
-        "the order is open.",
+        title="Importance of variables",
+        how=f"Shapley effect: share of the variance of {_importance_of(search)} over the whole search space that is due to a variable. A "
+        f"Gaussian process fitted to {result.trials} trials estimates it. The lines are 90 % credible intervals; where they overlap, the "
+        "order is open.",
         alt="Importance of each variable of the search, with intervals",
         data=frame,
     )
@@ -185,9 +184,9 @@ def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -
     chart(
         timeline_chart(frame, chosen.number if chosen else None),
         key="timeline",
-        title="When each worker measured which trial",
-        how="a bar is a trial, its mark says what became of it; gaps are time between trials. Click a mark for its allocation; drag moves, "
-        "Ctrl + wheel zooms, a double click resets.",
+        title="Timeline of workers and trials",
+        how="a bar is a trial, its mark the outcome; gaps are time between trials. Click a mark for its allocation; drag to pan, Ctrl + "
+        "wheel to zoom, double-click to reset.",
         alt="Trials as bars from start to end, a row for each worker",
         data=frame,
         on_pick=state.pick_from_vega("trial", "timeline", PICKED, "number"),

@@ -98,7 +98,7 @@ def _figures(now: Progress, search: SearchConfig) -> None:
     best = now.best
     metrics_row(
         {
-            "Best trial": (trial_label(best) if best else "–", "The least value so far."),
+            "Best trial": (trial_label(best) if best else "–", "The lowest value so far."),
             "Best value": (number(best.value, 4) if best else "–", OBJECTIVES[search.objective]),
             "Its perplexity": (
                 number(best.perplexity) if best else "–",
@@ -116,12 +116,12 @@ def _front_figures(trials: Sequence[TrialRecord], now: Progress, search: SearchC
     metrics_row(
         {
             "Ratios": (ratio_words(search), "Every trial removes a fraction of its own within this range."),
-            "On the front": (f"{len(result)} trials", "No other trial removes as much at less loss."),
-            "Least removed": (
+            "On the front": (f"{len(result)} trials", "No other trial removes as much at a lower loss."),
+            "Min removed": (
                 f"{percent(minimum['removed'], 0)} at {number(minimum['value'], 3)}" if minimum is not None else "–",
                 OBJECTIVES[search.objective],
             ),
-            "Most removed": (
+            "Max removed": (
                 f"{percent(maximum['removed'], 0)} at {number(maximum['value'], 3)}" if maximum is not None else "–",
                 OBJECTIVES[search.objective],
             ),

@@ -35,8 +35,7 @@ def form(run: Run, facts: ModelFacts) -> None:
     """
     st.caption(
         "One module is compressed, everything else stays dense, and the KL divergence to the dense model is measured on search-validation "
-        "text. The middle ratio comes first, so that the picture is useful early. Trials of a search, and everything else that is asked "
-        "of the worker, go first."
+        "text. The middle ratio comes first, so that the picture is useful early. Trials and other requests take precedence."
     )
     config: SensitivityConfig | None = None
     plan: SensitivityPlan | None = None
@@ -44,7 +43,7 @@ def form(run: Run, facts: ModelFacts) -> None:
         config = _inputs(run, facts)
         plan = plan_of(run, facts.matrices, config)
     waiting = waiting_request(run) is not None
-    why_not = _RECORDED if run.recorded else "A measurement waits or runs already." if waiting else None
+    why_not = _RECORDED if run.recorded else "A measurement is already queued or running." if waiting else None
     done = plan is not None and plan.missing == 0
     with st.container(horizontal=True, vertical_alignment="center"):
         pressed = st.button(
@@ -53,7 +52,7 @@ def form(run: Run, facts: ModelFacts) -> None:
             type="primary",
             icon=":material/play_arrow:",
             disabled=why_not is not None or plan is None or done,
-            help=why_not or ("All of it is measured: see below." if done else None),
+            help=why_not or ("All cells are measured: see below." if done else None),
         )
         if plan is not None:
             st.caption(_plan_words(plan), width="content")
@@ -125,7 +124,7 @@ def _advanced(run: Run, facts: ModelFacts) -> tuple[str, str, tuple[str, ...]]:
             list(STORAGES).index(usual.storage),
             key=f"sensitivity_storage_{usual.storage}",
             format_func=str.capitalize,
-            help="Decides the rank at a kept ratio: pivoted factors are cheaper.",
+            help="Sets the rank at a kept ratio: pivoted factors need fewer parameters.",
             persist_state="session",
         )
         kinds = third.multiselect(
@@ -166,14 +165,14 @@ def progress(run: Run) -> None:
     status = run.status()
     with st.container(horizontal=True, vertical_alignment="center"):
         if not run.worker_alive():
-            st.warning("A measurement waits for a worker, which is not running.", icon=":material/pause:")
+            st.warning("A measurement is queued, but no worker is running.", icon=":material/pause:")
             resume_button(run, key="resume_sensitivity", width="content")
         elif status.stage == _STAGE:
             st.progress(status.fraction or 0.0, text=f"{_STAGE} · {status_words(status) if is_working(status) else ''}", width=560)
         else:
             doing = f"{status.stage} {status_words(status)}".strip() or "Starting"
-            st.info(f"The measurement begins when the worker is done with what goes first. Now: {doing}.", icon=":material/hourglass_top:")
-        if st.button("Stop measuring", key="stop_sensitivity", icon=":material/stop:", help="What is measured is kept."):
+            st.info(f"The measurement is queued. Now: {doing}.", icon=":material/hourglass_top:")
+        if st.button("Stop measuring", key="stop_sensitivity", icon=":material/stop:", help="Finished cells are kept."):
             client.cancel(run, str(request["id"]))
             st.rerun()
 
@@ -181,4 +180,4 @@ def progress(run: Run) -> None:
 def _ended(run: Run) -> None:
     answer = last_answer(run)
     if answer is not None and not answer.get("ok"):
-        st.error(f"The last measurement ended: {answer.get('error')} What was measured is kept.", icon=":material/error:")
+        st.error(f"The last measurement ended: {answer.get('error')} Finished cells are kept.", icon=":material/error:")

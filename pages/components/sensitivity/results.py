@@ -134,7 +134,7 @@ def _curves(cells: pd.DataFrame, facts: ModelFacts, module: str, kinds: Sequence
 
 
 def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: str) -> None:
-    st.subheader("Which estimate predicts it?", anchor=False)
+    st.subheader("Rank correlation of estimates", anchor=False)
     result = views.correlations(cells, kept)
     if result.empty:
         st.caption("No estimate is known for the measured modules.")
@@ -143,10 +143,10 @@ def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: s
     left, right = st.columns(2, gap="large")
     with left:
         columns = (
-            Column.text("label", "Estimate", "Found without measuring the model, at the same rank."),
+            Column.text("label", "Estimate", "Computed without evaluating the model, at the same rank."),
             Column.number("rho", f"ρ, {percent(kept, 0)} kept", 2, "Spearman's rank correlation with the measured KL, over modules."),
             Column.whole("n", "n", "Modules at this ratio."),
-            Column.number("rho_all", "ρ, all", 2, "Over the cells of all ratios: raised by what they have in common, the ratio."),
+            Column.number("rho_all", "ρ, all", 2, "Over the cells of all ratios; inflated by their common dependence on the ratio."),
             Column.whole("n_all", "n, all", "Cells of all ratios."),
         )
         tables.show(Table(result, columns, "Spearman's rank correlation of each estimate with the measured KL"), key="sensitivity_rho")
@@ -160,7 +160,7 @@ def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: s
         estimate = views.ESTIMATES[name if name in names else names[0]]
         row = result[result["estimate"] == estimate.name].iloc[0]
         st.caption(f"{estimate.label}: {estimate.meaning}. {views.rho_words(row['rho'], int(row['n']))}.")
-        st.caption("Energies are what the best truncation to that rank removes in each measure, whatever basis the factors are of.")
+        st.caption("Energies are those discarded by the optimal truncation in each metric, whatever the metric of the factors.")
     here = views.at_ratio(cells, kept)
     with right:
         chart(
@@ -179,7 +179,7 @@ def _table(run: Run, cells: pd.DataFrame) -> None:
         columns = (
             Column.text("scope", "Compressed"),
             Column.text("name", "Module or type", width="medium"),
-            Column.share("kept", "Asked to keep"),
+            Column.share("kept", "Target kept"),
             Column.share("kept_share", "Kept", "Parameters of the factors over those of the dense matrices."),
             Column.whole("rank", "Rank", "Of a type, the smallest."),
             Column.number("kl", "KL (nats/token)"),

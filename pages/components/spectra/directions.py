@@ -17,17 +17,15 @@ from pages.components.widgets import draw
 __all__ = ["show"]
 
 _SIDES = {"input": "Input", "output": "Output (features)"}
-_RECORDED = (
-    "A recorded run has no worker, and holds no text of others to show tokens in: start a calibration of your own on the Overview to ask."
-)
+_RECORDED = "A recorded run has no worker and no text to show tokens from: start a calibration of your own on the Overview."
 
 
 def show(run: Run, module: str) -> None:
     """Draw the form, what is being worked on, and the newest answer for the module."""
-    st.subheader("What the top directions mean", anchor=False)
+    st.subheader("Top directions", anchor=False)
     st.caption(
-        "The directions along which this module's input, or output, varies most (eigenvectors of the pooled covariance), each with "
-        "the tokens that lie furthest along it. A direction has no sign of its own: its strongest token is positive."
+        "The directions along which this module's input, or output, varies most (eigenvectors of the pooled covariance), each with its "
+        "most extreme tokens. The sign is arbitrary; the strongest token is positive."
     )
     side = _form(run, module)
     if not run.recorded:
@@ -44,11 +42,11 @@ def show(run: Run, module: str) -> None:
         Column.whole("direction", "Direction", "The largest eigenvalue first."),
         Column.share("share", "Energy", "The direction's eigenvalue over the sum of all."),
         Column.text("token", "Token", "␣ is a space, ↵ a new line."),
-        Column.text("context", "In its context", "The token stands between ⟦ and ⟧.", width="large"),
+        Column.text("context", "Context", "The token stands between ⟦ and ⟧.", width="large"),
         Column.number("projection", "Projection (SD)", 1, "In standard deviations along the direction, over the calibration text."),
     )
     tables.show(Table(result.frame, columns, f"Tokens along the top directions of {module}"), key="directions_table", height=380)
-    st.caption(f"{result.protocol}. Each different token is shown once for a direction, where it lies furthest.")
+    st.caption(f"{result.protocol}. Each token is shown once per direction, at its most extreme position.")
 
 
 def _form(run: Run, module: str) -> str:
@@ -65,7 +63,7 @@ def _form(run: Run, module: str) -> str:
         count = draw(DirectionsConfig, "directions", key="direction_count", width=130)
         windows = draw(DirectionsConfig, "windows", key="direction_windows", width=130)
         pressed = st.button(
-            "Find their tokens",
+            "Show tokens",
             key="find_directions",
             icon=":material/explore:",
             disabled=run.recorded,

@@ -52,12 +52,12 @@ def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> No
     chart(
         profile_figure(view),
         key="spectra_profile",
-        title="The same against depth",
+        title="Against depth",
         how="each line is a module type, named at its end; a gap is where it is not defined.",
         alt=f"{chosen.title} against depth, a line for each module type",
         data=view.frame,
     )
-    with st.expander("The same as a table"):
+    with st.expander("Table"):
         pick = state.pick_from_table("module", "spectra_table", names)
         tables.show(atlas_spec(spectra, chosen.metric.name, facts), key="spectra_table", height=320, on_pick=pick)
 

@@ -17,11 +17,12 @@ __all__ = ["show"]
 _DENSITIES = {
     "weights": (
         "Eigenvalue density of the weights",
-        "the dashed curve is a random matrix with the same variance of entries (Marchenko-Pastur); right of its end lies more than chance.",
+        "the dashed curve is the Marchenko-Pastur law of a random matrix with the same entry variance; eigenvalues right of its edge are "
+        "signal.",
     ),
     "features": (
         "Eigenvalue density of the features",
-        "a wide, flat shape is low-rank: few directions carry most of the variance, and most carry little.",
+        "a wide, flat shape is low-rank: few directions carry most of the variance.",
     ),
 }
 
@@ -42,8 +43,8 @@ def show(spectrum: LayerSpectrum, facts: RunFacts) -> None:
         scree_figure(curves),
         key="scree",
         title=f"Spectra of {module}",
-        how="the faster a curve falls, the fewer directions matter; left of a break-even rank the factors are smaller than the matrix. "
-        "The dashes are where the singular values of a random matrix with the same variance of entries end (Marchenko-Pastur)." + shuffled,
+        how="a curve that falls fast is low-rank; left of a break-even rank the factors are smaller than the matrix. The dashes are the "
+        "Marchenko-Pastur edge of a random matrix with the same entry variance." + shuffled,
         alt=f"Singular values of the weight and square roots of feature eigenvalues of {module}, on log axes",
         data=scree_table(curves),
     )
