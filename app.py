@@ -1,4 +1,4 @@
-"""The frame of the dashboard: page configuration, navigation, the shared sidebar. Start it with ``streamlit run app.py``."""
+"""Entry point of the dashboard: page configuration, navigation, sidebar. Start it with ``streamlit run app.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compare: what does the compressed model lose, measured on test text?"""
+"""Compare: quality, size and speed against the dense model on test text."""
 
 from __future__ import annotations
 

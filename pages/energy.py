@@ -1,4 +1,4 @@
-"""Feature energy: how much does a rank keep?"""
+"""Feature energy: energy retained by rank."""
 
 from __future__ import annotations
 

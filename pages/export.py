@@ -1,4 +1,4 @@
-"""Export: what is taken away, and is it what was measured?"""
+"""Export: write a compressed model and verify it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Manual allocation: which rank would you give each module, and what would it cost?"""
+"""Manual allocation: the rank of each module, with its cost."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ layout.header("Manual allocation", "Set the rank of each module and see what it 
 
 @st.fragment
 def bench(editor: draft_state.DraftState) -> None:
-    """Draw the draft; by itself, so that an edit draws nothing else again."""
+    """Draw the draft as a fragment, so that an edit redraws nothing else."""
     with boundary():
         history = draft_state.history(editor)
         draft, tick = history.present, 1.0 if is_busy(editor.run) else None

@@ -1,4 +1,4 @@
-"""Overview: what is looked at, and on what text?"""
+"""Overview: model, text, calibration and runs."""
 
 from __future__ import annotations
 

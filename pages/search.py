@@ -1,4 +1,4 @@
-"""Rank search: how should a parameter budget be spent?"""
+"""Rank search: rank allocations under a parameter budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sensitivity: what does each module cost when it alone is compressed?"""
+"""Sensitivity: KL divergence when a single module is compressed."""
 
 from __future__ import annotations
 

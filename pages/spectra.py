@@ -1,4 +1,4 @@
-"""Spectra: where is the model low-rank?"""
+"""Spectra: singular values of weights, eigenvalues of features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Benchmark texts: where each lives on the hub, how its rows become a text, and where a local copy has them."""
+"""Benchmark texts: location on the hub, conversion of rows to text, layout of a local copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".gz": "jso
 
 @dataclass(frozen=True, eq=False)
 class HubDataset:
-    """Where a benchmark text lives and how its rows become a text.
+    """A benchmark text on the hub.
 
     Attributes:
         name: what users call it.
@@ -58,7 +58,7 @@ HUB_TEXTS: dict[str, HubDataset] = {
 
 
 def _names_split(path: Path, split: str) -> bool:
-    """Whether ``train-00000-of-00001.parquet``, ``c4-train.00000-of-01024.json.gz`` or ``train/0000.parquet`` is of ``split``."""
+    """Return whether ``train-00000-of-00001.parquet``, ``c4-train.00000-of-01024.json.gz`` or ``train/0000.parquet`` is of ``split``."""
     return any(split in re.split(r"[-._]", part) for part in path.parts)
 
 

@@ -1,4 +1,4 @@
-"""Starting, stopping and asking a worker, from a process that never imports torch."""
+"""Start, stop and query a worker from a process that never imports torch."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ WARM_SECONDS = 300
 
 
 def start_worker(run: Run) -> None:
-    """Start a detached worker for ``run``, or let the one that holds it go on. Also resumes a stopped or interrupted run.
+    """Start a detached worker for ``run``, or resume the live one. Also resumes a stopped or interrupted run.
 
     The worker outlives the caller: closing the page or the dashboard stops nothing.
 
@@ -53,7 +53,7 @@ def start_worker(run: Run) -> None:
 
 
 def add_worker(run: Run, *, warm_seconds: float = WARM_SECONDS) -> None:
-    """Start one more detached worker that takes trials of ``run``; it loads the model once more.
+    """Start another detached worker for trials of ``run``; it loads the model again.
 
     Raises:
         RunError: the run is a recorded one, nobody works on it, or the process can't be started.
@@ -89,12 +89,12 @@ def _spawn(run: Run, warm_seconds: float, *options: str) -> None:
 
 
 def request_stop(run: Run) -> None:
-    """Ask the worker to stop after the step in hand; what is complete stays, and the worker still answers requests."""
+    """Stop the worker after the current step; results stay, and the worker still handles requests."""
     run.pause_marker.touch()
 
 
 def terminate(run: Run) -> None:
-    """End the processes of all its workers on this machine at once; trials in flight are measured again on resume."""
+    """Kill all workers of the run on this machine; trials in flight are measured again on resume."""
     workers = [*run.further_workers().values(), *([run.status()] if run.worker_alive() else [])]
     for worker in workers:
         if worker.pid is not None:
@@ -103,7 +103,7 @@ def terminate(run: Run) -> None:
 
 
 def submit(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str:
-    """Leave a request for the worker and return its id; a worker is started if none holds the run (unless ``launch`` is false).
+    """Submit a request and return its id; starts a worker if none holds the run (unless ``launch`` is false).
 
     A search that was stopped or interrupted stays so: the worker only answers.
 
@@ -130,18 +130,18 @@ def submit(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> 
 
 
 def request_path(run: Run, request: str) -> Path:
-    """Return where a request lies until its user withdraws it."""
+    """Return the path of a request, which exists until it is cancelled."""
     return run.path / "requests" / f"{request}.json"
 
 
 def cancel(run: Run, *requests: str) -> None:
-    """Take back requests: those that wait are never begun, and the worker leaves the one in hand at its next step."""
+    """Cancel requests: queued ones never start, and the worker leaves the current one at its next step."""
     for request in requests:
         request_path(run, Path(request).name).unlink(missing_ok=True)
 
 
 def pending_requests(run: Run) -> list[dict[str, object]]:
-    """Return the requests without an answer, the oldest first; those of the background come last."""
+    """Return the requests without a result, the oldest first; background ones last."""
     folder = run.path / "requests"
     if not folder.is_dir():
         return []
@@ -151,12 +151,12 @@ def pending_requests(run: Run) -> list[dict[str, object]]:
 
 
 def result_path(run: Run, request: str) -> Path:
-    """Return where the answer to a request is, once there is one: ``{"ok": true, …}`` or ``{"ok": false, "error": …}``."""
+    """Return the path of a request's result: ``{"ok": true, …}`` or ``{"ok": false, "error": …}``."""
     return run.path / "results" / f"{request}.json"
 
 
 def results(run: Run) -> list[JsonMapping]:
-    """Return the worker's answers, the oldest first.
+    """Return the worker's results, the oldest first.
 
     Raises:
         RunError: one is damaged.
@@ -167,7 +167,7 @@ def results(run: Run) -> list[JsonMapping]:
 
 
 def results_of(run: Run, kind: str) -> list[JsonMapping]:
-    """Return the answers to requests of one kind that could be met, the oldest first.
+    """Return the successful results of one kind of request, the oldest first.
 
     Raises:
         RunError: an answer is damaged.

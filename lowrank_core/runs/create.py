@@ -1,4 +1,4 @@
-"""Making a run: a new folder with all that a worker needs to begin."""
+"""Creation of a run: a folder with everything a worker needs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PACKAGES = ("torch", "transformers", "optuna", "numpy", "streamlit")
 
 
 def create_run(config: RunConfig, *, name: str = "", path: Path | None = None) -> Run:
-    """Make a run directory, under the home unless ``path`` is given.
+    """Create a run directory, under the home unless ``path`` is given.
 
     Raises:
         RunError: the folder holds something already, or can't be written.
@@ -56,7 +56,7 @@ def _versions() -> dict[str, str]:
 
 
 def _anchored(config: RunConfig) -> RunConfig:
-    """Return ``config`` with absolute paths: a worker need not start in the folder that the user was in."""
+    """Return ``config`` with absolute paths: a worker may start in another folder."""
     model, text = config.model.reference, config.text.reference
     if model != "demo" and Path(model).expanduser().is_dir():
         model = str(Path(model).expanduser().absolute())

@@ -1,4 +1,4 @@
-"""Drafts of manual ranks on disk: a small file for every author, so that a reload finds them and nobody writes over another's.
+"""Rank drafts on disk, a small file per author: reloads find them, and nobody overwrites another's.
 
 A file is named by a token that the address of the page carries. Who opens the address sees the draft; who then changes it writes a file
 of their own, under a new token.
@@ -27,7 +27,7 @@ def new_token() -> str:
 
 
 def _folder(run: Run) -> Path:
-    """Return where drafts of ``run`` are: with the run, or under the home where it ships with the package."""
+    """Return the folder of drafts of ``run``: in the run, or under the home for a bundled one."""
     return home() / "drafts" / run.id if run.recorded else run.path / "drafts"
 
 
@@ -36,7 +36,7 @@ def has_draft(run: Run, token: str) -> bool:
 
 
 def save_draft(run: Run, token: str, history: DraftHistory) -> None:
-    """Write the draft and what it began from; of more than a few hundred drafts of one run, the oldest go.
+    """Save the draft and its starting point; beyond a few hundred drafts of a run the oldest are deleted.
 
     Raises:
         RunError: the disk is full or read-only.
@@ -53,7 +53,7 @@ def _body(draft: Draft) -> dict[str, object]:
 
 
 def load_draft(run: Run, token: str, units: Sequence[Unit], *, rank_multiple: int = 1) -> DraftHistory | None:
-    """Return the draft ``token`` of ``run``, without its steps; None where there is none.
+    """Return the draft ``token`` of ``run``, without its steps; None without one.
 
     Raises:
         RunError: the file is damaged.

@@ -1,4 +1,4 @@
-"""Finding runs that are there."""
+"""Discovery of runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def open_run(path: str | os.PathLike[str]) -> Run:
 
 
 def recorded_run() -> Run | None:
-    """Return the run of the bundled model that ships with the package."""
+    """Return the bundled recorded run."""
     run = Run(bundled_path("assets", "recorded-run"))
     return run if (run.path / "run.json").exists() else None
 

@@ -1,4 +1,4 @@
-"""What is known of a healing while it runs, and when it is done: written by the trainer, read by pages. Torch-free."""
+"""Records of a healing, written by the trainer and read by pages. Torch-free."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class HealingPoint:
 
 @dataclass(frozen=True)
 class HealingReport:
-    """What a healing did; figures of the start are one-shot compression's, and all are on validation windows.
+    """Result of a healing; values at the start are those of one-shot compression, all on validation windows.
 
     Attributes:
         method, label, learning_rate: with what.
@@ -74,12 +74,12 @@ class HealingReport:
 
     @property
     def recovered(self) -> float:
-        """Fraction of the validation KL divergence that is gone."""
+        """Recovered fraction of the validation KL divergence."""
         return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else 0.0
 
     @property
     def summary(self) -> dict[str, object]:
-        """All of it but the history, ready for JSON."""
+        """The report without its history, ready for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "history"}
 
 
@@ -88,7 +88,7 @@ def write_history(folder: Path, points: tuple[HealingPoint, ...]) -> None:
 
 
 def read_history(folder: Path) -> tuple[HealingPoint, ...]:
-    """Return the points so far; none where training has not begun.
+    """Return the points so far; empty before training starts.
 
     Raises:
         RunError: the file is damaged.
@@ -103,7 +103,7 @@ def write_report(folder: Path, report: HealingReport) -> None:
 
 
 def read_report(folder: Path) -> HealingReport | None:
-    """Return the report of a healing that is done; None while it is not.
+    """Return the report of a finished healing; None before.
 
     Raises:
         RunError: the file is damaged.
@@ -119,7 +119,7 @@ def _points(result: Iterable[Mapping[str, Any]]) -> tuple[HealingPoint, ...]:
 
 @contextmanager
 def _damage_told(path: Path) -> Iterator[None]:
-    """Raise what goes wrong in reading ``path`` as a RunError."""
+    """Convert errors in reading ``path`` to a RunError."""
     try:
         yield
     except (TypeError, KeyError) as error:

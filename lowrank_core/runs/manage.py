@@ -19,7 +19,7 @@ _MAX_NAME, _MAX_NOTES = 200, 20_000  # characters
 
 
 def rename_run(run: Run, name: str) -> None:
-    """Call ``run`` by another name; its folder keeps its own.
+    """Change the display name of ``run``; its folder stays.
 
     Raises:
         RunError: it is a recorded one, the name is empty or too long, or run.json can't be written.
@@ -32,7 +32,7 @@ def rename_run(run: Run, name: str) -> None:
 
 
 def notes_of(run: Run) -> str:
-    """Return what the user noted on ``run``, or nothing.
+    """Return the user's notes on ``run``; empty without any.
 
     Raises:
         RunError: the file is damaged.
@@ -42,7 +42,7 @@ def notes_of(run: Run) -> str:
 
 
 def write_notes(run: Run, notes: str) -> None:
-    """Keep ``notes`` with ``run``.
+    """Save ``notes`` with ``run``.
 
     Raises:
         RunError: it is a recorded one, the notes are too long, or can't be written.
@@ -54,7 +54,7 @@ def write_notes(run: Run, notes: str) -> None:
 
 
 def run_bytes(run: Run) -> int:
-    """Return what ``run`` holds on disk; links are not followed."""
+    """Return the disk usage of ``run``; links are not followed."""
     return sum(path.lstat().st_size for path in run.path.rglob("*") if path.is_file() and not path.is_symlink())
 
 
@@ -74,7 +74,7 @@ def check_deletable(run: Run) -> None:
 
 
 def delete_run(run: Run) -> None:
-    """Remove the folder of ``run`` with all that is in it; statistics in the home stay, as runs share them.
+    """Delete the folder of ``run``; statistics in the home stay, as runs share them.
 
     Raises:
         RunError: as ``check_deletable``, or a file can't be removed.

@@ -1,4 +1,4 @@
-"""Where things lie: the user's own folder, and what ships with the package."""
+"""Paths of the user's home and of bundled files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def statistics_home() -> Path:
 
 
 def bundled_path(*parts: str) -> Path:
-    """Return the path of a file that ships with the package (from a checkout or an installed wheel)."""
+    """Return the path of a bundled file (from a checkout or an installed wheel)."""
     package = Path(__file__).resolve().parents[1]
     root = package / "_bundle" if (package / "_bundle").is_dir() else package.parent
     return root.joinpath(*parts)

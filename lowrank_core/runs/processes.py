@@ -1,4 +1,4 @@
-"""How a fresh Python process is started: our own package is found there, and the working directory is not searched for modules.
+"""Start of fresh Python processes: our package is importable, the working directory is not on the path.
 
 A worker works in its run's folder, and a run's folder may come from anywhere: a ``json.py`` in it must never be imported. Every process
 that this package starts gets its command and its environment here. Torch-free.
@@ -19,7 +19,7 @@ def python_command(*arguments: str) -> list[str]:
 
 
 def python_environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment with ``changes``, for ``python_command`` and for what that process starts itself.
+    """Return this process's environment with ``changes``, for ``python_command`` and its children.
 
     A checkout that is not installed is found, too. Entries of PYTHONPATH are made absolute, and empty ones are left out: Python takes
     them relative to the new process's working directory.

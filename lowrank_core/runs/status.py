@@ -1,4 +1,4 @@
-"""What a worker says of itself, and whether its process is there."""
+"""Status of a worker and liveness of its process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ACTIVE_STATES = ("queued", "running", "stopping", "idle")
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the worker last said of itself.
+    """Last status of the worker.
 
     Attributes:
         state: ``new``, ``queued``, ``running``, ``stopping``, ``stopped``, ``idle`` (done, still warm), ``finished``, ``failed``
@@ -60,7 +60,7 @@ class RunStatus:
 
 
 def process_started(pid: int) -> float | None:
-    """Return the start time of process ``pid``, or None if it is gone (a zombie is)."""
+    """Return the start time of process ``pid``; None if it is gone (or a zombie)."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -69,7 +69,7 @@ def process_started(pid: int) -> float | None:
 
 
 def status_from(body: JsonMapping, path: Path) -> RunStatus:
-    """Return the status that the file ``path`` holds.
+    """Return the status in the file ``path``.
 
     Raises:
         RunError: it is damaged.
@@ -81,6 +81,6 @@ def status_from(body: JsonMapping, path: Path) -> RunStatus:
 
 
 def is_alive(status: RunStatus) -> bool:
-    """Whether the process that wrote ``status`` is there."""
+    """Whether the process of ``status`` is alive."""
     started = None if status.pid is None else process_started(status.pid)
     return started is not None and status.pid_started is not None and abs(started - status.pid_started) < 1

@@ -1,4 +1,4 @@
-"""The next point of a search as published: the largest expected improvement among points that meet the budget.
+"""Proposals of a published search: maximum expected improvement among points that meet the budget.
 
 As the published code's optimiser (OpenBox) does it: a Gaussian process with a Matérn-5/2 kernel, one length scale for each variable,
 
@@ -44,7 +44,7 @@ _MIN_VARIANCE = 1e-10
 
 
 def next_point(scheme: PublishedScheme, trials: Sequence[FrozenTrial], seed: int, *, initial: int, random: bool) -> dict[str, float]:
-    """Return what is to be measured next.
+    """Return the next point to measure.
 
     Args:
         trials: that have a point and a value; the least is best.
@@ -69,14 +69,14 @@ def next_point(scheme: PublishedScheme, trials: Sequence[FrozenTrial], seed: int
 
 
 def _local_searches(scheme: PublishedScheme, process: GaussianProcess, known: Array, generator: np.random.Generator) -> Array:
-    """Return where searches from the ten known points of the largest expected improvement end (starts, groups)."""
+    """Return the ends of local searches from the ten known points of largest expected improvement (starts, groups)."""
     improvement = process.improvement((known - MIN) / (MAX - MIN))
     best = np.argsort(-improvement, kind="stable")[:_STARTS]
     return np.stack([_climbed(scheme, process, known[index], generator) for index in best])
 
 
 def _climbed(scheme: PublishedScheme, process: GaussianProcess, point: Array, generator: np.random.Generator) -> Array:
-    """Move to the first neighbour that is better, again and again, until none of those that are drawn is."""
+    """Move to the first better neighbour until none of the drawn ones is."""
     height = process.improvement((point[None] - MIN) / (MAX - MIN))[0]
     while True:
         around = _neighbours(point, generator)
@@ -120,7 +120,7 @@ class GaussianProcess:
         return cls(points, scaled, min(result, key=lambda end: float(end[1]))[0])
 
     def improvement(self, points: Array) -> Array:
-        """Return by how much each of ``points`` (m, d) is expected to lie below the least value known (m,)."""
+        """Return the expected improvement of ``points`` (m, d) over the lowest known value (m,)."""
         lower, weights = self._solved
         between = _kernel(self.theta, self.points, points)
         mean = between.T @ weights
@@ -144,7 +144,7 @@ def _first_theta(dimensions: int) -> Array:
 
 
 def _random_thetas(dimensions: int, generator: np.random.Generator) -> list[Array]:
-    """Return where the other searches begin: drawn from the priors, length scales evenly over their bounds."""
+    """Return the random starts: drawn from the priors, length scales evenly over their bounds."""
     result = []
     for _ in range(_RESTARTS):
         lengths = generator.uniform(*_LENGTH, size=dimensions)

@@ -1,4 +1,4 @@
-"""The Optuna study of a run: made or reopened, baselines first, one trial at a time."""
+"""The Optuna study of a run: created or reopened, baselines first, one trial at a time."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _RULES = "rules"
 
 @dataclass(frozen=True)
 class TrialBench:
-    """Everything that trials share: nothing in it is computed twice.
+    """Shared state of trials, computed once.
 
     Attributes:
         decomposed: the dense model, in which a trial swaps layers and puts them back, and the nested factors of its units.
@@ -87,7 +87,7 @@ class TrialBench:
 
 
 def open_study(run: Run, config: SearchConfig, space: SearchSpace) -> optuna.Study:
-    """Return the run's study with its baselines enqueued, and what a dead worker left in flight queued again.
+    """Return the run's study with its baselines queued, and the interrupted trials of a dead worker queued again.
 
     Raises:
         ConfigError: the database that holds it can't be reached.
@@ -111,7 +111,7 @@ def _has_these_rules(study: optuna.Study, config: SearchConfig) -> bool:
 
 
 def check_rules(study: optuna.Study, config: SearchConfig) -> None:
-    """Refuse to mix trials: those of an earlier version have another objective ``bolaco``, and another search as published.
+    """Refuse to mix trials of different versions of the objective ``bolaco`` or the published search.
 
     Raises:
         RunError: the trials of ``study`` were measured by other rules.
@@ -124,7 +124,7 @@ def check_rules(study: optuna.Study, config: SearchConfig) -> None:
 
 
 def study_in_memory(config: SearchConfig, space: SearchSpace, *, baselines: bool = True) -> optuna.Study:
-    """Return a study with one objective that leaves nothing behind, its baselines enqueued if wanted."""
+    """Return an in-memory study with one objective, optionally with its baselines queued."""
     study = optuna.create_study(direction=StudyDirection.MINIMIZE)
     study.set_user_attr(_RULES, RULES)
     equip(study, config, space)
@@ -134,7 +134,7 @@ def study_in_memory(config: SearchConfig, space: SearchSpace, *, baselines: bool
 
 
 def equip(study: optuna.Study, config: SearchConfig, space: SearchSpace) -> None:
-    """Give ``study`` the sampler and the pruner of ``config``, which may have changed since the last trial."""
+    """Set the sampler and the pruner of ``study`` from ``config``."""
     study.sampler = PointSampler(config, space.distributions(), space.scheme)
     study.pruner = _pruner(config)
 
@@ -160,18 +160,18 @@ def _enqueue_baselines(study: optuna.Study, config: SearchConfig, space: SearchS
 
 
 def enqueue_allocation(study: optuna.Study, ranks: Ranks, *, label: str = MANUAL, **attributes: str) -> None:
-    """Queue an allocation: the next free worker measures it, whatever the sampler proposes."""
+    """Queue an allocation for the next free worker."""
     given = {"label": label, GIVEN: True, "ranks": json.dumps(dict(ranks)), **attributes}
     study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=given))
 
 
 def _was_lost(trial: FrozenTrial) -> bool:
-    """Return whether a trial ended without an answer: its worker was killed or interrupted."""
+    """Return whether a trial lost its worker."""
     return trial.state == TrialState.FAIL and ERROR not in trial.user_attrs
 
 
 def requeue_lost(run: Run, study: optuna.Study) -> None:
-    """Fail the trials whose worker is dead, and queue them again, three times at most.
+    """Fail the trials of dead workers, and queue them again, up to three times.
 
     A study in a database tells by heartbeats who is (``studies.storage``), one in a journal by the processes of this machine.
     """
@@ -227,17 +227,17 @@ def _counted(study: optuna.Study, states: Sequence[TrialState]) -> int:
 
 
 def completed_trials(study: optuna.Study) -> int:
-    """Return how many trials are complete or were stopped early; manual ones come on top."""
+    """Return the number of complete or pruned trials, without manual ones."""
     return _counted(study, _FINISHED)
 
 
 def running_trials(study: optuna.Study) -> int:
-    """Return how many are measured now, by whatever worker; manual ones left out."""
+    """Return the number of running trials, without manual ones."""
     return _counted(study, (TrialState.RUNNING,))
 
 
 def waiting_trials(study: optuna.Study) -> int:
-    """Return how many trials wait to be measured whatever the number of trials: manual ones, and those that lost their worker."""
+    """Return the number of queued trials beyond the search's own: manual ones, and those that lost their worker."""
 
     def owed(trial: FrozenTrial) -> bool:
         return trial.user_attrs.get("label") == MANUAL or RETRY_OF in trial.user_attrs or "retry_history" in trial.system_attrs
@@ -246,7 +246,7 @@ def waiting_trials(study: optuna.Study) -> int:
 
 
 def run_trial(study: optuna.Study, bench: TrialBench, config: SearchConfig) -> FrozenTrial:
-    """Take what waits, or else a point of the sampler's; measure it, tell the study. A diverged model makes a failed trial.
+    """Measure the next queued or sampled trial. A diverged model gives a failed trial.
 
     Raises:
         BudgetError: the ratio can't be met at any point.
@@ -313,14 +313,14 @@ class _Measurement:
         return space.allocation(trial.params, self._label)
 
     def _constraints(self, allocation: RankAllocation) -> dict[str, float]:
-        """Return by how much the budget is missed; a manual allocation over it is measured, but never the best."""
+        """Return the violation of the budget; a manual allocation over it can't become the best."""
         if self._label != MANUAL or self._config.max_ratio is not None:
             return {}
         budget = budget_for_ratio(self._bench.space.units, self._config.compression_ratio)
         return {"keeps too much": max(0, allocation.parameters - budget) / allocation.dense_parameters}
 
     def _report(self, scores: WindowScores) -> None:
-        """Tell the study the loss of every window of a batch, and stop here if it can't become the best."""
+        """Report the loss of every window of a batch to the study, and prune if it can't become the best."""
         losses = scores.kl if self._config.objective == "kl" else scores.nll
         assert losses is not None
         single = self._config.max_ratio is None
@@ -334,7 +334,7 @@ class _Measurement:
             raise TrialPruned
 
     def _estimate(self) -> float:
-        """Return the value that this trial would have: the best one's, moved by how much worse this one is on the same windows."""
+        """Return the estimated value of a pruned trial: the best one's, shifted by the difference on common windows."""
         best = self._trial.study.best_trial
         worse = sum(loss - best.intermediate_values[window] for window, loss in enumerate(self._losses)) / len(self._losses)
         assert best.value is not None

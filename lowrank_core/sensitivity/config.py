@@ -1,4 +1,4 @@
-"""What the user chose to measure."""
+"""Settings of a sensitivity measurement."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCOPES = (TYPE, MODULE)
 
 @dataclass(frozen=True)
 class SensitivityConfig:
-    """What is compressed alone, and how far."""
+    """Settings of a sensitivity measurement."""
 
     kept: tuple[float, ...] = option(
         (0.2, 0.35, 0.5, 0.65, 0.8), "ratios of the parameters that are kept, biases and indices counted", label="Kept of the parameters"
@@ -54,7 +54,7 @@ class SensitivityConfig:
 
 
 def coarse_first(ratios: Sequence[float]) -> tuple[float, ...]:
-    """Return the ratios, the middle one first, then always the one that is farthest from all before it (the smaller of two)."""
+    """Return the ratios, the middle one first, then always the farthest from all before it (the smaller of two)."""
     left = sorted(set(ratios))
     result = [left.pop(len(left) // 2)] if left else []
     while left:
@@ -66,7 +66,7 @@ def coarse_first(ratios: Sequence[float]) -> tuple[float, ...]:
 
 
 def single_compression(base: CompressionConfig, config: SensitivityConfig) -> CompressionConfig:
-    """Return how a matrix is factorised by itself: the basis inside all wrappers, and neither stacks nor heads.
+    """Return the factorisation of a single matrix: the inner metric, without stacks and heads.
 
     A matrix that is compressed alone has the dense model's input, so that there is no drift that a basis could correct.
 

@@ -1,4 +1,4 @@
-"""Which cells there are to measure, and at what ranks. Torch-free."""
+"""Plan of a sensitivity measurement: cells with their ranks. Torch-free."""
 
 from __future__ import annotations
 

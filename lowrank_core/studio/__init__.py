@@ -1,1 +1,1 @@
-"""What the dashboard and the report show: tidy tables, and charts drawn from them. Torch-free."""
+"""Tables and charts of the dashboard and the report. Torch-free."""

@@ -1,1 +1,1 @@
-"""The background process of a run: it calibrates, runs trials and answers requests, and can be killed at any moment."""
+"""The background process of a run: calibration, trials, requests. It may be killed at any moment."""

@@ -1,4 +1,4 @@
-"""What a worker does when nothing else is to be done: it waits for trials and all other requests, and yields for them when they come."""
+"""Background requests: they run when the worker is otherwise idle, and yield to trials and other requests."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["answer_in_background"]
 
 
 class _PutOff(Exception):
-    """The request yields, or was withdrawn: it gets no answer now."""
+    """The request yields or was cancelled: no result now."""
 
 
 def answer_in_background(worker: WorkerContext) -> bool:
-    """Work on the first waiting request of the background until it is answered or yields; return whether there was one."""
+    """Run the first background request until it is done or yields; return whether there was one."""
     request = next((request for request in pending_requests(worker.run) if request.get("kind") in BACKGROUND), None)
     if request is None:
         return False
@@ -46,7 +46,7 @@ _KINDS: Mapping[str, Kind] = MappingProxyType({"sensitivity": _sensitivity})
 
 
 def _is_urgent(worker: WorkerContext) -> bool:
-    """Return whether there is something that the background yields for."""
+    """Return whether there is work with precedence."""
     if any(request.get("kind") not in BACKGROUND for request in pending_requests(worker.run)):
         return True
     search = worker.run.config.search

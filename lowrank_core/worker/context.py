@@ -1,4 +1,4 @@
-"""What a worker answers requests with, and which compressed model a request means."""
+"""State of a worker for its requests, and lookup of the requested allocation."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ __all__ = ["WorkerContext", "LastBuilt", "EvaluationCache", "chosen_allocation",
 
 
 class LastBuilt:
-    """Keeps what was built last, for requests in a row that ask for the same: one model at most."""
+    """Cache of the last built model, for consecutive requests; at most one."""
 
     def __init__(self) -> None:
         self._key: object = None
         self._held: object = None
 
     def take(self, key: object, build: Callable[[], object]) -> object:
-        """Return what is kept under ``key``, else build it and keep that instead."""
+        """Return the value of ``key``, else build and cache it."""
         if self._held is None or key != self._key:
             self.clear()  # before another one is built: two would not fit where one does
             self._held = build()
@@ -43,7 +43,7 @@ class LastBuilt:
 
 
 class EvaluationCache:
-    """Keeps what was measured on test text of the search's own factors, by their ranks.
+    """Cache of test measurements of the search's own factors, by ranks.
 
     All else that a figure depends on is the session's: the model, the factors, the windows, and how many of them are in a pass.
     """
@@ -52,18 +52,18 @@ class EvaluationCache:
         self._found: dict[tuple[tuple[str, int | None], ...], EvaluationReport] = {}
 
     def keep(self, ranks: Ranks, report: EvaluationReport) -> EvaluationReport:
-        """Keep ``report`` as that of ``ranks``, and return it."""
+        """Store ``report`` for ``ranks``, and return it."""
         self._found[tuple(sorted(ranks.items()))] = report
         return report
 
     def of(self, ranks: Ranks) -> EvaluationReport | None:
-        """Return what was measured at ``ranks``; None if nothing was."""
+        """Return the measurement of ``ranks``; None without one."""
         return self._found.get(tuple(sorted(ranks.items())))
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What a worker answers with: the run and what it holds ready; ``bench`` and ``study`` are None where nothing is searched."""
+    """The run and its loaded state; ``bench`` and ``study`` are None for an analysis."""
 
     run: Run
     session: RunContext
@@ -79,7 +79,7 @@ class WorkerContext:
 
     @property
     def search(self) -> tuple[TrialBench, optuna.Study, SearchConfig]:
-        """Return what a search has.
+        """Return the search's bench and study.
 
         Raises:
             ConfigError: nothing is searched.

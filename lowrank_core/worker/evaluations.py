@@ -1,4 +1,4 @@
-"""What a worker measures of compressed models when it is asked: on test text, on a second text, token by token, in time and memory."""
+"""Handlers that measure models: test text, second text, single tokens, time and memory."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def _other_text(worker: WorkerContext, arguments: Mapping[str, object]) -> Answe
 
 
 def _check_unchanged(worker: WorkerContext, reference: str, windows: WindowSet) -> None:
-    """Raise unless the answers about this text that the run has were measured on the same tokens; older answers do not say."""
+    """Raise unless earlier results on this text used the same tokens; older results do not record them."""
     known = {body.get("sha256") for body in results_of(worker.run, "other_text") if body.get("text") == reference}
     if known - {None, windows.sha256}:
         raise ConfigError(
@@ -73,7 +73,7 @@ def _measured(worker: WorkerContext, arguments: Mapping[str, object], windows: W
 
 
 def _rounded(report: Mapping[str, object]) -> dict[str, object]:
-    """Return the report with its lists of windows and positions at six decimals: an answer of some kilobytes."""
+    """Return the report with windows and positions at six decimals, to keep results small."""
     result = dict(report)
     for name in ("window_nll", "dense_window_nll"):
         values = result.get(name)
@@ -93,7 +93,7 @@ def _flops(model: BuiltModel) -> dict[str, object]:
 
 
 def _tokens(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Compare both models token by token, on a text that is given or on a window of the test text."""
+    """Compare both models token by token, on a given text or a test window."""
     session, given, window = worker.session, arguments.get("text"), arguments.get("window")
     test = session.windows.test
     left_out, source = 0, "the text that was given"
@@ -121,7 +121,7 @@ def _tokens(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
 
 
 def _generate(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Continue a prompt with both models, by the same seed."""
+    """Continue a prompt with both models, with one seed."""
     prompt = str(arguments.get("prompt", ""))
     tokens, seed = int(str(arguments.get("tokens", 64))), int(str(arguments.get("seed", 0)))
     temperature = float(str(arguments.get("temperature", TEMPERATURE)))
@@ -136,7 +136,7 @@ def _generate(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
 
 
 def _speed(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Time both models in turns; peak memory, if asked for, in a fresh process for each."""
+    """Time both models in alternation; peak memory, if requested, in a fresh process for each."""
     config = from_mapping(SpeedConfig, {f.name: arguments[f.name] for f in fields(SpeedConfig) if f.name in arguments})
     config.check_fits(worker.session.handle)
     model, source = built_model(worker, ModelRef.parse(arguments.get("trial"))), worker.run.config.model
@@ -155,7 +155,7 @@ def _speed(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
 
 
 def _on_disk(worker: WorkerContext, model: BuiltModel, folder: Path) -> ModelSource:
-    """Return where a fresh process finds the model; one that was only built is written to ``folder`` for as long as that takes."""
+    """Return the model's path for a fresh process; an unsaved model is written to ``folder`` temporarily."""
     source = worker.run.config.model
     if model.folder is not None:
         return replace(source, reference=str(model.folder))

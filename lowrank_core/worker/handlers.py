@@ -1,4 +1,4 @@
-"""Answers to what users ask of a worker: what it measures (``worker.evaluations``), an allocation of their own, an export, a healing."""
+"""Handlers of requests: measurements (``worker.evaluations``), manual allocations, exports, healings."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ Answer = dict[str, object]
 
 
 def _measure(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Queue a manual allocation; a partial one is completed by an allocator within the budget."""
+    """Queue a manual allocation; an allocator completes a partial one within the budget."""
     bench, study, config = worker.search
     check_rules(study, config)
     ranks, allocator = arguments.get("ranks"), arguments.get("complete")
@@ -56,7 +56,7 @@ def _measure(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
 def export_trial(
     run: Run, session: RunContext, bench: TrialBench, trial: object, config: ExportConfig | None = None, reporter: Reporter | None = None
 ) -> str:
-    """Write the compressed model of ``trial`` under the run's exports, and return its folder; one that is there is kept."""
+    """Write the compressed model of ``trial`` under the run's exports, and return its folder; an existing one is kept."""
     config = config or ExportConfig()
     ref = ModelRef.parse(trial)
     allocation = chosen_allocation(run, bench, ref)
@@ -82,7 +82,7 @@ def _command(run: Run, number: int, out: str, config: ExportConfig) -> str:
 
 
 def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
-    """Return how a trial's model was made, for its folder."""
+    """Return the provenance of a trial's model."""
     config = run.config
     assert config.search is not None
     made = {"run": run.id, "allocation": allocation.label, "text": config.text.reference, "seed": config.text.seed}
@@ -90,7 +90,7 @@ def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
 
 
 def unspent_of(search: SearchConfig, allocation: RankAllocation) -> tuple[str, ...]:
-    """Return what to say where rounding left a part of the search's budget; nothing of a search over a range of ratios."""
+    """Return a note where rounding left part of the search's budget; nothing over a range of ratios."""
     if search.max_ratio is not None:
         return ()
     ratio, dense = search.compression_ratio, allocation.dense_parameters
@@ -98,7 +98,7 @@ def unspent_of(search: SearchConfig, allocation: RankAllocation) -> tuple[str, .
 
 
 def metrics_of_trial(run: Run, number: int) -> dict[str, object]:
-    """Return what was measured of a trial on test text, if it was: for its folder's card."""
+    """Return a trial's test measurements, if any, for its model card."""
     result = [body["report"] for body in results_of(run, "compare") if body.get("trial") == number]
     return metrics_of(result[-1]) if result else {}
 
@@ -132,7 +132,7 @@ def _directions(worker: WorkerContext, arguments: Mapping[str, object]) -> Answe
 
 
 def _verify(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Check an export of this run, and measure it again in a fresh process."""
+    """Check an export of this run and measure it again in a fresh process."""
     exports = worker.run.path / "exports"
     folder = exports / Path(str(arguments.get("path", ""))).name
     if folder == exports or not folder.is_dir():
@@ -143,7 +143,7 @@ def _verify(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
 
 
 def _curves(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Write the error curves, for a run of an older version; a worker of this one has, as it began."""
+    """Write the error curves of a run of an older version."""
     bench, _, config = worker.search
     return {"estimate": record_curves(worker.run, config, bench)}
 
@@ -165,7 +165,7 @@ _KINDS: Mapping[str, Kind] = MappingProxyType(
 
 
 def answer_requests(worker: WorkerContext) -> bool:
-    """Answer every waiting request but those of the background, errors included; return whether there was one."""
+    """Handle all waiting foreground requests, errors included; return whether there was one."""
     waiting = [request for request in pending_requests(worker.run) if request.get("kind") not in BACKGROUND]
     try:
         for request in waiting:
@@ -176,7 +176,7 @@ def answer_requests(worker: WorkerContext) -> bool:
 
 
 def answer(worker: WorkerContext, request: Mapping[str, object], kinds: Mapping[str, Kind] | None = None) -> None:
-    """Answer a request by what its kind does, or with the error that this met; one that was withdrawn gets no answer."""
+    """Handle a request and write its result or error; a cancelled one gets none."""
     name, arguments = str(request["id"]), request.get("arguments")
     path = request_path(worker.run, name)
     if not path.exists():
@@ -191,7 +191,7 @@ def answer(worker: WorkerContext, request: Mapping[str, object], kinds: Mapping[
 def _answer(
     worker: WorkerContext, request: str, kind: str, arguments: Mapping[str, object], kinds: Mapping[str, Kind] | None = None
 ) -> None:
-    """Write the answer to a request; none to one that was withdrawn meanwhile."""
+    """Write the result of a request unless it was cancelled."""
     kinds = _KINDS if kinds is None else kinds
     try:
         if kind not in kinds:
@@ -208,7 +208,7 @@ def _answer(
 
 
 def confirm(worker: WorkerContext) -> None:
-    """Measure the best complete trials of a finished search on test text, as if a user had asked; each only once."""
+    """Measure the best complete trials of a finished search on test text, each once."""
     _, _, config = worker.search
     for trial in _worth_confirming(read_trials(worker.run), config):
         if trial.number not in _compared(worker.run) and not worker.reporter.paused:
@@ -216,7 +216,7 @@ def confirm(worker: WorkerContext) -> None:
 
 
 def _worth_confirming(trials: list[TrialRecord], config: SearchConfig) -> list[TrialRecord]:
-    """Return the best trials, the best first; over a range of ratios some of the Pareto front, evenly spaced."""
+    """Return the best trials in order; over a range of ratios points of the Pareto front, evenly spaced."""
     if config.max_ratio is None:
         complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
         distinct = {tuple(trial.ranks.items()): trial for trial in sorted(complete, key=lambda t: (t.value, t.number), reverse=True)}

@@ -1,4 +1,4 @@
-"""Healing a trial's model in a run: the folder that it leaves, and how it goes on."""
+"""Healing of a trial's model in a run: its folder, and resuming."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def healing_config(arguments: Mapping[str, object]) -> HealingConfig:
 
 
 def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path:
-    """Return where this healing is kept: the same ranks and settings find what an earlier request left."""
+    """Return the folder of this healing: equal ranks and settings share one."""
     key = json.dumps([dict(allocation.ranks), to_mapping(config)], sort_keys=True)
     words = f"{allocation.label}-{config.method}-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
     return run.path / "healed" / words.replace(" ", "-")
@@ -46,7 +46,7 @@ def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path
 def heal_allocation(
     worker: WorkerContext, allocated: tuple[RankAllocation, CompressedModel], config: HealingConfig, how: Mapping[str, object]
 ) -> dict[str, object]:
-    """Heal a compressed model, write it, and measure it on test text as it was and as it is; return what the answer says.
+    """Heal a compressed model, write it, and measure it on test text before and after; return the result.
 
     What is done already is not done again, and a healing that was stopped or killed goes on from its last validation.
 
@@ -90,7 +90,7 @@ def heal_allocation(
 
 
 def export_healed(worker: WorkerContext, name: str, config: ExportConfig) -> str:
-    """Write a healed model of this run once more, in the form that ``config`` says, and return its folder; one that is there is kept.
+    """Write a healed model of this run in the form of ``config``, and return its folder; an existing one is kept.
 
     It starts from what is on disk, so that what is written here is what was written there.
 

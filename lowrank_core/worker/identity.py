@@ -1,4 +1,4 @@
-"""What a run was begun with: its model, its tokens, its statistics. Nothing is measured, answered or exported with anything else.
+"""Identity of a run: its model, tokens and statistics. Nothing is measured or exported with others.
 
 Files change while a run rests: weights are trained on, a text grows. Trials of two models are no study, so whoever loads the model or
 the text of a run compares them with what was there at first, before anything is computed from them, and refuses what differs. The
@@ -62,7 +62,7 @@ _PROBE = 'The 1,024 ranks: a café, naïve "quotes" and\n\ttabs; Größe 中文 
 
 
 def identity_of_model(handle: ModelHandle) -> dict[str, object]:
-    """Return what identifies a model: hashes of its weights, of its configuration and of what its tokenizer does."""
+    """Return hashes of a model's weights, configuration and tokenizer behaviour."""
     return {
         "dtype": str(handle.module.dtype).removeprefix("torch."),
         "config": handle.config_fingerprint,
@@ -72,33 +72,33 @@ def identity_of_model(handle: ModelHandle) -> dict[str, object]:
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of the vocabulary, and of how a sample is encoded and decoded: its file looks different in every version."""
+    """Return a hash of the vocabulary and a sample's encoding and decoding: the file differs between versions."""
     ids = [tokenizer(_PROBE, add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)]
     parts = [sorted(tokenizer.get_vocab().items()), ids, tokenizer.decode(ids[0])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def identity_of_texts(handle: ModelHandle, config: CalibrationConfig, *texts: WindowSet) -> dict[str, object]:
-    """Return the hash of each split's tokens, and with the calibration's the name of the statistics that come from it."""
+    """Return the hash of each split's tokens, and the key of the calibration statistics."""
     result: dict[str, object] = {windows.split: windows.sha256 for windows in texts}
     calibration = next((windows for windows in texts if windows.split == "calibration"), None)
     return result if calibration is None else {**result, "statistics": statistics_key(handle, calibration, config)}
 
 
 def identity_of_factors(decomposed: Decomposed) -> dict[str, object]:
-    """Return the energy that the factors trade: the sum of the errors at rank 0."""
+    """Return the total energy of the factors: the sum of errors at rank 0."""
     return {"energy": float(sum(curve[0] for curve in error_curves(decomposed.bases).values()))}
 
 
 def signed_in(study: optuna.Study) -> dict[str, object]:
-    """Return what the workers of ``study`` left there."""
+    """Return the identity stored in ``study``."""
     result: dict[str, object] = json.loads(study.user_attrs.get("fingerprint", "{}"))
     return result
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What is known of a run's beginning, from each place that says something.
+    """Identity of a run, from all its records.
 
     Attributes:
         run: the run.
@@ -112,7 +112,7 @@ class RunIdentity:
 
     @classmethod
     def of(cls, run: Run, claim: str = RESUME) -> RunIdentity:
-        """Read what is known of ``run``.
+        """Read the identity of ``run``.
 
         Raises:
             RunError: a file is damaged. ConfigError: the study's database can't be reached.
@@ -133,7 +133,7 @@ class RunIdentity:
                     )
 
     def keep(self, result: Facts) -> None:
-        """Check ``found``, and leave in the run's folder what was not known.
+        """Check the identity, and store new facts in the run's folder.
 
         Raises:
             ConfigError: as ``check``. RunError: the disk is full or read-only.
@@ -185,7 +185,7 @@ def _of_study(run: Run) -> Facts:
 
 
 def _of_parts(run: Run) -> Facts:
-    """Return what the parts of a run say that pages show."""
+    """Return the identity facts in the run's JSON files."""
     model, text = run.part("model") or {}, run.part("text") or {}
     result = {"model": model.get("fingerprint"), "dtype": model.get("dtype")}
     result |= {split: facts.get("sha256") for split, facts in (text.get("splits") or {}).items()}

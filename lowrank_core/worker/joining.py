@@ -31,7 +31,7 @@ _POLL_SECONDS = 0.5
 
 
 def run_of_study(url: str, study_name: str, *, model: str | None = None, text: str | None = None, device: str | None = None) -> Run:
-    """Return a run directory on this machine for a study in a database, with the study's config.
+    """Return a local run directory for a study in a database, with its config.
 
     Args:
         model, text, device: where they are on this machine, if not where the study's first worker had them.
@@ -59,7 +59,7 @@ def run_of_study(url: str, study_name: str, *, model: str | None = None, text: s
 
 
 def join_run(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> int:
-    """Take trials of the study of ``run`` until none are left, and wait ``warm_seconds`` for more; return how many were measured.
+    """Run trials of the study of ``run`` until none are left, wait ``warm_seconds`` for more; return their number.
 
     Raises:
         RunError: nobody has begun the search.
@@ -81,7 +81,7 @@ def join_run(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> in
 
 
 def _begun(run: Run, reporter: Reporter) -> optuna.Study:
-    """Return the study as soon as its first worker has begun it."""
+    """Wait for the study to start, and return it."""
     with reporter.stage("Waiting for the first worker"):
         while True:
             reporter.check_stop()
@@ -97,7 +97,7 @@ def _begun(run: Run, reporter: Reporter) -> optuna.Study:
 
 
 def _wanted(study: optuna.Study) -> SearchConfig:
-    """Return the search as its first worker wants it now."""
+    """Return the search as its first worker runs it now."""
     return from_mapping(SearchConfig, json.loads(study.user_attrs["search"]))
 
 

@@ -1,4 +1,4 @@
-"""The worker: one process that prepares a run, runs its trials and answers requests, and can be killed at any moment.
+"""The worker: one process that prepares a run, runs trials and handles requests. It may be killed at any moment.
 
 Further workers, on this machine or on others, join it for the trials alone (``worker.joining``).
 """
@@ -64,7 +64,7 @@ def _sole_worker(run: Run) -> Iterator[None]:
 
 
 def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, helpers: int = 0) -> tuple[RunContext, TrialBench | None]:
-    """Do everything that is left to do in ``run``, then answer requests for ``warm_seconds`` without one.
+    """Finish the work of ``run``, then handle requests until ``warm_seconds`` pass without one.
 
     ``helpers`` further processes on this machine take trials, too; they end with the search.
 
@@ -99,7 +99,7 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
 
 
 def measure_alone(run: Run, config: SensitivityConfig, *, verbose: bool = True) -> SensitivityOutcome:
-    """Measure sensitivities here, without a step of the search; the run's state is afterwards what it was.
+    """Measure sensitivities without running trials; the run's state is restored afterwards.
 
     Raises:
         LowRankError: as ``run_worker`` and ``SensitivityBench.measure``.
@@ -120,7 +120,7 @@ def measure_alone(run: Run, config: SensitivityConfig, *, verbose: bool = True) 
 
 @contextmanager
 def _reporting(run: Run, reporter: Reporter) -> Iterator[Reporter]:
-    """Yield ``reporter``; if the work inside fails, its last word says why."""
+    """Yield ``reporter``; on failure, its final status has the error."""
     try:
         yield reporter
     except (Cancelled, KeyboardInterrupt):
@@ -139,7 +139,7 @@ def _reporting(run: Run, reporter: Reporter) -> Iterator[Reporter]:
 
 
 def _sign(run: Run, study: optuna.Study, bench: TrialBench, result: Mapping[str, object]) -> None:
-    """Leave in the study what another worker needs to join, and to see whether it may."""
+    """Store in the study what further workers need to join, and to check that they may."""
     study.set_user_attr("run", json.dumps(to_mapping(run.config)))
     study.set_user_attr("fingerprint", json.dumps({**result, **signed_in(study)}))
     if bench.selection is not None:
@@ -147,14 +147,14 @@ def _sign(run: Run, study: optuna.Study, bench: TrialBench, result: Mapping[str,
 
 
 class _Orders:
-    """What the run's user wants, as it changes: the search's config for this worker, and the study's copy of it for further ones."""
+    """The user's current settings: the search's config, and its copy in the study for further workers."""
 
     def __init__(self, worker: WorkerContext) -> None:
         self._desk = worker
         self._published: tuple[SearchConfig, bool] | None = None
 
     def read(self) -> SearchConfig:
-        """Return the search as it is wanted now; the study samples and prunes accordingly."""
+        """Return the current search config; the study's sampler and pruner follow it."""
         bench, study, config = self._desk.search
         now = config, self._desk.reporter.paused
         if now != self._published:
@@ -166,7 +166,7 @@ class _Orders:
 
 
 def _search(worker: WorkerContext, warm_seconds: float) -> bool:
-    """Run trials until all are complete or the user stops; between trials, answer requests. Return whether all are complete."""
+    """Run trials until all are complete or stopped, handling requests in between; return whether all are complete."""
     _, study, _ = worker.search
     orders = _Orders(worker)
     while True:
@@ -180,13 +180,13 @@ def _search(worker: WorkerContext, warm_seconds: float) -> bool:
 
 
 class Failures:
-    """Counts failed trials in a row."""
+    """Counter of consecutive failed trials."""
 
     def __init__(self) -> None:
         self._count = 0
 
     def count(self, trial: optuna.trial.FrozenTrial) -> None:
-        """Take notice of a trial.
+        """Count a trial.
 
         Raises:
             NumericalError: it was one failure too many.
@@ -222,7 +222,7 @@ def _run_trials(worker: WorkerContext, orders: _Orders) -> None:
 
 
 def _remaining(seconds: Sequence[float], trials: int, *, workers: int) -> float | None:
-    """Return how long ``trials`` take ``workers`` by the trials of this session alone; None before its first one."""
+    """Return the seconds that ``trials`` take ``workers``, by the trials of this session; None before the first."""
     return sum(seconds) / len(seconds) * max(0, trials) / workers if seconds else None
 
 
@@ -239,7 +239,7 @@ def log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
 
 
 def _serve(worker: WorkerContext, warm_seconds: float, orders: _Orders | None = None) -> bool:
-    """Answer requests until none has come for ``warm_seconds``; return True as soon as there are trials to run again."""
+    """Handle requests until none arrives for ``warm_seconds``; return True as soon as there are trials to run."""
     reporter = worker.reporter
     reporter.serve()
     last = time.monotonic()
@@ -261,7 +261,7 @@ def _serve(worker: WorkerContext, warm_seconds: float, orders: _Orders | None = 
 
 
 def _measure_waiting(worker: WorkerContext) -> bool:
-    """Measure manual allocations, whether the search is stopped or done; return whether there was one."""
+    """Measure queued manual allocations, even if the search is stopped or done; return whether there was one."""
     if worker.study is None or not waiting_trials(worker.study):
         return False
     bench, study, config = worker.search

@@ -1,4 +1,4 @@
-"""Which compressed model a request is about: a trial, what an allocator chooses, a whole preset, or a healed model."""
+"""Lookup of the requested model: a trial, an allocator, a preset, or a healed model."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _compressed(worker: WorkerContext, decomposed: Decomposed, allocation: RankA
 
 
 def _by_preset(worker: WorkerContext, preset: Preset, label: str) -> BuiltModel:
-    """Compress by the preset's own basis, storage and allocation, on the run's calibration and at its ratio."""
+    """Compress with the preset's metric, storage and allocation, on the run's calibration and at its ratio."""
     bench, _, _ = worker.search
     ratio, pipeline = bench.space.compression_ratio, worker.session.pipeline.under(preset)
     check_reachable(pipeline.units, ratio, preset.compression)  # told before minutes of work

@@ -1,4 +1,4 @@
-"""How long the rest of a stage takes, from the steps that this session saw."""
+"""Remaining time of a stage, from the steps of this session."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ __all__ = ["Pace"]
 
 
 class Pace:
-    """Times the steps of a stage from the first one that is reported.
+    """Timer of a stage's steps, from the first reported one.
 
     What was done before it (blocks, steps or cells that an earlier session left) cost this session nothing, and the first step's own
     time is not known where some of it was. So there is no estimate before the second step. A stage that counts again (fewer steps, or
@@ -21,7 +21,7 @@ class Pace:
         self._began = 0.0
 
     def remaining(self, done: int, total: int) -> float | None:
-        """Return the seconds until ``total`` steps are done, or None where this session has not seen a step yet."""
+        """Return the seconds until ``total`` steps are done; None before this session's first step."""
         now = perf_counter()
         if total != self._total or done < self._last or done == self._first:
             self._first, self._total, self._began = done, total, now

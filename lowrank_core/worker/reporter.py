@@ -1,4 +1,4 @@
-"""What a worker says of itself: stage, progress, ETA, heartbeat; and how it hears a stop request."""
+"""Status of a worker: stage, progress, ETA, heartbeat; and stop requests."""
 
 from __future__ import annotations
 
@@ -61,24 +61,24 @@ class Reporter:
 
     @property
     def paused(self) -> bool:
-        """Whether trials are not wanted now."""
+        """Whether trials are paused."""
         return self._run.pause_marker.exists()
 
     def serve(self) -> None:
-        """From now on only requests are answered: a stop that is standing does not concern them."""
+        """Handle requests only from now on: a standing stop does not apply to them."""
         self._earlier = self._run.stop_asked()
 
     def respect(self, request: Path | None) -> None:
-        """From now on work for ``request``, and stop when its user has withdrawn it."""
+        """Work for ``request`` from now on, and stop if it is cancelled."""
         self._request = request
 
     @property
     def cancelled(self) -> bool:
-        """Whether the request in hand is wanted no more."""
+        """Whether the current request is cancelled."""
         return self._request is not None and not self._request.exists()
 
     def check_stop(self) -> None:
-        """Raise ``Cancelled`` if a user asked to stop since this worker started, or withdrew the request in hand."""
+        """Raise ``Cancelled`` if a stop was requested since this worker started, or the current request was cancelled."""
         if self.cancelled:
             raise Cancelled
         asked = self._run.stop_asked()
@@ -109,7 +109,7 @@ class Reporter:
         self._run.add_event("stage", name=name, seconds=self._timings[name])
 
     def close(self, state: str, message: str = "") -> None:
-        """Write the last word."""
+        """Write the final status."""
         self._done.set()
         self._thread.join()
         if self._own is not None:

@@ -1,4 +1,4 @@
-"""Measuring the sensitivities of a run: what is held ready, what is left to do, and how it yields for what is more urgent."""
+"""Sensitivity measurements of a run: cached state, remaining cells, yielding to urgent work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["SensitivityBench", "SensitivityOutcome"]
 
 @dataclass(frozen=True)
 class SensitivityOutcome:
-    """What a run has of what was asked for.
+    """Cells of a measurement.
 
     Attributes:
         setting: of the cells; file: where they are, in the run's folder.
@@ -40,14 +40,14 @@ class SensitivityOutcome:
 
 
 class SensitivityBench:
-    """What a worker holds ready for sensitivities: kept while a measurement yields for something else, dropped when it is done."""
+    """Cached state of a sensitivity measurement: kept while it yields, dropped when done."""
 
     def __init__(self, run: Run, session: RunContext, reporter: Reporter, search: TrialBench | None = None) -> None:
         self._run, self._session, self._reporter, self._search = run, session, reporter, search
         self._ready: tuple[str, Decomposed, DenseReference] | None = None
 
     def measure(self, config: SensitivityConfig, go_on: Callable[[], None] = lambda: None) -> SensitivityOutcome:
-        """Measure the cells of ``config`` that are not there yet, each written as soon as it is known.
+        """Measure the missing cells of ``config``, each saved at once.
 
         ``go_on`` is called before each cell; what it raises ends the measurement, and what is written stays.
 
@@ -106,13 +106,13 @@ class SensitivityBench:
     def _prepared(
         self, setting: SensitivitySetting, compression: CompressionConfig, windows: WindowSet
     ) -> tuple[Decomposed, DenseReference]:
-        """Return factors and dense reference of a setting, from the last call where that was put off."""
+        """Return factors and dense log-probabilities of a setting, cached from an interrupted call."""
         if self._ready is None or self._ready[0] != setting.key:
             self._ready = (setting.key, self._decomposed(compression), self._reference(windows))
         return self._ready[1:]
 
     def _decomposed(self, compression: CompressionConfig) -> Decomposed:
-        """Return the factors of every matrix; those of the search where it has them, next to its stacks and heads."""
+        """Return the factors of every matrix, reusing those of the search."""
         pipeline = self._session.pipeline.under(compression)
         units = pipeline.units
         held = self._search.decomposed if self._search is not None else None

@@ -1,4 +1,4 @@
-"""The stages before a search, in the order of the architecture's table, for one run."""
+"""Stages before a search, in order."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _told(notes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _describe(run: Run, session: RunContext, reporter: Reporter) -> None:
-    """Write spectra and the figures of the calibration."""
+    """Write spectra and the summary of the calibration."""
     path, handle = run.path / "spectra.npz", session.handle
     if not path.exists():
         with reporter.stage("Computing spectra", len(handle.layers)) as progress:
@@ -119,7 +119,7 @@ def _describe(run: Run, session: RunContext, reporter: Reporter) -> None:
 def search_bench(
     session: RunContext, config: SearchConfig, batch_size: int, reporter: Reporter, *, selection: Selection | None = None
 ) -> TrialBench:
-    """Factorise every layer once and measure the dense model once: all that trials share.
+    """Factorise every layer and evaluate the dense model, once for all trials.
 
     ``selection`` is that of an earlier worker: windows are not selected again.
 
@@ -169,7 +169,7 @@ def _selected(
     reporter: Reporter,
     known: Selection | None,
 ) -> tuple[WindowSet, Selection]:
-    """Return the windows on which a search as published measures its trials, and how they were selected."""
+    """Return the windows of trials of a published search, and how they were selected."""
     pool = load_windows(session.pipeline.text, session.handle.tokenizer, "validation", count=round(POOL_RATIO * config.selected_windows))
     with reporter.stage(f"Selecting {config.selected_windows} of {pool.windows} validation windows", ALLOCATIONS) as progress:
         result = select_windows(decomposed, pool, space, config, batch_size=batch_size, known=known, progress=progress)
@@ -177,7 +177,7 @@ def _selected(
 
 
 def _unspent(space: SearchSpace) -> tuple[str, ...]:
-    """Return what to say of what rounding costs, at uniform ranks: a search with the same rounding loses about as much."""
+    """Return a note on the budget lost to rounding, at uniform ranks; a search loses about as much."""
     if space.rank_multiple == 1:
         return ()
     uniform = space.by_allocator("uniform", space.compression_ratio)
@@ -186,7 +186,7 @@ def _unspent(space: SearchSpace) -> tuple[str, ...]:
 
 
 def record_curves(run: Run, config: SearchConfig, bench: TrialBench) -> str:
-    """Leave in ``run`` the errors that its allocators trade, and return what they estimate (``curves.ESTIMATES``).
+    """Write the allocators' error curves to ``run``, and return their meaning (``curves.ESTIMATES``).
 
     Raises:
         OSError: the disk is full or read-only.
@@ -199,7 +199,7 @@ def record_curves(run: Run, config: SearchConfig, bench: TrialBench) -> str:
 
 
 def fingerprint(session: RunContext, bench: TrialBench) -> dict[str, object]:
-    """Return what two workers must share for their trials to be of one study: hashes, and the energy that the bases trade."""
+    """Return what workers of one study must share: hashes, and the energy of the metric."""
     handle, windows = session.handle, session.windows
     text = hashlib.sha256((windows.calibration.sha256 + bench.windows.sha256).encode()).hexdigest()[:32]
     texts = identity_of_texts(handle, session.statistics.config, windows.calibration, windows.validation, windows.test)

@@ -1,4 +1,4 @@
-"""How a chart is put on a page."""
+"""Charts on a page, with title, reading aid and data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def chart(
     data: pd.DataFrame,
     on_pick: Callable[[], None] | None = None,
 ) -> None:
-    """Show ``figure`` under its title, with a sentence on how to read it and its numbers as a file.
+    """Show ``figure`` with its title, a sentence on how to read it, and its data as a file.
 
     Args:
         how: what a reader should look for.
@@ -53,7 +53,7 @@ def show(spec: Chart, *, key: str) -> None:
 
 
 def _numbers(data: pd.DataFrame, key: str) -> None:
-    """Offer ``data`` as a file, which is written only when it is asked for."""
+    """Offer ``data`` as a file, written on demand."""
     st.download_button(
         "CSV",
         lambda: csv_of(data).encode(),

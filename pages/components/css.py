@@ -1,4 +1,4 @@
-"""What the theme can't say: margins, so that 1280 pixels hold a page and 400 can still be read."""
+"""CSS beyond the theme: margins for widths from 400 to 1280 pixels."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ h1 { padding-bottom: 0.2rem !important; }
 
 
 def apply() -> None:
-    """Set the margins of every page."""
+    """Apply the styles."""
     st.html(_CSS)

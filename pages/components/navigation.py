@@ -1,4 +1,4 @@
-"""The table of pages, in the order of the story."""
+"""Table of pages, in order."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def pages() -> list[StreamlitPage]:
 
 
 def tab_title(page: StreamlitPage) -> str:
-    """Return what the browser's tab shows: the title without its icon."""
+    """Return the title of the browser tab: without the icon."""
     return f"{page.title.partition(': ')[2]} · low-rank studio"

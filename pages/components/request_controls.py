@@ -1,4 +1,4 @@
-"""Asking the worker for measurements, and watching or withdrawing what was asked."""
+"""Controls to submit, watch and cancel requests."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _RECORDED = "A recorded run has no worker: start a search of your own to measure
 
 
 def why_not(run: Run) -> str | None:
-    """Return why nothing can be asked of ``run``, for a disabled button's help; None where it can."""
+    """Return why ``run`` takes no requests, for a disabled button's help; None if it does."""
     return _RECORDED if run.recorded else None
 
 
 def submit(run: Run, kind: str, subjects: Sequence[ModelKey], **arguments: object) -> None:
-    """Leave a request of ``kind`` for each of ``subjects``, and draw the page again."""
+    """Submit a request of ``kind`` for each of ``subjects``, and redraw the page."""
     ask_all(run, [(kind, {"trial": subject, **arguments}) for subject in subjects])
 
 
 def ask_all(run: Run, requests: Sequence[tuple[str, Mapping[str, object]]]) -> None:
-    """Leave requests (kind, arguments) in their order, and draw the page again."""
+    """Submit requests (kind, arguments) in order, and redraw the page."""
     with boundary():
         for kind, arguments in requests:
             client.submit(run, kind, **arguments)  # type: ignore[arg-type]
@@ -37,7 +37,7 @@ def ask_all(run: Run, requests: Sequence[tuple[str, Mapping[str, object]]]) -> N
 
 
 def waiting(run: Run) -> None:
-    """Say what the worker is at and what waits, each with a button that takes it back; nothing if all is answered."""
+    """Show the worker's state and the queue, with a cancel button each; nothing if empty."""
     requests = client.pending_requests(run)
     if not requests:
         return

@@ -1,4 +1,4 @@
-"""The sidebar: which run, and what its worker does now."""
+"""Sidebar: the current run and its worker."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def show() -> None:
 
 
 def _watch(run: Run) -> None:
-    """Draw the worker's last word while it lasts; when a stage ended, draw the whole page again, once."""
+    """Draw the worker's status; redraw the page once when a stage ends."""
     busy, warm, drawn = is_busy(run), run.status().active, signature(run)
 
     def status_panel() -> None:

@@ -1,4 +1,4 @@
-"""Starting a run from a page."""
+"""Start of a run from a page."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["start"]
 
 
 def start(config: RunConfig) -> None:
-    """Create a run, start its worker, select it and draw the page again.
+    """Create a run, start its worker, select it and redraw the page.
 
     Raises:
         RunError: the run directory can't be written or the worker not started.

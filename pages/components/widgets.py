@@ -1,4 +1,4 @@
-"""Widgets made from the options that configs declare: label, help, choices and bounds come from the field."""
+"""Widgets generated from config options: label, help, choices and bounds come from the field."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["draw"]
 
 
 def draw(kind: type, name: str, *, key: str, place: Any = st, usual: object | None = None, **about: Any) -> Any:
-    """Draw the widget of the option ``name`` of the config class ``kind``, and return what it holds.
+    """Draw the widget of the option ``name`` of the config class ``kind``, and return its value.
 
     Args:
         place: container or column.

@@ -1,4 +1,4 @@
-"""Original against compressed, as measured on test text: from the worker's answers in ``results/``."""
+"""Measurements on test text, dense against compressed, from the worker's results."""
 
 from __future__ import annotations
 
@@ -101,17 +101,17 @@ class Comparison:
 
     @property
     def name(self) -> str:
-        """The label as it is shown."""
+        """Display name."""
         return self.shown or model_name(self.label)
 
     @property
     def given(self) -> bool:
-        """Whether a rule or a published recipe made it, not a search."""
+        """Whether the allocation comes from a rule or a preset, not from a search."""
         return (ref := ModelRef.find(self.label)) is not None and ref.kind in ("allocator", "preset")
 
 
 def unspent_notes(result: Sequence[Comparison], search: SearchConfig) -> list[str]:
-    """Return what to say of presets, rules and trials whose rounded ranks leave a part of the budget; of one ratio alone."""
+    """Return notes on presets, rules and trials whose rounding leaves part of the budget unspent; for a single ratio only."""
     return [f"{each.name}: {words}" for each in result for words in _unspent(each, search)]
 
 
@@ -136,7 +136,7 @@ class Export:
 
 @dataclass(frozen=True)
 class Failure:
-    """A request that the worker could not meet."""
+    """A failed request."""
 
     kind: str
     error: str
@@ -148,7 +148,7 @@ _ELSEWHERE = ("measure", "directions", *BACKGROUND)
 
 
 def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
-    """Return the label under which the worker files ``trial``, a number or an allocator's name."""
+    """Return the label of ``trial`` (a number or an allocator's name) in the worker's results."""
     record = next((record for record in trials if record.number == trial), None)
     return record.label if record is not None and record.label in ALLOCATORS else ModelRef.parse(trial).label
 
@@ -158,7 +158,7 @@ def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
 
 
 def filed_as(body: JsonMapping) -> str:
-    """Return under which name an answer is filed: manual trials have one label for all, so theirs is the number."""
+    """Return the key of a result; manual trials share a label, so theirs is the number."""
     label, trial = str(body.get("label")), body.get("trial")
     return f"trial {trial}" if label == MANUAL and type(trial) is int else label
 
@@ -202,7 +202,7 @@ def _comparison(body: JsonMapping, key: str, report: str = "report") -> Comparis
 
 
 def _measured_body(body: JsonMapping, report: str = "report") -> JsonMapping:
-    """Return what an answer says of a measurement, without intervals that have no width: older versions drew them from one window."""
+    """Return the measurement of a result, without zero-width intervals: older versions computed them from one window."""
     result: JsonMapping = body.get(report, {})
     return {name: value for name, value in result.items() if not (name.endswith("_interval") and _has_no_width(value))}
 
@@ -212,12 +212,12 @@ def _has_no_width(value: object) -> bool:
 
 
 def warnings_of(result: Sequence[Comparison]) -> list[str]:
-    """Return why comparisons may say less than they seem to, each reason once."""
+    """Return the distinct warnings of comparisons."""
     return list(dict.fromkeys(warning for comparison in result for warning in comparison.warnings))
 
 
 def _told_apart(result: list[Comparison]) -> list[Comparison]:
-    """Return the same, healings of one model by one method with the end of their folder's name."""
+    """Append the folder's suffix to the names of healings of one model by one method."""
     labels = [comparison.label for comparison in result]
     return [
         replace(each, label=f"{each.label} ({each.key[-4:]})") if each.form == "healed" and labels.count(each.label) > 1 else each
@@ -230,7 +230,7 @@ def _named(result: Sequence[Comparison], trials: Sequence[TrialRecord]) -> list[
 
 
 def _with_flops(result: list[Comparison]) -> list[Comparison]:
-    """Return the same, a healed model with the FLOPs of what it was made from: it has the same ranks."""
+    """Copy the FLOPs of a healed model from its source, which has the same ranks."""
     counted = {each.label: each for each in result if each.flops is not None}
     return [
         replace(each, flops=before.flops, dense_flops=before.dense_flops)
@@ -241,7 +241,7 @@ def _with_flops(result: list[Comparison]) -> list[Comparison]:
 
 
 def other_texts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> dict[str, list[Comparison]]:
-    """Return the newest measurement of each model on each second text, by the text's reference; the text that was asked for last first."""
+    """Return the newest measurement of each model on each second text, by the text's reference; the newest text first."""
     newest: dict[str, dict[str, Comparison]] = {}
     for body in _of_kind(bodies, "other_text"):
         result = newest.pop(str(body.get("text")), {})
@@ -272,7 +272,7 @@ class Confirmed:
 
 
 def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> Confirmed | None:
-    """Return the trials that were measured on test text, each as it was measured last; None without any."""
+    """Return the newest test measurement of each trial; None without any."""
     known = {trial.number: trial for trial in trials}
     newest = {body["trial"]: body for body in _of_kind(bodies, "compare") if type(body.get("trial")) is int and body["trial"] in known}
     if not newest:
@@ -323,7 +323,7 @@ def _ends(row: dict[str, object], perplexity: Sequence[float], kl: Sequence[floa
 
 
 def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
-    """Return the newest answer if it is a failure; what is reported elsewhere is left out, and so is what was said of a preset."""
+    """Return the newest result if it is a failure that no other section reports."""
     reported = [body for body in bodies if body.get("kind") not in _ELSEWHERE and not _is_preset(body)]
     if not reported or reported[-1].get("ok"):
         return None
@@ -337,6 +337,6 @@ def _is_preset(body: JsonMapping) -> bool:
 
 
 def refusals(bodies: Sequence[JsonMapping]) -> dict[str, str]:
-    """Return why presets could not be measured, by their names on screen: of those whose newest answer says so."""
+    """Return the error of each preset whose newest request failed, by display name."""
     newest = {str(body["arguments"]["trial"]): body for body in bodies if body.get("kind") == "compare" and _is_preset(body)}
     return {model_name(key): str(body.get("error") or "no reason given") for key, body in newest.items() if not body.get("ok")}

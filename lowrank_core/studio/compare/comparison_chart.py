@@ -1,4 +1,4 @@
-"""Original against compressed: every model in one picture."""
+"""Charts of all models against the dense model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def difference_chart(result: Sequence[Comparison], protocol: str) -> Chart:
 
 
 def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure:
-    """Draw perplexity above the dense model's (columns of ``difference_table``): dots with 95 % intervals, zero is the dense model.
+    """Draw perplexity above dense (columns of ``difference_table``) as dots with 95 % intervals; zero is the dense model.
 
     Where differences are of very different sizes the axis is linear around zero and logarithmic beyond, and says so.
     """
@@ -70,7 +70,7 @@ def _dots(table: pd.DataFrame, column: str, unit: float | None) -> go.Scatter:
 
 
 def _with_ends(table: pd.DataFrame, value: str, low: str, high: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return values and the ends of their intervals; one that is missing has no width."""
+    """Return values and interval ends; a missing interval has zero width."""
     middle = table[value].to_numpy(dtype=float)
     minimum, maximum = (table[name].fillna(table[value]).to_numpy(dtype=float) for name in (low, high))
     return middle, minimum, maximum
@@ -86,7 +86,7 @@ def _placed(values: np.ndarray, unit: float | None) -> np.ndarray:
 
 
 def _zero(figure: go.Figure, x: float, words: str, *, log: bool = False) -> None:
-    """Mark where the dense model is; annotations on a log axis stand at the logarithm, lines do not."""
+    """Mark the dense model; annotations on a log axis are placed at the logarithm, lines are not."""
     place = float(np.log10(x)) if log else x
     figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": GREY, "width": 1.5, "dash": "dot"})
     figure.add_annotation(text=words, x=place, y=1, yref="paper", showarrow=False, yanchor="bottom", font={"size": 11, "color": GREY})
@@ -118,7 +118,7 @@ def ratio_chart(view: OtherText, number: int = 1) -> Chart:
 
 
 def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
-    """Draw perplexity over the dense model's on two texts (columns of ``OtherText.frame``), two dots a model; 1 is the dense model."""
+    """Draw the perplexity ratio to the dense model on two texts (columns of ``OtherText.frame``), two dots per model."""
     pairs = table[["own_ratio", "other_ratio"]].to_numpy(dtype=float)
     gaps = np.concatenate([pairs, np.full((len(pairs), 1), np.nan)], axis=1).ravel()
     names = [name for name in table["name"] for _ in range(3)]
@@ -157,7 +157,7 @@ def speedup_chart(result: Sequence[Speed]) -> Chart:
 
 
 def speedup_figure(table: pd.DataFrame) -> go.Figure:
-    """Draw how many times faster each model is (columns of ``speedup_table``): medians, from the least to the most of all rounds."""
+    """Draw the speed-up of each model (columns of ``speedup_table``): medians with the range over rounds."""
     median, low, high = _with_ends(table, "median", "low", "high")
     colours = dict(zip(table["measure"].unique(), (BLUE, ORANGE, PURPLE), strict=False))
     labels = [f"{name}, {measure.lower()}" for name, measure in zip(table["name"], table["measure"], strict=True)]

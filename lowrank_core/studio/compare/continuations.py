@@ -1,4 +1,4 @@
-"""Prompts and how they went on: the dense model, and every compressed model that was asked, by the same seed."""
+"""Continuations of a prompt by the dense and the compressed models, with one seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["Prompt", "prompts"]
 
 @dataclass(frozen=True)
 class Prompt:
-    """One prompt with one rule of continuing it.
+    """A prompt with its sampling settings.
 
     Attributes:
         tokens: at most; temperature, seed: of the draws, which all models share.
@@ -53,7 +53,7 @@ class _Answer:
 
 
 def prompts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Prompt]:
-    """Return the prompts with all that continued them, the one that was asked for last first.
+    """Return the prompts with their continuations, the newest first.
 
     Raises:
         RunError: an answer is damaged.

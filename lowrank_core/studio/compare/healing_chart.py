@@ -1,4 +1,4 @@
-"""The curve of a healing."""
+"""Validation curve of a healing."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def healing_chart(healing: Healing) -> Chart:
 
 
 def healing_figure(curve: pd.DataFrame, steps: int) -> go.Figure:
-    """Draw KL divergence and perplexity on validation text over the steps, from 0 to the last one planned; the best state is marked.
+    """Draw KL divergence and perplexity on validation text over the planned steps; the best state is marked.
 
     Args:
         curve: columns step, kl, perplexity, kept, as ``curve_table`` gives; one row or more.

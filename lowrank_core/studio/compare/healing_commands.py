@@ -1,4 +1,4 @@
-"""The commands that repeat a healing: the one-shot model, written, and ``lowrank heal`` on its folder."""
+"""Commands that reproduce a healing: export of the one-shot model, then ``lowrank heal``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["HealingCommands", "heal_command", "healing_commands"]
 
 @dataclass(frozen=True)
 class HealingCommands:
-    """How a healing is repeated.
+    """Commands that reproduce a healing.
 
     Attributes:
         lines: two commands, one a line: the first writes the one-shot model, the second heals it.
@@ -28,7 +28,7 @@ class HealingCommands:
 
 
 def healing_commands(run: Run, source: Source, export: ExportConfig | None = None) -> HealingCommands:
-    """Return how the healed model ``source`` of ``run`` is made again, and written as ``export`` says.
+    """Return the commands that rebuild the healed model ``source`` of ``run`` and write it in the form of ``export``.
 
     A healed folder is stored in the dtype of the one that it was made from: the first command has the flag for it.
     """
@@ -45,7 +45,7 @@ def healing_commands(run: Run, source: Source, export: ExportConfig | None = Non
 
 
 def heal_command(config: RunConfig, healing: HealingConfig, model: str, out: str, export: ExportConfig) -> str:
-    """Return the command that heals the folder ``model`` as ``healing`` says, on the run's text, and writes ``out``."""
+    """Return the command that heals the folder ``model`` with the settings ``healing`` on the run's text and writes ``out``."""
     return command_line(
         "heal",
         {

@@ -1,4 +1,4 @@
-"""Healings of a run: settings, the curve so far, and what came of it."""
+"""Healings of a run: settings, validation curve, result."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ class Healing:
 
     @property
     def method(self) -> str:
-        """In words."""
+        """Label of the method."""
         return HEALER_LABELS[self.settings.method]
 
     @property
     def steps(self) -> int:
-        """At most."""
+        """Maximum number of steps."""
         return self.settings.steps
 
 
 def healings(run: Run) -> list[Healing]:
-    """Return the healings of a run, the one that changed last first.
+    """Return the healings of a run, the most recently changed first.
 
     Raises:
         RunError, ConfigError: a file is damaged, or holds settings that there are not.
@@ -91,7 +91,7 @@ def healings(run: Run) -> list[Healing]:
 
 
 def trial_of(healing: Healing, trials: Sequence[TrialRecord], search: SearchConfig) -> int | None:
-    """Return the number of the trial whose model was healed; None where a rule's was that no trial of this search is."""
+    """Return the number of the healed trial; None for a rule that no trial of this search used."""
     single = search.max_ratio is None  # else a rule has a trial at each of several ratios
     complete = [trial for trial in trials if trial.state == "complete"]
     names = {f"trial {trial.number}": trial.number for trial in complete}
@@ -108,6 +108,6 @@ def curve_table(history: Sequence[HealingPoint]) -> pd.DataFrame:
 
 
 def ends_in_words(report: HealingReport) -> str:
-    """Return how a healing ended, in a sentence or two."""
+    """Return the end of a healing in words."""
     kept = f"the state after step {report.best_step} was kept" if report.best_step else "nothing was better than the start, which was kept"
     return f"{_ENDS[report.stopped]}; {kept}."

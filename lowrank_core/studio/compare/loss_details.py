@@ -1,4 +1,4 @@
-"""What was lost, as tables: every model next to the dense model, and one model by windows and by positions."""
+"""Tables of losses: all models against the dense model, and one model by window and by position."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _kind(comparison: Comparison) -> str:
 
 @dataclass(frozen=True)
 class WindowTable:
-    """One model window by window.
+    """Losses of one model by window.
 
     Attributes:
         frame: columns window, original, compressed, difference (compressed - original), in nats per token.
@@ -166,7 +166,7 @@ class WindowTable:
 
 
 def window_table(comparison: Comparison) -> WindowTable | None:
-    """Return a model's windows; None where they were not recorded."""
+    """Return the windows of a model; None if not recorded."""
     ours, theirs = (np.asarray(values, dtype=float) for values in (comparison.window_nll, comparison.dense_window_nll))
     if not len(ours) or len(ours) != len(theirs):
         return None

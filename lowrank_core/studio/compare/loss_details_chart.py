@@ -1,4 +1,4 @@
-"""One compressed model against the dense model: window by window, and by position in the context."""
+"""Charts of one compressed model against the dense model, by window and by position."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def scatter_figure(view: WindowTable) -> go.Figure:
 
 
 def histogram_figure(view: WindowTable) -> go.Figure:
-    """Draw how the windows' differences are spread; the mean is marked, and zero, where the dense model is."""
+    """Draw the histogram of window differences, with the mean and zero (the dense model) marked."""
     values = view.frame["difference"].to_numpy(dtype=float)
     counts, edges = np.histogram(values, bins=min(_BINS, max(5, len(values) // 4)))
     centres, widths = (edges[:-1] + edges[1:]) / 2, np.diff(edges)

@@ -46,7 +46,7 @@ class _Side:
 
 @dataclass(frozen=True)
 class Speed:
-    """A compressed model and the dense model, timed in turns.
+    """Timing of a compressed model in alternation with the dense model.
 
     Attributes:
         name: of the compressed model.
@@ -157,7 +157,7 @@ def _share(ours: int | None, theirs: int | None) -> str:
 
 
 def speedup_table(result: Sequence[Speed]) -> pd.DataFrame:
-    """Return columns name, measure, median, low, high: how many times faster each model is; above 1 it is faster.
+    """Return columns name, measure, median, low, high of the speed-up over the dense model.
 
     A model that was timed at several batches or lengths has a name for each.
     """
@@ -177,7 +177,7 @@ def speedup_table(result: Sequence[Speed]) -> pd.DataFrame:
 
 
 def speed_numbers(result: Sequence[Speed]) -> pd.DataFrame:
-    """Return every number: a row for each model and side, rates as median, low and high, memory in bytes, the protocol."""
+    """Return all values, a row per model and side: rates as median, low and high, memory in bytes, the protocol."""
     rows = []
     for speed in result:
         for side, figures in (("original", speed.dense), ("compressed", speed.compressed)):

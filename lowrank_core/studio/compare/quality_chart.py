@@ -1,4 +1,4 @@
-"""Recipes side by side: how far each is from the dense model, a panel for each ratio."""
+"""Chart of recipes by KL to the dense model, a panel per ratio."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Row = Mapping[str, object]
 
 
 def quality_figure(rows: Sequence[Row]) -> go.Figure:
-    """Draw the KL divergence of every row (as ``QualityRow.to_mapping`` gives it), whiskers of 95 %, best at the top.
+    """Draw the KL divergence of each row (``QualityRow.to_mapping``) with 95 % intervals, the best at the top.
 
     Rows that could not be measured are listed under their panel.
     """
@@ -70,7 +70,7 @@ def _dots(rows: Sequence[Row]) -> go.Scatter:
 
 
 def _ends(interval: object, value: float) -> tuple[float, float]:
-    """Return the ends of a whisker; where there is no interval, it has no length."""
+    """Return whisker ends; a missing interval has zero length."""
     if interval is None:
         return value, value
     assert isinstance(interval, list | tuple)

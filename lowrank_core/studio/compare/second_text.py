@@ -1,4 +1,4 @@
-"""What a compression cost on the text that it was made with, next to what it cost on another one."""
+"""Quality on the calibration text against a second text."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class OtherText:
 
     @property
     def words(self) -> str:
-        """The verdict in a sentence, about the model that loses most more on the other text than on its own."""
+        """The largest gap between both texts, in a sentence."""
         both = self.frame.dropna(subset=["own_ratio", "other_ratio"])
         if both.empty:
             return "No model was measured on both texts yet."
@@ -58,7 +58,7 @@ class OtherText:
 
 
 def _resolved(row: pd.Series) -> str:
-    """Return what the two intervals say of a gap; nothing where there is none of them."""
+    """Return whether the intervals of a gap overlap, in words; empty without intervals."""
     if row[["own_low", "own_high", "other_low", "other_high"]].isna().any():
         return ""
     apart = row["own_high"] < row["other_low"] or row["other_high"] < row["own_low"]
@@ -66,7 +66,7 @@ def _resolved(row: pd.Series) -> str:
 
 
 def other_text(own: Sequence[Comparison], other: Sequence[Comparison]) -> OtherText | None:
-    """Return the models that were measured on the other text, next to the same on their own; None without any."""
+    """Return the models measured on the other text, with their results on the run's own; None without any."""
     if not other:
         return None
     known = {comparison.key: comparison for comparison in own}

@@ -1,4 +1,4 @@
-"""A text token by token: what each cost the compressed model more than the dense model."""
+"""Token-level losses of the compressed against the dense model."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _BEFORE = 32  # characters of context in the table
 
 @dataclass(frozen=True)
 class TokenStrip:
-    """One text read by both models.
+    """A text evaluated by both models.
 
     Attributes:
         name: of the compressed model; protocol: which text, and how many tokens.
@@ -44,7 +44,7 @@ class TokenStrip:
 
     @property
     def title(self) -> str:
-        """Name and text, to tell strips apart: stable as long as the answer is there."""
+        """Name and beginning of the text: stable and distinct."""
         text = " ".join((self.beginning + "".join(self.frame["piece"])).split())
         return f"{self.name}: {text[:48]}{'…' if len(text) > 48 else ''}"
 
@@ -58,7 +58,7 @@ class TokenStrip:
 
 
 def _few(extra: pd.Series) -> int:
-    """Return how many tokens carry half of the loss that is above zero."""
+    """Return the number of tokens that carry half of the positive extra loss."""
     losses = np.sort(np.clip(extra.to_numpy(dtype=float), 0.0, None))[::-1]
     total = losses.sum()
     return int(np.searchsorted(np.cumsum(losses), total / 2) + 1) if total > 0 else 0
@@ -77,7 +77,7 @@ class _Answer:
 
 
 def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[TokenStrip]:
-    """Return the texts that were read, the newest first; the same text by the same model only once.
+    """Return the evaluated texts, the newest first; each text and model once.
 
     Raises:
         RunError: an answer is damaged.
@@ -110,7 +110,7 @@ def _strip(answer: _Answer, name: str) -> TokenStrip:
 
 
 def worst_tokens(strip: TokenStrip, count: int = 15) -> pd.DataFrame:
-    """Return the ``count`` tokens that lost most, the worst first; ``before`` is the text in front of each, blanks and breaks marked."""
+    """Return the ``count`` tokens of largest extra loss, in order; ``before`` is the preceding text with visible white space."""
     text, before = strip.beginning, []
     for piece in strip.frame["piece"]:
         before.append(_visible(text[-_BEFORE:]))

@@ -1,4 +1,4 @@
-"""A text whose tokens are coloured by what they cost the compressed model more than the dense model."""
+"""A text coloured by the extra loss of each token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _FAINTEST = 0.04
 
 
 def strip_html(strip: TokenStrip) -> str:
-    """Return the text as HTML: every token a span with its figures as a tooltip, and a key of the colours above.
+    """Return the text as HTML: a span with a tooltip per token, below a colour key.
 
     Nothing of the text is markup: it is escaped, in the spans and in their tooltips.
     """
@@ -32,7 +32,7 @@ def strip_html(strip: TokenStrip) -> str:
 
 
 def _shown(piece: str) -> str:
-    """Return a piece escaped, with a sign for each line break: a break alone has no surface to colour."""
+    """Return an escaped piece with a sign for each line break."""
     return html.escape(piece).replace("\n", "⏎\n")
 
 

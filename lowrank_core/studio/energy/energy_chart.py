@@ -1,4 +1,4 @@
-"""Energy kept and left, and what pooling changed."""
+"""Charts of retained and discarded energy, and of the effect of pooling."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _rank_axes(figure: go.Figure, curves: EnergyCurves, rank: int, *, bottom: bo
 
 
 def retained_figure(curves: EnergyCurves, rank: int) -> go.Figure:
-    """Draw the cumulative energy kept at each rank."""
+    """Draw the cumulative energy retained at each rank."""
     figure = go.Figure()
     _both(figure, curves, curves.features, curves.weights, ".2%")
     at = int(np.searchsorted(curves.ranks, curves.shape.max_rank * 0.4))
@@ -66,7 +66,7 @@ def retained_figure(curves: EnergyCurves, rank: int) -> go.Figure:
 
 
 def left_figure(curves: EnergyCurves, rank: int) -> go.Figure:
-    """Draw the energy removed at each rank, on a log scale: the error that stays."""
+    """Draw the energy discarded at each rank, on a log scale."""
     figure = go.Figure()
 
     def visible(values: Vector) -> Vector:
@@ -94,7 +94,7 @@ def left_figure(curves: EnergyCurves, rank: int) -> go.Figure:
 
 
 def band_figure(band: pd.DataFrame, what: str, rank_share: float) -> go.Figure:
-    """Draw the median and the quartiles of the energy over modules of a type (``energy_band``); ``what`` is ``kept`` or ``removed``."""
+    """Draw median and quartiles of the energy over a module type (``energy_band``); ``what`` is ``kept`` or ``removed``."""
     figure, removed = go.Figure(), what == "removed"
     middles = {}
     for source, colour in _COLOURS.items():
@@ -121,7 +121,7 @@ def band_figure(band: pd.DataFrame, what: str, rank_share: float) -> go.Figure:
 
 
 def _band(figure: go.Figure, rows: pd.DataFrame, what: str, source: str, colour: str) -> None:
-    """Draw the quartiles as a band, and the median over it; energies that are rounding are gaps."""
+    """Draw quartiles as a band with the median; energies at rounding level are gaps."""
     parts = [rows[f"{what}_{part}"].to_numpy() for part in ("low", "median", "high")]
     low, median, high = (np.where(values > _FLOOR, values, np.nan) for values in parts)
     x = rows["rank_share"].to_numpy()
@@ -152,7 +152,7 @@ def pooling_figure(curves: PoolingCurves) -> go.Figure:
 
 
 def groups_figure(groups: pd.DataFrame) -> go.Figure:
-    """Draw how far the trace of each group's covariance lies from the groups' mean (``group_table``)."""
+    """Draw the trace of each group's covariance relative to the mean of groups (``group_table``)."""
     deviation = (groups["relative"] - 1).to_numpy()
     figure = go.Figure(
         go.Bar(

@@ -1,4 +1,4 @@
-"""How much energy a rank keeps: features against weights, and pooled against sample covariance."""
+"""Retained energy by rank, of features and weights, and of pooled and sample covariance."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def energy_curves(spectrum: LayerSpectrum) -> EnergyCurves:
 
 
 def energy_table(curves: EnergyCurves) -> pd.DataFrame:
-    """Return a row for each rank that is drawn: energy kept and removed, of features and of weights."""
+    """Return a row for each drawn rank: retained and discarded energy of features and of weights."""
     return pd.DataFrame(
         {
             "rank": curves.ranks,
@@ -112,7 +112,7 @@ def _at_shares(spectrum: LayerSpectrum, source: str, shares: Vector) -> tuple[Ve
 
 @dataclass(frozen=True)
 class EnergyAtRank:
-    """What is kept at one rank; ``parameters_kept`` counts two plain factors against W and may exceed 1."""
+    """Energy retained at one rank; ``parameters_kept`` counts two plain factors against W and may exceed 1."""
 
     rank: int
     share_of_full_rank: float
@@ -124,7 +124,7 @@ class EnergyAtRank:
     above_break_even: bool
 
     def sentence(self) -> str:
-        """Return the same in words."""
+        """The energies in a sentence."""
         cost = percent(self.parameters_kept, 0)
         price = f"two factors cost {cost} of the dense parameters" + (
             ": more than they save, so the matrix stays dense" if self.above_break_even else ""
@@ -159,7 +159,7 @@ class PoolingCurves:
 
 
 def pooling_curves(spectrum: LayerSpectrum) -> PoolingCurves:
-    """Return both spectra on the sample's scale, so that a loss of total energy by pooling shows."""
+    """Return both spectra on the sample's scale, so that energy removed by pooling is visible."""
     ranks = log_ranks(spectrum.shape.max_rank)
     first = float(np.sqrt(max(spectrum.feature_eigenvalues_sample[0], 0.0))) if spectrum.feature_eigenvalues_sample.size else 0.0
 
@@ -171,13 +171,13 @@ def pooling_curves(spectrum: LayerSpectrum) -> PoolingCurves:
 
 
 def pooling_table(curves: PoolingCurves) -> pd.DataFrame:
-    """Return a row for each rank that is drawn: √ eigenvalues, pooled and sample."""
+    """Return a row for each drawn rank: √ eigenvalues, pooled and sample."""
     return pd.DataFrame({"rank": curves.ranks, "pooled": curves.pooled, "sample": curves.sample})
 
 
 @dataclass(frozen=True)
 class MeasuredLoss:
-    """What trials of the whole model measured at the kept fraction nearest to one that was asked for.
+    """Trials whose kept fraction is nearest to a requested one.
 
     Attributes:
         kept: fraction of the compressible linears' parameters that they keep.
@@ -200,7 +200,7 @@ class MeasuredLoss:
 
 
 def measured_loss(trials: Sequence[TrialRecord], kept: float) -> MeasuredLoss | None:
-    """Return the trials nearest to keeping ``kept`` of the parameters (above 1 counts as 1); None where nothing was measured yet."""
+    """Return the trials nearest to keeping ``kept`` of the parameters (above 1 counts as 1); None without measurements."""
     kept = min(1.0, kept)
     done = [(1 - trial.compression_ratio, trial) for trial in trials if trial.finished and trial.compression_ratio is not None]
     if not done:

@@ -1,4 +1,4 @@
-"""Models that were written from a run: what is in each folder, whether it was proven, and how it is loaded."""
+"""Exported models of a run: contents, verification, loading."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ MAX_BYTES = 200_000_000
 
 @dataclass(frozen=True)
 class Proof:
-    """What came of loading a folder in a fresh process and measuring it again.
+    """Verification of an export: reloaded in a fresh process and measured again.
 
     Attributes:
         ok: as listed, and the same to rounding.
@@ -71,7 +71,7 @@ class Proof:
 
 @dataclass(frozen=True)
 class Written:
-    """A compressed model on disk, as its ``lowrank.json`` tells it.
+    """An exported model, from its ``lowrank.json``.
 
     Attributes:
         allocation: what it was made from, in words.
@@ -109,7 +109,7 @@ class Written:
 
     @property
     def proof_words(self) -> str:
-        """The proof in a sentence; empty without one."""
+        """The verification in a sentence; empty without one."""
         result = self.proof
         if result is None or result.measured is None:
             return "" if result is None else f"not measured: {result.error}"
@@ -144,7 +144,7 @@ class _Measured:
 
 
 def written_models(run: Run, bodies: Sequence[JsonMapping]) -> list[Written]:
-    """Return the models in the run's ``exports`` folder, then those that the worker (whose answers are ``bodies``) wrote elsewhere.
+    """Return the models under the run's ``exports``, then exports elsewhere from the worker's results ``bodies``.
 
     One whose ``lowrank.json`` is damaged is there, and says so.
 
@@ -161,7 +161,7 @@ def written_models(run: Run, bodies: Sequence[JsonMapping]) -> list[Written]:
 
 
 def _proofs(bodies: Sequence[JsonMapping], folder: Path) -> dict[Path, Proof]:
-    """Return the newest proof of each folder, those that were refused included."""
+    """Return the newest verification of each folder, failures included."""
     result: dict[Path, Proof] = {}
     for body in bodies:
         when = float(body.get("time", 0.0))
@@ -217,7 +217,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def ranks_in_words(ranks: Mapping[str, int | None]) -> str:
-    """Return how many units are compressed, and at which ranks."""
+    """Return the number of compressed units and the range of their ranks, in words."""
     low = [rank for rank in ranks.values() if rank is not None]
     dense = len(ranks) - len(low)
     if not low:
@@ -234,7 +234,7 @@ def rank_table_of(ranks: Mapping[str, int | None]) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Loading:
-    """Lines that load a folder, and what they are for."""
+    """Code that loads a folder, with its purpose."""
 
     title: str
     code: str
@@ -242,7 +242,7 @@ class Loading:
 
 
 def loading_of(path: Path, form: str, *, with_code: bool) -> tuple[Loading, ...]:
-    """Return the ways to load a folder: in Python, and by a server where one knows the form."""
+    """Return the ways to load a folder: Python, and a server if one supports its form."""
     ways = [("With transformers, or any runtime that reads its checkpoints", "", "")]
     if form != "dense":
         ways = [("With this package installed", REGISTERING, "")]

@@ -1,4 +1,4 @@
-"""What an export will be, told before it is written: what it is made of, what it weighs in each form, which files, and who can load it."""
+"""Preview of an export: source, size of each form, files, runtimes."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _INT8 = {"none": "", "int8": ", int8"}
 
 @dataclass(frozen=True)
 class Source:
-    """What is taken away.
+    """The model to export.
 
     Attributes:
         name: what its folder is called; label: for people.
@@ -63,11 +63,11 @@ class Source:
 
     @property
     def request(self) -> dict[str, object]:
-        """What tells it from others in a request to the worker."""
+        """Key of the source in a request."""
         return {"healed": self.healed} if self.healed else {"trial": self.trial}
 
     def removed(self, units: Sequence[Unit]) -> float | None:
-        """Return the fraction of the compressible linears' parameters that its ranks remove; None where only the worker can tell."""
+        """Return the fraction of compressible parameters removed by its ranks; None if only the worker knows them."""
         return (
             None if self.ranks is None or not units else compression_ratio(dense_parameters(units), allocated_parameters(units, self.ranks))
         )
@@ -76,7 +76,7 @@ class Source:
 def trial_source(
     trial: int | str, label: str, trials: Sequence[TrialRecord], search: SearchConfig, model: tuple[Sequence[Unit], Sequence[JsonMapping]]
 ) -> Source:
-    """Return what ``trial`` (a number, or an allocator's name) stands for.
+    """Return the source for ``trial``, a number or an allocator's name.
 
     Args:
         model: units of the search, and the worker's answers: where an allocator was measured, they hold its ranks.
@@ -92,13 +92,13 @@ def trial_source(
 
 
 def _measured_ranks(allocator: str, bodies: Sequence[JsonMapping]) -> Ranks | None:
-    """Return what the worker said that ``allocator`` chooses, if it measured it."""
+    """Return the ranks that the worker measured for ``allocator``, if any."""
     result = [body.get("ranks") for body in bodies if body.get("kind") == "compare" and body.get("ok") and body.get("trial") == allocator]
     return dict(result[-1]) if result and isinstance(result[-1], Mapping) and result[-1] else None
 
 
 def _ruled_ranks(allocator: str, units: Sequence[Unit], search: SearchConfig) -> Ranks | None:
-    """Return what an allocator chooses that looks at shapes alone; None for one that needs what the worker measured."""
+    """Return the ranks of an allocator that needs shapes only; None for others."""
     rule = ALLOCATORS[allocator]
     if rule.needs_curves or rule.needs_influence or rule.needs_perplexities or not units:
         return None
@@ -111,7 +111,7 @@ def _ruled_ranks(allocator: str, units: Sequence[Unit], search: SearchConfig) ->
 
 
 def healed_source(healing: Healing, trials: Sequence[TrialRecord], search: SearchConfig, ranks: Ranks | None = None) -> Source:
-    """Return the healed model that ``healing`` left; ``ranks`` where they are known."""
+    """Return the healed model of ``healing``, with ``ranks`` where known."""
     number = trial_of(healing, trials, search)
     return Source(healing.folder, f"Healed: {healing.name}", None, healing.folder, ranks, number, healing.settings)
 
@@ -154,7 +154,7 @@ class Planned:
 
 
 def planned(facts: ModelFacts, units: Sequence[Unit], source: Source, search: SearchConfig, config: ExportConfig) -> Planned:
-    """Return what ``source`` weighs when it is written as ``config`` says.
+    """Return the size of ``source`` in the form of ``config``.
 
     Raises:
         ConfigError, RankError: its ranks do not fit the model.
@@ -184,13 +184,13 @@ def _max_indices(units: Sequence[Unit]) -> int:
 
 
 def _added_biases(units: Sequence[Unit]) -> int:
-    """Return how many biases a dense merge may need that the dense model has not: a centred basis gives them to whole module types."""
+    """Return the number of biases that a dense merge adds: a centred metric gives them to whole module types."""
     members = {member.name: member for unit in units if unit.adds_bias for member in unit.members}
     return sum(member.d_out for member in members.values() if not member.bias)
 
 
 def forms_table(facts: ModelFacts, units: Sequence[Unit], source: Source, search: SearchConfig, config: ExportConfig) -> pd.DataFrame:
-    """Return the dense model, then each form that ``source`` can be written in, the one that ``config`` says marked as chosen.
+    """Return a row for the dense model, then one per form of ``source``; that of ``config`` is marked as chosen.
 
     Columns chosen, form, dtype, parameters, bytes, share (of the dense model's bytes), exact.
     """
@@ -216,7 +216,7 @@ def _row(form: str, result: Planned, original: int, *, chosen: bool) -> dict[str
 
 
 def files_of(result: Planned, config: ExportConfig) -> list[tuple[str, str]]:
-    """Return the files of the folder: names, and what each holds."""
+    """Return the names and contents of the folder's files."""
     shards = math.ceil(result.bytes / config.shard_bytes)
     weights = [("model.safetensors", "the weights")]
     if shards > 1:
@@ -238,7 +238,7 @@ def files_of(result: Planned, config: ExportConfig) -> list[tuple[str, str]]:
 
 
 def runtimes(config: ExportConfig) -> pd.DataFrame:
-    """Return who can load the folder: columns runtime, loads (yes or no), how."""
+    """Return the runtimes for the folder: columns runtime, loads (yes or no), how."""
     dense = config.form == "dense"
     code = config.with_code
     rows = [
@@ -259,10 +259,10 @@ def runtimes(config: ExportConfig) -> pd.DataFrame:
 
 
 def folder_name_of(source: Source, config: ExportConfig) -> str:
-    """Return the name of its folder: the path in every recipe that writes, loads or serves it, relative to where that is run."""
+    """Return the folder's name, the relative path in all commands."""
     return config.folder_name(source.healed or source.name)
 
 
 def folder_of(run: Run, source: Source, config: ExportConfig) -> Path:
-    """Return where the worker writes it; a healed model as it is lies in its own folder."""
+    """Return the worker's target folder; an unchanged healed model stays in its own."""
     return run.path / "exports" / folder_name_of(source, config)

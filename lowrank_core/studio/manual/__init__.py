@@ -1,1 +1,1 @@
-"""Tables and charts of the page where ranks are chosen manually."""
+"""Tables and charts of the Manual allocation page."""

@@ -1,4 +1,4 @@
-"""The KL divergence to expect of an allocation: what error curves predict of it, corrected by the run's measured trials.
+"""Expected KL divergence of an allocation: error curves, corrected by the run's measured trials.
 
 Notation::
 
@@ -40,7 +40,7 @@ LEVEL = 0.9
 
 @dataclass(frozen=True)
 class Prior:
-    """What is assumed of any run before its trials, and how wide an interval is.
+    """Prior of the regression, and the width of its interval.
 
     Attributes:
         offset, slope: mean and standard deviation of α and β.
@@ -77,7 +77,7 @@ _INSIDE_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Expectation:
-    """What a measurement should give, nats per token.
+    """Predicted measurement, nats per token.
 
     Attributes:
         median, low, high: of the predictive distribution; the interval holds ``LEVEL`` of it.
@@ -119,11 +119,11 @@ class KlRegression:
 
     @property
     def trials(self) -> int:
-        """How many trials it rests on."""
+        """Number of trials in the fit."""
         return len(self._x)
 
     def expected(self, ranks: Ranks) -> Expectation | None:
-        """Return what measuring ``ranks`` should give; None below three trials, or where no KL divergence above zero is predicted."""
+        """Return the predicted measurement of ``ranks``; None below three trials or without a positive prediction."""
         row = self._row(ranks)
         if row is None or self.trials < _MIN_TRIALS:
             return None
@@ -167,7 +167,7 @@ class KlRegression:
         return float(prior.offset[1] ** 2 + prior.slope[1] ** 2 * (x @ x) + prior.group**2 * (shares**2).sum())
 
     def _unlike(self, x: float, shares: Vector) -> str:
-        """Return in what a point is outside of all trials, in words."""
+        """Return the respect in which a point lies outside all trials, in words."""
         result, margin = [], math.log(_INSIDE_LOSS)
         if not self._x.min() - margin <= x <= self._x.max() + margin:
             minimum, maximum = (_REFERENCE_KL * math.exp(end) for end in (self._x.min(), self._x.max()))
@@ -181,14 +181,14 @@ class KlRegression:
 
 
 def _useful(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
-    """Return the measured trials that lost something: baselines and manual ones, then the newest sampled ones."""
+    """Return the trials with a positive KL: baselines and manual ones, then the newest sampled ones."""
     measured = [trial for trial in trials if trial.finished and trial.kl is not None and trial.kl > 0]
     sampled = [trial for trial in measured if trial.label == "sampled"]
     return [trial for trial in measured if trial.label != "sampled"] + sampled[-_MAX_SAMPLED:]
 
 
 def expectation_words(record: CurveRecord, units: Sequence[Unit], trials: Sequence[TrialRecord], ranks: Ranks) -> str:
-    """Return what measuring ``ranks`` gave, or should give, or why there is nothing to expect; empty where nothing is predicted."""
+    """Return the measured or predicted KL of ``ranks`` in words, or the reason for none; empty without a prediction."""
     predicted, trial = predicted_kl(record, ranks), measured_as(trials, ranks)
     if predicted is None:
         return ""
@@ -208,7 +208,7 @@ def expectation_words(record: CurveRecord, units: Sequence[Unit], trials: Sequen
 
 
 def expectation_help(protocol: str) -> str:
-    """Return what an expectation means; ``protocol`` says what trials are measured on."""
+    """Return the help text of a prediction; ``protocol`` is that of the trials."""
     return (
         f"The interval holds the measured KL ({protocol}) with a probability of {percent(LEVEL, 0)}. It comes from a Bayesian regression "
         "of log measured on log predicted KL over this run's trials, in which every module type and every block may be off by a factor of "

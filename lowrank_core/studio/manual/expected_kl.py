@@ -1,4 +1,4 @@
-"""What error curves predict of an allocation's KL divergence, and how far the run's own trials say that can be trusted."""
+"""Predicted KL divergence from error curves, and its agreement with measured trials."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def predicted_kl(record: CurveRecord | None, ranks: Ranks) -> float | None:
 
 
 def estimate_words(record: CurveRecord) -> str:
-    """Return what a prediction is made of, or why there is none, in words."""
+    """Return the method of a prediction, or the reason for none, in words."""
     label = metric_named(record.basis).label
     if record.estimate == "own":
         return (
@@ -70,7 +70,7 @@ def trial_predictions(trials: Sequence[TrialRecord], record: CurveRecord | None)
 
 @dataclass(frozen=True)
 class Trust:
-    """How predictions stand to the measurements of a run, in sum: no forecast for another allocation, which ``expectation`` gives.
+    """Agreement of predictions with a run's measurements; forecasts are in ``expectation``.
 
     Attributes:
         trials: how many.
@@ -93,7 +93,7 @@ class Trust:
 
 
 def trust(predictions: pd.DataFrame) -> Trust | None:
-    """Return how the measured values of ``trial_predictions`` stand to the predicted ones; None below three trials."""
+    """Return the ratio and rank correlation of ``trial_predictions``; None below three trials."""
     if len(predictions) < _MIN_TRIALS:
         return None
     ratios = (predictions["measured"] / predictions["predicted"]).to_numpy(dtype=float)
@@ -105,7 +105,7 @@ def trust(predictions: pd.DataFrame) -> Trust | None:
 
 
 def measured_as(trials: Sequence[TrialRecord], ranks: Ranks) -> TrialRecord | None:
-    """Return the trial that measures just these ranks: the newest that is complete, else the newest that is not; None without one.
+    """Return the trial with exactly these ranks: the newest complete one, else the newest; None without one.
 
     Layers that stay dense count as equal however they are grouped.
     """

@@ -1,4 +1,4 @@
-"""Predicted against measured: how far can a prediction be trusted?"""
+"""Chart of predicted against measured KL divergence."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of a manual allocation: requested, queued, measured; and how it stands next to the run's best and its baseline."""
+"""State of a manual allocation (requested, queued, measured), and its result next to best and baseline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Picked", "alongside", "picked"]
 
 @dataclass(frozen=True)
 class Picked:
-    """Where the measurement of some ranks stands.
+    """State of the measurement of some ranks.
 
     Attributes:
         stage: ``new`` (nobody asked), ``asked``, ``waiting`` (queued as a trial), ``running``, ``measured``, ``failed`` or ``refused``.
@@ -36,12 +36,12 @@ class Picked:
 
     @property
     def open(self) -> bool:
-        """Whether the worker still has to do with it."""
+        """Whether the worker has not finished it."""
         return self.stage in ("asked", "waiting", "running")
 
 
 def picked(ranks: Ranks, trials: Sequence[TrialRecord], pending: Sequence[JsonMapping], bodies: Sequence[JsonMapping]) -> Picked:
-    """Return where the measurement of ``ranks`` stands, by the requests that wait and the worker's answers, the oldest first."""
+    """Return the state of ``ranks`` from the pending requests and the worker's results, the oldest first."""
     waiting = [_asked(request) for request in pending if request.get("kind") == "measure"]
     mine = [asked for asked in waiting if _same(asked, ranks)]
     others, trial = len(waiting) - len(mine), measured_as(trials, ranks)
@@ -64,7 +64,7 @@ def _asked(request: JsonMapping) -> Mapping[str, object]:
 
 
 def _same(asked: Mapping[str, object], ranks: Ranks) -> bool:
-    """Return whether two choices compress the same; an empty request is everybody's and nobody's."""
+    """Return whether two allocations compress alike; an empty one matches none."""
     return bool(asked) and {n: r for n, r in asked.items() if r is not None} == {n: r for n, r in ranks.items() if r is not None}
 
 

@@ -1,4 +1,4 @@
-"""A draft of manual ranks as a page shows it: its rows, what it costs against a budget, groups to move together."""
+"""Tables of a rank draft: rows, cost against a budget, groups for sliders."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def draft_rows(draft: Draft, record: CurveRecord | None) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class RowEdit:
-    """What was entered in a row of ``draft_rows``; a cell that was not touched is not in ``cells``."""
+    """Edited cells of a row of ``draft_rows``."""
 
     name: str
     cells: Mapping[str, object]
@@ -71,7 +71,7 @@ class RowEdit:
 
 
 def edited_draft(draft: Draft, edits: Sequence[RowEdit]) -> Draft:
-    """Return ``draft`` with what was entered: unlocked first, then ranks, then kept percentages, then locks.
+    """Return ``draft`` with the edits: unlocks, then ranks, kept percentages, locks.
 
     Raises:
         RankError: a rank or a ratio outside its limits, or of a locked row.
@@ -92,7 +92,7 @@ def edited_draft(draft: Draft, edits: Sequence[RowEdit]) -> Draft:
 
 
 def dense_words(units: Sequence[Unit], edit: RowEdit) -> str:
-    """Return that the rank entered is stored dense, as its factors would cost no less; empty where they do, or it is no rank of the row."""
+    """Return a note if the entered rank is stored dense because its factors cost no less; else empty."""
     unit = next((unit for unit in units if unit.name == edit.name), None)
     rank = edit.cells.get("rank")
     if unit is None or type(rank) is not int or not unit.break_even_rank < rank <= unit.max_rank:
@@ -105,7 +105,7 @@ def dense_words(units: Sequence[Unit], edit: RowEdit) -> str:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """Rows that a slider moves together.
+    """Rows moved by one slider.
 
     Attributes:
         key: of the group, unlike any other's.
@@ -144,7 +144,7 @@ def _group(draft: Draft, key: str, label: str, rows: Sequence[Unit]) -> RowGroup
 
 
 def groupings(draft: Draft, module: str) -> dict[str, str]:
-    """Return unit -> words, for every unit that the matrix ``module`` can be compressed in; the one in use first."""
+    """Return unit -> label for every unit of the matrix ``module``, the current one first."""
     result = {unit.name: _grouping_words(unit) for unit in draft.alternatives(module)}
     return dict(sorted(result.items(), key=lambda pair: pair[0] not in draft.ranks))
 
@@ -157,7 +157,7 @@ def _grouping_words(unit: Unit) -> str:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a draft costs, next to the dense model and a budget; counted as the compressed model will be, before it is made.
+    """Cost of a draft, the dense model and a budget, counted before compression.
 
     Attributes:
         kept, dense: parameters of the compressible linears.
@@ -183,12 +183,12 @@ class Bill:
 
     @property
     def left(self) -> int:
-        """What the budget leaves; negative over it."""
+        """Unspent budget; negative over it."""
         return self.allowed - self.kept
 
     @property
     def share(self) -> float:
-        """Kept of allowed, at most 1, for a bar."""
+        """Kept over allowed, at most 1."""
         return min(1.0, self.kept / max(1, self.allowed))
 
     @property
@@ -201,17 +201,17 @@ class Bill:
 
     @property
     def spent(self) -> bool:
-        """Whether the budget is met as exactly as whole ranks can: not exceeded, and no further step fits."""
+        """Whether the budget is met and no further rank fits."""
         return self.left >= 0 and (self.step is None or self.left < self.step)
 
     @property
     def counts(self) -> bool:
-        """Whether a trial of it can become the best of the run."""
+        """Whether a trial of it can become the run's best."""
         return self.run_allowed is None or self.kept <= self.run_allowed
 
 
 def bill(draft: Draft, facts: ModelFacts, compression_ratio: float, *, run_ratio: float | None) -> Bill:
-    """Return what ``draft`` costs against the budget of ``compression_ratio``; ``run_ratio`` is the run's own, None for a range.
+    """Return the cost of ``draft`` at ``compression_ratio``; ``run_ratio`` is the run's own, None for a range.
 
     Raises:
         BudgetError: a ratio outside [0, 1).

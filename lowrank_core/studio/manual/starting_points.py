@@ -1,4 +1,4 @@
-"""What a draft of manual ranks can begin from: a rule, a trial of the run, a file."""
+"""Starting points of a rank draft: a rule, a trial, a file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Start = int | str
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the drafts of a run share: its units, how ranks are chosen for them, and what is known of their errors."""
+    """Shared data of a run's drafts: units, recipe, error curves."""
 
     units: tuple[Unit, ...]
     search: SearchConfig
@@ -32,7 +32,7 @@ class Recipe:
 
     @property
     def dense_rows(self) -> tuple[str, ...]:
-        """Rows that the recipe keeps as they are: a draft begins with them locked."""
+        """Rows that the recipe keeps dense; locked in a new draft."""
         return _value_rows(self.units) if self.search.compression.value_dense else ()
 
     def draft(self, trial: TrialRecord) -> Draft:
@@ -44,7 +44,7 @@ class Recipe:
         return Draft.of(self.units, trial.ranks, locked=self.dense_rows, rank_multiple=self._multiple)
 
     def ruled(self, name: str, compression_ratio: float) -> Draft:
-        """Return what the allocator ``name`` makes of the budget of ``compression_ratio``.
+        """Return the allocation of ``name`` at ``compression_ratio``.
 
         Raises:
             ConfigError: it lacks what it works from.
@@ -69,7 +69,7 @@ class Recipe:
         return draft.completed(space.by_allocator(name, compression_ratio, fixed=fixed, influence=influence))
 
     def from_file(self, content: bytes, name: str) -> Draft:
-        """Return the ranks of an allocation file, and its locks.
+        """Return the ranks and locks of an allocation file.
 
         Raises:
             ConfigError: it is no allocation file, or it names what is no unit of this run.
@@ -92,12 +92,12 @@ def _value_rows(units: Sequence[Unit]) -> tuple[str, ...]:
 
 
 def rules(recipe: Recipe) -> dict[str, str]:
-    """Return name -> label of the allocators that can be asked here."""
+    """Return name -> label of the available allocators."""
     return {name: ALLOCATORS[name].label for name in RULES if not _lacks(name, recipe.record)}
 
 
 def missing_rules(recipe: Recipe) -> list[str]:
-    """Return the labels of the allocators that lack what they work from."""
+    """Return the labels of allocators with missing inputs."""
     return [ALLOCATORS[name].label for name in RULES if _lacks(name, recipe.record)]
 
 
@@ -107,7 +107,7 @@ def _lacks(name: str, record: CurveRecord | None) -> bool:
 
 
 def starts(recipe: Recipe, trials: Sequence[TrialRecord], chosen: int | None) -> dict[Start, str]:
-    """Return what a draft can begin from, in words: the best trial, the ``chosen`` one, rules, then all other trials, the newest first."""
+    """Return name -> label of all starting points: the best trial, the ``chosen`` one, rules, other trials, newest first."""
     usable = {trial.number: trial for trial in trials if trial.ranks}
     best = best_trial(trials) if recipe.search.max_ratio is None else None
     first = [number for number in (best.number if best else None, chosen) if number in usable]
@@ -127,7 +127,7 @@ def _trial_words(trial: TrialRecord, best: TrialRecord | None) -> str:
 
 
 def first_draft(recipe: Recipe, trials: Sequence[TrialRecord], chosen: int | None) -> tuple[Draft, str]:
-    """Return what a page begins with, and its name: the chosen trial, else the best, else the newest with ranks, else uniform ranks.
+    """Return the first draft and its name: the chosen trial, else the best, else the newest with ranks, else uniform ranks.
 
     Raises:
         BudgetError: the ratio of the run can't be met.

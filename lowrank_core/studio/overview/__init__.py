@@ -1,1 +1,1 @@
-"""Tables and charts of the Overview page: what a model is made of, its text, its runs."""
+"""Tables and charts of the Overview page: model, text, runs."""

@@ -1,4 +1,4 @@
-"""How good a calibration is: tokens per dimension, condition, and what pooling changed; from calibration.json."""
+"""Calibration quality from calibration.json: tokens per dimension, condition, effect of pooling."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class InputFacts:
 
     @property
     def readers(self) -> str:
-        """How many modules read it, in words."""
+        """Number of modules that read it, in words."""
         return "1 module" if len(self.layers) == 1 else f"{len(self.layers)} modules"
 
 
 @dataclass(frozen=True)
 class CalibrationFacts:
-    """Figures of a calibration; ``cached`` says that statistics of an earlier run were taken."""
+    """Summary of a calibration; ``cached``: statistics of an earlier run were reused."""
 
     tokens: int
     windows: int
@@ -151,7 +151,7 @@ def inputs_spec(frame: pd.DataFrame) -> Table:
 
 
 def quality_warnings(facts: CalibrationFacts) -> list[str]:
-    """Return what a reader of the spectra should know first."""
+    """Return warnings on the quality of the statistics."""
     if facts.warnings:
         return list(facts.warnings)
     thin = [entry for entry in facts.inputs if entry.tokens_per_dimension < TOKENS_PER_DIMENSION]
@@ -176,7 +176,7 @@ def group_table(entry: InputFacts) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class Quality:
-    """A figure of an input, in a column of ``input_table``; ``logarithm`` shows its decimal logarithm."""
+    """A metric of an input, in a column of ``input_table``; ``logarithm`` shows its decimal logarithm."""
 
     label: str
     measure: str

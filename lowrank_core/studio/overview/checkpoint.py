@@ -1,4 +1,4 @@
-"""What a checkpoint is made of, told by names and shapes before anything is loaded: what can be compressed, and what is left alone and why.
+"""Contents of a checkpoint by names and shapes: what is compressible, and why the rest is not.
 
 The worker sees more than headers do (what layers share, what a pass reaches): once it is there, model.json comes first.
 """
@@ -38,7 +38,7 @@ _ORDER = (
 
 @dataclass(frozen=True)
 class Part:
-    """A tensor of a checkpoint, and what becomes of it.
+    """A tensor of a checkpoint, and its treatment.
 
     Attributes:
         shape: as stored.
@@ -73,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class ModelOnDisk:
-    """A checkpoint as its headers tell it.
+    """A checkpoint, from its headers.
 
     Attributes:
         files: the weight files that are loaded.
@@ -87,7 +87,7 @@ class ModelOnDisk:
 
 
 def read_model(folder: Path) -> ModelOnDisk:
-    """Return what the model in ``folder`` is made of.
+    """Return the contents of the model in ``folder``.
 
     Raises:
         ModelError: as ``read_checkpoint``.
@@ -106,7 +106,7 @@ def _note_of_missing_guards(checkpoint: Checkpoint) -> str:
 
 
 def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
-    """Return every tensor in the order of the model: what is before the blocks, the blocks, what is after them."""
+    """Return every tensor in model order."""
     stem = _stem(checkpoint.tensors)
     tied = _tied(checkpoint)
     experts = _blocks_with_experts(checkpoint.tensors, stem)
@@ -241,7 +241,7 @@ def _place(part: Part) -> tuple[int, int, int, str]:
 
 
 def checkpoint_facts(checkpoint: Checkpoint, parts: Sequence[Part] | None = None) -> ModelFacts:
-    """Return the facts that headers tell; types and shared inputs by the names of the modules."""
+    """Return the facts known from headers; types and shared inputs by module names."""
     parts = parts_of(checkpoint) if parts is None else parts
     matrices = _matrices(checkpoint, parts)
     stored = {tensor.name: tensor for tensor in checkpoint.tensors}
@@ -287,7 +287,7 @@ def _matrices(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[MatrixShap
 
 
 def tensor_table(parts: Sequence[Part]) -> pd.DataFrame:
-    """Return a row for each tensor: its name, block, shape, dtype, parameters and their share, what becomes of it, and its file."""
+    """Return a row for each tensor: name, block, shape, dtype, parameters, their share, treatment, file."""
     total = max(1, sum(part.parameters for part in parts))
     rows = [
         {

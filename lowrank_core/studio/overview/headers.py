@@ -1,4 +1,4 @@
-"""A checkpoint's config and the headers of its safetensors files: every tensor by name, shape and dtype; no weight is read."""
+"""Config and safetensors headers of a checkpoint: names, shapes and dtypes, without weights."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _sample(folder: Path, tensor: StoredTensor, place: int) -> bytes:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder holds, without its weights.
+    """A checkpoint without its weights.
 
     Attributes:
         config: of config.json.
@@ -91,7 +91,7 @@ class Checkpoint:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
-    """Return what the config and the headers in ``folder`` tell.
+    """Return the config and tensor headers of ``folder``.
 
     Raises:
         ModelError: no config, no safetensors file, a shard that is missing, or a damaged file.

@@ -1,4 +1,4 @@
-"""Will it fit: what a calibration takes of memory and disk, line by line, against what this machine has free. An estimate.
+"""Estimate of the memory and disk that a calibration needs, against those free on this machine.
 
 Notation::
 
@@ -38,7 +38,7 @@ _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--for
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as nvidia-smi tells of it; bytes."""
+    """A GPU from nvidia-smi; bytes."""
 
     name: str
     total: int
@@ -47,7 +47,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What is free on this machine, in bytes; ``gpu`` is None where nvidia-smi is absent or sees none."""
+    """Free resources of this machine in bytes; ``gpu`` is None if nvidia-smi is absent or lists none."""
 
     memory: int
     disk: int
@@ -71,7 +71,7 @@ class FitLine:
 
 @dataclass(frozen=True)
 class Fit:
-    """The lines, and the machine that they are held against."""
+    """The estimate's lines and the machine."""
 
     lines: tuple[FitLine, ...]
     machine: Machine
@@ -86,17 +86,17 @@ class Fit:
 
     @property
     def places(self) -> list[str]:
-        """What is needed anything of."""
+        """Resources that are needed."""
         return [place for place in (MEMORY, DEVICE, DISK) if self.needed(place)]
 
     @property
     def short_of(self) -> list[str]:
-        """Where more is needed than is free."""
+        """Resources that do not suffice."""
         return [place for place in self.places if self.needed(place) > self.free(place)]
 
 
 def fit_of(facts: ModelFacts, config: RunConfig, machine: Machine) -> Fit:
-    """Return what calibrating the model of ``facts`` as ``config`` says takes; parameters and widths are exact, the rest is a rule."""
+    """Return the needs of calibrating the model of ``facts`` by ``config``; parameters and widths are exact, the rest is estimated."""
     on_gpu = machine.gpu is not None and config.model.device != "cpu"
     held = _held(facts, config, on_gpu=on_gpu)
     place, text = (DEVICE if on_gpu else MEMORY), config.text
@@ -182,7 +182,7 @@ def fit_table(fit: Fit) -> pd.DataFrame:
 
 
 def this_machine() -> Machine:
-    """Return what is free now: memory, disk under the home, and the first GPU that nvidia-smi sees."""
+    """Return free memory, free disk under the home, and the first GPU of nvidia-smi."""
     folder = home()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -207,7 +207,7 @@ def _gpus() -> Sequence[Gpu]:
 
 
 def gpus_in(answer: str) -> tuple[Gpu, ...]:
-    """Return the GPUs in what nvidia-smi printed: a line ``name, MiB in all, MiB free`` for each."""
+    """Parse the output of nvidia-smi: a line ``name, total MiB, free MiB`` per GPU."""
     result = []
     for line in answer.splitlines():
         name, total, free = (part.strip() for part in line.rsplit(",", 2)) if line.count(",") >= 2 else ("", "", "")

@@ -1,4 +1,4 @@
-"""The module tree of a checkpoint, by block or by type, with what each branch holds."""
+"""Module tree of a checkpoint, by block or by type."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The module tree as HTML that folds by itself: no script, and the keyboard works as in any page."""
+"""The module tree as collapsible HTML without a script."""
 
 from __future__ import annotations
 

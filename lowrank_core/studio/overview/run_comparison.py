@@ -1,4 +1,4 @@
-"""Several runs side by side, and what of them can be set against each other."""
+"""Comparison of several runs, with groups of comparable values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class RunComparison:
 
 @dataclass(frozen=True)
 class _Row:
-    """A run as it is compared; ``value_key`` and ``test_key`` are equal for runs whose numbers may be set against each other."""
+    """A row of the comparison; equal ``value_key`` or ``test_key`` means comparable."""
 
     run: Run
     name: str
@@ -63,7 +63,7 @@ class _Row:
 
 
 def compare_runs(runs: Sequence[Run]) -> RunComparison:
-    """Return ``runs`` side by side; a run whose study is damaged has no numbers."""
+    """Return ``runs`` as rows; a run with a damaged study has no values."""
     rows = [_row(run) for run in runs]
     values = _letters([row.value_key for row in rows])
     tests = _letters([row.test_key for row in rows])
@@ -135,7 +135,7 @@ def _identity(facts: ModelFacts | None, reference: str) -> Hashable:
 
 
 def _measured(run: Run, best: TrialRecord | None, trials: Sequence[TrialRecord]) -> Comparison | None:
-    """Return what the best trial's one-shot model was measured to lose on test text; None if it was not measured."""
+    """Return the test measurement of the best trial's one-shot model; None without one."""
     if best is None:
         return None
     label = label_of(best.number, trials)

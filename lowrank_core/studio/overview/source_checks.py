@@ -1,4 +1,4 @@
-"""What a user typed, checked before a worker is started for it: a model here, one to be downloaded, a text."""
+"""Validation of user input before a worker starts: model and text references."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def hub_cache() -> Path:
 
 
 def model_folder(reference: str) -> Path | None:
-    """Return the folder that holds ``reference`` on this machine; None for a hub id that was not downloaded yet.
+    """Return the local folder of ``reference``; None for a hub id not downloaded yet.
 
     Raises:
         ModelError: nothing is given, the folder is missing, or the name can't be a hub id.
@@ -68,7 +68,7 @@ def _downloaded(hub_id: str) -> Path | None:
 
 
 def check_model(reference: str) -> ModelFacts | None:
-    """Return the facts of a model on this machine, None for a hub id (known once it was fetched).
+    """Return the facts of a local model, None for a hub id not downloaded yet.
 
     Raises:
         ModelError: as ``model_folder``, or the folder holds no model.
@@ -78,7 +78,7 @@ def check_model(reference: str) -> ModelFacts | None:
 
 
 def check_text(reference: str) -> str:
-    """Return ``reference`` if its source can exist.
+    """Return ``reference`` if its source exists.
 
     Raises:
         TextError: a file that is missing, empty or of an unknown form, or an unknown name.

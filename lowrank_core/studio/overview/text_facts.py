@@ -1,4 +1,4 @@
-"""What text a run saw: its splits, from text.json."""
+"""Splits of a run's text, from text.json."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TextFacts:
 
 
 def text_facts(run: Run) -> TextFacts | None:
-    """Return the facts in text.json, or None before the text was cut.
+    """Return the facts in text.json; None before the text is tokenised.
 
     Raises:
         RunError: the file is damaged.

@@ -1,4 +1,4 @@
-"""A text before anything starts: how it begins, its size by split, and what would be downloaded."""
+"""Preview of a text before a run: beginning, sizes by split, downloads."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class TextPreview:
 
 
 def text_preview(reference: str) -> TextPreview:
-    """Return how the text begins and how much of it there is.
+    """Return beginning and size of the text.
 
     Raises:
         TextError: it can't be read, or lacks what a run would need; says what to do.
@@ -84,7 +84,7 @@ def _whole(reference: str, source: TextDocuments) -> TextPreview:
 
 
 def _large(reference: str, path: Path) -> TextPreview:
-    """Tell a large file by its first documents and its length in bytes."""
+    """Preview a large file by its first documents and its size in bytes."""
     total = path.stat().st_size
     try:
         first = list(islice(_documents_of(path, "text"), _FIRST_DOCUMENTS))
@@ -99,7 +99,7 @@ def _large(reference: str, path: Path) -> TextPreview:
 
 
 def _copy(reference: str, dataset: HubDataset, folder: Path) -> TextPreview:
-    """Tell a local copy of a benchmark text by the first rows of each split's first file."""
+    """Preview a local copy of a benchmark text by the first rows of each split's first file."""
     _check_datasets(dataset.name)
     splits = []
     total = 0
@@ -130,7 +130,7 @@ def _check_datasets(name: str) -> None:
 
 
 def _documents_of(path: Path, column: str) -> Iterator[str]:
-    """Yield the documents of a file one by one, so that its beginning costs little."""
+    """Yield the documents of a file lazily."""
     suffix = path.suffix.lower()
     if suffix == ".parquet":
         for batch in pq.ParquetFile(path).iter_batches(batch_size=_FIRST_DOCUMENTS, columns=[column]):
@@ -150,7 +150,7 @@ def _unreadable(path: Path, error: Exception) -> TextError:
 
 
 def preview_table(preview: TextPreview, text: TextConfig) -> pd.DataFrame:
-    """Return a row for each split: characters, estimated tokens and windows, and the windows that are asked for."""
+    """Return a row for each split: characters, estimated tokens and windows, requested windows."""
     rows = [
         {"split": s.name, "characters": s.characters, "tokens": s.tokens, "windows": _windows(s, text), "asked": asked}
         for s, asked in zip(preview.splits, _asked(text), strict=True)
@@ -164,7 +164,7 @@ def _windows(split: SplitPreview, text: TextConfig) -> int | None:
 
 
 def preview_warnings(preview: TextPreview, text: TextConfig) -> list[str]:
-    """Return which splits may be too short for what is asked for, and what to do about it."""
+    """Return warnings on splits that may be too short, with a remedy."""
     result = []
     for split, asked in zip(preview.splits, _asked(text), strict=True):
         windows = _windows(split, text)

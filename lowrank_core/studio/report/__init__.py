@@ -1,4 +1,4 @@
-"""A run as one HTML file that needs no server and loads nothing: figures, tables, protocol, versions, seeds. Torch-free.
+"""Self-contained HTML report of a run: charts, tables, protocol, versions, seeds. Torch-free.
 
 Everything shown comes from the typed tables of ``views`` and the pictures of ``figures``; nothing is computed here. What comes from
 files is escaped by the template, and the page's own policy lets no script run but the two that are in it.
@@ -60,8 +60,7 @@ def report_html(run: Run) -> str:
 
 
 def charts_html(run: Run) -> str:
-    """Return the figures of ``report_html`` alone: each with its data (CSV), and made by the browser as a picture (SVG, PNG) or as an
-    interactive page of its own (HTML).
+    """Return the charts of ``report_html`` alone, each with CSV data and SVG, PNG and HTML buttons.
 
     Raises:
         RunError, ConfigError: as ``report_html``.
@@ -120,7 +119,7 @@ def write_report(run: Run, out: Path) -> int:
 
 
 def _beginning(run: Run) -> Section:
-    """Return what the run is, and in which state it was found."""
+    """Return the section on the run and its state."""
     record, config, status = run.record, run.config, run.status()
     state = "recorded" if run.recorded else STATE_WORDS.get(status.state, status.state)
     search, took = config.search, [stage.seconds for stage in stages(status)]
@@ -162,6 +161,6 @@ def _template() -> Template:
 
 
 def _policy(*scripts: str) -> str:
-    """Return the page's content security policy: nothing is loaded, and only these scripts run."""
+    """Return the page's content security policy: no requests, only these scripts."""
     hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode('ascii')}'" for script in scripts)
     return f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data: blob:"

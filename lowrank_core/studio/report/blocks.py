@@ -1,4 +1,4 @@
-"""What a report is made of: sections of blocks, each a frozen value in words; the template lays them out and computes nothing.
+"""Blocks of a report: frozen values in words, laid out by the template.
 
 Numbers become words here (a missing one a dash), and tables become CSV links; escaping is left to the template.
 """
@@ -60,7 +60,7 @@ def json_link(body: str, file: str, label: str) -> Download:
 
 @dataclass(frozen=True)
 class Facts:
-    """Figures side by side: label, value, what it means."""
+    """Metric cards: label, value, meaning."""
 
     block: ClassVar[str] = "facts"
     entries: tuple[tuple[str, str, str], ...]
@@ -68,7 +68,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence that must not be missed; ``tone`` is info, warning, missing or error."""
+    """A highlighted sentence; ``tone`` is info, warning, missing or error."""
 
     block: ClassVar[str] = "note"
     tone: str
@@ -83,7 +83,7 @@ class Prose:
 
 @dataclass(frozen=True)
 class Code:
-    """Text as it is: commands, or what a model wrote."""
+    """Preformatted text: commands or model output."""
 
     block: ClassVar[str] = "code"
     label: str
@@ -108,7 +108,7 @@ class Strip:
 
 @dataclass(frozen=True)
 class Folded:
-    """Blocks that open on demand; printed open."""
+    """Collapsed blocks; open in print."""
 
     block: ClassVar[str] = "folded"
     label: str
@@ -119,7 +119,7 @@ Block = Table | Chart | Facts | Note | Prose | Code | Download | Strip | Folded
 
 
 def metrics_in(blocks: Iterable[Block]) -> Iterator[Chart]:
-    """Yield the figures among ``blocks``, the folded ones, too."""
+    """Yield the figures among ``blocks``, including collapsed ones."""
     for block in blocks:
         if isinstance(block, Chart):
             yield block
@@ -129,7 +129,7 @@ def metrics_in(blocks: Iterable[Block]) -> Iterator[Chart]:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the story under an anchor: its title, the question that it answers, and its blocks."""
+    """A section with an anchor, a title, a subtitle and blocks."""
 
     anchor: str
     title: str

@@ -1,4 +1,4 @@
-"""Training after the compression: what was spent, and what came of it."""
+"""Report section: healing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _told(healing: Healing) -> Block:
 
 
 def _again(run: Run, healing: Healing) -> tuple[Block, ...]:
-    """Return the commands that repeat a healing; nothing where they would need a file that is not in the report."""
+    """Return the commands that reproduce a healing; nothing if they need a file outside the report."""
     search = run.config.search
     if search is None or healing.report is None:
         return ()

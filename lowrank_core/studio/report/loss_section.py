@@ -1,4 +1,4 @@
-"""The best measured model in detail: window by window, and by position in the context."""
+"""Report section: the best measured model by window and by position."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def closely_section(run: Run) -> Section:
 
 
 def _shown(result: Sequence[Comparison]) -> Comparison | None:
-    """Return the searched model of least perplexity as it came out of the compression, else the least of all."""
+    """Return the searched one-shot model of lowest perplexity, else the lowest of all."""
     searched = [comparison for comparison in result if not comparison.given and comparison.form == "one-shot"]
     return min(searched or result, key=lambda comparison: comparison.perplexity, default=None)

@@ -1,4 +1,4 @@
-"""The beginning of the story: the model, the text, the calibration, and where the model is low-rank."""
+"""Report sections: model, text, calibration, spectra."""
 
 from __future__ import annotations
 

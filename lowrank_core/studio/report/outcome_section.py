@@ -1,4 +1,4 @@
-"""The end of the story: what was measured on test text, what was written, and how all of it is repeated."""
+"""Report sections: test results, exports, reproduction."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ _INTRODUCTION = (
 
 
 def _verdicts(result: Sequence[Comparison]) -> list[Block]:
-    """Say where a baseline did at least as well as every trial that was searched for: a table sorted by perplexity hides it."""
+    """Return warnings where a baseline is at least as good as every searched trial."""
     notes: list[Block] = []
     for alike in by_protocol(result).values():
         searched = [each for each in alike if not each.given and each.form == "one-shot"]  # training would beat any rule
@@ -75,7 +75,7 @@ def _verdicts(result: Sequence[Comparison]) -> list[Block]:
 
 
 def _missing(run: Run, result: Sequence[Comparison], bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> list[Block]:
-    """Say what a reader would look for and was not measured."""
+    """Return notes on missing measurements."""
     search = run.config.search
     if search is None:
         return [Note("info", "Nothing is compressed in a run that only analyses, so nothing was measured on test text.")]

@@ -1,4 +1,4 @@
-"""The middle of the story: the search, what it found, and what became of every trial."""
+"""Report section: the search, its results and all trials."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _found(run: Run, search: SearchConfig, trials: Sequence[TrialRecord]) -> tup
 
 
 def search_protocol(run: Run, search: SearchConfig) -> str:
-    """Return the line under every figure of a search: text, windows, tokens, dtype."""
+    """Return the protocol line of a search: text, windows, tokens, dtype."""
     facts, model, windows = text_facts(run), model_facts(run), trial_windows(run)
     words = [
         f"{facts.reference}, validation split, {windows.words}" if facts and windows else "Validation split",
@@ -108,7 +108,7 @@ def _headline(now: Progress, search: SearchConfig) -> Facts:
 
 
 def _verdict(now: Progress) -> list[Note]:
-    """Say a result that the headline could be read past: nothing complete, or no better than uniform."""
+    """Return a warning if no trial is complete or none beats its start."""
     if now.best is None:
         return [Note("missing", "No trial is complete, so there is no best one.")]
     if now.gain is not None and now.gain <= 0:
@@ -149,7 +149,7 @@ def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -
 
 
 def _allocations(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, facts: ModelFacts, protocol: str) -> list[Block]:
-    """Return where the answers of the search keep their parameters: the best trial, or some of the front, evenly spaced."""
+    """Return the allocation maps of the results: the best trial, or points of the front, evenly spaced."""
     results = [trial for trial in answers_of(trials, search) if trial.ranks]
     count = min(_MAX_MAPS, len(results))
     chosen = [results[round(index * (len(results) - 1) / max(1, count - 1))] for index in range(count)]

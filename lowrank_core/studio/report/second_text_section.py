@@ -1,4 +1,4 @@
-"""A second text: whether what was calibrated on one text holds on another."""
+"""Report section: quality on a second text."""
 
 from __future__ import annotations
 

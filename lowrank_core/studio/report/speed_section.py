@@ -1,4 +1,4 @@
-"""Measured speed and memory, the dense model next to each compressed model."""
+"""Report section: measured speed and memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A text token by token: where a compressed model is surprised more than the dense model."""
+"""Report section: token-level losses."""
 
 from __future__ import annotations
 

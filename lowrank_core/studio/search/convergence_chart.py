@@ -1,4 +1,4 @@
-"""Searches side by side: the least value found so far over the trials, every seed thin and the median thick."""
+"""Chart of search convergence: best value over trials, thin per seed, thick for the median."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A rank search as it streams in: history, baselines, best so far, and the trials as a table."""
+"""Data of a running search: history, baselines, best so far, trial table."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _COLUMNS = ("trial", "state", "kind", "value", "perplexity", "kl", "removed", "s
 
 @dataclass(frozen=True)
 class History:
-    """The study over its trials.
+    """Trials of a study with baselines.
 
     Attributes:
         objective: label of the value, with its unit.
@@ -67,7 +67,7 @@ def history(trials: Sequence[TrialRecord], objective: str) -> History:
 
 
 def better_half(view: History) -> History:
-    """Return ``view`` with what is worse than the median of its values left out; the best baseline stays, as do trials without a value."""
+    """Return ``view`` without values worse than the median; the best baseline and trials without a value stay."""
     height = view.trials["value"].fillna(view.trials["partial"])
     limit = max([height.median(), *sorted(view.baselines.values())[:1]])
     kept = {name: value for name, value in view.baselines.items() if value <= limit}
@@ -81,7 +81,7 @@ def _baselines(trials: Sequence[TrialRecord]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a search is, and its best so far against the uniform baseline, on search-validation text.
+    """Progress of a search, and its best value against uniform, on search-validation text.
 
     Attributes:
         counts: of its trials.
@@ -98,7 +98,7 @@ class Progress:
 
     @property
     def complete(self) -> int:
-        """Trials of the search that are done, stopped early or not; manual ones left out."""
+        """Finished trials, stopped early or not, without manual ones."""
         return self.counts.complete
 
     @property
@@ -110,7 +110,7 @@ class Progress:
 
 
 def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
-    """Return how far a search is."""
+    """Return the progress of a search."""
     uniform = next((trial for trial in trials if trial.label == "uniform" and trial.state == "complete"), None)
     times = [trial.seconds for trial in trials if trial.finished and trial.seconds is not None]
     return Progress(
@@ -147,7 +147,7 @@ def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataF
 
 
 def value_columns(search: SearchConfig) -> list[Column]:
-    """Return the columns of what a trial measures; the objective is named once."""
+    """Return the value columns of trials; the objective appears once."""
     columns = [
         Column.number("value", OBJECTIVES[search.objective]),
         Column.number("perplexity", "Perplexity", 2),

@@ -1,4 +1,4 @@
-"""The history of a rank search as it streams in."""
+"""Live chart of a search's history."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def history_chart(view: History, chosen: int | None = None, pictures: Mapping[in
 
 
 def _affordable(trials: pd.DataFrame, pictures: Mapping[int, str]) -> dict[int, str]:
-    """Return pictures of the newest trials, then of the best, as many as a figure can carry."""
+    """Return pictures of the newest and the best trials, within the size limit."""
     newest = trials["number"].sort_values(ascending=False)[:_NEWEST]
     kept: dict[int, str] = {}
     left = _MAX_PICTURED
@@ -78,7 +78,7 @@ def _above(values: pd.Series) -> float:
 
 
 def _baseline_rows(view: History) -> pd.DataFrame:
-    """Return a row for each baseline; neighbours are named on different sides of their lines, so that names do not meet."""
+    """Return a row for each baseline; neighbouring labels alternate sides."""
     ordered = sorted(view.baselines.items(), key=lambda pair: pair[1])
     return pd.DataFrame(
         {

@@ -1,4 +1,4 @@
-"""Trials by value against the variables that made them, and which variables mattered."""
+"""Trials by value against their variables, and the importance of variables."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Fingerprint:
 
 
 def fingerprint(trials: Sequence[TrialRecord], search: SearchConfig, ranges: Mapping[str, VariableRange]) -> Fingerprint | None:
-    """Return the fingerprint of the trials that were measured at a point of the space; None below two."""
+    """Return the trial-variable table of measured sampled trials; None below two."""
     measured = [trial for trial in trials if trial.finished and trial.params and trial.value is not None]
     ordered = sorted(measured, key=lambda trial: (trial.value, trial.number))
     if len(ordered) < 2:
@@ -73,7 +73,7 @@ def _cell(trial: TrialRecord, place: int, variable: Variable, span: VariableRang
 
 
 def _telling(trials: Sequence[TrialRecord], variables: Sequence[Variable], ranges: Mapping[str, VariableRange]) -> list[Variable]:
-    """Return the variables, at most so many, whose order over the ``trials`` (by value) goes most with theirs; in their own order."""
+    """Return at most ``count`` variables best correlated with the value, in their own order."""
     if len(variables) <= _MAX_VARIABLES:
         return list(variables)
 
@@ -93,7 +93,7 @@ def _named(variables: Sequence[Variable], name: str) -> Variable:
 
 
 def importance_table(result: Importances, trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:
-    """Return a row for each variable, the most important first: columns variable, share, low, high, note; at most as many as are drawn."""
+    """Return a row for each drawn variable, the most important first: columns variable, share, low, high, note."""
     labels = {variable.name: variable.label for variable in search_variables(trials, search)}
     rows = [
         {
@@ -109,7 +109,7 @@ def importance_table(result: Importances, trials: Sequence[TrialRecord], search:
 
 
 def missing_words(result: Importances) -> str:
-    """Return what keeps the importances from being reported; nothing where they are there."""
+    """Return the reason for missing importances; empty otherwise."""
     if not result.missing:
         return ""
     more = "1 more sampled trial is" if result.missing == 1 else f"{result.missing} more sampled trials are"

@@ -1,4 +1,4 @@
-"""Trials x variables as strips of colour, and the importance of variables as bars."""
+"""Charts of trial parameters as coloured strips, and of variable importance as bars."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LEVELS = "datum.value == 0 ? 'minimum of its range' : 'maximum of its range'"
 
 
 def fingerprint_chart(view: Fingerprint, chosen: int | None = None) -> VegaChart:
-    """Draw a column for each trial, best at the left, and a row for each variable: bright is the most of the variable's range."""
+    """Draw a column per trial, best at the left, and a row per variable; bright is the maximum of its range."""
     frame = view.frame[["number", "place", "left", "right", "variable", "position", "note"]]
     return VegaChart(frame.assign(chosen=frame["number"] == (-1 if chosen is None else chosen)), _strips(view.variables))
 

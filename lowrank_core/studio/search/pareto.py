@@ -1,4 +1,4 @@
-"""A search over a range of ratios: how much can be removed at which loss."""
+"""Pareto front of a search over a range of ratios."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Front", "front", "front_spec", "front_table"]
 
 @dataclass(frozen=True)
 class Front:
-    """Trials by what they remove and lose.
+    """Trials by compression ratio and loss.
 
     Attributes:
         objective: label of the value, with its unit.

@@ -1,4 +1,4 @@
-"""A search over a range of ratios: what is removed against what is lost."""
+"""Chart of loss against compression ratio."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def front_chart(view: Front, chosen: int | None = None) -> VegaChart:
 
 
 def _names(rules: pd.DataFrame) -> pd.DataFrame:
-    """Return where the name of each baseline stands: the greatest above its end, the least below, one between them at its beginning."""
+    """Return label positions of baselines: the highest above its end, the lowest below, one between at its start."""
     ends = rules.groupby("label", as_index=False).last().sort_values("value")
     first = rules.groupby("label", as_index=False).first().set_index("label").loc[list(ends["label"])].reset_index()
     sides = [name_side(position, len(ends)) for position in range(len(ends))]

@@ -1,4 +1,4 @@
-"""What a search that is about to start will cost: its budget, its variables, and roughly its time."""
+"""Cost of a planned search: budget, variables, estimated time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _STAGES_BEFORE = ("Loading the model", "Reading the text", *_KEPT, "Factorising"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a search has to spend, and over what it searches.
+    """Budget and variables of a search.
 
     Attributes:
         allowed: parameters that may be kept at the (smallest) ratio.
@@ -44,7 +44,7 @@ class Plan:
 
 
 def check_budget(config: RunConfig, matrices: Sequence[MatrixShape], heads: Sequence[HeadUnit] = ()) -> Plan | None:
-    """Return the plan of a search that is about to start; None if it only analyses.
+    """Return the plan of a search; None for an analysis.
 
     Raises:
         BudgetError: a ratio can't be met by the matrices that may be compressed.
@@ -65,7 +65,7 @@ def check_budget(config: RunConfig, matrices: Sequence[MatrixShape], heads: Sequ
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """How long a search may take.
+    """Estimated duration of a search.
 
     Attributes:
         trials: seconds of all its trials.
@@ -82,7 +82,7 @@ class TimeEstimate:
 
 
 def time_estimate(config: RunConfig, facts: ModelFacts | None = None) -> TimeEstimate | None:
-    """Return how long a search may take, by the newest run that measured trials; None where there is none to go by.
+    """Return the estimated duration by the newest run with measured trials; None without one.
 
     Median seconds per token there x tokens of a trial here x trials. Runs of the same model, on the same text and windows, come first; then
     those of the same model; then any other, scaled by the parameters of the two models (``facts`` are those of this one). A run that ships
@@ -110,7 +110,7 @@ def time_estimate(config: RunConfig, facts: ModelFacts | None = None) -> TimeEst
 
 
 def _searched() -> list[Run]:
-    """Return the newest runs with a search, those that ship with the package last."""
+    """Return the newest runs with a search, bundled ones last."""
     result = [run for run in all_runs() if run.config.search is not None]
     own = [run for run in result if not run.recorded]
     return own[:_RUNS_LOOKED_AT] + [run for run in result if run.recorded]
@@ -137,7 +137,7 @@ def _measured(run: Run) -> tuple[Run, float] | None:
 
 
 def _size_ratio(run: Run, facts: ModelFacts | None) -> float | None:
-    """Return parameters of the model of ``facts`` over those of the run's; None where either is not known."""
+    """Return the parameter ratio of the model of ``facts`` to the run's; None if unknown."""
     try:
         theirs = model_facts(run)
     except LowRankError:
@@ -146,7 +146,7 @@ def _size_ratio(run: Run, facts: ModelFacts | None) -> float | None:
 
 
 def _before(run: Run, config: RunConfig) -> float | None:
-    """Return the seconds of the stages that come before trials, less those whose results are kept for ``config``."""
+    """Return the seconds of the stages before trials, without cached ones."""
     theirs = run.config
     kept = not run.recorded and (theirs.model, theirs.text, theirs.calibration) == (config.model, config.text, config.calibration)
     took = run.stage_seconds()

@@ -1,4 +1,4 @@
-"""A search that is over, in Plotly, for a page without Streamlit: what ``search`` and ``front`` draw while it runs."""
+"""Plotly charts of a finished search, for pages without Streamlit."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def _steps(x: pd.Series, y: pd.Series, name: str, shape: str) -> go.Scatter:
 
 
 def _points(figure: go.Figure, rows: pd.DataFrame) -> None:
-    """Add a trace for each kind that is there; ``rows`` has columns across, height, kind and note."""
+    """Add a trace for each kind present; ``rows`` has columns across, height, kind and note."""
     for kind in KINDS:
         alike = rows[rows["kind"] == kind]
         if len(alike):
@@ -86,7 +86,7 @@ def _points(figure: go.Figure, rows: pd.DataFrame) -> None:
 
 
 def _baselines(figure: go.Figure, values: Mapping[str, float]) -> None:
-    """Draw a dashed line for each baseline; neighbours are named on different sides, so that names do not meet."""
+    """Draw a dashed line for each baseline; neighbouring labels alternate sides."""
     ordered = sorted(values.items(), key=lambda pair: pair[1])
     for position, (name, value) in enumerate(ordered):
         side = name_side(position, len(ordered))

@@ -1,4 +1,4 @@
-"""When each worker measured which trial."""
+"""Timeline of workers and trials."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _COLUMNS = ("number", "worker", "kind", "start", "end", "seconds", "note")
 
 
 def timeline(trials: Sequence[TrialRecord], living: Collection[str], now: float) -> pd.DataFrame:
-    """Return a row for each trial that began: columns number, worker, kind, start, end (UTC), seconds, note.
+    """Return a row for each started trial: columns number, worker, kind, start, end (UTC), seconds, note.
 
     A running trial ends ``now`` if its worker is in ``living``; of one whose worker is gone nobody knows the end, so it has no length.
     """

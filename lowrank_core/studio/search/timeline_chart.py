@@ -13,7 +13,7 @@ _ROW, _AROUND = 46, 130  # pixels: a worker; axis and legend, which Streamlit fi
 
 
 def timeline_chart(frame: pd.DataFrame, chosen: int | None = None) -> VegaChart:
-    """Draw each trial of a ``timeline`` as a bar from start to end, with the mark of what became of it at its end."""
+    """Draw each trial of a ``timeline`` as a bar with a mark for its outcome."""
     rows = frame.assign(row="trial", chosen=frame["number"] == (-1 if chosen is None else chosen))
     return VegaChart(rows, _spec(max(1, frame["worker"].nunique())))
 

@@ -1,4 +1,4 @@
-"""How a trial does window by window, next to another one on the same windows."""
+"""Losses of a trial by window, next to another trial."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _MEASURES = {"kl": "KL (nats per token)"}
 
 @dataclass(frozen=True)
 class WindowLosses:
-    """Losses of a trial on search-validation windows, and of the trial that it is held against.
+    """Losses of a trial and a reference trial on search-validation windows.
 
     Attributes:
         measure: what a loss is, with its unit.
@@ -40,7 +40,7 @@ class WindowLosses:
 
 
 def window_losses(trials: Sequence[TrialRecord], chosen: int | None, objective: str) -> WindowLosses | None:
-    """Return the trial that runs (else the ``chosen`` one, else the best) next to the best one (the best next to uniform).
+    """Return the running trial (else ``chosen``, else the best) next to the best one (the best next to uniform).
 
     None where no losses by window were recorded.
     """

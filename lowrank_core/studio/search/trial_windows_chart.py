@@ -1,4 +1,4 @@
-"""A trial next to another one, window by window, as its losses come in."""
+"""Live chart of a trial's losses by window."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["window_chart"]
 
 
 def window_chart(view: WindowLosses) -> VegaChart:
-    """Draw the loss on each window: dots of the trial, bars across of the one it is held against, and a stem between them."""
+    """Draw the loss on each window: dots for the trial, bars for the other, a stem between them."""
     return VegaChart(view.frame, _spec(view.measure))
 
 

@@ -1,4 +1,4 @@
-"""Who measures: the workers of a run, how much each did, and what it does now."""
+"""Workers of a run: trials measured, current state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["living_workers", "worker_table"]
 
 
 def living_workers(run: Run) -> dict[str, RunStatus]:
-    """Return ``host:pid`` -> last word of the workers on this machine that are alive, the one that holds the run first."""
+    """Return ``host:pid`` -> status of the live workers on this machine, the run's own first."""
     host, result = socket.gethostname(), {}
     status = run.status()
     if status.pid is not None and run.worker_alive():
@@ -26,7 +26,7 @@ def living_workers(run: Run) -> dict[str, RunStatus]:
 
 
 def worker_table(trials: Sequence[TrialRecord], living: Mapping[str, RunStatus], now: float) -> pd.DataFrame:
-    """Return a row for each worker: its name, the trials it measured, and what it does at ``now``.
+    """Return a row for each worker: name, measured trials, state at ``now``.
 
     Workers on other machines are known by their trials alone.
     """

@@ -1,4 +1,4 @@
-"""Measured divergence against kept ratio, depth and estimates."""
+"""Charts of measured KL against kept ratio, depth and estimates."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ _HOVER = "%{x:.1%} kept, rank %{customdata[1]}<br>%{y:.3g}%{customdata[2]} nats<
 
 
 def _errors(rows: pd.DataFrame) -> list[str]:
-    """Return standard errors in words; nothing of a single window, which has none."""
+    """Return standard errors in words; empty for a single window."""
     return ["" if pd.isna(error) else f" ± {error:.1g}" for error in rows["kl_stderr"]]
 
 

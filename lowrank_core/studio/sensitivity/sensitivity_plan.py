@@ -1,4 +1,4 @@
-"""What a measurement of sensitivities that is about to start will take, and how the one that waits or runs is doing."""
+"""Cost of a planned sensitivity measurement, and the state of the current one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["SensitivityPlan", "last_answer", "plan_of", "usual_compression", "wa
 
 @dataclass(frozen=True)
 class SensitivityPlan:
-    """What is to be measured.
+    """A planned measurement.
 
     Attributes:
         cells: asked for; missing: those that are not measured yet under this setting.
@@ -41,13 +41,13 @@ class SensitivityPlan:
 
 
 def usual_compression(run: Run) -> CompressionConfig:
-    """Return how matrices of this run are factorised unless another way is chosen."""
+    """Return the default factorisation of single matrices in this run."""
     search = run.config.search
     return single_compression(search.compression if search is not None else CompressionConfig(), SensitivityConfig())
 
 
 def plan_of(run: Run, matrices: Sequence[MatrixShape], config: SensitivityConfig) -> SensitivityPlan:
-    """Return what ``config`` would measure in ``run``.
+    """Return the plan of ``config`` in ``run``.
 
     Raises:
         ConfigError: no such type or basis.
@@ -84,7 +84,7 @@ def _is_of(record: SensitivityRecord, compression: CompressionConfig, windows: i
 
 
 def _seconds_per_token(run: Run, records: Sequence[SensitivityRecord]) -> tuple[float | None, str]:
-    """Return the median seconds per token of measured cells, else of the run's trials, and what it is."""
+    """Return the median seconds per token of measured cells, else of trials, and its source."""
     if records:
         result = [cell.seconds / record.setting.tokens for record in records for cell in record.cells]
         return statistics.median(result), "the cells measured so far"
@@ -94,7 +94,7 @@ def _seconds_per_token(run: Run, records: Sequence[SensitivityRecord]) -> tuple[
 
 
 def waiting_request(run: Run) -> JsonMapping | None:
-    """Return the request that waits or is worked on; None where there is none.
+    """Return the queued or running request; None without one.
 
     Raises:
         RunError: a request is damaged.
@@ -103,7 +103,7 @@ def waiting_request(run: Run) -> JsonMapping | None:
 
 
 def last_answer(run: Run) -> Mapping[str, object] | None:
-    """Return the newest answer to a request for sensitivities; None where there is none.
+    """Return the newest sensitivity result; None without one.
 
     Raises:
         RunError: an answer is damaged.

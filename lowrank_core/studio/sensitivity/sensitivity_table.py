@@ -1,4 +1,4 @@
-"""What each module costs when it alone is compressed: measured cells as tables, and which estimate of energy predicts them."""
+"""Measured sensitivities as tables, and their rank correlation with estimates."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ FEW_CELLS = 10
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a module at a rank without measuring the model.
+    """A proxy of a module's loss at a rank, computed without evaluating the model.
 
     Attributes:
         label: short; meaning: what it is.
@@ -236,7 +236,7 @@ def _correlation(cells: pd.DataFrame, estimate: str) -> tuple[float | None, int]
 
 
 def measured_costs(run: Run) -> dict[float, dict[str, float]]:
-    """Return KL to the dense model (nats per token) by kept ratio and module that alone keeps it, from the run's newest measurement.
+    """Return kept ratio -> module -> KL to the dense model (nats per token), from the run's newest measurement.
 
     Ratios ascend; modules that were not measured, or diverged, are left out; nothing is interpolated.
 
@@ -252,12 +252,12 @@ def measured_costs(run: Run) -> dict[float, dict[str, float]]:
 
 
 def fullest(costs: Mapping[float, Mapping[str, float]]) -> float | None:
-    """Return the ratio with the most modules, of several the one next to a half; None without any."""
+    """Return the ratio with the most modules, on ties the one closest to a half; None without any."""
     return min(costs, key=lambda kept: (-len(costs[kept]), abs(kept - 0.5)), default=None)
 
 
 def coverage(cells: pd.DataFrame, matrices: Sequence[MatrixShape], kept: float) -> str:
-    """Return how much of the map is there, in words."""
+    """Return the measured part of the map in words."""
     result = at_ratio(cells, kept)
     diverged, below = int(result["kl"].isna().sum()), int((result["kl"] <= FLOOR).sum())
     words = [f"{count(len(result))} of {count(len(matrices))} modules measured"]
@@ -267,6 +267,6 @@ def coverage(cells: pd.DataFrame, matrices: Sequence[MatrixShape], kept: float) 
 
 
 def rho_words(rho: float | None, n: int) -> str:
-    """Return a correlation with its number of modules, and a warning where they are few."""
+    """Return a correlation with its sample size, and a warning if that is small."""
     few = ": few modules, so ρ is unreliable" if n < FEW_CELLS else ""
     return f"Spearman's ρ = {DASH if rho is None or np.isnan(rho) else format(rho, '.2f')} over {n} modules{few}"

@@ -1,4 +1,4 @@
-"""What a trial, or a user, allocates: the maps of it, and a table."""
+"""Maps and table of an allocation."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["allocation_map", "allocation_of", "loss_map", "rank_table", "search_
 
 
 def search_units(matrices: Sequence[MatrixShape], compression: CompressionConfig, heads: Sequence[HeadUnit] = ()) -> tuple[Unit, ...]:
-    """Return what a search with ``compression`` gives ranks to, alternatives included; ``heads`` are those of the model."""
+    """Return the units of a search with ``compression``, alternatives included; ``heads`` are those of the model."""
     return plan_units(matrices, compression, heads)
 
 
 def allocation_of(trial: TrialRecord, units: Sequence[Unit]) -> RankAllocation:
-    """Return what a trial allocated.
+    """Return the allocation of a trial.
 
     Raises:
         ConfigError: its ranks do not fit ``units``.

@@ -1,4 +1,4 @@
-"""What every figure shares: colours that colour-blind people tell apart, margins, axes.
+"""Shared style of charts: colour-blind-safe colours, margins, axes.
 
 Colours of text, grid and background are left to the page's theme, so that light and dark both work.
 """
@@ -97,7 +97,7 @@ def word_colour(colour: str) -> str:
 
 
 def legible(figure: go.Figure) -> go.Figure:
-    """Return ``figure`` as it goes on a page: notes in colours for light and dark, long words in lines that 400 pixels hold."""
+    """Return ``figure`` ready for a page: notes readable in light and dark, long labels wrapped for 400 pixels."""
     figure.for_each_annotation(lambda note: note.update(font={"color": word_colour(note.font.color)}) if note.font.color else None)
     figure.for_each_xaxis(lambda axis: axis.update(title={"text": _in_lines(axis.title.text, _TITLE)}) if axis.title.text else None)
     if figure.layout.yaxis.type == "category":
@@ -107,7 +107,7 @@ def legible(figure: go.Figure) -> go.Figure:
 
 
 def _in_lines(words: str, maximum: int) -> str:
-    """Return ``words`` in as few lines of about ``most`` letters as will do, each about as long as the others."""
+    """Return ``words`` in balanced lines of about ``most`` characters."""
     lines = -(-len(words) // maximum)
     return words if lines == 1 or "<br>" in words else "<br>".join(textwrap.wrap(words, len(words) // lines + 4))
 

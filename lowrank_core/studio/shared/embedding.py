@@ -1,4 +1,4 @@
-"""Figures in a page of our own: their JSON, and the one script that draws them."""
+"""Embedding of figures in an HTML page: their JSON and one script."""
 
 from __future__ import annotations
 

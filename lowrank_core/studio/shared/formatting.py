@@ -1,4 +1,4 @@
-"""Numbers as people read them. A missing or non-finite number is a dash, never ``nan``."""
+"""Formatting of numbers. A missing or non-finite number is a dash, never ``nan``."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def shortened(text: str, maximum: int) -> str:
 
 
 def plain(text: str) -> str:
-    """Return ``text`` as Markdown that shows it letter by letter: a foreign text brings no picture, link, colour or icon."""
+    """Return ``text`` escaped for Markdown, so that foreign text adds no picture, link, colour or icon."""
     return _MARKS.sub(r"\\\g<0>", text)
 
 
@@ -136,5 +136,5 @@ def age(seconds: float, now: float) -> str:
 
 
 def kind_label(kind: str) -> str:
-    """Return a module type without what every type shares: q_proj is q."""
+    """Return a module type without the suffix: q_proj is q."""
     return kind.removesuffix("_proj")

@@ -1,4 +1,4 @@
-"""The shape that every layer x module map shares: one value for each compressible matrix."""
+"""Data of a layer x module map: one value per compressible matrix."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layer x module map: cells that can be read, hovered and picked."""
+"""Chart of a layer x module map with hover and selection."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _grid(view: LayerMap) -> np.ndarray:
 
 
 def _word(value: float, view: LayerMap) -> str:
-    """Return what a cell says: percent without its sign, which the colour bar's ticks carry."""
+    """Return the text of a cell: percent without its sign, which is on the colour bar."""
     if not math.isfinite(value):
         return DASH
     if view.log:
@@ -51,7 +51,7 @@ def _word(value: float, view: LayerMap) -> str:
 
 
 def _colours(view: LayerMap, values: np.ndarray) -> dict[str, object]:
-    """Return what is coloured and the ends of its scale."""
+    """Return the coloured values and the ends of the scale."""
     if not view.log:
         return {"z": values, "zmin": view.low, "zmax": view.high}
     low, high = math.log10(view.low), math.log10(view.high)

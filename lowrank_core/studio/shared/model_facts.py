@@ -1,4 +1,4 @@
-"""What a model is made of: facts from model.json, and a table by module type."""
+"""Facts of a model from model.json, and a table by module type."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class ModelFacts:
 
     @property
     def flops_of_head(self) -> int:
-        """For one token; where an older record does not tell, of a head of vocabulary x hidden."""
+        """FLOPs of the head per token; an older record counts vocabulary x hidden."""
         return 2 * self.vocabulary * self.hidden if self.head_flops is None else self.head_flops
 
     @property
@@ -93,7 +93,7 @@ class _Heads:
 
 
 def model_facts(run: Run) -> ModelFacts | None:
-    """Return the facts in model.json, or None before the model was read.
+    """Return the facts in model.json; None before the model is loaded.
 
     Raises:
         RunError: the file is damaged.
@@ -121,7 +121,7 @@ def _facts(body: JsonMapping) -> ModelFacts:
 
 
 def _coverage(body: JsonMapping) -> Coverage:
-    """Return the table of model.json; an empty one for a record of before there was one."""
+    """Return the coverage in model.json; empty in an older record."""
     try:
         return Coverage.from_mapping(body.get("coverage", []))
     except (KeyError, TypeError, ValueError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Which compressed models can be measured, what they are called, and what requests say in words."""
+"""Measurable models of a run, their labels, and labels of requests."""
 
 from __future__ import annotations
 
@@ -38,8 +38,7 @@ _KINDS = {
 def candidates(
     trials: Sequence[TrialRecord], search: SearchConfig, healings: Sequence[Healing] = (), picked: int | None = None
 ) -> dict[ModelKey, str]:
-    """Return what can be measured: complete trials (the best one first, or the Pareto front), healed models, what allocators choose,
-    and presets. Empty without a complete trial.
+    """Return the measurable models: complete trials (best or Pareto front first), healed models, allocators, presets.
 
     A label stays the same while its model is there: Streamlit knows an option by it. Trials that a rule chose go by the rule's name,
     but for those of the answer and the one that is ``picked``.
@@ -70,28 +69,28 @@ def _trial_label(trial: TrialRecord, search: SearchConfig) -> str:
 
 
 def preset_notes(chosen: Sequence[ModelKey]) -> list[str]:
-    """Return of each chosen preset that is named after a paper where it departs from it, and at the end what all presets do."""
+    """Return how the chosen presets differ from their papers, ending with what holds for all."""
     presets = [PRESETS[ModelRef.parse(key).name] for key in chosen if key in PRESET_KEYS]
     notes = [f"**{preset.label}** ({preset.reference}): {preset.differs}" for preset in presets if preset.differs]
     return [*notes, COMMON] if notes else []
 
 
 def usual_choice(result: Mapping[ModelKey, str], trials: Sequence[TrialRecord], picked: int | None) -> list[ModelKey]:
-    """Return what is chosen before the user chooses: the picked trial or the first of all, and the baselines that it is not."""
+    """Return the default choice: the picked trial or the first, and the baselines."""
     first = picked if picked in result else next(iter(result))
     assert first is not None
     return [first, *(name for name in BASELINES if name in result and name != label_of(first, trials))]
 
 
 def healable(result: Mapping[ModelKey, str]) -> dict[ModelKey, str]:
-    """Return those that are allocations of the run's own search: they can be healed and exported."""
+    """Return the allocations of the run's own search, which can be healed and exported."""
     return {key: label for key, label in result.items() if ModelRef.parse(key).searched}
 
 
 def unmeasured(
     subjects: Sequence[ModelKey], trials: Sequence[TrialRecord], result: Sequence[Comparison], waiting: Sequence[Mapping[str, object]] = ()
 ) -> list[ModelKey]:
-    """Return those of ``subjects`` that have no measurement in ``found``, nor wait for one among the requests ``waiting``."""
+    """Return those of ``subjects`` neither measured nor queued."""
     asked = {_argument(request, "trial") for request in waiting}
     known = {comparison.key for comparison in result}
     return [subject for subject in subjects if label_of(subject, trials) not in known and subject not in asked]
@@ -103,7 +102,7 @@ def _argument(request: Mapping[str, object], name: str) -> object:
 
 
 def request_words(request: Mapping[str, object]) -> str:
-    """Return what a request asks for: ``Trial 3: measuring on test text``."""
+    """Return a request in words: ``Trial 3: measuring on test text``."""
     kind, trial = str(request.get("kind")), _argument(request, "trial")
     ref = None if trial is None else ModelRef.find(trial)
     name = "" if ref is None else model_name(ref.name if ref.kind == "healed" else ref.label)

@@ -1,4 +1,4 @@
-"""What a run knows of its modules beyond their spectra: what the chosen trial decided, and what was measured."""
+"""Facts of a run's modules beyond spectra: the chosen trial's ranks and measured losses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Choice", "RunFacts", "chosen_trial", "facts_of_trial"]
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one module.
+    """Rank of one module in the chosen trial.
 
     Attributes:
         kept: fraction of its parameters, that of its stack where it shares a rank.
@@ -31,7 +31,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What a run knows of its modules beyond their spectra, by module name; empty where it knows nothing.
+    """Facts of a run's modules by name; empty if unknown.
 
     Attributes:
         trial: name of the chosen trial.
@@ -47,14 +47,14 @@ class RunFacts:
 
 
 def chosen_trial(trials: Sequence[TrialRecord], search: SearchConfig | None, number: int | None) -> TrialRecord | None:
-    """Return trial ``number``, else the best one (over a range of ratios there is none), if it has ranks."""
+    """Return trial ``number``, else the best one (none over a range of ratios), if it has ranks."""
     picked = next((trial for trial in trials if trial.number == number and trial.ranks), None)
     single = search is not None and search.max_ratio is None
     return picked or (best_trial(trials) if single else None)
 
 
 def facts_of_trial(trial: TrialRecord, units: Sequence[Unit]) -> RunFacts:
-    """Return what ``trial`` decided for every matrix of ``units``.
+    """Return the choice of ``trial`` for every matrix of ``units``.
 
     Raises:
         ConfigError: its ranks do not fit ``units``.

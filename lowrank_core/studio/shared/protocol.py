@@ -1,4 +1,4 @@
-"""How figures were measured, in one line that stands next to them."""
+"""Protocol lines of charts and tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def bos_words(rule: str) -> str:
 
 
 def spectra_protocol(run: Run) -> str:
-    """Return the line under every figure of spectra: model, text, tokens, dtype.
+    """Return the protocol line of spectra: model, text, tokens, dtype.
 
     Raises:
         RunError: a file of the run is damaged.
@@ -31,7 +31,7 @@ def spectra_protocol(run: Run) -> str:
 
 
 def trial_protocol(run: Run) -> str:
-    """Return the line under what trials measured: text, windows, tokens, dtype.
+    """Return the protocol line of trials: text, windows, tokens, dtype.
 
     Raises:
         RunError: a file of the run is damaged.

@@ -1,4 +1,4 @@
-"""The commands that repeat a run, or a part of it: from its record, and in flags."""
+"""Commands that reproduce a run or a part of it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Reproduction:
-    """How a run is repeated.
+    """Commands that reproduce a run.
 
     Attributes:
         record: text of the ``run.json``.
@@ -37,7 +37,7 @@ class Reproduction:
 
 
 def reproduction(record: JsonMapping, config: RunConfig) -> Reproduction:
-    """Return how the run of ``record`` (the whole of its run.json), with ``config``, is repeated."""
+    """Return the commands that reproduce the run of ``record`` (its run.json) with ``config``."""
     folder = f"{record.get('id') or 'run'}-again"
     name, place = ("analyze", {}) if config.search is None else ("search", {"run": folder})
     text = json.dumps({**record, "id": folder, "recorded": False}, indent=1)

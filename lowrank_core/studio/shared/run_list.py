@@ -54,12 +54,12 @@ Signature = tuple[str, bool, tuple[bool, ...], int]
 
 
 def is_working(status: RunStatus) -> bool:
-    """Return whether something changes by itself (a worker that is done and only stays warm changes nothing)."""
+    """Return whether a worker changes the run; an idle one does not."""
     return status.state in _WORKING
 
 
 def is_busy(run: Run) -> bool:
-    """Return whether the page should look again by itself: something is worked on, or will be in a moment.
+    """Return whether the page should poll: work is running or about to start.
 
     A warm worker takes a fraction of a second to see that a stopped search was resumed or a request was left.
     """
@@ -70,7 +70,7 @@ def is_busy(run: Run) -> bool:
 
 
 def has_data(run: Run) -> bool:
-    """Return whether there is anything to look at."""
+    """Return whether the run has data."""
     return (run.path / "model.json").exists()
 
 
@@ -85,12 +85,12 @@ def find_run(identifier: str) -> Run | None:
 
 
 def default_run() -> Run | None:
-    """Return the newest run with something to see (or about to have it), else the recorded one."""
+    """Return the newest run with data (or about to have it), else the recorded one."""
     return next((run for run in list_runs() if has_data(run) or is_working(run.status())), recorded_run())
 
 
 def run_labels(runs: Sequence[Run]) -> dict[str, str]:
-    """Return id -> label for a picker: short, different for each run, and the same as long as the run lives.
+    """Return id -> label for a picker: short, unique and stable.
 
     Streamlit knows an option by its label: one that changed or came twice would pick another run.
     """
@@ -109,14 +109,14 @@ def _label(run: Run) -> str:
 
 
 def signature(run: Run) -> Signature:
-    """Return what a page's layout depends on: it is drawn again only when this changes."""
+    """Return the state that a page's layout depends on; a change redraws it."""
     status = run.status()
     results = sum(1 for _ in (run.path / "results").glob("[0-9]*.json"))
     return status.state, is_working(status), tuple((run.path / part).exists() for part in PARTS), results
 
 
 def status_words(status: RunStatus) -> str:
-    """Return progress within the stage: ``24 of 256 · about 12 s left``."""
+    """Return the progress within the stage: ``24 of 256 · about 12 s left``."""
     words = [f"{status.done:,} of {status.total:,}"] if status.total else []
     if status.eta_seconds is not None and is_working(status):
         words.append(f"about {duration(status.eta_seconds)} left")

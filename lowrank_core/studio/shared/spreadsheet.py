@@ -1,4 +1,4 @@
-"""Tables as CSV that a spreadsheet program reads as data: no cell of a foreign text becomes a formula."""
+"""CSV files safe for spreadsheet programs: no cell of foreign text becomes a formula."""
 
 from __future__ import annotations
 

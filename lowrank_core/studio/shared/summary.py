@@ -1,4 +1,4 @@
-"""What a report tells beyond the pages: spectra by module type, every measurement with its intervals, what failed."""
+"""Tables of the report beyond the pages: spectra by type, all measurements, failures."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _MEASURED = (
 
 
 def type_table(spectra: Sequence[LayerSpectrum], metric: str) -> pd.DataFrame:
-    """Return a row for each module type: how many, and least, median and largest share of full rank that ``metric`` gives.
+    """Return a row for each module type: count, and minimum, median and maximum share of full rank by ``metric``.
 
     Columns type, modules, then ``features_least``, ``features_median``, ``features_most`` and the same of ``weights``, in [0, 1];
     below_even: how many modules have a feature metric below the break-even rank.
@@ -52,12 +52,12 @@ def type_table(spectra: Sequence[LayerSpectrum], metric: str) -> pd.DataFrame:
 
 
 def min_relative(spectra: Sequence[LayerSpectrum], metric: str) -> LayerSpectrum:
-    """Return the module whose features have the least share of full rank by ``metric``."""
+    """Return the module with the lowest feature share of full rank by ``metric``."""
     return spectra[int(atlas_table(spectra, metric)["features_relative"].argmin())]
 
 
 def protocol_of(comparison: Comparison) -> str:
-    """Return how a comparison was measured, in words."""
+    """Return the protocol of a comparison in words."""
     if comparison.protocol:
         return comparison.protocol
     bos = "BOS first in every window" if comparison.bos == "window" else "no BOS"
@@ -68,7 +68,7 @@ def protocol_of(comparison: Comparison) -> str:
 
 
 def by_protocol(result: Sequence[Comparison]) -> dict[str, list[Comparison]]:
-    """Return comparisons by protocol: only those with the same one stand side by side."""
+    """Return comparisons by protocol; only equal protocols are comparable."""
     groups: dict[str, list[Comparison]] = {}
     for comparison in result:
         groups.setdefault(protocol_of(comparison), []).append(comparison)
@@ -92,13 +92,13 @@ def comparisons_table(result: Sequence[Comparison]) -> pd.DataFrame:
 
 
 def failures(bodies: Sequence[JsonMapping]) -> list[Failure]:
-    """Return every request that the worker could not meet, the oldest first."""
+    """Return every failed request, the oldest first."""
     refused = [body for body in bodies if not body.get("ok") and "measured" not in body]  # a proof that failed is reported with its model
     return [build(Failure, {"kind": "request", "error": "no reason given", **body}, "an answer") for body in refused]
 
 
 def unfinished_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
-    """Return a row for each trial that has no value that counts: its name, what it is, and what became of it."""
+    """Return a row for each trial without a valid value: name, kind, outcome."""
     rows = [
         {"trial": trial.number, "name": trial_label(trial), "state": kind_of(trial), "reason": state_words(trial)}
         for trial in trials

@@ -1,4 +1,4 @@
-"""A layer x module map as a small picture of its own, to stand where no chart can: in a tooltip."""
+"""Thumbnail of a layer x module map for tooltips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _ROW, _CELL, _WIDTH, _GAP = 12, 18, 260, 1  # pixels: height of a row, largest w
 
 
 def thumbnail(view: LayerMap) -> str:
-    """Return ``view`` as the address of a PNG: a row for each module type, a column for each block, in the colours of the large map."""
+    """Return ``view`` as a PNG data URL: a row per module type, a column per block, in the map's colours."""
     values = view.frame.pivot_table(index="kind", columns="depth", values="value", dropna=False)
     grid = values.reindex(index=view.kinds, columns=view.depths).to_numpy(dtype=float)
     span = (view.high - view.low) or 1.0

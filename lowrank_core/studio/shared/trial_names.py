@@ -1,4 +1,4 @@
-"""What a trial is called, and what it is, on every page."""
+"""Names and kinds of trials."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def kind_of(trial: TrialRecord) -> str:
 
 
 def answers_of(trials: Sequence[TrialRecord], search: SearchConfig) -> list[TrialRecord]:
-    """Return what a search found: its best trial, or the Pareto front if it looks at a range of ratios."""
+    """Return the result of a search: its best trial, or the Pareto front over a range of ratios."""
     if search.max_ratio is not None:
         return pareto_front(trials)
     best = best_trial(trials)
@@ -52,7 +52,7 @@ def partial_value(trial: TrialRecord) -> float | None:
 
 
 def state_words(trial: TrialRecord) -> str:
-    """Return what became of a trial, in a few words."""
+    """Return the outcome of a trial in words."""
     if trial.state == "failed":
         return f"failed: {trial.error}" if trial.error else "failed: its worker ended"
     if trial.state == "pruned":
@@ -81,7 +81,7 @@ def ratio_words(search: SearchConfig) -> str:
 
 
 def unit_label(name: str) -> str:
-    """Return a unit's name without what all share: ``3 · q+k`` for the stack of q and k in block 3."""
+    """Return a short unit name: ``3 · q+k`` for the stack of q and k in block 3."""
     parts = [_block_and_kind(member) for member in name.split("+")]
     blocks = list(dict.fromkeys(block for block, _ in parts))
     kinds = "+".join(dict.fromkeys(kind for _, kind in parts))

@@ -1,4 +1,4 @@
-"""What charts in Vega-Lite share: those that grow while a search runs.
+"""Shared parts of the live Vega-Lite charts.
 
 Not in Plotly like the other figures: Streamlit 1.67 builds a Plotly chart again whenever its data change, which flickers and
 loses the zoom; to a Vega-Lite chart it sends the new rows. All that grows is therefore data, and the specification constant.
@@ -66,20 +66,20 @@ SIDES = ("below", "below left", "above")
 
 @dataclass(frozen=True)
 class VegaChart:
-    """A table and the specification that draws it."""
+    """A table with its Vega-Lite specification."""
 
     data: pd.DataFrame
     spec: Spec
 
 
 def stacked(*frames: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of all ``frames``; columns that one lacks are empty there."""
+    """Return the rows of all ``frames``; missing columns are empty."""
     filled = [frame for frame in frames if not frame.empty]
     return pd.concat(filled, ignore_index=True) if filled else frames[0]
 
 
 def name_side(position: int, count: int) -> str:
-    """Return the side of the name of the baseline at ``position`` from the least: neighbours differ, so that names do not meet."""
+    """Return the label side of the baseline at ``position`` from the lowest; neighbours alternate."""
     if position == count - 1:
         return "above"
     return "below" if position == 0 else "below left"

@@ -1,4 +1,4 @@
-"""How the eigenvalues of a module lie: their density, next to that of a random matrix."""
+"""Eigenvalue density of a module, next to that of a random matrix."""
 
 from __future__ import annotations
 

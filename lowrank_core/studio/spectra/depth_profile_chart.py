@@ -20,7 +20,7 @@ _GAP = 0.062
 
 
 def profile_figure(view: LayerMap) -> go.Figure:
-    """Draw the values of a map as lines over depth, each with its name at its end; what has no value is a gap."""
+    """Draw the values of a map over depth, a labelled line per type; missing values are gaps."""
     figure = go.Figure()
     ends: list[tuple[float, str, str]] = []
     for index, kind in enumerate(view.kinds):

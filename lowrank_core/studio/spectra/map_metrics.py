@@ -1,4 +1,4 @@
-"""The figures that a map of all modules can show."""
+"""Metrics of the map of modules."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SOURCES: Mapping[str, str] = MappingProxyType({"features": "Features (outputs)",
 
 @dataclass(frozen=True)
 class Reading:
-    """A metric of one module, and the same in words."""
+    """A metric of one module, as value and text."""
 
     value: float
     words: str
@@ -33,7 +33,7 @@ Reader = Callable[[LayerSpectrum, str, RunFacts], Reading | None]
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of a module.
+    """A metric of a module.
 
     Attributes:
         measure: what is shown, with its unit, for an axis.
@@ -84,7 +84,7 @@ def _rank_for(share: float) -> Metric:
 
 
 def tail_words(spectrum: LayerSpectrum, source: str) -> str:
-    """Return the power law of a tail and the range that it was fitted to; empty where there is none."""
+    """Return the fitted power law and its range in words; empty without one."""
     fit = spectrum.feature_tail if source == "features" else spectrum.weight_tail
     if fit is None:
         return ""
@@ -189,5 +189,5 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
 
 
 def offered(facts: RunFacts) -> list[str]:
-    """Return the names of the metrics that a run has."""
+    """Return the names of the metrics available in a run."""
     return [name for name, metric in METRICS.items() if metric.known(facts)]

@@ -1,4 +1,4 @@
-"""The spectra of a module."""
+"""Charts of the spectra of a module."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FILLS = {BLUE: "rgba(0,114,178,0.25)", VERMILLION: "rgba(213,94,0,0.25)"}
 
 
 def scree_figure(curves: ScreeCurves) -> go.Figure:
-    """Draw singular values of W and √ feature eigenvalues, both over their first, with what chance would give and the marked ranks."""
+    """Draw singular values of W and √ feature eigenvalues, normalised, with the random-matrix reference and marked ranks."""
     figure = go.Figure()
     for name, colour, values in _curves(curves):
         hover = f"rank %{{x}}<br>%{{y:.3g}} of the first<extra>{name}</extra>"
@@ -63,7 +63,7 @@ def _curves(curves: ScreeCurves) -> tuple[tuple[str, str, Vector], ...]:
 
 
 def _chance(figure: go.Figure, curves: ScreeCurves) -> None:
-    """Draw the shuffled matrix, where it was measured, and the edge of a random matrix's bulk; their names stand above the edge."""
+    """Draw the shuffled matrix, if measured, and the bulk edge of a random matrix."""
     full, names = curves.shape.max_rank, []
     if curves.shuffled is not None:
         hover = "rank %{x}<br>%{y:.3g} of the first σ of W<extra>entries of W, shuffled</extra>"
@@ -112,7 +112,7 @@ def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
 
 
 def density_figure(result: Density) -> go.Figure:
-    """Draw how the eigenvalues lie, by decades, with the Marchenko-Pastur law next to those of weights and the start of the tail."""
+    """Draw the eigenvalue density by decades, with the Marchenko-Pastur law for weights and the start of the tail."""
     colour, name = (VERMILLION, "λ of the features") if result.source == "features" else (BLUE, "σ² of W")
     hover = "%{x:.3g} of the mean<br>%{y:.2f} of all per decade<extra>" + name + "</extra>"
     figure = go.Figure(
@@ -144,7 +144,7 @@ def density_figure(result: Density) -> go.Figure:
 
 
 def _density_notes(figure: go.Figure, result: Density) -> None:
-    """Mark where the bulk of a random matrix ends, and where the fitted tail begins; the names, in the lines' colours, at the top right."""
+    """Mark the bulk edge and the start of the fitted tail, with coloured labels at the top right."""
     notes: list[tuple[float, str, str]] = []
     if result.bulk_edge is not None:
         notes.append((result.bulk_edge, f"end of a random matrix's bulk · {result.beyond} beyond", GREY))

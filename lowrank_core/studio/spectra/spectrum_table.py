@@ -1,4 +1,4 @@
-"""Where a model is low-rank: metrics over all modules, and the spectra of a single one."""
+"""Rank metrics over all modules, and the spectra of a single one."""
 
 from __future__ import annotations
 
@@ -124,7 +124,7 @@ def log_ranks(full: int, points: int = CURVE_POINTS) -> npt.NDArray[np.int64]:
 
 
 def _normalised(values: Vector, ranks: npt.NDArray[np.int64], by: float | None = None) -> Vector:
-    """Return values over the first, or ``by``; NaN (a gap) where nothing is left, as a log axis has no zero."""
+    """Return values over the first, or ``by``; zeros are NaN, as a log axis has none."""
     by = by if by is not None else float(values[0]) if values.size else 0.0
     if not by > 0:
         return np.full(ranks.size, np.nan)
@@ -134,14 +134,14 @@ def _normalised(values: Vector, ranks: npt.NDArray[np.int64], by: float | None =
 
 @dataclass(frozen=True)
 class RankMark:
-    """A rank to be marked, and what it is."""
+    """A marked rank with its label."""
 
     rank: int
     label: str
 
 
 def rank_marks(shape: MatrixShape, facts: RunFacts = _NOTHING) -> tuple[RankMark, ...]:
-    """Return the break-even rank of two plain factors and of pivoted ones, and the rank that the chosen trial gives; by rank."""
+    """Return the break-even ranks of plain and pivoted factors, and the chosen trial's rank; by rank."""
     pivoted = Unit((shape,), storage="pivoted").break_even_rank
     choice = facts.choices.get(shape.name)
     marks = [RankMark(shape.break_even_rank, "break-even rank"), RankMark(pivoted, "pivoted break-even rank")]
@@ -170,7 +170,7 @@ class ScreeCurves:
 
 
 def scree_curves(spectrum: LayerSpectrum, facts: RunFacts = _NOTHING) -> ScreeCurves:
-    """Return both spectra of a module on one scale, with what chance would give and the ranks that matter."""
+    """Return both spectra of a module on one scale, with the random-matrix reference and marked ranks."""
     shape, weights = spectrum.shape, spectrum.weight_singular_values
     ranks = log_ranks(shape.max_rank)
     features = np.sqrt(np.maximum(spectrum.feature_eigenvalues, 0.0))
@@ -196,7 +196,7 @@ def _bulk_edge(spectrum: LayerSpectrum) -> float:
 
 
 def scree_table(curves: ScreeCurves) -> pd.DataFrame:
-    """Return a row for each rank that is drawn; columns that were not measured are left out."""
+    """Return a row for each drawn rank, without unmeasured columns."""
     frame = pd.DataFrame({"rank": curves.ranks, "weights": curves.weights, "features": curves.features})
     if curves.shuffled is not None:
         frame["shuffled_weights"] = curves.shuffled
@@ -206,7 +206,7 @@ def scree_table(curves: ScreeCurves) -> pd.DataFrame:
 
 
 def module_facts(spectrum: LayerSpectrum) -> dict[str, tuple[str, str]]:
-    """Return what characterises a module: label -> value in words, meaning."""
+    """Return label -> (value, meaning) of a module."""
     shape, features, weights = spectrum.shape, spectrum.feature_eigenvalues, spectrum.weight_energy
     ranks = [effective_rank(features), effective_rank(weights), rank_for_energy(features, 0.95), rank_for_energy(weights, 0.95)]
     return {

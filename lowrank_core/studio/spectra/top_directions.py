@@ -1,4 +1,4 @@
-"""What the top directions of a module mean: from the worker's answers in ``results/``."""
+"""Tokens along the top directions of a module, from the worker's results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SIGNS = str.maketrans({"\n": "↵", "\r": "", "\t": "⇥"})
 
 @dataclass(frozen=True)
 class DirectionFacts:
-    """The tokens that lie furthest along the top directions of one side of a module.
+    """Extreme tokens along the top directions of one side of a module.
 
     Attributes:
         protocol: on which text.
@@ -31,7 +31,7 @@ class DirectionFacts:
 
 
 def direction_facts(bodies: Sequence[JsonMapping], module: str, side: str) -> DirectionFacts | None:
-    """Return the newest answer for one side of ``module``; None if there is none.
+    """Return the newest result for one side of ``module``; None without one.
 
     Raises:
         RunError: it is damaged.
@@ -45,7 +45,7 @@ def direction_facts(bodies: Sequence[JsonMapping], module: str, side: str) -> Di
 
 
 def direction_failure(bodies: Sequence[JsonMapping], module: str, side: str) -> str | None:
-    """Return why the newest request for one side of ``module`` failed; None if it did not."""
+    """Return the error of the newest request for one side of ``module``; None if it succeeded."""
     mine = _told(bodies, module, side)
     return None if not mine or mine[-1].get("ok") else str(mine[-1].get("error") or "no reason given")
 
@@ -72,7 +72,7 @@ def _rows(direction: Direction) -> list[dict[str, object]]:
 
 
 def _visible(token: str) -> str:
-    """Return a token whose white space at the ends can be seen."""
+    """Return a token with visible white space at its ends."""
     body = token.strip(" ")
     lead = len(token) - len(token.lstrip(" "))
     return ("␣" * lead + body + "␣" * (len(token) - lead - len(body))).translate(_SIGNS)

@@ -1,4 +1,4 @@
-"""Healing on the Compare page: the form, the live curve, and what came of it."""
+"""Healing on the Compare page: form, live curve, result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FIRST = {"method": 300, "steps": 150, "cross_entropy": 210}
 
 
 def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
-    """Draw the choice of an allocation, the settings of a healing, and the button that has it healed."""
+    """Draw the choice of an allocation, the settings and the start button."""
     options = list(result)
     index = options.index(first) if first in options else 0
     trial = st.selectbox(
@@ -47,7 +47,7 @@ def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
 
 
 def _settings() -> dict[str, Any]:
-    """Draw every option of a healing, the usual three first; return field -> value."""
+    """Draw all healing options, the usual three first; return field -> value."""
     chosen: dict[str, Any] = {}
     with st.container(horizontal=True, vertical_alignment="bottom"):
         for name, width in _FIRST.items():
@@ -61,7 +61,7 @@ def _settings() -> dict[str, Any]:
 
 
 def show(run: Run) -> None:
-    """Draw the newest healing; the older ones are reported in a line each."""
+    """Draw the newest healing; list older ones in a line each."""
     result = healings(run)
     if not result:
         st.caption("Trains the factors for some minutes on calibration text, selects a step on validation text, and measures on test text.")

@@ -1,4 +1,4 @@
-"""One measured model in detail: window by window, and by position in the context."""
+"""One measured model by window and by position."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _OLD = "was measured before this was recorded. Measure it again in a run of your
 
 
 def one_model(result: Sequence[Comparison], wanted: str) -> Comparison:
-    """Draw the choice of a measured model and its figures; ``wanted`` is the key of the one that is shown first."""
+    """Draw the choice of a measured model and its charts; ``wanted`` is the key of the default."""
     known = {comparison.key: comparison for comparison in result}
     first = list(known).index(wanted) if wanted in known else 0
     key = st.selectbox("Dense against", list(known), first, key=f"one_model_{wanted}", format_func=lambda key: known[key].name, width=420)
@@ -29,7 +29,7 @@ def one_model(result: Sequence[Comparison], wanted: str) -> Comparison:
 
 
 def windows(shown: Comparison) -> None:
-    """Draw the loss of both models on each window, and how the differences are spread."""
+    """Draw the loss of both models by window, and the histogram of differences."""
     view, drawn = window_table(shown), window_charts(shown)
     if view is None or drawn is None:
         st.info(f"{shown.name} {_OLD}", icon=":material/info:")
@@ -41,7 +41,7 @@ def windows(shown: Comparison) -> None:
 
 
 def positions(shown: Comparison) -> None:
-    """Draw what is lost after how many tokens of context."""
+    """Draw the loss by tokens of context."""
     spec = position_chart(shown)
     if spec is None:
         st.info(f"{shown.name} {_OLD}", icon=":material/info:")

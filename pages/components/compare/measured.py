@@ -1,4 +1,4 @@
-"""What the worker measured, on the Compare page."""
+"""Measurements on the Compare page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _TABLES = {"lost": "Quality", "saved": "Size"}
 
 
 def show_all(result: Sequence[Comparison]) -> None:
-    """Draw everything that was measured in this run, next to the dense model."""
+    """Draw all measurements of this run next to the dense model."""
     for warning in warnings_of(result):
         st.warning(warning, icon=":material/warning:")
     charts.show(difference_chart(result, protocol_of(result[0])), key="perplexity_differences")
@@ -29,19 +29,19 @@ def show_all(result: Sequence[Comparison]) -> None:
 
 
 def show_unspent(notes: Sequence[str]) -> None:
-    """Say whose rounded ranks leave a part of the budget: such models are smaller than those they stand next to."""
+    """Warn of models whose rounded ranks leave part of the budget: they are smaller than the others."""
     for note in notes:
         st.caption(f":material/warning: {note}")
 
 
 def show_refusals(reasons: Mapping[str, str]) -> None:
-    """Say which presets could not be measured, and why."""
+    """List the presets that failed, with reasons."""
     for name, reason in reasons.items():
         st.caption(f":material/block: **{name}** was not measured: {reason}")
 
 
 def headline(shown: Comparison) -> None:
-    """Draw one model's figures as cards: what it loses, and what it saves."""
+    """Draw one model's quality and size as metric cards."""
     change = shown.perplexity - shown.dense_perplexity
     cards = (
         ("Perplexity, dense", number(shown.dense_perplexity, 4), interval_words(shown.dense_perplexity_interval), None),

@@ -1,4 +1,4 @@
-"""Which models the Compare page works with, and the buttons that have them measured."""
+"""Choice of models on the Compare page, and the buttons to measure them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["choose"]
 
 
 def choose(run: Run, options: Mapping[ModelKey, str], trials: Sequence[TrialRecord], result: Sequence[Comparison]) -> list[ModelKey]:
-    """Draw the choice of models and the buttons that have them measured on test text; return the choice."""
+    """Draw the choice of models and the buttons to measure them on test text; return the choice."""
     picked = state.selection().trial
     chosen = st.multiselect(
         "Compressed models",

@@ -18,7 +18,7 @@ _PROMPT = "def mean(values):\n    "
 
 
 def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Prompt]) -> None:
-    """Draw the form, and the prompts that were continued, the newest open."""
+    """Draw the form and the continued prompts, the newest open."""
     _form(run, chosen)
     for position, entry in enumerate(result):
         with st.expander(entry.title, expanded=position == 0):

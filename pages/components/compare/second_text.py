@@ -1,4 +1,4 @@
-"""A second text on the Compare page: does what was calibrated on one text hold on another?"""
+"""Second text on the Compare page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["say", "show"]
 
 
 def say(own: Sequence[Comparison], others: Mapping[str, Sequence[Comparison]]) -> None:
-    """Say in a line what the second text that was measured last showed; nothing without one."""
+    """Summarise the newest second text in a line; nothing without one."""
     view = other_text(own, next(iter(others.values()), ()))
     if view is not None:
         st.caption(f":material/compare_arrows: Second text. {view.words}")
@@ -35,7 +35,7 @@ def show(
     own: Sequence[Comparison],
     others: Mapping[str, Sequence[Comparison]],
 ) -> None:
-    """Draw the form that asks for another text, and what was measured on those that were asked for."""
+    """Draw the form for a second text, and the results."""
     _form(run, chosen, trials, own, others)
     if not others:
         st.caption("The calibration text decides what is kept; other kinds of text can lose far more. Measure a second text to check.")

@@ -22,7 +22,7 @@ _SIZES = {"batch_size": "batch", "prompt_tokens": "prompt", "new_tokens": "new",
 
 
 def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Speed]) -> None:
-    """Draw the form, and what was timed."""
+    """Draw the form and the timings."""
     _form(run, chosen)
     if not result:
         st.caption("Each model is timed in alternation with the dense model, warm. Fewer parameters are not always faster.")

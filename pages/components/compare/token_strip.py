@@ -1,4 +1,4 @@
-"""A text token by token on the Compare page."""
+"""Token-level losses on the Compare page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TEXT = "def mean(values):\n    return sum(values) / len(values)\n"
 
 
 def show(run: Run, chosen: Mapping[ModelKey, str], result: Sequence[TokenStrip], windows: WindowTable | None) -> None:
-    """Draw the form that asks for a text, and the texts that were read; ``windows`` says where most is lost."""
+    """Draw the form for a text, and the evaluated texts; ``windows`` gives the default window."""
     _form(run, chosen, windows)
     if not result:
         st.caption("Shows where in a text the compressed model predicts worse than the dense model.")

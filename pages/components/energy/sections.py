@@ -1,4 +1,4 @@
-"""Parts of the Feature energy page: the energy of a module or of its type, the measured loss next to it, and pooling."""
+"""Sections of the Feature energy page: energy curves, measured loss, pooling."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["curves", "loss", "pooling"]
 
 
 def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int) -> None:
-    """Draw the energy that ranks keep and remove: of the module, or of all of its type."""
+    """Draw retained and discarded energy by rank, of the module or of its type."""
     kind = spectrum.shape.kind
     alike = sum(other.shape.kind == kind for other in spectra)
     scopes = {"module": "This module", "type": f"All {alike} {kind_label(kind)} modules"}
@@ -85,7 +85,7 @@ def _type(spectra: Sequence[LayerSpectrum], kind: str, name: str, rank_share: fl
 
 
 def loss(run: Run, spectrum: LayerSpectrum, rank: int) -> None:
-    """Say what trials lost that keep about as much as the factors at ``rank``; energy alone is no loss."""
+    """Show the measured loss of trials near the kept fraction of ``rank``."""
     search = run.config.search
     result = measured_loss(read_trials(run), energy_at_rank(spectrum, rank).parameters_kept) if search is not None else None
     st.markdown("**Measured loss**")
@@ -106,7 +106,7 @@ def loss(run: Run, spectrum: LayerSpectrum, rank: int) -> None:
 
 
 def pooling(spectrum: LayerSpectrum, entry: InputFacts | None) -> None:
-    """Draw what pooling changed for the module, and how far its groups spread."""
+    """Draw the effect of pooling on the module, and the spread of its groups."""
     module = spectrum.shape.name
     if entry is not None:
         st.caption(

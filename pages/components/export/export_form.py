@@ -1,4 +1,4 @@
-"""The choice of what is written, in which form, and what that will be."""
+"""Export form: source, form and preview."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _RECORDED = (
 
 
 def show(run: Run) -> Source | None:
-    """Draw the choice, what it will be and the button that has it written; return what was chosen, None where there is nothing.
+    """Draw the choice, its preview and the button; return the chosen source, None without one.
 
     Raises:
         LowRankError: a file of the run is damaged, or the choice can't be written.
@@ -143,7 +143,7 @@ def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
 
 
 def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchConfig, ModelFacts, Sequence[Unit]]) -> None:
-    """Say what will be written, before it is."""
+    """Preview the export."""
     search, facts, units = model
     result = planned(facts, units, source, search, config)
     st.markdown("**What will be written**")
@@ -192,7 +192,7 @@ def _sizes(frame: pd.DataFrame) -> None:
 
 
 def _command(run: Run, source: Source, config: ExportConfig) -> None:
-    """Show the command that writes the same."""
+    """Show the equivalent command."""
     ranks = f"{source.name}.json".replace(" ", "-")
     if source.healed:
         _healed_command(healing_commands(run, source, config))
@@ -205,7 +205,7 @@ def _command(run: Run, source: Source, config: ExportConfig) -> None:
 
 
 def _healed_command(result: HealingCommands) -> None:
-    """Show the commands that heal the same again."""
+    """Show the commands that reproduce the healed model."""
     first = (
         f"Save “Allocation (JSON)” below as {result.ranks}; then make the one-shot model of it"
         if result.ranks
@@ -220,7 +220,7 @@ def _healed_command(result: HealingCommands) -> None:
 
 
 def _loading(folder: Path, source: Source, config: ExportConfig) -> None:
-    """Show how to load what the command writes: by the same relative path."""
+    """Show how to load the command's output, by the same relative path."""
     name = folder_name_of(source, config)
     st.caption(f"In the folder of `{name}`: the command writes to the current folder, the button to `{folder.parent}`.")
     for way in loading_of(Path(name), config.form, with_code=config.with_code):
@@ -229,7 +229,7 @@ def _loading(folder: Path, source: Source, config: ExportConfig) -> None:
 
 
 def _write_button(run: Run, source: Source, config: ExportConfig) -> None:
-    """Draw the button that has the model written."""
+    """Draw the export button."""
     there = folder_of(run, source, config).exists()
     why_not = _RECORDED if run.recorded else "Already written: see below." if there else None
     pressed = st.button("Write it", key="export", type="primary", icon=":material/save:", disabled=why_not is not None, help=why_not)

@@ -1,4 +1,4 @@
-"""The models that were written: what they are, the proof, how to load them, the files."""
+"""Exported models: contents, verification, loading, files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["show"]
 
 
 def show(run: Run) -> None:
-    """Draw every written model, the newest first.
+    """Draw every exported model, the newest first.
 
     Raises:
         RunError: an answer of the worker is damaged.
@@ -92,7 +92,7 @@ def _facts(entry: Written) -> None:
 
 
 def _proof(entry: Written, *, waits: bool) -> None:
-    """Show what reloading gave; the verdict is in words and by a sign, not by colour alone."""
+    """Show the verification; the verdict is text and icon, not colour alone."""
     result = entry.proof
     if waits:
         st.caption("Being loaded and measured again in a fresh process…")
@@ -126,7 +126,7 @@ def _told(result: Proof) -> str:
 
 
 def _verify_button(run: Run, name: str, *, waits: bool) -> None:
-    """Draw the button that has an export loaded in a fresh process and measured again."""
+    """Draw the button that verifies an export in a fresh process."""
     why_not = "A recorded run has no worker." if run.recorded else "Already queued." if waits else None
     if st.button("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", disabled=why_not is not None, help=why_not):
         with boundary():

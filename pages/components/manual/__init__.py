@@ -1,1 +1,1 @@
-"""Sections of the page where ranks are chosen manually."""
+"""Sections of the Manual allocation page."""

@@ -1,4 +1,4 @@
-"""The draft of ranks on the page Manual allocation: kept for the session, saved for a reload, changed in steps that can be taken back."""
+"""State of the rank draft: kept in the session, saved for reloads, with undo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["DraftState", "edit", "hint", "history", "note", "revision", "say", "
 
 @dataclass(frozen=True)
 class DraftState:
-    """What every part of the page works with."""
+    """Shared state of the page's sections."""
 
     run: Run
     search: SearchConfig
@@ -28,12 +28,12 @@ class DraftState:
     recipe: Recipe
 
     def key(self, name: str) -> str:
-        """Return the key of a widget, or of something remembered, for this run alone."""
+        """Return a session or widget key of this run."""
         return f"hand_{name}_{self.run.id}"
 
 
 def history(editor: DraftState) -> DraftHistory:
-    """Return the draft with its steps: of this session, else the one that the address names, else the first.
+    """Return the draft with its steps: from the session, else from the address, else the first.
 
     Raises:
         LowRankError: the run can't be read, or its ratio not be met.
@@ -54,7 +54,7 @@ def history(editor: DraftState) -> DraftHistory:
 
 
 def edit(editor: DraftState, change: Callable[[Draft], Draft], *, gesture: str = "", keep_table: bool = False) -> None:
-    """Change the draft, as one step; what can't be is said on the page, and changes nothing.
+    """Change the draft in one step; an invalid change is reported and does nothing.
 
     ``keep_table``: the change was made in the table, which shows it already.
     """
@@ -62,13 +62,13 @@ def edit(editor: DraftState, change: Callable[[Draft], Draft], *, gesture: str =
 
 
 def take(editor: DraftState, draft: Callable[[], Draft], name: str) -> None:
-    """Begin from another draft, as a step that can be taken back."""
+    """Start from another draft, as an undoable step."""
     if _replace(editor, lambda before: before.started(draft())):
         state.keep(editor.key("source"), name)
 
 
 def step(editor: DraftState, way: Literal["undone", "redone", "reset"]) -> None:
-    """Take a step back, or forth again, or return to the beginning."""
+    """Undo, redo, or reset."""
     _replace(editor, lambda before: getattr(before, way)())  # type: ignore[no-any-return]
 
 
@@ -89,7 +89,7 @@ def _replace(editor: DraftState, change: Callable[[DraftHistory], DraftHistory],
 
 
 def _save(editor: DraftState, after: DraftHistory) -> None:
-    """Write the draft under a token of this session's own, so that nobody else's is written over."""
+    """Save the draft under a token of this session."""
     token: str | None = state.held(editor.key("token"), None)
     if token is None:
         token = drafts.new_token()
@@ -99,21 +99,21 @@ def _save(editor: DraftState, after: DraftHistory) -> None:
 
 
 def revision(editor: DraftState) -> int:
-    """Return how often the draft was changed elsewhere than in the table, which then begins again."""
+    """Return the number of changes outside the table, each of which resets it."""
     return state.held(editor.key("revision"), 0)
 
 
 def say(editor: DraftState, words: str, *, hint: str = "") -> None:
-    """Leave a message about the last change: why it could not be made, or what is worth knowing of it."""
+    """Leave an error or a hint on the last change."""
     state.keep(editor.key("note"), words)
     state.keep(editor.key("hint"), hint)
 
 
 def note(editor: DraftState) -> str:
-    """Return why the last change could not be made; empty where it was."""
+    """Return the error of the last change; empty without one."""
     return state.held(editor.key("note"), "")
 
 
 def hint(editor: DraftState) -> str:
-    """Return what is worth knowing of the last change; empty where nothing is."""
+    """Return the hint on the last change; empty without one."""
     return state.held(editor.key("hint"), "")

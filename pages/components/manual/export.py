@@ -1,4 +1,4 @@
-"""Taking a draft away: the file, and the command that makes a model of it."""
+"""Export of a draft: the file and the commands that use it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["show"]
 
 
 def show(editor: DraftState, draft: Draft) -> None:
-    """Draw the download, and the commands that take the file."""
+    """Draw the download and the commands that use it."""
     name = f"{editor.run.id}-manual.json"
     st.subheader("Export", anchor=False)
     st.download_button(

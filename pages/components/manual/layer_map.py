@@ -1,4 +1,4 @@
-"""The layer x module map of a draft, and how the picked module is grouped."""
+"""Layer x module map of a draft, and the grouping of the selected module."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["show"]
 
 
 def show(editor: DraftState, draft: Draft) -> None:
-    """Draw what every module keeps, or its share of the predicted loss; a click picks the module."""
+    """Draw the kept fraction or the share of predicted loss; a click selects a module."""
     record, units = editor.recipe.record, editor.recipe.units
     allocation, module = draft.allocation("draft"), state.selection().module
     loss = record is not None and record.predicts and _wants_loss()

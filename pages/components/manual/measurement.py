@@ -1,4 +1,4 @@
-"""Measuring a draft in the run's study, and how far its prediction could be trusted."""
+"""Measurement of a draft in the run's study, and the accuracy of its prediction."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _RECORDED = "A recorded run has no worker: start a search of your own to measure
 
 
 def button(editor: DraftState, draft: Draft) -> None:
-    """Draw the button that has the draft measured next."""
+    """Draw the button that measures the draft next."""
     now = _now(editor, draft, read_trials(editor.run))
     known = now.trial is not None and now.stage == "measured"
     why_not = _RECORDED if editor.run.recorded else "Measured: see below." if known else "Queued." if now.open else None
@@ -54,7 +54,7 @@ def _now(editor: DraftState, draft: Draft, trials: Sequence[TrialRecord]) -> Pic
 
 
 def expectation(editor: DraftState, draft: Draft) -> None:
-    """Say what a measurement of the draft should give, or what it gave.
+    """Show the expected or measured KL of the draft.
 
     Raises:
         RunError: the journal is damaged.
@@ -67,7 +67,7 @@ def expectation(editor: DraftState, draft: Draft) -> None:
 
 
 def status(editor: DraftState, draft: Draft) -> None:
-    """Say in a line where the measurement of the draft stands.
+    """Show the state of the draft's measurement.
 
     Raises:
         RunError: an answer, or the journal, is damaged.
@@ -89,7 +89,7 @@ def status(editor: DraftState, draft: Draft) -> None:
 
 
 def result(editor: DraftState, draft: Draft) -> None:
-    """Draw the measured draft next to the best trial and the uniform baseline; nothing before that.
+    """Draw the measured draft next to the best trial and uniform.
 
     Raises:
         RunError: the journal is damaged.
@@ -136,7 +136,7 @@ def _protocol(editor: DraftState) -> str:
 
 
 def trusted(editor: DraftState, draft: Draft, predictions: pd.DataFrame) -> None:
-    """Draw what was predicted of the run's trials against what was measured; say what a prediction is made of."""
+    """Draw predicted against measured KL of the run's trials, with the method."""
     record = editor.recipe.record
     if record is None:
         return

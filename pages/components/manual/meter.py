@@ -1,4 +1,4 @@
-"""What the draft costs, what it is predicted to lose, and the steps that change it as a whole."""
+"""Cost and predicted loss of the draft, and actions on all rows."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PROPORTION = ""
 
 
 def meter(editor: DraftState, history: DraftHistory) -> None:
-    """Draw the budget, the sizes and the prediction, as they are after the last change."""
+    """Draw budget, sizes and prediction of the draft."""
     draft, search = history.present, editor.search
     cost = bill(draft, editor.facts, budget_ratio(editor), run_ratio=search.compression_ratio if search.max_ratio is None else None)
     with st.container():

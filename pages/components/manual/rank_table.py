@@ -1,4 +1,4 @@
-"""The editable table of ranks, and the sliders that move many rows at once."""
+"""Editable rank table, with sliders for groups of rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["sliders", "table"]
 
 
 def sliders(editor: DraftState, draft: Draft) -> None:
-    """Draw a slider for the kept ratio of every module type, and of every third of the depth."""
+    """Draw a slider for the kept ratio of every module type and depth third."""
     by_type, by_depth = row_groups(draft)
     st.markdown("**Keep by type**")
     for group in by_type:
@@ -63,7 +63,7 @@ def _slid(editor: DraftState, keys: tuple[str, str], group: RowGroup, shown: int
 
 
 def table(editor: DraftState, draft: Draft) -> None:
-    """Draw a row for each unit; rank, kept ratio and lock can be edited."""
+    """Draw a row per unit with editable rank, kept ratio and lock."""
     frame = draft_rows(draft, editor.recipe.record)
     columns: dict[str, Any] = {
         "module": st.column_config.TextColumn(

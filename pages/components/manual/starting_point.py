@@ -1,4 +1,4 @@
-"""What a draft begins from, and the budget that it is held against."""
+"""Starting point and budget of a draft."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["budget_ratio", "show"]
 
 
 def show(editor: DraftState) -> None:
-    """Draw the choice of a beginning, and the upload of a file."""
+    """Draw the choice of a starting point, and the file upload."""
     trials = read_trials(editor.run)
     result = starts(editor.recipe, trials, state.selection().trial)
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -78,7 +78,7 @@ def _import(editor: DraftState) -> None:
 
 
 def _budget(editor: DraftState) -> None:
-    """Draw the ratio that the draft is held against."""
+    """Draw the target ratio of the draft."""
     st.number_input(
         "Budget, % removed",
         1.0,
@@ -99,7 +99,7 @@ def budget_ratio(editor: DraftState) -> float:
 
 
 def _without_curves(editor: DraftState) -> None:
-    """Say what is missing without error curves, and how to get them."""
+    """Show what needs error curves, and how to get them."""
     if editor.recipe.record is not None:
         return
     missing = ", ".join(missing_rules(editor.recipe))

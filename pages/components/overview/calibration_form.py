@@ -122,7 +122,7 @@ def _advanced() -> dict[type, dict[str, Any]]:
 
 
 def _checked(reference: str, text: str) -> tuple[ModelOnDisk | None, TextPreview | None, bool]:
-    """Return what is known of model and text, and whether both can be used; say what is wrong with those that can't."""
+    """Return the facts of model and text, and whether both are usable; show errors of those that are not."""
     model, preview, checked = None, None, 0
     if reference.strip():
         with boundary():

@@ -1,4 +1,4 @@
-"""The calibration-quality panel: what every covariance rests on."""
+"""Calibration-quality panel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["show"]
 
 
 def show(run: Run, spectra: Sequence[LayerSpectrum], facts: CalibrationFacts, module: str) -> None:
-    """Draw the figures, the map and the table of every distinct input."""
+    """Draw the metrics, the map and the table of all distinct inputs."""
     st.subheader("Calibration quality", anchor=False)
     for warning in quality_warnings(facts):
         st.warning(warning, icon=":material/warning:")

@@ -1,4 +1,4 @@
-"""Everything of a run that can be fetched as a file, and the commands that repeat it."""
+"""Downloads of a run, and the commands that reproduce it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = ["show"]
 
 
 def show(run: Run, source: Source | None) -> None:
-    """Draw the downloads; ``source`` is what was chosen above.
+    """Draw the downloads; ``source`` is the chosen model.
 
     Raises:
         LowRankError: a file of the run is damaged.
@@ -53,7 +53,7 @@ def show(run: Run, source: Source | None) -> None:
 
 
 def _damage(run: Run) -> str:
-    """Return why a part of the run can't be read; empty where all can. What is made on demand can't tell it any more."""
+    """Return the error of a damaged run, checked before files are made on demand; empty if none."""
     readers: tuple[Callable[[Run], object], ...] = (model_facts, text_facts, calibration_facts, spectra_of, results, healings)
     try:
         for read in readers if run.config.search is None else (*readers, read_trials):
@@ -106,7 +106,7 @@ def _allocation(run: Run, source: Source | None) -> str:
 
 
 def _again(run: Run) -> None:
-    """Offer the record of the run, and show the commands that repeat it."""
+    """Offer the run's record, and show the commands that reproduce it."""
     result = reproduction(run.record, run.config)
     with st.expander("Repeat the whole run", icon=":material/replay:", key="again_panel"):
         _offer("run.json", "run", lambda: result.record, "application/json", "All options of the run. Save the file, then:")
@@ -119,7 +119,7 @@ _ENDINGS = {"text/html": "html", "application/json": "json", "text/csv": "csv"}
 
 
 def _offer(label: str, name: str, made: Callable[[], str], media: str, meaning: str, why_not: str = "") -> None:
-    """Draw a download that is made when it is pressed, and what it is."""
+    """Draw an on-demand download with its description."""
     left, right = st.columns([1, 2.6], vertical_alignment="center")
     left.download_button(
         label,

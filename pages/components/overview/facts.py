@@ -1,4 +1,4 @@
-"""The sections of the Overview."""
+"""Sections of the Overview page."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["calibration_section", "failure", "model_section", "next_steps", "tex
 
 
 def failure(run: Run) -> None:
-    """Show why a run failed, with the end of its log."""
+    """Show the error of a failed run, with the end of its log."""
     status = run.status()
     if status.state == "failed":
         st.error(f"This run failed. {status.message}", icon=":material/error:")
@@ -64,7 +64,7 @@ def model_section(model: ModelFacts, reference: str) -> None:
 
 
 def _tree(reference: str) -> None:
-    """Draw every module of the checkpoint, if it is still where the run found it."""
+    """Draw all modules of the checkpoint, if it still exists."""
     with contextlib.suppress(ModelError):  # shown below
         preflight.notes(model_on_disk(reference))
     with st.expander("All modules, with reasons for those not compressed", icon=":material/account_tree:", key="tree_panel"), boundary():

@@ -1,4 +1,4 @@
-"""What is known of a model and a text before a run is started: the module tree, what it will take, how the text begins."""
+"""Preview before a run: module tree, memory estimate, beginning of the text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _PLACES = {MEMORY: "Memory", DEVICE: "GPU memory", DISK: "Disk"}
 
 
 def show(reference: str, model: ModelOnDisk | None, preview: TextPreview | None, config: RunConfig | None) -> None:
-    """Draw the three views; a missing one says what it waits for."""
+    """Draw the three views, or what each needs."""
     notes(model)
     modules, fit, text = st.tabs(["Modules", "Memory estimate", "Text"])
     with modules:
@@ -44,7 +44,7 @@ def show(reference: str, model: ModelOnDisk | None, preview: TextPreview | None,
 
 
 def notes(model: ModelOnDisk | None) -> None:
-    """Say what a user should know of a folder, such as which of several sets of weights is loaded."""
+    """Show notes on a folder, such as the set of weights that is loaded."""
     for note in model.notes if model is not None else ():
         st.warning(note, icon=":material/info:")
 
@@ -97,7 +97,7 @@ def _not_here(reference: str) -> None:
 
 
 def fit_line(model: ModelOnDisk, config: RunConfig) -> None:
-    """Say in a line what a calibration takes; warn where it will not fit, and where little of the model can be compressed."""
+    """Show the memory estimate of a calibration; warn if it does not fit or little is compressible."""
     coverage.warn(model.facts)
     fit = fit_of(model.facts, config, this_machine())
     words = " and ".join(f"**{size(fit.needed(place))}** of {place} ({size(fit.free(place))} free)" for place in fit.places)

@@ -1,4 +1,4 @@
-"""The runs: pick one, compare several, rename, note, delete."""
+"""Runs: select, compare, rename, annotate, delete."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _RECORDED = "This run ships with the package and is read-only."
 
 
 def show(runs: Sequence[Run], shown: Run | None) -> None:
-    """List ``runs``; what can be done with those that are picked, or with the run on screen, stands below."""
+    """List ``runs``, with actions on the selected ones or the current run."""
     if not runs or shown is None:
         return
     st.subheader("Runs", anchor=False)
@@ -127,7 +127,7 @@ def _delete_button(runs: Sequence[Run]) -> None:
 
 @st.dialog("Delete for good?")
 def _confirm(runs: Sequence[Run]) -> None:
-    """Say what will be gone; delete only on a second press."""
+    """List what is deleted; delete on a second click."""
     with boundary():
         for run in runs:
             check_deletable(run)

@@ -1,4 +1,4 @@
-"""The best trials of a search, measured on text that none of them saw."""
+"""Best trials of a search on test text."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["show"]
 
 
 def show(run: Run) -> None:
-    """Draw what was measured on test text; nothing before that.
+    """Draw the test results; nothing without any.
 
     Raises:
         RunError: an answer, or the journal, is damaged.

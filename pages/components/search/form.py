@@ -1,4 +1,4 @@
-"""The form that starts a search, with the model, text and calibration of the run on screen."""
+"""Search form, with model, text and calibration of the current run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _ABOUT = {
 
 
 def search_form(base: RunConfig, facts: ModelFacts | None) -> None:
-    """Draw the form; a press on its button starts a search of its own run, and selects it.
+    """Draw the form; its button starts and selects a new run.
 
     Args:
         facts: of the model, to check the budget; None where they are not known yet.
@@ -63,7 +63,7 @@ def _judged_words(base: RunConfig, search: SearchConfig) -> str:
 
 
 def _inputs() -> SearchConfig:
-    """Draw the inputs and return what they ask for.
+    """Draw the inputs and return the config.
 
     Raises:
         ConfigError: they do not go together.
@@ -90,7 +90,7 @@ def _inputs() -> SearchConfig:
 
 
 def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
-    """Draw what everybody should look at; return the ratio, the end of its range or None, the trials and the objective."""
+    """Draw the main inputs; return the ratio, the end of its range or None, the trials and the objective."""
     far = st.toggle(
         "Sweep of ratios (Pareto front)",
         key="search_far",
@@ -152,7 +152,7 @@ def _range() -> tuple[float, float]:
 
 
 def _budget_line(config: RunConfig, facts: ModelFacts | None) -> bool:
-    """Say what the budget is; return whether it can be met."""
+    """Show the budget; return whether it can be met."""
     if facts is None or not facts.matrices:
         st.caption("The budget is shown once the model has been read.")
         return True
@@ -185,7 +185,7 @@ def _budget_words(plan: Plan, search: SearchConfig, layers: int) -> str:
 
 
 def _time_line(config: RunConfig | None, facts: ModelFacts | None) -> None:
-    """Say how long it may take, and by what that was reported."""
+    """Show the estimated time and its source."""
     if config is None:
         return
     result = time_estimate(config, facts)

@@ -1,4 +1,4 @@
-"""What the form of a search has under Advanced."""
+"""Advanced options of the search form."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NUMBERS = ("input_damping", "gradient_damping", "drift_beta", "fit_windows", "r
 
 
 def seed_alone() -> int:
-    """Draw the one choice that a published recipe leaves."""
+    """Draw the seed, the only choice of the published recipe."""
     with st.expander("Advanced"):
         st.caption("The published recipe fixes everything but the seed. Choose “Custom” to change more.")
         return _seed()

@@ -1,4 +1,4 @@
-"""How a search is changed while it runs, or continued when it is done."""
+"""Controls that change or extend a search."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["show"]
 
 
 def show(run: Run, search: SearchConfig, facts: ModelFacts | None) -> None:
-    """Draw the controls of the search of ``run``; a recorded one can only be looked at."""
+    """Draw the controls of the search of ``run``; a recorded one is read-only."""
     with st.container(horizontal=True, gap="small"):
         if not run.recorded:
             _extension(run, search)

@@ -1,4 +1,4 @@
-"""Charts and tables of a search: its trials, one trial's windows, one trial's allocation."""
+"""Charts and tables of a search."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chose
 
 
 def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
-    """Draw the losses of the running (or chosen) trial window by window; nothing where none were recorded."""
+    """Draw the losses of the running (or chosen) trial by window; nothing without records."""
     view = window_losses(trials, chosen.number if chosen else None, search.objective)
     if view is None:
         return
@@ -82,7 +82,7 @@ def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRe
 
 
 def front(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
-    """Draw what is removed against what is lost, and the trials that no other beats."""
+    """Draw loss against compression ratio, and the Pareto front as a table."""
     view = fronts.front(trials, search.objective)
     chart(
         front_chart(view, chosen.number if chosen else None),
@@ -100,7 +100,7 @@ def front(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialReco
 
 
 def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
-    """Draw where a trial keeps its parameters, and offer it as a file."""
+    """Draw the allocation of a trial, and offer it as a file."""
     facts = model_facts(run)
     if facts is None:
         return
@@ -133,7 +133,7 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
 
 
 def fingerprint(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
-    """Draw which values of the variables made which trial; nothing below two measured points of the space."""
+    """Draw the variables of each trial; nothing below two sampled points."""
     view = fingerprint_of(trials, search, read_ranges(run))
     if view is None:
         return
@@ -153,7 +153,7 @@ def fingerprint(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, c
 
 
 def importance(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
-    """Draw how much each variable mattered, or say how many trials are missing."""
+    """Draw the importance of variables, or the number of trials it still needs."""
     result = importances_of(run, trials)
     if result.missing:
         st.caption(missing_words(result))
@@ -177,7 +177,7 @@ def _importance_of(search: SearchConfig) -> str:
 
 
 def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -> None:
-    """Draw when each worker measured which trial."""
+    """Draw the timeline of workers and trials."""
     frame = timeline(trials, {} if run.recorded else living_workers(run), time.time())
     if frame.empty:
         return
@@ -194,7 +194,7 @@ def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -
 
 
 def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
-    """Draw every trial as a row, and offer them as a file."""
+    """Draw the table of trials, and offer it as a file."""
     result = trials_spec(trials, search)
     columns = (
         *result.columns,

@@ -1,4 +1,4 @@
-"""The live part of the Rank search page."""
+"""Live part of the Rank search page."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = ["show", "show_importance"]
 
 
 def show(run: Run) -> None:
-    """Draw the study of ``run`` as it is now.
+    """Draw the current study of ``run``.
 
     Raises:
         RunError: a file of the run is damaged.
@@ -55,7 +55,7 @@ def show(run: Run) -> None:
 
 
 def show_importance(run: Run, search: SearchConfig) -> None:
-    """Draw which variables mattered; apart from the trials, as it takes a moment to tell and changes little from one to the next.
+    """Draw the importance of variables, apart from the trials, as it is slow and changes little.
 
     Raises:
         RunError: a file of the run is damaged.
@@ -66,7 +66,7 @@ def show_importance(run: Run, search: SearchConfig) -> None:
 
 
 def _chosen(trials: Sequence[TrialRecord], search: SearchConfig) -> TrialRecord | None:
-    """Return the trial that the user picked, else the best; over a range of ratios there is none."""
+    """Return the selected trial, else the best; none over a range of ratios."""
     picked = next((trial for trial in trials if trial.number == state.selection().trial), None)
     return picked or (best_trial(trials) if search.max_ratio is None else None)
 
@@ -130,7 +130,7 @@ def _front_figures(trials: Sequence[TrialRecord], now: Progress, search: SearchC
 
 
 def _workers(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -> None:
-    """Draw the workers and the timeline; only where the panel is open, as both grow and would be sent with every trial."""
+    """Draw workers and timeline if the panel is open: they grow with every trial."""
     panel = st.expander("Workers and timeline", key="workers_panel", icon=":material/group:", on_change="rerun")
     if not panel.open:
         return

@@ -1,4 +1,4 @@
-"""The form that asks for a measurement of sensitivities, and how it is doing."""
+"""Sensitivity form, and the progress of its measurement."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _USUAL = SensitivityConfig()
 
 
 def form(run: Run, facts: ModelFacts) -> None:
-    """Draw the settings, what they will take, and the button.
+    """Draw the settings, their cost, and the button.
 
     Raises:
         RunError: a record is damaged.
@@ -63,7 +63,7 @@ def form(run: Run, facts: ModelFacts) -> None:
 
 
 def _inputs(run: Run, facts: ModelFacts) -> SensitivityConfig:
-    """Draw the inputs and return what they ask for.
+    """Draw the inputs and return the config.
 
     Raises:
         ConfigError: they ask for nothing.
@@ -153,7 +153,7 @@ def _plan_words(plan: SensitivityPlan) -> str:
 
 
 def progress(run: Run) -> None:
-    """Say what waits or runs, with a button that ends it; else how the last one ended, if it did not end well.
+    """Show the queued or running measurement with a stop button; else the error of the last one.
 
     Raises:
         RunError: a request or an answer is damaged.

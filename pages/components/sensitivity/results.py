@@ -1,4 +1,4 @@
-"""The live part of the Sensitivity page: the map, curves, which estimate predicts them, and every cell."""
+"""Live part of the Sensitivity page: map, curves, correlation of estimates, cells."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _HOW = {
 
 
 def watch(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None:
-    """Draw what is measured so far; again while cells come in, and only then."""
+    """Draw the measured cells; redraw while more arrive."""
     live(_show, _TICK if is_busy(run) else None, run, facts, spectra)
 
 
@@ -66,7 +66,7 @@ def _show(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None
 
 
 def _setting(records: Sequence[SensitivityRecord]) -> SensitivityRecord:
-    """Return the record on screen, with a choice where cells were measured in several ways."""
+    """Return the current record, with a choice if cells have several settings."""
     if len(records) == 1:
         return records[0]
     by_key = {record.setting.key: record for record in records}

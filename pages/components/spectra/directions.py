@@ -1,4 +1,4 @@
-"""What the top directions of the chosen module mean: a request to the worker, and its answer."""
+"""Tokens along the top directions of the current module: request and result."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _RECORDED = "A recorded run has no worker and no text to show tokens from: start
 
 
 def show(run: Run, module: str) -> None:
-    """Draw the form, what is being worked on, and the newest answer for the module."""
+    """Draw the form, the queue, and the newest result for the module."""
     st.subheader("Top directions", anchor=False)
     st.caption(
         "The directions along which this module's input, or output, varies most (eigenvectors of the pooled covariance), each with its "

@@ -1,4 +1,4 @@
-"""The map of all modules, and the same against depth."""
+"""Map of all modules, and its profile over depth."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Choice:
 
 
 def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> None:
-    """Draw the choice of a metric, its map and its depth profile, and the same as a table."""
+    """Draw the choice of a metric, its map, profile and table."""
     chosen, facts = _choice(facts)
     names = [spectrum.shape.name for spectrum in spectra]
     view = atlas(spectra, chosen.metric.name, chosen.source, relative=chosen.relative, facts=facts)
@@ -63,7 +63,7 @@ def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> No
 
 
 def _choice(facts: RunFacts) -> tuple[_Choice, RunFacts]:
-    """Draw the choice; return it, and the facts at the ratio that was chosen."""
+    """Draw the choice; return it with the facts at the chosen ratio."""
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         name = st.selectbox(
             "Metric", offered(facts), key="metric", format_func=lambda name: METRICS[name].label, persist_state="session", width=330

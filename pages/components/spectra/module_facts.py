@@ -1,4 +1,4 @@
-"""What the run on screen knows of its modules beyond their spectra."""
+"""Facts of the current run's modules beyond spectra."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["run_facts"]
 
 
 def run_facts(run: Run) -> RunFacts:
-    """Return what ``run`` knows of its modules beyond their spectra.
+    """Return the facts of the modules of ``run`` beyond spectra.
 
     Raises:
         RunError: a file of the run is damaged.
@@ -26,7 +26,7 @@ def run_facts(run: Run) -> RunFacts:
 
 
 def _decided(run: Run) -> RunFacts:
-    """Return what the trial that the user looks at, else the best one, decided."""
+    """Return the ranks of the selected trial, else of the best one."""
     search, model = run.config.search, model_facts(run)
     if search is None or model is None:
         return RunFacts()

@@ -1,4 +1,4 @@
-"""The spectra of the chosen module."""
+"""Spectra of the current module."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _DENSITIES = {
 
 
 def show(spectrum: LayerSpectrum, facts: RunFacts) -> None:
-    """Draw the figures, the scree and both densities of a module."""
+    """Draw the metrics, the scree plot and both densities of a module."""
     module, choice = spectrum.shape.name, facts.choices.get(spectrum.shape.name)
     layout.metrics_row(module_facts(spectrum))
     if choice is not None:
