@@ -1,4 +1,4 @@
-"""What there is to choose from, as tables made from the registries. Torch-free."""
+"""Tables of all registries. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a model can be compressed, and what is left alone and why: one table that adds up to all of its parameters. Torch-free.
+"""Compressible parameters of a model, and reasons for the others: a table that sums to all parameters. Torch-free.
 
 Every parameter is of one kind. A loaded model is classified by its modules and by a pass through it (``models.walk``), a checkpoint on
 disk by the names and shapes in its headers (``studio.overview.checkpoint``); what only names and shapes can tell is decided here, for both.
@@ -34,7 +34,7 @@ _MIN_SHARE = 0.5
 
 @dataclass(frozen=True)
 class Kind:
-    """What becomes of a parameter.
+    """Kind of a parameter.
 
     Attributes:
         label: plural, as in "experts 93.1 %".
@@ -70,7 +70,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 """Name -> kind, in the order of the table."""
 
 COMPRESSIBLE = ("linear", "lowrank")
-"""What a compression ratio counts: linears that can be compressed, and those that are low-rank already."""
+"""Kinds counted by a compression ratio: compressible linears, and low-rank ones."""
 
 _TABLES = ("embedding", "tied", "head")
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
@@ -92,7 +92,7 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a model is made of.
+    """Parameters of a model by kind.
 
     Attributes:
         parameters: kind -> how many; they add up to all parameters of the model.
@@ -120,7 +120,7 @@ class Coverage:
 
     @property
     def compressible(self) -> int:
-        """What a compression ratio counts."""
+        """Parameters counted by a compression ratio."""
         return sum(self.parameters.get(kind, 0) for kind in COMPRESSIBLE)
 
     @property

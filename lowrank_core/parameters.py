@@ -1,6 +1,6 @@
 """Exact integer counts of parameters, bytes and FLOPs; nothing here knows torch.
 
-Notation (as in ARCHITECTURE: y = W x + b, W of shape d_out x d_in; M = Σ d_out over the members of a stack, n = d_in)::
+Notation (y = W x + b, W of shape d_out x d_in; M = Σ d_out over the members of a stack, n = d_in)::
 
     dense        M·n                                                  (+ biases)
     factored     r·(M + n)                                            (+ biases)
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 FLOPS_MEANING = "The compressible linears and the output head, a multiply-add as two. Embeddings, norms and attention scores are left out."
-"""What the FLOPs of a whole model for one token count, wherever they are shown."""
+"""Definition of a model's FLOPs per token."""
 
 FLOAT_SLACK = 1e-6
 """Parameters; absorbs the rounding of ``(1 - ratio) * count``, so that a ratio like 0.3 costs no whole rank."""
@@ -182,7 +182,7 @@ class Unit:
 
     @cached_property
     def prices(self) -> npt.NDArray[np.int64]:
-        """What is stored at each rank from 1 to break-even (break_even_rank,)."""
+        """Stored parameters at each rank from 1 to break-even (break_even_rank,)."""
         result: object = self._price(np.arange(1, self.break_even_rank + 1))  # type: ignore[arg-type]  # prices are polynomials
         return np.asarray(result, dtype=np.int64)
 

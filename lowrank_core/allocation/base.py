@@ -1,4 +1,4 @@
-"""What an allocation is."""
+"""Protocol and result of an allocator."""
 
 from __future__ import annotations
 

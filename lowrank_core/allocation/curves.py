@@ -26,7 +26,7 @@ __all__ = ["CURVES_FILE", "ESTIMATES", "CurveRecord", "load_curves", "save_curve
 CURVES_FILE = "curves.npz"
 
 ESTIMATES = ("kl", "error_weights", "own")
-"""What an error is: K-FAC's estimate of the KL divergence; weighted by a measured ΔKL/Δe; in a unit of its own for every matrix."""
+"""Meanings of an error: K-FAC's estimate of the KL divergence; weighted by a measured ΔKL/Δe; in a unit per matrix."""
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Draft:
 
     @property
     def parameters(self) -> int:
-        """What all matrices store."""
+        """Stored parameters of all matrices."""
         return sum(unit.parameters(self.ranks.get(unit.name)) for unit in (*self.rows, *self._rest))
 
     def kept(self, names: Collection[str]) -> float:
@@ -144,7 +144,7 @@ class Draft:
     def scaled(self, names: Collection[str], kept: float) -> Draft:
         """Return the draft in which the movable rows among ``names`` keep the fraction ``kept`` of their parameters together.
 
-        Each keeps its proportion to the others, up to dense; rank 1 everywhere is the least.
+        Each keeps its proportion to the others, up to dense; rank 1 everywhere is the minimum.
         """
         free = self.movable(names)
         dense = sum(unit.dense_parameters for unit in free)

@@ -15,7 +15,7 @@ __all__ = ["ENERGY", "Energy"]
 
 @dataclass(frozen=True)
 class Energy(Rule):
-    """Every unit takes the least rank at which it retains 1 - e_r/e_0 of its energy, for one threshold that spends the budget.
+    """Give every unit the smallest rank that retains 1 - e_r/e_0 of its energy, for one threshold that spends the budget.
 
     A unit that would need more than its break-even rank stays dense. Each error is compared with its own unit's e_0 alone, so the unit
     of an error doesn't matter.

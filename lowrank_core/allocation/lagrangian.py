@@ -1,4 +1,4 @@
-"""Where one more parameter helps most: the exact error curves, and one threshold for all units.
+"""Optimal allocation by exact error curves: one threshold for all units.
 
 Notation::
 
@@ -8,7 +8,7 @@ Notation::
     L_u(λ)           min_j w_u e_u(j) + λ c_u(j)
     site             matrices that some units cover together in more than one way; a cover takes each matrix once
 
-For a price λ each unit takes the choice that attains L_u(λ), and each site the cover with the least Σ L_u(λ). What is spent falls
+For a price λ each unit takes the choice that attains L_u(λ), and each site the cover with the smallest Σ L_u(λ). What is spent falls
 as λ grows, so the budget fixes λ by bisection: points on the lower hull of every curve, dense ones included. What is left over goes
 to the choices with the best Δerror/Δcost that still fit.
 """
@@ -34,7 +34,7 @@ _BISECTION_STEPS = 80  # of the logarithm of λ, over 60 decades: to the last bi
 
 @dataclass(frozen=True)
 class Lagrangian(Rule):
-    """Minimise Σ w_i e_i(r_i) subject to Σ cost_i(r_i) <= budget. METHODS §5; equal slopes as in reverse water-filling."""
+    """Minimise Σ w_i e_i(r_i) subject to Σ cost_i(r_i) <= budget (docs/methods.md §5); equal slopes, as in reverse water-filling."""
 
     name: str = "lagrangian"
     label: str = "Lagrangian (equal slopes)"

@@ -1,4 +1,4 @@
-"""What an allocator is given: units and their prices, a budget, and what a user has decided already."""
+"""Input of an allocator: units, prices, budget, locked ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOCKS_SHOWN = 3
 
 @dataclass(frozen=True)
 class AllocationProblem:
-    """What is to be shared out, and among whom.
+    """A budget and the units that share it.
 
     Attributes:
         units: every unit, alternatives and what stays dense included: the ratio counts each of their matrices once.
@@ -107,7 +107,7 @@ class AllocationProblem:
             ConfigError: they are not known.
         """
         if self.curves is None:
-            raise ConfigError(f"the allocation {allocator} works from the errors of the bases; factorise first.")
+            raise ConfigError(f"the allocation {allocator} works from the errors of the units; factorise first.")
         return self.curves
 
     def completed(self, ranks: Ranks) -> dict[str, int | None]:
@@ -133,15 +133,15 @@ class Allocator(Protocol):
     def reference(self) -> str: ...
     @property
     def needs_curves(self) -> bool:
-        """Whether it works from the errors of the bases."""
+        """Whether it needs error curves."""
 
     @property
     def needs_influence(self) -> bool:
-        """Whether it works from the influence of the blocks."""
+        """Whether it needs the influence of blocks."""
 
     @property
     def needs_perplexities(self) -> bool:
-        """Whether it works from the perplexity of the model with each unit cut alone: minutes of measuring."""
+        """Whether it needs the perplexity with each unit cut alone, which takes minutes."""
 
     @property
     def trades_errors(self) -> bool:
@@ -176,7 +176,7 @@ class Rule:
 
 
 def unreachable(problem: AllocationProblem, minimum: int) -> BudgetError:
-    """Return the error for a budget below ``least``, what the free units cost at rank 1."""
+    """Return the error for a budget below ``least``, the cost of the free units at rank 1."""
     dense = dense_parameters(problem.units)
     maximum = compression_ratio(dense, problem.committed + minimum)
     start = f"compression ratio {problem.compression_ratio:g} can't be met: the matrices that stay dense"
@@ -193,7 +193,7 @@ def unreachable(problem: AllocationProblem, minimum: int) -> BudgetError:
 
 
 def _heaviest_locks(problem: AllocationProblem) -> str:
-    """Return the locks that hold most parameters above rank 1, in words."""
+    """Return the locks with the most parameters above rank 1, in words."""
     costs = {u: min(u.dense_parameters, u.parameters(problem.fixed[u.name])) for u in problem.units if u.name in problem.fixed}
     spare = {u: cost - u.parameters(1) for u, cost in costs.items() if cost > u.parameters(1)}
     heaviest = sorted(spare, key=spare.__getitem__, reverse=True)[:_LOCKS_SHOWN]

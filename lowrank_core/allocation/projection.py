@@ -82,7 +82,7 @@ def _step(unit: Unit, rank: int) -> int:
 
 
 def _shrink_to_fit(free: Sequence[Unit], ranks: dict[str, int | None], targets: Mapping[str, float], available: int) -> None:
-    """Take ranks away where the minimum of rank 1 pushed the total over the budget; the least missed first."""
+    """Lower ranks where the minimum of rank 1 pushed the total over the budget; the smallest loss first."""
     spent = sum(u.parameters(ranks[u.name]) for u in free)
 
     def excess(unit: Unit) -> float:

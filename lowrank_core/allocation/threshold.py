@@ -1,4 +1,4 @@
-"""The same least singular value everywhere, relative to each unit's largest."""
+"""One threshold of relative singular values for all units."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ Notation::
     k       kept fraction of a unit's parameters, of a grid in (0, 1); 1 stands for dense
     P_u(k)  perplexity of the model with unit u alone at k; infinite where the model diverges
     cuts    all pairs (u, k), the largest P_u(k) first
-    k_u(i)  what u keeps if all cuts from the i-th on are made: the least k of those that are u's, or 1
+    k_u(i)  what u keeps if all cuts from the i-th on are made: the smallest k of those that are u's, or 1
 
 The sum of k_u(i) times the parameters of u never falls with i, so the threshold that spends the budget is found by bisection.
 """

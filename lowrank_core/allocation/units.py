@@ -1,4 +1,4 @@
-"""Which matrices are compressed together, under a basis and a storage: the price lists that allocators work with. Torch-free."""
+"""Units of an allocation under a metric and a storage, with prices by rank. Torch-free."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def plan_units(shapes: Sequence[MatrixShape], config: CompressionConfig, heads: 
 
 
 def check_reachable(units: Sequence[Unit], compression_ratio: float, config: CompressionConfig, *, fixed: Ranks | None = None) -> None:
-    """Raise unless some allocation meets the ratio, with the ranks that are ``fixed``: told before minutes of work.
+    """Raise unless some allocation meets the ratio, with the ranks that are ``fixed``: checked before minutes of work.
 
     Raises:
         BudgetError: it can't be met.

@@ -1,4 +1,4 @@
-"""What rounding leaves of a budget: counted, and said where it matters. Torch-free."""
+"""Budget left unspent by rounding. Torch-free."""
 
 from __future__ import annotations
 

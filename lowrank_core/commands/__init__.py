@@ -1,1 +1,1 @@
-"""What each command of ``lowrank`` does; ``cli`` parses and prints."""
+"""Implementation of the commands; ``cli`` parses and prints."""

@@ -1,4 +1,4 @@
-"""What ``lowrank analyze`` does: the figures of every layer, and what the top directions of one mean."""
+"""``lowrank analyze``: spectra of every layer, tokens along the top directions of one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["analyze"]
 
 
 def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, *, directions: tuple[str, str] | None = None) -> Result:
-    """Calibrate, and return the figures of every compressible layer; with ``directions`` (module, side) what its top ones mean, too."""
+    """Calibrate, and return the metrics of every compressible layer, with the top ``directions`` (module, side) if given."""
     config = DirectionsConfig(*directions, batch_size=calibration.batch_size) if directions else None
     pipeline = Pipeline(source, text, calibration=calibration, progress=progress_stage)
     handle = pipeline.handle

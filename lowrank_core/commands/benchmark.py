@@ -1,4 +1,4 @@
-"""What ``lowrank benchmark`` does: a result as a mapping, and as a Markdown table for people."""
+"""``lowrank benchmark``: a result as a mapping and as a Markdown table."""
 
 from __future__ import annotations
 

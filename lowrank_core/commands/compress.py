@@ -1,4 +1,4 @@
-"""What ``lowrank compress`` does: calibrate, factorise, allocate, compress and write."""
+"""``lowrank compress``: calibrate, factorise, allocate, compress and write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What ``lowrank evaluate`` and ``lowrank generate`` do: a result as a mapping, with a ``text`` for people."""
+"""``lowrank evaluate`` and ``lowrank generate``: a result as a mapping, with a ``text`` to print."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COLUMN = 58
 
 @dataclass(frozen=True)
 class EvaluationRequest:
-    """What to measure, and next to what.
+    """A model to measure, with its reference.
 
     Attributes:
         split: validation, test or all; calibration, too.
@@ -66,7 +66,7 @@ def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], request:
     Raises:
         ConfigError: the stride does not fit the context.
         ModelError: a model can't be used, or the two do not share a vocabulary.
-        TextError: a text is unknown, can't be read, or is too short; told before anything is measured.
+        TextError: a text is unknown, can't be read, or is too short; raised before anything is measured.
         NumericalError: a window's loss is not finite.
     """
     reports, coverage = _reports(source, texts, request)

@@ -1,4 +1,4 @@
-"""What ``lowrank heal`` does: train a compressed folder, write it as a new one, and measure both on test text."""
+"""``lowrank heal``: train a compressed folder, write it as a new one, and measure both on test text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["HealRequest", "heal_folder"]
 
 @dataclass(frozen=True)
 class HealRequest:
-    """What `lowrank heal` was asked for.
+    """Arguments of `lowrank heal`.
 
     Attributes:
         out: new folder of the healed model.
@@ -41,7 +41,7 @@ class HealRequest:
 
     @property
     def checkpoint(self) -> Path:
-        """Where a healing that was killed left its state."""
+        """Folder of the state of an interrupted healing."""
         return self.out.absolute().with_name(f".{self.out.name}.healing")
 
 

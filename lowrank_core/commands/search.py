@@ -1,4 +1,4 @@
-"""What the commands of ``lowrank`` around a search do: start it, work on it, queue an allocation, export a trial."""
+"""Commands around a search: start, resume, queue an allocation, export a trial."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FRONT = "Pareto front, on validation text:"
 
 @dataclass(frozen=True)
 class SearchPlace:
-    """Where a search lives, and who works on it.
+    """Location and workers of a search.
 
     Attributes:
         folder: new folder for the run.
@@ -67,7 +67,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
     run = create_run(RunConfig(model=source, text=text, calibration=calibration, search=config), path=place.folder)
     try:
         if place.storage_url is not None:
-            open_database(place.storage_url)  # told before minutes of work
+            open_database(place.storage_url)  # checked before minutes of work
             run.keep_study_at(place.storage_url, run.id)
         if given is not None:
             client.submit(run, "measure", launch=False, **given)
@@ -159,7 +159,7 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
 
 
 def _warnings(run: Run, confirmed: list[JsonMapping]) -> list[str]:
-    """Return why the figures may say less than they seem to, each reason once."""
+    """Return the distinct warnings of the measurements."""
     reported = [warning for row in confirmed for warning in row["warnings"]]
     of_text = (run.part("text") or {}).get("warnings", [])
     return list(dict.fromkeys([*of_text, *run.status().dense_warnings, *reported]))
@@ -170,7 +170,7 @@ def _warning_lines(warnings: list[str]) -> list[str]:
 
 
 def _confirmed(run: Run) -> list[JsonMapping]:
-    """Return what was measured on test text, the least KL first."""
+    """Return the measurements on test text, the lowest KL first."""
     names = (
         *("perplexity", "perplexity_difference_interval", "dense_perplexity", "kl"),
         *("compression_ratio", "model_compression_ratio", "protocol"),

@@ -1,4 +1,4 @@
-"""What ``lowrank sensitivity`` does: measure in a run that is there, or in a new one."""
+"""``lowrank sensitivity``: measure in an existing or a new run."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _protocol(result: SensitivityOutcome) -> str:
 
 
 def _lines(cells: tuple[SensitivityCell, ...]) -> list[str]:
-    """Return a table of types by kept ratio; for modules, the most sensitive at the ratio that was measured first."""
+    """Return a table of types by kept ratio, and the most sensitive modules at the first ratio."""
     kept = sorted({cell.kept for cell in cells})
     by_key = {cell.key: cell for cell in cells}
     types = list(dict.fromkeys(cell.name for cell in cells if cell.scope == TYPE))

@@ -1,4 +1,4 @@
-"""From bases and an allocation to a smaller model, with its exact counts."""
+"""Construction of the compressed model from factors and an allocation, with exact counts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["CompressedModel", "CompressionReport", "UnitCount", "build_model", "
 
 @dataclass(frozen=True)
 class UnitCount:
-    """What a compressed unit costs, and how well conditioned it is.
+    """Cost and conditioning of a compressed unit.
 
     Attributes:
         name, rank, storage: of the unit.
@@ -78,7 +78,7 @@ class CompressionReport:
 
     @property
     def dense_coverage(self) -> Coverage:
-        """What of the dense model can be compressed, and what is left alone and why."""
+        """Coverage of the dense model."""
         return (
             Coverage.of(self.coverage.items())
             if self.coverage

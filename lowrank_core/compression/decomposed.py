@@ -31,7 +31,7 @@ class Decomposed:
         statistics: what the decompositions rest on.
         config: how.
         units: every unit, alternatives included.
-        bases: their nested factors.
+        bases: nested factors by unit.
     """
 
     handle: ModelHandle
@@ -100,7 +100,7 @@ class Decomposed:
         return round_ranks_down(result, self.units, self.config.rank_multiple)
 
     def warnings(self, allocator: str, *, weighted: bool = False) -> tuple[str, ...]:
-        """Return what a user should know before trusting an allocation; ``weighted``: by measured slopes."""
+        """Return warnings on an allocation; ``weighted``: by measured error weights."""
         result = []
         if allocator in ALLOCATORS and ALLOCATORS[allocator].trades_errors and not (self.basis.comparable or weighted):
             result.append(

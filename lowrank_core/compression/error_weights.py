@@ -1,4 +1,4 @@
-"""What an error of one unit costs the model: measured, where a basis does not make errors comparable (METHODS §5).
+"""Measured error weights ΔKL/Δe, for metrics whose errors are not comparable (docs/methods.md §5).
 
 Notation::
 

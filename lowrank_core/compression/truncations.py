@@ -129,7 +129,7 @@ def _key(decomposed: Decomposed, calibration: WindowSet) -> str:
 
 
 class _Bench:
-    """The dense model, and its hidden states before the block in hand, batch by batch; cuts come in the order of the model."""
+    """The dense model, and its hidden states before the current block, batch by batch; cuts come in the order of the model."""
 
     def __init__(self, decomposed: Decomposed, windows: WindowSet) -> None:
         size = decomposed.statistics.config.batch_size

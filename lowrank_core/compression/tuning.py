@@ -66,7 +66,7 @@ def tune(
     compression_ratio: float,
     progress: Progress | None = None,
 ) -> tuple[CompressionConfig, tuple[TuningPoint, ...]]:
-    """Return ``config`` with the gradient damping, and then the β, that leave the least KL on validation text, and all that was measured.
+    """Return ``config`` with the gradient damping, then the β, of lowest KL on validation text, and all measurements.
 
     What the basis does not have (gradients, drift) is not tried. Test windows are not looked at.
 

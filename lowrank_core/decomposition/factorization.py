@@ -1,6 +1,6 @@
 """From a metric to nested factors: one decomposition serves every rank.
 
-Notation (bases.base has the rest)::
+Notation (metrics.base has the rest)::
 
     L_i      (P_i + δI)^(γ/2) of member i,  R = (C + δI)^½  with C the mean of the members' C_i (the directions are those of their sum)
     T_i      W_i, or W_i + W_i (K_i - C_i)(C + δI)⁻¹ = W_i (K_i + δI)(C + δI)⁻¹ for a basis that corrects drift
@@ -78,7 +78,7 @@ class FactorBasis:
         return Factors(ups, self.down[:rank], tuple(self._bias_at(index, up, self.down[:rank]) for index, up in enumerate(ups)))
 
     def _bias_at(self, index: int, up: Tensor, down: Tensor) -> Tensor | None:
-        """Return b + E[W x] - B_r A_r μ: the mean output stays exact (METHODS §1, Centring)."""
+        """Return b + E[W x] - B_r A_r μ: the mean output stays exact (docs/methods.md §1, Centring)."""
         if not self.means:
             return self.biases[index]
         output_mean, input_mean = self.means[index]
@@ -99,7 +99,7 @@ def tail_sums(energies: Tensor) -> Tensor:
 
 
 def isotonic_upper_bound(errors: Tensor) -> Tensor:
-    """Return the least curve that never rises and is nowhere below ``errors``; where the metric is shared, it is ``errors`` itself."""
+    """Return the smallest non-increasing curve that bounds ``errors``; ``errors`` itself where the metric is shared."""
     return errors.clamp(min=0).flip(0).cummax(0).values.flip(0)
 
 
@@ -180,7 +180,7 @@ def factorize_unit(unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric
 
 
 def refit_unit(unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping, start: Factors) -> FactorBasis:
-    """Return ``start`` after the turns of least squares of ``basis``: factors of one rank, of which a slice is no best of its own.
+    """Return ``start`` after the least-squares turns of the metric: factors of one rank, whose slices are not optimal.
 
     Raises:
         as ``factorize_unit``.
@@ -192,7 +192,7 @@ def refit_unit(unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, da
 
 @dataclass(frozen=True)
 class _Weighing:
-    """What the members of a unit are to be like, and how a difference is weighed.
+    """Targets of a unit's members, and their metric.
 
     Attributes:
         sizes: rows of each member.

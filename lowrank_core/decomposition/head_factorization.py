@@ -8,7 +8,7 @@ Notation::
     U Σ Qᵀ       of [L O_h]_h∈g K_g^½, stacked over the heads of the group
     V'_g = Q_rᵀ K_g^-½ V_g,   O'_h = O_h K_g^½ Q_r
 
-METHODS §4 takes V_g S V_gᵀ for K; measured behind the attention, K_h also knows what averaging over tokens did to the values.
+docs/methods.md §4 takes V_g S V_gᵀ for K; measured behind the attention, K_h also knows what averaging over tokens did to the values.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Turns of least squares: one factor refitted while the other stays.
+"""Alternating least squares: one factor refitted while the other is fixed.
 
 Notation::
 
@@ -7,7 +7,7 @@ Notation::
     U given V                      T R (V R)⁺, whatever L is
     V given U                      (L U)⁺ L T, whatever R is
 
-Each turn finds the least J that its factor can reach, so J never rises.
+Each turn minimises J over its factor, so J never rises.
 """
 
 from __future__ import annotations
@@ -41,6 +41,6 @@ def refitted(target: Tensor, up: Tensor, down: Tensor, weigh_rows: Weigh, weigh_
 
 
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
-    """Return the X with the least ‖matrix X - right‖."""
+    """Return the X that minimises ‖matrix X - right‖."""
     result: Tensor = torch.linalg.lstsq(matrix, right, driver=_ROBUST).solution
     return result

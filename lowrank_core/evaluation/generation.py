@@ -20,7 +20,7 @@ _LIKELIEST = 50
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a prompt is continued.
+    """Sampling settings.
 
     Attributes:
         tokens: to add, at most: an end of text ends it.
@@ -42,7 +42,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Continuation:
-    """What a model added to a prompt.
+    """A generated continuation.
 
     Attributes:
         model: what the user called it.

@@ -1,4 +1,4 @@
-"""Figures by the position in the context: how much a model gains from the tokens before, and where compression costs."""
+"""Metrics by the position in the context."""
 
 from __future__ import annotations
 

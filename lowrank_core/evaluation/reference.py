@@ -1,4 +1,4 @@
-"""What the dense model predicts, kept in memory for a search to compare every trial with."""
+"""Log-probabilities of the dense model, kept in memory for the trials of a search."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["DenseReference"]
 
 _CACHE_LIMIT_BYTES = 6 * 2**30
 _FEW_TOKENS = 128
-"""What the error about memory proposes to keep of the vocabulary."""
+"""Size of the vocabulary that the memory error suggests to keep."""
 
 
 @dataclass(frozen=True)
 class DenseReference:
-    """What the dense model predicts over some windows, computed once and compared with in every trial.
+    """Log-probabilities of the dense model on some windows, computed once for all trials.
 
     Attributes:
         batches: probabilities p (B, T - 1, vocabulary) where there are entropies, else log-probabilities; float32.
@@ -48,7 +48,7 @@ class DenseReference:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is to be said of a dense model that predicts nothing: whatever is compared with it looks perfect."""
+        """Warnings on a dense model that predicts nothing: every comparison with it looks perfect."""
         if self.nll is None:
             return ()
         return uniform_warning(Sample(self.nll.numpy()), self.vocabulary, name="the dense model", compared=True)

@@ -31,7 +31,7 @@ __all__ = ["EvaluationReport", "evaluate"]
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Figures of one model on one set of windows, with the protocol that they need.
+    """Metrics of one model on one set of windows, with their protocol.
 
     Intervals are of 95 %, by bootstrap over windows (of a stride: over runs of windows that score about a context of tokens). None where
     there is none: from a single window, and where windows do not differ.
@@ -44,8 +44,8 @@ class EvaluationReport:
         top5_agreement: mean share |A ∩ B| / 5 that the two models' five likeliest next tokens A and B have in common.
         window_nll, dense_window_nll: mean over the scored tokens of each window, in nats.
         stride: tokens from one window to the next where they overlap; None where they do not.
-        by_position: the same figures over ranges of positions in the context.
-        warnings: what makes these figures say less than they seem to, in sentences.
+        by_position: the same metrics over ranges of positions in the context.
+        warnings: caveats, in sentences.
     """
 
     dataset: str
@@ -86,7 +86,7 @@ class EvaluationReport:
     warnings: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, object]:
-        """Return the report ready for JSON, without the figures next to a dense model if there was none; no interval is null."""
+        """Return the report ready for JSON, without comparisons if there was no dense model; no interval is null."""
         left_out = {f.name for f in fields(self) if f.default is None}
         if self.dense_perplexity is not None:
             left_out -= {name for name in left_out if name.endswith("_interval")}

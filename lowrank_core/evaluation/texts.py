@@ -20,7 +20,7 @@ _DECIMALS = 4
 
 @dataclass(frozen=True)
 class TextLosses:
-    """What each token of a text cost two models, in nats.
+    """Token-level losses of two models, in nats.
 
     Attributes:
         pieces: the characters of each of the T tokens, which joined are the text; empty for a token that ends inside a character.
@@ -38,7 +38,7 @@ class TextLosses:
 
 
 def tokens_of_text(handle: ModelHandle, text: str, *, bos: bool, maximum: int) -> tuple[Tensor, int]:
-    """Return the first ``most`` tokens of a text (T,), BOS first if asked for, and how many tokens were left out.
+    """Return the first ``most`` tokens of a text (T,), with BOS if requested, and the number of tokens left out.
 
     Raises:
         ConfigError: fewer than two tokens: nothing would be predicted.

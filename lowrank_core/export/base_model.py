@@ -1,4 +1,4 @@
-"""What is known of the model that an export was made from: its licence above all, which goes with what was made of it."""
+"""Facts of an export's base model, above all its licence."""
 
 from __future__ import annotations
 

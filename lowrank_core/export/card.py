@@ -79,7 +79,7 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
 
 
 def rank_rows(report: CompressionReport) -> list[tuple[str, int, int, float, int]]:
-    """Return module type, how many are compressed, and the least, the median and the largest rank, in the order of the model."""
+    """Return module type, number compressed, and minimum, median and maximum rank, in model order."""
     result: dict[str, list[int]] = {}
     for name, rank in report.ranks.items():
         if rank is not None:

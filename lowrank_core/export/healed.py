@@ -54,7 +54,7 @@ def write_healed(
     test: HeldOut,
     config: ExportConfig | None = None,
 ) -> ExportManifest:
-    """Write what ``healed_model`` returned, with its figures before and after for the card.
+    """Write the result of ``healed_model``, with its metrics before and after for the card.
 
     Args:
         measured: on test text, as it was compressed and as it is healed.

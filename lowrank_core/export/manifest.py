@@ -41,7 +41,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a perplexity was measured on, such that it can be measured again.
+    """Protocol of a perplexity, sufficient to measure it again.
 
     Attributes:
         text, split, windows, context, bos, seed: as in ``TextConfig``; ``bos`` is the rule.
@@ -77,7 +77,7 @@ class Measurement:
 
 @dataclass(frozen=True)
 class ExportManifest:
-    """What ``lowrank.json`` says.
+    """Contents of ``lowrank.json``.
 
     Attributes:
         made_from: the dense model, as the user called it.
@@ -110,7 +110,7 @@ class ExportManifest:
 
     @property
     def provenance(self) -> dict[str, object]:
-        """How the model was made: the details without its counts, which are counted again with every export."""
+        """Provenance of the model, without counts, which every export recomputes."""
         counts = {f.name for f in fields(CompressionReport)} | {"compression_ratio", "model_compression_ratio"}
         return {name: value for name, value in self.details.items() if name not in counts}
 

@@ -29,7 +29,7 @@ __all__ = ["Rewritten", "rewrite"]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What was written.
+    """Result of a conversion.
 
     Attributes:
         guards: how many empty tensors were added.

@@ -29,7 +29,7 @@ _LOGIT = 16
 
 @dataclass(frozen=True)
 class Verification:
-    """What a folder said of itself, and what was found.
+    """Recorded and measured state of a folder.
 
     Attributes:
         ok: every file is as listed, and the perplexities agree to rounding; where nothing comparable is recorded, the files alone.

@@ -44,9 +44,9 @@ def export(
 
     Args:
         provenance: how the model was made; ``command`` in it is the command that makes it again.
-        figures: other figures for the card, such as ``metrics_of`` gives.
+        figures: other metrics for the card, such as ``metrics_of`` gives.
         test: text on which the folder is loaded and measured before it is in place; that is what ``verify`` measures again.
-        progress: told of the batches of that measurement; if it raises, nothing is left behind.
+        progress: called with the batches of that measurement; if it raises, nothing is left behind.
 
     Raises:
         RunError: the folder is taken, or the disk is full or read-only.

@@ -1,1 +1,1 @@
-"""What is on disk, read without believing it: JSON records, arrays with digests, the weight files of a checkpoint. Torch-free."""
+"""Untrusted files: JSON records, arrays with digests, weight files of a checkpoint. Torch-free."""

@@ -1,4 +1,4 @@
-"""Which weight files of a folder are loaded: one rule for whoever reads headers and whoever loads weights. Torch-free.
+"""Selection of a folder's weight files: one rule for readers of headers and of weights. Torch-free.
 
 transformers (checked from 5.10 to 5.24) takes the first of these that is there: the file that ``transformers_weights`` of config.json
 names, ``model.safetensors``, the shards that ``model.safetensors.index.json`` lists. Safetensors of other names are never loaded.
@@ -41,7 +41,7 @@ class WeightFiles:
 
     @property
     def note(self) -> str:
-        """What is loaded and what is not, in a line; empty where there is nothing else."""
+        """Note on loaded and ignored files; empty without others."""
         if not self.ignored:
             return ""
         taken = f"the {len(self.loaded)} shards of {self.index}" if self.index else self.loaded[0]

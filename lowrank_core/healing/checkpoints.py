@@ -1,4 +1,4 @@
-"""What a healing needs to go on after its process was killed: one safetensors file, replaced as a whole."""
+"""Checkpoint of a healing: one safetensors file, replaced atomically."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ class _Course:
         return "patience" if waited >= self._config.patience else None
 
     def _better(self, kl: float, nll: float) -> bool:
-        """Whether these figures are the best so far by the criterion."""
+        """Whether these losses are the best so far by the criterion."""
         best = next(point for point in self._history if point.step == self._best_step)
         return self._config.figure(kl, nll) < self._config.figure(best.kl, best.nll)
 

@@ -1,1 +1,1 @@
-"""What stands where a linear layer stood: plain factors, pivoted ones, stacks, per-head factors, each in floats or int8."""
+"""Replacements of linear layers: plain factors, pivoted ones, stacks, per-head factors, in floats or int8."""

@@ -1,4 +1,4 @@
-"""What all modules that stand for a linear layer have in common, and how ``config.json`` describes one."""
+"""Common base of low-rank layers, and their entries in ``config.json``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["CompressedModule", "Entry", "PivotIndex", "parameter_like"]
 
 @dataclass(frozen=True)
 class Entry:
-    """What ``config.json`` says of one compressed layer; each value is checked when it is asked for.
+    """Entry of a compressed layer in ``config.json``; values are checked on access.
 
     Attributes:
         name: dotted path of the layer.

@@ -1,4 +1,4 @@
-"""The low-rank layer without the numbers that its others tell (PIFA, arXiv 2501.19090)."""
+"""Pivoted low-rank layer (PIFA, arXiv 2501.19090): same matrix, r(m+n-r) parameters."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class PivotedFactors:
 
     @property
     def offsets(self) -> tuple[int, ...]:
-        """Where each member's slice of ``rows`` begins."""
+        """Start of each member's slice of ``rows``."""
         counts = [len(own) for own in self.pivots]
         return (0, *accumulate(counts[:-1]))
 

@@ -1,4 +1,4 @@
-"""Bases: ways to weigh the error of a matrix, and so to order its directions. Torch-free; ``factorization`` does the arithmetic."""
+"""Error metrics: ways to weigh the error of a matrix, and so to order its directions. Torch-free; ``factorization`` does the arithmetic."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["METRICS", "WRAPPERS", "ErrorMetric", "Grouping", "Metric", "LayerDat
 _SINGLE: tuple[ErrorMetric, ...] = (POOLED_FEATURE, WEIGHT_SVD, FISHER_ROWS, ACTIVATION_SCALED, WHITENED, TWO_SIDED, TWO_SIDED_HALF)
 
 WRAPPERS: Mapping[str, Wrapper] = MappingProxyType({basis.title: basis for basis in (SHARED_INPUT, CROSS_LAYER, DRIFT_AWARE, REFITTED)})
-"""Bases around another one: ``shared_input:two_sided`` is one, ``shared_input`` alone wraps its default."""
+"""Metrics around another one: ``shared_input:two_sided`` is one, ``shared_input`` alone wraps its default."""
 
 METRICS: Mapping[str, ErrorMetric] = MappingProxyType({basis.name: basis for basis in (*_SINGLE, *WRAPPERS.values(), DATA_FREE_JOINT)})
 

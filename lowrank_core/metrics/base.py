@@ -1,4 +1,4 @@
-"""What a basis is: a way to weigh the error of a matrix. Which directions to keep follows from it, once, for every rank.
+"""Error metrics: ways to weigh the error of a matrix, which fix the order of directions for every rank.
 
 Notation::
 
@@ -69,7 +69,7 @@ class Metric:
 
 
 class ErrorMetric(Protocol):
-    """A method of METHODS §3."""
+    """A metric of docs/methods.md §3."""
 
     @property
     def name(self) -> str: ...
@@ -79,11 +79,11 @@ class ErrorMetric(Protocol):
     def reference(self) -> str: ...
     @property
     def needs_data(self) -> bool:
-        """Whether statistics of the inputs matter."""
+        """Whether it needs statistics of the inputs."""
 
     @property
     def needs_gradients(self) -> bool:
-        """Whether moments of the output gradients matter."""
+        """Whether it needs moments of the output gradients."""
 
     @property
     def sequential(self) -> bool:
@@ -91,7 +91,7 @@ class ErrorMetric(Protocol):
 
     @property
     def refit_steps(self) -> int:
-        """Turns of least squares that refit the dense model's factors to the drifted input; 0 where they are decomposed again."""
+        """Least-squares turns that refit the dense model's factors to the drifted input; 0 where they are decomposed again."""
 
     @property
     def centred(self) -> bool:
@@ -116,7 +116,7 @@ def one_by_one(shapes: Sequence[MatrixShape]) -> Grouping:
 
 
 class SingleMatrix:
-    """What most methods have in common: no gradients, no sequence, no bias, one matrix at a time."""
+    """Defaults: no gradients, no sequence, no bias, one matrix at a time."""
 
     needs_data: bool = True
     needs_gradients: bool = False

@@ -11,7 +11,7 @@ __all__ = ["REFITTED", "Refitted"]
 
 @dataclass(frozen=True)
 class Refitted(DriftAware):
-    """M of MPIFA, arXiv 2501.19090: the inner basis' factors at their rank, refitted by turns of least squares, up first, then down.
+    """M of MPIFA, arXiv 2501.19090: the inner basis' factors at their rank, refitted by least-squares turns, up first, then down.
 
     The target is W((1-β)x' + βx) from x', as in a drift-aware basis, whose closed form is what many turns come down to. ``drift_beta`` of
     the config is β: the paper's is 0.25.

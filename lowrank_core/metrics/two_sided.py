@@ -14,7 +14,7 @@ class TwoSided(SingleMatrix):
     """e = ½ tr(G^γ ΔW C ΔWᵀ), with G = E[g gᵀ] of the gradients g at the output. IO-SVD, arXiv 2605.15626; K-FAC, 1503.05671.
 
     With γ = 1 it is K-FAC's second-order estimate of the KL divergence to the dense model, in nats per token: comparable across
-    layers. C is the covariance of the inputs, and the bias keeps the mean output exact (METHODS §1, Centring).
+    layers. C is the covariance of the inputs, and the bias keeps the mean output exact (docs/methods.md §1, Centring).
     """
 
     gamma: float = 1.0

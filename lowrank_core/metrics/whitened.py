@@ -1,4 +1,4 @@
-"""Whitened inputs: the least error of the outputs on the calibration text."""
+"""Whitened inputs: minimum error of the outputs on the calibration text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers are an attention's value and output projections: seen in a forward pass, verified by another, not guessed from names.
+"""Value and output projections of attention: traced in one forward pass, verified by another, not guessed from names.
 
 Notation::
 
@@ -43,7 +43,7 @@ class DroppedHeads:
 
 @dataclass(frozen=True)
 class Heads:
-    """What can be compressed by heads, verified, and what only looked like it."""
+    """Verified per-head units, and rejected candidates."""
 
     units: tuple[HeadUnit, ...]
     dropped: tuple[DroppedHeads, ...]

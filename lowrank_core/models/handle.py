@@ -156,7 +156,7 @@ class ModelHandle:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """What every parameter is, compressible or left alone and why; adds up to ``parameters``."""
+        """Kind of every parameter; sums to ``parameters``."""
         prefix, blocks = blocks_of(self.module)
         result = coverage_of(self.module, prefix, blocks, {layer.name for layer in self.layers})
         return Coverage.of([*result.parameters.items(), ("lowrank", self._indices + self._int8 + self._scales)])

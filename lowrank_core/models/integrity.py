@@ -1,4 +1,4 @@
-"""Whether the weight files of a folder are those that were written: by the hashes that ``lowrank.json`` lists."""
+"""Integrity of a folder's weight files, by the hashes in ``lowrank.json``."""
 
 from __future__ import annotations
 

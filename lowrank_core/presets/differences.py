@@ -1,4 +1,4 @@
-"""Where a preset departs from the paper that it is named after, or from the code published with it. Torch-free.
+"""Differences of presets from their papers and published code. Torch-free.
 
 Where paper and published code disagree, the text says which was taken. All presets share what ``COMMON`` says.
 """
@@ -17,7 +17,7 @@ COMMON = (
     "`bolaco`), where published codes round each matrix down by itself. One-shot: no fine-tuning afterwards, which most of the papers "
     "add."
 )
-"""What no preset does as its paper."""
+"""Differences common to all presets."""
 
 DIFFERS: Mapping[str, str] = MappingProxyType(
     {

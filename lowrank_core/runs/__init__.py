@@ -10,7 +10,7 @@
     │   ├── status.json      state, stage, progress, heartbeat; replaced atomically by the worker
     │   ├── model.json       what the model is made of              ─┐
     │   ├── text.json        splits, windows, tokens, hashes         │ written by the worker,
-    │   ├── calibration.json figures of the statistics               │ each when its stage is done
+    │   ├── calibration.json summary of the statistics               │ each when its stage is done
     │   ├── selection.json   windows that a search as published took  │
     │   ├── spectra.npz      singular values and eigenvalues         │
     │   ├── curves.npz       errors by unit and rank                 │

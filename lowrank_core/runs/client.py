@@ -36,7 +36,7 @@ TEMPERATURE = 0.5
 BACKGROUND = ("sensitivity",)
 """Kinds of requests that wait for everything else, trials included, and yield for it at each step."""
 WARM_SECONDS = 300
-"""How long a worker without work keeps its model, to answer the next request at once."""
+"""Seconds that an idle worker keeps its model loaded."""
 
 
 def start_worker(run: Run) -> None:

@@ -31,7 +31,7 @@ class RunStatus:
         dense_warnings: why comparisons with the dense model may say nothing.
         pid, pid_started: the process, and its start time as the system tells it (a pid alone may be reused).
         heartbeat: time of this record, seconds since the epoch.
-        earlier_stop: the stop (``Run.stop_asked``) that stood before the work in hand began, and does not end it.
+        earlier_stop: the stop (``Run.stop_asked``) that stood before the current work began, and does not end it.
         timings: seconds that each finished stage took.
     """
 

@@ -47,7 +47,7 @@ def next_point(scheme: PublishedScheme, trials: Sequence[FrozenTrial], seed: int
     """Return the next point to measure.
 
     Args:
-        trials: that have a point and a value; the least is best.
+        trials: that have a point and a value; the lowest is best.
         seed: of this trial.
         initial: points before the process takes over.
         random: draw every point.

@@ -1,4 +1,4 @@
-"""What sets a spectrum apart from chance: the bulk of a random matrix, and the exponent of a heavy tail. Numpy only.
+"""Random-matrix bulk and heavy-tail exponent of a spectrum. Numpy only.
 
 Notation::
 

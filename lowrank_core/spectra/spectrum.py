@@ -1,4 +1,4 @@
-"""Spectra of a layer's weight and of its features, and the figures drawn from them. Numpy only.
+"""Spectra of a layer's weight and features, and metrics of them. Numpy only.
 
 Notation::
 

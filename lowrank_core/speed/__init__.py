@@ -1,4 +1,4 @@
-"""How fast a model reads and writes, and the memory that it takes: measured warm, two models in turns."""
+"""Speed and peak memory of models, warm, two models in alternation."""
 
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.speed.comparison import SpeedComparison, compare_speed

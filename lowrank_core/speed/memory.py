@@ -36,7 +36,7 @@ class MemoryReport:
     Attributes:
         loading: while the model was loaded.
         running: afterwards, while prompts were read and continued.
-        measured: what is in these figures.
+        measured: what the peaks include.
     """
 
     loading: int | None
@@ -101,7 +101,7 @@ def measure_memory(source: ModelSource, config: SpeedConfig, *, fingerprint: str
         fingerprint: that the model must have there, where it is known.
 
     Raises:
-        ModelError: that process ended early, or found another model.
+        ModelError: that process ended early, or loaded another model.
     """
     threads = torch.get_num_threads()
     request = {"source": to_mapping(source), "config": asdict(config), "threads": threads, "fingerprint": fingerprint}

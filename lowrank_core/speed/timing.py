@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and writes tokens, greedily and with the key-value cache, as ``generate`` does."""
+"""Prefill and decode speed, greedy, with the key-value cache, as ``generate`` does."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What was measured of one model.
+    """Measurements of one model.
 
     Attributes:
         prefill_tokens_per_second: prompt tokens of all prompts over the time that reading them took.

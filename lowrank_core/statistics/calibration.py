@@ -40,7 +40,7 @@ from lowrank_core.wording import amount
 __all__ = ["LayerStatistics", "cached_statistics", "collect_statistics", "load_statistics", "statistics_key"]
 
 _FORMAT = 3
-"""Raise it when the meaning of a stored statistic changes: old caches are then not found."""
+"""Raise it when the meaning of a stored statistic changes: old caches are then ignored."""
 
 _MATRICES = 5
 """Float64 matrices that an input holds at most while its block is calibrated: group, total, pool, and two on the way out."""
@@ -77,7 +77,7 @@ class LayerStatistics:
         )
 
     def describe(self, spectra: Sequence[LayerSpectrum], layers: Sequence[LayerSpec]) -> dict[str, object]:
-        """Return the figures of each input, ready for JSON; ``spectra`` tell the conditions of the covariances."""
+        """Return the metrics of each input, ready for JSON; ``spectra`` give the conditions of the covariances."""
         members: dict[str, list[str]] = {}
         for layer in layers:
             members.setdefault(layer.input_group, []).append(layer.name)
@@ -226,7 +226,7 @@ class _Calibration:
 
     @property
     def stored_blocks(self) -> int:
-        """How many blocks ``folder`` has, from the first one on."""
+        """Return the number of consecutive stored blocks in ``folder``."""
         assert self.folder is not None
         return next((b for b in range(self.blocks) if not block_path(self.folder, "inputs", b).exists()), self.blocks)
 

@@ -1,4 +1,4 @@
-"""Moments of output gradients: the true Fisher, with labels drawn from the model's own distribution (METHODS §2).
+"""Moments of output gradients: the true Fisher, with labels drawn from the model's own distribution (docs/methods.md §2).
 
 Notation::
 
@@ -44,13 +44,13 @@ from lowrank_core.types import Progress
 __all__ = ["cached_gradients", "collect_gradients", "gradients_key", "sampled_labels"]
 
 _FORMAT = 1
-"""Raise it when the meaning of a stored gradient moment changes: old caches are then not found."""
+"""Raise it when the meaning of a stored gradient moment changes: old caches are then ignored."""
 
 _MEMORY_SHARE = 4
 """Gradient matrices of one pass take at most this part of the free memory."""
 
 _LOGITS = 2**27
-"""Most logits in a batch: half a GiB in float32, and as much again for each of their gradient and softmax."""
+"""Maximum number of logits in a batch: half a GiB in float32, and as much again for each of their gradient and softmax."""
 
 _LABEL_ROWS = 256
 """Tokens whose distribution is summed in float64 at a time."""

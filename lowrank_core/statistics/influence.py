@@ -1,4 +1,4 @@
-"""How much a block changes the hidden states: the block influence of ShortGPT, arXiv 2403.03853.
+"""Block influence of ShortGPT, arXiv 2403.03853: change of the hidden states by a block.
 
 Notation::
 

@@ -118,7 +118,7 @@ class MomentAccumulator:
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What calibration learned of one input, shared by all layers that read it.
+    """Statistics of one input, shared by all layers that read it.
 
     With ``downweighted`` calibration the mean, magnitudes and covariances are those of the weighted tokens, w_t = min(1, (3 ν / ‖x_t‖)²)
     with ν the median of ‖x_t‖ over the token's window (all 1 where ν is 0), and covariances are normalised as weights relative to
@@ -164,7 +164,7 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class OutputStatistics:
-    """What the output gradients of one layer tell: its part of the true Fisher, labels sampled from the model's own distribution.
+    """Gradient statistics of one layer's output: its part of the true Fisher, with labels sampled from the model.
 
     ½ tr(G ΔW S ΔWᵀ), S = E[x xᵀ], estimates the KL divergence in nats per token that a change ΔW of the weights causes (K-FAC,
     arXiv 1503.05671: x and g, and the tokens of a window, taken as independent; where attention sums a shift that all tokens share,

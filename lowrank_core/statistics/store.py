@@ -267,11 +267,11 @@ class HiddenStates:
             self._previous = self._mapped(paths[0], getattr(torch, dtype), shape, new=False)
 
     def read(self, span: slice) -> Tensor | None:
-        """Return the hidden states of some windows before the block in hand; None for the first block."""
+        """Return the hidden states of some windows before the current block; None for the first block."""
         return None if self._previous is None else self._previous[span]
 
     def write(self, span: slice, hidden: Tensor) -> None:
-        """Keep the hidden states of some windows after the block in hand.
+        """Store the hidden states of some windows after the current block.
 
         Raises:
             ModelError: the disk has no room for them.

@@ -1,4 +1,4 @@
-"""What a trial, and any other compressed model of a run, is called: the one name of every page, of the report and of the commands."""
+"""Names of trials and models: one rule for pages, report and commands."""
 
 from __future__ import annotations
 

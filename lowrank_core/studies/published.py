@@ -170,7 +170,7 @@ class PublishedScheme:
     def initial(self, count: int, seed: int) -> Points:
         """Return the first ``count`` points (count, groups): ``first``, and of a hundred draws those that lie farthest.
 
-        As in the published code each is the draw whose least distance to those chosen before is largest, in the unit cube.
+        As in the published code each is the draw whose minimum distance to those chosen before is largest, in the unit cube.
         """
         draws = self.draw(np.random.default_rng([seed, 0]), _CANDIDATES)
         chosen = [self.first]

@@ -82,7 +82,7 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class TrialCounts:
-    """How many trials a study has, by what became of them: the one count of every page, of the report and of the commands.
+    """Number of trials by state: one count for pages, report and commands.
 
     Attributes:
         complete: of the search itself, measured to the end or stopped early: what its number of trials counts.
@@ -104,7 +104,7 @@ class TrialCounts:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """What to say next to the number of complete trials; nothing of what there is none of."""
+        """Words next to the number of complete trials; empty where all counts are zero."""
         counted = (
             (self.pruned, "stopped early"),
             (self.outside, "outside the budget, measured and never the best"),
@@ -247,7 +247,7 @@ def records_of(study: optuna.Study) -> list[TrialRecord]:
 
 
 def best_trial(trials: Sequence[TrialRecord]) -> TrialRecord | None:
-    """Return the complete trial of least value (the earliest of equals), or None."""
+    """Return the complete trial of lowest value (the earliest of equals), or None."""
     complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
     return min(complete, key=lambda trial: (trial.value, trial.number), default=None)
 

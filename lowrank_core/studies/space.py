@@ -4,7 +4,7 @@
 budget is spent exactly, and every trial is feasible. As published (``studies.published``), they are the kept fractions themselves, and
 only points that meet the budget are drawn.
 
-``errors``: a point is a vector of weights w in [1/SPREAD, SPREAD] on the errors of the bases, and the allocator ``lagrangian`` minimises
+``errors``: a point is a vector of weights w in [1/SPREAD, SPREAD] on the errors of the units, and the allocator ``lagrangian`` minimises
 Σ w_i e_i(r_i) within the budget: at w = 1 the point is its own allocation, and a search starts there. Only ratios matter, so the group
 with the most parameters has weight 1 and no variable. A stack has the mean weight of its members (geometric, by parameters).
 
@@ -59,7 +59,7 @@ _MAX_GP_VARIABLES = 30
 
 @dataclass(frozen=True)
 class Baseline:
-    """What an allocator does, as a trial: a point of the space where it is one, else its ranks.
+    """An allocator as a trial: a point of the space if possible, else its ranks.
 
     Attributes:
         label: name of the allocator.
@@ -77,7 +77,7 @@ class Baseline:
 
     @property
     def key(self) -> str:
-        """What tells it from the others of its study."""
+        """Key within its study."""
         return f"{self.place or self.label} {self.compression_ratio:.6f}"
 
 
@@ -202,7 +202,7 @@ class SearchSpace:
 
     @cached_property
     def scheme(self) -> PublishedScheme | None:
-        """How points are drawn as published; None where they are projected.
+        """Scheme of a published search; None for projected points.
 
         Raises:
             BudgetError: no point meets the budget.

@@ -1,4 +1,4 @@
-"""Where a study lives: a journal file in the run directory, or a database that several machines share. Torch-free."""
+"""Storage of a study: a journal in the run directory, or a database shared by machines. Torch-free."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What trials tell of the variables of a search: their ranges, and how much each matters. Torch-free.
+"""Ranges and importance of a search's variables, from trials. Torch-free.
 
 Importance is a share of the variance of the loss over the whole space (``studies.importance``), not over the trials: a search by a model
 settles early what matters, and then varies what doesn't. A comparison of the better half of the trials with all of them (PED-ANOVA,

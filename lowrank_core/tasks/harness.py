@@ -30,7 +30,7 @@ _HOW_TO_BE_LOCAL = (
 
 @dataclass(frozen=True)
 class Answers:
-    """What lm-eval returned for one model.
+    """Result of lm-eval for one model.
 
     Attributes:
         results: its mapping of results, samples of single documents included.

@@ -1,4 +1,4 @@
-"""Which tasks to run, and what they gave."""
+"""Settings and results of tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["TaskScore", "TasksConfig", "TasksReport"]
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """Which tasks, and on how many documents.
+    """Tasks and number of documents.
 
     Attributes:
         tasks: names of tasks, groups or tags of lm-eval, or patterns of them (``mmlu_*``).
@@ -80,7 +80,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TasksReport:
-    """What tasks gave.
+    """Results of tasks.
 
     Attributes:
         scores: in the order of lm-eval.

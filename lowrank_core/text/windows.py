@@ -148,7 +148,7 @@ def load_windows(
 
 @dataclass(frozen=True)
 class _Cut:
-    """Which windows of a text to take."""
+    """Windows to take from a text."""
 
     split: str
     count: int | None = None

@@ -149,7 +149,7 @@ def _curves(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
 
 
 Kind = Callable[[WorkerContext, Mapping[str, object]], Answer]
-"""What a kind of request does with its arguments."""
+"""Kind of a request -> handler."""
 
 _KINDS: Mapping[str, Kind] = MappingProxyType(
     {

@@ -1,6 +1,6 @@
 """Further workers of a study: on this machine through the run directory, on others through the database that holds the study.
 
-A worker that joins prepares model, text, statistics and bases by itself, or reads the statistics where they are stored, and refuses to
+A worker that joins prepares model, text, statistics and factors itself, or reads the statistics where they are stored, and refuses to
 measure anything if they are not those of the study.
 """
 

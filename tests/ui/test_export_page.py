@@ -154,7 +154,7 @@ def test_a_healing_is_repeated_by_two_commands(app):
     assert (arguments.command, str(arguments.out)) == ("heal", "trial-3-distill-12345678")
     assert (source_of(arguments).reference, text_of(arguments)) == ("trial-3", run.config.text)
     assert config_of(arguments, HealingConfig) == HealingConfig(steps=40)
-    assert "Write the one-shot model, and heal it:" in words(test)
+    assert "Write the one-shot model, and heal that model:" in words(test)
     test.selectbox(key="export_dtype").set_value("float32").run()
     assert any("--out trial-3-float32 --export-dtype float32\nlowrank heal --model trial-3-float32" in block.value for block in test.code)
 
@@ -201,8 +201,9 @@ def test_every_option_of_a_healing_is_in_its_command(app):
 
 def test_a_healing_of_no_trial_is_made_of_its_ranks(app):
     _, test, codes = shown_healed(app, allocation="energy")
-    assert "Save “Allocation (JSON)” below as trial-3-distill-12345678.json; then make the one-shot model of it, and heal it:" in words(
-        test
+    assert (
+        "Save “Allocation (JSON)” below as trial-3-distill-12345678.json; then make the one-shot model of it, and heal that model:"
+        in words(test)
     )
     assert any(code.startswith("lowrank compress") and "\nlowrank heal --model trial-3-distill-12345678-one-shot" in code for code in codes)
     assert downloads(test)["Allocation (JSON)"]

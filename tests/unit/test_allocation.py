@@ -343,7 +343,7 @@ def test_marginal_works_where_nothing_is_lost():
 
 @pytest.mark.parametrize("name", [name for name, method in ALLOCATORS.items() if method.needs_curves])
 def test_rules_without_the_errors_that_they_need_are_refused(name: str):
-    with pytest.raises(ConfigError, match=f"{name} works from the errors of the bases; factorise first"):
+    with pytest.raises(ConfigError, match=f"{name} works from the errors of the units; factorise first"):
         allocate(name, [single("a")], 0.3)
 
 

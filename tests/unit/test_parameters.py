@@ -118,7 +118,7 @@ def test_alternatives_are_counted_once():
 @pytest.mark.parametrize("kept", [0.2, 0.5, 0.8])
 @pytest.mark.parametrize(("d_out", "d_in"), [(1000, 1000), (1000, 300)])
 def test_the_pivoted_rank_of_a_budget_solves_its_quadratic_equation(kept: float, d_out: int, d_in: int):
-    """r = ((m + n) - √((m + n)² - 4 m n κ)) / 2, METHODS §4, but for the indices; at κ = 0.8 a square layer carries 0.553 d."""
+    """r = ((m + n) - √((m + n)² - 4 m n κ)) / 2, docs/methods.md §4, but for the indices; at κ = 0.8 a square layer carries 0.553 d."""
     rank = single(d_out, d_in, storage="pivoted").rank_for_parameters(kept * d_out * d_in)
     both = d_out + d_in
     assert rank == pytest.approx((both - (both**2 - 4 * d_out * d_in * kept) ** 0.5) / 2, abs=3)

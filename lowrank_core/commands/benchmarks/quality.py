@@ -36,7 +36,7 @@ class QualityRow:
         bytes: of the whole model as it is stored.
         int8_bytes, int8_perplexity, int8_kl: of the same model with its factors in 8 bits; None where that was not asked for.
         seconds: from the decompositions to the compressed model, those shared by all ratios included; calibration left out.
-        error: why it could not be made at this ratio; the figures are then None.
+        error: why it could not be made at this ratio; the metrics are then None.
     """
 
     recipe: str
@@ -169,14 +169,14 @@ def _searched(table: _Table, source: ModelSource, text: TextConfig, ratio: float
 
 
 def as_markdown(rows: Sequence[QualityRow]) -> str:
-    """Return a Markdown table of recipes against ratios, one with all figures by ratio and then by KL, and the protocol."""
+    """Return Markdown tables of recipes: by ratio, with all metrics by ratio and KL, and the protocol."""
     measured = [row for row in rows if row.dense_perplexity is not None]
     protocols = sorted({f"Dense perplexity {row.dense_perplexity:.3f}; {row.protocol}." for row in measured})
     return "\n\n".join([_overview(rows), _details(rows), *protocols])
 
 
 def _overview(rows: Sequence[QualityRow]) -> str:
-    """Return perplexity above dense and KL, a column for each ratio; the least KL, summed over the logarithms, at the top."""
+    """Return perplexity above dense and KL, a column per ratio; the lowest KL, summed over logarithms, first."""
     ratios = sorted({row.compression_ratio for row in rows})
     recipes: dict[str, dict[float, QualityRow]] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""How fast a search comes down: schemes side by side, several seeds, and what a cheaper trial changes."""
+"""Benchmark of search convergence over seeds, and of cheaper trials."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def _with_windows(config: SearchConfig, text: TextConfig) -> SearchConfig:
 
 
 def _judge(session: RunContext, bench: TrialBench, config: SearchConfig) -> Callable[[TrialRecord], float | None]:
-    """Return what tells the KL of a trial on the table's windows: as it was measured where trials see those, else measured again."""
+    """Return a function for the KL of a trial on the table's windows, reusing the trial's own where possible."""
     if config.projected:
         return lambda trial: trial.kl
     windows = session.windows.validation
@@ -280,7 +280,7 @@ def _table(ratio: float, curves: Sequence[Curve]) -> str:
 
 
 def _spread(values: Sequence[float | None]) -> str:
-    """Return median (least to largest) over the seeds."""
+    """Return median (min to max) over the seeds."""
     result = [value for value in values if value is not None]
     if len(result) < len(values):
         return "–" if not result else f"– in {len(values) - len(result)} of {len(values)}"

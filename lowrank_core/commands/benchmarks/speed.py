@@ -1,4 +1,4 @@
-"""What things cost, as ratios against something in the same run: machines are noisy, ratios less so."""
+"""Benchmark of costs as ratios within one run: machines are noisy, ratios less so."""
 
 from __future__ import annotations
 

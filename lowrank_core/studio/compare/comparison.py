@@ -50,11 +50,11 @@ class Comparison:
         kl_interval: of the KL divergence, bootstrap over windows.
         perplexity_ratio_interval: of compressed / original, paired by window.
         window_nll, dense_window_nll: mean of each window, in nats per token.
-        by_position: figures over ranges of positions, as ``studio.compare.loss_details`` reads them.
+        by_position: metrics over ranges of positions, as ``studio.compare.loss_details`` reads them.
         flops, dense_flops: for one token, as ``accounting.FLOPS_MEANING`` says; None where they were not counted.
         compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model.
         shown: ``model_name`` of the label among the run's trials; empty where they were not given.
-        warnings: what makes these figures say less than they seem to.
+        warnings: caveats.
         key: what a request calls the model, but for the number of a trial that a rule chose; see ``label_of``.
     """
 
@@ -169,7 +169,7 @@ def _key(body: JsonMapping) -> str:
 
 
 def comparisons(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Comparison]:
-    """Return the newest measurement of each model on the run's test text, one-shot and healed by themselves; the least perplexity first.
+    """Return the newest test measurement of each model, one-shot and healed separately; the lowest perplexity first.
 
     Models are called what they are called among ``trials``, those of the run.
     """
@@ -263,7 +263,7 @@ class Confirmed:
         protocol: how, in words.
         frame: columns trial, name, value (on search-validation text), perplexity, low, high, kl, kl_low, kl_high; the dense model first,
             then by value.
-        warnings: why these figures may say less than they seem to.
+        warnings: caveats.
     """
 
     protocol: str

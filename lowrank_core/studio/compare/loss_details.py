@@ -148,7 +148,7 @@ class WindowTable:
 
     Attributes:
         frame: columns window, original, compressed, difference (compressed - original), in nats per token.
-        mean: of the differences; better: share of windows where the compressed model predicts better; worst: where it loses most.
+        mean: of the differences; better: share of windows where compression predicts better; worst: that of the largest difference.
     """
 
     frame: pd.DataFrame

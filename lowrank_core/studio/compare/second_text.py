@@ -26,7 +26,7 @@ class OtherText:
     Attributes:
         own, other: names of the texts.
         own_protocol, other_protocol: how each was measured.
-        frame: a row for each model, the least ratio on the other text first: name; perplexity on each text (``own``, ``other``), the
+        frame: a row for each model, the lowest ratio on the other text first: name; perplexity on each text (``own``, ``other``), the
             original's (``…_dense``), compressed / original (``…_ratio``) with 95 % intervals (``…_low``, ``…_high``); KL on each.
     """
 

@@ -183,7 +183,7 @@ class MeasuredLoss:
         kept: fraction of the compressible linears' parameters that they keep.
         asked: the fraction that was asked for.
         frame: columns name, kept, kl (nats per token), perplexity: baselines and manual allocations, and the best of the sampled
-            ones; the least loss first.
+            ones; the lowest loss first.
     """
 
     kept: float

@@ -143,7 +143,7 @@ class Planned:
     Attributes:
         parameters: numbers in the weight files, biases, indices and scales included.
         bytes: of the tensors in them; without a header of some kilobytes.
-        exact: whether both are exact; else they are the most that it can be.
+        exact: whether both are exact; else they are upper bounds.
         dtype: of the floats.
     """
 

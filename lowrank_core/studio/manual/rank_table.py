@@ -166,7 +166,7 @@ class Bill:
         bytes, dense_bytes: of the whole model in the checkpoint's dtype.
         flops, dense_flops: for one token, as ``FLOPS_MEANING`` says.
         model, dense_model: parameters of the whole model.
-        step: the least that one more rank of a row that may move costs; None where nothing may.
+        step: the lowest cost of one more rank of an unlocked row; None where nothing may.
     """
 
     kept: int

@@ -28,11 +28,11 @@ MEMORY, DEVICE, DISK = "memory", "GPU memory", "disk"
 _FLOAT64 = 8  # bytes
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _MATRICES = 5
-"""Float64 matrices of an input of the block in hand, at most: group, total, pool, and two on the way out, as the worker checks it."""
+"""Float64 matrices of an input of the current block, at most: group, total, pool, and two on the way out, as the worker checks it."""
 _STORED = 2
 """Float64 matrices that are kept of each input: pooled and sample covariance."""
 _HIDDEN_FILES = 2
-"""Hidden states before and after the block in hand."""
+"""Hidden states before and after the current block."""
 _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,memory.free", "--format=csv,noheader,nounits")
 
 
@@ -110,7 +110,7 @@ def fit_of(facts: ModelFacts, config: RunConfig, machine: Machine) -> Fit:
         (
             FitLine("Weights", place, facts.parameters * held, f"{facts.parameters:,} parameters × {held} bytes"),
             FitLine(
-                "Statistics of the block in hand",
+                "Statistics of the current block",
                 place,
                 block * _FLOAT64 * matrices,
                 f"Σ n² over the distinct inputs of the widest block ({block:,}) × 8 bytes × {matrices} matrices",

@@ -1,6 +1,6 @@
 """Self-contained HTML report of a run: charts, tables, protocol, versions, seeds. Torch-free.
 
-Everything shown comes from the typed tables of ``views`` and the pictures of ``figures``; nothing is computed here. What comes from
+Everything shown comes from the typed tables and charts of ``studio``; nothing is computed here. What comes from
 files is escaped by the template, and the page's own policy lets no script run but the two that are in it.
 """
 

@@ -119,7 +119,7 @@ Block = Table | Chart | Facts | Note | Prose | Code | Download | Strip | Folded
 
 
 def metrics_in(blocks: Iterable[Block]) -> Iterator[Chart]:
-    """Yield the figures among ``blocks``, including collapsed ones."""
+    """Yield the charts among ``blocks``, including collapsed ones."""
     for block in blocks:
         if isinstance(block, Chart):
             yield block

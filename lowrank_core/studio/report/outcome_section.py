@@ -83,7 +83,8 @@ def _missing(run: Run, result: Sequence[Comparison], bodies: Sequence[JsonMappin
         return [
             Note(
                 "missing",
-                "Nothing was measured on test text yet. A search measures its best trials when it ends; measure others on the Compare page.",
+                "Nothing was measured on test text yet. A search measures its best trials when it ends; measure others "
+                "on the Compare page.",
             )
         ]
     measured = {body.get("trial") for body in bodies if body.get("ok") and body.get("kind") == "compare"}

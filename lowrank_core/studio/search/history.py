@@ -40,7 +40,7 @@ class History:
     Attributes:
         objective: label of the value, with its unit.
         trials: columns number, state, kind (one of ``KINDS``), value (NaN without one), partial (of what was stopped early: the mean
-            over the windows it saw, where the objective is one), best (least value so far), note.
+            over the windows it saw, where the objective is one), best (lowest value so far), note.
         baselines: label -> value of the enqueued baselines that are complete.
     """
 

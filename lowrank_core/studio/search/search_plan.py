@@ -72,7 +72,7 @@ class TimeEstimate:
         before: seconds until the first of them, in the run that was gone by, without what is kept of it on this machine; None where it did
             not tell.
         basis: what was gone by, in words.
-        selecting: seconds, at the most, for selecting windows as published; they come before the first trial, on top.
+        selecting: upper bound in seconds for selecting windows as published; they come before the first trial, on top.
     """
 
     trials: float

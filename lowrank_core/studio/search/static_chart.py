@@ -27,7 +27,7 @@ MARKS = {
     "outside budget": ("square", SKY),
     "failed": ("x", VERMILLION),
 }
-"""What a trial is -> shape and colour, those of the live charts; told apart without the colour."""
+"""Kind of a trial -> shape and colour, as in the live charts; distinct without the colour."""
 
 _HEIGHT = 400
 _ABOVE = 1.08  # least factor between the worst value and the trials that have none

@@ -1,4 +1,4 @@
-"""Embedding of figures in an HTML page: their JSON and one script."""
+"""Embedding of charts in an HTML page: their JSON and one script."""
 
 from __future__ import annotations
 

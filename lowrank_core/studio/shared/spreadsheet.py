@@ -7,7 +7,7 @@ import pandas as pd
 __all__ = ["csv_of"]
 
 _FORMULAS = ("=", "+", "-", "@", "\t", "\r")
-"""What spreadsheet programs take for the beginning of a formula; one that opens with an apostrophe is text."""
+"""First characters of formulas in spreadsheet programs; an apostrophe before makes text."""
 
 
 def csv_of(frame: pd.DataFrame) -> str:

@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 KINDS = ("sampled", "baseline", "manual", "running", "waiting", "stopped early", "outside budget", "failed")
-"""What a trial can be, for the eye: each has a shape of its own."""
+"""Kinds of trials, each with its own shape."""
 
 _BY_STATE = {"pruned": "stopped early", "infeasible": "outside budget"}
 

@@ -1,6 +1,6 @@
 """Shared parts of the live Vega-Lite charts.
 
-Not in Plotly like the other figures: Streamlit 1.67 builds a Plotly chart again whenever its data change, which flickers and
+Not in Plotly like the other charts: Streamlit 1.67 builds a Plotly chart again whenever its data change, which flickers and
 loses the zoom; to a Vega-Lite chart it sends the new rows. All that grows is therefore data, and the specification constant.
 """
 
@@ -52,7 +52,7 @@ _MARKS = {
     "outside budget": ("square", SKY),
     "failed": (_SALTIRE, VERMILLION),
 }
-"""What a trial is -> shape and colour; told apart without the colour."""
+"""Kind of a trial -> shape and colour; distinct without the colour."""
 _HOLLOW = ("stopped early",)
 
 
@@ -61,7 +61,7 @@ LEGEND: Spec = {"legend": {"orient": "top", "title": None, "columns": {"expr": "
 
 
 SIDES = ("below", "below left", "above")
-"""Where the name of a baseline can stand, by its line."""
+"""Label positions of a baseline."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class Metric:
         sources: names in SOURCES that it can be of; none where it is the module's own.
         ranks: whether it counts ranks, and can be shown as a share of full rank.
         share: whether it is a fraction in [0, 1], to be shown as percent.
-        from_zero: whether the colour scale begins at 0, or at the least value.
+        from_zero: whether the colour scale begins at 0, or at the minimum.
         log: whether colours follow the logarithm.
         known: whether a run has it.
     """

@@ -93,7 +93,7 @@ def atlas_spec(spectra: Sequence[LayerSpectrum], metric: str, facts: RunFacts = 
 
 
 def atlas(spectra: Sequence[LayerSpectrum], metric: str, source: str, *, relative: bool, facts: RunFacts = _NOTHING) -> LayerMap:
-    """Return the map of ``metric`` (a name in METRICS) of ``source`` (one of the metric's, if it has any).
+    """Return the map of ``metric`` (a name in METRICS) for ``source``, if it has any.
 
     ``relative`` shows ranks as a share of full rank. What is not defined is NaN, and says why.
     """

@@ -40,7 +40,7 @@ def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
     )
     with st.form("heal_form"):
         settings = _settings()
-        pressed = st.form_submit_button("Heal it", key="heal", icon=":material/healing:", disabled=run.recorded, help=why_not(run))
+        pressed = st.form_submit_button("Start", key="heal", icon=":material/healing:", disabled=run.recorded, help=why_not(run))
     if pressed:
         with boundary():
             submit(run, "heal", [trial], healing=to_mapping(HealingConfig(**settings)))

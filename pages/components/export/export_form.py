@@ -211,7 +211,7 @@ def _healed_command(result: HealingCommands) -> None:
         if result.ranks
         else "Write the one-shot model"
     )
-    st.caption(f"{first}, and heal it:")
+    st.caption(f"{first}, and heal that model:")
     st.code(result.lines, language="bash", wrap_lines=True)
     st.caption(
         "`lowrank heal` starts from the factors as stored, the worker started from those in memory: results may differ by rounding, "

@@ -75,7 +75,7 @@ def _setting(records: Sequence[SensitivityRecord]) -> SensitivityRecord:
         list(by_key),
         key="sensitivity_setting",
         format_func=lambda key: views.setting_label(by_key[key].setting) if key in by_key else key,
-        help="Cells of different bases, storages or windows are not compared.",
+        help="Cells of different metrics, storages or windows are not comparable.",
         width=460,
     )
     return by_key.get(chosen, records[0])
