@@ -31,7 +31,7 @@ def test_text_of_others_stays_text_and_tells_its_figures(compared, address, page
     strip = page.locator(".st-key-token_strip")
     token = strip.get_by_text(HOSTILE)
     token.wait_for()
-    assert "+2.000 nats; original 2.000, compressed 4.000" in token.get_attribute("title")
+    assert "+2.000 nats; dense 2.000, compressed 4.000" in token.get_attribute("title")
     assert "213, 94, 0" in token.evaluate("element => getComputedStyle(element).backgroundColor")
     assert strip.locator("img").count() == 0
     assert page.evaluate("window.hurt") is None

@@ -66,7 +66,7 @@ def test_another_model_behind_right_hashes_is_told(copied: Path, capsys: pytest.
     files = {name: {"bytes": file.bytes, "sha256": file.sha256} for name, file in listed_files(copied).items()}
     _edit(copied, lambda body: body.update(files=files))
     assert main(["verify", "--model", str(copied)]) == 1
-    assert "NOT the same (difference " in capsys.readouterr().out
+    assert "DIFFERENT (difference " in capsys.readouterr().out
 
 
 def test_a_damaged_file_is_told_before_anything_is_measured(copied: Path, capsys: pytest.CaptureFixture[str]):
@@ -88,7 +88,7 @@ def test_another_text_is_measured_but_not_compared(whole: Path, text_file: Path,
     options = ["--text", f"file:{text_file}", "--windows", "3", "--context", "16", "--split", "validation"]
     assert main(["verify", "--model", str(whole), *options]) == 0
     reported = capsys.readouterr().out
-    assert "there is nothing to compare with" in reported
+    assert "there is no comparison" in reported
     assert "validation split: 3 non-overlapping windows of 16 tokens" in reported
 
 

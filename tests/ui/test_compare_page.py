@@ -128,13 +128,13 @@ def test_requests_can_be_withdrawn_one_by_one_or_all(app, dead_worker):
     run = make_run()
     names = [client.submit(run, "compare", trial=trial) for trial in (3, "uniform", "lagrangian")]
     test = app("compare", run=run.id)
-    assert "3 requests wait for a worker" in words(test)
+    assert "3 requests are queued" in words(test)
     assert "Uniform: measuring on test text" in words(test)
     test.button(key=f"withdraw_{names[1]}").click().run()
     assert [arguments["trial"] for _, arguments in asked(run)] == [3, "lagrangian"]
     test.button(key="withdraw_all").click().run()
     assert asked(run) == []
-    assert "wait for a worker" not in words(test)
+    assert "are queued" not in words(test)
 
 
 def test_a_worker_at_work_shows_stage_and_time_left(app):

@@ -70,7 +70,7 @@ def test_what_will_be_written_is_told_before_and_follows_the_form(app):
     assert "Weights" in shown
     frame = next(element.value for element in test.dataframe if "share" in element.value)
     assert list(frame["form"]) == [
-        "Original",
+        "Dense",
         "Factors",
         "Factors",
         "Factors, int8",
@@ -123,7 +123,7 @@ def test_a_healed_model_is_asked_for_by_its_folder_and_is_written_as_it_is_alrea
     picker = next(box for box in test.selectbox if box.label == "Allocation or healed model")
     picker.set_value(name).run()
     assert test.button(key="export").disabled
-    assert "written already" in words(test)
+    assert "Already written" in words(test)
     test.toggle(key="export_int8").set_value(True).run()
     test.button(key="export").click().run()
     assert sound(test)

@@ -51,7 +51,7 @@ def test_differences_of_like_sizes_are_drawn_as_they_are():
     assert list(dots.x) == [0.5, 2.0]
     assert list(dots.error_x.array) == pytest.approx([0.05, 0.2])
     assert "logarithmic" not in figure.layout.xaxis.title.text
-    assert figure.layout.annotations[0].text == "Original, 20"
+    assert figure.layout.annotations[0].text == "Dense, 20"
 
 
 def test_an_axis_that_spans_magnitudes_says_so_and_marks_true_values():

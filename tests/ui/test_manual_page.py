@@ -107,7 +107,7 @@ def test_without_curves_nothing_is_predicted_and_the_worker_is_asked_for_them(ap
     assert sound(test)
     assert "This run has no error curves" in words(test)
     assert "Predicted KL –" in words(test)
-    assert "How far can the prediction be trusted" not in words(test)
+    assert "Accuracy of the prediction" not in words(test)
     press(test, "hand_curves")
     assert [request["kind"] for request in pending_requests(run)] == ["curves"]
     assert test.button(key="hand_curves").disabled
@@ -306,7 +306,7 @@ def test_who_opens_anothers_draft_writes_one_of_their_own(app, run):
 def test_a_draft_that_is_gone_becomes_a_note(app, run, token):
     test = app("manual", run=run.id, draft=token)
     assert sound(test)
-    assert any("draft of ranks that is no longer here" in info.value for info in test.info)
+    assert any("draft of ranks that no longer exists" in info.value for info in test.info)
     assert "Started from **Trial 3**" in words(test)
 
 
@@ -340,7 +340,7 @@ def test_a_draft_is_asked_for_and_waits(app, run):
     (request,) = pending_requests(run)
     assert request["kind"] == "measure"
     assert request["arguments"] == {"ranks": draft_on_disk(run)["ranks"]}
-    assert "Waits for the worker, which looks between two trials" in words(test)
+    assert "Waits for the worker, which checks between two trials" in words(test)
     assert test.button(key="measure_hand").disabled
 
 
@@ -404,7 +404,7 @@ def test_a_draft_can_wait_for_a_worker_that_ended(app):
     ranks = dict(allocation_from_ranks("", priced_units(), {priced_units()[0].name: 2}).ranks)
     submit(run, "measure", launch=False, ranks=ranks)
     test = app("manual")
-    assert "One other allocation waits" in words(test)
+    assert "One other allocation is queued" in words(test)
     upload(test, run, json.dumps({"ranks": ranks, "locked": []}).encode())
     assert any(button.key == "resume_measure" for button in test.button)
 

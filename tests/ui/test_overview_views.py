@@ -171,7 +171,7 @@ def test_the_sum_is_that_of_its_lines():
     result = memory_estimate.fit_of(facts(), CONFIG, ROOM)
     squares = 3 * HIDDEN**2 + FFN**2  # q, k, v share an input; so do gate and up
     assert line(result, "Weights").bytes == 4 * facts().parameters
-    assert line(result, "Statistics of the block").bytes == squares * 8 * 5
+    assert line(result, "Statistics of the current block").bytes == squares * 8 * 5
     assert line(result, "Statistics kept").bytes == BLOCKS * squares * 8 * 2
     assert line(result, "Hidden states").bytes == 40 * 32 * HIDDEN * 4 * 2
     passing = sum(m.d_in + m.d_out for m in matrices() if m.depth == 0)
@@ -240,7 +240,7 @@ def test_the_splits_of_a_file_are_counted_and_begin_where_they_begin(notes):
 def test_a_text_that_is_too_short_is_told_before_the_start(notes):
     result = text_preview.text_preview(f"file:{notes}")
     fewer, none, _ = text_preview.preview_warnings(result, TextConfig(context=1000, calibration_windows=9))
-    assert "may hold about 1 windows; 9 are asked for" in fewer
+    assert "may hold about 1 windows, fewer than the requested 9" in fewer
     assert "may hold no window of 1000 tokens" in none
     assert text_preview.preview_warnings(result, TextConfig(context=8, calibration_windows=2, validation_windows=2, test_windows=2)) == []
 
@@ -393,9 +393,9 @@ def test_numbers_that_were_measured_otherwise_are_kept_apart_and_it_is_said():
     result = compare_runs([first, second])
     assert list(result.frame["value_group"]) == ["A", "B"]
     assert list(result.frame["test_group"]) == ["A", "B"]
-    assert "Best values with different letters can't be set against each other" in result.notes[0]
+    assert "Best values with different letters are not comparable" in result.notes[0]
     assert "B: Perplexity of demo" in result.notes[0]
-    assert "Perplexities with different letters can't be set against each other" in result.notes[1]
+    assert "Perplexities with different letters are not comparable" in result.notes[1]
 
 
 def test_the_same_tokens_in_shorter_windows_are_another_measurement():

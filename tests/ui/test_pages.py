@@ -179,7 +179,7 @@ def test_compare_shows_both_perplexities_and_the_protocol(app):
     run = make_run()
     write_answers(run)
     shown = words(app("compare"))
-    assert "Perplexity, original 20.09" in shown
+    assert "Perplexity, dense 20.09" in shown
     assert "Perplexity, compressed 24.53" in shown
     assert "python-stdlib, test split, 4 windows of 32 tokens" in shown
     assert "30.0 % removed" in shown
@@ -192,7 +192,7 @@ def test_a_healed_model_stands_beside_the_one_shot_one(app):
     assert sound(test)
     table = next(frame.value for frame in test.dataframe if "form" in frame.value)
     assert list(table["form"]) == ["dense", "healed", "one-shot"]
-    assert list(table["allocation"]) == ["Original", "trial 3, healed by distill", "trial 3"]
+    assert list(table["allocation"]) == ["Dense", "trial 3, healed by distill", "trial 3"]
     shown = words(test)
     assert "40 steps" in shown
     assert "the state after step 20 was kept" in shown
@@ -350,7 +350,7 @@ def test_measuring_leaves_a_request_for_the_best_trial_and_each_baseline(app, mo
     assert sound(test)
     asked = [(request["kind"], request["arguments"]) for request in pending_requests(run)]
     assert asked == [("compare", {"trial": trial}) for trial in (3, "uniform", "lord_manual", "lagrangian")]
-    assert "wait for a worker" in words(test)
+    assert "are queued" in words(test)
 
 
 def test_a_prompt_is_asked_for_with_everything_that_decides_the_text(app):

@@ -121,7 +121,7 @@ def test_too_many_depth_groups_are_refused_before_anything_starts(app):
 
 def test_the_time_is_estimated_only_where_trials_were_measured(app):
     make_run(search=False)
-    assert "How long it takes isn't known until the first trial" in words(app("search"))
+    assert "No time estimate before the first trial" in words(app("search"))
     make_run(config=RICH, study=write_rich_study)
     shown = words(app("search"))
     assert "Estimate: about **6 min 00 s** for the trials" in shown
@@ -234,7 +234,7 @@ def test_confirmed_trials_are_shown_with_their_text(app):
     write_answers(make_run())
     shown = words(app("search"))
     assert "Confirmed on test text" in shown
-    assert "No trial saw this text" in shown
+    assert "No trial used this text" in shown
 
 
 def test_a_failed_search_says_why_and_can_be_resumed(app):

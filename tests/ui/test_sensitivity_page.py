@@ -30,7 +30,7 @@ def test_before_anything_is_measured_the_form_says_what_it_takes(app, dead):
     (request,) = client.pending_requests(run)
     assert request["kind"] == "sensitivity"
     assert (request["arguments"]["windows"], request["arguments"]["basis"]) == (3, "pooled_feature")
-    assert "waits for a worker" in words(test)
+    assert "is queued" in words(test)
     assert test.button(key="start_sensitivity").disabled
 
 
@@ -76,7 +76,7 @@ def test_only_types_are_enough_for_a_picture(app):
 def test_while_trials_run_the_page_says_that_they_go_first(app):
     run = make_run(state="running")
     client.submit(run, "sensitivity", launch=False)
-    assert "begins when the worker is done with what goes first. Now: Searching" in words(app("sensitivity"))
+    assert "is queued. Now: Searching" in words(app("sensitivity"))
 
 
 def test_a_failure_is_told_here_and_not_on_the_compare_page(app):

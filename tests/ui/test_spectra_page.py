@@ -108,7 +108,7 @@ def test_a_recorded_run_is_not_asked(app, tmp_path, monkeypatch):
     assert sound(test)
     assert test.button(key="find_directions").disabled
     assert "recorded run has no worker" in test.button(key="find_directions").help
-    assert "holds no text of others to show tokens in" in words(test)
+    assert "no text to show tokens from" in words(test)
 
 
 def test_energy_stands_beside_a_measured_loss_or_says_that_there_is_none(app):
@@ -118,7 +118,7 @@ def test_energy_stands_beside_a_measured_loss_or_says_that_there_is_none(app):
     table = next(frame.value for frame in test.dataframe if "kl" in frame.value)
     assert "Uniform (trial 0)" in list(table["name"])
     make_run(search=False)
-    assert "no loss is measured in this run yet" in words(app("energy"))
+    assert "this run has no measured loss yet" in words(app("energy"))
 
 
 def test_the_energy_of_all_modules_of_a_type_is_a_band(app):

@@ -133,7 +133,7 @@ def test_the_table_has_every_figure_and_dashes_where_an_older_worker_measured_le
     table = loss_details.comparison_table(result)
     assert set(table.columns) >= {*loss_details.LOST, *loss_details.SAVED}
     assert list(table["difference_interval"]) == ["–", "1.00 to 3.00", "1.00 to 3.00"]
-    assert list(table["allocation"]) == ["Original", "Trial 3", "Uniform"]
+    assert list(table["allocation"]) == ["Dense", "Trial 3", "Uniform"]
     assert list(table["flops"].fillna(-1)) == [1200, 900, -1]
     assert table["reverse_kl"][1] == 0.4
     assert table["top5"][1] == 0.9
@@ -220,7 +220,7 @@ def test_every_token_has_its_extra_loss_and_the_worst_come_first():
 
 
 def test_an_answer_with_too_few_figures_is_refused():
-    with pytest.raises(RunError, match="one figure for each token"):
+    with pytest.raises(RunError, match="one value for each token"):
         token_losses.strips([tokens_answer(pieces=["only", " two"])])
 
 
@@ -250,16 +250,16 @@ def test_speed_is_told_with_spread_and_protocol():
     assert [each.name for each in result] == ["Uniform", "Trial 3"]
     table = measured_speed.speed_table(result[0])
     assert list(table["original"][:2]) == ["1,000 (900 to 1,100)", "50 (45 to 55)"]
-    assert list(table["faster"]) == ["1.00 (0.90 to 1.10)", "2.00 (1.80 to 2.20)", "1.00 (0.90 to 1.10)", "0.50 of it", "0.50 of it"]
+    assert list(table["faster"]) == ["1.00 (0.90 to 1.10)", "2.00 (1.80 to 2.20)", "1.00 (0.90 to 1.10)", "0.50x", "0.50x"]
     assert len(measured_speed.speed_table(result[1])) == 3  # memory was not measured, nor anything counted
     counted = {"parameters": 100, "bytes": 2048}
     body = speed_answer() | {"dense_flops": 1200, "flops": 900}
     for name, factor in (("dense", 2), ("compressed", 1)):
         body[name] |= {key: factor * value for key, value in counted.items()}
     rows = measured_speed.speed_table(measured_speed.speeds([body])[0]).set_index("measure")
-    assert list(rows.loc["Parameters"]) == ["200", "100", "0.50 of it"]
-    assert list(rows.loc["Stored"]) == ["4.00 KiB", "2.00 KiB", "0.50 of it"]
-    assert list(rows.loc["FLOPs per token, linears and head"]) == ["1,200", "900", "0.75 of it"]
+    assert list(rows.loc["Parameters"]) == ["200", "100", "0.50x"]
+    assert list(rows.loc["Stored"]) == ["4.00 KiB", "2.00 KiB", "0.50x"]
+    assert list(rows.loc["FLOPs per token, linears and head"]) == ["1,200", "900", "0.75x"]
     ups = measured_speed.speedup_table(result)
     assert list(ups["median"]) == [1.0, 2.0, 1.0] * 2
     numbers = measured_speed.speed_numbers(result)

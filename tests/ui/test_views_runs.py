@@ -119,7 +119,7 @@ def test_the_comparison_table_begins_with_the_original():
     write_answers(run)
     bodies = results(run)
     table = loss_details.comparison_table(compare.comparisons(bodies))
-    assert list(table["allocation"]) == ["Original", "Trial 3", "Uniform"]
+    assert list(table["allocation"]) == ["Dense", "Trial 3", "Uniform"]
     assert table["perplexity"][0] == pytest.approx(math.exp(DENSE_NLL))
     assert table["removed"][0] == 0.0
     assert table["low"][0] < table["perplexity"][0] < table["high"][0]

@@ -119,7 +119,7 @@ def test_the_trial_table_names_kind_worker_and_start(rich):
 
 def test_variables_are_headed_by_what_they_mean(rich, ranged):
     assert history.search_variables(rich, SEARCH)[0].label == "Kept of q, k"
-    assert "before all are scaled" in history.search_variables(rich, SEARCH)[0].meaning
+    assert "before scaling" in history.search_variables(rich, SEARCH)[0].meaning
     assert "not scaled" in history.search_variables(rich, replace(SEARCH, projected=False))[0].meaning
     assert history.search_variables(rich, replace(SEARCH, variables="error_weight"))[1].label == "Weight of o"
     assert [v.label for v in history.search_variables(ranged, RANGE)] == ["Kept of q, k", "Target ratio"]
@@ -323,7 +323,7 @@ def test_confirmed_trials_stand_beside_what_the_search_saw():
     run = make_run()
     write_answers(run)
     result = compare.confirmed(results(run), read_trials(run))
-    assert list(result.frame["name"]) == ["Original", "Trial 3"]
+    assert list(result.frame["name"]) == ["Dense", "Trial 3"]
     row = result.frame.iloc[1]
     assert (row["value"], row["kl"], row["kl_low"], row["kl_high"]) == (0.35, 0.35, 0.3, 0.4)
     assert row["low"] < row["perplexity"] < row["high"]

@@ -174,7 +174,7 @@ def test_an_unmeasured_draft_is_told_what_to_expect_from_how_many_trials(units, 
     assert "Only 1 trial of this run can say" in expectation_words(record, units, searched[:1], ranks)
     assert "No trial of this run can say" in expectation_words(record, units, [], ranks)
     assert "**Extrapolated**" in expectation_words(record, units, searched, {next(iter(ranks)): 1})
-    assert "No loss is predicted" in expectation_words(record, units, searched, dict.fromkeys(ranks))
+    assert "The predicted loss is zero" in expectation_words(record, units, searched, dict.fromkeys(ranks))
     assert expectation_words(record, units, searched, {"unknown": 3}) == ""
 
 

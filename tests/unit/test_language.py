@@ -54,9 +54,10 @@ def _strings(tree: ast.AST, *, docs: bool) -> Iterator[tuple[int, str]]:
     """Yield line and text of the docstrings, those of attributes included, or of all other strings."""
     documented = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
     for node in ast.walk(tree):
-        if isinstance(node, ast.Constant) and isinstance(node.value, str) and (id(node) in documented) == docs:
-            if docs or not node.value.isidentifier() or node.value[0].isupper():
-                yield node.lineno, node.value
+        text = node.value if isinstance(node, ast.Constant) else None
+        named = isinstance(text, str) and text.isidentifier() and not text[0].isupper()
+        if isinstance(text, str) and (id(node) in documented) == docs and not named:
+            yield node.lineno, text
 
 
 def _hits(where: str, text: str, patterns: dict[str, str]) -> list[str]:

@@ -67,7 +67,7 @@ def test_a_run_with_a_worker_is_left_to_it(
     run = create_run(RunConfig(model=ModelSource(str(llama_checkpoint)), text=TextConfig(f"file:{text_file}")), path=tmp_path / "run")
     monkeypatch.setattr(Run, "worker_alive", lambda self: True)
     out, _ = printed(capsys, "--run", run.path, "--kept", 0.4)
-    assert "has a worker: it measures when its trials are done" in out
+    assert "has a worker, which measures when its trials are done" in out
     (request,) = client.pending_requests(run)
     assert request["arguments"]["kept"] == [0.4]
 
