@@ -1,4 +1,4 @@
-"""What the user chose, as frozen values that check themselves and turn into JSON and back.
+"""Configs: frozen values, validated when built, with conversion to and from JSON.
 
 ::
 

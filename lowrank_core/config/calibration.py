@@ -1,4 +1,4 @@
-"""How statistics are measured."""
+"""Settings of calibration."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TOKENS_PER_DIMENSION = 8
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How feature statistics are pooled (Bolaco, Eq. 4)."""
+    """Pooling of feature statistics (Bolaco, Eq. 4)."""
 
     group_size: int = option(
         32,

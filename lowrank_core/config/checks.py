@@ -1,4 +1,4 @@
-"""What several configs check of their values."""
+"""Shared validation of configs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How matrices are factorised, and what `lowrank compress` was asked for."""
+"""Settings of factorisation and of `lowrank compress`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["CompressRequest", "CompressionConfig"]
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """How matrices are factorised and stored."""
+    """Factorisation and storage of matrices."""
 
     basis: str = option(
         "pooled_feature",
@@ -72,7 +72,7 @@ class CompressionConfig:
 
 @dataclass(frozen=True)
 class CompressRequest:
-    """What `lowrank compress` was asked for: a ratio and an allocator, or a file of ranks; ``preset`` is empty if there was none.
+    """Arguments of `lowrank compress`: a ratio and an allocator, or a file of ranks; ``preset`` is empty if none.
 
     ``complete`` names the allocator that spends on the others what the locked ranks of the file leave of the budget; with ``slopes``
     errors are weighed by what they cost the model, measured on validation text. ``command`` is for the model card.

@@ -1,4 +1,4 @@
-"""What the user chose of a module's top directions."""
+"""Settings of top directions."""
 
 from __future__ import annotations
 

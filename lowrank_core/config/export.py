@@ -1,4 +1,4 @@
-"""How a compressed model is written."""
+"""Settings of an export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUANTIZATIONS = ("none", "int8")
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How a compressed model is written as a folder."""
+    """Form of a compressed model on disk."""
 
     form: str = option(
         "compressed",

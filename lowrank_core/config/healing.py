@@ -1,4 +1,4 @@
-"""What the user chose for a healing."""
+"""Settings of a healing."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ HEALER_LABELS = {
 """Name -> what people call it; ``healing.healers`` has one of each."""
 
 CRITERIA = ("objective", "kl", "perplexity")
-"""What validation may choose by: KL + α NLL, as distillation is trained, or one of the two alone."""
+"""Validation criteria: KL + α NLL, as distillation is trained, or one of the two alone."""
 
 
 @dataclass(frozen=True)
 class HealingConfig:
-    """How a compressed model is trained towards the dense one."""
+    """Training of a compressed model towards the dense one."""
 
     method: str = option("distill", "what is trained", label="Method", choices=HEALER_LABELS)
     steps: int = option(200, "of the optimiser, at most", label="Steps, at most", minimum=1)

@@ -23,7 +23,7 @@ _KEY = "option"
 
 @dataclass(frozen=True)
 class Option:
-    """What an option is.
+    """Declaration of an option.
 
     Attributes:
         help: a sentence: for ``--help``, the (i) of a form, and the docs.

@@ -1,4 +1,4 @@
-"""What a search tries, and by which rules."""
+"""Settings of a search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where model and text come from."""
+"""Sources of model and text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BOS_RULES = ("auto", "window", "none")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a causal language model comes from, and how to hold it."""
+    """Source of a causal language model, and its dtype and device."""
 
     reference: str = option("demo", "demo (the bundled model), a local folder, or a hub id", label="Model", flag="model")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", label="Device")
@@ -34,7 +34,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Which text, and how it is cut into windows."""
+    """Source of a text, and its windows."""
 
     reference: str = option(
         "python-stdlib",

@@ -1,4 +1,4 @@
-"""What is timed."""
+"""Settings of timing."""
 
 from __future__ import annotations
 
