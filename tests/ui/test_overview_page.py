@@ -31,7 +31,7 @@ def test_the_bundled_model_is_shown_before_anything_is_loaded(app):
     test = app("overview")
     assert sound(test)
     assert "model.embed_tokens.weight" in tree_of(test)
-    assert "left alone: embedding, and the head too: tied" in tree_of(test)
+    assert "not compressed: embedding, and the head too: tied" in tree_of(test)
     assert "84.6 % of them compressible" in words(test)
     assert "of memory (" in words(test)
     tables = [frame.value for frame in test.dataframe]
