@@ -88,8 +88,8 @@ def test_every_figure_has_axis_titles_a_fixed_height_and_keeps_zoom():
 
 def test_axes_say_kept_and_removed():
     drawn = figures()
-    assert "kept" in drawn["retained"].layout.yaxis.title.text
-    assert "removed" in drawn["left"].layout.yaxis.title.text
+    assert "Retained" in drawn["retained"].layout.yaxis.title.text
+    assert "Discarded" in drawn["left"].layout.yaxis.title.text
     assert "kept" in drawn["allocation"].data[0].colorbar.title.text
 
 
