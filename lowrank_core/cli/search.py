@@ -86,9 +86,11 @@ def _add_enqueue(parser: argparse.ArgumentParser) -> None:
 
 def run_search(arguments: argparse.Namespace) -> Result:
     from lowrank_core.commands.search import SearchPlace, search_in
+    from lowrank_core.studio.shared.protocol import trial_protocol
 
     place = SearchPlace(arguments.folder, arguments.storage_url, arguments.workers, arguments.ranks, arguments.complete)
-    return search_in(source_of(arguments), text_of(arguments), config_of(arguments, CalibrationConfig), _config(arguments), place)
+    calibration = config_of(arguments, CalibrationConfig)
+    return search_in(source_of(arguments), text_of(arguments), calibration, _config(arguments), place, trial_protocol)
 
 
 def _config(arguments: argparse.Namespace) -> SearchConfig:

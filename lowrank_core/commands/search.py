@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -20,7 +20,6 @@ from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.studies.naming import model_name, trial_label
 from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
 from lowrank_core.studies.storage import open_database
-from lowrank_core.studio.shared.protocol import trial_protocol
 from lowrank_core.types import Result
 from lowrank_core.worker.context import complete_trial
 from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of, unspent_of
@@ -58,7 +57,14 @@ def _figures(trial: TrialRecord, coverage: Coverage) -> Result:
     return {**figures, "compression_ratio": ratio, "model_compression_ratio": None if ratio is None else coverage.of_model(ratio)}
 
 
-def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, config: SearchConfig, place: SearchPlace) -> Result:
+def search_in(
+    source: ModelSource,
+    text: TextConfig,
+    calibration: CalibrationConfig,
+    config: SearchConfig,
+    place: SearchPlace,
+    protocol_of: Callable[[Run], str],
+) -> Result:
     """Make a run, work through it here, and export its best trial."""
     metric_named(config.compression.basis)
     if place.workers < 1:
@@ -78,7 +84,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         raise
     assert bench is not None
     if config.max_ratio is not None:
-        return _front_found(run, config, session.handle.coverage)
+        return _front_found(run, config, session.handle.coverage, protocol_of)
     trials = read_trials(run)
     best, coverage = _best_found(run, trials, config), session.handle.coverage
     assert best.compression_ratio is not None  # it is complete
@@ -100,7 +106,7 @@ def search_in(source: ModelSource, text: TextConfig, calibration: CalibrationCon
         "pruned": counts.pruned,
         "counts": asdict(counts),
         "baselines": baselines,
-        "protocol": (protocol := trial_protocol(run)),
+        "protocol": (protocol := protocol_of(run)),
         "confirmed": (confirmed := _confirmed(run)),
         "coverage": coverage.to_mapping(),
         "warnings": (warnings := [*unspent_of(config, allocation), *_warnings(run, confirmed)]),
@@ -135,7 +141,7 @@ def _best_found(run: Run, trials: list[TrialRecord], config: SearchConfig) -> Tr
     return best
 
 
-def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
+def _front_found(run: Run, config: SearchConfig, coverage: Coverage, protocol_of: Callable[[Run], str]) -> Result:
     trials = read_trials(run)
     front = [(trial, trial.compression_ratio) for trial in pareto_front(trials) if trial.compression_ratio is not None]
     if not front:
@@ -150,7 +156,7 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage) -> Result:
         "trials": counts.complete,
         "counts": asdict(counts),
         "front": [_figures(trial, coverage) for trial, _ in front],
-        "protocol": (protocol := trial_protocol(run)),
+        "protocol": (protocol := protocol_of(run)),
         "coverage": coverage.to_mapping(),
         "confirmed": (confirmed := _confirmed(run)),
         "warnings": (warnings := _warnings(run, confirmed)),
