@@ -190,6 +190,8 @@ def test_zoom_is_kept_while_trials_stream_in(searching, address, page):
         return page.locator(".st-key-history .role-axis-label text").all_text_contents()
 
     before = ticks()
+    plot.evaluate("plot => plot.scrollIntoView({block: 'center'})")
+    page.wait_for_timeout(500)
     box = plot.bounding_box()
     page.mouse.move(box["x"] + box["width"] * 0.8, box["y"] + box["height"] * 0.7)
     page.mouse.down()

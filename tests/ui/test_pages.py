@@ -192,7 +192,7 @@ def test_a_healed_model_stands_beside_the_one_shot_one(app):
     assert sound(test)
     table = next(frame.value for frame in test.dataframe if "form" in frame.value)
     assert list(table["form"]) == ["dense", "healed", "one-shot"]
-    assert list(table["allocation"]) == ["Dense", "trial 3, healed by distill", "trial 3"]
+    assert list(table["allocation"]) == ["Dense", "Trial 3, healed by distill", "Trial 3"]
     shown = words(test)
     assert "40 steps" in shown
     assert "the state after step 20 was kept" in shown

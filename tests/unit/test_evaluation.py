@@ -140,7 +140,8 @@ def test_a_reference_that_would_not_fit_says_what_to_lower(llama: ModelHandle, m
     with pytest.raises(TextError, match=r"--top-k 128.*take fewer windows.*lower --context"):
         DenseReference.compute(llama, windows, batch_size=8)
     for options in ({"reverse": True}, {"top_k": 4}):  # what can't be had, or is had already, is not proposed
-        with pytest.raises(TextError, match=r"compare with. Take fewer windows \(as published: --selected-windows\), or lower"):
+        named = r"compare with. Take fewer windows \(--validation-windows; as published: --selected-windows\), or lower"
+        with pytest.raises(TextError, match=named):
             DenseReference.compute(llama, windows, batch_size=8, **options)  # type: ignore[arg-type]
 
 

@@ -57,7 +57,7 @@ def importance_chart(frame: pd.DataFrame) -> VegaChart:
     x = {
         "field": "share",
         "type": "quantitative",
-        "title": "Share of the variance over the space (an estimate)",
+        "title": "Share of the variance (estimate)",
         "scale": {"domain": [0, 1]},
         "axis": axis,
     }
