@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,6 +74,7 @@ def healings(run: Run) -> list[Healing]:
         if body is None:
             continue
         body = with_current_names(body)
+        settings = body.get("healing")
         history = read_history(folder)
         paths = [path for name in ("history.json", "report.json", "request.json") if (path := folder / name).exists()]
         result.append(
@@ -81,7 +82,7 @@ def healings(run: Run) -> list[Healing]:
                 folder=folder.name,
                 label=str(body.get("label")),
                 allocation=str(body.get("allocation")),
-                settings=build(HealingConfig, dict(body.get("healing") or {}), f"{folder.name}/request.json"),
+                settings=build(HealingConfig, settings if isinstance(settings, Mapping) else {}, f"{folder.name}/request.json"),
                 history=history,
                 report=read_report(folder),
                 changed=max(path.stat().st_mtime for path in paths),

@@ -91,8 +91,8 @@ def _comparison(runs: Sequence[Run]) -> None:
     if result.options.empty:
         st.caption("These runs have the same options.")
         return
-    names = {"option": tables.text("Option"), **{run.id: tables.text(str(run.record["name"])) for run in runs}}
-    tables.table(result.options, names, key="run_options", alt="The options in which the picked runs differ")
+    names = (Column.text("option", "Option"), *(Column.text(run.id, str(run.record["name"])) for run in runs))
+    tables.show(Table(result.options, names, "Options in which the picked runs differ"), key="run_options")
 
 
 def _rename(run: Run) -> None:
