@@ -17,7 +17,7 @@ Stage = Callable[[str, int], AbstractContextManager[Progress | None]]
 """Is entered for a stage of work, given its name and how many steps it has (0: not known), and yields its progress."""
 
 Result = dict[str, object]
-"""What a command returns, ready for JSON; ``text`` is what it prints without ``--json``."""
+"""Return value of a command, ready for JSON; ``text`` is what it prints without ``--json``."""
 
 Vector = npt.NDArray[np.float64]
 

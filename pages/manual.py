@@ -62,7 +62,7 @@ with boundary():
     run = layout.page_run()
     search = run.config.search if run is not None else None
     if run is None or search is None:
-        text = "Manual allocation needs a search: it factorises every module once, and measures your ranks. Start one first."
+        text = "Manual allocation needs a search: it factorises every module once, and measures your ranks. Start a search first."
         layout.empty("No search in this run", text, icon=":material/tune:", page=navigation.SEARCH, label="Start a search")
         st.stop()
     facts = model_facts(run)

@@ -165,7 +165,7 @@ class Allocator(Protocol):
 
 
 class Rule:
-    """What most allocators need and do: nothing of it."""
+    """Defaults of an allocator: it needs nothing and measures nothing."""
 
     needs_curves = False
     needs_influence = False

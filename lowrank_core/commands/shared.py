@@ -1,4 +1,4 @@
-"""What several commands of ``lowrank`` share: how progress and warnings are shown."""
+"""Progress and warnings as commands print them."""
 
 from __future__ import annotations
 

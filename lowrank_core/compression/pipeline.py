@@ -128,13 +128,13 @@ class Pipeline:
 
     @cached_property
     def statistics(self) -> LayerStatistics:
-        """What the error metric needs: the moments, and those of the output gradients if it weighs by them."""
+        """Statistics of the error metric: the moments, and those of the output gradients if it weighs by them."""
         weighed = metric_named(self.compression.basis).needs_gradients
         return self.moments.with_outputs(self._gradients) if weighed else self.moments
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """What is factored together."""
+        """Units: layers that are factored together."""
         return units_of(self.handle, self.compression)
 
     @cached_property

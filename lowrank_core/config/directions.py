@@ -15,7 +15,7 @@ _MAX = 32  # directions, and tokens of each: an answer is for reading
 
 @dataclass(frozen=True)
 class DirectionsConfig:
-    """Which directions of the layer ``module`` (its dotted name) to read."""
+    """Directions to read of the layer ``module`` (its dotted name)."""
 
     module: str
     side: str = option("input", "of the module that the directions are read at", choices=SIDES)

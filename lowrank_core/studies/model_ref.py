@@ -77,7 +77,7 @@ class ModelRef:
 
     @property
     def label(self) -> str:
-        """What measurements of it are filed under: ``trial 3``."""
+        """Label of its measurements: ``trial 3``."""
         return str(self) if self.number is None else f"trial {self.number}"
 
     @property

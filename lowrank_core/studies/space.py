@@ -48,7 +48,7 @@ RATIO = "compression_ratio"
 """Variable of a search over a range of ratios."""
 
 WEIGHTED = next(rule for rule in ALLOCATORS.values() if rule.trades_errors)
-"""What makes ranks of a point of error weights."""
+"""Allocator that turns a point of error weights into ranks."""
 
 BASELINES = ("uniform", "lord_manual", "lagrangian")
 """Allocators that are enqueued as the first trials, so that the result is never worse than any of them."""

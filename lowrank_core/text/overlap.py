@@ -1,4 +1,4 @@
-"""How much of a held-out text was seen before: splits are cut apart by position, and a text may say the same thing twice.
+"""Overlap of a held-out text with calibration text: splits are cut apart by position, and a text may say the same thing twice.
 
 Notation::
 

@@ -34,11 +34,11 @@ __all__ = ["RunContext", "compression_of", "fingerprint", "prepare", "record_cur
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a worker keeps warm."""
+    """Loaded state of a run."""
 
     pipeline: Pipeline
     notes: tuple[str, ...] = ()
-    """What a user should know of the model and the text: what can't be compressed, and which splits repeat each other."""
+    """Warnings on model and text: what can't be compressed, and which splits repeat each other."""
 
     @property
     def handle(self) -> ModelHandle:

@@ -1,4 +1,4 @@
-"""How a table is put on a page."""
+"""Tables on a page."""
 
 from __future__ import annotations
 

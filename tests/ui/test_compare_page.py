@@ -60,7 +60,7 @@ def look(app, name, **query):
     ("name", "said", "drawn"),
     [
         ("windows", "better than the dense model on 0 % of 4 windows", 3),
-        ("positions", "Loss by tokens of context", 2),
+        ("positions", "Trial 3: loss by tokens of context", 2),
         ("tokens", "half of the extra loss lies in 1 of 4 tokens", 1),
         ("text", "Largest gap: Trial 3", 2),
         ("prompt", "Compressed, Trial 3", 1),

@@ -97,7 +97,7 @@ def test_before_any_trial_is_measured_the_page_says_why_nothing_is_expected(app)
     with_curves(make_run(config=SEARCH, study=lambda run: None)).write_status(running_status("Measuring the dense model"))
     test = app("manual")
     assert sound(test)
-    assert "No trial of this run can say how far it is off" in words(test)
+    assert "No trial of this run is measured so far" in words(test)
     assert "Expect about" not in words(test)
 
 

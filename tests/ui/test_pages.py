@@ -12,6 +12,8 @@ from streamlit.testing.v1 import AppTest
 from synthetic import make_run, model_json, running_status, write_answers, write_healing
 
 from lowrank_core.config import CompressionConfig
+from lowrank_core.config.healing import HealingConfig
+from lowrank_core.config.mapping import build
 from lowrank_core.metrics import METRICS
 from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import list_runs, write_json
@@ -217,7 +219,8 @@ def test_healing_is_asked_for_with_its_settings(app, monkeypatch):
     assert sound(test)
     (request,) = pending_requests(run)
     assert request["kind"] == "heal"
-    assert request["arguments"]["healing"] == {"method": "diagonal", "steps": 50, "cross_entropy": 0.02}
+    healing = build(HealingConfig, request["arguments"]["healing"], "the request")
+    assert healing == HealingConfig(method="diagonal", steps=50, cross_entropy=0.02)
 
 
 def test_an_answer_that_failed_is_told(app):

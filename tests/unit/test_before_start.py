@@ -52,7 +52,7 @@ def test_groups_that_a_trimmed_pooling_keeps_out_take_memory(llama: ModelHandle)
     sizes = []
     for calibration in (plain, replace(plain, robust="trimmed")):
         result = memory_estimate.fit_of(facts, RunConfig(ModelSource(llama.reference), text, calibration), memory_estimate.this_machine())
-        sizes.append(next(line.bytes for line in result.lines if line.part == "Statistics of the block in hand"))
+        sizes.append(next(line.bytes for line in result.lines if line.part == "Statistics of the current block"))
     assert trimmed(50) == 5
     assert sizes[1] * 5 == sizes[0] * (5 + 2 * 5)
 

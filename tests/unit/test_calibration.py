@@ -177,7 +177,7 @@ def test_hidden_states_that_were_cut_are_told(llama: ModelHandle, windows: Windo
 CHILD = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
-from lowrank_core.calibration import cached_statistics
+from lowrank_core.statistics.calibration import cached_statistics
 from lowrank_core.config import CalibrationConfig, ModelSource
 from lowrank_core.models import load_model
 from lowrank_core.text import WindowSet

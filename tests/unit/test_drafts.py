@@ -325,7 +325,7 @@ def test_drafts_of_a_recorded_run_are_kept_elsewhere(run: Run):
 
 
 def test_old_drafts_make_room(run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowrank_core.runs.drafts._MOST_FILES", 2)
+    monkeypatch.setattr("lowrank_core.runs.drafts._MAX_FILES", 2)
     tokens = [new_token() for _ in range(4)]
     for token in tokens:
         save_draft(run, token, _history())

@@ -170,9 +170,9 @@ def test_an_unmeasured_draft_is_told_what_to_expect_from_how_many_trials(units, 
     words = expectation_words(record, units, searched[:3], ranks)
     assert "is no measurement. Expect about 0.00" in words
     assert "going by 3 measured trials of this run" in words
-    assert "Only 2 trials of this run can say" in expectation_words(record, units, searched[:2], ranks)
-    assert "Only 1 trial of this run can say" in expectation_words(record, units, searched[:1], ranks)
-    assert "No trial of this run can say" in expectation_words(record, units, [], ranks)
+    assert "Only 2 trials of this run are measured" in expectation_words(record, units, searched[:2], ranks)
+    assert "Only 1 trial of this run is measured" in expectation_words(record, units, searched[:1], ranks)
+    assert "No trial of this run is measured" in expectation_words(record, units, [], ranks)
     assert "**Extrapolated**" in expectation_words(record, units, searched, {next(iter(ranks)): 1})
     assert "The predicted loss is zero" in expectation_words(record, units, searched, dict.fromkeys(ranks))
     assert expectation_words(record, units, searched, {"unknown": 3}) == ""

@@ -317,7 +317,7 @@ def test_what_can_not_be_healed_is_refused(small: ModelHandle, llama: ModelHandl
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "magic"}, "healing must be one of"),
+        ({"method": "magic"}, "method must be one of"),
         ({"criterion": "luck"}, "criterion must be one of"),
         ({"steps": 0}, "steps must be at least 1"),
         ({"learning_rate": 0.0}, "learning rate must be a positive number"),

@@ -179,7 +179,7 @@ def test_a_ratio_that_no_point_meets_is_told():
 
 
 def test_rare_points_are_refused_after_very_many_draws(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowrank_core.studies.published._MOST_CHUNKS", 2)
+    monkeypatch.setattr("lowrank_core.studies.published._MAX_CHUNKS", 2)
     scheme = replace(scheme_of(0.2), compression_ratio=0.7336)  # a corner of the cube
     with pytest.raises(BudgetError, match="none of 131,072 random points"):
         scheme.draw(np.random.default_rng(0), 1)

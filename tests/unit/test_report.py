@@ -372,7 +372,7 @@ def test_a_failed_run_says_why_and_keeps_what_there_is():
 
 def test_a_run_at_work_is_shown_as_it_is_now():
     page = report(make_run(state="running"))
-    assert "at work when the report was written (Searching · 5 of 30" in page.text
+    assert "was running when the report was written (Searching · 5 of 30" in page.text
     assert {"running", "failed"} <= {row["Kind"] for row in page.rows("Trials that do not count")}
 
 
@@ -517,7 +517,7 @@ def test_models_on_disk_are_listed_and_those_that_went_are_said_to_be_gone():
     assert rows[0]["Read again in a fresh process"] == "perplexity 25.500, recorded 24.500: DIFFERS from the recording"
     assert rows[1]["Read again in a fresh process"] == "–"
     write_json(run.path / "results" / "9.json", {**checked, "verification": {"ok": True, "recorded": 24.5, "measured": 24.5}})
-    assert "recorded 24.500: the same to rounding" in report(run).text
+    assert "recorded 24.500: equal up to rounding" in report(run).text
 
 
 # --- what comes from files ---------------------------------------------------------------------------------------------

@@ -157,7 +157,7 @@ def test_blocks_are_grouped_in_their_order(count: int, expected: tuple[str, ...]
     assert len(space.groups) == 5 * count
 
 
-@pytest.mark.parametrize("variables", ["kept", "errors"])
+@pytest.mark.parametrize("variables", ["keep_ratio", "error_weight"])
 @pytest.mark.parametrize("depth_groups", [1, 3, None])
 def test_every_group_moves_its_own_matrices_alone(variables: str, depth_groups: int | None):
     space = SearchSpace(LLAMA, 0.3, VALUES, variables=variables, depth_groups=depth_groups, curves=curves_of(LLAMA))
@@ -201,7 +201,7 @@ def test_the_ratio_is_a_variable_of_a_search_over_ratios():
         assert result.ranks == allocate("lagrangian", LLAMA, ratio, curves=space.curves).ranks
 
 
-@pytest.mark.parametrize("variables", ["kept", "errors"])
+@pytest.mark.parametrize("variables", ["keep_ratio", "error_weight"])
 def test_baselines_span_the_range(variables: str):
     space = SearchSpace(LLAMA, 0.2, variables=variables, max_ratio=0.6, curves=curves_of(LLAMA))
     own = "lagrangian" if variables == "error_weight" else "uniform"
@@ -213,7 +213,7 @@ def test_baselines_span_the_range(variables: str):
 # --- baselines -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("variables", ["kept", "errors"])
+@pytest.mark.parametrize("variables", ["keep_ratio", "error_weight"])
 @pytest.mark.parametrize("units", [LLAMA, ALTERNATIVES], ids=["single", "with stacks"])
 def test_each_baseline_is_what_its_allocator_does(variables: str, units: tuple[Unit, ...]):
     if variables == "keep_ratio" and units is ALTERNATIVES:

@@ -171,7 +171,7 @@ def test_a_trial_is_healed_written_and_found_again(config: RunConfig, started: C
     assert proven["verification"]["ok"]
     _check_another_form(run, Path(str(first["path"])))
     refused = _answer(run, "heal", trial=1, healing={"method": "magic"})
-    assert "healing must be one of" in str(refused["error"])
+    assert "method must be one of" in str(refused["error"])
 
 
 def test_the_two_commands_of_a_healing_give_it_again(
@@ -374,8 +374,8 @@ def test_another_seed_gives_other_trials(config: RunConfig):
     ("objective", "sampler", "variables"),
     [
         *(("kl", sampler, variables) for sampler in SAMPLERS for variables in VARIABLES),
-        ("perplexity", "gp", "kept"),
-        ("bolaco", "gp", "kept"),
+        ("perplexity", "gp", "keep_ratio"),
+        ("bolaco", "gp", "keep_ratio"),
     ],
 )
 def test_every_objective_sampler_and_variable_searches_within_the_budget(config: RunConfig, objective: str, sampler: str, variables: str):

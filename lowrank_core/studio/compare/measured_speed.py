@@ -119,7 +119,7 @@ def _side(body: Mapping[str, object], flops: object) -> _Side:
 
 
 def speed_table(speed: Speed) -> pd.DataFrame:
-    """Return the figures in words, median (min to max): columns measure, original, compressed, faster (times, or share of memory)."""
+    """Return measurements as text, median (min to max): columns measure, original, compressed, faster (times, or share of memory)."""
     dense, ours = speed.dense, speed.compressed
     times = {name: spread.words(digits=2) for name, spread in speed.speedups.items()}
     rows = [

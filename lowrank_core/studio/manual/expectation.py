@@ -202,8 +202,10 @@ def expectation_words(record: CurveRecord, units: Sequence[Unit], trials: Sequen
     expected = regression.expected(ranks)
     words = f"Predicted KL {number(predicted)} is no measurement."
     if expected is None:
-        count = "No trial" if not regression.trials else "Only 1 trial" if regression.trials == 1 else f"Only {regression.trials} trials"
-        return f"{words} {count} of this run is measured so far; an interval needs three, such as its baselines."
+        count = {0: "No trial of this run is", 1: "Only 1 trial of this run is"}.get(
+            regression.trials, f"Only {regression.trials} trials of this run are"
+        )
+        return f"{words} {count} measured so far; an interval needs three, such as its baselines."
     return f"{words} {expected.sentence()}"
 
 

@@ -61,7 +61,7 @@ class Column:
 
     @property
     def look(self) -> str:
-        """How a report sets it: a ``number`` stands to the right, a ``short`` text is not broken into lines."""
+        """Layout in a report: a ``number`` stands to the right, a ``short`` text is not broken into lines."""
         return {"text": "", "short": "short"}.get(self.kind, "number")
 
     def words(self, entry: object) -> str:

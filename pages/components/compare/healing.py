@@ -23,7 +23,7 @@ from pages.components.widgets import draw
 __all__ = ["form", "show"]
 
 _FIRST = {"method": 300, "steps": 150, "cross_entropy": 210}
-"""What stands outside of Advanced, and how wide it is."""
+"""Options outside of Advanced, with their widths."""
 
 
 def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
