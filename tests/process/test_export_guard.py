@@ -3,7 +3,7 @@
 This environment's transformers is tried. For others, each installed into a folder of its own, give the folders::
 
     python -m pip install --target OLD transformers==5.10.1 openai fastapi pydantic uvicorn  # the last four for `transformers serve`
-    LOWRANK_TRANSFORMERS=OLD:NEWER python -m pytest -n 0 tests/test_export_guard.py
+    LOWRANK_TRANSFORMERS=OLD:NEWER python -m pytest -n 0 tests/process/test_export_guard.py
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from lowrank_core.models.guard import guard_name, guards, unguarded
 from lowrank_core.models.integrity import check_folder
 from lowrank_core.studio.overview.checkpoint import read_model
 
-SCRIPT = Path(__file__).with_name("plain_transformers.py")
+SCRIPT = Path(__file__).parents[1] / "plain_transformers.py"
 OTHERS = [folder for folder in os.environ.get("LOWRANK_TRANSFORMERS", "").split(os.pathsep) if folder]
 FORMS = {
     "one file": ExportConfig(),
@@ -151,7 +151,7 @@ def test_a_folder_of_an_earlier_version_loads_and_is_told_how_to_be_rewritten(on
     assert torch.equal(logits_of(loaded), logits_of(AutoModelForCausalLM.from_pretrained(one)))
     reported = [record.getMessage() for record in caplog.records if record.name.startswith("lowrank_core")]
     assert len(reported) == 1
-    assert "random weights and no error" in reported[0]
+    assert "random weights, and no error" in reported[0]
     assert f"lowrank export --from {old} --out NEW" in reported[0]
     assert "\n" not in reported[0]
 

@@ -88,7 +88,7 @@ def test_what_is_no_export_is_refused(llama_checkpoint: Path, text_file: Path, t
     assert "is not empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("interval", "words"), [((0.5, 1.5), ", 75% of what one shot lost recovered"), ((-0.1, 2.1), ""), (None, "")])
+@pytest.mark.parametrize(("interval", "words"), [((0.5, 1.5), ", 75% of the one-shot loss recovered"), ((-0.1, 2.1), ""), (None, "")])
 def test_a_loss_that_the_windows_do_not_tell_has_no_share(
     llama: ModelHandle, windows: WindowSet, interval: tuple[float, float] | None, words: str
 ):

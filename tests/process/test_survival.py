@@ -48,9 +48,8 @@ def _start_from_a_dashboard(run: Run) -> subprocess.Popen[bytes]:
     """Start the worker as a page does, from a process that then stays."""
     lines = [
         "import time",
-        "from lowrank_core import jobs",
-        "from lowrank_core.runs import open_run",
-        f"jobs.start_worker(open_run({str(run.path)!r}))",
+        "from lowrank_core.runs import client, open_run",
+        f"client.start_worker(open_run({str(run.path)!r}))",
         "time.sleep(600)",
     ]
     code = "\n".join(lines)
