@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from lowrank_core.commands.shared import progress_line
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.config.healing import HealingConfig
+from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import EvaluationReport, evaluate
 from lowrank_core.export import HeldOut, check_free, healed_model, write_healed
 from lowrank_core.export.manifest import read_manifest, report_of
-from lowrank_core.models import load_model
+from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.loading import resolve_reference
 from lowrank_core.runs.healing_records import HealingReport, read_history
 from lowrank_core.text import load_windows, overlap_warnings
@@ -58,10 +60,14 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
     counts = report_of(manifest)
     compressed = CompressedModel(load_model(source), counts)
     dense = load_model(replace(source, reference=request.against or manifest.made_from))
+    unknown = _check_same(counts.dense, dense)
+    for doubt in unknown:
+        print(f"warning: {doubt}", file=sys.stderr)
     config, tokenizer = request.healing, compressed.handle.tokenizer
     validation = load_windows(text, tokenizer, "validation", count=text.validation_windows)
     test = load_windows(text, tokenizer, "test", count=text.test_windows)
-    repeats = overlap_warnings(load_windows(text, tokenizer, "calibration", count=text.calibration_windows), validation, test)
+    calibration = load_windows(text, tokenizer, "calibration", count=text.calibration_windows)
+    doubts = (*unknown, *overlap_warnings(calibration, validation, test))
     begun = read_history(request.checkpoint)
     if begun:
         print(f"going on after step {begun[-1].step} of {config.steps}", file=sys.stderr)
@@ -77,9 +83,27 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
         "healing": asdict(report),
         "one_shot": before.to_mapping(),
         "healed": after.to_mapping(),
-        "warnings": list(repeats),
-        "text": _told(report, replace(before, warnings=(*repeats, *before.warnings)), after, request.out),
+        "warnings": list(doubts),
+        "text": _told(report, replace(before, warnings=(*doubts, *before.warnings)), after, request.out),
     }
+
+
+def _check_same(recorded: Mapping[str, str], dense: ModelHandle) -> tuple[str, ...]:
+    """Return a warning where the folder and ``dense`` can't be compared.
+
+    Raises:
+        ConfigError: the folder was made from another model.
+    """
+    if not recorded:
+        return (f"This folder of an earlier version does not say which weights it was made from: those of {dense.reference} are used.",)
+    if dense.identity == recorded:
+        return ()
+    if dense.identity["config"] != recorded["config"] or dense.identity["dtype"] == recorded["dtype"]:
+        raise ConfigError(f"{dense.reference} is not the model that the folder was made from. Give that one: --against MODEL.")
+    return (
+        f"The folder was made from the dense model as {recorded['dtype']}; as {dense.identity['dtype']} its weights can't be compared: "
+        f"--dtype {recorded['dtype']} checks them.",
+    )
 
 
 def _forget(folder: Path) -> None:

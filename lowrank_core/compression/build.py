@@ -58,7 +58,8 @@ class CompressionReport:
 
     FLOPs are those of weights for one token: ``linear_…`` of the compressible linears, ``model_…`` with the output head. Attention
     scores, which grow with the context, are in neither. ``quantization`` is empty where the factors are floats. ``coverage`` says what the
-    dense model is made of, kind -> parameters (``lowrank_core.coverage``); it is empty in a record of an earlier version.
+    dense model is made of, kind -> parameters (``lowrank_core.coverage``), ``dense`` which model that was (``ModelHandle.identity``); both
+    are empty in a record of an earlier version.
     """
 
     parameters_before: int
@@ -75,6 +76,7 @@ class CompressionReport:
     units: tuple[UnitCount, ...]
     quantization: str = ""
     coverage: Mapping[str, int] = field(default_factory=dict)
+    dense: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def dense_coverage(self) -> Coverage:
@@ -172,6 +174,7 @@ def build_model(handle: ModelHandle, layers: Mapping[str, nn.Module], bases: Bas
         ranks=dict(ranks),
         units=units,
         coverage=dict(handle.coverage.parameters),
+        dense=handle.identity,
     )
     return CompressedModel(smaller, report)
 

@@ -120,6 +120,12 @@ class ModelHandle:
         return hashlib.sha256(self._configuration).hexdigest()
 
     @property
+    def identity(self) -> dict[str, str]:
+        """``dtype`` it is loaded in, and hashes of ``config`` and ``model`` (architecture with weights): equal ones mean the same model."""
+        dtype = str(self.module.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "config": self.config_fingerprint, "model": self.fingerprint}
+
+    @property
     def _configuration(self) -> bytes:
         config = {name: value for name, value in self.module.config.to_dict().items() if name not in _INCIDENTAL}
         return json.dumps(config, sort_keys=True, default=repr).encode()

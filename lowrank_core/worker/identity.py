@@ -63,12 +63,7 @@ _PROBE = 'The 1,024 ranks: a café, naïve "quotes" and\n\ttabs; Größe 中文 
 
 def identity_of_model(handle: ModelHandle) -> dict[str, object]:
     """Return hashes of a model's weights, configuration and tokenizer behaviour."""
-    return {
-        "dtype": str(handle.module.dtype).removeprefix("torch."),
-        "config": handle.config_fingerprint,
-        "model": handle.fingerprint,
-        "tokenizer": _tokenizer_hash(handle.tokenizer),
-    }
+    return {**handle.identity, "tokenizer": _tokenizer_hash(handle.tokenizer)}
 
 
 def _tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from lowrank_core.cli import main
-from lowrank_core.commands.heal import _recovered
+from lowrank_core.commands.heal import _check_same, _recovered
 from lowrank_core.config import ModelSource
 from lowrank_core.evaluation import evaluate
 from lowrank_core.models import ModelHandle, load_model
@@ -96,3 +98,23 @@ def test_a_loss_that_the_windows_do_not_tell_has_no_share(
     dense = report.dense_perplexity
     before = replace(report, perplexity=dense + 1.0, perplexity_difference_interval=interval)
     assert _recovered(before, replace(report, perplexity=dense + 0.25)) == words
+
+
+def test_another_dense_model_than_the_folder_was_made_from_is_refused(
+    folder: Path, llama_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    other = Path(shutil.copytree(llama_checkpoint, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.down_proj.weight"][0, 0] += 0.01  # a compressible weight: no tensor of the folder shows it
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert main(arguments(folder, text_file, tmp_path / "healed", "--against", str(other))) == 2
+    assert "is not the model that the folder was made from. Give that one: --against MODEL." in capsys.readouterr().err
+    assert not (tmp_path / "healed").exists()
+
+
+def test_what_can_not_be_compared_is_a_warning(llama: ModelHandle):
+    assert _check_same(llama.identity, llama) == ()
+    (earlier,) = _check_same({}, llama)
+    assert "earlier version" in earlier
+    (rounded,) = _check_same({**llama.identity, "dtype": "bfloat16", "model": "0"}, llama)
+    assert "--dtype bfloat16" in rounded
