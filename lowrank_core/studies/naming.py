@@ -19,7 +19,7 @@ def trial_label(trial: TrialRecord) -> str:
 
 
 def _given_name(trial: TrialRecord) -> str:
-    return ALLOCATORS[trial.label].label if trial.label in ALLOCATORS else "By hand" if trial.label == MANUAL else ""
+    return ALLOCATORS[trial.label].label if trial.label in ALLOCATORS else "Manual" if trial.label == MANUAL else ""
 
 
 def model_name(label: str, trials: Sequence[TrialRecord] = ()) -> str:

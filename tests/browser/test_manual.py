@@ -70,7 +70,7 @@ def meter(page) -> str:
 
 def test_cells_are_edited_the_meter_follows_and_undo_takes_it_back(address, page, home):
     run = with_curves(make_run(config=SEARCH, study=write_rich_study))
-    page.goto(f"{address}/hand?run={run.id}")
+    page.goto(f"{address}/manual?run={run.id}")
     page.locator("[data-testid=stDataFrame] canvas").first.wait_for()
     name, before = priced_units()[0].name, meter(page)
     enter(page, 0, RANK, "2")
@@ -99,12 +99,12 @@ def saved(run: Run) -> dict[str, dict[str, int | None]]:
 
 
 @pytest.mark.slow
-def test_an_allocation_by_hand_is_measured_while_the_search_goes_on(address, page, home, tmp_path):
+def test_a_manual_allocation_is_measured_while_the_search_goes_on(address, page, home, tmp_path):
     text = TextConfig(context=128, calibration_windows=32, validation_windows=8, test_windows=8)
     run = create_run(RunConfig(text=text, search=SearchConfig(compression_ratio=0.3, trials=500, sampler="random")))
     client.start_worker(run)
     wait_for(lambda: len(read_trials(run)) >= 4, CALIBRATION_SECONDS, "the first trials")
-    page.goto(f"{address}/hand?run={run.id}&trial=1")
+    page.goto(f"{address}/manual?run={run.id}&trial=1")
     page.get_by_text("Started from LoRD, fixed ratios (trial 1)").wait_for()
     enter(page, 0, RANK, "30")
     page.get_by_text("This draft is not measured yet").wait_for()
@@ -113,8 +113,8 @@ def test_an_allocation_by_hand_is_measured_while_the_search_goes_on(address, pag
     page.get_by_text("The budget is met").wait_for()
     page.keyboard.press("Escape")
     page.get_by_role("button", name="Measure it now").click()
-    page.get_by_text(re.compile("Waits for the worker|In line|Being measured|Measured as By hand")).first.wait_for()
-    page.get_by_text(re.compile(r"Measured as By hand \(trial \d+\)")).wait_for(timeout=TRIAL_SECONDS * 1000)
+    page.get_by_text(re.compile("Waits for the worker|Queued as|Being measured|Measured as Manual")).first.wait_for()
+    page.get_by_text(re.compile(r"Measured as Manual \(trial \d+\)")).wait_for(timeout=TRIAL_SECONDS * 1000)
     page.get_by_text("This draft, measured").wait_for()
     picked = next(trial for trial in read_trials(run) if trial.label == MANUAL)
     assert picked.state == "complete"
@@ -125,8 +125,8 @@ def test_an_allocation_by_hand_is_measured_while_the_search_goes_on(address, pag
     assert mine["ranks"] == picked.ranks
     seen = len(read_trials(run))
     wait_for(lambda: len(read_trials(run)) > seen, TRIAL_SECONDS, "the search goes on")
-    page.get_by_role("link", name=f"Show By hand (trial {picked.number}) on Rank search").click()
-    page.get_by_text(f"Where By hand (trial {picked.number}) keeps its parameters").wait_for()
+    page.get_by_role("link", name=f"Show Manual (trial {picked.number}) on Rank search").click()
+    page.get_by_text(f"Where Manual (trial {picked.number}) keeps its parameters").wait_for()
     assert saved(run)["ranks"] == picked.ranks  # leaving the page moved no slider
     assert_sound(page)
     assert console_errors(page) == []

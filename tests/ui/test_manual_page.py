@@ -63,7 +63,7 @@ def test_the_best_trial_is_on_the_bench(app, run):
     assert sound(test)
     shown = words(test)
     assert "Started from **Trial 3**" in shown
-    assert "Measured as By hand (trial 5)" in shown  # the newest with these ranks
+    assert "Measured as Manual (trial 5)" in shown  # the newest with these ranks
     assert "Predicted KL" in shown
     assert "Measured KL 0.3500;" in shown
     assert "xpect about" not in shown
@@ -224,7 +224,7 @@ def test_a_draft_begins_anew_from_a_rule_or_a_trial(app, run):
     assert "Started from **Equal energy at 30 % removed**" in words(test)
     test.selectbox(key=f"hand_start_{run.id}").set_value(6).run()
     press(test, "hand_begin")
-    assert "Started from **By hand (trial 6)**" in words(test)
+    assert "Started from **Manual (trial 6)**" in words(test)
     assert "never counts as the best" in words(test)
     press(test, "hand_undo")
     assert "never counts as the best" not in words(test)
@@ -356,9 +356,9 @@ def test_what_the_worker_refused_is_told(app, run):
 def test_a_measured_draft_stands_beside_the_best_and_leads_to_its_trial(app, run):
     test = app("manual", trial="6")
     frames = [frame.value for frame in test.dataframe if "predicted" in frame.value.columns]
-    assert [list(frame["name"]) for frame in frames] == [["This draft: By hand (trial 6)", "Uniform: trial 0", "Best: Trial 3"]]
+    assert [list(frame["name"]) for frame in frames] == [["This draft: Manual (trial 6)", "Uniform: trial 0", "Best: Trial 3"]]
     assert "windows of 32 tokens" in words(test)
-    (link,) = [element.proto for element in test.get("page_link") if element.proto.label.startswith("Show By hand")]
+    (link,) = [element.proto for element in test.get("page_link") if element.proto.label.startswith("Show Manual")]
     assert link.query_string == f"run={run.id}&pick=6"
     test.query_params.clear()
     test.query_params["trial"] = "3"  # a browser that is late still says the old one
@@ -367,12 +367,12 @@ def test_a_measured_draft_stands_beside_the_best_and_leads_to_its_trial(app, run
     assert sound(test)
     assert test.query_params["trial"] == "6"
     assert "pick" not in test.query_params
-    assert "Where By hand (trial 6) keeps its parameters" in words(test)
+    assert "Where Manual (trial 6) keeps its parameters" in words(test)
 
 
 def test_a_link_to_a_trial_opens_in_a_session_of_its_own(app, run):
     test = app("search", run=run.id, pick="6")
-    assert "Where By hand (trial 6) keeps its parameters" in words(test)
+    assert "Where Manual (trial 6) keeps its parameters" in words(test)
     assert test.query_params["trial"] == "6"
     assert "pick" not in test.query_params
 

@@ -362,7 +362,7 @@ def test_a_draft_stands_beside_the_best_and_the_baseline(units):
         trial(2, "manual", {units[0].name: 7}, 0.2),
     ]
     frame = alongside(trials[2], trials, SEARCH, record_of(units))
-    assert list(frame["name"]) == ["This draft: By hand (trial 2)", "Uniform: trial 0", "Best: Trial 1"]
+    assert list(frame["name"]) == ["This draft: Manual (trial 2)", "Uniform: trial 0", "Best: Trial 1"]
     assert list(frame["kl"]) == [0.2, 0.3, 0.1]
     assert frame["predicted"].notna().all()
     same = alongside(trials[1], trials, SEARCH, None)

@@ -74,7 +74,7 @@ def test_every_kind_of_trial_is_told_apart(rich):
 def test_a_trial_is_called_by_what_it_is(rich):
     assert trial_label(rich[2]) == "Lagrangian (equal slopes) (trial 2)"
     assert trial_label(rich[3]) == "Trial 3"
-    assert trial_label(rich[5]) == "By hand (trial 5)"
+    assert trial_label(rich[5]) == "Manual (trial 5)"
 
 
 def test_what_became_of_a_trial_is_said_in_words(rich):
@@ -111,7 +111,7 @@ def test_a_stopped_trial_stands_at_the_loss_it_showed(rich):
 
 def test_the_trial_table_names_kind_worker_and_start(rich):
     table = history.trial_table(rich, SEARCH)
-    assert list(table["kind"][[2, 3, 5]]) == ["Lagrangian (equal slopes)", "sampled ★ best", "By hand"]
+    assert list(table["kind"][[2, 3, 5]]) == ["Lagrangian (equal slopes)", "sampled ★ best", "Manual"]
     assert list(table["state"][[4, 6]]) == ["stopped early", "outside budget"]
     assert table["worker"][0] == "elsewhere:77"
     assert isinstance(table["started"][8], pd.Timestamp)
@@ -181,7 +181,7 @@ def test_the_running_trial_is_held_against_the_best_on_the_windows_that_both_saw
 
 def test_without_a_running_trial_the_chosen_one_is_shown_and_the_best_beside_uniform(rich):
     done = [trial for trial in rich if trial.state != "running"]
-    assert window_losses(done, 5, "kl").shown == "By hand (trial 5)"
+    assert window_losses(done, 5, "kl").shown == "Manual (trial 5)"
     best = window_losses(done, None, "perplexity")
     assert (best.shown, best.other, best.measure) == ("Trial 3", "Uniform (trial 0)", "Loss (nats per token)")
 

@@ -29,7 +29,7 @@ def test_a_trial_has_the_name_of_its_measurement(record: TrialRecord):
     [
         ("uniform", "Uniform (trial 0)"),
         ("trial 0", "Uniform (trial 0)"),
-        ("trial 5", "By hand (trial 5)"),
+        ("trial 5", "Manual (trial 5)"),
         ("trial 2, healed by distill", "Trial 2, healed by distill"),
         ("uniform, healed by distill (ab12)", "Uniform (trial 0), healed by distill (ab12)"),
         ("trial 99", "Trial 99"),

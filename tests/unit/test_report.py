@@ -389,7 +389,7 @@ def test_trials_of_every_kind_are_listed_with_what_became_of_them():
     assert len(unfinished) == sum(trial.state != "complete" for trial in trials)
     assert "the objective kl is not finite at this allocation" in unfinished["Trial 7"]["Outcome"]
     assert "stopped early after 6 windows" in unfinished["Trial 4"]["Outcome"]
-    assert unfinished["By hand (trial 6)"]["Kind"] == "outside budget"
+    assert unfinished["Manual (trial 6)"]["Kind"] == "outside budget"
 
 
 def test_two_objectives_have_a_front_and_maps_along_it():
