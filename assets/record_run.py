@@ -17,14 +17,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lowrank_core.config import RunConfig, to_mapping
-from lowrank_core.jobs import ask
-from lowrank_core.presets import DEFAULT_PRESET, search_by
+from lowrank_core.presets.recipes import DEFAULT_PRESET, search_by
 from lowrank_core.runs import create_run, write_json
-from lowrank_core.search.records import best_trial, read_trials
-from lowrank_core.search.space import BASELINES
-from lowrank_core.search.worker import run_worker
+from lowrank_core.runs.client import submit
 from lowrank_core.sensitivity.config import SensitivityConfig
-from lowrank_core.views.subjects import PRESET_KEYS
+from lowrank_core.studies.records import best_trial, read_trials
+from lowrank_core.studies.space import BASELINES
+from lowrank_core.studio.shared.model_refs import PRESET_KEYS
+from lowrank_core.worker.main import run_worker
 
 RATIO = 0.4
 PROMPT = "def read_lines(path):\n"
@@ -46,14 +46,14 @@ def main() -> None:
         best = best_trial(read_trials(run))
         assert best is not None
         for trial in (*BASELINES, *PRESET_KEYS):  # the best trials were measured when the search was done
-            ask(run, "compare", launch=False, trial=trial)
+            submit(run, "compare", launch=False, trial=trial)
         for trial in (best.number, *COMPARED):
-            ask(run, "other_text", launch=False, trial=trial, text=OTHER_TEXT)
-            ask(run, "generate", launch=False, trial=trial, prompt=PROMPT, tokens=64, seed=0)
-            ask(run, "tokens", launch=False, trial=trial, text=SOURCE)
-        ask(run, "speed", launch=False, trial=best.number)
-        ask(run, "heal", launch=False, trial=best.number)
-        ask(run, "sensitivity", launch=False, **to_mapping(SensitivityConfig()))
+            submit(run, "other_text", launch=False, trial=trial, text=OTHER_TEXT)
+            submit(run, "generate", launch=False, trial=trial, prompt=PROMPT, tokens=64, seed=0)
+            submit(run, "tokens", launch=False, trial=trial, text=SOURCE)
+        submit(run, "speed", launch=False, trial=best.number)
+        submit(run, "heal", launch=False, trial=best.number)
+        submit(run, "sensitivity", launch=False, **to_mapping(SensitivityConfig()))
         run_worker(run)  # nothing is left to search: it answers the requests, then measures what each module costs
         for name in LEFT_OUT:
             path = run.path / name

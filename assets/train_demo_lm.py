@@ -261,7 +261,7 @@ def write_card(work: Path, folder: Path, *, steps: int) -> None:
     """Measure the saved model and write its card; every figure in it is of this checkpoint."""
     from lowrank_core.config import ModelSource, TextConfig
     from lowrank_core.evaluation import evaluate
-    from lowrank_core.generation import continue_prompt
+    from lowrank_core.evaluation.generation import continue_prompt
     from lowrank_core.models import load_model
     from lowrank_core.text import load_windows
 

@@ -1,20 +1,35 @@
-"""What there is to choose from, as tables made from the registries. Torch-free."""
+"""Tables of all registries. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 from lowrank_core.allocation import ALLOCATORS
-from lowrank_core.bases import BASES, Basis
-from lowrank_core.differences import COMMON
-from lowrank_core.presets import PRESETS
+from lowrank_core.config.options import Declared
+from lowrank_core.metrics import METRICS, ErrorMetric
+from lowrank_core.presets.differences import COMMON
+from lowrank_core.presets.recipes import PRESETS
 
-__all__ = ["allocator_table", "as_markdown", "basis_table", "difference_table", "methods", "preset_table"]
+__all__ = ["allocator_table", "as_markdown", "basis_table", "difference_table", "methods", "preset_table", "registered", "sentence_of"]
 
 Table = list[dict[str, str]]
 
 
-def _needs(basis: Basis) -> str:
+def registered(name: str) -> dict[str, str]:
+    """Return name -> label of what a registry has for the option ``name``; empty where none has."""
+    if name == "basis":
+        return {key: metric.label for key, metric in METRICS.items()}
+    return {key: rule.label for key, rule in ALLOCATORS.items()} if name == "allocation" else {}
+
+
+def sentence_of(declared: Declared) -> str:
+    """Return what an option is in a line: its choices, then its help."""
+    choices = declared.option.choices or registered(declared.name)
+    listed = f"one of {', '.join(choices)}; " if choices and declared.type is str else ""
+    return f"{listed}{declared.option.help}"
+
+
+def _needs(basis: ErrorMetric) -> str:
     needs = {"inputs": basis.needs_data, "gradients": basis.needs_gradients, "block by block": basis.sequential}
     return ", ".join(name for name, needed in needs.items() if needed) or "weights alone"
 
@@ -23,7 +38,7 @@ def basis_table() -> Table:
     """Return a row for each basis: its name, label, what it needs, and its source."""
     return [
         {"basis": f"`{name}`", "method": basis.label, "works from": _needs(basis), "source": basis.reference}
-        for name, basis in BASES.items()
+        for name, basis in METRICS.items()
     ]
 
 

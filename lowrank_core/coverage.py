@@ -1,7 +1,7 @@
-"""How much of a model can be compressed, and what is left alone and why: one table that adds up to all of its parameters. Torch-free.
+"""Compressible parameters of a model, and reasons for the others: a table that sums to all parameters. Torch-free.
 
 Every parameter is of one kind. A loaded model is classified by its modules and by a pass through it (``models.walk``), a checkpoint on
-disk by the names and shapes in its headers (``views.checkpoint``); what only names and shapes can tell is decided here, for both.
+disk by the names and shapes in its headers (``studio.overview.checkpoint``); what only names and shapes can tell is decided here, for both.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import MappingProxyType
 __all__ = [
     "COMPRESSIBLE",
     "KINDS",
-    "LEAST_OUTPUTS",
+    "MIN_OUTPUTS",
     "Coverage",
     "CoverageRow",
     "Kind",
@@ -25,16 +25,16 @@ __all__ = [
     "shown",
 ]
 
-LEAST_OUTPUTS = 16
+MIN_OUTPUTS = 16
 """A map with fewer outputs (a one-row gate, a router over few experts) is left alone: its two factors save nothing that counts."""
 
-_LEAST_SHARE = 0.5
+_MIN_SHARE = 0.5
 """Of the parameters outside the embeddings: below it, a ratio of the linears says little of the model, and that is a warning."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What becomes of a parameter.
+    """Kind of a parameter.
 
     Attributes:
         label: plural, as in "experts 93.1 %".
@@ -51,7 +51,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "lowrank": Kind("low-rank layers", "low-rank already"),
         "experts": Kind("experts", "an expert sees only the tokens that are routed to it, which no metric here knows yet"),
         "router": Kind("routers", "a router chooses the experts"),
-        "narrow": Kind("narrow maps", f"fewer than {LEAST_OUTPUTS} outputs: two factors save nothing that counts"),
+        "narrow": Kind("narrow maps", f"fewer than {MIN_OUTPUTS} outputs: two factors save nothing that counts"),
         "convolution": Kind("convolutions", "no linear map of one token"),
         "recurrence": Kind("recurrences", "the state of a recurrence, no linear map"),
         "shared": Kind("shared layers", "one matrix that several layers of the model share"),
@@ -62,7 +62,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "head": Kind("the head", "outside the blocks"),
         "vector": Kind("norms, biases and other vectors", "no matrix"),
         "outside": Kind("outside the blocks", "only the decoder's blocks are compressed"),
-        "quantised": Kind("quantised weights", "give the original model"),
+        "quantised": Kind("quantised weights", "give the dense model model"),
         "other": Kind("other weights", "not the matrix of a linear layer"),
         "unrecorded": Kind("the rest", "this record is of an earlier version, which did not say what it is made of"),
     }
@@ -70,7 +70,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 """Name -> kind, in the order of the table."""
 
 COMPRESSIBLE = ("linear", "lowrank")
-"""What a compression ratio counts: linears that can be compressed, and those that are low-rank already."""
+"""Kinds counted by a compression ratio: compressible linears, and low-rank ones."""
 
 _TABLES = ("embedding", "tied", "head")
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
@@ -92,7 +92,7 @@ class CoverageRow:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What a model is made of.
+    """Parameters of a model by kind.
 
     Attributes:
         parameters: kind -> how many; they add up to all parameters of the model.
@@ -120,7 +120,7 @@ class Coverage:
 
     @property
     def compressible(self) -> int:
-        """What a compression ratio counts."""
+        """Parameters counted by a compression ratio."""
         return sum(self.parameters.get(kind, 0) for kind in COMPRESSIBLE)
 
     @property
@@ -161,14 +161,14 @@ class Coverage:
     def warning(self, compression_ratio: float | None = None) -> str | None:
         """Return a warning where most of what is not an embedding can't be compressed, else None."""
         left = [row for row in self.rows if row.kind not in (*COMPRESSIBLE, *_TABLES)]
-        if self.inner_share >= _LEAST_SHARE or not left:
+        if self.inner_share >= _MIN_SHARE or not left:
             return None
-        most = max(left, key=lambda row: row.parameters)
-        why = f" ({most.why})" if most.why else ""
+        maximum = max(left, key=lambda row: row.parameters)
+        why = f" ({maximum.why})" if maximum.why else ""
         meaning = "" if compression_ratio is None else f" {self.ratio_words(compression_ratio)}."
         return (
             f"only {shown(self.inner_share)} of the parameters outside the embeddings can be compressed; "
-            f"the largest part that can't: {most.label}, {shown(most.share)} of the model{why}.{meaning}"
+            f"the largest part that can't: {maximum.label}, {shown(maximum.share)} of the model{why}.{meaning}"
         )
 
     @classmethod
@@ -234,4 +234,4 @@ def _by_shape(module: str, leaf: str, shape: Sequence[int]) -> str:
         return "experts"
     if not matrix or "embed" in module.rpartition(".")[2]:
         return "other"
-    return "narrow" if shape[0] < LEAST_OUTPUTS else "linear"
+    return "narrow" if shape[0] < MIN_OUTPUTS else "linear"

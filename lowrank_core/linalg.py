@@ -71,18 +71,18 @@ def damped_root(metric: Tensor, damping: float, name: str, power: float = 1.0) -
     values, vectors = (_checked(metric, name).clamp(min=0), None) if metric.ndim == 1 else _eigh(metric, name)
     mean = float(values.mean())
     added = damping * mean if mean > 0 else 1.0
-    least, most = float(values.min()), float(values.max())
+    minimum, maximum = float(values.min()), float(values.max())
     raised = (values + added) ** (power / 2)
 
-    def assembled(diagonal: Tensor) -> Tensor:
+    def build_model(diagonal: Tensor) -> Tensor:
         return diagonal if vectors is None else (vectors * diagonal) @ vectors.T
 
     return Root(
-        damped=assembled(raised),
-        inverse=assembled(1 / raised),
-        plain=assembled(values ** (power / 2)),
+        damped=build_model(raised),
+        inverse=build_model(1 / raised),
+        plain=build_model(values ** (power / 2)),
         added=added,
-        condition=most / least if least > len(values) * torch.finfo(torch.float64).eps * most else float("inf"),
+        condition=maximum / minimum if minimum > len(values) * torch.finfo(torch.float64).eps * maximum else float("inf"),
     )
 
 

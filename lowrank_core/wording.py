@@ -8,7 +8,7 @@ from collections.abc import Sequence
 __all__ = ["NO_INTERVAL", "amount", "fixed", "fixed_interval", "given_percent", "has_interval"]
 
 NO_INTERVAL = "no interval"
-"""Where something was measured of which no spread was seen: on one window, or on windows that do not differ."""
+"""Shown for an interval of zero width: one window, or identical ones."""
 
 
 def fixed(value: float, digits: int, *, signed: bool = False) -> str:

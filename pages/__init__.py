@@ -1,1 +1,1 @@
-"""The dashboard's pages: one script per question. ``app.py`` routes them."""
+"""Pages of the dashboard, routed by ``app.py``."""

@@ -1,36 +1,24 @@
-"""Compare: what does the compressed model lose, measured on test text?"""
+"""Compare: quality, size and speed against the dense model on test text."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.jobs import answers
-from lowrank_core.search.records import read_trials
-from lowrank_core.views.compare import comparisons, label_of, last_failure, other_texts, refusals, unspent_notes
-from lowrank_core.views.healing import healings
-from lowrank_core.views.losses import window_table
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.prompts import prompts
-from lowrank_core.views.runs import is_busy
-from lowrank_core.views.speed import speeds
-from lowrank_core.views.subjects import candidates, healable
-from lowrank_core.views.token_losses import strips
-from pages.components import (
-    asking,
-    closer,
-    coverage,
-    healing,
-    layout,
-    measured,
-    navigation,
-    prompt,
-    second_text,
-    state,
-    subjects,
-    token_strip,
-)
-from pages.components import speeds as timing
+from lowrank_core.runs.client import results
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare.comparison import comparisons, label_of, last_failure, other_texts, refusals, unspent_notes
+from lowrank_core.studio.compare.continuations import prompts
+from lowrank_core.studio.compare.healing_runs import healings
+from lowrank_core.studio.compare.loss_details import window_table
+from lowrank_core.studio.compare.measured_speed import speeds
+from lowrank_core.studio.compare.token_losses import strips
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.model_refs import candidates, healable
+from lowrank_core.studio.shared.run_list import is_busy
+from pages.components import coverage, layout, navigation, request_controls, state
 from pages.components.boundary import boundary, live
+from pages.components.compare import healing, loss_details, measured, models, prompt, second_text, token_strip
+from pages.components.compare import speed as timing
 
 LOOKS = {
     "windows": "Windows",
@@ -41,12 +29,12 @@ LOOKS = {
     "speed": "Speed and memory",
 }
 
-layout.header("Compare", "What does the compressed model lose, measured on text that nothing was chosen on?")
+layout.header("Compare", "How much quality does compression cost on held-out test text?")
 
 with boundary():
     run = layout.page_run()
     if run is None:
-        text = "A comparison needs an allocation. Start a search; its baselines are there within a minute."
+        text = "A comparison needs an allocation. Start a search; its baselines are measured within a minute."
         layout.empty("Nothing to compare yet", text, icon=":material/balance:", page=navigation.SEARCH, label="Start a search")
         st.stop()
     search = run.config.search
@@ -57,10 +45,10 @@ with boundary():
         layout.empty("No allocation in this run", text, icon=":material/balance:", page=navigation.SEARCH, label="Go to the rank search")
         st.stop()
 
-    bodies = answers(run)
+    bodies = results(run)
     found = comparisons(bodies, trials)
-    picked = subjects.choose(run, options, trials, found)
-    live(asking.waiting, 1.0 if is_busy(run) else None, run)
+    picked = models.choose(run, options, trials, found)
+    live(request_controls.waiting, 1.0 if is_busy(run) else None, run)
     failure = last_failure(bodies)
     if failure is not None:
         st.error(f"The last request ({failure.kind}) failed: {failure.error}", icon=":material/error:")
@@ -69,14 +57,17 @@ with boundary():
         coverage.show(model_facts(run))
         measured.show_unspent(unspent_notes(found, search) if search is not None else [])
     else:
-        st.info("Nothing measured yet. Press “Measure on test text”: original and compressed see the same windows.", icon=":material/info:")
+        st.info(
+            "Nothing measured yet. Press “Measure on test text”: the dense and the compressed models see the same windows.",
+            icon=":material/info:",
+        )
     measured.show_refusals(refusals(bodies))
     others = other_texts(bodies, trials)
     second_text.say(found, others)
 
-    st.subheader("Look closer", anchor=False)
+    st.subheader("Diagnostics", anchor=False)
     look = st.segmented_control(
-        "Look closer at",
+        "Diagnostics of",
         list(LOOKS),
         key="compare_look",
         default="windows",
@@ -87,8 +78,8 @@ with boundary():
     )
     first = label_of(picked[0], trials) if picked else ""
     if look in ("windows", "positions") and found:
-        one = closer.one_model(found, first)
-        (closer.windows if look == "windows" else closer.positions)(one)
+        one = loss_details.one_model(found, first)
+        (loss_details.windows if look == "windows" else loss_details.positions)(one)
     elif look == "tokens":
         worst = next((window_table(comparison) for comparison in found if comparison.key == first), None)
         token_strip.show(run, {subject: options[subject] for subject in picked}, strips(bodies, trials), worst)
@@ -101,8 +92,8 @@ with boundary():
 
     made = healable(options)
     trial = next((subject for subject in picked if subject in made), next(iter(made)))
-    st.subheader("Win some of it back", anchor=False)
+    st.subheader("Healing (recovery fine-tuning)", anchor=False)
     healing.form(run, made, trial)
     live(healing.show, 2.0 if is_busy(run) else None, run)
 
-    st.page_link(navigation.EXPORT, label="Take it away: the Export page writes the model and proves it", icon=":material/save:")
+    st.page_link(navigation.EXPORT, label="Export: write the model and verify it", icon=":material/save:")

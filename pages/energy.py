@@ -1,17 +1,19 @@
-"""Feature energy: how much does a rank keep?"""
+"""Feature energy: energy retained by rank."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.views.calibration import calibration_facts
-from lowrank_core.views.energy import energy_at_rank
-from lowrank_core.views.protocol import spectra_protocol
-from lowrank_core.views.spectrum import spectrum_named
-from pages.components import energy_parts, layout, pickers, quality
+from lowrank_core.studio.energy.energy_table import energy_at_rank
+from lowrank_core.studio.overview.calibration_quality import calibration_facts
+from lowrank_core.studio.shared.protocol import spectra_protocol
+from lowrank_core.studio.spectra.spectrum_table import spectrum_named
+from pages.components import layout, pickers
 from pages.components.boundary import boundary
+from pages.components.energy import sections
+from pages.components.overview import calibration_quality
 
-layout.header("Feature energy", "How much of a module's output does a rank keep, and how much of its weight?")
+layout.header("Feature energy", "Energy of features and weights retained at a rank.")
 
 with boundary():
     run, spectra = layout.calibrated_run()
@@ -23,13 +25,13 @@ with boundary():
     full = spectrum.shape.max_rank
     rank = right.slider("Rank", 1, full, max(1, spectrum.shape.break_even_rank // 2), key=f"rank_{full}", persist_state="session")
     st.markdown(energy_at_rank(spectrum, rank).sentence())
-    energy_parts.curves(spectra, spectrum, rank)
+    sections.curves(spectra, spectrum, rank)
     st.caption(spectra_protocol(run))
     with boundary():
-        energy_parts.loss(run, spectrum, rank)
+        sections.loss(run, spectrum, rank)
 
     st.subheader("Pooled against sample covariance", anchor=False)
     calibration = calibration_facts(run)
-    energy_parts.pooling(spectrum, calibration.input_of(module) if calibration else None)
+    sections.pooling(spectrum, calibration.input_of(module) if calibration else None)
     if calibration is not None:
-        quality.show(run, spectra, calibration, module)
+        calibration_quality.show(run, spectra, calibration, module)

@@ -1,32 +1,34 @@
-"""Export: what is taken away, and is it what was measured?"""
+"""Export: write a compressed model and verify it."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.views.runs import is_busy
-from pages.components import asking, downloads, layout, navigation, state, takeaway, written
+from lowrank_core.studio.shared.run_list import is_busy
+from pages.components import layout, navigation, request_controls, state
 from pages.components.boundary import boundary, live
+from pages.components.export import export_form, export_list
+from pages.components.overview import downloads
 
-layout.header("Export", "What do you take away, and is it what was measured?")
+layout.header("Export", "Write a compressed model and verify that it is what was measured.")
 
 with boundary():
     run = state.run()
     with boundary():
         layout.page_run()
     if run is None:
-        text = "A model to take away needs an allocation. Start a search; its baselines are there within a minute."
+        text = "An export needs an allocation. Start a search; its baselines are measured within a minute."
         layout.empty("Nothing to export yet", text, icon=":material/save:", page=navigation.SEARCH, label="Start a search")
         st.stop()
-    live(asking.waiting, 1.0 if is_busy(run) else None, run)
+    live(request_controls.waiting, 1.0 if is_busy(run) else None, run)
 
     source = None
     with boundary():
-        source = takeaway.show(run)
+        source = export_form.show(run)
 
     st.subheader("Written models", anchor=False)
     with boundary():
-        written.show(run)
+        export_list.show(run)
 
     st.subheader("Downloads", anchor=False)
     with boundary():

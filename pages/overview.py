@@ -1,25 +1,26 @@
-"""Overview: what is looked at, and on what text?"""
+"""Overview: model, text, calibration and runs."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.views.calibration import calibration_facts
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.runs import all_runs
-from lowrank_core.views.text import text_facts
-from pages.components import facts, layout, runs_section
+from lowrank_core.studio.overview.calibration_quality import calibration_facts
+from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.run_list import all_runs
+from pages.components import layout
 from pages.components.boundary import boundary
-from pages.components.calibration_form import calibration_form
+from pages.components.overview import facts, runs_section
+from pages.components.overview.calibration_form import calibration_form
 
-layout.header("Overview", "Which model, on which text, and how well was it measured?")
+layout.header("Overview", "Model, text, and quality of the calibration.")
 
 with boundary():
     run = layout.page_run()
     if run is None:
         st.markdown(
-            "See where a causal language model is low-rank, search how to spend a parameter budget while watching it happen, "
-            "and compare what comes out. Start with the bundled model: nothing to download."
+            "Find the low-rank layers of a causal language model, search rank allocations under a parameter budget, and compare the "
+            "results. Start with the bundled model: nothing to download."
         )
     with st.expander(
         "Calibrate a model",

@@ -1,16 +1,17 @@
-"""Sensitivity: what does each module cost when it alone is compressed?"""
+"""Sensitivity: KL divergence when a single module is compressed."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from lowrank_core.sensitivity.records import read_records
-from lowrank_core.views.model import model_facts
-from pages.components import layout, sensitivity, sensitivity_form
+from lowrank_core.studio.shared.model_facts import model_facts
+from pages.components import layout
 from pages.components.boundary import boundary
 from pages.components.loading import spectra_of
+from pages.components.sensitivity import form, results
 
-layout.header("Sensitivity", "What does each module cost when it alone is compressed?")
+layout.header("Sensitivity", "KL divergence when a single module is compressed.")
 
 with boundary():
     run = layout.page_run()
@@ -23,5 +24,5 @@ with boundary():
     with boundary():
         measured = bool(read_records(run))
         with st.expander("Measure", expanded=not measured, icon=":material/straighten:", key=f"measure_sensitivity_{measured}"):
-            sensitivity_form.form(run, facts)
-    sensitivity.watch(run, facts, spectra)
+            form.form(run, facts)
+    results.watch(run, facts, spectra)

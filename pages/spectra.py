@@ -1,22 +1,23 @@
-"""Spectra: where is the model low-rank?"""
+"""Spectra: singular values of weights, eigenvalues of features."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.views.protocol import spectra_protocol
-from lowrank_core.views.spectrum import spectrum_named
-from pages.components import atlas, directions, layout, module_spectra, pickers
+from lowrank_core.studio.shared.protocol import spectra_protocol
+from lowrank_core.studio.spectra.spectrum_table import spectrum_named
+from pages.components import layout, pickers
 from pages.components.boundary import boundary
-from pages.components.module_facts import run_facts
+from pages.components.spectra import directions, layer_map, module_spectra
+from pages.components.spectra.module_facts import run_facts
 
-layout.header("Spectra", "Where is the model low-rank: in its weights, or in its features?")
+layout.header("Spectra", "Singular values of weights, eigenvalues of features.")
 
 with boundary():
     run, spectra = layout.calibrated_run()
 
     facts = run_facts(run)
-    atlas.show(spectra, facts, spectra_protocol(run))
+    layer_map.show(spectra, facts, spectra_protocol(run))
 
     st.subheader("One module", anchor=False)
     module = pickers.module_picker([spectrum.shape.name for spectrum in spectra])

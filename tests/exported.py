@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lowrank_core.compression import CompressedModel, CompressionReport
+from lowrank_core.compression.build import CompressedModel, CompressionReport
+from lowrank_core.layers.forms import Factors, HeadFactors, build_layers
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import bias_of, find_layers, weight_of
 from lowrank_core.models.hf import replace_module
-from lowrank_core.models.storage import Factors, HeadFactors, build_layers
 
 __all__ = ["IDS", "all_forms", "logits_of"]
 

@@ -7,14 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowrank_core.accounting import MatrixShape, Unit
-from lowrank_core.bases import Operand, basis_named
-from lowrank_core.factorization import Damping, FactorBasis, factorize_unit
-from lowrank_core.models.storage import Factors
-from lowrank_core.moments import InputStatistics, OutputStatistics
-from lowrank_core.pooling import PooledAccumulator
+from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit
+from lowrank_core.layers.forms import Factors
+from lowrank_core.metrics import LayerData, metric_named
+from lowrank_core.parameters import MatrixShape, Unit
+from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
+from lowrank_core.statistics.pooling import PooledAccumulator
 
-__all__ = ["applied", "factorized", "gradients", "inputs_of", "operand", "outputs_of", "random", "rows", "second_moment"]
+__all__ = ["applied", "factorized", "gradients", "inputs_of", "layer_data", "outputs_of", "random", "rows", "second_moment"]
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -52,17 +52,17 @@ def second_moment(x: Tensor) -> Tensor:
     return x.T @ x / len(x)
 
 
-def operand(d_out: int, x: Tensor, *, name: str = "layer", bias: bool = False, seed: int = 11, g: Tensor | None = None) -> Operand:
+def layer_data(d_out: int, x: Tensor, *, name: str = "layer", bias: bool = False, seed: int = 11, g: Tensor | None = None) -> LayerData:
     """Return a random matrix with the statistics of its input x (tokens, n), and of gradients at its output."""
     d_in = x.shape[1]
     b = torch.linspace(-1, 1, d_out, dtype=torch.float64) if bias else None
     g = gradients(d_out, tokens=len(x), seed=seed + 70) if g is None else g
-    return Operand(MatrixShape(name, name, 0, d_out, d_in, bias), random(d_out, d_in, seed=seed), b, inputs_of(x), outputs_of(g, x))
+    return LayerData(MatrixShape(name, name, 0, d_out, d_in, bias), random(d_out, d_in, seed=seed), b, inputs_of(x), outputs_of(g, x))
 
 
-def factorized(name: str, *operands: Operand, damping: Damping | None = None, **changes: object) -> FactorBasis:
+def factorized(name: str, *operands: LayerData, damping: Damping | None = None, **changes: object) -> FactorBasis:
     """Decompose the operands together by the basis ``name``, with ``changes`` to its fields."""
-    basis = replace(basis_named(name), **changes)  # type: ignore[type-var]
+    basis = replace(metric_named(name), **changes)  # type: ignore[type-var]
     return factorize_unit(Unit(tuple(o.shape for o in operands), "factored", basis.centred), operands, basis, damping or Damping())
 
 

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, pipeline  
 
 def ways() -> dict[str, Callable[[str], object]]:
     """Return name -> how a folder is loaded; the last as transformers' own server does it, with its own code where that can be imported."""
-    found: dict[str, Callable[[str], object]] = {
+    result: dict[str, Callable[[str], object]] = {
         "AutoModelForCausalLM": AutoModelForCausalLM.from_pretrained,
         "AutoModel": AutoModel.from_pretrained,
         "device_map": lambda folder: AutoModelForCausalLM.from_pretrained(folder, device_map="cpu"),
@@ -43,8 +43,8 @@ def ways() -> dict[str, Callable[[str], object]]:
 
         served = ModelManager(device="cpu", trust_remote_code=True)
     except ImportError:  # its own dependencies (the extra "serving") are not installed
-        return found
-    return found | {"server": lambda folder: served.load_model_and_processor(f"{folder}@main")}
+        return result
+    return result | {"server": lambda folder: served.load_model_and_processor(f"{folder}@main")}
 
 
 def outcome(load: Callable[[str], object], folder: str) -> str:
@@ -58,8 +58,8 @@ def outcome(load: Callable[[str], object], folder: str) -> str:
 def main() -> None:
     torch.set_num_threads(1)
     for folder in sys.argv[1:]:
-        found = {name: outcome(load, folder) for name, load in ways().items()}
-        print(json.dumps({"folder": folder, "version": transformers.__version__, "ways": found}))
+        result = {name: outcome(load, folder) for name, load in ways().items()}
+        print(json.dumps({"folder": folder, "version": transformers.__version__, "ways": result}))
     sys.stdout.flush()
     os._exit(0)  # the server's clean-up waits five minutes in a thread
 

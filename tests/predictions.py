@@ -17,14 +17,14 @@ from pathlib import Path
 
 import numpy as np
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation import Draft
+from lowrank_core.allocation.curves import CurveRecord, load_curves
 from lowrank_core.config import ModelSource, RunConfig
-from lowrank_core.curves import CurveRecord, load_curves
-from lowrank_core.presets import DEFAULT_PRESET, search_by
+from lowrank_core.parameters import Unit
+from lowrank_core.presets.recipes import DEFAULT_PRESET, search_by
 from lowrank_core.runs import create_run
-from lowrank_core.search.records import TrialRecord
-from lowrank_core.views.starts import Recipe
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.manual.starting_points import Recipe
 
 NEAR, FAR = "near", "far"
 Ranks = Mapping[str, int | None]
@@ -32,10 +32,10 @@ Ranks = Mapping[str, int | None]
 
 def kinds(draft: Draft) -> list[list[str]]:
     """Return the names of the rows of each type."""
-    found: dict[str, list[str]] = {}
+    result: dict[str, list[str]] = {}
     for unit in draft.rows:
-        found.setdefault(unit.kind, []).append(unit.name)
-    return list(found.values())
+        result.setdefault(unit.kind, []).append(unit.name)
+    return list(result.values())
 
 
 def thirds(draft: Draft) -> list[list[str]]:
@@ -94,7 +94,7 @@ def far_draws(recipe: Recipe, starts: Sequence[Draft], generator: np.random.Gene
         return draft.fitted(ratio())
 
     def rule() -> Draft:
-        return recipe.ruled(_one(generator, ["uniform", "marginal", "marginal", "energy", "threshold", "svd_llm_v2"]), ratio())
+        return recipe.ruled(_one(generator, ["uniform", "lagrangian", "lagrangian", "energy", "threshold", "svd_llm_v2"]), ratio())
 
     def alone(groups: Callable[[Draft], list[list[str]]]) -> Draft:
         draft = recipe.ruled("uniform", 0.4)
@@ -134,28 +134,28 @@ def draws(recipe: Recipe, best: Ranks, *, near: int, far: int, seed: int) -> lis
     first = Draft.of(recipe.units, best)
     uniform = recipe.ruled("uniform", ratio)
     made: dict[str, Ranks] = {}
-    found: list[tuple[str, str, Ranks]] = []
+    result: list[tuple[str, str, Ranks]] = []
     for where, count, ways in (
         (NEAR, near, near_draws(recipe, first, ratio, generator)),
         (FAR, far, far_draws(recipe, [first, uniform], generator)),
     ):
         names = list(ways)
-        while sum(kind == where for kind, _, _ in found) < count:
-            how = names[len(found) % len(names)]
+        while sum(kind == where for kind, _, _ in result) < count:
+            how = names[len(result) % len(names)]
             ranks = dict(ways[how]().ranks)
             key = json.dumps({name: rank for name, rank in ranks.items() if rank is not None}, sort_keys=True)
             if key not in made and key != "{}":
                 made[key] = ranks
-                found.append((where, how, ranks))
-    return found
+                result.append((where, how, ranks))
+    return result
 
 
 class Bench:
     """A model ready for trials: factorised once, as the worker of a search has it."""
 
     def __init__(self, model: str, *, windows: int | None = None, ratio: float = 0.4) -> None:
-        from lowrank_core.search.reporter import Reporter
-        from lowrank_core.search.session import prepare, record_curves, search_bench
+        from lowrank_core.worker.reporter import Reporter
+        from lowrank_core.worker.session import prepare, record_curves, search_bench
 
         self.config = RunConfig(ModelSource(model), search=search_by(DEFAULT_PRESET, ratio))
         if windows is not None:
@@ -180,20 +180,20 @@ class Bench:
 
     def kl(self, ranks: Ranks) -> float:
         """Return the KL divergence that a trial would measure."""
-        from lowrank_core.compression import low_rank_layers, swapped
+        from lowrank_core.compression.build import low_rank_layers, swap_layers
         from lowrank_core.evaluation import score_windows
 
         bench = self.bench
-        with swapped(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, ranks, storage="factored")):
+        with swap_layers(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, ranks, storage="factored")):
             scores, _ = score_windows(bench.handle, bench.windows, batch_size=bench.batch_size, dense=bench.dense)
         assert scores.kl is not None
         return float(scores.kl.mean())
 
     def search(self, ratio: float, trials: int, seed: int) -> list[tuple[str, Ranks, float]]:
         """Return (label, ranks, KL) of a search's trials."""
-        from lowrank_core.search.records import records_of
-        from lowrank_core.search.space import SearchSpace
         from lowrank_core.search.study import run_trial, study_in_memory
+        from lowrank_core.studies.records import records_of
+        from lowrank_core.studies.space import SearchSpace
 
         assert self.config.search is not None
         config = replace(self.config.search, compression_ratio=ratio, trials=trials, seed=seed)
@@ -223,16 +223,16 @@ def as_trials(units: Sequence[Unit], rows: Sequence[tuple[str, Sequence[int], fl
 
 def measure(bench: Bench, searches: Mapping[str, tuple[float, int]], *, near: int, far: int, seed: int) -> dict[str, object]:
     """Run ``searches`` (name -> ratio, trials), and measure drafts around the best of the first one."""
-    found: dict[str, list[tuple[str, list[int], float]]] = {}
+    result: dict[str, list[tuple[str, list[int], float]]] = {}
     for number, (name, (ratio, trials)) in enumerate(searches.items()):
-        found[name] = [(label, _packed(bench.units, ranks), kl) for label, ranks, kl in bench.search(ratio, trials, number)]
+        result[name] = [(label, _packed(bench.units, ranks), kl) for label, ranks, kl in bench.search(ratio, trials, number)]
         print(f"searched: {name}", file=sys.stderr, flush=True)
-    best = min(next(iter(found.values())), key=lambda row: row[2])[1]
+    best = min(next(iter(result.values())), key=lambda row: row[2])[1]
     drafts = []
     for where, how, ranks in draws(bench.recipe(), unpacked(bench.units, best), near=near, far=far, seed=seed):
         drafts.append((where, how, _packed(bench.units, ranks), bench.kl(ranks)))
         print(f"{len(drafts)} {where}, {how}: {drafts[-1][-1]:.4g}", file=sys.stderr, flush=True)
-    return {"searches": found, "drafts": drafts}
+    return {"searches": result, "drafts": drafts}
 
 
 SEARCHES = {"40%, 30 trials": (0.4, 30), "40%, 12 trials": (0.4, 12), "20%, 15 trials": (0.2, 15), "60%, 15 trials": (0.6, 15)}

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 from hypothesis import strategies as st
 
-from lowrank_core.accounting import STORAGES, HeadUnit, MatrixShape, Unit
 from lowrank_core.allocation import ErrorCurves
+from lowrank_core.parameters import STORAGES, HeadUnit, MatrixShape, Unit
 
 __all__ = [
     "Curve",
@@ -37,24 +37,24 @@ def single(name: str, d_out: int = 64, d_in: int = 64, *, kind: str = "", storag
 
 
 @st.composite
-def models(draw: st.DrawFn, *, most: int = 8, least_size: int = 4, size: int = 200) -> tuple[Unit, ...]:
+def models(draw: st.DrawFn, *, maximum: int = 8, least_size: int = 4, size: int = 200) -> tuple[Unit, ...]:
     """Single matrices, stacks and heads, in one storage."""
     storage, adds_bias = draw(st.sampled_from(sorted(STORAGES))), draw(st.booleans())
     sizes, flags = st.integers(least_size, size), st.booleans()
-    found: list[Unit] = []
-    for index in range(draw(st.integers(1, most))):
+    result: list[Unit] = []
+    for index in range(draw(st.integers(1, maximum))):
         form = draw(st.sampled_from(["single", "single", "stack", "heads"]))
         kind, d_in = draw(st.sampled_from(KINDS)), draw(sizes)
         if form == "heads":
             groups, repeat, dim = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(2, 6))
             value = MatrixShape(f"{index}.v", "v_proj", index, groups * dim, max(d_in, 2 * dim), draw(flags))
             output = MatrixShape(f"{index}.o", "o_proj", index, draw(sizes), groups * repeat * dim, draw(flags))
-            found.append(HeadUnit((value, output), storage, adds_bias, heads=groups * repeat, groups=groups, head_dim=dim))
+            result.append(HeadUnit((value, output), storage, adds_bias, heads=groups * repeat, groups=groups, head_dim=dim))
         else:
             count = draw(st.integers(2, 3)) if form == "stack" else 1
             members = (MatrixShape(f"{index}.{i}", kind, index, draw(sizes), d_in, draw(flags)) for i in range(count))
-            found.append(Unit(tuple(members), storage, adds_bias))
-    return tuple(found)
+            result.append(Unit(tuple(members), storage, adds_bias))
+    return tuple(result)
 
 
 def following(unit: Unit, rank: int) -> int | None:

@@ -2,14 +2,14 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import ErrorCurves, Perplexities, RankAllocation, Ranks, allocation_from_ranks, module_group
 from lowrank_core.allocation.block_influence import BLOCK_INFLUENCE
 from lowrank_core.allocation.draft import Draft, DraftHistory, began
 from lowrank_core.allocation.energy import ENERGY
 from lowrank_core.allocation.files import AllocationFile, parse_allocation, read_allocation, read_ranks
+from lowrank_core.allocation.former_names import current_name, with_current_names
+from lowrank_core.allocation.lagrangian import LAGRANGIAN
 from lowrank_core.allocation.lord_manual import LORD_MANUAL
-from lowrank_core.allocation.marginal import MARGINAL
 from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import ByMultipliers, kept_fractions, project
 from lowrank_core.allocation.svd_llm_v2 import SVD_LLM_V2
@@ -18,6 +18,7 @@ from lowrank_core.allocation.truncation_search import TRUNCATION_SEARCH
 from lowrank_core.allocation.uniform import UNIFORM
 from lowrank_core.allocation.unspent import unspent_parameters, unspent_warning, unspent_words
 from lowrank_core.config import check_choice
+from lowrank_core.parameters import Unit
 
 __all__ = [
     "ALLOCATORS",
@@ -36,20 +37,22 @@ __all__ = [
     "allocation_from_ranks",
     "allocator_named",
     "began",
-    "floored",
+    "current_name",
+    "round_down",
     "kept_fractions",
     "module_group",
     "parse_allocation",
     "project",
     "read_allocation",
     "read_ranks",
-    "rounded_down",
+    "round_ranks_down",
     "unspent_parameters",
     "unspent_warning",
     "unspent_words",
+    "with_current_names",
 ]
 
-_METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, TRUNCATION_SEARCH, MARGINAL)
+_METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, TRUNCATION_SEARCH, LAGRANGIAN)
 
 ALLOCATORS: dict[str, Allocator] = {method.name: method for method in _METHODS}
 
@@ -58,11 +61,12 @@ RULES: dict[str, Allocator] = {name: method for name, method in ALLOCATORS.items
 
 
 def allocator_named(name: str) -> Allocator:
-    """Return the allocator ``name``.
+    """Return the allocator ``name``, which may be that of an earlier version.
 
     Raises:
         ConfigError: there is none; the message lists those that are.
     """
+    name = current_name(name)
     check_choice("allocation", name, ALLOCATORS)
     return ALLOCATORS[name]
 
@@ -99,18 +103,18 @@ def allocate(
     problem = AllocationProblem(
         tuple(units), ratio, frozenset(keep_dense), curves, fixed or {}, weights or {}, influence, perplexities or {}
     )
-    return allocation_from_ranks(name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed)
+    return allocation_from_ranks(rule.name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed, allocator=rule.name)
 
 
-def floored(rank: int, multiple: int) -> int:
+def round_down(rank: int, multiple: int) -> int:
     """Return ``rank`` rounded down to a multiple of ``multiple``; a smaller one stays, so that no rank rises."""
     return rank if rank < multiple else rank - rank % multiple
 
 
-def rounded_down(allocation: RankAllocation, units: Sequence[Unit], multiple: int) -> RankAllocation:
-    """Return ``allocation`` with every rank ``floored`` that is not locked."""
+def round_ranks_down(allocation: RankAllocation, units: Sequence[Unit], multiple: int) -> RankAllocation:
+    """Return ``allocation`` with every rank ``round_down`` that is not locked."""
     if multiple == 1:
         return allocation
     locked = allocation.locked
-    ranks = {n: rank if rank is None or n in locked else floored(rank, multiple) for n, rank in allocation.ranks.items()}
-    return allocation_from_ranks(allocation.allocator, units, ranks, locked=locked)
+    ranks = {n: rank if rank is None or n in locked else round_down(rank, multiple) for n, rank in allocation.ranks.items()}
+    return allocation_from_ranks(allocation.label, units, ranks, locked=locked, allocator=allocation.allocator)

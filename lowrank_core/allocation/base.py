@@ -1,4 +1,4 @@
-"""What an allocation is."""
+"""Protocol and result of an allocator."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lowrank_core.accounting import Unit, allocated_parameters, compression_ratio, dense_parameters
 from lowrank_core.errors import ConfigError
+from lowrank_core.parameters import Unit, allocated_parameters, compression_ratio, dense_parameters
 
 __all__ = ["ErrorCurves", "Perplexities", "RankAllocation", "Ranks", "allocation_from_ranks", "module_group", "units_by_name"]
 
@@ -33,16 +33,21 @@ def module_group(kind: str) -> str:
 
 @dataclass(frozen=True)
 class RankAllocation:
-    """Ranks that meet a budget. ``ranks[unit]`` is None where it stays dense, and so does what no unit covers.
+    """Ranks that meet a budget.
 
-    ``locked`` names the units whose ranks a user chose; the others are the allocator's.
+    Attributes:
+        label: what it is called: the allocator's name, ``trial 3``, ``manual``.
+        ranks: by unit; None where it stays dense, and so does what no unit covers.
+        locked: the units whose ranks a user chose; the others are the allocator's.
+        allocator: the rule that chose; empty where none did, or it is not known.
     """
 
-    allocator: str
+    label: str
     ranks: Ranks
     parameters: int
     dense_parameters: int
     locked: tuple[str, ...] = ()
+    allocator: str = ""
 
     @property
     def compression_ratio(self) -> float:
@@ -52,7 +57,7 @@ class RankAllocation:
     def to_json(self) -> str:
         """Return the text of an allocation file, as ``parse_allocation`` reads it; ``locked`` is left out where nothing is."""
         body = {
-            "allocator": self.allocator,
+            "allocator": self.label,
             "compression_ratio": self.compression_ratio,
             "parameters": self.parameters,
             "dense_parameters": self.dense_parameters,
@@ -78,7 +83,9 @@ def units_by_name(units: Sequence[Unit], named: Collection[str], what: str = "ra
     return known
 
 
-def allocation_from_ranks(allocator: str, units: Sequence[Unit], ranks: Ranks, *, locked: Collection[str] = ()) -> RankAllocation:
+def allocation_from_ranks(
+    label: str, units: Sequence[Unit], ranks: Ranks, *, locked: Collection[str] = (), allocator: str = ""
+) -> RankAllocation:
     """Return ``ranks`` as an allocation, with its counts.
 
     A rank whose factors would cost as much as the matrices is stored dense: never larger than dense.
@@ -96,4 +103,4 @@ def allocation_from_ranks(allocator: str, units: Sequence[Unit], ranks: Ranks, *
     kept |= {unit.name: None for unit in units if len(unit.members) == 1 and unit.name not in covered}
     ordered = {unit.name: kept[unit.name] for unit in units if unit.name in kept}
     names = tuple(name for name in ordered if name in locked)
-    return RankAllocation(allocator, ordered, allocated_parameters(units, ordered), dense_parameters(units), names)
+    return RankAllocation(label, ordered, allocated_parameters(units, ordered), dense_parameters(units), names, allocator)

@@ -12,20 +12,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.problem import AllocationProblem
+from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import ConfigError
+from lowrank_core.parameters import Unit
 
 __all__ = ["BLOCK_INFLUENCE", "BlockInfluence"]
 
-_LEAST_KEPT = 0.01
+_MIN_KEPT = 0.01
 """Of the parameters, where the formula asks for less, or for nothing at all."""
 
 
 @dataclass(frozen=True)
-class BlockInfluence:
+class BlockInfluence(Rule):
     """Influence of ShortGPT, arXiv 2403.03853; sparsity of MoDeGPT, arXiv 2408.09632, §3.3. All units of a block keep the same fraction.
 
     A stack across blocks keeps the mean of theirs. What is kept is clipped to (0, 1] and scaled onto the budget.
@@ -38,20 +38,17 @@ class BlockInfluence:
     name: str = "block_influence"
     label: str = "Block influence (MoDeGPT)"
     reference: str = "arXiv 2408.09632, with the influence of 2403.03853"
-    needs_curves: bool = False
-    needs_influence: bool = True
-    needs_perplexities: bool = False
-    trades_errors: bool = False
+    needs_influence = True
     epsilon: float = 0.1
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         blocks = sorted({member.depth for unit in problem.without_alternatives() for member in unit.members})
         removed = self._removed(problem, blocks)
 
-        def wish(unit: Unit) -> float:
-            return max(_LEAST_KEPT, 1 - sum(removed[member.depth] for member in unit.members) / len(unit.members))
+        def target(unit: Unit) -> float:
+            return max(_MIN_KEPT, 1 - sum(removed[member.depth] for member in unit.members) / len(unit.members))
 
-        return project(problem, {unit.name: wish(unit) for unit in problem.free})
+        return project(problem, {unit.name: target(unit) for unit in problem.free})
 
     def _removed(self, problem: AllocationProblem, blocks: list[int]) -> dict[int, float]:
         """Return φ of each block."""

@@ -1,4 +1,4 @@
-"""Ranks in the making: what a user changes by hand, step by step, and can take back. Pure functions of frozen values.
+"""Ranks in the making: what a user changes manually, step by step, and can take back. Pure functions of frozen values.
 
 Notation::
 
@@ -17,16 +17,16 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lowrank_core.accounting import Unit, budget_for_ratio
 from lowrank_core.allocation.base import RankAllocation, Ranks, allocation_from_ranks, units_by_name
 from lowrank_core.allocation.problem import AllocationProblem
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import BudgetError, ConfigError, RankError
+from lowrank_core.parameters import Unit, budget_for_ratio
 
 __all__ = ["Draft", "DraftHistory", "began"]
 
-_MOST_STEPS = 50
-_LEAST_KEPT = 1e-6
+_MAX_STEPS = 50
+_MIN_KEPT = 1e-6
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,9 @@ class Draft:
             ConfigError: a name that is no unit, or a matrix in two compressed ones.
             RankError: a rank outside its limits.
         """
-        found = allocation_from_ranks("", units, ranks).ranks
-        rows = _cover(units, [name for name, rank in found.items() if rank is not None], list(found))
-        kept = {name: found.get(name) for name in rows}
+        result = allocation_from_ranks("", units, ranks).ranks
+        rows = _cover(units, [name for name, rank in result.items() if rank is not None], list(result))
+        kept = {name: result.get(name) for name in rows}
         return cls(tuple(units), kept, frozenset(locked).intersection(kept), rank_multiple)
 
     @cached_property
@@ -69,14 +69,14 @@ class Draft:
 
     @cached_property
     def _rest(self) -> tuple[Unit, ...]:
-        """Matrices that stay dense because none of their units fits beside the rows."""
+        """Matrices that stay dense because none of their units fits next to the rows."""
         covered = {member.name for unit in self.rows for member in unit.members}
         members = {member.name: member for unit in self.units for member in unit.members}
         return tuple(Unit((member,)) for name, member in members.items() if name not in covered)
 
     @property
     def parameters(self) -> int:
-        """What all matrices store."""
+        """Stored parameters of all matrices."""
         return sum(unit.parameters(self.ranks.get(unit.name)) for unit in (*self.rows, *self._rest))
 
     def kept(self, names: Collection[str]) -> float:
@@ -144,7 +144,7 @@ class Draft:
     def scaled(self, names: Collection[str], kept: float) -> Draft:
         """Return the draft in which the movable rows among ``names`` keep the fraction ``kept`` of their parameters together.
 
-        Each keeps its proportion to the others, up to dense; rank 1 everywhere is the least.
+        Each keeps its proportion to the others, up to dense; rank 1 everywhere is the minimum.
         """
         free = self.movable(names)
         dense = sum(unit.dense_parameters for unit in free)
@@ -174,7 +174,7 @@ class Draft:
         return self._moved({n: r for n, r in project(problem, self._proportions(free)).items() if n not in stay})
 
     def _proportions(self, free: Sequence[Unit]) -> dict[str, float]:
-        return {unit.name: max(_LEAST_KEPT, self.kept([unit.name])) for unit in free}
+        return {unit.name: max(_MIN_KEPT, self.kept([unit.name])) for unit in free}
 
     def _moved(self, ranks: Ranks) -> Draft:
         multiple = self.rank_multiple
@@ -189,7 +189,7 @@ class Draft:
         """
         moved = [name for name in self.locked if name not in allocation.ranks or allocation.ranks[name] != self.ranks[name]]
         if moved:
-            raise ConfigError(f"{allocation.allocator} would move {sorted(moved)[0]}, which is locked.")
+            raise ConfigError(f"{allocation.label} would move {sorted(moved)[0]}, which is locked.")
         return Draft.of(self.units, allocation.ranks, locked=self.locked, rank_multiple=self.rank_multiple)
 
     def alternatives(self, module: str) -> tuple[Unit, ...]:
@@ -270,7 +270,7 @@ class DraftHistory:
         if draft == self.present:
             return self
         past = self.past if goes_on else (*self.past, self.present)
-        return DraftHistory(self.start, draft, past[-_MOST_STEPS:], (), gesture)
+        return DraftHistory(self.start, draft, past[-_MAX_STEPS:], (), gesture)
 
     def undone(self) -> DraftHistory:
         if not self.past:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.ordered import Vector, spend_in_order
-from lowrank_core.allocation.problem import AllocationProblem
+from lowrank_core.allocation.ordered import spend_in_order
+from lowrank_core.allocation.problem import AllocationProblem, Rule
+from lowrank_core.parameters import Unit
+from lowrank_core.types import Vector
 
 __all__ = ["ENERGY", "Energy"]
 
 
 @dataclass(frozen=True)
-class Energy:
-    """Every unit takes the least rank at which it retains 1 - e_r/e_0 of its energy, for one threshold that spends the budget.
+class Energy(Rule):
+    """Give every unit the smallest rank that retains 1 - e_r/e_0 of its energy, for one threshold that spends the budget.
 
     A unit that would need more than its break-even rank stays dense. Each error is compared with its own unit's e_0 alone, so the unit
     of an error doesn't matter.
@@ -23,10 +24,7 @@ class Energy:
     name: str = "energy"
     label: str = "Equal energy"
     reference: str = "the usual rule for a principal component analysis"
-    needs_curves: bool = True
-    needs_influence: bool = False
-    needs_perplexities: bool = False
-    trades_errors: bool = False
+    needs_curves = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         curves = problem.known_curves(self.name)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import module_group
 from lowrank_core.allocation.projection import ByMultipliers
+from lowrank_core.parameters import Unit
 
 __all__ = ["LORD_MANUAL", "LordManual"]
 
@@ -19,7 +19,7 @@ class LordManual(ByMultipliers):
     """q and k keep 0.7 for each 0.8 that the other types keep (scaled together to the budget)."""
 
     name: str = "lord_manual"
-    label: str = "LoRD, fixed by hand"
+    label: str = "LoRD, fixed ratios"
     reference: str = "baseline of Bolaco, arXiv 2405.10616, with the ratios of its published code"
 
     def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.problem import AllocationProblem, unreachable
+from lowrank_core.parameters import Unit
+from lowrank_core.types import Vector
 
 __all__ = ["Keys", "spend_in_order"]
-
-Vector = npt.NDArray[np.float64]
 
 Keys = Callable[[Unit], Vector]
 """Unit -> key (break_even_rank,) of each of its steps; the last is the step to dense."""
@@ -94,10 +93,10 @@ def spend_in_order(problem: AllocationProblem, keys: Keys) -> dict[str, int | No
         ConfigError: units are alternatives of each other.
     """
     free = problem.without_alternatives()
-    least = sum(unit.parameters(1) for unit in free)
-    if problem.available < least:
-        raise unreachable(problem, least)
+    minimum = sum(unit.parameters(1) for unit in free)
+    if problem.available < minimum:
+        raise unreachable(problem, minimum)
     if not free:
         return {}
-    taken = _Steps.of(free, keys).taken(problem.available - least)
+    taken = _Steps.of(free, keys).taken(problem.available - minimum)
     return {unit.name: None if steps == unit.break_even_rank else 1 + steps for unit, steps in zip(free, taken, strict=True)}

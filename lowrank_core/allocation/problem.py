@@ -1,4 +1,4 @@
-"""What an allocator is given: units and their prices, a budget, and what a user has decided already."""
+"""Input of an allocator: units, prices, budget, locked ranks."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from lowrank_core.accounting import Unit, budget_for_ratio, compression_ratio, dense_parameters
 from lowrank_core.allocation.base import ErrorCurves, Perplexities, Ranks, units_by_name
 from lowrank_core.errors import BudgetError, ConfigError
+from lowrank_core.parameters import Unit, budget_for_ratio, compression_ratio, dense_parameters
 
-__all__ = ["AllocationProblem", "Allocator", "unreachable"]
+__all__ = ["AllocationProblem", "Allocator", "Rule", "unreachable"]
 
 _LOCKS_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class AllocationProblem:
-    """What is to be shared out, and among whom.
+    """A budget and the units that share it.
 
     Attributes:
         units: every unit, alternatives and what stays dense included: the ratio counts each of their matrices once.
@@ -96,7 +96,7 @@ class AllocationProblem:
         twice = [name for name, count in counts.items() if count > 1]
         if twice:
             raise ConfigError(
-                f"{twice[0]} stands alone and in a stack; this allocation can't choose. Allocate by `marginal`, or offer no alternatives."
+                f"{twice[0]} stands alone and in a stack; this allocation can't choose. Allocate by `lagrangian`, or offer no alternatives."
             )
         return self.free
 
@@ -107,19 +107,19 @@ class AllocationProblem:
             ConfigError: they are not known.
         """
         if self.curves is None:
-            raise ConfigError(f"the allocation {allocator} works from the errors of the bases; factorise first.")
+            raise ConfigError(f"the allocation {allocator} works from the errors of the units; factorise first.")
         return self.curves
 
     def completed(self, ranks: Ranks) -> dict[str, int | None]:
         """Return ``ranks`` of free units together with the fixed ones, and None for units that hold none of their matrices."""
-        found = {**ranks, **self.fixed}
-        covered = {member.name for unit in self.units if unit.name in found for member in unit.members}
+        result = {**ranks, **self.fixed}
+        covered = {member.name for unit in self.units if unit.name in result for member in unit.members}
         for unit in sorted(self.units, key=lambda unit: len(unit.members)):
             names = {member.name for member in unit.members}
             if not names & covered:
-                found[unit.name] = None
+                result[unit.name] = None
                 covered |= names
-        return found
+        return result
 
 
 class Allocator(Protocol):
@@ -133,19 +133,27 @@ class Allocator(Protocol):
     def reference(self) -> str: ...
     @property
     def needs_curves(self) -> bool:
-        """Whether it works from the errors of the bases."""
+        """Whether it needs error curves."""
 
     @property
     def needs_influence(self) -> bool:
-        """Whether it works from the influence of the blocks."""
+        """Whether it needs the influence of blocks."""
 
     @property
     def needs_perplexities(self) -> bool:
-        """Whether it works from the perplexity of the model with each unit cut alone: minutes of measuring."""
+        """Whether it needs the perplexity with each unit cut alone, which takes minutes."""
 
     @property
     def trades_errors(self) -> bool:
         """Whether it gives up error in one matrix for error in another: they must then be in one unit, or weighted."""
+
+    @property
+    def takes_alternatives(self) -> bool:
+        """Whether it chooses between units that share matrices; the others get single matrices."""
+
+    @property
+    def neutral(self) -> bool:
+        """Whether it prefers no type of matrix: as a point of a search it is the middle, at every ratio."""
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         """Return the rank of each free unit that is used, None where it stays dense; ``problem.completed`` adds the rest.
@@ -156,25 +164,36 @@ class Allocator(Protocol):
         """
 
 
-def unreachable(problem: AllocationProblem, least: int) -> BudgetError:
-    """Return the error for a budget below ``least``, what the free units cost at rank 1."""
+class Rule:
+    """Defaults of an allocator: it needs nothing and measures nothing."""
+
+    needs_curves = False
+    needs_influence = False
+    needs_perplexities = False
+    trades_errors = False
+    takes_alternatives = False
+    neutral = False
+
+
+def unreachable(problem: AllocationProblem, minimum: int) -> BudgetError:
+    """Return the error for a budget below ``least``, the cost of the free units at rank 1."""
     dense = dense_parameters(problem.units)
-    most = compression_ratio(dense, problem.committed + least)
+    maximum = compression_ratio(dense, problem.committed + minimum)
     start = f"compression ratio {problem.compression_ratio:g} can't be met: the matrices that stay dense"
     if not problem.fixed:
         return BudgetError(
-            f"{start}, with rank 1 everywhere else, remove only {most:.3f}. Lower the ratio, or compress the value projections too."
+            f"{start}, with rank 1 everywhere else, remove only {maximum:.3f}. Lower the ratio, or compress the value projections too."
         )
     locks = f"the {len(problem.fixed)} locked ranks" if len(problem.fixed) > 1 else "the locked rank"
     loosen = _heaviest_locks(problem)
     return BudgetError(
-        f"{start} and {locks}, with rank 1 everywhere else, remove only {most:.3f}. "
-        f"Lower the ratio to at most {math.floor(most * 1000) / 1000:g}{f', or loosen a lock: {loosen}' if loosen else ''}."
+        f"{start} and {locks}, with rank 1 everywhere else, remove only {maximum:.3f}. "
+        f"Lower the ratio to at most {math.floor(maximum * 1000) / 1000:g}{f', or loosen a lock: {loosen}' if loosen else ''}."
     )
 
 
 def _heaviest_locks(problem: AllocationProblem) -> str:
-    """Return the locks that hold most parameters above rank 1, in words."""
+    """Return the locks with the most parameters above rank 1, in words."""
     costs = {u: min(u.dense_parameters, u.parameters(problem.fixed[u.name])) for u in problem.units if u.name in problem.fixed}
     spare = {u: cost - u.parameters(1) for u, cost in costs.items() if cost > u.parameters(1)}
     heaviest = sorted(spare, key=spare.__getitem__, reverse=True)[:_LOCKS_SHOWN]

@@ -13,22 +13,17 @@ import heapq
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.problem import AllocationProblem, unreachable
+from lowrank_core.allocation.problem import AllocationProblem, Rule, unreachable
+from lowrank_core.parameters import Unit
 
 __all__ = ["ByMultipliers", "kept_fractions", "project"]
 
 _BISECTION_STEPS = 100  # halves the bracket to below one part in 2^100: exact in float64
 
 
-class ByMultipliers(ABC):
+class ByMultipliers(Rule, ABC):
     """An allocator that needs no errors: it says how much each unit keeps, in proportion."""
-
-    needs_curves: bool = False
-    needs_influence: bool = False
-    needs_perplexities: bool = False
-    trades_errors: bool = False
 
     @abstractmethod
     def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:
@@ -48,28 +43,28 @@ def project(problem: AllocationProblem, multipliers: Mapping[str, float]) -> dic
         ConfigError: units are alternatives of each other; only their errors could tell which to take.
     """
     free, available = problem.without_alternatives(), problem.available
-    least = sum(unit.parameters(1) for unit in free)
-    if available < least:
-        raise unreachable(problem, least)
-    wishes = _scaled_wishes(free, multipliers, available)
-    ranks = {unit.name: unit.rank_for_parameters(wishes[unit.name]) for unit in free}
-    _shrink_to_fit(free, ranks, wishes, available)
-    _spend_remainder(free, ranks, wishes, available)
+    minimum = sum(unit.parameters(1) for unit in free)
+    if available < minimum:
+        raise unreachable(problem, minimum)
+    targets = _scaled_targets(free, multipliers, available)
+    ranks = {unit.name: unit.rank_for_parameters(targets[unit.name]) for unit in free}
+    _shrink_to_fit(free, ranks, targets, available)
+    _spend_remainder(free, ranks, targets, available)
     return problem.completed(ranks)
 
 
 def kept_fractions(problem: AllocationProblem, multipliers: Mapping[str, float]) -> dict[str, float]:
     """Return the kept fraction of each unit if ranks were continuous: as chosen where it is fixed, 1 for what stays dense."""
-    wishes = _scaled_wishes(problem.free, multipliers, problem.available)
+    targets = _scaled_targets(problem.free, multipliers, problem.available)
     for unit in problem.units:
-        wishes.setdefault(unit.name, min(unit.dense_parameters, unit.parameters(problem.fixed.get(unit.name))))
-    return {unit.name: wishes[unit.name] / unit.dense_parameters for unit in problem.units}
+        targets.setdefault(unit.name, min(unit.dense_parameters, unit.parameters(problem.fixed.get(unit.name))))
+    return {unit.name: targets[unit.name] / unit.dense_parameters for unit in problem.units}
 
 
-def _scaled_wishes(free: Sequence[Unit], multipliers: Mapping[str, float], available: int) -> dict[str, float]:
+def _scaled_targets(free: Sequence[Unit], multipliers: Mapping[str, float], available: int) -> dict[str, float]:
     """Return the parameters that each unit would get, if ranks were continuous."""
 
-    def wishes(scale: float) -> dict[str, float]:
+    def targets(scale: float) -> dict[str, float]:
         return {u.name: min(1.0, scale * multipliers[u.name]) * u.dense_parameters for u in free}
 
     if not free:
@@ -77,8 +72,8 @@ def _scaled_wishes(free: Sequence[Unit], multipliers: Mapping[str, float], avail
     low, high = 0.0, 1.0 / min(multipliers[u.name] for u in free)
     for _ in range(_BISECTION_STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if sum(wishes(middle).values()) <= available else (low, middle)
-    return wishes(high)
+        low, high = (middle, high) if sum(targets(middle).values()) <= available else (low, middle)
+    return targets(high)
 
 
 def _step(unit: Unit, rank: int) -> int:
@@ -86,12 +81,12 @@ def _step(unit: Unit, rank: int) -> int:
     return unit.parameters(rank) - (unit.parameters(rank - 1) if rank > 1 else unit.bias_parameters)
 
 
-def _shrink_to_fit(free: Sequence[Unit], ranks: dict[str, int | None], wishes: Mapping[str, float], available: int) -> None:
-    """Take ranks away where the minimum of rank 1 pushed the total over the budget; the least missed first."""
+def _shrink_to_fit(free: Sequence[Unit], ranks: dict[str, int | None], targets: Mapping[str, float], available: int) -> None:
+    """Lower ranks where the minimum of rank 1 pushed the total over the budget; the smallest loss first."""
     spent = sum(u.parameters(ranks[u.name]) for u in free)
 
     def excess(unit: Unit) -> float:
-        return (unit.parameters(ranks[unit.name]) - wishes[unit.name]) / _step(unit, ranks[unit.name] or unit.break_even_rank)
+        return (unit.parameters(ranks[unit.name]) - targets[unit.name]) / _step(unit, ranks[unit.name] or unit.break_even_rank)
 
     while spent > available:
         unit = max((u for u in free if ranks[u.name] != 1), key=excess)
@@ -101,13 +96,13 @@ def _shrink_to_fit(free: Sequence[Unit], ranks: dict[str, int | None], wishes: M
         spent -= before - unit.parameters(ranks[unit.name])
 
 
-def _spend_remainder(free: Sequence[Unit], ranks: dict[str, int | None], wishes: Mapping[str, float], available: int) -> None:
+def _spend_remainder(free: Sequence[Unit], ranks: dict[str, int | None], targets: Mapping[str, float], available: int) -> None:
     """Add single ranks, the furthest below its wish first, until no step fits."""
     left = available - sum(u.parameters(ranks[u.name]) for u in free)
     by_name = {u.name: u for u in free}
 
     def entry(unit: Unit, rank: int) -> tuple[float, str]:
-        return (unit.parameters(rank) - wishes[unit.name]) / _step(unit, rank), unit.name
+        return (unit.parameters(rank) - targets[unit.name]) / _step(unit, rank), unit.name
 
     heap = [entry(u, rank) for u in free if (rank := ranks[u.name]) is not None]
     heapq.heapify(heap)

@@ -15,14 +15,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import ErrorCurves, Ranks
-from lowrank_core.allocation.problem import AllocationProblem
+from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.allocation.projection import project
+from lowrank_core.parameters import Unit
 
 __all__ = ["SVD_LLM_V2", "SvdLlmV2"]
 
-_LEAST_KEPT = 0.01
+_MIN_KEPT = 0.01
 """Of the parameters, where the formula asks for less, or for nothing at all."""
 
 _TOKENS = 256 * 2048
@@ -30,7 +30,7 @@ _TOKENS = 256 * 2048
 
 
 @dataclass(frozen=True)
-class SvdLlmV2:
+class SvdLlmV2(Rule):
     """Within a type, the fraction removed from a matrix is in proportion to 1 / log of its truncation loss. arXiv 2503.12340, §3.2.
 
     The paper's log L_u depends on the unit of L, and has no use at L <= 1: a loss below e counts as e. What is kept is clipped to (0, 1]
@@ -40,21 +40,18 @@ class SvdLlmV2:
     name: str = "svd_llm_v2"
     label: str = "Truncation loss by type (SVD-LLM V2)"
     reference: str = "arXiv 2503.12340"
-    needs_curves: bool = True
-    needs_influence: bool = False
-    needs_perplexities: bool = False
-    trades_errors: bool = False
+    needs_curves = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         curves, kept = problem.known_curves(self.name), problem.kept_share
         groups: dict[str, list[Unit]] = {}
         for unit in problem.without_alternatives():
             groups.setdefault(unit.kind, []).append(unit)
-        wishes: dict[str, float] = {}
+        targets: dict[str, float] = {}
         for group in groups.values():
             shares = _shares([_loss(unit, curves, kept) for unit in group])
-            wishes |= {u.name: max(_LEAST_KEPT, 1 - (1 - kept) * share) for u, share in zip(group, shares, strict=True)}
-        return project(problem, wishes)
+            targets |= {u.name: max(_MIN_KEPT, 1 - (1 - kept) * share) for u, share in zip(group, shares, strict=True)}
+        return project(problem, targets)
 
 
 def _loss(unit: Unit, curves: ErrorCurves, kept: float) -> float:

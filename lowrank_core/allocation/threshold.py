@@ -1,4 +1,4 @@
-"""The same least singular value everywhere, relative to each unit's largest."""
+"""One threshold of relative singular values for all units."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.ordered import Vector, spend_in_order
-from lowrank_core.allocation.problem import AllocationProblem
+from lowrank_core.allocation.ordered import spend_in_order
+from lowrank_core.allocation.problem import AllocationProblem, Rule
+from lowrank_core.parameters import Unit
+from lowrank_core.types import Vector
 
 __all__ = ["THRESHOLD", "Threshold"]
 
 
 @dataclass(frozen=True)
-class Threshold:
+class Threshold(Rule):
     """Every unit keeps the singular values with σ_j/σ_1 above one threshold, which spends the budget.
 
     The singular values are those of the basis, in its metric: σ_j² = e_(j-1) - e_j. A unit that would need more than its break-even rank
@@ -25,10 +26,7 @@ class Threshold:
     name: str = "threshold"
     label: str = "Singular value threshold (WeLore)"
     reference: str = "arXiv 2407.11239"
-    needs_curves: bool = True
-    needs_influence: bool = False
-    needs_perplexities: bool = False
-    trades_errors: bool = False
+    needs_curves = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         curves = problem.known_curves(self.name)

@@ -5,7 +5,7 @@ Notation::
     k       kept fraction of a unit's parameters, of a grid in (0, 1); 1 stands for dense
     P_u(k)  perplexity of the model with unit u alone at k; infinite where the model diverges
     cuts    all pairs (u, k), the largest P_u(k) first
-    k_u(i)  what u keeps if all cuts from the i-th on are made: the least k of those that are u's, or 1
+    k_u(i)  what u keeps if all cuts from the i-th on are made: the smallest k of those that are u's, or 1
 
 The sum of k_u(i) times the parameters of u never falls with i, so the threshold that spends the budget is found by bisection.
 """
@@ -16,11 +16,11 @@ import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.base import Perplexities, Ranks
-from lowrank_core.allocation.problem import AllocationProblem
+from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import ConfigError
+from lowrank_core.parameters import Unit
 
 __all__ = ["TRUNCATION_SEARCH", "TruncationSearch"]
 
@@ -29,7 +29,7 @@ Cut = tuple[str, float]
 
 
 @dataclass(frozen=True)
-class TruncationSearch:
+class TruncationSearch(Rule):
     """Sensitivity-based truncation rank search (STRS) of ASVD, arXiv 2312.05821, §3.4.
 
     The published code stops at a whole cut, at the last one that its bisection looked at: just below the nominal ratio or just above. Here
@@ -40,10 +40,7 @@ class TruncationSearch:
     name: str = "truncation_search"
     label: str = "Sensitivity-based truncation rank search (ASVD)"
     reference: str = "arXiv 2312.05821"
-    needs_curves: bool = False
-    needs_influence: bool = False
-    needs_perplexities: bool = True
-    trades_errors: bool = False
+    needs_perplexities = True
 
     def ranks(self, problem: AllocationProblem) -> Ranks:
         free = problem.without_alternatives()

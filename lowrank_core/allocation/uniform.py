@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_core.accounting import Unit
 from lowrank_core.allocation.projection import ByMultipliers
+from lowrank_core.parameters import Unit
 
 __all__ = ["UNIFORM", "Uniform"]
 
@@ -18,6 +18,7 @@ class Uniform(ByMultipliers):
     name: str = "uniform"
     label: str = "Uniform"
     reference: str = "the usual baseline"
+    neutral = True
 
     def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:
         return {unit.name: 1.0 for unit in units}

@@ -1,11 +1,11 @@
-"""What rounding leaves of a budget: counted, and said where it matters. Torch-free."""
+"""Budget left unspent by rounding. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lowrank_core.accounting import Unit, budget_for_ratio, compression_ratio
 from lowrank_core.allocation.base import RankAllocation
+from lowrank_core.parameters import Unit, budget_for_ratio, compression_ratio
 
 __all__ = ["SHARE_TOLD", "unspent_parameters", "unspent_warning", "unspent_words"]
 

@@ -41,12 +41,12 @@ COMMANDS = (analyze, compress, evaluate, generate, tasks, speed, search, sensiti
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of all commands; each leaves in ``run`` what it does."""
-    found = Parser(prog="lowrank", description="See where a language model is low-rank, search for ranks, keep a smaller model.")
-    found.add_argument("--version", action="version", version=f"lowrank {__version__}")
-    commands = found.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+    result = Parser(prog="lowrank", description="Analyse, search and compress the low-rank structure of a causal language model.")
+    result.add_argument("--version", action="version", version=f"lowrank {__version__}")
+    commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for module in COMMANDS:
         module.add(lambda name, summary: commands.add_parser(name, help=summary, description=summary))
-    return found
+    return result
 
 
 def _how_to_go_on(arguments: argparse.Namespace) -> str:

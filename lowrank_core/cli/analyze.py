@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 
-from lowrank_core.cli.options import Command, Result, calibration_of, calibration_options, model_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, add_options, config_of, model_options, source_of, text_of, text_options
+from lowrank_core.config import CalibrationConfig
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 
@@ -13,15 +15,15 @@ def add(command: Command) -> None:
     parser = command("analyze", "Measure spectra and feature covariances of every compressible layer.")
     model_options(parser)
     text_options(parser)
-    calibration_options(parser)
-    parser.add_argument("--directions", metavar="MODULE", help="the tokens that lie furthest along the top directions of MODULE, too")
+    add_options(parser, CalibrationConfig)
+    parser.add_argument("--directions", metavar="MODULE", help="also the extreme tokens along the top directions of MODULE")
     parser.add_argument("--side", default="input", help="of its input or its output (default: %(default)s)")
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.analysis_commands import analyze
+    from lowrank_core.commands.analyze import analyze
 
-    calibration = calibration_of(arguments)
+    calibration = config_of(arguments, CalibrationConfig)
     wanted = (arguments.directions, arguments.side) if arguments.directions else None
     return analyze(source_of(arguments), text_of(arguments), calibration, directions=wanted)

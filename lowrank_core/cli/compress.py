@@ -5,23 +5,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.allocation import ALLOCATORS
-from lowrank_core.cli.export import export_config_of, export_options
+from lowrank_core.allocation import ALLOCATORS, current_name
 from lowrank_core.cli.options import (
     Command,
-    Result,
-    calibration_of,
-    calibration_options,
+    add_options,
     chosen_preset,
-    compression_of,
     compression_options,
+    config_of,
+    factors_of,
+    given_options,
     model_options,
+    recorded,
     source_of,
     text_of,
     text_options,
 )
-from lowrank_core.config import CompressRequest
-from lowrank_core.presets import DEFAULT_PRESET
+from lowrank_core.config import CalibrationConfig, CompressRequest, ExportConfig, SearchConfig
+from lowrank_core.presets.recipes import DEFAULT_PRESET
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 
@@ -30,37 +31,50 @@ def add(command: Command) -> None:
     parser = command("compress", "Compress a model at a ratio (or at given ranks) and write it as a folder.")
     model_options(parser)
     text_options(parser)
-    calibration_options(parser)
-    parser.add_argument("--compression-ratio", type=float, metavar="R", help="fraction of the linears' parameters to remove, in (0, 1)")
+    add_options(parser, CalibrationConfig)
+    add_options(parser, SearchConfig, only=("compression_ratio", "error_weights"))
     compression_options(parser, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
-    parser.add_argument("--allocation", metavar="A", help=f"one of {', '.join(ALLOCATORS)} (default: the preset's, or uniform)")
+    parser.add_argument(
+        "--allocation",
+        metavar="A",
+        type=current_name,
+        help=f"one of {', '.join(ALLOCATORS)} (default: the preset's; else that of the search in --config, or uniform)",
+    )
     parser.add_argument("--tune", action="store_true", help="choose the gradient damping and a drift-aware basis's β on validation text")
     parser.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
-    parser.add_argument("--complete", metavar="A", help="keep the locked ranks of the file, and spend the rest of the budget by A")
+    parser.add_argument(
+        "--complete", metavar="A", type=current_name, help="keep the locked ranks of the file, and spend the rest of the budget by A"
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
-    export_options(parser)
+    add_options(parser, ExportConfig)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.compression_commands import compress_to
+    from lowrank_core.commands.compress import compress_to
 
     return compress_to(source_of(arguments), text_of(arguments), _request(arguments))
 
 
 def _request(arguments: argparse.Namespace) -> CompressRequest:
-    preset = chosen_preset(arguments, "basis", "storage", "allocation", "compress_value")
+    preset = chosen_preset(arguments, "allocation")
+    given, base = given_options(arguments, SearchConfig), recorded(arguments, SearchConfig)
     return CompressRequest(
-        compression_ratio=arguments.compression_ratio,
+        compression_ratio=given.get("compression_ratio", base.compression_ratio if base else None),
         preset=preset.name if preset else "",
         tune=arguments.tune,
-        calibration=calibration_of(arguments),
-        compression=compression_of(arguments, preset),
-        allocation=arguments.allocation or (preset.allocation if preset else "uniform"),
+        calibration=config_of(arguments, CalibrationConfig),
+        compression=factors_of(arguments, preset),
+        allocation=arguments.allocation or (preset.allocation if preset else _searched(base)),
         ranks=arguments.ranks,
         out=arguments.out,
         complete=arguments.complete,
-        slopes=bool(arguments.slopes),
-        export=export_config_of(arguments),
+        error_weights=bool(given.get("error_weights", base.error_weights if base else False)),
+        export=config_of(arguments, ExportConfig),
         command=arguments.line,
     )
+
+
+def _searched(search: SearchConfig | None) -> str:
+    """Return the allocator around which ``search`` looks."""
+    return "lagrangian" if search is not None and search.variables == "error_weight" else "uniform"

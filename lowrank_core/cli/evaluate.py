@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 
-from lowrank_core.cli.options import Command, Result, model_options, source_of, text_of, text_options
+from lowrank_core.cli.options import Command, given_options, model_options, source_of, text_of, text_options
+from lowrank_core.config import TextConfig
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("evaluate", "Measure perplexity, and what changed against the dense model, on one text or several.")
+    parser = command("evaluate", "Measure perplexity and KL to the dense model on one text or several.")
     model_options(parser)
     text_options(parser, "test_windows", several=True)
     parser.add_argument("--split", choices=("validation", "test", "all"), default="test", help="part of the text (default: %(default)s)")
@@ -22,10 +24,12 @@ def add(command: Command) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.evaluation_commands import EvaluationRequest, evaluate_on, evaluate_on_texts
+    from lowrank_core.commands.evaluate import EvaluationRequest, evaluate_on, evaluate_on_texts
 
-    texts = [text_of(arguments, "test_windows", reference=reference) for reference in arguments.text]
-    request = EvaluationRequest(arguments.split, arguments.windows, arguments.stride, arguments.against)
+    references = arguments.text or [None]
+    texts = [text_of(arguments, reference=reference) for reference in references]
+    windows = given_options(arguments, TextConfig).get("test_windows")
+    request = EvaluationRequest(arguments.split, windows, arguments.stride, arguments.against)
     if len(texts) == 1:
         return evaluate_on(source_of(arguments), texts[0], request)
     return evaluate_on_texts(source_of(arguments), texts, request)

@@ -1,63 +1,38 @@
-"""``lowrank export``, and the options of every command that writes a compressed model."""
+"""``lowrank export``."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
-from lowrank_core.cli.options import Command, Result, json_option
-from lowrank_core.config import EXPORT_DTYPES, EXPORT_FORMS, QUANTIZATIONS, ExportConfig
+from lowrank_core.cli.options import Command, add_options, config_of, file_option, json_option
+from lowrank_core.config import ExportConfig
 from lowrank_core.errors import ConfigError
+from lowrank_core.types import Result
 
-__all__ = ["add", "export_config_of", "export_options"]
+__all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("export", "Write the compressed model of a trial as a folder, or rewrite an older export in today's form.")
+    parser = command("export", "Export the compressed model of a trial, or convert an older export to the current format.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="folder of the run")
     source.add_argument(
-        "--from", type=Path, metavar="DIR", dest="source", help="an export of an earlier version: the same numbers, in today's form"
+        "--from", type=Path, metavar="DIR", dest="source", help="an export of an earlier version, to convert with unchanged weights"
     )
     parser.add_argument("--trial", default="best", help="best or a trial's number (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
-    parser.add_argument(
-        "--dtype", default=ExportConfig().dtype, help=f"that is written: {', '.join(EXPORT_DTYPES)} (default: the checkpoint's)"
-    )
-    export_options(parser)
+    add_options(parser, ExportConfig, aliases={"dtype": "--dtype"})
+    file_option(parser)
     json_option(parser)
     parser.set_defaults(run=run)
 
 
-def export_options(parser: argparse.ArgumentParser) -> None:
-    usual = ExportConfig()
-    forms = "factors, or their products in the plain architecture: for any runtime, and not smaller"
-    parser.add_argument("--form", default=usual.form, help=f"{' or '.join(EXPORT_FORMS)}: {forms} (default: %(default)s)")
-    parser.add_argument(
-        "--with-code", action="store_true", help="write our code along: loads with trust_remote_code where this is not installed"
-    )
-    parser.add_argument(
-        "--max-shard-size", default=usual.max_shard_size, metavar="SIZE", help="of one weight file, as 2GB (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--quantize", default=usual.quantization, help=f"the factors: {' or '.join(QUANTIZATIONS)}, one scale a row (default: %(default)s)"
-    )
-
-
-def export_config_of(arguments: argparse.Namespace, *, dtype: str = "auto") -> ExportConfig:
-    """Return how to write what a command makes; ``dtype`` is the one that is written.
-
-    Raises:
-        ConfigError: a choice that there is not.
-    """
-    return ExportConfig(arguments.form, arguments.with_code, dtype, arguments.max_shard_size, arguments.quantize)
-
-
 def run(arguments: argparse.Namespace) -> Result:
-    config = export_config_of(arguments, dtype=arguments.dtype)  # a bad choice is told before torch is loaded
+    config = config_of(arguments, ExportConfig)  # a bad choice is reported before torch is loaded
     if arguments.source is not None:
         return _rewritten(arguments, config)
-    from lowrank_core.search_commands import export_from
+    from lowrank_core.commands.search import export_from
 
     return export_from(arguments.folder, arguments.trial, arguments.out, config, command=arguments.line)
 
@@ -70,17 +45,17 @@ def _rewritten(arguments: argparse.Namespace, config: ExportConfig) -> Result:
     """
     if config != ExportConfig() or arguments.trial != "best":
         raise ConfigError(
-            "--from writes the same numbers as they are stored; leave --trial, --form, --dtype, --quantize, --with-code and "
+            "--from converts an export with unchanged weights; leave --trial, --form, --dtype, --quantize, --with-code and "
             "--max-shard-size out."
         )
     from lowrank_core.export import rewrite
 
-    found = rewrite(arguments.source, arguments.out)
-    left = f" Not copied, as nothing loads them: {', '.join(found.left)}." if found.left else ""
+    result = rewrite(arguments.source, arguments.out)
+    left = f" Not copied, as nothing loads them: {', '.join(result.left)}." if result.left else ""
     return {
         "out": str(arguments.out),
-        "guards": found.guards,
-        "not_copied": list(found.left),
-        "text": f"Wrote {arguments.out}: the tensors of {arguments.source} bit for bit, and {found.guards} guards: where lowrank_core is "
+        "guards": result.guards,
+        "not_copied": list(result.left),
+        "text": f"Wrote {arguments.out}: the tensors of {arguments.source} bit for bit, and {result.guards} guards: where lowrank_core is "
         f"not imported, transformers now refuses it.{left}",
     }

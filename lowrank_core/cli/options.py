@@ -1,139 +1,233 @@
-"""Options that several commands share, and the values that they stand for."""
+"""Flags made from the options that configs declare, and configs made from flags.
+
+Every command takes ``--config FILE``, the JSON that a run records (its ``run.json``, or only some sections of it): what it says
+stands until a flag says otherwise.
+"""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
 
-from lowrank_core.accounting import STORAGES
-from lowrank_core.bases import BASES
-from lowrank_core.config import ROBUST_RULES, CalibrationConfig, CompressionConfig, ModelSource, TextConfig
-from lowrank_core.presets import DEFAULT_PRESET, PRESETS, Preset, preset_named
+from lowrank_core.catalogue import sentence_of
+from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig, TextConfig, from_mapping
+from lowrank_core.config.healing import HealingConfig
+from lowrank_core.config.options import Declared, options_of
+from lowrank_core.config.speed import SpeedConfig
+from lowrank_core.errors import ConfigError
+from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, Preset, preset_named
+from lowrank_core.sensitivity.config import SensitivityConfig
 
 __all__ = [
     "Command",
     "Parser",
-    "Result",
-    "calibration_of",
-    "calibration_options",
+    "add_options",
     "chosen_preset",
-    "compression_of",
     "compression_options",
-    "device_options",
+    "config_of",
+    "factors_of",
+    "file_option",
+    "given_options",
     "json_option",
     "model_options",
+    "recorded",
     "source_of",
     "text_of",
     "text_options",
 ]
 
-Result = dict[str, object]
-"""What a command found, ready for JSON; ``text`` is for people, and not part of the JSON."""
 Command = Callable[[str, str], argparse.ArgumentParser]
 """Adds a command by its name and a sentence on what it does, and returns its parser."""
+T = TypeVar("T")
 
-_TEXT_HELP = "python-stdlib, file:PATH (.txt, .jsonl, .parquet), wikitext-2, c4, ptb, or NAME:FOLDER for a local copy of those"
-_NUMBERS = {
-    "input_damping": "of the inputs' metric, relative to its mean eigenvalue",
-    "gradient_damping": "of the output gradients' metric, likewise",
-    "drift_beta": "β of a drift-aware basis, from 0 to 1",
+SECTIONS: Mapping[type, tuple[str, ...]] = {
+    ModelSource: ("model",),
+    TextConfig: ("text",),
+    CalibrationConfig: ("calibration",),
+    SearchConfig: ("search",),
+    CompressionConfig: ("search", "compression"),
+    ExportConfig: ("export",),
+    HealingConfig: ("healing",),
+    SensitivityConfig: ("sensitivity",),
+    SpeedConfig: ("speed",),
 }
-"""Numbers of ``CompressionConfig`` -> what they are."""
+"""Config class -> where it stands in the file of ``--config``."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line."""
+    """Reports a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}. See {self.prog} --help.\n")
 
 
 def json_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of every command: how the result is printed."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
 
 
-def model_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="M", help="demo, a local folder, or a hub id")
-    device_options(parser)
+def file_option(parser: argparse.ArgumentParser) -> None:
+    """Add the file of options of a command that takes any."""
+    parser.add_argument("--config", type=Path, metavar="FILE", help="JSON with options, such as the run.json of a run; flags come on top")
 
 
-def device_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    parser.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default: float32 on a CPU, the checkpoint's elsewhere)")
-
-
-def source_of(arguments: argparse.Namespace) -> ModelSource:
-    return ModelSource(arguments.model, arguments.device, arguments.dtype)
-
-
-def text_options(
-    parser: argparse.ArgumentParser, windows: str = "calibration_windows", *, required: bool = True, several: bool = False
+def add_options(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    *,
+    only: Collection[str] = (),
+    without: Collection[str] = (),
+    aliases: Mapping[str, str] | None = None,
+    usual: object | None = None,
 ) -> None:
-    """Add the options of a text, or of ``several`` cut alike; ``windows`` is the field of ``TextConfig`` that --windows stands for."""
-    defaults = TextConfig()
+    """Add a flag for each option that ``kind`` declares.
+
+    Args:
+        only, without: names of fields to take, or to leave.
+        aliases: field -> a second flag of this command.
+        usual: config whose values ``--help`` names as defaults.
+    """
+    for declared in options_of(kind):
+        if declared.name not in without and (not only or declared.name in only):
+            flags = [*filter(None, [(aliases or {}).get(declared.name)]), declared.flag]
+            default = declared.default if usual is None else getattr(usual, declared.name)
+            about = {"dest": _dest(kind, declared.name), "default": None, **_about(declared, default)}
+            parser.add_argument(*flags, **about)
+            for old in declared.option.formerly:
+                parser.add_argument(f"--{old.replace('_', '-')}", **{**about, "help": argparse.SUPPRESS})
+
+
+def _dest(kind: type, name: str) -> str:
+    return f"{kind.__name__}.{name}"
+
+
+def _about(declared: Declared, default: object) -> dict[str, Any]:
+    about = declared.option
+    text = f"{sentence_of(declared)} (default: {about.fallback or declared.typed(default)})".replace("%", "%%")
+    if declared.type is bool:
+        return {"action": argparse.BooleanOptionalAction, "help": text}
+    metavar = {int: "N", float: "X"}.get(declared.type, declared.name.split("_")[-1].upper())
+    if declared.type is tuple:
+        return {"nargs": "+", "metavar": metavar, "help": text, "type": float if isinstance(default, tuple) and _numbers(default) else str}
+    former = about.values_formerly
+    return {"type": (lambda value: former.get(value, value)) if former else declared.type, "metavar": metavar, "help": text}
+
+
+def _numbers(values: tuple[object, ...]) -> bool:
+    return bool(values) and all(isinstance(value, float) for value in values)
+
+
+def given_options(arguments: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """Return name -> value of the options of ``kind`` that the command line has."""
+    values = ((declared, getattr(arguments, _dest(kind, declared.name), None)) for declared in options_of(kind))
+    return {d.name: tuple(value) if d.type is tuple else value for d, value in values if value is not None}
+
+
+def recorded(arguments: argparse.Namespace, kind: type[T]) -> T | None:
+    """Return the config that the file of ``--config`` holds for ``kind``; None where there is no file, or it has no such section.
+
+    Raises:
+        ConfigError: the file can't be read, or holds what is no config.
+    """
+    path: Path | None = getattr(arguments, "config", None)
+    if path is None:
+        return None
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--config: {path} can't be read as JSON ({error}). Give a run's run.json, or sections of one.") from error
+    body = body.get("config", body) if isinstance(body, dict) else body
+    for name in SECTIONS[kind]:
+        body = body.get(name) if isinstance(body, dict) else None
+    return None if body is None else from_mapping(kind, body)
+
+
+def config_of(arguments: argparse.Namespace, kind: type[T], *, usual: T | None = None, **known: object) -> T:
+    """Return the config that flags, the file of ``--config`` and ``usual`` make, in this order of precedence.
+
+    Raises:
+        ConfigError: a value out of range, or a damaged file.
+    """
+    base = recorded(arguments, kind)
+    base = base if base is not None else usual if usual is not None else kind()
+    return replace(base, **{**given_options(arguments, kind), **known})  # type: ignore[type-var]
+
+
+def model_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a model, and the file of options."""
+    add_options(parser, ModelSource)
+    file_option(parser)
+
+
+def source_of(arguments: argparse.Namespace, *, required: bool = True) -> ModelSource:
+    """Return the model that is asked for.
+
+    Raises:
+        ConfigError: there is none, and it is required.
+    """
+    if required and "reference" not in given_options(arguments, ModelSource) and recorded(arguments, ModelSource) is None:
+        raise ConfigError("which model? Give --model demo, a folder or a hub id, or --config FILE.")
+    return config_of(arguments, ModelSource)
+
+
+def text_options(parser: argparse.ArgumentParser, windows: str = "calibration_windows", *, several: bool = False) -> None:
+    """Add the options of a text, or of ``several`` cut alike; ``windows`` is the field that ``--windows`` stands for."""
     if several:
-        parser.add_argument("--text", required=required, metavar="T", nargs="+", action="extend", help=_TEXT_HELP)
-    else:
-        parser.add_argument("--text", required=required, metavar="T", help=_TEXT_HELP)
-    parser.add_argument("--windows", type=int, metavar="N", help=f"{windows.replace('_', ' ')} (default: {getattr(defaults, windows)})")
-    parser.add_argument(
-        "--context", type=int, metavar="L", help=f"tokens in a window (default: {defaults.context}, or what the model takes if less)"
-    )
-    parser.add_argument("--bos", default=defaults.bos, help="auto, window or none (default: %(default)s, as the tokenizer does)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the calibration draw and the sampler (default: 0)")
+        about = next(declared.option for declared in options_of(TextConfig) if declared.name == "reference")
+        parser.add_argument("--text", metavar="T", nargs="+", action="extend", help=about.help)
+    add_options(parser, TextConfig, without=("reference",) if several else (), aliases={windows: "--windows"})
     json_option(parser)
 
 
-def text_of(arguments: argparse.Namespace, windows: str = "calibration_windows", *, reference: str | None = None) -> TextConfig:
-    """Return the text that was asked for, or ``reference`` cut in the same way.
+def text_of(arguments: argparse.Namespace, *, reference: str | None = None) -> TextConfig:
+    """Return the text that is asked for, or ``reference`` cut in the same way.
 
     Raises:
-        ConfigError: a number out of range.
+        ConfigError: there is none, or a number is out of range.
         ModelError: the context is not given, and the model's can't be read.
     """
-    from lowrank_core.commands import fitting_context
+    given, base = given_options(arguments, TextConfig), recorded(arguments, TextConfig)
+    if reference is not None:
+        given["reference"] = reference
+    if base is None and "reference" not in given:
+        raise ConfigError("which text? Give --text python-stdlib, file:PATH or the name of a data set, or --config FILE.")
+    if base is None and "context" not in given:
+        from lowrank_core.commands.shared import fitting_context
 
-    counts = {} if arguments.windows is None else {windows: arguments.windows}
-    context = fitting_context(source_of(arguments)) if arguments.context is None else arguments.context
-    return TextConfig(arguments.text if reference is None else reference, context=context, bos=arguments.bos, seed=arguments.seed, **counts)
-
-
-def calibration_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--robust", default="none", metavar="RULE", help=f"pooling: one of {', '.join(ROBUST_RULES)} (default: none)")
-
-
-def calibration_of(arguments: argparse.Namespace) -> CalibrationConfig:
-    return CalibrationConfig(robust=arguments.robust)
+        replace(TextConfig(), **given)  # a bad value is reported before the model's context is looked up
+        given["context"] = fitting_context(source_of(arguments))
+    return replace(base or TextConfig(), **given)
 
 
 def compression_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """Add a preset, and the options of factors and storage."""
     parser.add_argument("--preset", metavar="P", help=f"a whole recipe: one of {', '.join(PRESETS)} (default: {default})")
-    parser.add_argument("--basis", metavar="B", help=f"one of {', '.join(BASES)}, or around another (shared_input:two_sided)")
-    parser.add_argument("--storage", metavar="S", help=f"how factors are stored: {' or '.join(STORAGES)}")
-    parser.add_argument(
-        "--compress-value",
-        action=argparse.BooleanOptionalAction,
-        help="compress the value projections too; the paper keeps them dense",
-    )
-    slopes = "weigh errors by what they cost the model, measured unit by unit (for marginal, where a basis' errors are not comparable)"
-    parser.add_argument("--slopes", action="store_true", default=None, help=slopes)
-    for name, meaning in _NUMBERS.items():
-        usual = getattr(CompressionConfig(), name)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="X", help=f"{meaning} (default: {usual:g})")
+    add_options(parser, CompressionConfig)
+    parser.add_argument("--compress-value", action=_Opposite, dest=_dest(CompressionConfig, "value_dense"), help=argparse.SUPPRESS)
+
+
+class _Opposite(argparse.BooleanOptionalAction):
+    """A flag of earlier versions, whose option is called after the opposite now."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, str(option_string).startswith("--no-"))
+
+
+def factors_of(arguments: argparse.Namespace, preset: Preset | None) -> CompressionConfig:
+    """Return how matrices are factorised: by ``preset``, else as the file of ``--config`` says, and flags on top."""
+    if preset is None:
+        return config_of(arguments, CompressionConfig)
+    return replace(preset.compression, **given_options(arguments, CompressionConfig))
 
 
 def chosen_preset(arguments: argparse.Namespace, *own: str) -> Preset | None:
-    """Return the preset that was asked for; the default one, unless one of the options ``own`` was given instead."""
+    """Return the preset that is asked for; else the default one, unless the metric, the storage or one of ``own`` is given instead."""
     if arguments.preset:
         return preset_named(arguments.preset)
-    return None if any(getattr(arguments, name) is not None for name in own) else DEFAULT_PRESET
-
-
-def compression_of(arguments: argparse.Namespace, preset: Preset | None) -> CompressionConfig:
-    """Return the preset's choices, with those that were given instead."""
-    given = {name: value for name in ("basis", "storage", *_NUMBERS) if (value := getattr(arguments, name)) is not None}
-    if arguments.compress_value is not None:
-        given["value_dense"] = not arguments.compress_value
-    return replace(preset.compression if preset else CompressionConfig(), **given)
+    given = given_options(arguments, CompressionConfig)
+    chosen = any(name in given for name in ("basis", "storage", "value_dense")) or any(getattr(arguments, name) is not None for name in own)
+    return None if chosen or recorded(arguments, CompressionConfig) is not None else DEFAULT_PRESET

@@ -5,30 +5,31 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.cli.options import Command, Result, json_option
+from lowrank_core.cli.options import Command, json_option
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("report", "Write a run as one HTML file that needs no server: figures, tables, protocol, versions, seeds.")
+    parser = command("report", "Write a run as one self-contained HTML file: charts, tables, protocol, versions, seeds.")
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", dest="folder", help="folder of the run, also of the recorded one")
     parser.add_argument(
         "--out",
         type=Path,
         metavar="FILE",
-        help="HTML file, replaced if it is there (default: report.html in the run's folder; for the recorded run, in the one you are in)",
+        help="HTML file, replaced if it exists (default: report.html in the run's folder; for the recorded run, in the current folder)",
     )
     json_option(parser)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.report import write_report
     from lowrank_core.runs import open_run
+    from lowrank_core.studio.report import write_report
 
-    found = open_run(arguments.folder)
-    folder = Path.cwd() if found.recorded else found.path  # what ships with the package is only looked at
+    result = open_run(arguments.folder)
+    folder = Path.cwd() if result.recorded else result.path  # what ships with the package is only looked at
     out: Path = (arguments.out or folder / "report.html").absolute()
-    size = write_report(found, out)
-    return {"out": str(out), "bytes": size, "run": str(found.path), "text": f"Wrote {out} ({size / 1e6:.1f} MB): open it in any browser."}
+    size = write_report(result, out)
+    return {"out": str(out), "bytes": size, "run": str(result.path), "text": f"Wrote {out} ({size / 1e6:.1f} MB): open it in any browser."}

@@ -5,51 +5,36 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.accounting import STORAGES
-from lowrank_core.bases import BASES
-from lowrank_core.cli.options import (
-    Command,
-    Result,
-    calibration_of,
-    calibration_options,
-    device_options,
-    source_of,
-    text_of,
-    text_options,
-)
+from lowrank_core.cli.options import Command, add_options, config_of, given_options, model_options, source_of, text_of, text_options
+from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig
 from lowrank_core.errors import ConfigError
-from lowrank_core.sensitivity.config import SCOPES, SensitivityConfig
+from lowrank_core.sensitivity.config import SensitivityConfig
+from lowrank_core.types import Result
 
 __all__ = ["add"]
-
-_USUAL = SensitivityConfig()
 
 
 def add(command: Command) -> None:
     parser = command(
-        "sensitivity", "Measure what each module, and each type of them, costs when it alone is compressed; goes on where it was killed."
+        "sensitivity", "Measure the KL divergence of compressing each module, and each module type, alone; resumes if interrupted."
     )
     parser.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="a run, or with --model and --text the folder of a new one")
-    parser.add_argument("--model", metavar="M", help="demo, a local folder, or a hub id (for a new run)")
-    device_options(parser)
-    text_options(parser, "validation_windows", required=False)
-    calibration_options(parser)
-    parser.add_argument(
-        "--kept", type=float, nargs="+", default=list(_USUAL.kept), metavar="K", help="kept parameter ratios (default: %(default)s)"
-    )
-    parser.add_argument("--scopes", nargs="+", default=list(SCOPES), metavar="S", help=f"{' or '.join(SCOPES)} (default: both)")
-    parser.add_argument("--kinds", nargs="+", default=[], metavar="T", help="module types, such as q_proj (default: all)")
-    parser.add_argument("--basis", default="", metavar="B", help=f"one of {', '.join(BASES)} (default: the run's)")
-    parser.add_argument("--storage", default="", metavar="S", help=f"{' or '.join(STORAGES)} (default: the run's)")
+    model_options(parser)
+    text_options(parser, "validation_windows")
+    add_options(parser, CalibrationConfig)
+    add_options(parser, SensitivityConfig, without=("windows",))
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    a = arguments
-    config = SensitivityConfig(tuple(a.kept), tuple(a.scopes), tuple(a.kinds), a.windows, a.basis, a.storage)
-    if (a.model is None) != (a.text is None):
+    text = given_options(arguments, TextConfig)
+    windows = {"windows": text["validation_windows"]} if "validation_windows" in text else {}
+    config = config_of(arguments, SensitivityConfig, **windows)
+    model, named = "reference" in given_options(arguments, ModelSource), "reference" in text
+    if model != named and arguments.config is None:
         raise ConfigError("a new run needs both a model and a text: give --model and --text together.")
-    from lowrank_core.sensitivity_commands import NewRun, sensitivity_in
+    from lowrank_core.commands.sensitivity import NewRun, sensitivity_in
 
-    new = None if a.model is None else NewRun(source_of(a), text_of(a, "validation_windows"), calibration_of(a))
-    return sensitivity_in(a.folder, new, config)
+    wanted = model or (arguments.folder is None and arguments.config is not None)
+    new = NewRun(source_of(arguments), text_of(arguments), config_of(arguments, CalibrationConfig)) if wanted else None
+    return sensitivity_in(arguments.folder, new, config)

@@ -6,9 +6,11 @@ import argparse
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
+from lowrank_core.cli.options import Command, add_options, config_of, json_option, model_options, source_of
 from lowrank_core.cli.tables import aligned
-from lowrank_core.views.formatting import DASH, size
+from lowrank_core.config.speed import SpeedConfig
+from lowrank_core.studio.shared.formatting import DASH, size
+from lowrank_core.types import Result
 
 if TYPE_CHECKING:
     from lowrank_core.speed import SpeedComparison, SpeedReport, Spread
@@ -17,14 +19,10 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense beside compressed.")
+    parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense next to compressed.")
     model_options(parser)
-    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are measured in turns")
-    parser.add_argument("--batch-size", type=int, default=1, metavar="B", help="prompts at once (default: %(default)s)")
-    parser.add_argument("--prompt-tokens", type=int, default=128, metavar="P", help="tokens of each prompt (default: %(default)s)")
-    parser.add_argument("--new-tokens", type=int, default=64, metavar="N", help="tokens written after each (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, metavar="R", help="timed generations of each model (default: %(default)s)")
-    parser.add_argument("--warmup", type=int, default=1, metavar="W", help="generations before, not timed (default: %(default)s)")
+    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are timed in alternation")
+    add_options(parser, SpeedConfig)
     memory = "measure peak memory too, in a fresh process for each model"
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help=f"{memory} (default: yes)")
     json_option(parser)
@@ -32,12 +30,11 @@ def add(command: Command) -> None:
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.models import load_model
-    from lowrank_core.speed import SpeedConfig, compare_speed, measure_speed
-
     a = arguments
-    config = SpeedConfig(a.batch_size, a.prompt_tokens, a.new_tokens, a.rounds, a.warmup)
-    source = source_of(a)
+    config, source = config_of(a, SpeedConfig), source_of(a)
+    from lowrank_core.models import load_model
+    from lowrank_core.speed import compare_speed, measure_speed
+
     handle = load_model(source)
     if a.against is None:
         report = measure_speed(handle, config, source=source if a.memory else None)
@@ -72,7 +69,7 @@ def _cells(report: SpeedReport) -> list[str]:
     ]
 
 
-_ROWS = ("prefill, tokens/s", "decode, tokens/s", "first token, ms", "peak memory, running", "peak memory, loading", "parameters", "stored")
+_ROWS = ("prefill, tokens/s", "decode, tokens/s", "TTFT, ms", "peak memory, running", "peak memory, loading", "parameters", "stored")
 
 
 def _table(columns: list[list[str]]) -> str:
@@ -95,7 +92,7 @@ def _beside(comparison: SpeedComparison) -> str:
     sizes = [f"{compressed.parameters / dense.parameters:.2f}", f"{compressed.bytes / dense.bytes:.2f}"]
     ratios = ["times faster; size ratio", *speedups, memory, _loading(comparison), *sizes]
     table = _table([["dense", *_cells(dense)], ["compressed", *_cells(compressed)], ratios])
-    return f"{table}\nThe two in turns; above 1 the compressed model is faster. {_notes(compressed)}"
+    return f"{table}\nTimed in alternation; above 1 the compressed model is faster. {_notes(compressed)}"
 
 
 def _loading(comparison: SpeedComparison) -> str:

@@ -6,15 +6,18 @@ import argparse
 import os
 
 from lowrank_core.catalogue import methods
-from lowrank_core.cli.options import Command, Result, json_option
+from lowrank_core.cli.options import Command, json_option
+from lowrank_core.cli.reference import options_reference
+from lowrank_core.types import Result
 
 __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    listed = command("methods", "List bases, allocations and presets, with their sources.")
+    listed = command("methods", "List metrics, allocations and presets, with their sources.")
     json_option(listed)
-    listed.set_defaults(run=lambda arguments: methods())
+    listed.add_argument("--options", action="store_true", help="list every option instead, as Markdown: docs/options.md")
+    listed.set_defaults(run=lambda arguments: {"text": options_reference()} if arguments.options else methods())
     dashboard = command("dashboard", "Start the dashboard in the browser.")
     dashboard.add_argument("--port", type=int, default=8501, metavar="P", help="port on this machine (default: %(default)s)")
     dashboard.set_defaults(run=run_dashboard)
@@ -22,8 +25,8 @@ def add(command: Command) -> None:
 
 def run_dashboard(arguments: argparse.Namespace) -> Result:
     """Become Streamlit: this process is replaced, and nothing is returned."""
-    from lowrank_core.processes import python_command, python_environment
     from lowrank_core.runs import bundled_path
+    from lowrank_core.runs.processes import python_command, python_environment
 
     app = bundled_path("app.py")
     os.chdir(app.parent)  # Streamlit reads its configuration from the working directory

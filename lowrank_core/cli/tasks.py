@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, Result, json_option, model_options, source_of
+from lowrank_core.cli.options import Command, json_option, model_options, source_of
 from lowrank_core.cli.tables import aligned
-from lowrank_core.views.formatting import DASH
+from lowrank_core.studio.shared.formatting import DASH
+from lowrank_core.types import Result
 from lowrank_core.wording import fixed
 
 if TYPE_CHECKING:
@@ -19,15 +20,15 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("tasks", "Run zero-shot and few-shot tasks through lm-eval, dense beside compressed.")
+    parser = command("tasks", "Run zero-shot and few-shot tasks through lm-eval, dense next to compressed.")
     model_options(parser)
-    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, asked the same")
+    parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, on the same tasks")
     parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="tasks, groups or patterns (arc_easy, 'mmlu_*')")
     own = "folder with .yaml task files of your own; Python functions that they name are run"
     parser.add_argument("--include-path", type=Path, metavar="FOLDER", help=own)
     parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task (default: all)")
     parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences in a forward pass (default: %(default)s)")
-    parser.add_argument("--few-shot", type=int, metavar="K", help="solved examples before each question (default: the task's own number)")
+    parser.add_argument("--few-shot", type=int, metavar="K", help="few-shot examples (default: the task's own number)")
     json_option(parser)
     parser.set_defaults(run=run)
 
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> Result:
 
     a = arguments
     config = TasksConfig(tuple(a.tasks), a.include_path, a.limit, a.batch_size, a.few_shot)
-    harness = Harness(config)  # unknown tasks are told before a model is loaded
+    harness = Harness(config)  # unknown tasks are reported before a model is loaded
     source = source_of(a)
     against = None if a.against is None else load_model(replace(source, reference=a.against))
     report = run_tasks(load_model(source), config, against=against, harness=harness)
@@ -47,20 +48,20 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _text(report: TasksReport) -> str:
-    beside = report.against is not None
-    headings = ["task", "metric", "documents", "shots", "version", *(["dense", "compressed", "difference"] if beside else ["score"])]
-    lines = [aligned([headings, *(_cells(score, beside=beside) for score in report.scores)], left=2), report.protocol]
-    if beside:
-        lines.append("± is one standard error; that of a difference is over documents, as both models were asked the same.")
+    alongside = report.against is not None
+    headings = ["task", "metric", "documents", "shots", "version", *(["dense", "compressed", "difference"] if alongside else ["score"])]
+    lines = [aligned([headings, *(_cells(score, alongside=alongside) for score in report.scores)], left=2), report.protocol]
+    if alongside:
+        lines.append("± is one standard error; that of a difference is paired over documents.")
     return "\n".join([*lines, *(f"warning: {warning}" for warning in report.warnings)])
 
 
-def _cells(score: TaskScore, *, beside: bool) -> list[str]:
+def _cells(score: TaskScore, *, alongside: bool) -> list[str]:
     metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
     shots = DASH if score.few_shot is None else str(score.few_shot)
     first = [score.task, metric, f"{score.documents:,}", shots, score.version or DASH]
     ours = _measured(score.value, score.stderr)
-    if not beside:
+    if not alongside:
         return [*first, ours]
     return [*first, _measured(score.dense, score.dense_stderr), ours, _measured(score.difference, score.difference_stderr, sign="+")]
 

@@ -6,9 +6,10 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, Result, text_of, text_options
-from lowrank_core.config import to_mapping
+from lowrank_core.cli.options import Command, add_options, file_option, given_options, source_of, text_of, text_options
+from lowrank_core.config import ModelSource, TextConfig, to_mapping
 from lowrank_core.errors import ConfigError
+from lowrank_core.types import Result
 
 if TYPE_CHECKING:
     from lowrank_core.export import Verification
@@ -18,30 +19,31 @@ __all__ = ["add"]
 
 def add(command: Command) -> None:
     parser = command("verify", "Check the files of an export, and measure its perplexity again in a fresh process.")
-    parser.add_argument("--model", required=True, metavar="DIR", help="folder written by compress or export")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
-    text_options(parser, "test_windows", required=False)
+    add_options(parser, ModelSource, only=("reference", "device"))
+    file_option(parser)
+    text_options(parser, "test_windows")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="part of --text (default: %(default)s)")
-    parser.set_defaults(run=run, dtype="auto")
+    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
     from lowrank_core.export import verify
 
-    if arguments.text is None and (arguments.windows, arguments.context) != (None, None):
+    given, source = given_options(arguments, TextConfig), source_of(arguments)
+    if "reference" not in given and given.keys() & {"test_windows", "context"}:
         raise ConfigError("--windows and --context cut a text: give it with --text, or leave them out to measure as was recorded.")
-    text = None if arguments.text is None else text_of(arguments, "test_windows")
-    found = verify(Path(arguments.model), text=text, split=arguments.split, device=arguments.device)
-    return {**to_mapping(found), "text": _told(found)}
+    text = text_of(arguments) if "reference" in given else None
+    result = verify(Path(source.reference), text=text, split=arguments.split, device=source.device)
+    return {**to_mapping(result), "text": _told(result)}
 
 
-def _told(found: Verification) -> str:
-    lines = [f"{found.files} files are as they were exported", f"perplexity {found.measured:.6f}, loaded in a fresh process"]
-    if found.recorded is None:
-        lines.append("nothing is recorded for these windows: there is nothing to compare with")
+def _told(result: Verification) -> str:
+    lines = [f"{result.files} files are unchanged", f"perplexity {result.measured:.6f}, loaded in a fresh process"]
+    if result.recorded is None:
+        lines.append("no perplexity is recorded for these windows, so there is no comparison")
     else:
-        verdict = "the same to rounding" if found.ok else "NOT the same"
+        verdict = "equal up to rounding" if result.ok else "DIFFERENT"
         lines.append(
-            f"recorded   {found.recorded:.6f}: {verdict} (difference {found.difference:+z.2e}, rounding may make {found.tolerance:.0e})"
+            f"recorded   {result.recorded:.6f}: {verdict} (difference {result.difference:+z.2e}, tolerance {result.tolerance:.0e})"
         )
-    return "\n".join([*lines, found.protocol])
+    return "\n".join([*lines, result.protocol])

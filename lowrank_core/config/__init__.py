@@ -1,4 +1,4 @@
-"""What the user chose, as frozen values that check themselves and turn into JSON and back.
+"""Configs: frozen values, validated when built, with conversion to and from JSON.
 
 ::
 
@@ -9,7 +9,7 @@
 """
 
 from lowrank_core.config.calibration import GROUP_WEIGHTS, ROBUST_RULES, TOKENS_PER_DIMENSION, CalibrationConfig
-from lowrank_core.config.checks import check_at_least, check_choice, check_ratio
+from lowrank_core.config.checks import check_choice, check_min, check_ratio
 from lowrank_core.config.compression import CompressionConfig, CompressRequest
 from lowrank_core.config.export import EXPORT_DTYPES, EXPORT_FORMS, QUANTIZATIONS, ExportConfig
 from lowrank_core.config.mapping import from_mapping, to_mapping
@@ -39,7 +39,7 @@ __all__ = [
     "TOKENS_PER_DIMENSION",
     "TextConfig",
     "VARIABLES",
-    "check_at_least",
+    "check_min",
     "check_choice",
     "check_ratio",
     "depth_groups",

@@ -1,10 +1,10 @@
-"""How statistics are measured."""
+"""Settings of calibration."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.config.checks import check_at_least, check_choice
+from lowrank_core.config.options import check_options, option
 
 __all__ = ["GROUP_WEIGHTS", "ROBUST_RULES", "TOKENS_PER_DIMENSION", "CalibrationConfig"]
 
@@ -12,32 +12,34 @@ GROUP_WEIGHTS = ("equal", "dof")
 ROBUST_RULES = ("none", "trimmed", "downweighted")
 
 TOKENS_PER_DIMENSION = 8
-"""Below this many tokens per input dimension a covariance says little about small eigenvalues (METHODS §1)."""
+"""Below this many tokens per input dimension a covariance says little about small eigenvalues."""
 
 
 @dataclass(frozen=True)
 class CalibrationConfig:
-    """How feature statistics are pooled (Bolaco, Eq. 4).
+    """Pooling of feature statistics (Bolaco, Eq. 4)."""
 
-    Attributes:
-        group_size: consecutive windows in a group of the pooled covariance; a remainder forms its own group.
-        group_weights: ``equal`` (the paper) or ``dof`` (by degrees of freedom).
-        batch_size: windows in a forward pass; changes speed and memory, and results only by rounding.
-        robust: ``none``; ``trimmed`` leaves the tenth of the groups with the largest and with the smallest trace out of the pooled
-            covariance; ``downweighted`` gives a token beyond 3 median norms of its window the weight (3 · median / norm)².
-        gradient_windows: windows that output gradients are measured on, from the first; all if there are fewer.
-        gradient_seed: of the labels that are drawn from the model for the gradients.
-    """
-
-    group_size: int = 32
-    group_weights: str = "equal"
-    batch_size: int = 8
-    robust: str = "none"
-    gradient_windows: int = 256
-    gradient_seed: int = 0
+    group_size: int = option(
+        32,
+        "consecutive windows in a group of the pooled covariance; a remainder forms its own group",
+        label="Group size (windows)",
+        minimum=1,
+    )
+    group_weights: str = option("equal", "equal: as in the paper; dof: by degrees of freedom", label="Group weights", choices=GROUP_WEIGHTS)
+    batch_size: int = option(
+        8, "windows in a forward pass; changes speed and memory, and results only by rounding", label="Windows in a forward pass", minimum=1
+    )
+    robust: str = option(
+        "none",
+        "trimmed: without the tenth of the groups with the largest, and with the smallest, trace; downweighted: a token beyond 3 median "
+        "norms of its window has the weight (3 · median / norm)²",
+        label="Robust pooling",
+        choices=ROBUST_RULES,
+    )
+    gradient_windows: int = option(
+        256, "windows that output gradients are measured on, from the first; all if there are fewer", label="Gradient windows", minimum=1
+    )
+    gradient_seed: int = option(0, "of the labels that are drawn from the model for the gradients", label="Gradient seed", minimum=0)
 
     def __post_init__(self) -> None:
-        check_at_least(1, group_size=self.group_size, batch_size=self.batch_size, gradient_windows=self.gradient_windows)
-        check_at_least(0, gradient_seed=self.gradient_seed)
-        check_choice("group weights", self.group_weights, GROUP_WEIGHTS)
-        check_choice("robust", self.robust, ROBUST_RULES)
+        check_options(self)

@@ -1,4 +1,4 @@
-"""What several configs check of their values."""
+"""Shared validation of configs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from lowrank_core.errors import ConfigError
 
-__all__ = ["check_at_least", "check_choice", "check_ratio"]
+__all__ = ["check_min", "check_choice", "check_ratio"]
 
 
 def check_ratio(compression_ratio: float) -> float:
@@ -33,12 +33,12 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
 
 
-def check_at_least(least: int, **values: int) -> None:
+def check_min(minimum: int, **values: int) -> None:
     """Take ``values``, called by their names, if all are ``least`` or more.
 
     Raises:
         ConfigError: one is not.
     """
     for name, value in values.items():
-        if value < least:
-            raise ConfigError(f"{name.replace('_', ' ')} must be at least {least}, got {value}.")
+        if value < minimum:
+            raise ConfigError(f"{name.replace('_', ' ')} must be at least {minimum}, got {value}.")

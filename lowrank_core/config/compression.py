@@ -1,4 +1,4 @@
-"""How matrices are factorised, and what `lowrank compress` was asked for."""
+"""Settings of factorisation and of `lowrank compress`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lowrank_core.accounting import STORAGES
 from lowrank_core.config.calibration import CalibrationConfig
-from lowrank_core.config.checks import check_at_least, check_choice, check_ratio
+from lowrank_core.config.checks import check_ratio
 from lowrank_core.config.export import ExportConfig
+from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
 __all__ = ["CompressRequest", "CompressionConfig"]
@@ -17,46 +17,62 @@ __all__ = ["CompressRequest", "CompressionConfig"]
 
 @dataclass(frozen=True)
 class CompressionConfig:
-    """How matrices are factorised and stored.
+    """Factorisation and storage of matrices."""
 
-    Attributes:
-        basis: name in ``lowrank_core.bases.BASES``, or wrappers around one (``shared_input:two_sided``).
-        storage: name in ``lowrank_core.accounting.STORAGES``.
-        value_dense: keep value projections as they are, as the paper does.
-        stacks: offer stacks of matrices with one input as alternatives to single matrices (for an allocation that knows the errors).
-        heads: offer per-head value/output factors as alternatives, likewise.
-        rank_multiple: ranks are rounded down to a multiple of it, as the paper's code does with 8; 1 leaves them.
-        input_damping: of the inputs' metric, relative to its mean eigenvalue.
-        gradient_damping: of the output gradients' metric, likewise.
-        drift_beta: β of a drift-aware basis, in [0, 1]: how much of the dense model's input its target follows.
-        fit_windows: calibration windows that a sequential basis fits on, at most; each is run through every block several times.
-    """
-
-    basis: str = "pooled_feature"
-    storage: str = "factored"
-    value_dense: bool = True
-    stacks: bool = False
-    heads: bool = False
-    rank_multiple: int = 1
-    input_damping: float = 1e-6
-    gradient_damping: float = 1e-2
-    drift_beta: float = 1.0
-    fit_windows: int = 128
+    basis: str = option(
+        "pooled_feature",
+        "how the error of a matrix is weighted, and so which directions are kept; wrappers go around another (shared_input:two_sided)",
+        label="Error metric",
+    )
+    storage: str = option(
+        "factored",
+        "factored: two factors, r(m + n) parameters; pivoted (PIFA): the same matrix, r(m + n - r) parameters",
+        label="Storage",
+        choices={"factored": "Two factors", "pivoted": "Pivoted (PIFA)"},
+    )
+    value_dense: bool = option(True, "keep the value projections as they are, as the paper does", label="Keep value projections dense")
+    stacks: bool = option(
+        False, "offer stacks of matrices with one input as alternatives to single matrices; needs error weights", label="Offer stacks"
+    )
+    heads: bool = option(
+        False,
+        "offer per-head value/output factors as alternatives, likewise; needs values that may be compressed",
+        label="Offer per-head factors",
+    )
+    rank_multiple: int = option(
+        1, "round ranks down to a multiple of it, as the paper's code does with 8", label="Ranks in multiples of", minimum=1
+    )
+    input_damping: float = option(1e-6, "of the inputs' metric, relative to its mean eigenvalue", label="Input damping", minimum=0.0)
+    gradient_damping: float = option(
+        1e-2, "of the output gradients' metric, relative to its mean eigenvalue", label="Gradient damping", minimum=0.0
+    )
+    drift_beta: float = option(
+        1.0,
+        "β of a drift-aware metric: how much of the dense model's input its target follows",
+        label="Drift β",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.1,
+    )
+    fit_windows: int = option(
+        128,
+        "calibration windows that a sequential metric fits on, at most; each is run through every block several times",
+        label="Fitted windows",
+        minimum=1,
+    )
 
     def __post_init__(self) -> None:
-        check_choice("storage", self.storage, STORAGES)
-        check_at_least(1, rank_multiple=self.rank_multiple, fit_windows=self.fit_windows)
         for name, value in (("input damping", self.input_damping), ("gradient damping", self.gradient_damping)):
             if not 0 <= value < math.inf:
                 raise ConfigError(f"{name} must be a number from 0 up, relative to the mean eigenvalue; got {value:g}. Try 0.01.")
-
         if not 0 <= self.drift_beta <= 1:
             raise ConfigError(f"drift beta must lie between 0 and 1, got {self.drift_beta:g}. Try 1.")
+        check_options(self)
 
 
 @dataclass(frozen=True)
 class CompressRequest:
-    """What `lowrank compress` was asked for: a ratio and an allocator, or a file of ranks; ``preset`` is empty if there was none.
+    """Arguments of `lowrank compress`: a ratio and an allocator, or a file of ranks; ``preset`` is empty if none.
 
     ``complete`` names the allocator that spends on the others what the locked ranks of the file leave of the budget; with ``slopes``
     errors are weighed by what they cost the model, measured on validation text. ``command`` is for the model card.
@@ -71,7 +87,7 @@ class CompressRequest:
     ranks: str | None
     out: Path
     complete: str | None = None
-    slopes: bool = False
+    error_weights: bool = False
     export: ExportConfig = field(default_factory=ExportConfig)
     command: str = ""
 
@@ -82,7 +98,7 @@ class CompressRequest:
             check_ratio(self.compression_ratio)
         if self.complete is not None and (self.ranks is None or self.compression_ratio is None):
             raise ConfigError("--complete completes a file of ranks at a ratio: give --ranks and --compression-ratio.")
-        if self.slopes and self.compression_ratio is None:
+        if self.error_weights and self.compression_ratio is None:
             raise ConfigError("--slopes weighs the errors of an allocation at a ratio: give --compression-ratio.")
         if self.tune and self.ranks is not None:
             raise ConfigError("--tune compares settings at a ratio; give --compression-ratio instead of --ranks.")

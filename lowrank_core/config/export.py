@@ -1,11 +1,11 @@
-"""How a compressed model is written."""
+"""Settings of an export."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
 
-from lowrank_core.config.checks import check_choice
+from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
 __all__ = ["EXPORT_DTYPES", "EXPORT_FORMS", "QUANTIZATIONS", "ExportConfig"]
@@ -17,26 +17,25 @@ QUANTIZATIONS = ("none", "int8")
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """How a compressed model is written as a folder.
+    """Form of a compressed model on disk."""
 
-    Attributes:
-        form: ``compressed``, the factors; ``dense``, their products in the plain architecture: for any runtime, and not smaller.
-        with_code: write our code beside the weights, so that the folder loads with ``trust_remote_code`` without this package.
-        dtype: ``auto`` (that of the checkpoint that the model was made from), ``float32``, ``bfloat16`` or ``float16``.
-        max_shard_size: of one weight file, such as ``2GB`` (units KB to TB, of 1000); a larger matrix has a file of its own.
-        quantization: of the factors: ``none``, or ``int8``, whole numbers with one scale for each row.
-    """
-
-    form: str = "compressed"
-    with_code: bool = False
-    dtype: str = "auto"
-    max_shard_size: str = "50GB"
-    quantization: str = "none"
+    form: str = option(
+        "compressed",
+        "compressed: the factors; dense: their products in the plain architecture, for any runtime, and not smaller",
+        label="Form",
+        choices=EXPORT_FORMS,
+    )
+    with_code: bool = option(
+        False, "write our code with the weights: the folder loads with trust_remote_code where this is not installed", label="With our code"
+    )
+    dtype: str = option("auto", "that is written; auto: that of the checkpoint", label="Dtype", flag="export-dtype", choices=EXPORT_DTYPES)
+    max_shard_size: str = option("50GB", "of one weight file, such as 2GB (units KB to TB, of 1000)", label="Largest weight file")
+    quantization: str = option(
+        "none", "of the factors; int8: whole numbers with one scale a row", label="Quantisation", flag="quantize", choices=QUANTIZATIONS
+    )
 
     def __post_init__(self) -> None:
-        check_choice("form", self.form, EXPORT_FORMS)
-        check_choice("dtype", self.dtype, EXPORT_DTYPES)
-        check_choice("quantization", self.quantization, QUANTIZATIONS)
+        check_options(self)
         if self.form == "dense" and self.quantization != "none":
             raise ConfigError("a dense folder holds no factors that could be in 8 bits; write the form compressed, or leave int8 out.")
         if self.form == "dense" and self.with_code:
@@ -61,11 +60,3 @@ class ExportConfig:
             (f"shards-of-{self.max_shard_size.upper()}", self.shard_bytes != usual.shard_bytes),
         )
         return "-".join([name, *(word for word, said in words if said)]).replace(" ", "-")
-
-    @property
-    def options(self) -> dict[str, object]:
-        """Options of the command line that say the same, by name; True is a flag. What is usual is left out."""
-        usual = ExportConfig()
-        found = {"form": self.form, "with_code": self.with_code, "dtype": self.dtype, "max_shard_size": self.max_shard_size}
-        said: dict[str, object] = {name: value for name, value in found.items() if value != getattr(usual, name)}
-        return said | ({} if self.quantization == usual.quantization else {"quantize": self.quantization})

@@ -1,4 +1,7 @@
-"""Configs as JSON, and back."""
+"""Frozen dataclasses as JSON, and back: strictly for what users wrote, leniently for what a worker wrote.
+
+Names and values of earlier versions are understood (``options.renamed``).
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,13 @@ import dataclasses
 import types
 import typing
 from collections.abc import Mapping
-from typing import TypeVar
+from dataclasses import MISSING
+from typing import Any, TypeVar
 
-from lowrank_core.errors import ConfigError
+from lowrank_core.config.options import renamed
+from lowrank_core.errors import ConfigError, LowRankError, RunError
 
-__all__ = ["from_mapping", "to_mapping"]
+__all__ = ["build", "from_mapping", "to_mapping"]
 
 T = TypeVar("T")
 
@@ -21,32 +26,68 @@ def to_mapping(value: object) -> dict[str, object]:
 
 
 def from_mapping(kind: type[T], mapping: Mapping[str, object]) -> T:
-    """Build the dataclass ``kind`` from JSON, nested dataclasses included.
+    """Return the dataclass ``kind`` from JSON, nested dataclasses included.
 
     Raises:
-        ConfigError: an unknown key, or a value of the wrong type.
+        ConfigError: an unknown or a missing key, or a value of the wrong type.
     """
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{kind.__name__}: expected an object, got {type(mapping).__name__}.")
-    hints = typing.get_type_hints(kind)
-    unknown = sorted(set(mapping) - set(hints))
-    if unknown:
-        raise ConfigError(f"{kind.__name__}: unknown {', '.join(unknown)}; it knows {', '.join(hints)}.")
     try:
-        return kind(**{name: _decode(hints[name], value) for name, value in mapping.items()})
+        return _Decoder().built(kind, mapping)
     except TypeError as error:
         raise ConfigError(f"{kind.__name__}: {error}") from error
 
 
-def _decode(hint: object, value: object) -> object:
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(option for option in typing.get_args(hint) if option is not types.NoneType)
-    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-        return from_mapping(hint, value)  # type: ignore[arg-type]
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if isinstance(hint, type) and not isinstance(value, hint):
-        raise ConfigError(f"expected {hint.__name__}, got {value!r}.")
-    return value
+def build(kind: type[T], body: Mapping[str, Any], source: str, **given: object) -> T:
+    """Return the dataclass ``kind`` from the keys of ``body`` that it knows; ``given`` values come first.
+
+    Keys that ``kind`` does not know are left alone: a newer worker may write more.
+
+    Raises:
+        RunError: a key is missing or holds the wrong kind of value; the message names ``source`` and the key.
+    """
+    return _Decoder(source).built(kind, body, given)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decoder:
+    """Lenient for a ``source`` that a worker wrote, strict without one."""
+
+    source: str = ""
+
+    def built(self, kind: type[T], body: Mapping[str, object], given: Mapping[str, object] | None = None) -> T:
+        if not isinstance(body, Mapping):
+            raise self._error(f"{kind.__name__}: expected an object, got {type(body).__name__}.")
+        body, given, hints = renamed(kind, body), given or {}, typing.get_type_hints(kind)
+        if not self.source and (unknown := sorted(set(body) - set(hints))):
+            raise ConfigError(f"{kind.__name__}: unknown {', '.join(unknown)}; it knows {', '.join(hints)}.")
+        values = dict(given)
+        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+            if field.name in body and field.name not in given:
+                values[field.name] = self._value(body[field.name], hints[field.name], field.name)
+            elif field.name not in given and field.default is MISSING and field.default_factory is MISSING:
+                raise self._error(f"{self.source or kind.__name__} has no {field.name!r}: it was written by another version.")
+        return kind(**values)
+
+    def _value(self, value: object, hint: object, name: str) -> object:
+        """Return ``value`` if it fits ``hint``: lists become tuples, objects dataclasses, and whole numbers floats."""
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        for option in options:
+            plain = typing.get_origin(option) or option
+            if dataclasses.is_dataclass(plain) and isinstance(plain, type) and (value is not None or len(options) == 1):
+                return self.built(plain, value)  # type: ignore[arg-type]
+            if plain is tuple and isinstance(value, list):
+                return self._members(value, typing.get_args(option), name)
+            if plain is float and type(value) is int:
+                return float(value)
+            if plain is object or (isinstance(plain, type) and isinstance(value, plain) and not (plain is int and isinstance(value, bool))):
+                return value
+        plain = (typing.get_origin(option) or option for option in options)
+        wanted = " or ".join("list" if each is tuple else getattr(each, "__name__", str(each)) for each in plain)
+        raise self._error(f"{self.source + ': ' if self.source else ''}{name}: expected {wanted}, got {value!r}.")
+
+    def _members(self, value: list[object], kinds: tuple[Any, ...], name: str) -> tuple[object, ...]:
+        kind = kinds[0] if kinds else object
+        return tuple(self._value(entry, kind, name) for entry in value) if dataclasses.is_dataclass(kind) else tuple(value)
+
+    def _error(self, message: str) -> LowRankError:
+        return RunError(f"{message} Start what wrote it again.") if self.source else ConfigError(message)

@@ -1,23 +1,34 @@
-"""What a search tries, and by which rules."""
+"""Settings of a search."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
 
-from lowrank_core.config.checks import check_at_least, check_choice, check_ratio
+from lowrank_core.config.checks import check_ratio
 from lowrank_core.config.compression import CompressionConfig
+from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
-__all__ = ["LEAST_LOSS", "OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABLES", "SearchConfig", "depth_groups"]
+__all__ = ["MIN_LOSS", "OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABLES", "SearchConfig", "depth_groups"]
 
-OBJECTIVES = ("kl", "perplexity", "bolaco")
-SAMPLERS = ("gp", "tpe", "cmaes", "qmc", "random")
+OBJECTIVES = {
+    "kl": "KL to the dense model (nats per token)",
+    "perplexity": "Perplexity",
+    "bolaco": "Bolaco: perplexity + 0.001 x reverse KL of a window",
+}
+SAMPLERS = {
+    "gp": "Gaussian process",
+    "tpe": "TPE (tree-structured Parzen estimator)",
+    "cmaes": "CMA-ES",
+    "qmc": "Quasi-random (Sobol)",
+    "random": "Random",
+}
+VARIABLES = {"keep_ratio": "Keep ratios", "error_weight": "Error weights around the Lagrangian allocation"}
+PRUNERS = {"none": "Measure every trial to the end", "wilcoxon": "Stop bad trials early (Wilcoxon test)"}
 _DRAWING = ("gp", "random")
-"""Those of a search as published."""
-VARIABLES = ("kept", "errors")
-PRUNERS = ("none", "wilcoxon")
-LEAST_LOSS = 1e-9
+"""Samplers of a search as published."""
+MIN_LOSS = 1e-9
 """A loss below it has the logarithm of this one."""
 SPACES = ("5x1", "5x4", "per-layer")
 """The usual spaces; ``types x N`` with any number N of depth groups is one, too."""
@@ -25,73 +36,104 @@ SPACES = ("5x1", "5x4", "per-layer")
 
 @dataclass(frozen=True)
 class SearchConfig:
-    """A search for the allocation that loses least at a given compression ratio.
+    """A search for the allocation that loses least at a given compression ratio."""
 
-    Attributes:
-        compression_ratio: fraction of the compressible linears' parameters to remove.
-        most_ratio: with it every trial has a ratio of its own, from ``compression_ratio`` to this, and the search has two objectives:
-            to remove much, and to lose little. Its answer is a Pareto front.
-        space: what has a variable: ``5x1``, each module type (q and k together), shared by depth; ``5x4``, the same in four groups of
-            blocks; ``types x N``, in N groups; ``per-layer``, every unit.
-        variables: what a variable multiplies: ``kept``, the fraction of parameters that is kept (the paper's); ``errors``, the weight
-            of the errors that the allocator marginal trades: at 1 everywhere the point is marginal's own.
-        slopes: weigh the error of every unit by what it costs the model, ΔKL/Δe, measured unit by unit on validation text before the
-            first trial: for a basis whose errors are not comparable.
-        sampler: ``gp`` (the paper's Gaussian process), ``tpe``, ``cmaes``, ``qmc`` or ``random``.
-        objective: ``kl`` (to the dense model, nats per token), ``perplexity``, or ``bolaco``: PPL + 1e-3 · reverse KL, summed over the
-            tokens of a window and averaged over windows.
-        trials: how many, baselines included.
-        projected: spend the whole budget at every point; False is as published (``search.published``): a point is the kept fractions
-            themselves, and drawn only if they remove at least the compression ratio, and at most a tenth of the parameters more. There
-            are no baselines: the first points are the published code's.
-        selected_windows: of a search as published: trials see so many windows, those of the validation split whose perplexity varies
-            most over 20 random allocations (the paper: 100); 0 takes the text's validation windows as they are.
-        startup_trials: points before the sampler's model takes over (the paper: 3 initial points).
-        pruner: ``none``, or ``wilcoxon``: stop a trial whose windows are worse than the best trial's by a signed-rank test.
-        top_k: measure the KL divergence on the dense model's k likeliest tokens and the rest of them taken together, a lower bound
-            that needs less memory; 0 on the whole vocabulary.
-        autocast: run trials in bfloat16; the dense model that they are compared with stays as it is.
-        confirmed: how many of the best trials are measured on test text when the search is done.
-        seed: of the sampler.
-    """
-
-    compression_ratio: float = 0.2
-    most_ratio: float | None = None
-    space: str = "5x1"
-    variables: str = "kept"
-    slopes: bool = False
-    sampler: str = "gp"
-    objective: str = "kl"
-    trials: int = 30
-    startup_trials: int = 5
-    projected: bool = True
-    selected_windows: int = 0
-    pruner: str = "none"
-    top_k: int = 0
-    autocast: bool = False
-    confirmed: int = 3
-    seed: int = 0
+    compression_ratio: float = option(
+        0.2, "fraction of the compressible linears' parameters to remove, in (0, 1)", label="Compression ratio (parameters removed)"
+    )
+    max_ratio: float | None = option(
+        None,
+        "search every ratio from the compression ratio up to this one: two objectives, and a Pareto front for an answer",
+        label="Largest compression ratio",
+        formerly=("most_ratio",),
+    )
+    space: str = option(
+        "5x1",
+        "what has a variable: 5x1, each module type (q and k together), shared by depth; 5x4, in four groups of blocks; `types x N`, in N "
+        "groups; per-layer, every unit",
+        label="Space",
+    )
+    variables: str = option(
+        "keep_ratio",
+        "what a variable multiplies: the kept fraction of its matrices, as in the paper, or the weight of their errors when the "
+        "Lagrangian allocator trades them",
+        label="Variables",
+        choices=VARIABLES,
+        fallback="the preset's, or keep_ratio",
+        values_formerly={"kept": "keep_ratio", "errors": "error_weight"},
+    )
+    error_weights: bool = option(
+        False,
+        "weigh the error of every unit by what it costs the model, ΔKL/Δe, measured on validation text before the first trial: for a "
+        "metric whose errors are not comparable",
+        label="Measured error weights",
+        formerly=("slopes",),
+    )
+    sampler: str = option(
+        "gp",
+        "what proposes the next trial; a Gaussian process takes up to 30 variables, CMA-ES one ratio",
+        label="Sampler",
+        choices=SAMPLERS,
+    )
+    objective: str = option(
+        "kl",
+        "what a trial is judged by, on search-validation text; bolaco: perplexity + 1e-3 · reverse KL, summed over the tokens of a window "
+        "and averaged over windows",
+        label="Objective",
+        choices=OBJECTIVES,
+        fallback="kl, or the preset's",
+    )
+    trials: int = option(30, "trials, baselines included", label="Trials", minimum=1, fallback="30, or the preset's")
+    startup_trials: int = option(5, "points before the sampler's model takes over (the paper: 3)", label="Startup trials", minimum=1)
+    projected: bool = option(
+        True,
+        "spend the whole budget at every point; without it, as published: a point is the kept fractions themselves, and drawn only if they "
+        "remove at least the compression ratio, and at most a tenth of the parameters more; there are no baselines",
+        label="Points projected onto the budget",
+    )
+    selected_windows: int = option(
+        0,
+        "of a search as published: trials see so many windows, those of the validation split whose perplexity varies most over 20 random "
+        "allocations (the paper: 100); 0 takes the text's validation windows",
+        label="Selected windows",
+        minimum=0,
+    )
+    pruner: str = option(
+        "none",
+        "wilcoxon: stop a trial whose windows are worse than the best trial's by a signed-rank test",
+        label="Bad trials",
+        choices=PRUNERS,
+    )
+    top_k: int = option(
+        0,
+        "measure KL on the dense model's k likeliest tokens and the rest taken together, a lower bound that needs less memory; 0: all",
+        label="Likeliest tokens compared (top-k)",
+        minimum=0,
+        step=64,
+    )
+    autocast: bool = option(
+        False, "run trials in bfloat16; the dense model that they are compared with stays as it is", label="Trials in bfloat16"
+    )
+    confirmed: int = option(
+        3, "best trials that are measured on test text when the search is done", label="Best trials measured on test text", minimum=0
+    )
+    seed: int = option(0, "of the sampler", label="Seed of the sampler", flag="search-seed", minimum=0, fallback="that of --seed")
     compression: CompressionConfig = field(default_factory=CompressionConfig)
 
     def __post_init__(self) -> None:
         check_ratio(self.compression_ratio)
-        check_at_least(1, trials=self.trials, startup_trials=self.startup_trials)
-        check_at_least(0, seed=self.seed, top_k=self.top_k, confirmed=self.confirmed, selected_windows=self.selected_windows)
+        check_options(self)
         depth_groups(self.space)
-        check_choice("variables", self.variables, VARIABLES)
-        check_choice("sampler", self.sampler, SAMPLERS)
-        check_choice("objective", self.objective, OBJECTIVES)
-        check_choice("pruner", self.pruner, PRUNERS)
-        if self.most_ratio is not None:
-            self._check_two_objectives(check_ratio(self.most_ratio))
-        if not self.projected and self.variables != "kept":
+        if self.max_ratio is not None:
+            self._check_two_objectives(check_ratio(self.max_ratio))
+        if not self.projected and self.variables != "keep_ratio":
             raise ConfigError(
-                "a search as published has kept fractions for variables; choose variables `kept`, or let points be projected."
+                "a search as published has kept fractions for variables; choose variables `keep_ratio`, or let points be projected."
             )
         if self.selected_windows and self.projected:
             raise ConfigError("windows are selected in a search as published alone; leave their number out, or take the preset bolaco.")
-        if self.variables == "kept" and (self.compression.stacks or self.compression.heads):
-            raise ConfigError("kept fractions can't choose between single matrices and stacks or heads; choose variables `errors`.")
+        if self.variables == "keep_ratio" and (self.compression.stacks or self.compression.heads):
+            raise ConfigError("kept fractions can't choose between single matrices and stacks or heads; choose variables `error_weight`.")
         if self.objective == "bolaco" and self.top_k:
             raise ConfigError("the objective bolaco needs every token's probability; leave top-k at 0, or choose the objective kl.")
 
@@ -103,7 +145,7 @@ class SearchConfig:
         process no resolution for what distinguishes them. Over a range of ratios every loss spans decades. A search as published
         models the values themselves; and so does one by KL at one ratio, where logarithms gained nothing.
         """
-        return self.most_ratio is not None or (self.projected and self.objective != "kl")
+        return self.max_ratio is not None or (self.projected and self.objective != "kl")
 
     def check_sampler(self) -> None:
         """Raise unless the sampler can propose points of this search; apart from the other checks, as runs of earlier versions must open.
@@ -117,9 +159,9 @@ class SearchConfig:
                 f"Choose {' or '.join(_DRAWING)}, or a search whose points are projected."
             )
 
-    def _check_two_objectives(self, most: float) -> None:
-        if most <= self.compression_ratio:
-            raise ConfigError(f"the largest ratio, {most:g}, must lie above the compression ratio {self.compression_ratio:g}.")
+    def _check_two_objectives(self, maximum: float) -> None:
+        if maximum <= self.compression_ratio:
+            raise ConfigError(f"the largest ratio, {maximum:g}, must lie above the compression ratio {self.compression_ratio:g}.")
         if self.sampler == "cmaes":
             raise ConfigError("CMA-ES has one objective; for a range of ratios choose the sampler gp, tpe, qmc or random.")
         if self.pruner != "none":
@@ -136,7 +178,7 @@ def depth_groups(space: str) -> int | None:
     """
     if space == "per-layer":
         return None
-    found = re.fullmatch(r"(?:5|types) ?x ?([1-9]\d*)", space)
-    if found is None:
+    result = re.fullmatch(r"(?:5|types) ?x ?([1-9]\d*)", space)
+    if result is None:
         raise ConfigError(f"space must be one of {', '.join(SPACES)}, or `types x N` with N depth groups; got {space!r}.")
-    return int(found[1])
+    return int(result[1])

@@ -1,10 +1,10 @@
-"""Where model and text come from."""
+"""Sources of model and text."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.config.checks import check_at_least, check_choice
+from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
 __all__ = ["BOS_RULES", "DTYPES", "ModelSource", "TextConfig", "looks_like_path"]
@@ -15,58 +15,56 @@ BOS_RULES = ("auto", "window", "none")
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a causal language model comes from, and how to hold it.
+    """Source of a causal language model, and its dtype and device."""
 
-    Attributes:
-        reference: ``demo`` (the bundled model), a local folder, or a hub id.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        dtype: ``auto`` (float32 on a CPU, the checkpoint's own on an accelerator), ``float32`` or ``bfloat16``.
-    """
-
-    reference: str = "demo"
-    device: str = "auto"
-    dtype: str = "auto"
+    reference: str = option("demo", "demo (the bundled model), a local folder, or a hub id", label="Model", flag="model")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N", label="Device")
+    dtype: str = option(
+        "auto",
+        "auto: float32 on a CPU, as stored on a GPU; bfloat16 halves the memory and rounds what is measured",
+        label="Weights held as",
+        choices=DTYPES,
+    )
 
     def __post_init__(self) -> None:
         if not self.reference.strip():
             raise ConfigError("model: give `demo`, a local folder, or a hub id.")
-        check_choice("dtype", self.dtype, DTYPES)
+        check_options(self)
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Which text, and how it is cut into windows.
+    """Source of a text, and its windows."""
 
-    Attributes:
-        reference: ``python-stdlib``, ``file:PATH``, ``wikitext-2``, ``c4``, ``ptb``, or ``NAME:FOLDER`` for a local copy of those.
-        context: tokens in a window, BOS included.
-        calibration_windows: windows that the statistics are measured on, drawn at random with ``seed``.
-        validation_windows: windows that a search sees in each trial, evenly spaced over the split.
-        test_windows: windows that final figures are measured on, evenly spaced over the split.
-        bos: ``window`` puts BOS first in every window, ``none`` nowhere, ``auto`` does as the tokenizer does.
-        seed: of the draw of calibration windows.
-    """
-
-    reference: str = "python-stdlib"
-    context: int = 256
-    calibration_windows: int = 256
-    validation_windows: int = 24
-    test_windows: int = 128
-    bos: str = "auto"
-    seed: int = 0
+    reference: str = option(
+        "python-stdlib",
+        "python-stdlib, file:PATH (.txt, .jsonl, .parquet), wikitext-2, c4, ptb, or NAME:FOLDER for a local copy of those",
+        label="Text",
+        flag="text",
+    )
+    context: int = option(
+        256, "tokens in a window, BOS included; at most what the model takes", label="Context (tokens in a window)", minimum=2, step=64
+    )
+    calibration_windows: int = option(
+        256,
+        "windows that statistics are measured on, drawn at random; more of them: steadier small eigenvalues, longer calibration",
+        label="Calibration windows",
+        minimum=1,
+        step=32,
+    )
+    validation_windows: int = option(
+        24, "windows that a search sees in each trial, evenly spaced over the split", label="Search-validation windows", minimum=1
+    )
+    test_windows: int = option(
+        128, "windows that final numbers are measured on, evenly spaced over the split", label="Test windows", minimum=1
+    )
+    bos: str = option("auto", "window: first in every window; none: nowhere; auto: as the tokenizer does", label="BOS", choices=BOS_RULES)
+    seed: int = option(0, "of the draw of calibration windows, and of a search's sampler unless it has its own", label="Seed", minimum=0)
 
     def __post_init__(self) -> None:
         if not self.reference.strip():
             raise ConfigError("text: give `python-stdlib`, `file:PATH`, `wikitext-2`, `c4` or `ptb`.")
-        check_at_least(2, context=self.context)
-        check_at_least(
-            1,
-            calibration_windows=self.calibration_windows,
-            validation_windows=self.validation_windows,
-            test_windows=self.test_windows,
-        )
-        check_choice("bos", self.bos, BOS_RULES)
-        check_at_least(0, seed=self.seed)
+        check_options(self)
 
 
 def looks_like_path(reference: str) -> bool:

@@ -1,6 +1,6 @@
-"""Texts as characters, before anything is tokenised: torch-free, so that a page can show what a run would read."""
+"""Texts as characters, before tokenisation: torch-free, so that a page can preview them."""
 
-from lowrank_core.documents.benchmarks import HUB_TEXTS, HubDataset, files_of_split
+from lowrank_core.documents.benchmark_texts import HUB_TEXTS, HubDataset, files_of_split
 from lowrank_core.documents.local import FILE_CUTS, SPLITS, FileText, StdlibText, TextDocuments
 
 __all__ = ["FILE_CUTS", "HUB_TEXTS", "SPLITS", "FileText", "HubDataset", "StdlibText", "TextDocuments", "files_of_split"]

@@ -1,4 +1,4 @@
-"""Texts that are on this machine: the sources of the interpreter, and files of the user's."""
+"""Local texts: the interpreter's sources, and the user's files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class TextDocuments(Protocol):
 
     @property
     def name(self) -> str:
-        """How protocol lines call it."""
+        """Name in protocol lines."""
 
     def text(self, split: str) -> str:
         """Return the characters of one split, or of all of them (``all``)."""
@@ -97,5 +97,5 @@ def _column(table: pd.DataFrame, path: Path) -> list[str]:
 
 def _line_break(text: str, position: int) -> int:
     """Return the position after the first line break from ``position`` on, so that no line is in two splits."""
-    found = text.find("\n", position)
-    return position if found < 0 else found + 1
+    result = text.find("\n", position)
+    return position if result < 0 else result + 1

@@ -5,7 +5,7 @@
     passes       forward passes -> logits
     tokens       logits -> scores of every token          reference    what a search compares every trial with
     scoring      windows -> scores of tokens or windows
-    warnings     what the figures do not say
+    warnings     caveats of an evaluation
     intervals    scores -> means with intervals           positions    scores -> means by position in the context
     report       all of it: ``evaluate``            texts        one piece of text, token by token
 """

@@ -21,7 +21,7 @@ class Sample:
     """Means of what is drawn again: windows, or runs of overlapping windows.
 
     Attributes:
-        means: (n,) or (n, k), a column for each of k figures.
+        means: (n,) or (n, k), a column for each of k metrics.
         counts: (n,) tokens behind each mean; None where all have as many.
     """
 
@@ -44,8 +44,8 @@ class Sample:
         parts = self.counts * (self.means - self.mean) / self.counts.sum()
         return float(math.sqrt(n / (n - 1) * (parts**2).sum()))
 
-    def beside(self, other: Sample) -> Sample:
-        """Return both figures of the same windows, (n, 2): drawn together, their difference is paired."""
+    def alongside(self, other: Sample) -> Sample:
+        """Return both metrics of the same windows, (n, 2): resampled together, their difference is paired."""
         return Sample(np.stack([self.means, other.means], axis=-1), self.counts)
 
     def interval(self, statistic: Callable[[np.ndarray], np.ndarray] = lambda mean: mean) -> tuple[float, float] | None:

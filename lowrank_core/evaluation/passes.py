@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -10,10 +10,7 @@ from transformers import PreTrainedModel
 
 from lowrank_core.text.windows import WindowSet
 
-__all__ = ["Progress", "batches_of", "logits_of"]
-
-Progress = Callable[[int, int], None]
-"""Is told how many windows are done, and of how many."""
+__all__ = ["batches_of", "logits_of"]
 
 
 def batches_of(windows: WindowSet, batch_size: int, device: torch.device) -> Iterator[tuple[int, Tensor]]:

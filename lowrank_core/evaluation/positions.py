@@ -1,4 +1,4 @@
-"""Figures by the position in the context: how much a model gains from the tokens before, and where compression costs."""
+"""Metrics by the position in the context."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class PositionRow:
     Attributes:
         first, last: positions, both included; rows double: 1, 2-3, 4-7, and so on to the context - 1.
         tokens: how many were scored there.
-        nll: of the model; ``dense_nll``, ``kl`` and ``top1_agreement`` only beside a dense one.
+        nll: of the model; ``dense_nll``, ``kl`` and ``top1_agreement`` only next to a dense one.
     """
 
     first: int

@@ -1,4 +1,4 @@
-"""What the dense model predicts, kept in memory for a search to compare every trial with."""
+"""Log-probabilities of the dense model, kept in memory for the trials of a search."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from torch import Tensor
 
 from lowrank_core.errors import ConfigError, TextError
 from lowrank_core.evaluation.intervals import Sample
-from lowrank_core.evaluation.passes import Progress, batches_of, logits_of
+from lowrank_core.evaluation.passes import batches_of, logits_of
 from lowrank_core.evaluation.tokens import TokenScores, score_coarse, score_logits, score_probabilities
 from lowrank_core.evaluation.tokens import outcomes as outcomes_of
 from lowrank_core.evaluation.warnings import uniform_warning
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 from lowrank_core.wording import amount
 
 __all__ = ["DenseReference"]
 
 _CACHE_LIMIT_BYTES = 6 * 2**30
 _FEW_TOKENS = 128
-"""What the error about memory proposes to keep of the vocabulary."""
+"""Size of the vocabulary that the memory error suggests to keep."""
 
 
 @dataclass(frozen=True)
 class DenseReference:
-    """What the dense model predicts over some windows, computed once and compared with in every trial.
+    """Log-probabilities of the dense model on some windows, computed once for all trials.
 
     Attributes:
         batches: probabilities p (B, T - 1, vocabulary) where there are entropies, else log-probabilities; float32.
@@ -47,7 +48,7 @@ class DenseReference:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What is to be said of a dense model that predicts nothing: whatever is compared with it looks perfect."""
+        """Warnings on a dense model that predicts nothing: every comparison with it looks perfect."""
         if self.nll is None:
             return ()
         return uniform_warning(Sample(self.nll.numpy()), self.vocabulary, name="the dense model", compared=True)

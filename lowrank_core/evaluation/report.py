@@ -18,20 +18,20 @@ import numpy as np
 
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation.intervals import Sample, sample_of
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.evaluation.positions import PositionRow, position_rows
 from lowrank_core.evaluation.scoring import WindowScores, score_tokens
 from lowrank_core.evaluation.tokens import TokenScores
 from lowrank_core.evaluation.warnings import uniform_warning, window_warning
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["EvaluationReport", "evaluate"]
 
 
 @dataclass(frozen=True)
 class EvaluationReport:
-    """Figures of one model on one set of windows, with the protocol that they need.
+    """Metrics of one model on one set of windows, with their protocol.
 
     Intervals are of 95 %, by bootstrap over windows (of a stride: over runs of windows that score about a context of tokens). None where
     there is none: from a single window, and where windows do not differ.
@@ -44,8 +44,8 @@ class EvaluationReport:
         top5_agreement: mean share |A ∩ B| / 5 that the two models' five likeliest next tokens A and B have in common.
         window_nll, dense_window_nll: mean over the scored tokens of each window, in nats.
         stride: tokens from one window to the next where they overlap; None where they do not.
-        by_position: the same figures over ranges of positions in the context.
-        warnings: what makes these figures say less than they seem to, in sentences.
+        by_position: the same metrics over ranges of positions in the context.
+        warnings: caveats, in sentences.
     """
 
     dataset: str
@@ -86,20 +86,20 @@ class EvaluationReport:
     warnings: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, object]:
-        """Return the report ready for JSON, without the figures beside a dense model if there was none; no interval is null."""
+        """Return the report ready for JSON, without comparisons if there was no dense model; no interval is null."""
         left_out = {f.name for f in fields(self) if f.default is None}
         if self.dense_perplexity is not None:
             left_out -= {name for name in left_out if name.endswith("_interval")}
-        found = {name: value for name, value in asdict(self).items() if value is not None or name not in left_out}
+        result = {name: value for name, value in asdict(self).items() if value is not None or name not in left_out}
         if self.by_position is not None:
-            found["by_position"] = [row.to_mapping() for row in self.by_position]
-        return found
+            result["by_position"] = [row.to_mapping() for row in self.by_position]
+        return result
 
 
 def evaluate(
     handle: ModelHandle, windows: WindowSet, *, against: ModelHandle | None = None, batch_size: int = 8, progress: Progress | None = None
 ) -> EvaluationReport:
-    """Measure ``handle`` on ``windows``, beside the dense model ``against`` if given; ``score_tokens`` says what memory that takes.
+    """Measure ``handle`` on ``windows``, next to the dense model ``against`` if given; ``score_tokens`` says what memory that takes.
 
     Raises:
         NumericalError: a window's loss is not finite.
@@ -156,19 +156,19 @@ def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: Toke
         "reverse_kl_interval": reverse.interval(),
         "top1_agreement": top1.mean,
         "top5_agreement": top5.mean,
-        "perplexity_difference_interval": ours.beside(theirs).interval(lambda pair: np.exp(pair[..., 0]) - np.exp(pair[..., 1])),
-        "perplexity_ratio_interval": ours.beside(theirs).interval(lambda pair: np.exp(pair[..., 0] - pair[..., 1])),
+        "perplexity_difference_interval": ours.alongside(theirs).interval(lambda pair: np.exp(pair[..., 0]) - np.exp(pair[..., 1])),
+        "perplexity_ratio_interval": ours.alongside(theirs).interval(lambda pair: np.exp(pair[..., 0] - pair[..., 1])),
         "dense_window_nll": tuple(WindowScores.of(TokenScores(tokens.dense_nll), windows.scored).nll.tolist()),
     }
 
 
 def _warnings(handle: ModelHandle, against: ModelHandle | None, tokens: TokenScores, windows: WindowSet) -> tuple[str, ...]:
     nll, vocabulary = sample_of(tokens.nll, windows), int(handle.module.config.vocab_size)
-    found = window_warning(nll)
+    result = window_warning(nll)
     if tokens.dense_nll is None:
-        return found + uniform_warning(nll, vocabulary, name="the model", compared=False)
+        return result + uniform_warning(nll, vocabulary, name="the model", compared=False)
     dense = uniform_warning(sample_of(tokens.dense_nll, windows), vocabulary, name="the dense model", compared=True)
-    return found + (dense or uniform_warning(nll, vocabulary, name="the compressed model", compared=False))
+    return result + (dense or uniform_warning(nll, vocabulary, name="the compressed model", compared=False))
 
 
 def _samples(tokens: TokenScores, windows: WindowSet) -> tuple[Sample, ...]:

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lowrank_core.errors import NumericalError
-from lowrank_core.evaluation.passes import Progress, batches_of, logits_of
+from lowrank_core.evaluation.passes import batches_of, logits_of
 from lowrank_core.evaluation.reference import DenseReference
 from lowrank_core.evaluation.tokens import TokenScores, compare_logits, joined
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["WindowScores", "score_tokens", "score_windows"]
 
@@ -23,7 +24,7 @@ _PASS_BYTES = 2**30
 
 @dataclass(frozen=True)
 class WindowScores:
-    """Means over the scored tokens of each window (windows,), divergences in nats; all but the NLL only beside a dense model."""
+    """Means over the scored tokens of each window (windows,), divergences in nats; all but the NLL only next to a dense model."""
 
     nll: Tensor
     kl: Tensor | None = None
@@ -68,18 +69,18 @@ def score_windows(
         ConfigError: the reference was computed on other batches.
         NumericalError: a window's loss or KL divergence is NaN or Inf; it is never skipped, nor given to ``on_batch``.
     """
-    found, references = [], []
+    result, references = [], []
     for first, tokens in _scored_batches(handle, windows, batch_size, dense, autocast):
         done = first + len(tokens.nll)
         scored = None if windows.scored is None else windows.scored[first:done].to(tokens.nll.device)
-        found.append(WindowScores.of(tokens, scored))
+        result.append(WindowScores.of(tokens, scored))
         if tokens.dense_nll is not None:
             references.append(WindowScores.of(TokenScores(tokens.dense_nll), scored))
         if on_batch is not None:
-            on_batch(found[-1])
+            on_batch(result[-1])
         if progress is not None:
             progress(done, windows.windows)
-    return _joined(found), _joined(references) if references else None
+    return _joined(result), _joined(references) if references else None
 
 
 def score_tokens(
@@ -94,7 +95,7 @@ def score_tokens(
 
     Memory: two models' logits of one pass (at most 1 GiB each, or those of a single window), some ten float32 copies of a chunk of
     64 MiB, and 48 bytes for each token, at any batch size. Measured at 128k tokens of vocabulary, 2048 of context, 8 windows in a batch
-    and float32: 2.3 GiB beside a dense model, 1.1 GiB alone; one copy of the batch's logits would be 7.8 GiB.
+    and float32: 2.3 GiB next to a dense model, 1.1 GiB alone; one copy of the batch's logits would be 7.8 GiB.
 
     Raises:
         NumericalError: a token's loss or divergence is NaN or Inf; its window is never skipped.

@@ -20,7 +20,7 @@ _DECIMALS = 4
 
 @dataclass(frozen=True)
 class TextLosses:
-    """What each token of a text cost two models, in nats.
+    """Token-level losses of two models, in nats.
 
     Attributes:
         pieces: the characters of each of the T tokens, which joined are the text; empty for a token that ends inside a character.
@@ -37,17 +37,17 @@ class TextLosses:
     dense_likeliest: tuple[str, ...]
 
 
-def tokens_of_text(handle: ModelHandle, text: str, *, bos: bool, most: int) -> tuple[Tensor, int]:
-    """Return the first ``most`` tokens of a text (T,), BOS first if asked for, and how many tokens were left out.
+def tokens_of_text(handle: ModelHandle, text: str, *, bos: bool, maximum: int) -> tuple[Tensor, int]:
+    """Return the first ``most`` tokens of a text (T,), with BOS if requested, and the number of tokens left out.
 
     Raises:
         ConfigError: fewer than two tokens: nothing would be predicted.
     """
-    found = list(handle.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    ids = ([handle.tokenizer.bos_token_id] if bos else []) + found
+    result = list(handle.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = ([handle.tokenizer.bos_token_id] if bos else []) + result
     if len(ids) < 2:
         raise ConfigError("the text has fewer than two tokens, so there is nothing to predict. Give a sentence or more.")
-    return torch.tensor(ids[:most], dtype=torch.int64), max(0, len(ids) - most)
+    return torch.tensor(ids[:maximum], dtype=torch.int64), max(0, len(ids) - maximum)
 
 
 def losses_of(handle: ModelHandle, dense: ModelHandle, ids: Tensor) -> TextLosses:

@@ -27,7 +27,7 @@ _CHUNK_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class TokenScores:
-    """Scores of every predicted token (windows, T - 1), float64; all but the NLL only beside a dense model.
+    """Scores of every predicted token (windows, T - 1), float64; all but the NLL only next to a dense model.
 
     Attributes:
         nll: -log q(token), in nats.
@@ -61,7 +61,7 @@ def joined(parts: Iterable[TokenScores], dim: int = 0) -> TokenScores:
 
 @torch.no_grad()
 def compare_logits(logits: Tensor, ids: Tensor, dense: Tensor | None) -> TokenScores:
-    """Score ``logits`` (B, T - 1, vocabulary) of any dtype, beside those of the dense model if given.
+    """Score ``logits`` (B, T - 1, vocabulary) of any dtype, next to those of the dense model if given.
 
     It works on chunks of positions: beyond the logits given, it takes some ten float32 copies of a chunk, each of at most 64 MiB (or of
     one position of the B windows, if that is more).
@@ -82,34 +82,34 @@ def _part(dense: Tensor | None, start: int, step: int, device: torch.device) -> 
 
 
 def _compare_chunk(logits: Tensor, ids: Tensor, dense: Tensor | None) -> TokenScores:
-    found = torch.log_softmax(logits.float(), dim=-1)
+    result = torch.log_softmax(logits.float(), dim=-1)
     if dense is None:
-        return TokenScores(_nll(found, ids))
+        return TokenScores(_nll(result, ids))
     other = torch.log_softmax(dense.float(), dim=-1)
-    scores = score_probabilities(found, ids, other)
-    return TokenScores(**{**scores.columns, "top5_agreement": _overlap(found, other), "dense_nll": _nll(other, ids)})
+    scores = score_probabilities(result, ids, other)
+    return TokenScores(**{**scores.columns, "top5_agreement": _overlap(result, other), "dense_nll": _nll(other, ids)})
 
 
-def _nll(found: Tensor, ids: Tensor) -> Tensor:
-    return -found.gather(-1, ids[:, 1:, None]).squeeze(-1).double()
+def _nll(result: Tensor, ids: Tensor) -> Tensor:
+    return -result.gather(-1, ids[:, 1:, None]).squeeze(-1).double()
 
 
-def _overlap(found: Tensor, dense: Tensor) -> Tensor:
+def _overlap(result: Tensor, dense: Tensor) -> Tensor:
     """Return the share of the likeliest tokens that both (…, vocabulary) have in common."""
-    few = min(_FEW, found.shape[-1])
-    ours, theirs = found.topk(few, dim=-1).indices, dense.topk(few, dim=-1).indices
+    few = min(_FEW, result.shape[-1])
+    ours, theirs = result.topk(few, dim=-1).indices, dense.topk(few, dim=-1).indices
     return (ours[..., :, None] == theirs[..., None, :]).any(-1).double().mean(-1)
 
 
 @torch.no_grad()
-def score_probabilities(found: Tensor, ids: Tensor, dense: Tensor) -> TokenScores:
+def score_probabilities(result: Tensor, ids: Tensor, dense: Tensor) -> TokenScores:
     """Return NLL, KL both ways and top-1 agreement from log-probabilities (B, T - 1, vocabulary) of both models."""
-    difference = dense - found
+    difference = dense - result
     return TokenScores(
-        nll=_nll(found, ids),
+        nll=_nll(result, ids),
         kl=(dense.exp() * difference).sum(-1).double(),
-        reverse_kl=-(found.exp() * difference).sum(-1).double(),
-        top1_agreement=(found.argmax(-1) == dense.argmax(-1)).double(),
+        reverse_kl=-(result.exp() * difference).sum(-1).double(),
+        top1_agreement=(result.argmax(-1) == dense.argmax(-1)).double(),
     )
 
 
@@ -125,10 +125,10 @@ def score_logits(logits: Tensor, ids: Tensor, probabilities: Tensor, entropies: 
 def score_coarse(logits: Tensor, ids: Tensor, dense: Tensor, indices: Tensor) -> TokenScores:
     """Return NLL, and KL over k + 1 outcomes: ``dense`` (B, T - 1, k + 1) log-probabilities, the rest's last. It overwrites ``logits``."""
     chosen = logits.gather(-1, ids[:, 1:, None]).squeeze(-1).double()
-    found = outcomes(logits, indices.long())
-    total = found.logsumexp(-1)  # of k + 1, equal to that over the vocabulary: one pass over the logits gives both
-    found, dense = found - total[..., None], dense.double()
-    terms = torch.where(dense == -math.inf, 0.0, dense.exp() * (dense - found))
+    result = outcomes(logits, indices.long())
+    total = result.logsumexp(-1)  # of k + 1, equal to that over the vocabulary: one pass over the logits gives both
+    result, dense = result - total[..., None], dense.double()
+    terms = torch.where(dense == -math.inf, 0.0, dense.exp() * (dense - result))
     return TokenScores(total - chosen, terms.sum(-1))
 
 

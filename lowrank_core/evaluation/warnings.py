@@ -1,4 +1,4 @@
-"""What makes the figures of an evaluation say less than they seem to: too few windows, and a model that predicts nothing."""
+"""Warnings on evaluations: too few windows, a model that predicts nothing."""
 
 from __future__ import annotations
 

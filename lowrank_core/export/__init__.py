@@ -1,9 +1,13 @@
 """Taking the smaller model away: a folder of its factors or of their products, its card, and the proof that it is what was measured."""
 
+import sys
+from types import ModuleType
+from typing import Any
+
 from lowrank_core.export.folder import check_free
 from lowrank_core.export.healed import healed_model, write_healed
 from lowrank_core.export.manifest import ExportManifest, Measurement, Protocol, read_manifest
-from lowrank_core.export.measuring import HeldOut, figures_of, held_out
+from lowrank_core.export.measuring import HeldOut, held_out, metrics_of
 from lowrank_core.export.rewriting import Rewritten, rewrite
 from lowrank_core.export.verification import Verification, verify
 from lowrank_core.export.writing import export
@@ -17,7 +21,7 @@ __all__ = [
     "Verification",
     "check_free",
     "export",
-    "figures_of",
+    "metrics_of",
     "healed_model",
     "held_out",
     "read_manifest",
@@ -25,3 +29,13 @@ __all__ = [
     "verify",
     "write_healed",
 ]
+
+
+class _Package(ModuleType):
+    """The package, called like its function: ``lowrank_core.export`` is both."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> ExportManifest:
+        return export(*arguments, **options)
+
+
+sys.modules[__name__].__class__ = _Package

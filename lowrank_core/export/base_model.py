@@ -1,4 +1,4 @@
-"""What is known of the model that an export was made from: its licence above all, which goes with what was made of it."""
+"""Facts of an export's base model, above all its licence."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def base_model_of(reference: str) -> BaseModel:
     place = resolve_reference(reference)
     folder = Path(place)
     local = folder.is_dir()
-    found = {name: folder / name if local else _cached(place, name) for name in ("README.md", *_LICENCES)}
-    there = {name: path for name, path in found.items() if path is not None and path.is_file()}
+    result = {name: folder / name if local else _cached(place, name) for name in ("README.md", *_LICENCES)}
+    there = {name: path for name, path in result.items() if path is not None and path.is_file()}
     card = _card(there["README.md"]) if "README.md" in there else {}
     repository = card.get("base_model") if local else place
     return BaseModel(
@@ -79,7 +79,7 @@ def _card(path: Path) -> Mapping[str, object]:
         content = path.read_text(encoding="utf-8")
         if not content.startswith("---"):
             return {}
-        found: Mapping[str, object] = ModelCard(content, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
-        return found
+        result: Mapping[str, object] = ModelCard(content, ignore_metadata_errors=True).data.to_dict()  # type: ignore[no-untyped-call]
+        return result
     except (OSError, ValueError, TypeError, yaml.YAMLError):
         return {}

@@ -9,9 +9,10 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from lowrank_core.compression import CompressionReport
+from lowrank_core.compression.build import CompressionReport
 from lowrank_core.export.base_model import BaseModel
 from lowrank_core.export.manifest import ExportManifest
+from lowrank_core.files.weights import REGISTERING
 from lowrank_core.wording import NO_INTERVAL, fixed_interval
 
 __all__ = ["model_card", "rank_rows", "with_todays_loading"]
@@ -20,8 +21,8 @@ _REFUSAL = """
 
 In any other way (`from_pretrained`, `pipeline`, `transformers serve`) transformers warns of a quantization type that it does not know,
 and refuses the folder: its error speaks of mismatched sizes. Don't follow its advice to set `ignore_mismatched_sizes`: the compressed
-layers would be random. Import `lowrank_core` first. Other runtimes (vLLM, llama.cpp, ONNX) don't read these factors: for them, export
-the dense form (`--form dense`)."""
+layers would be random. Import `lowrank_core.models.hf` first. Other runtimes (vLLM, llama.cpp, ONNX) don't read these factors: for them,
+export the dense form (`--form dense`)."""
 
 
 def model_card(manifest: ExportManifest, report: CompressionReport, base: BaseModel) -> str:
@@ -78,12 +79,12 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
 
 
 def rank_rows(report: CompressionReport) -> list[tuple[str, int, int, float, int]]:
-    """Return module type, how many are compressed, and the least, the median and the largest rank, in the order of the model."""
-    found: dict[str, list[int]] = {}
+    """Return module type, number compressed, and minimum, median and maximum rank, in model order."""
+    result: dict[str, list[int]] = {}
     for name, rank in report.ranks.items():
         if rank is not None:
-            found.setdefault(_kind(name), []).append(rank)
-    return [(kind, len(ranks), min(ranks), median(ranks), max(ranks)) for kind, ranks in found.items()]
+            result.setdefault(_kind(name), []).append(rank)
+    return [(kind, len(ranks), min(ranks), median(ranks), max(ranks)) for kind, ranks in result.items()]
 
 
 def _kind(unit: str) -> str:
@@ -92,7 +93,7 @@ def _kind(unit: str) -> str:
 
 
 def _ranks(report: CompressionReport) -> str:
-    rows = [f"| {kind} | {count} | {least} | {middle:g} | {most} |" for kind, count, least, middle, most in rank_rows(report)]
+    rows = [f"| {kind} | {count} | {minimum} | {middle:g} | {maximum} |" for kind, count, minimum, middle, maximum in rank_rows(report)]
     table = _table(("module type", "compressed", "least rank", "median", "largest"), rows)
     dense = sum(rank is None for rank in report.ranks.values())
     kept = f" {dense} others stay dense." if dense else ""
@@ -106,23 +107,23 @@ def _figures(manifest: ExportManifest) -> str:
         lines = [f"| {name} | {row['perplexity']:.3f} | {fixed_interval(row.get('interval'), 3)} |" for name, row in rows.items()]
         warnings = "".join(f"\n\n**Warning**: {warning}" for warning in _sentences(manifest.figures.get("warnings")))
         parts.append(f"{_table(('', 'perplexity', '95 % interval'), lines)}{warnings}\n\nProtocol: {manifest.figures.get('protocol')}.")
-    found = manifest.measured
-    if found is not None:
-        words = fixed_interval(found.perplexity_interval, 3)
+    result = manifest.measured
+    if result is not None:
+        words = fixed_interval(result.perplexity_interval, 3)
         low_high = words if words == NO_INTERVAL else f"95 % interval {words}"
         parts.append(
-            f"This folder, loaded and run in {found.protocol.dtype}: perplexity {found.perplexity:.3f} ({low_high}). "
-            f"Protocol: {found.protocol.line}. `lowrank verify --model .` measures it again."
+            f"This folder, loaded and run in {result.protocol.dtype}: perplexity {result.perplexity:.3f} ({low_high}). "
+            f"Protocol: {result.protocol.line}. `lowrank verify --model .` measures it again."
         )
     return "## Perplexity\n\n" + "\n\n".join(parts or ["Not measured when this was written."])
 
 
-def _sentences(found: object) -> list[str]:
-    return [str(sentence) for sentence in found] if isinstance(found, list | tuple) else []
+def _sentences(result: object) -> list[str]:
+    return [str(sentence) for sentence in result] if isinstance(result, list | tuple) else []
 
 
 def _warned(manifest: ExportManifest) -> str:
-    """Return what was told when it was made; nothing where nothing was, or by an earlier version."""
+    """Return what was reported when it was made; nothing where nothing was, or by an earlier version."""
     lines = [f"* {warning}" for warning in _sentences(manifest.details.get("warnings"))]
     return "\n".join(["## Warnings\n", *lines]) if lines else ""
 
@@ -152,7 +153,7 @@ def _loading_section(form: str, *, with_code: bool) -> str:
     if form == "dense":
         ways.append(("With transformers, or any runtime that reads its checkpoints", "", ""))
     else:
-        ways.append(("With lowrank-studio installed", "import lowrank_core  # tells transformers of the format\n", ""))
+        ways.append(("With lowrank-studio installed", REGISTERING, ""))
     if with_code:
         ways.append(("Without it, by the code in this folder", "", ", trust_remote_code=True"))
     text = "\n\n".join(

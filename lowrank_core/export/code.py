@@ -1,4 +1,4 @@
-"""Our own code beside the weights: a folder that loads with ``trust_remote_code=True`` where this package is not installed.
+"""Our own code next to the weights: a folder that loads with ``trust_remote_code=True`` where this package is not installed.
 
 transformers copies the file that ``auto_map`` names, and what it imports relatively, from one flat folder. So the module that
 reads the format and all of ours that it needs are copied under flat names, with their imports of each other rewritten.
@@ -67,14 +67,14 @@ def _flat(name: str) -> str:
 
 def _needed(start: str) -> dict[str, str]:
     """Return name -> rewritten source of ``start`` and all modules of ours that it reaches."""
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     waiting = [start]
     while waiting:
         name = waiting.pop()
-        if name not in found:
-            found[name], imported = _rewritten(name)
+        if name not in result:
+            result[name], imported = _rewritten(name)
             waiting += imported
-    return found
+    return result
 
 
 def _rewritten(name: str) -> tuple[str, list[str]]:

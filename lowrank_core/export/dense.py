@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.bases import BASES
 from lowrank_core.errors import ModelError
-from lowrank_core.models.compressed import CompressedModule
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.metrics import METRICS
 from lowrank_core.models.handle import bias_of
 from lowrank_core.models.hf import compressed_modules
 
@@ -34,8 +34,8 @@ def merged(module: PreTrainedModel) -> PreTrainedModel:
     dense = copy.deepcopy(module, memo)
     _add_zero_biases(dense, skeleton)
     _become_plain(dense, config)
-    found, expected = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (dense, skeleton))
-    assert found == expected, sorted(found.items() ^ expected.items())[:3]
+    result, expected = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (dense, skeleton))
+    assert result == expected, sorted(result.items() ^ expected.items())[:3]
     return dense
 
 
@@ -53,7 +53,7 @@ def _with_places_for_biases(module: PreTrainedModel, compressed: dict[str, Compr
             if len(left) < len(homeless):
                 config, skeleton, homeless = changed, other, left
     if homeless:
-        plain = ", ".join(name for name, basis in BASES.items() if not basis.centred)
+        plain = ", ".join(name for name, basis in METRICS.items() if not basis.centred)
         raise ModelError(
             f"dense: {type(module).__name__} has no place for the biases that a centred basis gave {len(homeless)} layers "
             f"(the first: {homeless[0]}). Export the compressed form, or compress with a basis that adds none: {plain}."

@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ExportConfig, TextConfig
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.evaluation import EvaluationReport
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.manifest import ExportManifest
-from lowrank_core.export.measuring import HeldOut, figures_of
+from lowrank_core.export.measuring import HeldOut, metrics_of
 from lowrank_core.export.writing import export
-from lowrank_core.healing.config import HealingConfig
-from lowrank_core.healing.records import HealingReport
 from lowrank_core.healing.trainer import heal
 from lowrank_core.models import ModelHandle
+from lowrank_core.runs.healing_records import HealingReport
 from lowrank_core.text import WindowSet, load_windows
+from lowrank_core.types import Progress
 
 __all__ = ["healed_model", "write_healed"]
 
@@ -41,8 +41,8 @@ def healed_model(
     """
     text, validation = texts
     training = load_windows(replace(text, seed=config.seed), model.handle.tokenizer, "calibration", count=config.train_windows)
-    found = heal(model.handle, dense, (training, validation), config, folder=folder, progress=progress)
-    return CompressedModel(replace(found.handle, reference=dense.reference), model.report), found.report
+    result = heal(model.handle, dense, (training, validation), config, folder=folder, progress=progress)
+    return CompressedModel(replace(result.handle, reference=dense.reference), model.report), result.report
 
 
 def write_healed(
@@ -54,7 +54,7 @@ def write_healed(
     test: HeldOut,
     config: ExportConfig | None = None,
 ) -> ExportManifest:
-    """Write what ``healed_model`` returned, with its figures before and after for the card.
+    """Write the result of ``healed_model``, with its metrics before and after for the card.
 
     Args:
         measured: on test text, as it was compressed and as it is healed.
@@ -64,5 +64,5 @@ def write_healed(
         LowRankError: as ``export``.
     """
     (model, report), (before, after) = healed, measured
-    figures = figures_of(before.to_mapping(), healed=after.to_mapping())
+    figures = metrics_of(before.to_mapping(), healed=after.to_mapping())
     return export(model, folder, provenance={**provenance, "healing": report.summary}, config=config, figures=figures, test=test)

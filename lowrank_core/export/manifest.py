@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_core import __version__
-from lowrank_core.compression import CompressionReport, UnitCount
+from lowrank_core.compression.build import CompressionReport, UnitCount
 from lowrank_core.config import TextConfig, from_mapping
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.models.integrity import MANIFEST, sha256_of
@@ -41,7 +41,7 @@ class WeightFile:
 
 @dataclass(frozen=True)
 class Protocol:
-    """What a perplexity was measured on, such that it can be measured again.
+    """Protocol of a perplexity, sufficient to measure it again.
 
     Attributes:
         text, split, windows, context, bos, seed: as in ``TextConfig``; ``bos`` is the rule.
@@ -77,18 +77,18 @@ class Measurement:
 
 @dataclass(frozen=True)
 class ExportManifest:
-    """What ``lowrank.json`` says.
+    """Contents of ``lowrank.json``.
 
     Attributes:
         made_from: the dense model, as the user called it.
-        form: ``compressed`` or ``dense``; stored_dtype: of its floats; with_code: whether our code lies beside the weights.
+        form: ``compressed`` or ``dense``; stored_dtype: of its floats; with_code: whether our code lies next to the weights.
         files: name -> weight file.
         written_parameters: in the files, indices included: as many as were counted in the factors, unless the form is dense.
         guards: empty tensors (no numbers, no bytes of data) that make transformers refuse the folder where our package is absent; 0 in a
             dense form, and in a folder of an earlier version. Their lines in the headers are part of the files' bytes.
-        details: how it was made, and the counts of ``CompressionReport`` with its two ratios; beside the rest in the file.
+        details: how it was made, and the counts of ``CompressionReport`` with its two ratios; next to the rest in the file.
         measured: on the model as written, or None.
-        figures: others that were known when it was written (``figures_of``).
+        figures: others that were known when it was written (``metrics_of``).
         versions: of what wrote it.
     """
 
@@ -110,7 +110,7 @@ class ExportManifest:
 
     @property
     def provenance(self) -> dict[str, object]:
-        """How the model was made: the details without its counts, which are counted again with every export."""
+        """Provenance of the model, without counts, which every export recomputes."""
         counts = {f.name for f in fields(CompressionReport)} | {"compression_ratio", "model_compression_ratio"}
         return {name: value for name, value in self.details.items() if name not in counts}
 
@@ -150,8 +150,8 @@ def read_manifest(folder: Path) -> ExportManifest:
         known = {name: value for name, value in body.items() if name in own - {"details", "files", "measured"}}
         files = {str(name): from_mapping(WeightFile, entry) for name, entry in body["files"].items()}
         rest = {name: value for name, value in body.items() if name not in {*own, "written_bytes"}}
-        found = None if body["measured"] is None else measurement_from(body["measured"])
-        return ExportManifest(**known, files=files, details=rest, measured=found)
+        result = None if body["measured"] is None else measurement_from(body["measured"])
+        return ExportManifest(**known, files=files, details=rest, measured=result)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
         raise ModelError(f"model: {MANIFEST} of {folder} is damaged, or of an earlier version. Export the model again.") from error
 

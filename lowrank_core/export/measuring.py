@@ -10,12 +10,12 @@ import torch
 
 from lowrank_core.config import ModelSource, TextConfig
 from lowrank_core.evaluation import evaluate
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.manifest import Measurement, Protocol
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.text import WindowSet, load_windows
+from lowrank_core.types import Progress
 
-__all__ = ["HeldOut", "figures_of", "held_out", "loaded_like", "measured"]
+__all__ = ["HeldOut", "metrics_of", "held_out", "loaded_like", "measured"]
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
@@ -69,16 +69,16 @@ def held_out(handle: ModelHandle, config: TextConfig) -> HeldOut:
     return HeldOut(config, load_windows(config, handle.tokenizer, "test", count=config.test_windows))
 
 
-def figures_of(report: Mapping[str, object], *, healed: Mapping[str, object] | None = None) -> dict[str, object]:
-    """Return what a model card shows of a compressed model beside its dense one, and of the healed model on the same windows.
+def metrics_of(report: Mapping[str, object], *, healed: Mapping[str, object] | None = None) -> dict[str, object]:
+    """Return what a model card shows of a compressed model next to its dense one, and of the healed model on the same windows.
 
     Args:
         report, healed: ``EvaluationReport.to_mapping()`` of the one-shot compressed, and of the healed model.
     """
     rows = {"dense": _figure(report, "dense_"), "compressed": _figure(report, ""), "healed": _figure(healed or {}, "")}
-    found = {"perplexity": {name: row for name, row in rows.items() if row["perplexity"] is not None}, "protocol": report.get("protocol")}
+    result = {"perplexity": {name: row for name, row in rows.items() if row["perplexity"] is not None}, "protocol": report.get("protocol")}
     warnings = report.get("warnings")
-    return {**found, "warnings": list(warnings)} if isinstance(warnings, list | tuple) and warnings else found
+    return {**result, "warnings": list(warnings)} if isinstance(warnings, list | tuple) and warnings else result
 
 
 def _figure(report: Mapping[str, object], which: str) -> dict[str, object]:

@@ -19,17 +19,17 @@ from lowrank_core.export.card import model_card, with_todays_loading
 from lowrank_core.export.code import is_ours, write_code
 from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, read_manifest, report_of, versions
+from lowrank_core.files.weights import WeightFiles, read_object, weight_files
 from lowrank_core.models.guard import guards, unguarded
 from lowrank_core.models.hf import CODE, METHOD
 from lowrank_core.models.integrity import MANIFEST, check_weights
-from lowrank_core.weight_files import WeightFiles, read_object, weight_files
 
 __all__ = ["Rewritten", "rewrite"]
 
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What was written.
+    """Result of a conversion.
 
     Attributes:
         guards: how many empty tensors were added.
@@ -86,7 +86,7 @@ def _with_code(config: Mapping[str, object]) -> bool:
 
 
 def _copy_rest(folder: Path, target: Path, files: WeightFiles) -> None:
-    """Copy everything but what is written anew; weight files that nothing loads, and our own old code, stay behind."""
+    """Copy everything but what is written again; weight files that nothing loads, and our own old code, stay behind."""
     left = {*files.loaded, files.index, *files.ignored, "README.md", MANIFEST}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name not in left and not is_ours(path):
@@ -155,7 +155,7 @@ _WRITTEN_ANEW = ("form", "stored_dtype", "with_code", "files", "written_paramete
 
 
 def _write_card(folder: Path, target: Path, manifest: ExportManifest | None) -> None:
-    """Write the card anew; where the counts for it are not there, the old one with today's words on loading."""
+    """Write the card again; where the counts for it are not there, the old one with today's words on loading."""
     card = folder / "README.md"
     old = card.read_text(encoding="utf-8") if card.is_file() else ""
     try:

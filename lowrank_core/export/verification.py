@@ -17,7 +17,7 @@ from lowrank_core.export.manifest import Measurement, measurement_from, read_man
 from lowrank_core.export.measuring import HeldOut, measured
 from lowrank_core.models.integrity import check_folder
 from lowrank_core.models.loading import load_model
-from lowrank_core.processes import python_command, python_environment
+from lowrank_core.runs.processes import python_command, python_environment
 from lowrank_core.text import load_windows
 
 __all__ = ["Verification", "tolerance_of", "verify"]
@@ -29,7 +29,7 @@ _LOGIT = 16
 
 @dataclass(frozen=True)
 class Verification:
-    """What a folder said of itself, and what was found.
+    """Recorded and measured state of a folder.
 
     Attributes:
         ok: every file is as listed, and the perplexities agree to rounding; where nothing comparable is recorded, the files alone.
@@ -84,12 +84,12 @@ def verify(
         raise ConfigError(f"{folder} has no recorded perplexity to compare with. Give a text to measure it on (--text).")
     config, part, dtype = _asked(recorded, text, split)
     request = {"source": to_mapping(ModelSource(str(folder), device, dtype)), "text": to_mapping(config), "split": part}
-    found = _in_fresh_process(request, waiting)
-    if recorded is not None and text is None and found.protocol.sha256 != recorded.protocol.sha256:
+    result = _in_fresh_process(request, waiting)
+    if recorded is not None and text is None and result.protocol.sha256 != recorded.protocol.sha256:
         raise ConfigError(
             f"the text {config.reference} has changed since the export: its windows are other tokens. Restore it, or give one with --text."
         )
-    return _compared(files, recorded, found)
+    return _compared(files, recorded, result)
 
 
 def _asked(recorded: Measurement | None, text: TextConfig | None, split: str) -> tuple[TextConfig, str, str]:
@@ -102,19 +102,19 @@ def _asked(recorded: Measurement | None, text: TextConfig | None, split: str) ->
     return recorded.protocol.config, recorded.protocol.split, dtype
 
 
-def _compared(files: int, recorded: Measurement | None, found: Measurement) -> Verification:
-    same = recorded is not None and recorded.protocol.sha256 == found.protocol.sha256
+def _compared(files: int, recorded: Measurement | None, result: Measurement) -> Verification:
+    same = recorded is not None and recorded.protocol.sha256 == result.protocol.sha256
     if recorded is None or not same:
-        return Verification(True, files, None, found.perplexity, None, None, found.protocol.line)
-    limit = max(tolerance_of(recorded.protocol.dtype), tolerance_of(found.protocol.dtype))
+        return Verification(True, files, None, result.perplexity, None, None, result.protocol.line)
+    limit = max(tolerance_of(recorded.protocol.dtype), tolerance_of(result.protocol.dtype))
     return Verification(
-        ok=abs(found.nll - recorded.nll) <= limit,
+        ok=abs(result.nll - recorded.nll) <= limit,
         files=files,
         recorded=recorded.perplexity,
-        measured=found.perplexity,
-        difference=found.perplexity - recorded.perplexity,
+        measured=result.perplexity,
+        difference=result.perplexity - recorded.perplexity,
         tolerance=recorded.perplexity * limit,
-        protocol=found.protocol.line,
+        protocol=result.protocol.line,
     )
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from lowrank_core.compression import CompressedModel
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.compression.quantization import quantized
 from lowrank_core.config import ExportConfig
 from lowrank_core.errors import NumericalError
-from lowrank_core.evaluation.passes import Progress
 from lowrank_core.export.base_model import BaseModel, base_model_of
 from lowrank_core.export.card import model_card
 from lowrank_core.export.code import auto_map, write_code
@@ -22,16 +22,16 @@ from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, versions
 from lowrank_core.export.measuring import HeldOut, loaded_like, measured
 from lowrank_core.models.hf import compressed_modules, mark_compressed
-from lowrank_core.quantization import quantized
+from lowrank_core.types import Progress
 
 __all__ = ["export"]
 
 
 def export(
     model: CompressedModel,
-    folder: Path,
+    folder: Path | str,
     *,
-    provenance: Mapping[str, object],
+    provenance: Mapping[str, object] | None = None,
     config: ExportConfig | None = None,
     figures: Mapping[str, object] | None = None,
     test: HeldOut | None = None,
@@ -44,9 +44,9 @@ def export(
 
     Args:
         provenance: how the model was made; ``command`` in it is the command that makes it again.
-        figures: other figures for the card, such as ``figures_of`` gives.
+        figures: other metrics for the card, such as ``metrics_of`` gives.
         test: text on which the folder is loaded and measured before it is in place; that is what ``verify`` measures again.
-        progress: told of the batches of that measurement; if it raises, nothing is left behind.
+        progress: called with the batches of that measurement; if it raises, nothing is left behind.
 
     Raises:
         RunError: the folder is taken, or the disk is full or read-only.
@@ -54,7 +54,7 @@ def export(
         ModelError: a dense merge that the architecture has no place for.
         NumericalError: a weight overflows in the dtype that it is written in, or a loss is not finite.
     """
-    config = config or ExportConfig()
+    config, provenance, folder = config or ExportConfig(), provenance or {}, Path(folder)
     if config.quantization != "none":
         model = quantized(model, scales=_stored_dtype(model, config))
     base = base_model_of(model.handle.reference)

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
 from lowrank_core.errors import ConfigError
-from lowrank_core.healing.config import HEALER_LABELS, HealingConfig
 from lowrank_core.healing.optimizers import adam
-from lowrank_core.models.compressed import CompressedModule
+from lowrank_core.layers.base import CompressedModule
 
 __all__ = ["Healer", "Student", "compressed_layers", "distillation_loss"]
 
@@ -74,11 +74,11 @@ class Healer(ABC):
         """Return the loss of one batch of windows (B, T), a mean over tokens."""
         with torch.no_grad():
             target = dense(input_ids=ids, use_cache=False).logits[:, :-1]
-        found = student(input_ids=ids, use_cache=False).logits[:, :-1]
-        return distillation_loss(found.float(), target.float(), ids[:, 1:], config.temperature, config.cross_entropy)
+        result = student(input_ids=ids, use_cache=False).logits[:, :-1]
+        return distillation_loss(result.float(), target.float(), ids[:, 1:], config.temperature, config.cross_entropy)
 
 
-def distillation_loss(found: Tensor, target: Tensor, tokens: Tensor, temperature: float, cross_entropy: float) -> Tensor:
+def distillation_loss(result: Tensor, target: Tensor, tokens: Tensor, temperature: float, cross_entropy: float) -> Tensor:
     """Return τ² KL(softmax(z_d / τ) ‖ softmax(z_c / τ)) + α CE, the mean over tokens, in nats (Hinton et al., arXiv 1503.02531).
 
     Args:
@@ -86,11 +86,11 @@ def distillation_loss(found: Tensor, target: Tensor, tokens: Tensor, temperature
         tokens: (B, T), what the text goes on with.
     """
     log_p = torch.log_softmax(target / temperature, dim=-1)
-    log_q = torch.log_softmax(found / temperature, dim=-1)
+    log_q = torch.log_softmax(result / temperature, dim=-1)
     divergence = nn.functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
     loss = temperature**2 * divergence
     if cross_entropy:
-        loss = loss + cross_entropy * nn.functional.cross_entropy(found.flatten(0, 1), tokens.flatten())
+        loss = loss + cross_entropy * nn.functional.cross_entropy(result.flatten(0, 1), tokens.flatten())
     return loss
 
 
@@ -100,9 +100,9 @@ def compressed_layers(module: nn.Module) -> dict[str, CompressedModule]:
     Raises:
         ConfigError: there is none, or their factors are in 8 bits, which can't be trained.
     """
-    found = {name: child for name, child in module.named_modules() if isinstance(child, CompressedModule)}
-    if not found:
+    result = {name: child for name, child in module.named_modules() if isinstance(child, CompressedModule)}
+    if not result:
         raise ConfigError("there is nothing to heal: this model has no compressed layer. Give a compressed model.")
-    if any(layer.int8 for layer in found.values()):
+    if any(layer.int8 for layer in result.values()):
         raise ConfigError("factors in 8 bits can't be trained. Heal the model before its factors are quantised.")
-    return found
+    return result

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.healing.base import Healer, Student
-from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.distill import trained_factors
 from lowrank_core.models.handle import blocks_of
 
@@ -34,10 +34,10 @@ class BlockwiseRefinement(Healer):
     def loss(self, student: PreTrainedModel, dense: PreTrainedModel, ids: Tensor, config: HealingConfig) -> Tensor:
         with torch.no_grad(), _hidden_states(dense, cut=False) as target:
             dense.base_model(input_ids=ids, use_cache=False)
-        with _hidden_states(student, cut=True) as found:
+        with _hidden_states(student, cut=True) as result:
             student.base_model(input_ids=ids, use_cache=False)
         terms = []
-        for index, output in enumerate(found.outputs):
+        for index, output in enumerate(result.outputs):
             wanted = target.outputs[index].float()
             added = wanted - target.inputs[index].float()
             terms.append((output.float() - wanted).square().sum() / added.square().sum().clamp_min(torch.finfo(torch.float32).tiny))

@@ -1,4 +1,4 @@
-"""What a healing needs to go on after its process was killed: one safetensors file, replaced as a whole."""
+"""Checkpoint of a healing: one safetensors file, replaced atomically."""
 
 from __future__ import annotations
 
@@ -83,22 +83,22 @@ def load_checkpoint(folder: Path, identity: str, device: torch.device) -> Checkp
         parts: dict[str, Any] = {
             part: {name.removeprefix(f"{part}/"): t for name, t in tensors.items() if name.startswith(f"{part}/")} for part in PARTS
         }
-        found = Checkpoint(**{name: words[name] for name in _WORDS}, **parts)
+        result = Checkpoint(**{name: words[name] for name in _WORDS}, **parts)
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}). Delete it to heal from the start.") from error
-    if found.identity != identity:
+    if result.identity != identity:
         raise RunError(
             f"{path} belongs to another healing: other models, text or settings. Repeat those, or delete it to heal from the start."
         )
-    return found
+    return result
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        result.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return result.hexdigest()
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The paper's post-training (arXiv 2405.10616): diagonals beside the frozen factors, folded into them in the end.
+"""The paper's post-training (arXiv 2405.10616): diagonals next to the frozen factors, folded into them in the end.
 
 Notation: W ~ B A with B (m, r), A (r, n); Λ_b (m,), Λ_d (r,) diagonals. y = (B A + Λ_b B Λ_d A) x = (B ∘ (1 + Λ_b Λ_dᵀ)) A x.
 """
@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.healing.base import Healer, Student, compressed_layers
-from lowrank_core.healing.config import HealingConfig
-from lowrank_core.models.heads import OutputHeads
+from lowrank_core.layers.factored import LowRankLinear
+from lowrank_core.layers.heads import OutputHeads
+from lowrank_core.layers.pivoted import PivotedLinear
+from lowrank_core.layers.pivoting import pivot
+from lowrank_core.layers.stacked import StackedLinear
 from lowrank_core.models.hf import replace_module
-from lowrank_core.models.lowrank_linear import LowRankLinear
-from lowrank_core.models.pivoted import PivotedLinear
-from lowrank_core.models.stacking import StackedLinear
-from lowrank_core.pivoting import pivot
 
 __all__ = ["DiagonalAdapter", "DiagonalPostTraining"]
 
@@ -92,7 +92,7 @@ def _folded(module: PreTrainedModel, adapters: Mapping[str, DiagonalAdapter]) ->
 
 
 def _pivoted_again(module: PreTrainedModel, adapters: Mapping[str, DiagonalAdapter]) -> None:
-    """Store a stack anew: the identity among the rows of B is gone, and other rows may be better pivots. Its size is the same."""
+    """Store a stack again: the identity among the rows of B is gone, and other rows may be better pivots. Its size is the same."""
     layers = [adapter.inner for adapter in adapters.values()]
     leader = layers[0]
     assert isinstance(leader, PivotedLinear)

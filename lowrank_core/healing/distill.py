@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.healing.base import Healer, Student, compressed_layers
-from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.optimizers import soap
 
 __all__ = ["Distillation", "trained_factors"]
@@ -22,12 +22,12 @@ def trained_factors(module: PreTrainedModel) -> dict[str, nn.Parameter]:
     Raises:
         ConfigError: there are none.
     """
-    found: dict[str, nn.Parameter] = {}
+    result: dict[str, nn.Parameter] = {}
     for name, layer in compressed_layers(module).items():
         for part, parameter in layer.named_parameters(recurse=False):
             parameter.requires_grad_(True)
-            found[f"{name}.{part}"] = parameter
-    return found
+            result[f"{name}.{part}"] = parameter
+    return result
 
 
 class Distillation(Healer):

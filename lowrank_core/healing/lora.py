@@ -1,7 +1,7 @@
 """Low-rank adapters on the factors themselves, through peft: what they learn is merged into the factors, whose size stays.
 
-Each of B and A of W ~ B A gets an update of its own, as SVD-LLM does it (arXiv 2403.07378, §3.3): an adapter beside W as a whole
-would have to stay beside it, since W plus the adapter has a larger rank.
+Each of B and A of W ~ B A gets an update of its own, as SVD-LLM does it (arXiv 2403.07378, §3.3): an adapter next to W as a whole
+would have to stay next to it, since W plus the adapter has a larger rank.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.healing.base import Healer, Student, compressed_layers
-from lowrank_core.healing.config import HealingConfig
-from lowrank_core.models.compressed import CompressedModule
-from lowrank_core.models.stacking import StackedLinear
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.layers.stacked import StackedLinear
 
 __all__ = ["LoraHealing"]
 

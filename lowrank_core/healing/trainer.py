@@ -7,28 +7,26 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.healing.base import Healer, Student, compressed_layers
 from lowrank_core.healing.checkpoints import Checkpoint, load_checkpoint, remove_checkpoint, save_checkpoint
-from lowrank_core.healing.config import HealingConfig
 from lowrank_core.healing.healers import HEALERS
 from lowrank_core.healing.optimizers import packed_state, settle, unpacked_state
 from lowrank_core.healing.rates import measured_rate
-from lowrank_core.healing.records import HealingPoint, HealingReport, write_history
 from lowrank_core.models.handle import ModelHandle
+from lowrank_core.runs.healing_records import HealingPoint, HealingReport, write_history
 from lowrank_core.text import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["Healed", "heal"]
-
-Progress = Callable[[int, int], None]
 
 _LARGEST_GRADIENT = 1.0
 """Norm to which a step's gradient is cut."""
@@ -114,13 +112,13 @@ class _Course:
         """Validate before the first step, or go on from a checkpoint."""
         self._reference = DenseReference.compute(self._dense, self._validation, batch_size=self._config.batch_size)
         self._identity = self._identified() if self._folder is not None else ""
-        found = None if self._folder is None else load_checkpoint(self._folder, self._identity, self._compressed.device)
-        if found is None:
+        result = None if self._folder is None else load_checkpoint(self._folder, self._identity, self._compressed.device)
+        if result is None:
             self._rate = self._config.learning_rate or self._measured_rate()
             kl, nll = self._validated(self._compressed)
             self._note(HealingPoint(0, None, kl, nll, 0.0, 0, 0.0, kept=True))
         else:
-            self._restore(found)
+            self._restore(result)
         self._began = time.perf_counter() - self._history[-1].seconds
 
     def step(self) -> None:
@@ -187,7 +185,7 @@ class _Course:
         return "patience" if waited >= self._config.patience else None
 
     def _better(self, kl: float, nll: float) -> bool:
-        """Whether these figures are the best so far by the criterion."""
+        """Whether these losses are the best so far by the criterion."""
         best = next(point for point in self._history if point.step == self._best_step)
         return self._config.figure(kl, nll) < self._config.figure(best.kl, best.nll)
 
@@ -258,14 +256,14 @@ class _Course:
         )
         save_checkpoint(self._folder, checkpoint)
 
-    def _restore(self, found: Checkpoint) -> None:
-        self._rate = found.rate
-        self.taken, self._best_step, self._best = found.step, found.best_step, dict(found.best)
-        self._history = [HealingPoint(**point) for point in found.history]  # type: ignore[arg-type]
+    def _restore(self, result: Checkpoint) -> None:
+        self._rate = result.rate
+        self.taken, self._best_step, self._best = result.step, result.best_step, dict(result.best)
+        self._history = [HealingPoint(**point) for point in result.history]  # type: ignore[arg-type]
         with torch.no_grad():
             for name, value in self._student.trained.items():
-                value.copy_(found.values[name])
-        self._optimizer.load_state_dict(unpacked_state(found.moments, found.optimizer))  # type: ignore[arg-type]
+                value.copy_(result.values[name])
+        self._optimizer.load_state_dict(unpacked_state(result.moments, result.optimizer))  # type: ignore[arg-type]
         self.stopped = self._end()
 
     def _identified(self) -> str:
@@ -276,7 +274,7 @@ class _Course:
 
 def _student(healer: Healer, compressed: ModelHandle, config: HealingConfig) -> Student:
     """Return a copy of the model to be trained, in float32: the steps of a training are smaller than what bfloat16 tells apart."""
-    compressed_layers(compressed.module)  # what can't be healed is told before it is copied
+    compressed_layers(compressed.module)  # what can't be healed is reported before it is copied
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         module = copy.deepcopy(compressed.module)

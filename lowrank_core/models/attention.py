@@ -1,4 +1,4 @@
-"""Which layers are an attention's value and output projections: seen in a forward pass, verified by another, not guessed from names.
+"""Value and output projections of attention: traced in one forward pass, verified by another, not guessed from names.
 
 Notation::
 
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.accounting import HeadUnit, MatrixShape
 from lowrank_core.models.handle import ModelHandle, bias_of, blocks_of, random_tokens, weight_of
 from lowrank_core.models.hf import replace_module
 from lowrank_core.models.walk import linear_maps
+from lowrank_core.parameters import HeadUnit, MatrixShape
 
 __all__ = ["DroppedHeads", "Heads", "find_heads", "head_units"]
 
@@ -43,7 +43,7 @@ class DroppedHeads:
 
 @dataclass(frozen=True)
 class Heads:
-    """What can be compressed by heads, verified, and what only looked like it."""
+    """Verified per-head units, and rejected candidates."""
 
     units: tuple[HeadUnit, ...]
     dropped: tuple[DroppedHeads, ...]

@@ -1,4 +1,4 @@
-"""What makes a folder of factors fail loudly where nobody reads its format.
+"""Guard tensors that make a folder of factors fail loudly without our package.
 
 transformers skips a format that it does not know, builds the plain class, and leaves its linear layers at random without an error. It
 does refuse a tensor of another shape than its parameter. So each compressed layer has an empty tensor in the file, under the name of

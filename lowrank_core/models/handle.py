@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.accounting import INDEX_BYTES, MatrixShape, module_type
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import ModelError
-from lowrank_core.models.compressed import CompressedModule, PivotIndex
-from lowrank_core.models.quantized import Int8Matrix
+from lowrank_core.layers.base import CompressedModule, PivotIndex
+from lowrank_core.layers.quantized import Int8Matrix
 from lowrank_core.models.walk import coverage_of, linear_maps
+from lowrank_core.parameters import INDEX_BYTES, MatrixShape, module_type
 
 __all__ = [
     "LayerSpec",
@@ -120,6 +120,12 @@ class ModelHandle:
         return hashlib.sha256(self._configuration).hexdigest()
 
     @property
+    def identity(self) -> dict[str, str]:
+        """``dtype`` it is loaded in, and hashes of ``config`` and ``model`` (architecture with weights): equal ones mean the same model."""
+        dtype = str(self.module.dtype).removeprefix("torch.")
+        return {"dtype": dtype, "config": self.config_fingerprint, "model": self.fingerprint}
+
+    @property
     def _configuration(self) -> bytes:
         config = {name: value for name, value in self.module.config.to_dict().items() if name not in _INCIDENTAL}
         return json.dumps(config, sort_keys=True, default=repr).encode()
@@ -156,10 +162,10 @@ class ModelHandle:
 
     @cached_property
     def coverage(self) -> Coverage:
-        """What every parameter is, compressible or left alone and why; adds up to ``parameters``."""
+        """Kind of every parameter; sums to ``parameters``."""
         prefix, blocks = blocks_of(self.module)
-        found = coverage_of(self.module, prefix, blocks, {layer.name for layer in self.layers})
-        return Coverage.of([*found.parameters.items(), ("lowrank", self._indices + self._int8 + self._scales)])
+        result = coverage_of(self.module, prefix, blocks, {layer.name for layer in self.layers})
+        return Coverage.of([*result.parameters.items(), ("lowrank", self._indices + self._int8 + self._scales)])
 
     def _parameters_of(self, names: Iterable[str]) -> int:
         """Return the parameters of linears, each once; with indices, int8 numbers and scales."""

@@ -1,4 +1,4 @@
-"""The compressed format as transformers sees it: after ``import lowrank_core``, ``from_pretrained`` reads it.
+"""The compressed format as transformers sees it: after ``import lowrank_core.models.hf``, ``from_pretrained`` reads it.
 
 A compressed checkpoint is a usual one whose ``config.json`` says, under ``quantization_config``, which linear layers
 were replaced, in which form and at which rank. transformers calls the quantizer below to swap them before it loads the
@@ -19,16 +19,21 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowrank_core.errors import ModelError
-from lowrank_core.models.compressed import CompressedModule, Entry
+from lowrank_core.files.weights import unguarded_note
+from lowrank_core.layers.base import CompressedModule, Entry
+from lowrank_core.layers.forms import FORMS
 from lowrank_core.models.guard import guard_pattern, guards, unguarded
 from lowrank_core.models.handle import weight_of
 from lowrank_core.models.integrity import check_weights
-from lowrank_core.models.storage import FORMS
-from lowrank_core.weight_files import unguarded_note
 
 __all__ = [
     "CODE",
@@ -201,8 +206,10 @@ def register() -> None:
     """Tell transformers of the format. A copy that came along with a folder leaves it to the package where that is imported."""
     known = AUTO_QUANTIZATION_CONFIG_MAPPING.get(METHOD)
     if __name__.startswith("lowrank_core.") or known is None or not known.__module__.startswith("lowrank_core."):
-        AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = LowRankQuantizationConfig
-        AUTO_QUANTIZER_MAPPING[METHOD] = LowRankQuantizer
+        for registry in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+            registry.pop(METHOD, None)  # of another folder's copy: transformers refuses a name twice
+        register_quantization_config(METHOD)(LowRankQuantizationConfig)
+        register_quantizer(METHOD)(LowRankQuantizer)
 
 
 register()

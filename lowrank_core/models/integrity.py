@@ -1,4 +1,4 @@
-"""Whether the weight files of a folder are those that were written: by the hashes that ``lowrank.json`` lists."""
+"""Integrity of a folder's weight files, by the hashes in ``lowrank.json``."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ def check_folder(folder: Path) -> int:
         path = folder / name
         if not path.is_file():
             raise ModelError(f"model: {name}, which {MANIFEST} lists, is missing. {_AGAIN}")
-        found = path.stat().st_size
-        if found != size:
-            raise ModelError(f"model: {name} is damaged or cut short: {found} bytes, {MANIFEST} says {size}. {_AGAIN}")
+        result = path.stat().st_size
+        if result != size:
+            raise ModelError(f"model: {name} is damaged or cut short: {result} bytes, {MANIFEST} says {size}. {_AGAIN}")
         if sha256_of(path) != digest:
             raise ModelError(f"model: {name} is not what was exported, its sha256 differs from that in {MANIFEST}. {_AGAIN}")
     return len(listed)
 
 
 def check_weights(files: Sequence[Path]) -> None:
-    """Check weight files before they are read: safetensors alone, and as the manifest beside them lists them.
+    """Check weight files before they are read: safetensors alone, and as the manifest next to them lists them.
 
     Raises:
         ModelError: as ``check_folder``; or a file is in another format, or not listed.

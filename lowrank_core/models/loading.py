@@ -19,11 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_core.config import ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
+from lowrank_core.files.weights import WeightFiles, weight_files
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.handle import ModelHandle, find_layers, positions_of
 from lowrank_core.models.integrity import check_weights
 from lowrank_core.runs import bundled_path
-from lowrank_core.weight_files import WeightFiles, weight_files
 
 __all__ = ["load_model", "max_context", "notes_of", "resolve_reference"]
 
@@ -173,9 +173,9 @@ def _checked_config(place: str, reference: str) -> PretrainedConfig:
     architectures = config.architectures or []
     known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
     if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not known & set(architectures)):
-        found = ", ".join(architectures) or config.model_type
+        result = ", ".join(architectures) or config.model_type
         raise ModelError(
-            f"model: {reference} is not a causal language model ({found}). Give a decoder-only one, such as a Llama or a GPT-2."
+            f"model: {reference} is not a causal language model ({result}). Give a decoder-only one, such as a Llama or a GPT-2."
         )
     return config
 

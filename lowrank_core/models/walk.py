@@ -14,8 +14,8 @@ from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.coverage import LEAST_OUTPUTS, Coverage, has_experts, kind_by_name
-from lowrank_core.models.compressed import CompressedModule
+from lowrank_core.coverage import MIN_OUTPUTS, Coverage, has_experts, kind_by_name
+from lowrank_core.layers.base import CompressedModule
 
 __all__ = ["LinearMap", "coverage_of", "linear_maps"]
 
@@ -54,12 +54,12 @@ def _kind(path: str, child: nn.Linear | Conv1D, *, experts: bool) -> str:
     kind = kind_by_name(f"{path}.weight", shape, experts=experts)
     if kind in ("router", "experts"):
         return kind
-    return "narrow" if shape[0] < LEAST_OUTPUTS else "linear"  # what a name may say of it otherwise: it is a linear layer
+    return "narrow" if shape[0] < MIN_OUTPUTS else "linear"  # what a name may say of it otherwise: it is a linear layer
 
 
 def _routers(block: nn.Module) -> set[int]:
     """Return ids of linears with as many outputs as the module that holds them has experts."""
-    found: set[int] = set()
+    result: set[int] = set()
     for parent in block.modules():
         sizes = {
             p.shape[0]
@@ -67,8 +67,8 @@ def _routers(block: nn.Module) -> set[int]:
             for p in child.parameters(recurse=False)
             if p.ndim == 3 and not isinstance(child, _ConvNd)
         }
-        found |= {id(child) for child in parent.children() if isinstance(child, nn.Linear) and child.weight.shape[0] in sizes}
-    return found
+        result |= {id(child) for child in parent.children() if isinstance(child, nn.Linear) and child.weight.shape[0] in sizes}
+    return result
 
 
 def coverage_of(module: PreTrainedModel, prefix: str, blocks: nn.ModuleList, layers: Collection[str]) -> Coverage:

@@ -10,7 +10,7 @@
     │   ├── status.json      state, stage, progress, heartbeat; replaced atomically by the worker
     │   ├── model.json       what the model is made of              ─┐
     │   ├── text.json        splits, windows, tokens, hashes         │ written by the worker,
-    │   ├── calibration.json figures of the statistics               │ each when its stage is done
+    │   ├── calibration.json summary of the statistics               │ each when its stage is done
     │   ├── selection.json   windows that a search as published took  │
     │   ├── spectra.npz      singular values and eigenvalues         │
     │   ├── curves.npz       errors by unit and rank                 │
@@ -27,10 +27,10 @@
     └── statistics/<key>/    calibration results by content, with checksums, shared by runs
 """
 
+from lowrank_core.runs.create import create_run
 from lowrank_core.runs.files import JsonMapping, read_json, write_json
-from lowrank_core.runs.finding import list_runs, open_run, recorded_run
-from lowrank_core.runs.making import create_run
-from lowrank_core.runs.places import bundled_path, home, statistics_home
+from lowrank_core.runs.find import list_runs, open_run, recorded_run
+from lowrank_core.runs.paths import bundled_path, home, statistics_home
 from lowrank_core.runs.run import Run
 from lowrank_core.runs.status import ACTIVE_STATES, RunStatus, process_started
 

@@ -1,4 +1,4 @@
-"""JSON files that several processes read and write."""
+"""JSON files shared by several processes."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ JsonMapping = dict[str, Any]
 
 
 def read_json(path: Path) -> JsonMapping | None:
-    """Return the object in ``path``; None if the file is not there (yet).
+    """Return the object in ``path``; None if there is no file (yet).
 
     Raises:
         RunError: the file is damaged.

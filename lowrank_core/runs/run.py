@@ -1,4 +1,4 @@
-"""One run: its record, its study's place, its worker's status, its events."""
+"""A run: record, study location, worker status, events."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Run:
 
     @property
     def record(self) -> JsonMapping:
-        """The whole of run.json."""
+        """The contents of run.json."""
         body = read_json(self.path / "run.json")
         if body is None:
             raise RunError(f"{self.path} is no run: it has no run.json. Give the folder of a run, or start one with `lowrank search`.")
@@ -45,11 +45,11 @@ class Run:
 
     @property
     def recorded(self) -> bool:
-        """Whether this run ships with the package, to be looked at rather than continued."""
+        """Whether this run is bundled, and so read-only."""
         return bool(self.record.get("recorded"))
 
     def refuse_if_recorded(self) -> None:
-        """Raise unless this run may be continued, measured and exported.
+        """Raise unless this run may be changed.
 
         Raises:
             RunError: it ships with the package.
@@ -60,7 +60,7 @@ class Run:
             )
 
     def change_search(self, **changes: object) -> SearchConfig:
-        """Change the search of this run (how many trials, which sampler); a worker that is at it sees it before its next trial.
+        """Change the number of trials or the sampler; a running worker reads it before its next trial.
 
         Raises:
             RunError: the run is a recorded one, has no search, or can't be written.
@@ -82,18 +82,18 @@ class Run:
 
     @property
     def storage_url(self) -> str | None:
-        """URL of the database that holds the study; None where it is in the journal."""
+        """URL of the study's database; None if it is in the journal."""
         body = read_json(self.path / "storage.json")
         return None if body is None else str(body.get("url"))
 
     @property
     def study_name(self) -> str:
-        """Name of the study: in a database that other runs share, that of the run."""
+        """Name of the study: in a shared database, that of the run."""
         body = read_json(self.path / "storage.json")
         return _STUDY if body is None else str(body.get("study"))
 
     def keep_study_at(self, url: str, study: str) -> None:
-        """Have the study in a database instead of the journal; before the search begins."""
+        """Store the study in a database instead of the journal; call before the search starts."""
         write_json(self.path / "storage.json", {"url": url, "study": study}, private=True)
 
     def part(self, name: str) -> JsonMapping | None:
@@ -102,7 +102,7 @@ class Run:
 
     @property
     def pause_marker(self) -> Path:
-        """While this file is there, the worker starts no trial."""
+        """Marker file that keeps the worker from starting trials."""
         return self.path / "paused"
 
     def _written_status(self) -> RunStatus:
@@ -111,14 +111,14 @@ class Run:
         return RunStatus() if body is None else status_from(body, path)
 
     def stop_asked(self) -> int | None:
-        """Return when trials were last stopped (nanoseconds, as the file system tells them); None where they are wanted."""
+        """Return when trials were last stopped (file-system nanoseconds); None if they are running."""
         try:
             return self.pause_marker.stat().st_mtime_ns
         except FileNotFoundError:
             return None
 
     def status(self) -> RunStatus:
-        """Return the worker's last word, corrected if its process is dead."""
+        """Return the worker's status, corrected if its process is dead."""
         status = self._written_status()
         if not status.active:
             return status
@@ -129,7 +129,7 @@ class Run:
         return status
 
     def worker_alive(self) -> bool:
-        """Whether a worker's process holds this run, or is about to."""
+        """Whether a worker holds this run, or is about to."""
         status = self._written_status()
         if status.pid is None:
             # The starter has written the record, and the worker not yet taken over.
@@ -137,7 +137,7 @@ class Run:
         return is_alive(status)
 
     def write_status(self, status: RunStatus, path: Path | None = None) -> None:
-        """Write the status of the worker that holds this run, or at ``path`` that of another one."""
+        """Write the status of the run's worker, or at ``path`` that of another one."""
         write_json(path or self.path / "status.json", {**asdict(status), "heartbeat": time.time()})
 
     @property
@@ -145,16 +145,16 @@ class Run:
         return self.path / "workers"
 
     def further_workers(self) -> dict[str, RunStatus]:
-        """Return id -> last word of the workers beside the one that holds this run, on this machine, that are alive."""
-        found = {}
+        """Return id -> status of the other live workers of this run on this machine."""
+        result = {}
         for path in sorted(self.workers_folder.glob("[0-9]*.json")):
             try:
                 status = status_from(read_json(path) or {}, path)
             except RunError:
                 continue  # it has just ended
             if is_alive(status):
-                found[path.stem] = status
-        return found
+                result[path.stem] = status
+        return result
 
     def add_event(self, kind: str, **details: object) -> None:
         """Append to events.jsonl."""
@@ -163,8 +163,8 @@ class Run:
             stream.write(line + "\n")
 
     def stage_seconds(self) -> dict[str, float]:
-        """Return the most seconds that each stage ever took: with a later worker, what the first one measured is there already."""
-        found: dict[str, float] = {}
+        """Return the longest duration of each stage: later workers reuse what the first one measured."""
+        result: dict[str, float] = {}
         path = self.path / "events.jsonl"
         for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
             try:
@@ -172,8 +172,8 @@ class Run:
             except ValueError:
                 continue  # a line that is being written, or was when its worker was killed
             if event.get("kind") == "stage":
-                found[event["name"]] = max(float(event["seconds"]), found.get(event["name"], 0.0))
-        return found
+                result[event["name"]] = max(float(event["seconds"]), result.get(event["name"], 0.0))
+        return result
 
     def log_tail(self, lines: int = 40) -> str:
         """Return the end of the worker's log."""

@@ -1,4 +1,4 @@
-"""What a worker says of itself, and whether its process is there."""
+"""Status of a worker and liveness of its process."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ ACTIVE_STATES = ("queued", "running", "stopping", "idle")
 
 @dataclass(frozen=True)
 class RunStatus:
-    """What the worker last said of itself.
+    """Last status of the worker.
 
     Attributes:
         state: ``new``, ``queued``, ``running``, ``stopping``, ``stopped``, ``idle`` (done, still warm), ``finished``, ``failed``
             or ``interrupted`` (its process died).
         stage: what it does now, in words.
-        done, total: progress within the stage; total 0 where it can't be told.
+        done, total: progress within the stage; total 0 where it can't be reported.
         eta_seconds: estimate for the rest of the stage; None where there is none.
         message: an error or a hint for the user.
         warnings: what the user should know of the results.
         dense_warnings: why comparisons with the dense model may say nothing.
         pid, pid_started: the process, and its start time as the system tells it (a pid alone may be reused).
         heartbeat: time of this record, seconds since the epoch.
-        earlier_stop: the stop (``Run.stop_asked``) that stood before the work in hand began, and does not end it.
+        earlier_stop: the stop (``Run.stop_asked``) that stood before the current work began, and does not end it.
         timings: seconds that each finished stage took.
     """
 
@@ -60,7 +60,7 @@ class RunStatus:
 
 
 def process_started(pid: int) -> float | None:
-    """Return the start time of process ``pid``, or None if it is gone (a zombie is)."""
+    """Return the start time of process ``pid``; None if it is gone (or a zombie)."""
     try:
         process = psutil.Process(pid)
         return None if process.status() == psutil.STATUS_ZOMBIE else process.create_time()
@@ -69,7 +69,7 @@ def process_started(pid: int) -> float | None:
 
 
 def status_from(body: JsonMapping, path: Path) -> RunStatus:
-    """Return the status that the file ``path`` holds.
+    """Return the status in the file ``path``.
 
     Raises:
         RunError: it is damaged.
@@ -81,6 +81,6 @@ def status_from(body: JsonMapping, path: Path) -> RunStatus:
 
 
 def is_alive(status: RunStatus) -> bool:
-    """Whether the process that wrote ``status`` is there."""
+    """Whether the process of ``status`` is alive."""
     started = None if status.pid is None else process_started(status.pid)
     return started is not None and status.pid_started is not None and abs(started - status.pid_started) < 1

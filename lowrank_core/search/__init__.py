@@ -1,1 +1,1 @@
-"""Bayesian optimisation of how ranks are allocated. ``records`` is torch-free; the rest runs in the worker."""
+"""Bayesian optimisation of rank allocations, in the worker."""

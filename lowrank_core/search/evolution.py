@@ -1,4 +1,4 @@
-"""CMA-ES whose state, which Optuna keeps pickled in the study, can hold nothing but the state: a study may come from anywhere."""
+"""CMA-ES with a safe state: Optuna pickles it in the study, which may come from anywhere."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class SafeCmaEsSampler(CmaEsSampler):
-    """Optuna's own, but for how its state is read back."""
+    """Optuna's CMA-ES with a restricted unpickler."""
 
     def _restore_optimizer(self, completed_trials: list[optuna.trial.FrozenTrial]) -> Any:
         prefix = self._attr_key_optimizer

@@ -1,4 +1,4 @@
-"""The next point of a search as published: the largest expected improvement among points that meet the budget.
+"""Proposals of a published search: maximum expected improvement among points that meet the budget.
 
 As the published code's optimiser (OpenBox) does it: a Gaussian process with a Matérn-5/2 kernel, one length scale for each variable,
 
@@ -23,7 +23,7 @@ from scipy.linalg import cho_factor, cho_solve, solve_triangular
 from scipy.optimize import fmin_l_bfgs_b
 from scipy.stats import norm
 
-from lowrank_core.search.published import LEAST, MOST, PublishedScheme
+from lowrank_core.studies.published import MAX, MIN, PublishedScheme
 
 __all__ = ["RANDOM_SHARE", "GaussianProcess", "next_point"]
 
@@ -40,14 +40,14 @@ _AMPLITUDE, _LENGTH, _NOISE = (-10.0, 2.0), (-6.754111155189306, 0.0858637988771
 _START = (np.log(2.0), 0.0, np.log(1e-8))
 _HORSESHOE = 0.1
 _BAD = 1e25
-_LEAST_VARIANCE = 1e-10
+_MIN_VARIANCE = 1e-10
 
 
 def next_point(scheme: PublishedScheme, trials: Sequence[FrozenTrial], seed: int, *, initial: int, random: bool) -> dict[str, float]:
-    """Return what is to be measured next.
+    """Return the next point to measure.
 
     Args:
-        trials: that have a point and a value; the least is best.
+        trials: that have a point and a value; the lowest is best.
         seed: of this trial.
         initial: points before the process takes over.
         random: draw every point.
@@ -60,28 +60,28 @@ def next_point(scheme: PublishedScheme, trials: Sequence[FrozenTrial], seed: int
     if random or len(trials) < initial or generator.random() < RANDOM_SHARE:
         return scheme.point(scheme.draw(generator, 1)[0])
     values = np.array([float(trial.value or 0.0) for trial in trials])
-    process = GaussianProcess.fitted((known - LEAST) / (MOST - LEAST), values, generator)
+    process = GaussianProcess.fitted((known - MIN) / (MAX - MIN), values, generator)
     ends = _local_searches(scheme, process, known, generator)
     candidates = np.concatenate([scheme.draw(generator, _POINTS - len(ends)), ends])
-    order = np.argsort(-process.improvement((candidates - LEAST) / (MOST - LEAST)), kind="stable")
+    order = np.argsort(-process.improvement((candidates - MIN) / (MAX - MIN)), kind="stable")
     new = next((index for index in order if not (candidates[index] == known).all(axis=1).any()), None)
     return scheme.point(scheme.draw(generator, 1)[0] if new is None else candidates[new])
 
 
 def _local_searches(scheme: PublishedScheme, process: GaussianProcess, known: Array, generator: np.random.Generator) -> Array:
-    """Return where searches from the ten known points of the largest expected improvement end (starts, groups)."""
-    improvement = process.improvement((known - LEAST) / (MOST - LEAST))
+    """Return the ends of local searches from the ten known points of largest expected improvement (starts, groups)."""
+    improvement = process.improvement((known - MIN) / (MAX - MIN))
     best = np.argsort(-improvement, kind="stable")[:_STARTS]
     return np.stack([_climbed(scheme, process, known[index], generator) for index in best])
 
 
 def _climbed(scheme: PublishedScheme, process: GaussianProcess, point: Array, generator: np.random.Generator) -> Array:
-    """Move to the first neighbour that is better, again and again, until none of those that are drawn is."""
-    height = process.improvement((point[None] - LEAST) / (MOST - LEAST))[0]
+    """Move to the first better neighbour until none of the drawn ones is."""
+    height = process.improvement((point[None] - MIN) / (MAX - MIN))[0]
     while True:
         around = _neighbours(point, generator)
         around = around[scheme.meets(around)]
-        heights = process.improvement((around - LEAST) / (MOST - LEAST))
+        heights = process.improvement((around - MIN) / (MAX - MIN))
         better = np.flatnonzero(heights > height)
         if not len(better):
             return point
@@ -90,10 +90,10 @@ def _climbed(scheme: PublishedScheme, process: GaussianProcess, point: Array, ge
 
 def _neighbours(point: Array, generator: np.random.Generator) -> Array:
     """Return points (4·groups, groups) that differ from ``point`` in one variable, in random order; those outside the bounds left out."""
-    found = np.repeat(point[None], _NEIGHBOURS * len(point), axis=0)
+    result = np.repeat(point[None], _NEIGHBOURS * len(point), axis=0)
     variable = np.repeat(np.arange(len(point)), _NEIGHBOURS)
-    found[np.arange(len(found)), variable] += generator.normal(scale=_SPREAD * (MOST - LEAST), size=len(found))
-    return generator.permutation(found[((found >= LEAST) & (found <= MOST)).all(axis=1)])
+    result[np.arange(len(result)), variable] += generator.normal(scale=_SPREAD * (MAX - MIN), size=len(result))
+    return generator.permutation(result[((result >= MIN) & (result <= MAX)).all(axis=1)])
 
 
 @dataclass(frozen=True)
@@ -116,20 +116,20 @@ class GaussianProcess:
         scaled = (values - values.mean()) / deviation
         bounds = [_AMPLITUDE, *[_LENGTH] * points.shape[1], _NOISE]
         starts = [_first_theta(points.shape[1]), *_random_thetas(points.shape[1], generator)]
-        found = [fmin_l_bfgs_b(_loss, np.clip(s, *np.transpose(bounds)), args=(points, scaled), bounds=bounds) for s in starts]
-        return cls(points, scaled, min(found, key=lambda end: float(end[1]))[0])
+        result = [fmin_l_bfgs_b(_loss, np.clip(s, *np.transpose(bounds)), args=(points, scaled), bounds=bounds) for s in starts]
+        return cls(points, scaled, min(result, key=lambda end: float(end[1]))[0])
 
     def improvement(self, points: Array) -> Array:
-        """Return by how much each of ``points`` (m, d) is expected to lie below the least value known (m,)."""
+        """Return the expected improvement of ``points`` (m, d) over the lowest known value (m,)."""
         lower, weights = self._solved
         between = _kernel(self.theta, self.points, points)
         mean = between.T @ weights
         explained = solve_triangular(lower, between, lower=True)
         variance = np.exp(self.theta[0]) + np.exp(self.theta[-1]) - (explained**2).sum(axis=0)
-        deviation = np.sqrt(np.maximum(variance, _LEAST_VARIANCE))
+        deviation = np.sqrt(np.maximum(variance, _MIN_VARIANCE))
         below = self.values.min() - mean
-        found: Array = below * norm.cdf(below / deviation) + deviation * norm.pdf(below / deviation)
-        return found
+        result: Array = below * norm.cdf(below / deviation) + deviation * norm.pdf(below / deviation)
+        return result
 
     @cached_property
     def _solved(self) -> tuple[Array, Array]:
@@ -144,13 +144,13 @@ def _first_theta(dimensions: int) -> Array:
 
 
 def _random_thetas(dimensions: int, generator: np.random.Generator) -> list[Array]:
-    """Return where the other searches begin: drawn from the priors, length scales evenly over their bounds."""
-    found = []
+    """Return the random starts: drawn from the priors, length scales evenly over their bounds."""
+    result = []
     for _ in range(_RESTARTS):
         lengths = generator.uniform(*_LENGTH, size=dimensions)
         noise = np.log(abs(generator.normal() * abs(generator.standard_cauchy()) * _HORSESHOE) + np.exp(_NOISE[0]))
-        found.append(np.array([generator.normal(), *lengths, noise]))
-    return found
+        result.append(np.array([generator.normal(), *lengths, noise]))
+    return result
 
 
 def _distances(theta: Array, first: Array, second: Array) -> tuple[Array, Array]:
@@ -163,8 +163,8 @@ def _kernel(theta: Array, first: Array, second: Array) -> Array:
     """Return a·M between two sets of points (n, m)."""
     _, distance = _distances(theta, first, second)
     root = np.sqrt(5.0) * distance
-    found: Array = np.exp(theta[0]) * (1 + root + root**2 / 3) * np.exp(-root)
-    return found
+    result: Array = np.exp(theta[0]) * (1 + root + root**2 / 3) * np.exp(-root)
+    return result
 
 
 def _loss(theta: Array, points: Array, values: Array) -> tuple[float, Array]:
@@ -180,18 +180,18 @@ def _loss(theta: Array, points: Array, values: Array) -> tuple[float, Array]:
     alpha = cho_solve(factor, values)
     inner = np.outer(alpha, alpha) - cho_solve(factor, np.eye(len(points)))
     by_length = np.exp(theta[0]) * (5 / 3) * (1 + root) * np.exp(-root)  # ∂k/∂log l_j over (x_j - x'_j)²/l_j²
-    slopes = [0.5 * (inner * plain).sum(), *(0.5 * np.einsum("ij,ijk->k", inner * by_length, parts))]
-    slopes.append(0.5 * np.exp(theta[-1]) * np.trace(inner))
+    error_weights = [0.5 * (inner * plain).sum(), *(0.5 * np.einsum("ij,ijk->k", inner * by_length, parts))]
+    error_weights.append(0.5 * np.exp(theta[-1]) * np.trace(inner))
     likelihood = -0.5 * values @ alpha - np.log(np.diag(factor[0])).sum()
     prior, prior_slopes = _priors(theta)
-    return -float(likelihood + prior), -(np.array(slopes) + prior_slopes)
+    return -float(likelihood + prior), -(np.array(error_weights) + prior_slopes)
 
 
 def _priors(theta: Array) -> tuple[float, Array]:
     """Return the log priors of a (log-normal) and b (horseshoe), and their slopes by the logarithms (d + 2,)."""
-    slopes = np.zeros_like(theta)
+    error_weights = np.zeros_like(theta)
     noise = np.exp(theta[-1])
     ratio = 3 * (_HORSESHOE / noise) ** 2
-    slopes[0] = -theta[0] - 1
-    slopes[-1] = -2 * ratio / ((1 + ratio) * np.log1p(ratio))
-    return float(-0.5 * theta[0] ** 2 - theta[0] + np.log(np.log1p(ratio))), slopes
+    error_weights[0] = -theta[0] - 1
+    error_weights[-1] = -2 * ratio / ((1 + ratio) * np.log1p(ratio))
+    return float(-0.5 * theta[0] ** 2 - theta[0] + np.log(np.log1p(ratio))), error_weights

@@ -1,4 +1,4 @@
-"""What a trial is judged by, on search-validation windows only."""
+"""Objectives of trials, on search-validation windows only."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Which sampler proposes the next point, and on what it may look.
+"""Samplers of a search, and the trials that each may use.
 
 Every trial is drawn by a sampler of its own, seeded by the search's seed and the trial's place, which no kill shifts: what a search
 proposes depends on the seed and on the finished trials alone, so one that was stopped or killed, and resumed, proposes what it would
 have proposed anyway.
-Allocations that are no points of the space (hand-picked ones, some baselines) are hidden from it. A search as published has a sampler
+Allocations that are no points of the space (manual ones, some baselines) are hidden from it. A search as published has a sampler
 of its own (``search.improvement``).
 """
 
@@ -25,11 +25,11 @@ from optuna.samplers import BaseSampler, GPSampler, QMCSampler, RandomSampler, T
 from optuna.trial import FrozenTrial, TrialState
 
 from lowrank_core.config import SearchConfig
-from lowrank_core.config.search import LEAST_LOSS
+from lowrank_core.config.search import MIN_LOSS
 from lowrank_core.search.evolution import SafeCmaEsSampler
 from lowrank_core.search.improvement import next_point
-from lowrank_core.search.numbering import GIVEN, drawn_before, place_of, without_losses
-from lowrank_core.search.published import PublishedScheme
+from lowrank_core.studies.numbering import GIVEN, drawn_before, place_of, without_losses
+from lowrank_core.studies.published import PublishedScheme
 
 __all__ = ["ERROR", "ESTIMATE", "GIVEN", "PointSampler", "phase"]
 
@@ -78,7 +78,7 @@ _WITH_A_MODEL = ("gp", "tpe")
 
 
 def phase(config: SearchConfig, complete: int) -> str:
-    """Return what the sampler does after ``complete`` points, in words."""
+    """Return the sampler's phase after ``complete`` points, in words."""
     if not config.projected and config.sampler == "gp" and complete < config.startup_trials:
         return "initial points"
     if config.sampler in _WITH_A_MODEL and complete < config.startup_trials:
@@ -91,7 +91,7 @@ def _bounds(config: SearchConfig) -> bool:
 
     The other samplers compare ranks.
     """
-    return config.sampler == "gp" and config.projected and config.most_ratio is None
+    return config.sampler == "gp" and config.projected and config.max_ratio is None
 
 
 class _Points:
@@ -132,13 +132,13 @@ class _Points:
         return shown
 
     def _ratio(self, trial: FrozenTrial) -> list[float]:
-        """Return the first of two objectives, the ratio that was removed: known before anything is measured."""
+        """Return the ratio that was removed, the first objective: known before measuring."""
         if len(self._study.directions) == 1:
             return []
         return list(trial.values[:-1]) if trial.values else [float(trial.user_attrs[_RATIO])]
 
     def _modelled(self, loss: float) -> float:
-        return math.log(max(loss, LEAST_LOSS)) if self._logarithms else loss
+        return math.log(max(loss, MIN_LOSS)) if self._logarithms else loss
 
 
 def _bound(losses: Sequence[float]) -> float:
@@ -147,7 +147,7 @@ def _bound(losses: Sequence[float]) -> float:
 
 
 def _loss(trial: FrozenTrial) -> float | None:
-    """Return what a trial lost, as measured or estimated; None without either."""
+    """Return the measured or estimated loss of a trial; None without either."""
     if trial.state == TrialState.COMPLETE:
         return float(trial.values[-1])
     if trial.state == TrialState.PRUNED and ESTIMATE in trial.user_attrs:
@@ -173,7 +173,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class PointSampler(BaseSampler):
-    """Draws points of a fixed space by the sampler of a search, from the trials that are points; by ``scheme`` if it is as published."""
+    """Sampler of points of a fixed space; by ``scheme`` for a published search."""
 
     def __init__(self, config: SearchConfig, space: Mapping[str, FloatDistribution], scheme: PublishedScheme | None = None) -> None:
         self._config, self._scheme = config, scheme

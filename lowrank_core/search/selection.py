@@ -1,4 +1,4 @@
-"""On which windows a search as published measures its trials: those whose perplexity depends most on the allocation.
+"""Windows of a published search: those whose perplexity varies most over random allocations.
 
 As the published code does it once for its validation text: the perplexity of every window at 20 random points that meet the budget, and
 the 100 windows (of some 820) of the largest standard deviation.
@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lowrank_core.compression import low_rank_layers, swapped
+from lowrank_core.compression.build import low_rank_layers, swap_layers
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import score_windows
-from lowrank_core.evaluation.passes import Progress
-from lowrank_core.recipe import Decomposed
-from lowrank_core.search.published import ALLOCATIONS, POOL_RATIO
-from lowrank_core.search.space import SearchSpace
+from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
+from lowrank_core.studies.space import SearchSpace
 from lowrank_core.text import WindowSet
+from lowrank_core.types import Progress
 
 __all__ = ["Selection", "most_varied", "select_windows"]
 
@@ -50,14 +50,14 @@ class Selection:
 
     @classmethod
     def read(cls, body: Mapping[str, object] | str | None) -> Selection | None:
-        """Return what ``describe`` wrote, as a mapping or as JSON; None where nothing was."""
+        """Return the output of ``describe`` from a mapping or JSON; None if empty."""
         if body is None:
             return None
         values: dict[str, Any] = json.loads(body) if isinstance(body, str) else dict(body)
         return cls(**{**values, "chosen": tuple(values["chosen"])})
 
     def describe(self) -> dict[str, object]:
-        """Return it ready for JSON."""
+        """Return the selection ready for JSON."""
         return asdict(self)
 
     def of(self, pool: WindowSet) -> WindowSet:
@@ -66,7 +66,7 @@ class Selection:
         return replace(pool, ids=pool.ids[list(self.chosen)], selection="" if len(self.chosen) == self.pool else words)
 
     def warning(self) -> str:
-        """Return what to know where there were fewer windows than the published code has; empty where there were enough."""
+        """Return a warning if there were fewer windows than in the published code; else empty."""
         if len(self.chosen) < self.wanted or self.pool == self.wanted:
             return (
                 f"The validation split has {self.pool} windows and {self.wanted} were to be selected: trials see all of them. "
@@ -96,7 +96,7 @@ def select_windows(
     known: Selection | None = None,
     progress: Progress | None = None,
 ) -> Selection:
-    """Return which windows of ``pool`` trials are to be measured on; what is ``known`` is taken if it is of the same.
+    """Return the windows of ``pool`` for trials; ``known`` is reused if it matches.
 
     Raises:
         BudgetError: no point meets the budget.
@@ -114,7 +114,7 @@ def select_windows(
     for done, point in enumerate(points, start=1):
         ranks = space.allocation(scheme.point(point)).ranks
         try:
-            with swapped(decomposed.handle, low_rank_layers(decomposed.handle, decomposed.bases, ranks, storage="factored")):
+            with swap_layers(decomposed.handle, low_rank_layers(decomposed.handle, decomposed.bases, ranks, storage="factored")):
                 scores, _ = score_windows(decomposed.handle, pool, batch_size=batch_size, autocast=config.autocast)
             rows.append(torch.exp(scores.nll.double()).numpy())
         except NumericalError:

@@ -1,4 +1,4 @@
-"""The Optuna study of a run: made or reopened, baselines first, one trial at a time."""
+"""The Optuna study of a run: created or reopened, baselines first, one trial at a time."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from optuna.pruners import BasePruner, NopPruner, WilcoxonPruner
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from lowrank_core.accounting import budget_for_ratio
-from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks
-from lowrank_core.compression import low_rank_layers, swapped
+from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, current_name
+from lowrank_core.compression.build import low_rank_layers, swap_layers
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError, RunError
 from lowrank_core.evaluation import DenseReference, WindowScores, score_windows
 from lowrank_core.models.handle import ModelHandle
-from lowrank_core.recipe import Decomposed
+from lowrank_core.parameters import budget_for_ratio
 from lowrank_core.runs import Run, process_started
-from lowrank_core.search.numbering import RETRY_OF
 from lowrank_core.search.objective import objective_value
-from lowrank_core.search.published import RULES
-from lowrank_core.search.records import MANUAL
 from lowrank_core.search.samplers import ERROR, ESTIMATE, GIVEN, PointSampler
 from lowrank_core.search.selection import Selection
-from lowrank_core.search.space import SearchSpace
-from lowrank_core.search.storage import open_storage
+from lowrank_core.studies.numbering import RETRY_OF
+from lowrank_core.studies.published import RULES
+from lowrank_core.studies.records import MANUAL
+from lowrank_core.studies.space import SearchSpace
+from lowrank_core.studies.storage import open_storage
 from lowrank_core.text.windows import WindowSet
 
 __all__ = [
@@ -51,19 +51,19 @@ __all__ = [
 ]
 
 _SIGNIFICANCE = 0.05
-_LEAST_WINDOWS = 6
+_MIN_WINDOWS = 6
 """Of a trial before it may be stopped: fewer pairs can't reach the significance in a signed-rank test."""
 _FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 _UNKNOWN_SECONDS = 60.0
-_MOST_RETRIES = 3
-_MOST_NATS = 500.0  # by which an estimate of the perplexity may lie above the best: math.exp takes no more than 709
+_MAX_RETRIES = 3
+_MAX_NATS = 500.0  # by which an estimate of the perplexity may lie above the best: math.exp takes no more than 709
 _RULES = "rules"
 """User attribute of a study: ``published.RULES`` as its trials were measured."""
 
 
 @dataclass(frozen=True)
 class TrialBench:
-    """Everything that trials share: nothing in it is computed twice.
+    """Shared state of trials, computed once.
 
     Attributes:
         decomposed: the dense model, in which a trial swaps layers and puts them back, and the nested factors of its units.
@@ -87,14 +87,14 @@ class TrialBench:
 
 
 def open_study(run: Run, config: SearchConfig, space: SearchSpace) -> optuna.Study:
-    """Return the run's study with its baselines enqueued, and what a dead worker left in flight in line again.
+    """Return the run's study with its baselines queued, and the interrupted trials of a dead worker queued again.
 
     Raises:
         ConfigError: the database that holds it can't be reached.
         RunError: the run directory can't be written to.
     """
     lower, higher = StudyDirection.MINIMIZE, StudyDirection.MAXIMIZE
-    directions = [lower] if config.most_ratio is None else [higher, lower]
+    directions = [lower] if config.max_ratio is None else [higher, lower]
     storage = open_storage(run)
     study = optuna.create_study(storage=storage, study_name=run.study_name, directions=directions, load_if_exists=True)
     if not study.get_trials(deepcopy=False):
@@ -111,7 +111,7 @@ def _has_these_rules(study: optuna.Study, config: SearchConfig) -> bool:
 
 
 def check_rules(study: optuna.Study, config: SearchConfig) -> None:
-    """Refuse to mix trials: those of an earlier version have another objective ``bolaco``, and another search as published.
+    """Refuse to mix trials of different versions of the objective ``bolaco`` or the published search.
 
     Raises:
         RunError: the trials of ``study`` were measured by other rules.
@@ -124,7 +124,7 @@ def check_rules(study: optuna.Study, config: SearchConfig) -> None:
 
 
 def study_in_memory(config: SearchConfig, space: SearchSpace, *, baselines: bool = True) -> optuna.Study:
-    """Return a study with one objective that leaves nothing behind, its baselines enqueued if wanted."""
+    """Return an in-memory study with one objective, optionally with its baselines queued."""
     study = optuna.create_study(direction=StudyDirection.MINIMIZE)
     study.set_user_attr(_RULES, RULES)
     equip(study, config, space)
@@ -134,7 +134,7 @@ def study_in_memory(config: SearchConfig, space: SearchSpace, *, baselines: bool
 
 
 def equip(study: optuna.Study, config: SearchConfig, space: SearchSpace) -> None:
-    """Give ``study`` the sampler and the pruner of ``config``, which may have changed since the last trial."""
+    """Set the sampler and the pruner of ``study`` from ``config``."""
     study.sampler = PointSampler(config, space.distributions(), space.scheme)
     study.pruner = _pruner(config)
 
@@ -144,11 +144,11 @@ def _pruner(config: SearchConfig) -> BasePruner:
         return NopPruner()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ExperimentalWarning)
-        return WilcoxonPruner(p_threshold=_SIGNIFICANCE, n_startup_steps=_LEAST_WINDOWS)
+        return WilcoxonPruner(p_threshold=_SIGNIFICANCE, n_startup_steps=_MIN_WINDOWS)
 
 
 def _enqueue_baselines(study: optuna.Study, config: SearchConfig, space: SearchSpace) -> None:
-    present = {t.user_attrs.get("baseline") for t in study.get_trials(deepcopy=False) if not _was_lost(t)}
+    present = {current_name(t.user_attrs.get("baseline", "")) for t in study.get_trials(deepcopy=False) if not _was_lost(t)}
     for baseline in (*space.baselines(), *space.first_points(config)):
         if baseline.key in present:
             continue
@@ -160,20 +160,20 @@ def _enqueue_baselines(study: optuna.Study, config: SearchConfig, space: SearchS
 
 
 def enqueue_allocation(study: optuna.Study, ranks: Ranks, *, label: str = MANUAL, **attributes: str) -> None:
-    """Put an allocation in line: the next free worker measures it, whatever the sampler proposes."""
+    """Queue an allocation for the next free worker."""
     given = {"label": label, GIVEN: True, "ranks": json.dumps(dict(ranks)), **attributes}
     study.add_trial(create_trial(state=TrialState.WAITING, user_attrs=given))
 
 
 def _was_lost(trial: FrozenTrial) -> bool:
-    """Return whether a trial ended without an answer: its worker was killed or interrupted."""
+    """Return whether a trial lost its worker."""
     return trial.state == TrialState.FAIL and ERROR not in trial.user_attrs
 
 
 def requeue_lost(run: Run, study: optuna.Study) -> None:
-    """Fail the trials whose worker is dead, and put them in line again, three times at most.
+    """Fail the trials of dead workers, and queue them again, up to three times.
 
-    A study in a database tells by heartbeats who is (``search.storage``), one in a journal by the processes of this machine.
+    A study in a database tells by heartbeats who is (``studies.storage``), one in a journal by the processes of this machine.
     """
     if run.storage_url is not None:
         with warnings.catch_warnings():
@@ -189,7 +189,7 @@ def requeue_lost(run: Run, study: optuna.Study) -> None:
         elif not _was_lost(trial):
             continue
         retries = trial.user_attrs.get("retries", 0)
-        if trial.number not in again and retries < _MOST_RETRIES:
+        if trial.number not in again and retries < _MAX_RETRIES:
             _add_again(study, trial, retries + 1)
 
 
@@ -213,8 +213,8 @@ def _has_worker(trial: FrozenTrial, others: bool) -> bool:
     if host != socket.gethostname():
         return True
     pid, _, started = process.partition(":")
-    found = process_started(int(pid))
-    return found is not None and abs(found - float(started)) < 1
+    result = process_started(int(pid))
+    return result is not None and abs(result - float(started)) < 1
 
 
 def _me() -> str:
@@ -227,17 +227,17 @@ def _counted(study: optuna.Study, states: Sequence[TrialState]) -> int:
 
 
 def completed_trials(study: optuna.Study) -> int:
-    """Return how many trials are complete or were stopped early; hand-picked ones come on top."""
+    """Return the number of complete or pruned trials, without manual ones."""
     return _counted(study, _FINISHED)
 
 
 def running_trials(study: optuna.Study) -> int:
-    """Return how many are measured now, by whatever worker; hand-picked ones left out."""
+    """Return the number of running trials, without manual ones."""
     return _counted(study, (TrialState.RUNNING,))
 
 
 def waiting_trials(study: optuna.Study) -> int:
-    """Return how many trials wait to be measured whatever the number of trials: hand-picked ones, and those that lost their worker."""
+    """Return the number of queued trials beyond the search's own: manual ones, and those that lost their worker."""
 
     def owed(trial: FrozenTrial) -> bool:
         return trial.user_attrs.get("label") == MANUAL or RETRY_OF in trial.user_attrs or "retry_history" in trial.system_attrs
@@ -246,7 +246,7 @@ def waiting_trials(study: optuna.Study) -> int:
 
 
 def run_trial(study: optuna.Study, bench: TrialBench, config: SearchConfig) -> FrozenTrial:
-    """Take what waits, or else a point of the sampler's; measure it, tell the study. A diverged model makes a failed trial.
+    """Measure the next queued or sampled trial. A diverged model gives a failed trial.
 
     Raises:
         BudgetError: the ratio can't be met at any point.
@@ -268,7 +268,7 @@ class _Measurement:
 
     def __init__(self, trial: Trial, bench: TrialBench, config: SearchConfig) -> None:
         self._trial, self._bench, self._config = trial, bench, config
-        self._label = trial.user_attrs.get("label", "sampled")
+        self._label = current_name(trial.user_attrs.get("label", "sampled"))
         self._losses: list[float] = []
 
     def run(self) -> float | tuple[float, float]:
@@ -280,7 +280,7 @@ class _Measurement:
         for name, excess in self._constraints(allocation).items():
             trial.set_constraint(name, excess)
         try:
-            with swapped(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
+            with swap_layers(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
                 scores, _ = score_windows(
                     bench.handle,
                     bench.windows,
@@ -298,7 +298,7 @@ class _Measurement:
         finally:
             self._note({"tokens": len(self._losses) * (bench.windows.context - 1), "seconds": time.perf_counter() - began})
         self._note(measured)
-        return value if config.most_ratio is None else (allocation.compression_ratio, value)
+        return value if config.max_ratio is None else (allocation.compression_ratio, value)
 
     def _note(self, attributes: Mapping[str, object]) -> None:
         for name, value in attributes.items():
@@ -313,17 +313,17 @@ class _Measurement:
         return space.allocation(trial.params, self._label)
 
     def _constraints(self, allocation: RankAllocation) -> dict[str, float]:
-        """Return by how much the budget is missed; a hand-picked allocation over it is measured, and never the best."""
-        if self._label != MANUAL or self._config.most_ratio is not None:
+        """Return the violation of the budget; a manual allocation over it can't become the best."""
+        if self._label != MANUAL or self._config.max_ratio is not None:
             return {}
         budget = budget_for_ratio(self._bench.space.units, self._config.compression_ratio)
         return {"keeps too much": max(0, allocation.parameters - budget) / allocation.dense_parameters}
 
     def _report(self, scores: WindowScores) -> None:
-        """Tell the study the loss of every window of a batch, and stop here if it can't become the best."""
+        """Report the loss of every window of a batch to the study, and prune if it can't become the best."""
         losses = scores.kl if self._config.objective == "kl" else scores.nll
         assert losses is not None
-        single = self._config.most_ratio is None
+        single = self._config.max_ratio is None
         for loss in losses.tolist():
             if single:  # Optuna takes no intermediate values of two objectives
                 self._trial.report(loss, len(self._losses))
@@ -334,8 +334,8 @@ class _Measurement:
             raise TrialPruned
 
     def _estimate(self) -> float:
-        """Return the value that this trial would have: the best one's, moved by how much worse this one is on the same windows."""
+        """Return the estimated value of a pruned trial: the best one's, shifted by the difference on common windows."""
         best = self._trial.study.best_trial
         worse = sum(loss - best.intermediate_values[window] for window, loss in enumerate(self._losses)) / len(self._losses)
         assert best.value is not None
-        return best.value + worse if self._config.objective == "kl" else best.value * math.exp(min(worse, _MOST_NATS))
+        return best.value + worse if self._config.objective == "kl" else best.value * math.exp(min(worse, _MAX_NATS))

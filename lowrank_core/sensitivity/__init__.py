@@ -1,4 +1,4 @@
-"""What each module costs when it alone is compressed: ΔKL against the kept ratio (Bolaco, arXiv 2405.10616, figures 1 and 5).
+"""Sensitivity of single modules: ΔKL against the kept ratio (Bolaco, arXiv 2405.10616, figures 1 and 5).
 
 ::
 

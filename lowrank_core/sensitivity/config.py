@@ -1,15 +1,16 @@
-"""What the user chose to measure."""
+"""Settings of a sensitivity measurement."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lowrank_core.accounting import STORAGES
-from lowrank_core.bases import basis_named
-from lowrank_core.bases.stacks import Wrapper
-from lowrank_core.config import CompressionConfig, check_at_least, check_choice
+from lowrank_core.config import CompressionConfig, check_choice
+from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
+from lowrank_core.metrics import metric_named
+from lowrank_core.metrics.stacks import Wrapper
+from lowrank_core.parameters import STORAGES
 
 __all__ = ["MODULE", "SCOPES", "TYPE", "SensitivityConfig", "coarse_first", "single_compression"]
 
@@ -19,22 +20,18 @@ SCOPES = (TYPE, MODULE)
 
 @dataclass(frozen=True)
 class SensitivityConfig:
-    """What is compressed alone, and how far.
+    """Settings of a sensitivity measurement."""
 
-    Attributes:
-        kept: ratios of the parameters of what is compressed that are kept, biases and indices counted, each in (0, 1).
-        scopes: ``module``, each matrix alone; ``type``, all matrices of a type together.
-        kinds: module types that are measured; all where empty.
-        windows: of the search-validation split, evenly spaced; None takes all that the run has.
-        basis, storage: of the factors; empty takes the run's. Matrices are decomposed one by one, so stacks, heads and drift are left out.
-    """
-
-    kept: tuple[float, ...] = (0.2, 0.35, 0.5, 0.65, 0.8)
-    scopes: tuple[str, ...] = SCOPES
-    kinds: tuple[str, ...] = ()
-    windows: int | None = None
-    basis: str = ""
-    storage: str = ""
+    kept: tuple[float, ...] = option(
+        (0.2, 0.35, 0.5, 0.65, 0.8), "ratios of the parameters that are kept, biases and indices counted", label="Kept of the parameters"
+    )
+    scopes: tuple[str, ...] = option(SCOPES, "module: each matrix alone; type: all matrices of a type together", label="Compressed")
+    kinds: tuple[str, ...] = option((), "module types, such as q_proj", label="Types", fallback="all")
+    windows: int | None = option(
+        None, "of the search-validation split, evenly spaced", label="Windows", minimum=1, fallback="all of the run"
+    )
+    basis: str = option("", "error metric of the factors; matrices are decomposed one by one", label="Error metric", fallback="the run's")
+    storage: str = option("", "of the factors", label="Storage", fallback="the run's")
 
     def __post_init__(self) -> None:
         for name in ("kept", "scopes", "kinds"):
@@ -49,35 +46,34 @@ class SensitivityConfig:
                 raise ConfigError(f"a kept ratio must lie between 0 and 1 (the fraction of parameters kept), got {ratio!r}. Try 0.5.")
         if not self.scopes or not set(self.scopes) <= set(SCOPES):
             raise ConfigError(f"scopes must be some of {', '.join(SCOPES)}; got {', '.join(map(str, self.scopes)) or 'none'}.")
-        if self.windows is not None:
-            check_at_least(1, windows=self.windows)
+        check_options(self)
         if self.basis:
-            basis_named(self.basis)
+            metric_named(self.basis)
         if self.storage:
             check_choice("storage", self.storage, STORAGES)
 
 
 def coarse_first(ratios: Sequence[float]) -> tuple[float, ...]:
-    """Return the ratios, the middle one first, then always the one that is farthest from all before it (the smaller of two)."""
+    """Return the ratios, the middle one first, then always the farthest from all before it (the smaller of two)."""
     left = sorted(set(ratios))
-    found = [left.pop(len(left) // 2)] if left else []
+    result = [left.pop(len(left) // 2)] if left else []
     while left:
         # Rounded: 0.2 and 0.8 are equally far from 0.5, whatever their last bits say.
-        farthest = max(left, key=lambda ratio: (round(min(abs(ratio - other) for other in found), 9), -ratio))
+        farthest = max(left, key=lambda ratio: (round(min(abs(ratio - other) for other in result), 9), -ratio))
         left.remove(farthest)
-        found.append(farthest)
-    return tuple(found)
+        result.append(farthest)
+    return tuple(result)
 
 
 def single_compression(base: CompressionConfig, config: SensitivityConfig) -> CompressionConfig:
-    """Return how a matrix is factorised by itself: the basis inside all wrappers, and neither stacks nor heads.
+    """Return the factorisation of a single matrix: the inner metric, without stacks and heads.
 
     A matrix that is compressed alone has the dense model's input, so that there is no drift that a basis could correct.
 
     Raises:
         ConfigError: no such basis.
     """
-    basis = basis_named(config.basis or base.basis)
+    basis = metric_named(config.basis or base.basis)
     while isinstance(basis, Wrapper):
         basis = basis.inner
     storage = config.storage or base.storage

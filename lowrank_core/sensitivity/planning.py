@@ -1,15 +1,15 @@
-"""Which cells there are to measure, and at what ranks. Torch-free."""
+"""Plan of a sensitivity measurement: cells with their ranks. Torch-free."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowrank_core.accounting import MatrixShape, Unit
+from lowrank_core.allocation.units import plan_units
 from lowrank_core.config import CompressionConfig
 from lowrank_core.errors import ConfigError
+from lowrank_core.parameters import MatrixShape, Unit
 from lowrank_core.sensitivity.config import MODULE, TYPE, SensitivityConfig, coarse_first
-from lowrank_core.units import plan_units
 
 __all__ = ["CellKey", "PlannedCell", "planned_cells"]
 

@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class SensitivitySetting:
-    """What the cells of one file share; cells of different settings are not compared.
+    """Shared settings of the cells in one file; cells of different settings are not comparable.
 
     Attributes:
         basis, storage, input_damping, gradient_damping: of the factors, each matrix by itself.
@@ -85,7 +85,7 @@ class SensitivityCell:
 
     @property
     def kept_share(self) -> float:
-        """What is kept: at most what was asked for, unless rank 1 costs more."""
+        """Kept fraction: at most the requested one, unless rank 1 costs more."""
         return self.parameters / self.dense_parameters
 
 
@@ -103,7 +103,7 @@ def record_path(run: Run, setting: SensitivitySetting) -> Path:
 
 
 def read_record(path: Path) -> SensitivityRecord | None:
-    """Return what is in ``path``; None before its first line was written.
+    """Return the record in ``path``; None if it is empty.
 
     Raises:
         RunError: the file is damaged.
@@ -130,9 +130,9 @@ def _parsed(path: Path, lines: list[str]) -> Iterator[SensitivityCell]:
 
 
 def _types(kind: type[object]) -> Mapping[str, tuple[type, ...]]:
-    """Return what each field of a record may hold."""
+    """Return the types of each field of a record."""
     options = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(kind).items()}
-    return {name: (*found, int) if float in found else found for name, found in options.items()}
+    return {name: (*result, int) if float in result else result for name, result in options.items()}
 
 
 _TYPES: Mapping[type, Mapping[str, tuple[type, ...]]] = {kind: _types(kind) for kind in (SensitivitySetting, SensitivityCell)}
@@ -158,8 +158,8 @@ def read_records(run: Run) -> list[SensitivityRecord]:
     Raises:
         RunError: a file is damaged.
     """
-    found = [read_record(path) for path in sorted((run.path / "sensitivity").glob("*.jsonl"))]
-    return sorted((record for record in found if record is not None), key=lambda record: record.changed, reverse=True)
+    result = [read_record(path) for path in sorted((run.path / "sensitivity").glob("*.jsonl"))]
+    return sorted((record for record in result if record is not None), key=lambda record: record.changed, reverse=True)
 
 
 def append_cell(path: Path, setting: SensitivitySetting, cell: SensitivityCell) -> None:

@@ -1,7 +1,7 @@
-"""How fast a model reads and writes, and the memory that it takes: measured warm, two models in turns."""
+"""Speed and peak memory of models, warm, two models in alternation."""
 
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.speed.comparison import SpeedComparison, compare_speed
-from lowrank_core.speed.config import SpeedConfig
 from lowrank_core.speed.memory import MemoryReport, measure_memory
 from lowrank_core.speed.timing import SpeedReport, measure_speed, timed_generation
 from lowrank_core.speed.turns import Spread, in_turns

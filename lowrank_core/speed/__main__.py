@@ -9,9 +9,9 @@ import sys
 import torch
 
 from lowrank_core.config import ModelSource, from_mapping
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.speed.config import SpeedConfig
 from lowrank_core.speed.memory import MemoryReport, Meter
 from lowrank_core.speed.timing import prompt_for, timed_generation
 

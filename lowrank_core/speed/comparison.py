@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from lowrank_core.config import ModelSource
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
-from lowrank_core.speed.config import SpeedConfig
 from lowrank_core.speed.memory import MemoryReport, measure_memory
 from lowrank_core.speed.timing import Clock, SpeedReport, report_of, timed_in_turns
 from lowrank_core.speed.turns import Spread
+from lowrank_core.types import Progress
 
 __all__ = ["SpeedComparison", "compare_speed"]
 
@@ -63,13 +63,13 @@ def compare_speed(
     *,
     sources: tuple[ModelSource, ModelSource] | None = None,
     clock: Clock = time.perf_counter,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> SpeedComparison:
     """Measure both models on the same prompts, in turns, who goes first changing with every round.
 
     Args:
         sources: where fresh processes can load the dense and the compressed model, to measure their memory; None leaves that out.
-        progress: is told after each generation how many are done, and of how many.
+        progress: is reported after each generation how many are done, and of how many.
 
     Raises:
         ConfigError, ModelError: as ``measure_speed``.

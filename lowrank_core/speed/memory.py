@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 
 from lowrank_core.config import ModelSource, to_mapping
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import ModelError
-from lowrank_core.processes import python_command, python_environment
-from lowrank_core.speed.config import SpeedConfig
+from lowrank_core.runs.processes import python_command, python_environment
 
 __all__ = ["MemoryReport", "Meter", "measure_memory"]
 
@@ -36,7 +36,7 @@ class MemoryReport:
     Attributes:
         loading: while the model was loaded.
         running: afterwards, while prompts were read and continued.
-        measured: what is in these figures.
+        measured: what the peaks include.
     """
 
     loading: int | None
@@ -101,11 +101,11 @@ def measure_memory(source: ModelSource, config: SpeedConfig, *, fingerprint: str
         fingerprint: that the model must have there, where it is known.
 
     Raises:
-        ModelError: that process ended early, or found another model.
+        ModelError: that process ended early, or loaded another model.
     """
     threads = torch.get_num_threads()
     request = {"source": to_mapping(source), "config": asdict(config), "threads": threads, "fingerprint": fingerprint}
-    found = subprocess.run(
+    result = subprocess.run(
         python_command("-m", "lowrank_core.speed"),
         input=json.dumps(request),
         capture_output=True,
@@ -113,10 +113,10 @@ def measure_memory(source: ModelSource, config: SpeedConfig, *, fingerprint: str
         env=python_environment(OMP_NUM_THREADS=str(threads)),
         check=False,
     )
-    if found.returncode:
-        last = (found.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
         raise ModelError(
-            f"the process that measures the memory of {source.reference} ended early (status {found.returncode}: {last}). "
+            f"the process that measures the memory of {source.reference} ended early (status {result.returncode}: {last}). "
             "Free some memory, or leave this out with --no-memory."
         )
-    return MemoryReport(**json.loads(found.stdout))
+    return MemoryReport(**json.loads(result.stdout))

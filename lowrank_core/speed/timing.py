@@ -1,4 +1,4 @@
-"""How fast a model reads a prompt and writes tokens, greedily and with the key-value cache, as ``generate`` does."""
+"""Prefill and decode speed, greedy, with the key-value cache, as ``generate`` does."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from lowrank_core.config import ModelSource
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
-from lowrank_core.speed.config import SpeedConfig
 from lowrank_core.speed.memory import MemoryReport, measure_memory
 from lowrank_core.speed.turns import Spread, in_turns
+from lowrank_core.types import Progress
 
 __all__ = [
     "Clock",
@@ -51,7 +52,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class SpeedReport:
-    """What was measured of one model.
+    """Measurements of one model.
 
     Attributes:
         prefill_tokens_per_second: prompt tokens of all prompts over the time that reading them took.
@@ -103,7 +104,7 @@ def measure_speed(
 
 
 def timed_in_turns(
-    handles: Sequence[ModelHandle], config: SpeedConfig, clock: Clock, progress: Callable[[int, int], None] | None = None
+    handles: Sequence[ModelHandle], config: SpeedConfig, clock: Clock, progress: Progress | None = None
 ) -> list[tuple[Timing, ...]]:
     """Return the timings of each model, round by round, after the rounds to warm up; ``progress`` counts generations of all models."""
     prompts = [prompt_for(handle, config) for handle in handles]
@@ -111,16 +112,16 @@ def timed_in_turns(
 
     def timed(handle: ModelHandle, prompt: Tensor) -> tuple[Timing, Tensor]:
         nonlocal done
-        found = timed_generation(handle, prompt, config.new_tokens, clock)
+        result = timed_generation(handle, prompt, config.new_tokens, clock)
         done += 1
         if progress is not None:
             progress(done, total)
-        return found
+        return result
 
     actions = [partial(timed, handle, prompt) for handle, prompt in zip(handles, prompts, strict=True)]
     in_turns(actions, config.warmup)
     rounds = in_turns(actions, config.rounds)
-    return [tuple(found[index][0] for found in rounds) for index in range(len(handles))]
+    return [tuple(result[index][0] for result in rounds) for index in range(len(handles))]
 
 
 def report_of(handle: ModelHandle, config: SpeedConfig, timings: Sequence[Timing], memory: MemoryReport | None) -> SpeedReport:

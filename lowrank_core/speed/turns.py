@@ -22,8 +22,8 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        found = list(values)
-        return cls(statistics.median(found), min(found), max(found))
+        result = list(values)
+        return cls(statistics.median(result), min(result), max(result))
 
     def to_mapping(self) -> dict[str, float]:
         return {"median": self.median, "low": self.low, "high": self.high}
@@ -37,6 +37,6 @@ def in_turns(actions: Sequence[Callable[[], T]], rounds: int) -> list[tuple[T, .
     results = []
     for turn in range(rounds):
         order = range(len(actions)) if turn % 2 == 0 else reversed(range(len(actions)))
-        found = {index: actions[index]() for index in order}
-        results.append(tuple(found[index] for index in range(len(actions))))
+        result = {index: actions[index]() for index in order}
+        results.append(tuple(result[index] for index in range(len(actions))))
     return results

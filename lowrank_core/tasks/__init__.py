@@ -1,4 +1,4 @@
-"""Zero-shot and few-shot tasks through lm-eval, the dense model beside the compressed one on the same documents."""
+"""Zero-shot and few-shot tasks through lm-eval, the dense model next to the compressed one on the same documents."""
 
 from lowrank_core.tasks.records import TasksConfig, TaskScore, TasksReport
 from lowrank_core.tasks.running import run_tasks

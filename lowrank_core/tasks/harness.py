@@ -30,7 +30,7 @@ _HOW_TO_BE_LOCAL = (
 
 @dataclass(frozen=True)
 class Answers:
-    """What lm-eval returned for one model.
+    """Result of lm-eval for one model.
 
     Attributes:
         results: its mapping of results, samples of single documents included.
@@ -67,9 +67,9 @@ class Harness:
         return sorted(self._manager.match_tasks([name]))
 
     def _known(self, name: str) -> list[str]:
-        found = self._matching(name)
-        if found:
-            return found
+        result = self._matching(name)
+        if result:
+            return result
         similar = difflib.get_close_matches(name, self._manager.all_tasks, n=_SIMILAR, cutoff=0.4)
         proposed = f"Did you mean {', '.join(similar)}?" if similar else "Its names are listed by `lm-eval ls tasks`."
         raise ConfigError(f"tasks: {name!r} is not known to lm-eval {self.version}. {proposed} Own tasks need --include-path FOLDER.")
@@ -87,7 +87,7 @@ class Harness:
         loaded = self._loaded()
         self._prepare(loaded["tasks"].values())
         devices = [handle.device] if handle.device.type == "cuda" else []
-        with _listening() as told, torch.random.fork_rng(devices):
+        with _listening() as reported, torch.random.fork_rng(devices):
             torch.manual_seed(self.config.seed)
             # The tokenizer is copied: it may be given a padding token.
             model = HFLM(
@@ -96,7 +96,7 @@ class Harness:
                 max_length=handle.max_context,
                 batch_size=self.config.batch_size,
             )
-            told.clear()  # it warns about models that are not loaded by name
+            reported.clear()  # it warns about models that are not loaded by name
             try:
                 results = evaluate(model, task_dict=loaded, limit=self.config.limit)
             except (ValueError, RuntimeError, KeyError, TypeError, AssertionError) as error:
@@ -104,7 +104,7 @@ class Harness:
                     f"tasks: {handle.reference} could not be asked ({type(error).__name__}: {_first_line(error)}). "
                     "Lower --batch-size or --few-shot, or leave the task out."
                 ) from error
-        return Answers(dict(results), _by_kind(told))
+        return Answers(dict(results), _by_kind(reported))
 
     def _prepare(self, tasks: Any) -> None:
         for task in tasks:
@@ -181,12 +181,12 @@ class _Told(logging.Handler):
 @contextlib.contextmanager
 def _listening() -> Iterator[list[str]]:
     """Collect what lm-eval warns of, instead of printing it."""
-    logger, told = logging.getLogger("lm_eval"), list[str]()
-    handler, passed_on = _Told(told), logger.propagate
+    logger, reported = logging.getLogger("lm_eval"), list[str]()
+    handler, passed_on = _Told(reported), logger.propagate
     logger.addHandler(handler)
     logger.propagate = False
     try:
-        yield told
+        yield reported
     finally:
         logger.removeHandler(handler)
         logger.propagate = passed_on

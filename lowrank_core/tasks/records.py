@@ -1,4 +1,4 @@
-"""Which tasks to run, and what they gave."""
+"""Settings and results of tasks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["TaskScore", "TasksConfig", "TasksReport"]
 
 @dataclass(frozen=True)
 class TasksConfig:
-    """Which tasks, and on how many documents.
+    """Tasks and number of documents.
 
     Attributes:
         tasks: names of tasks, groups or tags of lm-eval, or patterns of them (``mmlu_*``).
@@ -20,7 +20,7 @@ class TasksConfig:
             functions of its folder, and these are run: give only folders that you trust.
         limit: documents of each task, the first ones; None takes all.
         batch_size: sequences in a forward pass.
-        few_shot: solved examples before each question; None leaves it to the task.
+        few_shot: few-shot examples; None leaves it to the task.
         seed: of the draw of these examples, and of generation where a task samples.
     """
 
@@ -34,14 +34,14 @@ class TasksConfig:
     def __post_init__(self) -> None:
         if not self.tasks:
             raise ConfigError("tasks: name at least one, such as arc_easy, or one of a folder given with --include-path.")
-        for name, value, least in (
+        for name, value, minimum in (
             ("limit", self.limit, 1),
             ("batch size", self.batch_size, 1),
             ("few-shot", self.few_shot, 0),
             ("seed", self.seed, 0),
         ):
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be at least {least}, got {value}.")
+            if value is not None and value < minimum:
+                raise ConfigError(f"{name} must be at least {minimum}, got {value}.")
         if self.include_path is not None and not self.include_path.is_dir():
             raise ConfigError(f"--include-path: there is no folder {self.include_path}. Give the folder that holds the task's .yaml file.")
 
@@ -55,7 +55,7 @@ class TaskScore:
         value: of the model, with its standard error over documents where the task tells one.
         documents: how many were asked.
         version: of the task; scores of different versions can't be compared.
-        few_shot: solved examples before each question; None for a group whose tasks differ.
+        few_shot: few-shot examples; None for a group whose tasks differ.
         higher_is_better: None where the task does not say.
         dense, dense_stderr: of the dense model, if there is one.
         difference: compressed minus dense.
@@ -80,7 +80,7 @@ class TaskScore:
 
 @dataclass(frozen=True)
 class TasksReport:
-    """What tasks gave.
+    """Results of tasks.
 
     Attributes:
         scores: in the order of lm-eval.

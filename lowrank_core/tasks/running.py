@@ -45,8 +45,8 @@ def run_tasks(
 
 def _scores(answers: Answers) -> Iterator[TaskScore]:
     results = answers.results
-    for task, found in results["results"].items():
-        for key, value in found.items():
+    for task, result in results["results"].items():
+        for key, value in result.items():
             metric, comma, applied = key.partition(",")
             if not comma or metric.endswith("_stderr"):
                 continue
@@ -56,8 +56,8 @@ def _scores(answers: Answers) -> Iterator[TaskScore]:
                 metric=metric,
                 filter=applied,
                 value=_finite(value, f"{task}: {metric}"),
-                stderr=_number(found.get(f"{metric}_stderr,{applied}")),
-                documents=int(found["sample_len"]),
+                stderr=_number(result.get(f"{metric}_stderr,{applied}")),
+                documents=int(result["sample_len"]),
                 version=str(results["versions"].get(task, "")),
                 few_shot=few_shot if isinstance(few_shot, int) else None,
                 higher_is_better=results["higher_is_better"].get(task, {}).get(metric),
@@ -101,17 +101,17 @@ def _paired_stderr(ours: Mapping[object, float | None], theirs: Mapping[object, 
 def _number(value: Any) -> float | None:
     """Return a finite number, or None for what lm-eval has instead (``N/A``, NaN, a tuple)."""
     try:
-        found = float(value)
+        result = float(value)
     except (TypeError, ValueError):
         return None
-    return found if math.isfinite(found) else None
+    return result if math.isfinite(result) else None
 
 
 def _finite(value: Any, name: str) -> float:
-    found = _number(value)
-    if found is None:
+    result = _number(value)
+    if result is None:
         raise NumericalError(f"tasks: {name} is {value!r}, no finite number. The model may have diverged: evaluate its perplexity first.")
-    return found
+    return result
 
 
 def _protocol(handle: ModelHandle, config: TasksConfig, version: str) -> str:

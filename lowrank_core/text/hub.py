@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lowrank_core.documents.benchmarks import HUB_TEXTS, LOADERS, HubDataset, files_of_split
+from lowrank_core.documents.benchmark_texts import HUB_TEXTS, LOADERS, HubDataset, files_of_split
 from lowrank_core.errors import TextError
 
 __all__ = ["HUB_TEXTS", "HubDataset", "HubText"]
@@ -40,7 +40,7 @@ def _documents(source: HubText, split: str) -> tuple[str, ...]:
         documents = tuple(str(row[dataset.column]) for row in rows)
     except KeyError as error:
         raise TextError(
-            f"text: {dataset.name} in {source.folder} has no column {error}. Give a copy in the form of the original."
+            f"text: {dataset.name} in {source.folder} has no column {error}. Give a copy in the form of the dense model."
         ) from error
     if not any(document.strip() for document in documents):
         raise TextError(f"text: the {theirs} split of {dataset.name} is empty.")
@@ -56,17 +56,17 @@ def _rows(source: HubText, split: str) -> list[Mapping[str, Any]]:
     dataset, folder = source.dataset, source.folder
     if folder is not None and not folder.is_dir():
         raise TextError(f"text: there is no folder {folder}. Check the path after `{dataset.name}:`.")
-    streaming = dataset.most_documents is not None
+    streaming = dataset.max_documents is not None
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:
         if folder is not None:
-            return list(islice(_local_rows(datasets, dataset, folder, split), dataset.most_documents))
+            return list(islice(_local_rows(datasets, dataset, folder, split), dataset.max_documents))
         files = {split: dataset.files[split]} if dataset.files else None
         rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(
             dataset.repository, dataset.configuration, data_files=files, split=split, revision=dataset.revision, streaming=streaming
         )
-        return list(islice(rows, dataset.most_documents))
+        return list(islice(rows, dataset.max_documents))
     except TextError:
         raise
     except Exception as error:  # the library raises its own, the hub's, pyarrow's and the connection's errors

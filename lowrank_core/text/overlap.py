@@ -1,4 +1,4 @@
-"""How much of a held-out text was seen before: splits are cut apart by position, and a text may say the same thing twice.
+"""Overlap of a held-out text with calibration text: splits are cut apart by position, and a text may say the same thing twice.
 
 Notation::
 
@@ -32,17 +32,17 @@ def repeated_share(held_out: WindowSet, seen: Iterable[WindowSet]) -> float:
 
 def overlap_warnings(calibration: WindowSet, *held_out: WindowSet) -> tuple[str, ...]:
     """Return which of the held-out sets are no new text; each is held against the calibration windows and the sets before it."""
-    found, seen = [], [calibration]
+    result, seen = [], [calibration]
     for windows in held_out:
         share = repeated_share(windows, seen)
         if share > _NOTABLE:
             names = " or ".join(each.split for each in seen)
-            found.append(
+            result.append(
                 f"{share:.0%} of the {windows.split} text is in the {names} windows, too (runs of {_RUN} tokens): what is measured on it "
                 "looks better than on new text. Take out what the text repeats."
             )
         seen.append(windows)
-    return tuple(found)
+    return tuple(result)
 
 
 def _runs(windows: WindowSet) -> npt.NDArray[np.uint64]:
@@ -51,7 +51,7 @@ def _runs(windows: WindowSet) -> npt.NDArray[np.uint64]:
     places = ids.shape[1] - _RUN + 1
     if places < 1:
         return np.empty(0, np.uint64)
-    found = np.zeros((len(ids), places), np.uint64)
+    result = np.zeros((len(ids), places), np.uint64)
     for offset in range(_RUN):
-        found = found * _BASE + ids[:, offset : offset + places]
-    return found.ravel()
+        result = result * _BASE + ids[:, offset : offset + places]
+    return result.ravel()

@@ -2,7 +2,7 @@
 
 Without a stride windows do not overlap, and each one's tokens are predicted but its first. With a stride of s tokens a window begins s
 tokens after the one before, and only its last s tokens are scored, each after at least the others of its context; the first window
-is scored wholly. So every token of the text but the very first is predicted exactly once. Where BOS goes first in every window, it
+is scored entirely. So every token of the text but the very first is predicted exactly once. Where BOS goes first in every window, it
 takes one place of the context and is never predicted; the very first token then is, too. In both cases the end of the text that
 fills no window (no stride) is left out.
 """
@@ -148,7 +148,7 @@ def load_windows(
 
 @dataclass(frozen=True)
 class _Cut:
-    """Which windows of a text to take."""
+    """Windows to take from a text."""
 
     split: str
     count: int | None = None

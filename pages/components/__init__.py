@@ -1,1 +1,1 @@
-"""What the pages share: navigation, state, layout, charts and forms."""
+"""Shared parts of the pages: navigation, state, layout, charts, forms."""

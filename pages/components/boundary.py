@@ -1,4 +1,4 @@
-"""Where errors that users meet become a message on the page instead of a traceback."""
+"""Error boundary: messages on the page instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Given = ParamSpec("Given")
 
 @contextmanager
 def boundary() -> Iterator[None]:
-    """Show a ``LowRankError`` raised inside as a message; what follows the block goes on."""
+    """Show a ``LowRankError`` raised inside as a message; the page continues after the block."""
     try:
         yield
     except LowRankError as error:
@@ -25,7 +25,7 @@ def boundary() -> Iterator[None]:
 
 
 def live(body: Callable[Given, None], seconds: float | None, *arguments: Given.args, **options: Given.kwargs) -> None:
-    """Draw ``body(*arguments)`` now, and again every ``seconds`` by itself (None: only when the page is drawn)."""
+    """Draw ``body(*arguments)`` now and every ``seconds`` (None: only with the page)."""
 
     def guarded() -> None:
         with boundary():

@@ -1,4 +1,4 @@
-"""How a chart is put on a page."""
+"""Charts on a page, with title, reading aid and data."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 
-from lowrank_core.figures.style import CONFIG, legible
-from lowrank_core.figures.vega import PICKED, ZOOM, VegaChart
-from lowrank_core.views.spreadsheet import csv_of
+from lowrank_core.studio.shared.chart_style import CONFIG, Chart, legible
+from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.vega import PICKED, ZOOM, VegaChart
 
-__all__ = ["chart"]
+__all__ = ["chart", "show"]
 
 
 def chart(
@@ -25,7 +25,7 @@ def chart(
     data: pd.DataFrame,
     on_pick: Callable[[], None] | None = None,
 ) -> None:
-    """Show ``figure`` under its title, with a sentence on how to read it and its numbers as a file.
+    """Show ``figure`` with its title, a sentence on how to read it, and its data as a file.
 
     Args:
         how: what a reader should look for.
@@ -47,15 +47,20 @@ def chart(
         st.plotly_chart(legible(figure), key=key, config=CONFIG, alt=alt, on_select=on_pick, selection_mode="points")
 
 
+def show(spec: Chart, *, key: str) -> None:
+    """Show a chart that a report has, too."""
+    chart(spec.figure, key=key, title=spec.title, how=spec.how, alt=spec.alt, data=spec.data)
+
+
 def _numbers(data: pd.DataFrame, key: str) -> None:
-    """Offer ``data`` as a file, which is written only when it is asked for."""
+    """Offer ``data`` as a file, written on demand."""
     st.download_button(
         "CSV",
         lambda: csv_of(data).encode(),
         f"{key}.csv",
         "text/csv",
         key=f"{key}_csv",
-        help="The numbers behind this figure.",
+        help="The data of this chart.",
         icon=":material/download:",
         type="tertiary",
         on_click="ignore",

@@ -1,10 +1,10 @@
-"""How much of a model can be compressed: one statement for every page that shows a ratio."""
+"""Compressible share of a model: one statement for all pages."""
 
 from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.views.model import ModelFacts
+from lowrank_core.studio.shared.model_facts import ModelFacts
 
 __all__ = ["show", "warn"]
 
@@ -12,7 +12,7 @@ _FROM_HEADERS = "By names and shapes in the headers; which layers are reached, o
 
 
 def show(facts: ModelFacts | None, ratio: float | None = None) -> None:
-    """Say how much can be compressed and what can't, and what a ratio of the linears means for the whole model."""
+    """State the compressible share, and a ratio of the linears as a ratio of the whole model."""
     if facts is None:
         return
     meaning = "" if ratio is None else f"{facts.coverage.ratio_words(ratio)}. "
@@ -21,7 +21,7 @@ def show(facts: ModelFacts | None, ratio: float | None = None) -> None:
 
 
 def warn(facts: ModelFacts | None, ratio: float | None = None) -> None:
-    """Warn where most of what is not an embedding can't be compressed."""
+    """Warn if the non-embedding parameters are mostly not compressible."""
     warning = None if facts is None else facts.coverage.warning(ratio)
     if warning is not None:
         st.warning(f"{warning[0].upper()}{warning[1:]}", icon=":material/pie_chart:")

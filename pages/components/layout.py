@@ -1,23 +1,23 @@
-"""The parts that pages are made of: header, empty states, notices."""
+"""Common parts of pages: header, empty states, notices."""
 
 from __future__ import annotations
 
 import streamlit as st
 
 from lowrank_core.runs import Run
-from lowrank_core.spectra import LayerSpectrum
-from lowrank_core.views.formatting import count
-from lowrank_core.views.runs import is_working, status_words
-from lowrank_core.views.text import text_facts
-from lowrank_core.views.trials import ratio_words
+from lowrank_core.spectra.spectrum import LayerSpectrum
+from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.shared.formatting import count
+from lowrank_core.studio.shared.run_list import is_working, status_words
+from lowrank_core.studio.shared.trial_names import ratio_words
 from pages.components import navigation, state
 from pages.components.loading import spectra_of
 
-__all__ = ["calibrated_run", "empty", "figures_row", "header", "needs_calibration", "page_run"]
+__all__ = ["calibrated_run", "empty", "metrics_row", "header", "needs_calibration", "page_run"]
 
 
 def header(title: str, question: str) -> None:
-    """Write the title of a page and the question that it answers, then what a bad link could not show."""
+    """Write title and subtitle of a page, then notes on a bad link."""
     if not state.framed():
         # Until st.navigation is first called, Streamlit runs a page that is opened by its address without app.py, as it
         # finds a folder `pages`. The call ends that for the whole server; the next run goes through the frame.
@@ -30,7 +30,7 @@ def header(title: str, question: str) -> None:
 
 
 def page_run() -> Run | None:
-    """Return the run on screen after naming it, with its model, text and protocol; None without any run."""
+    """Write model, text and protocol of the current run and return it; None without any run."""
     run = state.run()
     if run is None:
         return None
@@ -48,7 +48,7 @@ def page_run() -> Run | None:
 
 
 def calibrated_run() -> tuple[Run, tuple[LayerSpectrum, ...]]:
-    """Return the run on screen after naming it, and its spectra; where there are none the page ends, with what to do about it."""
+    """Return the current run and its spectra; without spectra, say what to do and stop the page."""
     run = page_run()
     spectra = spectra_of(run) if run is not None else None
     if run is None or spectra is None:
@@ -58,7 +58,7 @@ def calibrated_run() -> tuple[Run, tuple[LayerSpectrum, ...]]:
 
 
 def empty(title: str, text: str, *, icon: str, page: str, label: str) -> None:
-    """Say that there is nothing yet, what to do about it, and link there."""
+    """Show an empty state with the next step and a link."""
     with st.container(border=True, horizontal_alignment="center"):
         st.space("small")
         st.markdown(f"### {icon} {title}", text_alignment="center", anchors=False)
@@ -68,7 +68,7 @@ def empty(title: str, text: str, *, icon: str, page: str, label: str) -> None:
 
 
 def needs_calibration(run: Run | None) -> None:
-    """Say why there are no spectra to show, and what to do."""
+    """Show why there are no spectra, and the next step."""
     if run is None:
         text = "Choose a model and a text on the Overview and start a calibration. On the bundled model it takes under a minute."
         empty("Nothing measured yet", text, icon=":material/grid_view:", page=navigation.OVERVIEW, label="Start a calibration")
@@ -83,7 +83,7 @@ def needs_calibration(run: Run | None) -> None:
     empty("No spectra in this run", message, icon=":material/warning:", page=navigation.OVERVIEW, label="Start another calibration")
 
 
-def figures_row(figures: dict[str, tuple[str, str]]) -> None:
+def metrics_row(figures: dict[str, tuple[str, str]]) -> None:
     """Write metrics side by side: label -> value in words, help."""
     with st.container(horizontal=True, gap="small"):
         for label, (value, meaning) in figures.items():

@@ -1,4 +1,4 @@
-"""Loads that are kept between redraws, keyed by path and time of change: arrays are never hashed."""
+"""Cached loads, keyed by path and modification time: arrays are never hashed."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from pathlib import Path
 
 import streamlit as st
 
-from lowrank_core.accounting import Unit
+from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, load_curves
 from lowrank_core.config import SearchConfig
-from lowrank_core.curves import CURVES_FILE, CurveRecord, load_curves
-from lowrank_core.figures.thumbnail import thumbnail
+from lowrank_core.parameters import Unit
 from lowrank_core.runs import Run
-from lowrank_core.search.records import TrialRecord
-from lowrank_core.search.variables import Importances, read_importances
-from lowrank_core.spectra import LayerSpectrum, load_spectra
-from lowrank_core.views.allocation import allocation_map, allocation_of, search_units
-from lowrank_core.views.checkpoint import ModelOnDisk, read_model
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.preview import TextPreview, text_preview
-from lowrank_core.views.sources import model_folder
+from lowrank_core.spectra.spectrum import LayerSpectrum, load_spectra
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studies.variables import Importances, read_importances
+from lowrank_core.studio.overview.checkpoint import ModelOnDisk, read_model
+from lowrank_core.studio.overview.source_checks import model_folder
+from lowrank_core.studio.overview.text_preview import TextPreview, text_preview
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.thumbnail_chart import thumbnail
 
 __all__ = ["curves_of", "importances_of", "model_on_disk", "pictures_of", "preview_of", "spectra_of"]
 
@@ -31,7 +31,7 @@ def _spectra(path: str, changed: int) -> tuple[LayerSpectrum, ...]:
 
 
 def spectra_of(run: Run) -> tuple[LayerSpectrum, ...] | None:
-    """Return the spectra of ``run``, or None before its calibration is done.
+    """Return the spectra of ``run``; None before its calibration is done.
 
     Raises:
         RunError: the file is damaged.
@@ -50,7 +50,7 @@ def _model(folder: str, changed: int) -> ModelOnDisk:
 
 
 def model_on_disk(reference: str) -> ModelOnDisk | None:
-    """Return what the headers of a model on this machine tell, None for a hub id that was not downloaded yet.
+    """Return a local model's contents from its headers, None for a hub id not downloaded yet.
 
     Raises:
         ModelError: there is no such folder or hub id, or it holds no model.
@@ -68,7 +68,7 @@ def _preview(reference: str, changed: int) -> TextPreview:
 
 
 def preview_of(reference: str) -> TextPreview:
-    """Return how a text begins and how much of it there is.
+    """Return beginning and size of a text.
 
     Raises:
         TextError: it can't be read.
@@ -83,7 +83,7 @@ def _importances(path: str, measured: int) -> Importances:
 
 
 def importances_of(run: Run, trials: Sequence[TrialRecord]) -> Importances:
-    """Return how much each variable mattered, by the ``trials`` that are measured.
+    """Return the importance of each variable over the measured ``trials``.
 
     Raises:
         RunError: the study is damaged.
@@ -97,7 +97,7 @@ def _picture(path: str, number: int, begun: float | None, _trial: TrialRecord, _
 
 
 def pictures_of(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> dict[int, str]:
-    """Return a small map of the allocation of each trial that has one, drawn once; none before the model was read.
+    """Return thumbnails of the trials' allocations, drawn once; none before the model is loaded.
 
     Raises:
         RunError: model.json is damaged.

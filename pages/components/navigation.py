@@ -1,4 +1,4 @@
-"""The table of pages, in the order of the story."""
+"""Table of pages, in order."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import streamlit as st
 if TYPE_CHECKING:
     from streamlit.navigation.page import StreamlitPage
 
-__all__ = ["COMPARE", "ENERGY", "EXPORT", "HAND", "OVERVIEW", "SEARCH", "SENSITIVITY", "SPECTRA", "pages", "tab_title"]
+__all__ = ["COMPARE", "ENERGY", "EXPORT", "MANUAL", "OVERVIEW", "SEARCH", "SENSITIVITY", "SPECTRA", "pages", "tab_title"]
 
-OVERVIEW, SPECTRA, ENERGY, SENSITIVITY, HAND, SEARCH, COMPARE, EXPORT = (
-    f"pages/{name}.py" for name in ("overview", "spectra", "energy", "sensitivity", "hand", "search", "compare", "export")
+OVERVIEW, SPECTRA, ENERGY, SENSITIVITY, MANUAL, SEARCH, COMPARE, EXPORT = (
+    f"pages/{name}.py" for name in ("overview", "spectra", "energy", "sensitivity", "manual", "search", "compare", "export")
 )
 
 
@@ -26,7 +26,7 @@ def pages() -> list[StreamlitPage]:
         st.Page(SPECTRA, title=":material/grid_view: Spectra", url_path="spectra"),
         st.Page(ENERGY, title=":material/area_chart: Feature energy", url_path="energy"),
         st.Page(SENSITIVITY, title=":material/equalizer: Sensitivity", url_path="sensitivity"),
-        st.Page(HAND, title=":material/tune: Pick by hand", url_path="hand"),
+        st.Page(MANUAL, title=":material/tune: Manual allocation", url_path="manual"),
         st.Page(SEARCH, title=":material/query_stats: Rank search", url_path="search"),
         st.Page(COMPARE, title=":material/balance: Compare", url_path="compare"),
         st.Page(EXPORT, title=":material/save: Export", url_path="export"),
@@ -34,5 +34,5 @@ def pages() -> list[StreamlitPage]:
 
 
 def tab_title(page: StreamlitPage) -> str:
-    """Return what the browser's tab shows: the title without its icon."""
+    """Return the title of the browser tab: without the icon."""
     return f"{page.title.partition(': ')[2]} · low-rank studio"

@@ -1,4 +1,4 @@
-"""Widgets that several pages share."""
+"""Shared widgets."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ __all__ = ["module_picker"]
 
 
 def module_picker(names: Sequence[str]) -> str:
-    """Draw the picker of the module that every page follows, and return its name."""
+    """Draw the module picker shared by all pages, and return the name."""
     module = state.module_of(names)
     key = state.control("module_picker", module)
     st.selectbox(
-        "Module", names, key=key, on_change=state.pick_from_widget("module", key), help="Or pick a cell of the map on the Spectra page."
+        "Module", names, key=key, on_change=state.pick_from_widget("module", key), help="Or click a cell of the map on the Spectra page."
     )
     return module

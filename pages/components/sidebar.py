@@ -1,4 +1,4 @@
-"""The sidebar: which run, and what its worker does now."""
+"""Sidebar: the current run and its worker."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ from typing import Literal
 
 import streamlit as st
 
-from lowrank_core import jobs
-from lowrank_core.run_care import notes_of
-from lowrank_core.runs import Run, RunStatus
-from lowrank_core.views.formatting import plain, shortened
-from lowrank_core.views.runs import STATE_WORDS, all_runs, is_busy, is_working, run_labels, signature, status_words
+from lowrank_core.runs import Run, RunStatus, client
+from lowrank_core.runs.manage import notes_of
+from lowrank_core.studio.shared.formatting import plain, shortened
+from lowrank_core.studio.shared.run_list import STATE_WORDS, all_runs, is_busy, is_working, run_labels, signature, status_words
 from pages.components import state
 from pages.components.boundary import boundary, live
 
@@ -47,15 +46,13 @@ def show() -> None:
         if notes := notes_of(run):
             st.caption(f":material/sticky_note_2: {plain(shortened(notes, _NOTES))}", help=plain(notes))
         if run.recorded:
-            st.badge(
-                "Recorded", icon=":material/inventory_2:", color="violet", help="Ships with the package: to be looked at, not continued."
-            )
+            st.badge("Recorded", icon=":material/inventory_2:", color="violet", help="Ships with the package; read-only.")
         else:
             _watch(run)
 
 
 def _watch(run: Run) -> None:
-    """Draw the worker's last word while it lasts; when a stage ended, draw the whole page anew, once."""
+    """Draw the worker's status; redraw the page once when a stage ends."""
     busy, warm, drawn = is_busy(run), run.status().active, signature(run)
 
     def status_panel() -> None:
@@ -81,17 +78,17 @@ def _status(run: Run, status: RunStatus) -> None:
 
 def _buttons(run: Run, status: RunStatus) -> None:
     if status.state in ("queued", "running") and st.button("Stop", key="stop_run", icon=":material/stop:", width="stretch"):
-        jobs.request_stop(run)
+        client.request_stop(run)
         st.rerun()
     if status.state == "stopping" and st.button(
-        "End now", key="end_run", help="Ends the process at once; the step in hand is lost.", width="stretch"
+        "End now", key="end_run", help="Ends the process at once; the current step is discarded.", width="stretch"
     ):
-        jobs.terminate(run)
+        client.terminate(run)
         st.rerun()
     if status.state == "idle" and st.button(
-        "Release memory", key="release_run", help="Ends the worker, which is done and waits for requests.", type="tertiary"
+        "Release memory", key="release_run", help="Ends the worker, which is idle and waits for requests.", type="tertiary"
     ):
-        jobs.request_stop(run)
+        client.request_stop(run)
         st.rerun()
     if status.state in _RESUMABLE and not is_busy(run):
         resume_button(run, key="resume_run")
@@ -100,5 +97,5 @@ def _buttons(run: Run, status: RunStatus) -> None:
 def resume_button(run: Run, *, key: str, width: Literal["stretch", "content"] = "stretch") -> None:
     """Draw a button that starts the worker again."""
     if st.button("Resume", key=key, icon=":material/play_arrow:", type="primary", width=width):
-        jobs.start_worker(run)
+        client.start_worker(run)
         st.rerun()

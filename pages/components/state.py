@@ -12,12 +12,12 @@ from typing import TypeVar
 
 import streamlit as st
 
-from lowrank_core.drafts import has_draft
 from lowrank_core.errors import LowRankError
 from lowrank_core.runs import Run
-from lowrank_core.search.records import read_trials
-from lowrank_core.views.model import model_facts
-from lowrank_core.views.runs import default_run, find_run
+from lowrank_core.runs.drafts import has_draft
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.run_list import default_run, find_run
 
 __all__ = [
     "Selection",
@@ -47,7 +47,7 @@ _PICK = "pick"
 
 @dataclass(frozen=True)
 class Selection:
-    """What the user looks at; None where a page may choose: the newest run, the first module, the best trial, no draft."""
+    """The current selection; None for the default: newest run, first module, best trial, no draft."""
 
     run: str | None = None
     module: str | None = None
@@ -56,11 +56,11 @@ class Selection:
 
 
 def begin() -> None:
-    """Take the selection from the address when a session starts; afterwards keep the address up to date."""
+    """Read the selection from the address when a session starts; then keep the address up to date."""
     if _SELECTION not in st.session_state:
-        chosen, found = _from_link(st.query_params)
+        chosen, result = _from_link(st.query_params)
         st.session_state[_SELECTION] = chosen
-        st.session_state[_NOTES] = found
+        st.session_state[_NOTES] = result
         st.session_state[_LAST] = {}
     elif _PICK in st.query_params and _has_trial(run(), st.query_params[_PICK]):
         choose(trial=int(st.query_params[_PICK]))
@@ -69,7 +69,7 @@ def begin() -> None:
 
 
 def framed() -> bool:
-    """Return whether this redraw of the page went through ``app.py``; ask once, as a page begins."""
+    """Return whether this redraw went through ``app.py``; call once at the start of a page."""
     return bool(st.session_state.pop(_FRAMED, False))
 
 
@@ -79,7 +79,7 @@ def selection() -> Selection:
 
 
 def notes() -> list[str]:
-    """Return what could not be taken from the link that opened this session."""
+    """Return notes on invalid parts of the link that opened this session."""
     return list(st.session_state.get(_NOTES, []))
 
 
@@ -97,7 +97,7 @@ def module_of(names: Sequence[str]) -> str:
 
 
 def choose(**changes: str | int | None) -> None:
-    """Change the selection; another run forgets trial and draft. The notes of the link are done with."""
+    """Change the selection; a new run resets trial and draft."""
     shown = run()
     if "run" in changes and (shown is None or changes["run"] != shown.id):
         changes = {"trial": None, "draft": None, **changes}
@@ -107,7 +107,7 @@ def choose(**changes: str | int | None) -> None:
 
 
 def link_to_trial(number: int) -> dict[str, str]:
-    """Return the address, for a link to a page, that has trial ``number`` of the run on screen chosen there.
+    """Return query parameters for a link that selects trial ``number`` of the current run.
 
     A browser that follows a link stops the ticks of the page that it leaves; after ``st.switch_page`` one may be under way, and Streamlit
     takes it for a return.
@@ -117,7 +117,7 @@ def link_to_trial(number: int) -> dict[str, str]:
 
 
 def control(key: str, value: object) -> str:
-    """Return the key of the widget, to be drawn next, that shows ``value``.
+    """Return the key of the next widget that shows ``value``.
 
     It is a widget of its own each time that the value was changed elsewhere. In one and the same, a message of the browser that was under
     way, and still says the old value, would pass for a change by the user.
@@ -133,18 +133,18 @@ def control(key: str, value: object) -> str:
 
 
 def keep(key: str, value: object) -> None:
-    """Remember ``value`` for this session, over changes of the page."""
+    """Store ``value`` for this session, across pages."""
     st.session_state[key] = value
 
 
 def held(key: str, default: T) -> T:
-    """Return what is remembered under ``key``, or the value of that widget."""
+    """Return the stored value of ``key``, or that of its widget."""
     value: T = st.session_state.get(key, default)
     return value
 
 
 def pick_from_widget(field: str, key: str) -> Callable[[], None]:
-    """Return a callback that takes the selection's ``field`` from the widget ``key``."""
+    """Return a callback that sets the selection's ``field`` from the widget ``key``."""
 
     def picked() -> None:
         choose(**{field: st.session_state[key]})
@@ -153,7 +153,7 @@ def pick_from_widget(field: str, key: str) -> Callable[[], None]:
 
 
 def pick_from_table(field: str, key: str, values: Sequence[str | int]) -> Callable[[], None]:
-    """Return a callback that takes ``field`` from the row picked in the table ``key``."""
+    """Return a callback that sets ``field`` from the selected row of the table ``key``."""
 
     def picked() -> None:
         rows = st.session_state[key].selection.rows
@@ -164,13 +164,13 @@ def pick_from_table(field: str, key: str, values: Sequence[str | int]) -> Callab
 
 
 def picked_rows(key: str, values: Sequence[str]) -> list[str]:
-    """Return the ``values`` of the rows that are picked in the table ``key``, in their order."""
+    """Return the ``values`` of the selected rows of the table ``key``, in order."""
     table = st.session_state.get(key)
     return [values[row] for row in sorted(table.selection.rows) if row < len(values)] if table is not None else []
 
 
 def pick_from_chart(field: str, key: str) -> Callable[[], None]:
-    """Return a callback that takes ``field`` from the point picked in the chart ``key`` (first entry of its customdata).
+    """Return a callback that sets ``field`` from the clicked point of the chart ``key`` (first entry of its customdata).
 
     A second click on a point unpicks it in Plotly: here it picks it again, as something else may have been chosen meanwhile.
     """
@@ -186,7 +186,7 @@ def pick_from_chart(field: str, key: str) -> Callable[[], None]:
 
 
 def pick_from_vega(field: str, key: str, selection_name: str, column: str) -> Callable[[], None]:
-    """Return a callback that takes whole-number ``field`` from ``column`` of the point picked in the Vega-Lite chart ``key``.
+    """Return a callback that sets the integer ``field`` from ``column`` of the clicked point of the Vega-Lite chart ``key``.
 
     Streamlit calls it when the chart is moved, too: only another point than the last counts.
     """
@@ -202,7 +202,7 @@ def pick_from_vega(field: str, key: str, selection_name: str, column: str) -> Ca
 
 
 def _mirror() -> None:
-    """Write the view that is on screen to the address."""
+    """Write the current view to the address."""
     shown, chosen = run(), selection()
     wanted = {
         name: str(value)
@@ -219,25 +219,25 @@ def _mirror() -> None:
 
 
 def _from_link(link: Mapping[str, str]) -> tuple[Selection, list[str]]:
-    """Return the selection that ``link`` names, and a note for each value that can't be shown."""
-    found: list[str] = []
+    """Return the selection of ``link``, and a note for each invalid value."""
+    result: list[str] = []
     identifier = link.get("run")
     if identifier and find_run(identifier) is None:
-        found.append(f"The link names the run `{identifier}`, which is not here; another one is shown.")
+        result.append(f"The link names the run `{identifier}`, which is not here; another one is shown.")
         identifier = None
     shown = find_run(identifier) if identifier else default_run()
     module, trial = link.get("module"), link.get(_PICK) or link.get("trial")
     if module and not _has_module(shown, module):
-        found.append(f"The link names the module `{module}`, which this model does not have.")
+        result.append(f"The link names the module `{module}`, which this model does not have.")
         module = None
     if trial and not _has_trial(shown, trial):
-        found.append(f"The link names the trial `{trial}`, which this run does not have; the best one is shown.")
+        result.append(f"The link names the trial `{trial}`, which this run does not have; the best one is shown.")
         trial = None
     draft = link.get("draft")
     if draft and (shown is None or not has_draft(shown, draft)):
-        found.append("The link names a draft of ranks that is no longer here; the page begins a new one.")
+        result.append("The link names a draft of ranks that no longer exists; a new draft is shown.")
         draft = None
-    return Selection(identifier, module or None, int(trial) if trial else None, draft or None), found
+    return Selection(identifier, module or None, int(trial) if trial else None, draft or None), result
 
 
 def _has_module(shown: Run | None, module: str) -> bool:

@@ -17,14 +17,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lowrank_core import jobs
-from lowrank_core.runs import list_runs
+from lowrank_core.runs import client, list_runs
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "dashboard"))
+sys.path.insert(0, str(ROOT / "tests" / "ui"))
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
 START_SECONDS = 90
@@ -52,7 +51,7 @@ def _serving(log: Path) -> Iterator[str]:
             server.terminate()
             server.wait(30)
             for run in list_runs():
-                jobs.terminate(run)
+                client.terminate(run)
 
 
 def _wait_until_healthy(port: int, server: subprocess.Popen[bytes]) -> None:
@@ -76,8 +75,8 @@ def home(tmp_path, monkeypatch):
 @pytest.fixture
 def address(home, tmp_path):
     """The dashboard's address; ask for ``home`` first to put runs into it."""
-    with _serving(tmp_path / "streamlit.log") as found:
-        yield found
+    with _serving(tmp_path / "streamlit.log") as result:
+        yield result
 
 
 @contextmanager
@@ -116,7 +115,7 @@ def page():
 
 @pytest.fixture(scope="module")
 def browser():
-    """A browser for all tests of a module; not to be used beside ``page``."""
+    """A browser for all tests of a module; not to be used next to ``page``."""
     with _chromium() as started:
         yield started
 

@@ -24,19 +24,19 @@ def compared(home):
     return run
 
 
-def test_text_of_others_stays_text_and_tells_its_figures(compared, address, page):
+def test_text_of_others_stays_text_and_is_shown_with_its_losses(compared, address, page):
     page.goto(f"{address}/compare?run={compared.id}")
-    page.get_by_text("Each window: original against compressed").wait_for()
+    page.get_by_text("Each window: the dense model against").wait_for()
     page.locator(".st-key-compare_look").get_by_text("Token by token", exact=True).click()
     strip = page.locator(".st-key-token_strip")
     token = strip.get_by_text(HOSTILE)
     token.wait_for()
-    assert "+2.000 nats; original 2.000, compressed 4.000" in token.get_attribute("title")
+    assert "+2.000 nats; dense 2.000, compressed 4.000" in token.get_attribute("title")
     assert "213, 94, 0" in token.evaluate("element => getComputedStyle(element).backgroundColor")
     assert strip.locator("img").count() == 0
     assert page.evaluate("window.hurt") is None
     page.locator(".st-key-compare_look").get_by_text("Positions", exact=True).click()
-    page.get_by_text("What is lost, by the tokens of context").wait_for()
-    assert page.get_by_text("Each window: original against compressed").count() == 0
+    page.get_by_text("loss by tokens of context").wait_for()
+    assert page.get_by_text("Each window: the dense model against").count() == 0
     assert_sound(page)
     assert console_errors(page) == []

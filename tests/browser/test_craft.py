@@ -13,15 +13,15 @@ from routes import ROUTES
 from synthetic import make_run, running_status, write_answers, write_study
 from test_dashboard import console_errors
 
-from lowrank_core.benchmarks.browser import load, watched
 from lowrank_core.runs import recorded_run
+from tests.benchmarks.browser import load, watched
 
 Error = pytest.importorskip("playwright.sync_api").Error
 pytestmark = pytest.mark.browser
 
 MODULE = "model.layers.1.self_attn.k_proj"
 BACKGROUND = {"light": "rgb(252, 252, 250)", "dark": "rgb(17, 22, 27)"}
-LEAST_CONTRAST = {"axes": 4.5, "notes": 3.0}  # WCAG 2.1 AA: text, and large or bold text
+MIN_CONTRAST = {"axes": 4.5, "notes": 3.0}  # WCAG 2.1 AA: text, and large or bold text
 LAYOUT_SECONDS = 5
 
 BEYOND = """() => {
@@ -115,8 +115,8 @@ def test_every_page_can_be_read(site, show, scheme, width):
         go(page, f"{site.address}{route.path}?run={run}")
         assert page.evaluate("getComputedStyle(document.querySelector('.stApp')).backgroundColor") == BACKGROUND[scheme]
         contrasts = page.evaluate(CONTRASTS)
-        for kind, least in LEAST_CONTRAST.items():
-            problems += [(route.title, f"{contrast:.1f}", words) for contrast, words in contrasts[kind] if contrast < least]
+        for kind, minimum in MIN_CONTRAST.items():
+            problems += [(route.title, f"{contrast:.1f}", words) for contrast, words in contrasts[kind] if contrast < minimum]
         problems += [(route.title, words) for words in out_of_sight(page)]
     assert problems == []
     assert console_errors(page) == []

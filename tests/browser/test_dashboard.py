@@ -20,7 +20,7 @@ PAGES = {
     "Spectra": "/spectra",
     "Feature energy": "/energy",
     "Sensitivity": "/sensitivity",
-    "Pick by hand": "/hand",
+    "Manual allocation": "/manual",
     "Rank search": "/search",
     "Compare": "/compare",
     "Export": "/export",
@@ -44,9 +44,9 @@ def assert_sound(page) -> None:
 
 def trials(page) -> int:
     """Return how many trials the page says are complete."""
-    found = COUNT.search(page.get_by_text(COUNT).first.inner_text())
-    assert found
-    return int(found[1])
+    result = COUNT.search(page.get_by_text(COUNT).first.inner_text())
+    assert result
+    return int(result[1])
 
 
 def wait_for(condition, seconds: float, what: str) -> None:

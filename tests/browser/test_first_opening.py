@@ -17,4 +17,4 @@ def test_an_opening_without_any_run_shows_the_recorded_one(address, page):
         assert_sound(page)
     assert console_errors(page) == []
     page.goto(address + PAGES["Compare"])
-    page.get_by_text("Perplexity above the original's").first.wait_for()
+    page.get_by_text("Perplexity above the dense model's").first.wait_for()

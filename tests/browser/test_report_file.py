@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from synthetic import make_run, write_answers, write_rich_study
 
-from lowrank_core.report import write_report
 from lowrank_core.runs import recorded_run, write_json
+from lowrank_core.studio.report import write_report
 
 pytestmark = pytest.mark.browser
 
@@ -84,17 +84,17 @@ def test_a_figure_is_saved_as_an_interactive_page_of_its_own(page, home, tmp_pat
     path = tmp_path / "report.html"
     write_report(recorded_run(), path)
     drawn(page, path)
-    told = "[...document.querySelectorAll('figure:has(#history) :is(figcaption, .under > span)')].map((part) => part.textContent)"
+    reported = "[...document.querySelectorAll('figure:has(#history) :is(figcaption, .under > span)')].map((part) => part.textContent)"
     named = "document.querySelector('#history').getAttribute('aria-label')"
     points = "document.querySelectorAll('#history .points path').length"
     policy = "document.querySelector('meta[http-equiv=Content-Security-Policy]').content"
-    wanted = [page.evaluate(part) for part in (told, named, points, policy)]
+    wanted = [page.evaluate(part) for part in (reported, named, points, policy)]
     assert wanted[2] == 30
     alone = saved(page, "history", "HTML", tmp_path)
     assert alone.stat().st_size < 6_000_000
 
     assert drawn(page, alone) == page.locator("figure").count() == 1
-    assert [page.evaluate(part) for part in (told, named, points, policy)] == wanted
+    assert [page.evaluate(part) for part in (reported, named, points, policy)] == wanted
     assert page.title() == "Every trial on search-validation text · demo on python-stdlib, 40% removed (recorded) · low-rank studio"
     assert page.locator("header p").inner_text().startswith("From: Report of a run of low-rank studio")
     page.locator("#history .points path").last.hover(force=True)

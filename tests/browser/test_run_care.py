@@ -18,7 +18,7 @@ def test_two_runs_are_picked_compared_and_deleted_for_good_after_a_second_press(
     for run in doomed:
         write_answers(run)
     page.goto(address)
-    page.get_by_text("Pick a row to look at that run").wait_for()
+    page.get_by_text("Select a row to open that run").wait_for()
     table = page.locator("[class*='st-key-runs_table']").get_by_test_id("stDataFrame")
     table.scroll_into_view_if_needed()
     for row in (1, 2):

@@ -13,12 +13,11 @@ from synthetic import make_run, write_answers, write_rich_study
 from test_dashboard import CALIBRATION_SECONDS, TRIAL_SECONDS, assert_sound, console_errors, wait_for
 from test_report_file import drawn
 
-from lowrank_core import jobs
 from lowrank_core.config import CompressionConfig, ExportConfig, RunConfig, SearchConfig, TextConfig
-from lowrank_core.jobs import answers
-from lowrank_core.runs import create_run
-from lowrank_core.search.records import best_trial, read_trials
-from lowrank_core.views.exported import written_models
+from lowrank_core.runs import client, create_run
+from lowrank_core.runs.client import results
+from lowrank_core.studies.records import best_trial, read_trials
+from lowrank_core.studio.export.export_list import written_models
 
 pytestmark = pytest.mark.browser
 
@@ -49,7 +48,7 @@ def test_everything_that_is_downloaded_can_be_read(finished, address, page, tmp_
     compared = list(csv.DictReader(io.StringIO(fetched(page, "Comparison (CSV)").path().read_text())))
     assert [row["form"] for row in compared] == ["dense", "one-shot", "one-shot"]
     assert {row["protocol"] for row in compared} == {"python-stdlib, test split, 4 windows of 32 tokens"}
-    report, figures = (fetched(page, name) for name in ("Report (HTML)", "Figures (SVG, PNG, HTML)"))
+    report, figures = (fetched(page, name) for name in ("Report (HTML)", "Charts (SVG, PNG, HTML)"))
     assert (report.suggested_filename, figures.suggested_filename) == ("report.html", "figures.html")
     report.save_as(tmp_path / "report.html")
     figures.save_as(tmp_path / "figures.html")
@@ -58,11 +57,11 @@ def test_everything_that_is_downloaded_can_be_read(finished, address, page, tmp_
     page.context.set_offline(True)
     named = "[...document.querySelectorAll('.plot')].map((plot) => plot.id)"
     count = drawn(page, tmp_path / "report.html")
-    told = page.evaluate(named)
-    assert count == len(told) >= 4
-    assert {"scree", "history"} <= set(told)
+    reported = page.evaluate(named)
+    assert count == len(reported) >= 4
+    assert {"scree", "history"} <= set(reported)
     assert drawn(page, tmp_path / "figures.html") == count
-    assert page.evaluate(named) == told
+    assert page.evaluate(named) == reported
     figure = page.locator("figure", has=page.locator("#history"))
     for kind, is_one in (("SVG", is_svg), ("PNG", lambda content: content.startswith(b"\x89PNG"))):
         with page.expect_download() as loading:
@@ -83,7 +82,7 @@ def test_a_model_is_written_and_proves_itself(address, page, home):
     compression = CompressionConfig(basis="whitened", storage="pivoted", value_dense=False)
     search = SearchConfig(compression_ratio=0.3, trials=2, confirmed=0, compression=compression)
     run = create_run(RunConfig(text=text, search=search))
-    jobs.start_worker(run)
+    client.start_worker(run)
     wait_for(lambda: run.status().state == "idle", CALIBRATION_SECONDS, "the search ends")
     page.goto(f"{address}/export?run={run.id}")
     page.get_by_text("int8 factors").first.click()
@@ -91,9 +90,9 @@ def test_a_model_is_written_and_proves_itself(address, page, home):
     page.get_by_role("button", name="Write it").click()
     entry = page.locator(".st-key-written_0")
     entry.get_by_role("button", name="Reload and measure again").click(timeout=TRIAL_SECONDS * 1000)
-    entry.get_by_text("Passed: the same to rounding").wait_for(timeout=TRIAL_SECONDS * 1000)
+    entry.get_by_text("Passed: equal up to rounding").wait_for(timeout=TRIAL_SECONDS * 1000)
     entry.get_by_text("4 non-overlapping windows of 64 tokens").first.wait_for()
-    (written,) = written_models(run, answers(run))
+    (written,) = written_models(run, results(run))
     assert written.quantization == "int8"
     best = best_trial(read_trials(run))
     assert best is not None

@@ -1,0 +1,1 @@
+"""Implementation of the commands; ``cli`` parses and prints."""

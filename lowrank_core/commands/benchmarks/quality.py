@@ -1,0 +1,233 @@
+"""Every recipe on one calibration, at equal parameters: what is left of the model's predictions on test text."""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.compression.pipeline import Pipeline
+from lowrank_core.compression.quantization import quantized
+from lowrank_core.config import ModelSource, RunConfig, TextConfig
+from lowrank_core.errors import LowRankError
+from lowrank_core.evaluation import evaluate
+from lowrank_core.metrics import metric_named
+from lowrank_core.presets.recipes import PRESETS, VARIANTS, Preset, search_by
+from lowrank_core.runs import create_run
+from lowrank_core.studies.records import best_trial, read_trials
+from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
+from lowrank_core.worker.context import chosen_model
+from lowrank_core.worker.main import run_worker
+
+__all__ = ["QualityRow", "as_markdown", "quality_table"]
+
+
+@dataclass(frozen=True)
+class QualityRow:
+    """One recipe at one ratio, measured on test text; intervals are of 95 %, bootstrap over windows, paired for the difference.
+
+    Attributes:
+        compression_ratio: asked for; removed: as counted in the built model, indices and biases included.
+        bytes: of the whole model as it is stored.
+        int8_bytes, int8_perplexity, int8_kl: of the same model with its factors in 8 bits; None where that was not asked for.
+        seconds: from the decompositions to the compressed model, those shared by all ratios included; calibration left out.
+        error: why it could not be made at this ratio; the metrics are then None.
+    """
+
+    recipe: str
+    label: str
+    reference: str
+    compression_ratio: float
+    removed: float | None = None
+    parameters: int | None = None
+    perplexity: float | None = None
+    dense_perplexity: float | None = None
+    difference_interval: tuple[float, float] | None = None
+    kl: float | None = None
+    kl_interval: tuple[float, float] | None = None
+    top1_agreement: float | None = None
+    bytes: int | None = None
+    int8_bytes: int | None = None
+    int8_perplexity: float | None = None
+    int8_kl: float | None = None
+    seconds: float | None = None
+    protocol: str = ""
+    error: str = ""
+
+    def to_mapping(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class _Table:
+    pipeline: Pipeline
+    int8: bool = False
+
+    def rows(self, preset: Preset, ratios: Sequence[float]) -> Iterator[QualityRow]:
+        """Decompose once, and yield a row for each ratio."""
+        began = time.perf_counter()
+        pipeline = self.pipeline.under(preset)
+        _ = pipeline.decomposed
+        shared = time.perf_counter() - began
+        for ratio in ratios:
+            began = time.perf_counter()
+            try:
+                model = pipeline.compress(ratio)
+            except LowRankError as error:
+                yield replace(_named(preset, ratio), error=str(error))
+                continue
+            yield self.measured(_named(preset, ratio), model, shared + time.perf_counter() - began)
+
+    def measured(self, row: QualityRow, model: CompressedModel, seconds: float) -> QualityRow:
+        try:
+            report = evaluate(model.handle, self.pipeline.windows.test, against=self.pipeline.handle)
+            row = self._in_int8(row, model) if self.int8 else row
+        except LowRankError as error:
+            return replace(row, removed=model.report.compression_ratio, error=str(error))
+        return replace(
+            row,
+            removed=model.report.compression_ratio,
+            parameters=model.report.linear_parameters_after,
+            perplexity=report.perplexity,
+            dense_perplexity=report.dense_perplexity,
+            difference_interval=report.perplexity_difference_interval,
+            kl=report.kl,
+            kl_interval=report.kl_interval,
+            top1_agreement=report.top1_agreement,
+            bytes=model.report.bytes_after,
+            seconds=seconds,
+            protocol=report.protocol,
+        )
+
+    def _in_int8(self, row: QualityRow, model: CompressedModel) -> QualityRow:
+        small = quantized(model)
+        report = evaluate(small.handle, self.pipeline.windows.test, against=self.pipeline.handle)
+        return replace(row, int8_bytes=small.report.bytes_after, int8_perplexity=report.perplexity, int8_kl=report.kl)
+
+
+def _named(preset: Preset, ratio: float) -> QualityRow:
+    return QualityRow(preset.name, preset.label, preset.reference, ratio)
+
+
+def quality_table(
+    source: ModelSource,
+    text: TextConfig,
+    ratios: Sequence[float],
+    *,
+    presets: Sequence[Preset] = tuple(PRESETS.values()),
+    variants: bool = False,
+    search: bool = False,
+    int8: bool = False,
+) -> list[QualityRow]:
+    """Compress by every preset at every ratio, and measure on test text.
+
+    Args:
+        presets: those to measure.
+        variants: also our default with one of its parts left out or changed.
+        search: also the paper's search, as published, at each ratio.
+        int8: also each of them with its factors in 8 bits.
+
+    Raises:
+        LowRankError: model or text can't be used.
+    """
+    recipes = [*presets, *(VARIANTS.values() if variants else ())]
+    weighed = [recipe for recipe in recipes if metric_named(recipe.compression.basis).needs_gradients]
+    pipeline = Pipeline(source, text, compression=(weighed or recipes)[0])
+    _ = pipeline.windows, pipeline.statistics  # measured before the first clock is started
+    table = _Table(pipeline, int8)
+    rows: list[QualityRow] = []
+    for recipe in recipes:
+        rows += table.rows(recipe, ratios)
+        print(f"{recipe.label}: done", file=sys.stderr, flush=True)
+    if search:
+        rows += [_searched(table, source, text, ratio) for ratio in ratios]
+    return rows
+
+
+def _searched(table: _Table, source: ModelSource, text: TextConfig, ratio: float) -> QualityRow:
+    preset = PRESETS["bolaco"]
+    config = replace(search_by(preset, ratio), confirmed=0)
+    row = QualityRow("bolaco search", f"Bolaco, its search ({config.trials} trials)", preset.reference, ratio)
+    began = time.perf_counter()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            run = create_run(RunConfig(source, text, search=config), path=Path(folder) / "run")
+            session, bench = run_worker(run, verbose=False)
+            best = best_trial(read_trials(run))
+            if bench is None or best is None:
+                return replace(row, error="no trial met the budget")
+            _, model = chosen_model(run, session, bench, best.number)
+    except LowRankError as error:
+        return replace(row, error=str(error))
+    print(f"{row.label} at {ratio}: done", file=sys.stderr, flush=True)
+    return table.measured(row, model, time.perf_counter() - began)
+
+
+def as_markdown(rows: Sequence[QualityRow]) -> str:
+    """Return Markdown tables of recipes: by ratio, with all metrics by ratio and KL, and the protocol."""
+    measured = [row for row in rows if row.dense_perplexity is not None]
+    protocols = sorted({f"Dense perplexity {row.dense_perplexity:.3f}; {row.protocol}." for row in measured})
+    return "\n\n".join([_overview(rows), _details(rows), *protocols])
+
+
+def _overview(rows: Sequence[QualityRow]) -> str:
+    """Return perplexity above dense and KL, a column per ratio; the lowest KL, summed over logarithms, first."""
+    ratios = sorted({row.compression_ratio for row in rows})
+    recipes: dict[str, dict[float, QualityRow]] = {}
+    for row in rows:
+        recipes.setdefault(row.label, {})[row.compression_ratio] = row
+    lines = [
+        f"| perplexity above dense, KL | {' | '.join(f'{ratio:.0%} removed' for ratio in ratios)} |",
+        "| --- " * (len(ratios) + 1) + "|",
+    ]
+    for label, result in sorted(recipes.items(), key=lambda item: _distance(item[1])):
+        lines.append(f"| {label} | {' | '.join(_cell(result.get(ratio)) for ratio in ratios)} |")
+    return "\n".join(lines)
+
+
+def _distance(result: Mapping[float, QualityRow]) -> tuple[int, float]:
+    logarithms = [math.log(max(row.kl, 1e-12)) for row in result.values() if row.kl is not None]
+    return -len(logarithms), sum(logarithms)
+
+
+def _cell(row: QualityRow | None) -> str:
+    if row is None or row.perplexity is None or row.dense_perplexity is None:
+        return "–"
+    return f"{_above(row, row.perplexity - row.dense_perplexity)}, {row.kl or 0.0:.3g}"
+
+
+def _above(row: QualityRow, difference: float) -> str:
+    """Return a difference of perplexities with its interval."""
+    return f"{fixed(difference, 3, signed=True)} ({fixed_interval(row.difference_interval, 3, signed=True)})"
+
+
+def _kl_words(row: QualityRow) -> str:
+    return NO_INTERVAL if row.kl_interval is None else f"{row.kl_interval[0]:.3g} to {row.kl_interval[1]:.3g}"
+
+
+def _details(rows: Sequence[QualityRow]) -> str:
+    columns = ["removed", "recipe", "parameters", "test perplexity", "above dense (95 % interval)", "KL to dense (95 % interval)", "top-1"]
+    columns += ["bytes", "int8: bytes", "above dense", "KL"] if any(row.int8_bytes is not None for row in rows) else []
+    lines = [f"| {' | '.join([*columns, 's'])} |", "| --- " * (len(columns) + 1) + "|"]
+    for row in sorted(rows, key=lambda row: (row.compression_ratio, row.kl is None, row.kl or 0.0)):
+        cells = _cells(row)
+        lines.append(f"| {' | '.join([*cells[:-1], *[''] * (len(columns) + 1 - len(cells)), cells[-1]])} |")
+    return "\n".join(lines)
+
+
+def _cells(row: QualityRow) -> list[str]:
+    head = [f"{row.compression_ratio:.0%}", row.label]
+    if row.error:
+        return [*head, "–", row.error, ""]
+    perplexity, dense, kl = row.perplexity or math.nan, row.dense_perplexity or math.nan, row.kl or 0.0
+    cells = [*head, f"{row.parameters:,}", f"{perplexity:.3f}", _above(row, perplexity - dense)]
+    cells += [f"{kl:.3g} ({_kl_words(row)})", f"{row.top1_agreement or 0.0:.1%}"]
+    if row.int8_bytes is not None:
+        small = (row.int8_perplexity or math.nan) - dense
+        cells += [f"{row.bytes:,}", f"{row.int8_bytes:,}", fixed(small, 3, signed=True), f"{row.int8_kl or 0.0:.3g}"]
+    return [*cells, f"{row.seconds or 0.0:.0f}"]

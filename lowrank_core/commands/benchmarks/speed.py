@@ -1,0 +1,104 @@
+"""Benchmark of costs as ratios within one run: machines are noisy, ratios less so."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import nn
+
+from lowrank_core.allocation import Ranks
+from lowrank_core.commands.benchmarks.layer_speed import layer_rows
+from lowrank_core.commands.benchmarks.speed_rows import TURNS, SpeedRow, compared
+from lowrank_core.compression.build import low_rank_layers, swap_layers
+from lowrank_core.compression.decomposed import Decomposed, decompose
+from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
+from lowrank_core.evaluation import DenseReference, score_windows
+from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.statistics.calibration import collect_statistics
+from lowrank_core.text import WindowSet, load_windows
+
+__all__ = ["SpeedRow", "as_markdown", "compared", "speed_table"]
+
+
+def speed_table(source: ModelSource, text: TextConfig) -> list[SpeedRow]:
+    """Compare calibration and a trial with forward passes, and layers with dense ones.
+
+    Raises:
+        LowRankError: model or text can't be used.
+    """
+    handle = load_model(source)
+    windows = load_windows(text, handle.tokenizer, "calibration", count=text.calibration_windows)
+    rows = [_calibration(handle, windows)]
+    print("calibration: done", file=sys.stderr, flush=True)
+    rows += _trial(handle, windows, load_windows(text, handle.tokenizer, "validation", count=text.validation_windows))
+    print("trial: done", file=sys.stderr, flush=True)
+    rows += layer_rows(handle.device, handle.module.dtype)
+    return rows
+
+
+@torch.no_grad()
+def _forward(handle: ModelHandle, windows: WindowSet, batch_size: int = 8) -> None:
+    for ids in torch.split(windows.ids, batch_size):
+        handle.module(input_ids=ids.to(handle.device), use_cache=False)
+
+
+def _calibration(handle: ModelHandle, windows: WindowSet) -> SpeedRow:
+    return compared(
+        "calibration",
+        lambda: collect_statistics(handle, windows, CalibrationConfig()),
+        "plain forward passes over the same tokens",
+        lambda: _forward(handle, windows),
+        f"{windows.windows} windows of {windows.context} tokens",
+    )
+
+
+def _trial(handle: ModelHandle, calibration: WindowSet, validation: WindowSet) -> Iterator[SpeedRow]:
+    statistics_ = collect_statistics(handle, calibration, CalibrationConfig())
+    decomposed = decompose(handle, statistics_, CompressionConfig())
+    dense = DenseReference.compute(handle, validation, batch_size=8)
+    for ratio in (0.2, 0.4):
+        ranks = decomposed.allocate("uniform", ratio).ranks
+        detail = f"ratio {ratio:g}, {validation.windows} windows of {validation.context} tokens"
+        yield compared(
+            "a search trial",
+            partial(_one_trial, decomposed, ranks, validation, dense),
+            "a forward pass of the same compressed model",
+            partial(_forward_with, handle, _layers_at(decomposed, ranks), validation),
+            detail,
+        )
+
+
+def _layers_at(decomposed: Decomposed, ranks: Ranks) -> dict[str, nn.Module]:
+    return low_rank_layers(decomposed.handle, decomposed.bases, ranks, storage="factored")
+
+
+def _one_trial(decomposed: Decomposed, ranks: Ranks, validation: WindowSet, dense: DenseReference) -> None:
+    with swap_layers(decomposed.handle, _layers_at(decomposed, ranks)):
+        score_windows(decomposed.handle, validation, batch_size=8, dense=dense)
+
+
+def _forward_with(handle: ModelHandle, layers: dict[str, nn.Module], windows: WindowSet) -> None:
+    with swap_layers(handle, layers):
+        _forward(handle, windows)
+
+
+def as_markdown(rows: Sequence[SpeedRow]) -> str:
+    """Return the rows as a Markdown table."""
+    lines = [
+        "| what | against | detail | time ratio (smallest to largest of the turns) | FLOPs ratio | verdict |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [_line(row) for row in rows]
+    threads = torch.get_num_threads()
+    place = f"{threads} thread{'s' * (threads != 1)}, torch {torch.__version__}"
+    cached = "A layer that is called alone may stay in the processor's caches; in a model its weights come from memory."
+    return "\n".join([*lines, "", f"Below 1 is faster. {TURNS} turns each, who goes first alternates; {place}. {cached}"])
+
+
+def _line(row: SpeedRow) -> str:
+    expected = "–" if row.expected is None else f"{row.expected:.2f}"
+    ratio = f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
+    return f"| {row.what} | {row.against} | {row.detail} | {ratio} | {expected} | {row.verdict or '–'} |"

@@ -1,0 +1,189 @@
+"""``lowrank compress``: calibrate, factorise, allocate, compress and write."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from lowrank_core.allocation import (
+    RankAllocation,
+    Ranks,
+    allocation_from_ranks,
+    allocator_named,
+    read_allocation,
+    read_ranks,
+    unspent_parameters,
+    unspent_warning,
+)
+from lowrank_core.allocation.units import check_reachable
+from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported
+from lowrank_core.compression.decomposed import Decomposed
+from lowrank_core.compression.error_weights import measure_error_weights
+from lowrank_core.compression.pipeline import Pipeline
+from lowrank_core.compression.truncations import cost_in_words
+from lowrank_core.compression.tuning import TuningPoint, tune
+from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
+from lowrank_core.errors import BudgetError, TextError
+from lowrank_core.evaluation import DenseReference
+from lowrank_core.export import HeldOut, check_free, export, held_out
+from lowrank_core.export.manifest import report_of
+from lowrank_core.metrics import metric_named
+from lowrank_core.models import ModelHandle, notes_of
+from lowrank_core.parameters import Unit
+from lowrank_core.text import load_text, load_windows, overlap_warnings
+from lowrank_core.types import Result
+
+__all__ = ["compress_to"]
+
+
+def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
+    """Calibrate, factorise, allocate, compress and write."""
+    began = time.perf_counter()
+    check_free(request.out)
+    metric_named(request.compression.basis)  # bad names, like a bad file, are reported before anything is loaded
+    allocator_named(request.allocation)
+    fixed = read_allocation(request.ranks).fixed if request.ranks is not None and request.complete is not None else {}
+    if request.complete is not None:
+        allocator_named(request.complete)
+    if request.ranks is not None:
+        read_ranks(request.ranks)
+    pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression, progress=progress_stage)
+    handle, units = pipeline.handle, pipeline.units
+    allocation = _manual(request, units)  # bad ranks are reported before minutes of calibration
+    if request.compression_ratio is not None:
+        check_reachable(units, request.compression_ratio, request.compression)
+    narrow = coverage_warnings(handle, request.compression_ratio)
+    _ = pipeline.calibration_windows  # a text that can't be read is reported as such
+    test, lacks = _test_text(handle, text)
+    repeats = () if test is None else overlap_warnings(pipeline.calibration_windows, test.windows)
+    statistics = reported(pipeline.statistics)
+    compression, tuning = _tuned(pipeline, request) if request.tune else (request.compression, ())
+    pipeline = pipeline.under(compression)
+    decomposed = pipeline.decomposed
+    if allocation is None:
+        assert request.compression_ratio is not None
+        weights = _slopes(decomposed, text, request, fixed) if request.error_weights else None
+        rule = request.complete or request.allocation
+        if allocator_named(rule).needs_perplexities:
+            cost = cost_in_words(decomposed, pipeline.calibration_windows)
+            print(f"{rule}: {cost} of calibration text, kept for the next ratio", file=sys.stderr)
+        allocation = pipeline.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights)
+    unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
+    lost = _unspent(request, units, allocation)
+    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lost, *lacks, *repeats)
+    for doubt in doubts:
+        print(f"warning: {doubt}", file=sys.stderr)
+    model = pipeline.compress(allocation)
+    provenance = {
+        "preset": request.preset,
+        "allocation": allocation.label,
+        "text": text.reference,
+        "seed": text.seed,
+        "error_weights": request.error_weights,
+        **to_mapping(compression),
+        "tuning": [to_mapping(point) for point in tuning],
+        "warnings": list(doubts),
+        "command": request.command,
+    }
+    written = export(model, request.out, provenance=provenance, config=request.export, test=test)
+    report = report_of(written)  # of what was written: int8 factors have scales
+    result = {
+        "out": str(request.out),
+        "preset": request.preset,
+        "tuning": provenance["tuning"],
+        "gradient_damping": compression.gradient_damping,
+        "drift_beta": compression.drift_beta,
+        "basis": request.compression.basis,
+        "storage": request.compression.storage,
+        "allocation": allocation.label,
+        "compression_ratio": report.compression_ratio,
+        "unspent_parameters": unspent,
+        "model_compression_ratio": report.model_compression_ratio,
+        "parameters_before": report.parameters_before,
+        "parameters_after": report.parameters_after,
+        "compressible_parameters_before": report.linear_parameters_before,
+        "compressible_parameters_after": report.linear_parameters_after,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "quantization": report.quantization,
+        "ranks": dict(report.ranks),
+        "linear_flops_before": report.linear_flops_before,
+        "linear_flops_after": report.linear_flops_after,
+        "model_flops_before": report.model_flops_before,
+        "model_flops_after": report.model_flops_after,
+        "perplexity": None if written.measured is None else written.measured.perplexity,
+        "coverage": report.dense_coverage.to_mapping(),
+        "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],
+        "seconds": time.perf_counter() - began,
+    }
+    result["text"] = (
+        f"Wrote {request.out}: {report.compression_ratio:.1%} of the compressible linears' parameters removed "
+        f"({report.linear_parameters_before:,} to {report.linear_parameters_after:,}), "
+        f"{report.model_compression_ratio:.1%} of the whole model. {report.dense_coverage.statement()}."
+    )
+    return result
+
+
+def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation | None:
+    """Return the allocation of a file of ranks, if one was given that is not to be completed."""
+    ratio = request.compression_ratio
+    if request.ranks is None or request.complete is not None:
+        return None
+    result = allocation_from_ranks("manual", units, read_ranks(request.ranks))
+    if ratio is not None and result.compression_ratio < ratio:
+        raise BudgetError(
+            f"the ranks of {request.ranks} remove {result.compression_ratio:.4f} of the parameters, "
+            f"less than the ratio {ratio:g} asked for. "
+            "Lower some ranks, or leave --compression-ratio out."
+        )
+    return result
+
+
+def _unspent(request: CompressRequest, units: Sequence[Unit], allocation: RankAllocation) -> tuple[str, ...]:
+    """Return what to say of what rounding left of the budget; nothing of ranks that the user chose."""
+    if request.compression_ratio is None or not allocation.allocator:
+        return ()
+    return unspent_warning(units, request.compression_ratio, allocation, request.compression.rank_multiple)
+
+
+def _tuned(pipeline: Pipeline, request: CompressRequest) -> tuple[CompressionConfig, tuple[TuningPoint, ...]]:
+    assert request.compression_ratio is not None
+    config, points = tune(
+        pipeline.handle,
+        pipeline.statistics,
+        request.compression,
+        load_text(pipeline.text, pipeline.handle.tokenizer),
+        allocator=request.allocation,
+        compression_ratio=request.compression_ratio,
+        progress=progress_line("Tuning"),
+    )
+    for point in points:
+        kl = "diverged" if point.kl is None else f"KL {point.kl:.6f} on validation text"
+        print(f"gradient damping {point.gradient_damping:g}, beta {point.drift_beta:g}: {kl}", file=sys.stderr)
+    return config, points
+
+
+def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, fixed: Ranks) -> dict[str, float]:
+    """Measure what the error of every unit costs, on validation text."""
+    assert request.compression_ratio is not None
+    handle = decomposed.handle
+    windows = load_windows(text, handle.tokenizer, "validation", count=text.validation_windows)
+    dense = DenseReference.compute(handle, windows, batch_size=request.calibration.batch_size)
+    return measure_error_weights(
+        decomposed,
+        windows,
+        dense,
+        compression_ratio=request.compression_ratio,
+        batch_size=request.calibration.batch_size,
+        fixed=fixed,
+        progress=progress_line("Measuring error weights"),
+    )
+
+
+def _test_text(handle: ModelHandle, text: TextConfig) -> tuple[HeldOut | None, tuple[str, ...]]:
+    """Return what the written folder is measured on; without it, why not."""
+    try:
+        return held_out(handle, text), ()
+    except TextError as error:
+        return None, (f"the written model is not measured: {error}",)

@@ -1,0 +1,197 @@
+"""``lowrank evaluate`` and ``lowrank generate``: a result as a mapping, with a ``text`` to print."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+
+from lowrank_core.commands.shared import progress_line
+from lowrank_core.config import ModelSource, TextConfig, check_choice, check_min
+from lowrank_core.coverage import Coverage, shown
+from lowrank_core.evaluation import EvaluationReport, PositionRow, evaluate
+from lowrank_core.evaluation.generation import Continuation, Sampling, side_by_side
+from lowrank_core.models import load_model
+from lowrank_core.text import SPLITS, load_windows, open_text
+from lowrank_core.types import Result
+from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
+
+__all__ = ["EvaluationRequest", "continue_with", "evaluate_on", "evaluate_on_texts"]
+
+_COLUMN = 58
+"""Characters of a continuation's lines, two next to each other."""
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """A model to measure, with its reference.
+
+    Attributes:
+        split: validation, test or all; calibration, too.
+        windows: at most, spread over the split; None: the text's number of test windows, or every one of ``all``.
+        stride: tokens from one window to the next; None: windows do not overlap.
+        against: the dense model, to compare with on the same windows.
+    """
+
+    split: str = "test"
+    windows: int | None = None
+    stride: int | None = None
+    against: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("split", self.split, (*SPLITS, "all"))
+        if self.windows is not None:
+            check_min(1, windows=self.windows)
+
+
+def evaluate_on(source: ModelSource, text: TextConfig, request: EvaluationRequest) -> Result:
+    """Measure a model on one text.
+
+    Raises:
+        ConfigError, ModelError, TextError: as for ``evaluate_on_texts``.
+    """
+    (report,), coverage = _reports(source, [text], request)
+    return {
+        **report.to_mapping(),
+        **_covered(coverage),
+        "model": source.reference,
+        "text": "\n".join([_one(report), *_removed(report, coverage)]),
+    }
+
+
+def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], request: EvaluationRequest) -> Result:
+    """Measure a model on several texts: what was calibrated on one of them may have lost another.
+
+    Raises:
+        ConfigError: the stride does not fit the context.
+        ModelError: a model can't be used, or the two do not share a vocabulary.
+        TextError: a text is unknown, can't be read, or is too short; raised before anything is measured.
+        NumericalError: a window's loss is not finite.
+    """
+    reports, coverage = _reports(source, texts, request)
+    rows = [{**report.to_mapping(), **_covered(coverage), "model": source.reference} for report in reports]
+    return {
+        "model": source.reference,
+        "texts": rows,
+        "text": "\n".join([_several(reports), *_removed(reports[0], coverage)]),
+    }
+
+
+def continue_with(source: ModelSource, prompt: str, sampling: Sampling, against: str | None = None) -> Result:
+    """Continue a prompt with a model, next to the model ``against`` if given.
+
+    Raises:
+        ConfigError: the prompt is empty, or does not fit a model's context.
+        ModelError: a model can't be used.
+    """
+    others = () if against is None else (ModelSource(against, source.device, source.dtype),)
+    result = side_by_side([load_model(each) for each in (*others, source)], prompt, sampling)
+    return {"prompt": prompt, **asdict(sampling), "continuations": [asdict(each) for each in result], "text": _columns(prompt, result)}
+
+
+def _covered(coverage: Coverage | None) -> Result:
+    return {} if coverage is None else {"coverage": coverage.to_mapping()}
+
+
+def _removed(report: EvaluationReport, coverage: Coverage | None) -> list[str]:
+    """Return the line on what was removed from the dense model, and of how much of it."""
+    if coverage is None or report.compression_ratio is None or report.model_compression_ratio is None:
+        return []
+    removed = f"{shown(report.compression_ratio)} of the compressible linears, {shown(report.model_compression_ratio)} of the model"
+    return [f"parameters removed: {removed}. {coverage.statement()}."]
+
+
+def _reports(
+    source: ModelSource, texts: Sequence[TextConfig], request: EvaluationRequest
+) -> tuple[list[EvaluationReport], Coverage | None]:
+    """Measure, once every text is known to be there and long enough; return what the dense model is made of, too, where there is one."""
+    for text in texts:
+        open_text(text.reference)
+    handle = load_model(source)
+    dense = None if request.against is None else load_model(ModelSource(request.against, source.device, source.dtype))
+    sets = [load_windows(text, handle.tokenizer, request.split, count=_count(text, request), stride=request.stride) for text in texts]
+    result = [evaluate(handle, windows, against=dense, progress=progress_line(f"Evaluating {windows.dataset}")) for windows in sets]
+    return result, None if dense is None else dense.coverage
+
+
+def _count(text: TextConfig, request: EvaluationRequest) -> int | None:
+    return text.test_windows if request.windows is None and request.split != "all" else request.windows
+
+
+def _one(report: EvaluationReport) -> str:
+    lines = [f"perplexity {report.perplexity:.3f}  ({_interval(report.perplexity_interval)})"]
+    if report.dense_perplexity is not None:
+        lines += [
+            f"dense      {report.dense_perplexity:.3f}  ({_interval(report.dense_perplexity_interval)})",
+            f"difference {_difference(report)}  ({_interval(report.perplexity_difference_interval, paired=True)})",
+            f"KL {_fixed(report.kl)} nats per token ({fixed_interval(report.kl_interval, 4)}), "
+            f"reverse KL {_fixed(report.reverse_kl)} ({fixed_interval(report.reverse_kl_interval, 4)})",
+            f"top-1 agreement {report.top1_agreement:.1%}, top-5 {report.top5_agreement:.1%}",
+        ]
+    return "\n".join([*lines, *_warnings(report), report.protocol, *_positions(report.by_position or ())])
+
+
+def _warnings(report: EvaluationReport) -> list[str]:
+    return [f"warning: {warning}" for warning in report.warnings]
+
+
+def _positions(rows: Sequence[PositionRow]) -> list[str]:
+    if not rows:
+        return []
+    alongside = rows[0].kl is not None
+    head = f"{'context':>12} {'tokens':>8} {'NLL':>8}" + (f" {'dense':>8} {'KL':>8} {'top-1':>7}" if alongside else "")
+    lines = ["", head]
+    for row in rows:
+        span = f"{row.first}" if row.first == row.last else f"{row.first} to {row.last}"
+        more = f" {row.dense_nll:8.4f} {_fixed(row.kl):>8} {row.top1_agreement:7.1%}" if alongside else ""
+        lines.append(f"{span:>12} {row.tokens:>8} {row.nll:8.4f}{more}")
+    return lines
+
+
+def _several(reports: Sequence[EvaluationReport]) -> str:
+    alongside = reports[0].kl is not None
+    head = f"{'text':24} {'perplexity (95 %)':>28}"
+    lines = [head + (f" {'dense':>9} {'difference (95 %)':>28} {'KL':>8} {'reverse':>8} {'top-1':>7} {'top-5':>7}" if alongside else "")]
+    for report in reports:
+        line = f"{report.dataset[:24]:24} {f'{report.perplexity:.3f} ({fixed_interval(report.perplexity_interval, 3)})':>28}"
+        if alongside:
+            difference = f"{_difference(report)} ({fixed_interval(report.perplexity_difference_interval, 3)})"
+            line += (
+                f" {report.dense_perplexity:>9.3f} {difference:>28}"
+                f" {_fixed(report.kl):>8} {_fixed(report.reverse_kl):>8} {report.top1_agreement:7.1%} {report.top5_agreement:7.1%}"
+            )
+        lines += [line, *(f"  {warning}" for warning in _warnings(report)), f"  {report.protocol}"]
+    return "\n".join([*lines, *(["KL in nats per token."] if alongside else [])])
+
+
+def _difference(report: EvaluationReport) -> str:
+    assert report.dense_perplexity is not None
+    return fixed(report.perplexity - report.dense_perplexity, 3, signed=True)
+
+
+def _fixed(value: float | None) -> str:
+    assert value is not None
+    return fixed(value, 4)
+
+
+def _interval(ends: tuple[float, float] | None, *, paired: bool = False) -> str:
+    """Return an interval with what it is; where there is none, that."""
+    if ends is None:
+        return "no paired interval" if paired else NO_INTERVAL
+    return f"95 % interval{', paired' if paired else ''} {fixed_interval(ends, 3)}"
+
+
+def _columns(prompt: str, result: Sequence[Continuation]) -> str:
+    """Return the continuations next to each other under the models' names; a single one keeps its lines."""
+    if len(result) == 1:
+        return f"{result[0].model}\n\n{prompt}{result[0].text}"
+    columns = [[*_wrapped(each.model), "-" * min(_COLUMN, len(each.model)), *_wrapped(each.text)] for each in result]
+    lines = [" | ".join(f"{part:{_COLUMN}}" for part in parts).rstrip() for parts in zip_longest(*columns, fillvalue="")]
+    return "\n".join([f"prompt: {prompt}", "", *lines])
+
+
+def _wrapped(text: str) -> list[str]:
+    """Return lines of the column's width at most; the text's own line breaks and indents stay."""
+    wrapper = textwrap.TextWrapper(_COLUMN, drop_whitespace=False, replace_whitespace=False)
+    return [part for line in text.expandtabs(4).splitlines() for part in (wrapper.wrap(line) or [""])]

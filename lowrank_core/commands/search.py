@@ -1,0 +1,314 @@
+"""Commands around a search: start, resume, queue an allocation, export a trial."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from lowrank_core.allocation import RULES, allocation_from_ranks, read_allocation, unspent_parameters
+from lowrank_core.commands.shared import progress_stage, reported
+from lowrank_core.compression.pipeline import Pipeline
+from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig, check_choice
+from lowrank_core.coverage import Coverage
+from lowrank_core.errors import Cancelled, ConfigError, LowRankError
+from lowrank_core.export import check_free, export, held_out
+from lowrank_core.metrics import metric_named
+from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
+from lowrank_core.studies.naming import model_name, trial_label
+from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
+from lowrank_core.studies.storage import open_database
+from lowrank_core.types import Result
+from lowrank_core.worker.context import complete_trial
+from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of, unspent_of
+from lowrank_core.worker.identity import EXPORT, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
+from lowrank_core.worker.joining import join_run, run_of_study
+from lowrank_core.worker.main import run_worker
+
+__all__ = ["SearchPlace", "enqueue", "export_from", "join", "join_study", "search_in", "work"]
+
+_FRONT = "Pareto front, on validation text:"
+
+
+@dataclass(frozen=True)
+class SearchPlace:
+    """Location and workers of a search.
+
+    Attributes:
+        folder: new folder for the run.
+        storage_url: of a database that other machines reach; None keeps the study in the folder.
+        workers: processes on this machine.
+        ranks: file of a manual allocation that is measured first.
+        complete: allocator that completes it.
+    """
+
+    folder: Path
+    storage_url: str | None = None
+    workers: int = 1
+    ranks: Path | None = None
+    complete: str | None = None
+
+
+def _figures(trial: TrialRecord, coverage: Coverage) -> Result:
+    ratio = trial.compression_ratio
+    figures = {"trial": trial.number, "label": trial.label, "value": trial.value, "kl": trial.kl, "perplexity": trial.perplexity}
+    return {**figures, "compression_ratio": ratio, "model_compression_ratio": None if ratio is None else coverage.of_model(ratio)}
+
+
+def search_in(
+    source: ModelSource,
+    text: TextConfig,
+    calibration: CalibrationConfig,
+    config: SearchConfig,
+    place: SearchPlace,
+    protocol_of: Callable[[Run], str],
+) -> Result:
+    """Make a run, work through it here, and export its best trial."""
+    metric_named(config.compression.basis)
+    if place.workers < 1:
+        raise ConfigError(f"--workers must be at least 1, got {place.workers}.")
+    given = _read_given(place.ranks, place.complete)
+    run = create_run(RunConfig(model=source, text=text, calibration=calibration, search=config), path=place.folder)
+    try:
+        if place.storage_url is not None:
+            open_database(place.storage_url)  # checked before minutes of work
+            run.keep_study_at(place.storage_url, run.id)
+        if given is not None:
+            client.submit(run, "measure", launch=False, **given)
+        session, bench = run_worker(run, verbose=sys.stderr.isatty(), helpers=place.workers - 1)
+    except LowRankError as error:
+        if not isinstance(error, Cancelled) and not _has_begun(run):
+            shutil.rmtree(run.path)  # bad input: no trial was begun, and the folder was empty or not there
+        raise
+    assert bench is not None
+    if config.max_ratio is not None:
+        return _front_found(run, config, session.handle.coverage, protocol_of)
+    trials = read_trials(run)
+    best, coverage = _best_found(run, trials, config), session.handle.coverage
+    assert best.compression_ratio is not None  # it is complete
+    path = export_trial(run, session, bench, best.number)
+    allocation = allocation_from_ranks(best.label, bench.space.units, best.ranks)
+    baselines = {trial.label: _figures(trial, coverage) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
+    counts = counts_of(trials)
+    lines = [f"{model_name(name, trials)}: {config.objective} {figures['value']:.4g}" for name, figures in baselines.items()]
+    lines += [f"best: {trial_label(best)}, {config.objective} {best.value:.4g}, on validation text", counts.words]
+    removed = f"removed: {coverage.ratio_words(best.compression_ratio)}. {coverage.statement()}."
+    return {
+        **_figures(best, coverage),
+        "objective": config.objective,
+        "ranks": dict(best.ranks),
+        "unspent_parameters": unspent_parameters(bench.space.units, config.compression_ratio, allocation),
+        "export": path,
+        "run": str(run.path),
+        "trials": counts.complete,
+        "pruned": counts.pruned,
+        "counts": asdict(counts),
+        "baselines": baselines,
+        "protocol": (protocol := protocol_of(run)),
+        "confirmed": (confirmed := _confirmed(run)),
+        "coverage": coverage.to_mapping(),
+        "warnings": (warnings := [*unspent_of(config, allocation), *_warnings(run, confirmed)]),
+        "text": "\n".join(
+            [*lines, f"  {protocol}", removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]
+        ),
+    }
+
+
+def _has_begun(run: Run) -> bool:
+    """Return whether a study is there, or may be: a database that does not answer keeps what it has."""
+    if run.storage_url is None:
+        return run.journal.exists()
+    try:
+        return bool(read_trials(run))
+    except LowRankError:
+        return True
+
+
+def _best_found(run: Run, trials: list[TrialRecord], config: SearchConfig) -> TrialRecord:
+    best = best_trial(trials)
+    outside = sum(trial.state == "infeasible" for trial in trials)
+    if best is None and outside:
+        raise ConfigError(
+            f"none of the {outside} trials removed between {config.compression_ratio:g} and a tenth more, as the published search "
+            f"requires. Give it more --trials, or search without --preset: then every trial meets the ratio."
+        )
+    if best is None:
+        raise ConfigError(
+            f"the search in {run.path} was stopped before a trial was complete. Go on with `lowrank worker --run {run.path}`."
+        )
+    return best
+
+
+def _front_found(run: Run, config: SearchConfig, coverage: Coverage, protocol_of: Callable[[Run], str]) -> Result:
+    trials = read_trials(run)
+    front = [(trial, trial.compression_ratio) for trial in pareto_front(trials) if trial.compression_ratio is not None]
+    if not front:
+        raise ConfigError(f"the search in {run.path} has no complete trial. Go on with `lowrank worker --run {run.path}`.")
+    take = f"Take one of them with `lowrank export --run {run.path} --trial N --out DIR`."
+    lines = [f"{coverage.ratio_words(ratio)} removed: {config.objective} {t.value:.4g} ({trial_label(t)})" for t, ratio in front]
+    lines.append(f"{coverage.statement()}.")
+    counts = counts_of(trials)
+    return {
+        "objective": config.objective,
+        "run": str(run.path),
+        "trials": counts.complete,
+        "counts": asdict(counts),
+        "front": [_figures(trial, coverage) for trial, _ in front],
+        "protocol": (protocol := protocol_of(run)),
+        "coverage": coverage.to_mapping(),
+        "confirmed": (confirmed := _confirmed(run)),
+        "warnings": (warnings := _warnings(run, confirmed)),
+        "text": "\n".join([_FRONT, *lines, f"  {protocol}", *_confirmed_lines(confirmed), *_warning_lines(warnings), counts.words, take]),
+    }
+
+
+def _warnings(run: Run, confirmed: list[JsonMapping]) -> list[str]:
+    """Return the distinct warnings of the measurements."""
+    reported = [warning for row in confirmed for warning in row["warnings"]]
+    of_text = (run.part("text") or {}).get("warnings", [])
+    return list(dict.fromkeys([*of_text, *run.status().dense_warnings, *reported]))
+
+
+def _warning_lines(warnings: list[str]) -> list[str]:
+    return [f"warning: {each}" for each in warnings]
+
+
+def _confirmed(run: Run) -> list[JsonMapping]:
+    """Return the measurements on test text, the lowest KL first."""
+    names = (
+        *("perplexity", "perplexity_difference_interval", "dense_perplexity", "kl"),
+        *("compression_ratio", "model_compression_ratio", "protocol"),
+    )
+    trials = read_trials(run)
+    result: list[JsonMapping] = [
+        {
+            "trial": body.get("trial"),
+            "label": body.get("label"),
+            "name": model_name(str(body.get("label")), trials),
+            **{name: body["report"].get(name) for name in names},
+            "warnings": body["report"].get("warnings", []),
+        }
+        for body in client.results_of(run, "compare")
+    ]
+    return sorted(result, key=lambda row: float(row["kl"]))
+
+
+def _confirmed_lines(confirmed: list[JsonMapping]) -> list[str]:
+    if not confirmed:
+        return []
+    rows = [
+        f"  {row['name']}: perplexity {row['perplexity']:.3f} (dense {row['dense_perplexity']:.3f}), KL {row['kl']:.3g}"
+        for row in confirmed
+    ]
+    return ["measured on test text, unseen by all trials:", *rows, f"  {confirmed[0]['protocol']}"]
+
+
+def _read_given(ranks: Path | None, complete: str | None) -> Result | None:
+    """Return the arguments of a request to measure a file's allocation."""
+    if complete is not None:
+        check_choice("complete", complete, RULES)
+    if ranks is None:
+        if complete is not None:
+            raise ConfigError("--complete completes a file of ranks; give one with --ranks.")
+        return None
+    file = read_allocation(ranks)
+    return {"ranks": dict(file.ranks)} if complete is None else {"ranks": dict(file.fixed), "complete": complete}
+
+
+def enqueue(folder: Path, ranks: Path, complete: str | None) -> Result:
+    """Leave an allocation for a run's worker, which measures it next; without a worker it waits for one."""
+    run = open_run(folder)
+    given = _read_given(ranks, complete)
+    assert given is not None
+    config = run.config
+    if config.search is None:
+        raise ConfigError(f"{run.path} only analyses a model; it measures no allocations. Run `lowrank search`.")
+    request = client.submit(run, "measure", launch=False, **given)
+    next_step = "its worker measures it next" if run.status().active else f"`lowrank worker --run {run.path}` will measure it"
+    return {"run": str(run.path), "request": request, "text": f"{ranks} is queued: {next_step}."}
+
+
+def work(folder: Path, warm_seconds: float, *, keep_paused: bool = False, changes: Mapping[str, object] | None = None) -> Result:
+    """Do what is left to do in a run, also in one that was stopped, unless it shall stay so and only requests be answered.
+
+    ``changes``: of the search: ``more_trials``, and fields of ``SearchConfig``.
+    """
+    run = open_run(folder)
+    _change(run, dict(changes or {}))
+    if not keep_paused:
+        run.pause_marker.unlink(missing_ok=True)
+    run_worker(run, warm_seconds=warm_seconds)
+    counts, state = counts_of(read_trials(run)), run.status().state
+    words = f"{run.path}: {state}, {counts.words}"
+    return {"run": str(run.path), "state": state, "trials": counts.complete, "counts": asdict(counts), "text": words}
+
+
+def _change(run: Run, changes: Result) -> None:
+    more = changes.pop("more_trials", None)
+    search = run.config.search
+    if more is not None and int(str(more)) < 1:
+        raise ConfigError(f"--more-trials must be at least 1, got {more}.")
+    if more is not None and search is not None:
+        changes["trials"] = search.trials + int(str(more))
+    if changes:
+        run.change_search(**changes)
+
+
+def join(folder: Path, warm_seconds: float) -> Result:
+    """Help a run's worker with its trials."""
+    return _joined(open_run(folder), warm_seconds)
+
+
+def join_study(url: str, study: str, warm_seconds: float, *, model: str | None, text: str | None, device: str | None) -> Result:
+    """Help with the trials of a study in a database, from any machine that has the model."""
+    return _joined(run_of_study(url, study, model=model, text=text, device=device), warm_seconds)
+
+
+def _joined(run: Run, warm_seconds: float) -> Result:
+    measured = join_run(run, warm_seconds=warm_seconds)
+    return {"run": str(run.path), "measured": measured, "text": f"{run.study_name}: measured {measured} trials here"}
+
+
+def _trial_number(trial: str) -> int | None:
+    if trial == "best":
+        return None
+    if not trial.isdigit():
+        raise ConfigError(f"--trial must be `best` or a number, got {trial!r}.")
+    return int(trial)
+
+
+def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None = None, *, command: str = "") -> Result:
+    """Write the compressed model of a trial; a worker may be busy with the run meanwhile."""
+    run: Run = open_run(folder)
+    check_free(out)
+    search = run.config.search
+    if search is None:
+        raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
+    record = complete_trial(run, _trial_number(trial))
+    identity, begun = RunIdentity.of(run, EXPORT), run.config
+    pipeline = Pipeline(begun.model, begun.text, calibration=begun.calibration, compression=search.compression, progress=progress_stage)
+    handle = pipeline.handle
+    identity.check(identity_of_model(handle))
+    test = held_out(handle, begun.text)
+    identity.check(identity_of_texts(handle, begun.calibration, pipeline.calibration_windows, test.windows))
+    reported(pipeline.statistics)
+    identity.check(identity_of_factors(pipeline.decomposed))
+    allocation = allocation_from_ranks(f"trial {record.number}", pipeline.units, record.ranks)
+    model = pipeline.compress(allocation)
+    provenance = {**provenance_of(run, allocation), "command": command}
+    figures = metrics_of_trial(run, record.number)
+    written = export(model, out, provenance=provenance, config=config, figures=figures, test=test)
+    return {
+        "out": str(out),
+        "trial": record.number,
+        "compression_ratio": model.report.compression_ratio,
+        "model_compression_ratio": model.report.model_compression_ratio,
+        "coverage": model.report.dense_coverage.to_mapping(),
+        "ranks": dict(allocation.ranks),
+        "form": written.form,
+        "perplexity": None if written.measured is None else written.measured.perplexity,
+        "text": f"Wrote trial {record.number} to {out}: {model.report.compression_ratio:.1%} of the compressible linears' parameters "
+        f"removed, {model.report.model_compression_ratio:.1%} of the whole model. {model.report.dense_coverage.statement()}.",
+    }

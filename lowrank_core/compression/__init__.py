@@ -1,0 +1,1 @@
+"""From factors and an allocation to a smaller model."""

@@ -1,0 +1,265 @@
+"""Compression block by block: each matrix is fitted to the input that the compressed matrices before it really give.
+
+Notation::
+
+    x, x'    input of a layer in the dense and in the compressed model, on the same tokens
+    μ, μ'    their means;  S' and C× = E[x x'ᵀ]: covariances where the basis is centred, second moments else
+
+Ranks are fixed before: a sequential basis decides directions, not budgets.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_core.allocation import RankAllocation
+from lowrank_core.compression.build import CompressedModel, build_model, low_rank_layers
+from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit, refit_unit
+from lowrank_core.decomposition.units import Bases, operand_of
+from lowrank_core.errors import ConfigError, ModelError, NumericalError
+from lowrank_core.metrics import ErrorMetric
+from lowrank_core.models.blocks import BlockRunner
+from lowrank_core.models.handle import ModelHandle
+from lowrank_core.models.hf import replace_module
+from lowrank_core.parameters import Unit
+from lowrank_core.statistics.calibration import LayerStatistics
+from lowrank_core.statistics.moments import InputStatistics
+from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress
+
+__all__ = ["CrossMoments", "compress_sequentially"]
+
+
+@dataclass(frozen=True)
+class CrossMoments:
+    """Second moments of x and x' about the dense mean, float64.
+
+    Attributes:
+        count: tokens.
+        shift: the point c that both are counted from, (n,).
+        mean, compressed_mean: E[x] and E[x'] (n,).
+        absolute_mean: E|x'_j| (n,).
+        own: E[(x' - c)(x' - c)ᵀ] (n, n);  cross: E[(x - c)(x' - c)ᵀ] (n, n).
+    """
+
+    count: int
+    shift: Tensor
+    mean: Tensor
+    compressed_mean: Tensor
+    absolute_mean: Tensor
+    own: Tensor
+    cross: Tensor
+
+    def statistics(self) -> InputStatistics:
+        """Return what ``InputStatistics`` says of x'; its pooled covariance is the plain one."""
+        drift = self.compressed_mean - self.shift
+        covariance = (self.own - torch.outer(drift, drift)) * (self.count / (self.count - 1))
+        one = torch.ones(1, dtype=torch.float64)
+        return InputStatistics(
+            count=self.count,
+            mean=self.compressed_mean,
+            absolute_mean=self.absolute_mean,
+            pooled=covariance,
+            sample=covariance,
+            group_counts=one * self.count,
+            group_weights=one,
+            group_traces=covariance.trace().reshape(1),
+            group_mean_shifts=one * 0,
+        )
+
+    def between(self, *, centred: bool) -> Tensor:
+        """Return C× (n, n), normalised as ``statistics`` does."""
+        left, right = self.mean - self.shift, self.compressed_mean - self.shift
+        if centred:
+            return (self.cross - torch.outer(left, right)) * (self.count / (self.count - 1))
+        return self.cross + torch.outer(self.shift, right) + torch.outer(left, self.shift) + torch.outer(self.shift, self.shift)
+
+
+class _CrossAccumulator:
+    """Adds rows of x and x' in float32 blocks, sums them in float64."""
+
+    def __init__(self, shift: Tensor, device: torch.device) -> None:
+        width = shift.numel()
+        self._shift = shift.to(device)
+        self._count = 0
+        self._sums = [torch.zeros(width, dtype=torch.float64, device=device) for _ in range(3)]
+        self._own, self._cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
+
+    def update(self, dense: Tensor, compressed: Tensor) -> None:
+        rows, own = dense.flatten(0, -2).to(torch.float32), compressed.flatten(0, -2).to(torch.float32)
+        shift = self._shift.to(torch.float32)
+        self._count += len(rows)
+        for total, part in zip(self._sums, (rows, own, own.abs()), strict=True):
+            total += part.sum(0, dtype=torch.float64)
+        rows, own = rows - shift, own - shift
+        for start in range(0, len(rows), 1024):
+            part = own[start : start + 1024]
+            self._own += part.T @ part
+            self._cross += rows[start : start + 1024].T @ part
+
+    def finish(self) -> CrossMoments:
+        means = [total.cpu() / self._count for total in self._sums]
+        shift, own, cross = self._shift.cpu(), self._own.cpu() / self._count, self._cross.cpu() / self._count
+        return CrossMoments(self._count, shift, means[0], means[1], means[2], own, cross)
+
+
+class _Read(Exception):
+    """Carries what a layer reads out of a forward pass that need go no further."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__()
+        self.tensor = tensor
+
+
+@contextmanager
+def _stopping_at(module: nn.Module) -> Iterator[None]:
+    def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        raise _Read(arguments[0])
+
+    hook = module.register_forward_pre_hook(stop)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _read(runner: BlockRunner, block: int, ids: Tensor, hidden: Tensor | None) -> Tensor:
+    """Return what the layer reads at which the pass is stopped."""
+    try:
+        runner.run(block, ids, hidden)
+    except _Read as read:
+        return read.tensor
+    raise ModelError(f"block {block} is run without the layer whose input was asked for, so the model can't be compressed block by block.")
+
+
+class _Pair:
+    """The dense model and its copy that is being compressed, both at the same block."""
+
+    def __init__(self, dense: ModelHandle, windows: WindowSet, batch_size: int) -> None:
+        module = copy.deepcopy(dense.module)
+        self.working = ModelHandle(dense.reference, module, dense.tokenizer, dense.layers, dense.stored_dtype)
+        self.dense = dense
+        self._runners = (BlockRunner(dense), BlockRunner(self.working))
+        self._batches = [ids.to(dense.device) for ids in torch.split(windows.ids, batch_size)]
+        self._states: tuple[list[Tensor | None], list[Tensor | None]] = ([None] * len(self._batches), [None] * len(self._batches))
+
+    @property
+    def batches(self) -> int:
+        return len(self._batches)
+
+    def moments(self, block: int, layer: str, shift: Tensor, tick: Callable[[], None]) -> CrossMoments:
+        """Return the moments of what ``layer`` of ``block`` reads in both models."""
+        accumulator = _CrossAccumulator(shift, self.dense.device)
+        with ExitStack() as stack, torch.inference_mode():
+            for handle in (self.dense, self.working):
+                stack.enter_context(_stopping_at(handle.module.get_submodule(layer)))
+            for index, ids in enumerate(self._batches):
+                reads = [_read(runner, block, ids, states[index]) for runner, states in zip(self._runners, self._states, strict=True)]
+                accumulator.update(*reads)
+                tick()
+        result = accumulator.finish()
+        if not torch.isfinite(result.own).all() or not torch.isfinite(result.cross).all():
+            raise NumericalError(f"{layer}: its input holds NaN or Inf in the model compressed so far. Keep more ranks, or run in float32.")
+        return result
+
+    def advance(self, block: int, tick: Callable[[], None]) -> None:
+        """Take both models past ``block``."""
+        for index, ids in enumerate(self._batches):
+            with torch.inference_mode():
+                for runner, states in zip(self._runners, self._states, strict=True):
+                    states[index] = runner.run(block, ids, states[index])
+            tick()
+
+
+def _by_input(units: Sequence[Unit], allocation: RankAllocation) -> dict[str, list[Unit]]:
+    """Return the compressed units by the input that their first member reads, in the order of the model."""
+    result: dict[str, list[Unit]] = {}
+    for unit in units:
+        if allocation.ranks.get(unit.name) is not None:
+            result.setdefault(unit.members[0].input_group, []).append(unit)
+    return result
+
+
+def compress_sequentially(
+    handle: ModelHandle,
+    windows: WindowSet,
+    statistics: LayerStatistics,
+    bases: Bases,
+    allocation: RankAllocation,
+    basis: ErrorMetric,
+    *,
+    damping: Damping,
+    batch_size: int = 8,
+    progress: Progress | None = None,
+) -> CompressedModel:
+    """Compress at the ranks of ``allocation``, every unit fitted to the drifted input of its calibration tokens.
+
+    Args:
+        windows: the calibration windows of ``statistics``.
+        bases: decompositions of the same units with the dense statistics; per-head units are taken from them as they are.
+        basis: a sequential basis.
+
+    Raises:
+        ConfigError: a stack spans inputs, which no single drift describes.
+        NumericalError: NaN or Inf; names the layer.
+    """
+    units = [base.unit for base in bases.values()]
+    for unit in units:
+        inputs = {member.input_group for member in unit.members}
+        if isinstance(bases[unit.name], FactorBasis) and len(inputs) > 1:
+            raise ConfigError(
+                f"{unit.name}: a stack over several inputs can't be drift-aware. Use a stack of one input, or drop drift_aware."
+            )
+    pair = _Pair(handle, windows, batch_size)
+    groups = _by_input(units, allocation)
+    depth = max(shape.depth for shape in handle.shapes) + 1
+    total, done = (len(groups) + depth) * pair.batches, 0
+
+    def tick() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    layers: dict[str, nn.Module] = {}
+    for block in range(depth):
+        for group, members in groups.items():
+            if members[0].depth != block:
+                continue
+            moments = pair.moments(block, members[0].members[0].name, statistics.inputs[group].mean, tick)
+            ranks = {u.name: allocation.ranks[u.name] for u in members}
+            fitted = {u.name: _fitted(u, handle, statistics, moments, bases, basis, damping, ranks[u.name]) for u in members}
+            built = low_rank_layers(handle, fitted, ranks)
+            layers |= built
+            for name, layer in built.items():
+                replace_module(pair.working.module, name, layer)
+        pair.advance(block, tick)
+    return build_model(handle, layers, bases, allocation.ranks)
+
+
+def _fitted(
+    unit: Unit,
+    handle: ModelHandle,
+    statistics: LayerStatistics,
+    moments: CrossMoments,
+    bases: Bases,
+    basis: ErrorMetric,
+    damping: Damping,
+    rank: int | None,
+) -> FactorBasis:
+    given = bases[unit.name]
+    if not isinstance(given, FactorBasis):
+        return given  # type: ignore[return-value]
+    own, cross = moments.statistics(), moments.between(centred=basis.centred)
+    operands = [
+        replace(operand_of(handle, statistics, member), inputs=own, cross=cross, dense_mean=moments.mean) for member in unit.members
+    ]
+    if basis.refit_steps and rank is not None:
+        return refit_unit(unit, operands, basis, damping, given.slice(rank))
+    return factorize_unit(unit, operands, basis, damping)

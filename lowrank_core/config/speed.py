@@ -1,0 +1,43 @@
+"""Settings of timing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from lowrank_core.config.options import check_options, option
+from lowrank_core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lowrank_core.models import ModelHandle
+
+__all__ = ["SpeedConfig"]
+
+
+@dataclass(frozen=True)
+class SpeedConfig:
+    """Prompts, continuations and rounds."""
+
+    batch_size: int = option(1, "prompts that are continued at once", label="Batch", minimum=1)
+    prompt_tokens: int = option(128, "tokens of each prompt", minimum=1)
+    new_tokens: int = option(
+        64, "tokens that each is continued by; the first comes from prefill, so that it takes two to time decode", minimum=2
+    )
+    rounds: int = option(7, "timed generations", minimum=1)
+    warmup: int = option(1, "generations before, not timed", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check_fits(self, handle: ModelHandle) -> None:
+        """Raise unless prompt and continuation fit the model.
+
+        Raises:
+            ConfigError: they pass the positions that the model was made for.
+        """
+        wanted = self.prompt_tokens + self.new_tokens
+        if handle.max_context is not None and wanted > handle.max_context:
+            raise ConfigError(
+                f"{self.prompt_tokens} prompt tokens and {self.new_tokens} new ones pass the {handle.max_context} positions of "
+                f"{handle.reference}. Lower --prompt-tokens or --new-tokens."
+            )

@@ -1,0 +1,88 @@
+"""All of a model's units, decomposed: what allocators price and trials slice."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+
+from lowrank_core.allocation import ErrorCurves
+from lowrank_core.allocation.units import plan_units
+from lowrank_core.config import CompressionConfig
+from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit
+from lowrank_core.decomposition.head_factorization import HeadBasis, factorize_heads
+from lowrank_core.errors import ConfigError
+from lowrank_core.metrics import LayerData, metric_named
+from lowrank_core.models.attention import head_units
+from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
+from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
+from lowrank_core.statistics.calibration import LayerStatistics
+from lowrank_core.types import Progress
+
+__all__ = ["Bases", "damping_of", "error_curves", "factorize", "operand_of", "units_of"]
+
+Bases = Mapping[str, FactorBasis | HeadBasis]
+"""Unit name -> its nested factors."""
+
+
+def units_of(handle: ModelHandle, config: CompressionConfig) -> tuple[Unit, ...]:
+    """Return the units of a model under ``config``, alternatives included.
+
+    Raises:
+        ConfigError: no such basis.
+    """
+    return plan_units(handle.shapes, config, head_units(handle) if config.heads else ())
+
+
+def damping_of(config: CompressionConfig) -> Damping:
+    return Damping(columns=config.input_damping, rows=config.gradient_damping)
+
+
+def operand_of(handle: ModelHandle, statistics: LayerStatistics, shape: MatrixShape) -> LayerData:
+    """Return a matrix of the model with its statistics, in float64 on the CPU."""
+    module = handle.module.get_submodule(shape.name)
+    bias = bias_of(module)
+    return LayerData(
+        shape=shape,
+        weight=weight_of(module).detach().to("cpu", torch.float64),
+        bias=None if bias is None else bias.detach().to("cpu", torch.float64),
+        inputs=statistics.inputs[shape.input_group],
+        outputs=statistics.outputs.get(shape.name),
+    )
+
+
+def factorize(
+    handle: ModelHandle,
+    statistics: LayerStatistics,
+    units: Sequence[Unit],
+    config: CompressionConfig,
+    *,
+    progress: Progress | None = None,
+) -> dict[str, FactorBasis | HeadBasis]:
+    """Decompose every unit once, in float64 on the CPU.
+
+    Raises:
+        ConfigError: no such basis, or it needs gradients and the statistics have none.
+        NumericalError: NaN, Inf or no convergence; names the layer.
+    """
+    basis, damping = metric_named(config.basis), damping_of(config)
+    if basis.needs_gradients and not statistics.outputs:
+        raise ConfigError(
+            f"{basis.label} weighs outputs by their gradients, which were not collected. Collect them with `collect_gradients`."
+        )
+    result: dict[str, FactorBasis | HeadBasis] = {}
+    for done, unit in enumerate(units, start=1):
+        operands = [operand_of(handle, statistics, member) for member in unit.members]
+        if isinstance(unit, HeadUnit):
+            result[unit.name] = factorize_heads(unit, operands[0], operands[1], basis, damping)
+        else:
+            result[unit.name] = factorize_unit(unit, operands, basis, damping)
+        if progress is not None:
+            progress(done, len(units))
+    return result
+
+
+def error_curves(bases: Bases) -> ErrorCurves:
+    """Return e_0 … e_k of every unit, for allocators that know errors."""
+    return {name: np.asarray(basis.errors.numpy(), dtype=np.float64) for name, basis in bases.items()}

@@ -1,4 +1,0 @@
-"""What the top directions of a module's features mean.
-
-``config`` and ``records`` know no torch; ``measuring.top_directions`` does the work.
-"""

@@ -1,0 +1,111 @@
+"""From factors to modules: in which form a compressed matrix is stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from lowrank_core.errors import ConfigError, NumericalError
+from lowrank_core.layers.base import CompressedModule
+from lowrank_core.layers.factored import LowRankLinear
+from lowrank_core.layers.heads import OutputHeads, ValueHeads
+from lowrank_core.layers.pivoted import PivotedLinear
+from lowrank_core.layers.pivoting import fix_gauge, pivot
+
+__all__ = ["FORMS", "STORAGES", "Factors", "HeadFactors", "build_layers"]
+
+FORMS: Mapping[str, type[CompressedModule]] = MappingProxyType(
+    {form.form: form for form in (LowRankLinear, PivotedLinear, ValueHeads, OutputHeads)}
+)
+"""Name in ``config.json`` -> module."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """One unit, a matrix or a stack, at one rank: W_i ~ ups[i] down; float64 on the CPU.
+
+    Attributes:
+        ups: (m_i, r) of each member.
+        down: (r, n), shared.
+        biases: (m_i,) of each member, or None.
+    """
+
+    ups: tuple[Tensor, ...]
+    down: Tensor
+    biases: tuple[Tensor | None, ...]
+
+
+@dataclass(frozen=True)
+class HeadFactors:
+    """The value and output projections of one attention at one rank per head; float64 on the CPU.
+
+    Attributes:
+        values: (groups, r, n), to r dimensions instead of head_dim.
+        value_biases: (groups, r), or None.
+        outputs: (heads, d_out, r): what each head adds from r dimensions.
+        output_bias: (d_out,), or None.
+        head_dim: of the dense layers.
+    """
+
+    values: Tensor
+    value_biases: Tensor | None
+    outputs: Tensor
+    output_bias: Tensor | None
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        (groups, rank, n), (heads, _, read) = self.values.shape, self.outputs.shape
+        if heads % groups or read != rank or not 1 <= rank <= min(self.head_dim, n):
+            raise ConfigError(
+                f"heads: {groups} groups of {rank} values and {heads} heads that read {read}, of head_dim {self.head_dim}, don't fit. "
+                "Heads must be a multiple of the groups, and the rank at most head_dim."
+            )
+
+
+def _factored(name: str, factors: Factors, likes: Sequence[Tensor]) -> Sequence[nn.Module]:
+    return LowRankLinear.stack(factors.ups, factors.down, factors.biases, likes)
+
+
+def _pivoted(name: str, factors: Factors, likes: Sequence[Tensor]) -> Sequence[nn.Module]:
+    return PivotedLinear.stack(pivot(factors.ups, factors.down, name), factors.biases, likes)
+
+
+STORAGES = MappingProxyType({"factored": _factored, "pivoted": _pivoted})
+"""Name -> how the modules of one unit are built."""
+
+
+def _heads(name: str, factors: HeadFactors, likes: Sequence[Tensor]) -> Sequence[nn.Module]:
+    value_like, output_like = likes
+    gauged = fix_gauge(factors.values, factors.value_biases, factors.outputs, name)
+    return (
+        ValueHeads.from_gauged(gauged, factors.head_dim, like=value_like),
+        OutputHeads.from_outputs(gauged.outputs, factors.output_bias, factors.head_dim, like=output_like),
+    )
+
+
+def build_layers(names: Sequence[str], factors: Factors | HeadFactors, storage: str, likes: Sequence[Tensor]) -> dict[str, nn.Module]:
+    """Return the modules of one unit by the names of the layers that they replace; the first leads a stack.
+
+    Arguments:
+        names: of the members; of heads, the value and the output projection.
+        storage: of ``STORAGES``. Heads have one form, for which it is not read.
+        likes: the dense weights, for dtype, device and whether they are trained.
+
+    Raises:
+        ConfigError: no such storage.
+        RankError: a rank outside its limits.
+        NumericalError: a factor that is not finite in the model's dtype; names the layer.
+    """
+    if isinstance(factors, Factors) and storage not in STORAGES:
+        raise ConfigError(f"storage: {storage!r} is not known. Choose from {', '.join(STORAGES)}.")
+    with torch.no_grad():
+        built = _heads(names[0], factors, likes) if isinstance(factors, HeadFactors) else STORAGES[storage](names[0], factors, likes)
+    layers = dict(zip(names, built, strict=True))
+    for (name, layer), like in zip(layers.items(), likes, strict=True):
+        if not all(torch.isfinite(parameter).all() for parameter in layer.parameters()):
+            raise NumericalError(f"{name}: its factors overflow in {like.dtype}. Load the model in float32 or bfloat16.")
+    return layers

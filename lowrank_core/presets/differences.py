@@ -1,0 +1,88 @@
+"""Differences of presets from their papers and published code. Torch-free.
+
+Where paper and published code disagree, the text says which was taken. All presets share what ``COMMON`` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+__all__ = ["COMMON", "DIFFERS"]
+
+COMMON = (
+    "Of all presets: one calibration for all (256 windows unless told otherwise; the papers use 32 to 512 of 2048 tokens), "
+    "decompositions in float64 with a damping of 1e-6 of the mean eigenvalue instead of a Cholesky that is repeated with a larger "
+    "diagonal, only the decoder blocks' linear layers compressed and counted, and the budget spent to the last rank that fits (but by "
+    "`bolaco`), where published codes round each matrix down by itself. One-shot: no fine-tuning afterwards, which most of the papers "
+    "add."
+)
+"""Differences common to all presets."""
+
+DIFFERS: Mapping[str, str] = MappingProxyType(
+    {
+        "bolaco": (
+            "Without the search its ranks are the fixed ratios of the paper's LoRD baseline, scaled to the budget. Ranks in multiples "
+            "of 8 as in the published code; what that rounding leaves is not handed out, and said where it is more than 1 % of the "
+            "budget. Its search follows the published code; that knows LLaMA at 20 and 30 % alone, so the first point of the search is "
+            "theirs in rule, not in numbers: attention at 0.5, the rest at the kept fraction, scaled to meet the budget; with fewer "
+            "validation windows than its 820 the windows are selected from those that there are. The paper's post-training is a "
+            "healing (`--method diagonal`)."
+        ),
+        "svd": "Uniform kept fractions, as in the papers that use it as their baseline; its own source says nothing of language models.",
+        "fwsvd": (
+            "The Fisher information is that of labels sampled from the model; the paper takes the labels of a task, on which it also "
+            "fine-tunes before and after. A row's weight is the sum over the row, as in the paper."
+        ),
+        "asvd": (
+            "α = ½ and abs_mean scaling, as the published code by default. Sensitivity is the perplexity on 32 calibration windows "
+            "(the code's default; the stable-rank estimate of its other option is not offered), on the paper's grid of 0.1 to 0.9, "
+            "which the code cut to 0.4 to 0.9 later. The code stops at a whole cut, which may be the first above the nominal ratio, "
+            "counts unrounded ratios, and compresses the output head, too; here the last cut is made in part, so that the budget is "
+            "met exactly. Exact decompositions, where the code's are randomised (svd_lowrank)."
+        ),
+        "svd_llm": (
+            "Hands out the parameters that the published code floors away (int(m n κ / (m + n)) for each matrix, up to one rank for "
+            "each): slightly higher ranks at the same ratio. Whitening by the symmetric root instead of Cholesky's: the same matrix. "
+            "Neither the code's later update of U from compressed inputs nor its LoRA stage."
+        ),
+        "pifa": (
+            "Only the storage of the paper, around SVD-LLM's factors, at ranks that spend the budget; `mpifa` is the paper's whole "
+            "method. Pivots by the same column-pivoted QR, in float64."
+        ),
+        "mpifa": (
+            "The reconstruction of the published code with the arguments of its README: target of 0.75 x the output from compressed "
+            "inputs + 0.25 x the dense output, U refitted and then V, on at most 128 windows. The code's own default is a factor of 0 "
+            "and one turn. Its V step adds 1e-3 to the summed second moment, here the damping does the same, relative. Its storage "
+            "rounds ranks up to multiples of 16 after they were chosen and so ends above the budget (2.5 to 7 % on a small model); "
+            "here ranks keep to the budget. OWL's layer-wise densities (MPIFA_NS in the paper) are not offered."
+        ),
+        "svd_llm_v2": (
+            "The ratios of the paper's formula with natural logarithms; a loss below e counts as e, and ratios outside [0, 0.99] are "
+            "clipped, of which the paper says nothing. The truncation itself is SVD-LLM's, which two rounds of SVD give as well. No "
+            "published code has these ratios."
+        ),
+        "welore": (
+            "Every singular value above one normalised threshold is kept, and a matrix that would cost more than dense stays dense; "
+            "the paper calls a matrix low-rank only below half of its full rank, and fine-tunes those alone."
+        ),
+        "io_svd": (
+            "The paper's input-output whitening, with uniform ranks: its greedy choice of ranks by first-order losses and its 8-bit "
+            "remapping are not here. The output metric is that of labels sampled from the whole vocabulary instead of the top-k "
+            "expansion of the KL, its exponent is one half, and the inputs are centred with a bias that keeps the mean."
+        ),
+        "aa_svd": (
+            "The closed form of the paper, matrix by matrix in the order of the model; the refinement of each whole block after it, "
+            "which the paper reports to matter most, is not here (a healing by `blockwise` comes near)."
+        ),
+        "basis_sharing": (
+            "Every module type is shared by two neighbouring blocks; the published configurations share q, k, v, up and gate only and "
+            "compress o and down by themselves. Second moments are summed over the group as in the code."
+        ),
+        "data_free": (
+            "All matrices that read one input are stacked (q, k and v; gate and up); the paper stacks q with k and gate with up. "
+            "Uniform ranks."
+        ),
+    }
+)
+"""Preset -> in words, where ours departs."""

@@ -1,0 +1,1 @@
+"""Singular values of weights and eigenvalues of features, and the numbers drawn from them. Torch-free."""

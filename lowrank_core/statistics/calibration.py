@@ -1,0 +1,324 @@
+"""Calibration: block by block over the calibration windows, one set of moments for each input that layers share."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from lowrank_core.config import TOKENS_PER_DIMENSION, CalibrationConfig
+from lowrank_core.errors import ModelError
+from lowrank_core.models.blocks import BlockRunner
+from lowrank_core.models.handle import LayerSpec, ModelHandle
+from lowrank_core.spectra.spectrum import LayerSpectrum, condition_number
+from lowrank_core.statistics.influence import InfluenceAccumulator
+from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
+from lowrank_core.statistics.pooling import PooledAccumulator, check_groups, trimmed
+from lowrank_core.statistics.store import (
+    HiddenStates,
+    StoredStatistics,
+    block_path,
+    exclusive,
+    finish,
+    finished_blocks,
+    is_finished,
+    statistics_folder,
+    write_block,
+)
+from lowrank_core.text.windows import WindowSet
+from lowrank_core.types import Progress, Vector
+from lowrank_core.wording import amount
+
+__all__ = ["LayerStatistics", "cached_statistics", "collect_statistics", "load_statistics", "statistics_key"]
+
+_FORMAT = 3
+"""Raise it when the meaning of a stored statistic changes: old caches are then ignored."""
+
+_MATRICES = 5
+"""Float64 matrices that an input holds at most while its block is calibrated: group, total, pool, and two on the way out."""
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """Statistics of every input, by input group, and how they were gathered.
+
+    Attributes:
+        inputs: by input group; from a store each is read when it is asked for, so keep what you need of it.
+        config: of the calibration.
+        seconds: that it took.
+        outputs: moments of the output gradients by layer name, empty unless they were added (``with_outputs``).
+        influence: of each block that was run, by depth: 1 - E[cos] of the hidden states before and after it.
+    """
+
+    inputs: Mapping[str, InputStatistics]
+    config: CalibrationConfig
+    seconds: float
+    outputs: Mapping[str, OutputStatistics] = field(default_factory=dict)
+    influence: tuple[float, ...] = ()
+
+    def with_outputs(self, outputs: Mapping[str, OutputStatistics]) -> LayerStatistics:
+        """Return the same with moments of the output gradients, as ``collect_gradients`` gives them."""
+        return replace(self, outputs=outputs)
+
+    def warnings(self) -> tuple[str, ...]:
+        """Return what a user should know before trusting the covariances."""
+        gradients = "Use more windows of gradients."
+        return (
+            *_thin(_sizes(self.inputs), "covariances", "Use more calibration windows."),
+            *_thin(_sizes(self.outputs), "gradient moments", gradients),
+        )
+
+    def describe(self, spectra: Sequence[LayerSpectrum], layers: Sequence[LayerSpec]) -> dict[str, object]:
+        """Return the metrics of each input, ready for JSON; ``spectra`` give the conditions of the covariances."""
+        members: dict[str, list[str]] = {}
+        for layer in layers:
+            members.setdefault(layer.input_group, []).append(layer.name)
+        values = {s.shape.name: s.input_eigenvalues for s in spectra}
+        return {
+            "tokens": max(tokens for tokens, _ in _sizes(self.inputs).values()),
+            "seconds": self.seconds,
+            "group_size": self.config.group_size,
+            "group_weights": self.config.group_weights,
+            "robust": self.config.robust,
+            "influence": list(self.influence),
+            "inputs": [_describe_input(name, members[name], s, values[name]) for name, s in self.inputs.items()],
+            "warnings": list(self.warnings()),
+        }
+
+
+def _sizes(statistics: Mapping[str, InputStatistics] | Mapping[str, OutputStatistics]) -> Mapping[str, tuple[int, int]]:
+    """Return (tokens, width) of each entry."""
+    if isinstance(statistics, StoredStatistics):
+        return statistics.sizes
+    return {name: (entry.count, entry.width) for name, entry in statistics.items()}
+
+
+def _thin(sizes: Mapping[str, tuple[int, int]], what: str, advice: str) -> tuple[str, ...]:
+    thin = {name: size for name, size in sizes.items() if size[0] < TOKENS_PER_DIMENSION * size[1]}
+    if not thin:
+        return ()
+    worst = min(thin, key=lambda name: thin[name][0] / thin[name][1])
+    tokens, width = thin[worst]
+    return (
+        f"{len(thin)} of {len(sizes)} {what} rest on fewer than {TOKENS_PER_DIMENSION} tokens per dimension "
+        f"(the thinnest, {worst}: {tokens} tokens for {width} dimensions). {advice}",
+    )
+
+
+def _describe_input(name: str, layers: list[str], statistics: InputStatistics, values: Vector) -> dict[str, object]:
+    return {
+        "input_group": name,
+        "width": statistics.width,
+        "layers": layers,
+        "tokens": statistics.count,
+        "tokens_per_dimension": statistics.count / statistics.width,
+        "condition": condition_number(float(values[0]), float(values[-1]), statistics.width),
+        "group_tokens": statistics.group_counts.tolist(),
+        "group_kept": [weight > 0 for weight in statistics.group_weights.tolist()],
+        "group_traces": statistics.group_traces.tolist(),
+        "group_mean_shifts": statistics.group_mean_shifts.tolist(),
+        "pooled_to_sample": statistics.pooled_to_sample,
+    }
+
+
+@contextmanager
+def _recording(handle: ModelHandle, accumulators: Mapping[str, PooledAccumulator], context: int) -> Iterator[None]:
+    """Feed the accumulators while the model runs; the hooks are gone afterwards whatever happens."""
+
+    def hook_for(name: str, accumulator: PooledAccumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            accumulator.update(_by_window(name, arguments[0], context))
+
+        return hook
+
+    hooks = [handle.module.get_submodule(name).register_forward_pre_hook(hook_for(name, a)) for name, a in accumulators.items()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _by_window(name: str, inputs: Tensor, context: int) -> Tensor:
+    """Return inputs as (windows, context, n); OPT, for one, flattens them to (tokens, n) before its feed-forward layers."""
+    if inputs.ndim == 3:
+        return inputs
+    if inputs.shape[0] % context:
+        raise ModelError(f"{name} sees only some of the tokens (an expert that others are routed to); such layers can't be calibrated.")
+    return inputs.reshape(-1, context, inputs.shape[-1])
+
+
+class _Calibration:
+    """One calibration: its blocks, what each of them needs, and the hidden states between them."""
+
+    def __init__(self, handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, folder: Path | None = None) -> None:
+        if not handle.layers:
+            raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the dense model model.")
+        handle.check_tokens(windows.ids)
+        check_groups(config.robust, windows.windows, config.group_size)
+        self.handle, self.windows, self.config, self.folder = handle, windows, config, folder
+        self.blocks = 1 + max(layer.shape.depth for layer in handle.layers)
+        self.widths: list[dict[str, int]] = [{} for _ in range(self.blocks)]
+        for layer in handle.layers:
+            self.widths[layer.shape.depth].setdefault(layer.input_group, layer.shape.d_in)
+        self.batches = -(-windows.windows // config.batch_size)
+        self._runner = BlockRunner(handle)
+        self._hidden = HiddenStates(windows.windows, folder)
+
+    @property
+    def total(self) -> int:
+        return self.blocks * self.batches
+
+    def check_memory(self) -> None:
+        """Raise ModelError unless the largest block's covariances fit, and all results and hidden states where nothing is stored."""
+        groups = -(-self.windows.windows // self.config.group_size)
+        waiting = 2 * trimmed(groups) if self.config.robust == "trimmed" else 0
+        squares = [8 * sum(width * width for width in widths.values()) for widths in self.widths]
+        needed = (_MATRICES + waiting) * max(squares)
+        if self.folder is None:
+            hidden = self.windows.ids.numel() * int(self.handle.module.config.hidden_size) * self.handle.module.dtype.itemsize
+            needed += 2 * sum(squares) + hidden
+        free = psutil.virtual_memory().available
+        if self.handle.device.type == "cpu" and needed > free:
+            raise ModelError(
+                f"calibration of {self.handle.reference} needs about {amount(needed)} for its covariances, "
+                f"and {amount(free)} are free. Use a machine with more memory, or a smaller model."
+            )
+
+    @torch.inference_mode()
+    def run_block(self, block: int, progress: Progress | None) -> tuple[dict[str, InputStatistics], float]:
+        """Take all windows past ``block``; return the moments of its inputs, and its influence."""
+        config, size = self.config, self.config.batch_size
+        accumulators = {
+            group: PooledAccumulator(
+                group,
+                width,
+                group_size=config.group_size,
+                group_weights=config.group_weights,
+                robust=config.robust,
+                windows=self.windows.windows,
+                device=self.handle.device,
+            )
+            for group, width in self.widths[block].items()
+        }
+        name = self._runner.names[block]
+        influence = InfluenceAccumulator(name)
+        with _recording(self.handle, accumulators, self.windows.context), influence.watching(self.handle.module.get_submodule(name)):
+            for batch in range(self.batches):
+                span = slice(batch * size, (batch + 1) * size)
+                hidden = self._runner.run(block, self.windows.ids[span], self._hidden.read(span))
+                influence.update(hidden)
+                if block + 1 < self.blocks:
+                    self._hidden.write(span, hidden)
+                if progress is not None:
+                    progress(block * self.batches + batch + 1, self.total)
+        if block + 1 < self.blocks:
+            self._hidden.advance(block)
+        return {group: accumulators.pop(group).finish() for group in list(accumulators)}, influence.finish()
+
+    @property
+    def stored_blocks(self) -> int:
+        """Return the number of consecutive stored blocks in ``folder``."""
+        assert self.folder is not None
+        return next((b for b in range(self.blocks) if not block_path(self.folder, "inputs", b).exists()), self.blocks)
+
+    def store_blocks(self, progress: Progress | None) -> None:
+        """Run the blocks that ``folder`` does not have, from the hidden states that it keeps; each block goes there at once."""
+        assert self.folder is not None
+        done = finished_blocks(self.folder, "inputs")
+        first = next((block for block in range(self.blocks) if block not in done), self.blocks)
+        if 0 < first < self.blocks:
+            self._hidden.resume(first - 1)
+        for block in range(first, self.blocks):
+            began = time.perf_counter()
+            result, influence = self.run_block(block, progress)
+            write_block(block_path(self.folder, "inputs", block), result, time.perf_counter() - began, influence=influence)
+            self._hidden.forget(block - 1)
+
+
+def collect_statistics(
+    handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, progress: Progress | None = None
+) -> LayerStatistics:
+    """Run the model block by block over ``windows``; return the moments of every input of its compressible layers, in memory.
+
+    The same model, windows and config give bit-equal results on one machine. ``progress`` counts blocks times batches.
+
+    Raises:
+        NumericalError: an input or a hidden state holds NaN or Inf; names the layer or the block.
+        ModelError: the model has nothing to compress or can't be run by blocks, the windows do not fit it, the covariances do not fit
+            in memory, or a layer does not see every token.
+        ConfigError: too few groups of windows for trimmed pooling.
+    """
+    calibration = _Calibration(handle, windows, config)
+    calibration.check_memory()
+    began = time.perf_counter()
+    inputs: dict[str, InputStatistics] = {}
+    influence = []
+    for block in range(calibration.blocks):
+        result, changed = calibration.run_block(block, progress)
+        inputs |= result
+        influence.append(changed)
+    return LayerStatistics(inputs, config, time.perf_counter() - began, influence=tuple(influence))
+
+
+def statistics_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
+    """Return the name of these statistics: a hash of model, tokens, layers with the input that each reads, and config.
+
+    Neither the batch size nor what gradients use is in it; nor is the context, which ``statistics_folder`` adds.
+    """
+    layers = sorted((layer.name, layer.input_group) for layer in handle.layers)
+    parts = [_FORMAT, handle.fingerprint, windows.sha256, config.group_size, config.group_weights, config.robust, layers]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def cached_statistics(
+    handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, store: Path, *, progress: Progress | None = None
+) -> tuple[LayerStatistics, bool]:
+    """Return the statistics, and whether ``store`` had them; new ones are kept there block by block, named by their content.
+
+    Memory holds the model and one block's moments; hidden states are in a mapped file. An interrupted calibration goes on after its
+    last finished block, with the same bits. Where another process is at the same one, this one waits, and takes its result.
+
+    Raises:
+        as ``collect_statistics``; NumericalError also where the stored ones are damaged.
+    """
+    folder = statistics_folder(store, statistics_key(handle, windows, config), windows.context)
+    stored = load_statistics(folder, config)
+    if stored is not None:
+        return stored, True
+    calibration = _Calibration(handle, windows, config, folder)
+    calibration.check_memory()
+
+    def waiting() -> None:
+        if progress is not None:
+            progress(calibration.stored_blocks * calibration.batches, calibration.total)
+
+    with exclusive(folder, waiting):
+        stored = load_statistics(folder, config)
+        if stored is not None:
+            return stored, True
+        calibration.store_blocks(progress)
+        finish(folder)
+    stored = load_statistics(folder, config)
+    assert stored is not None
+    return stored, False
+
+
+def load_statistics(folder: Path, config: CalibrationConfig) -> LayerStatistics | None:
+    """Return the statistics in ``folder``, each input to be read when it is asked for; None if there are none, or not yet all.
+
+    Raises:
+        NumericalError: they are damaged.
+    """
+    if not is_finished(folder):
+        return None
+    inputs = StoredStatistics(folder, "inputs", InputStatistics)
+    return LayerStatistics(inputs, config, inputs.seconds, influence=tuple(inputs.influence))

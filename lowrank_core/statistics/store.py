@@ -1,0 +1,317 @@
+"""Statistics on disk: a safetensors file for each finished block, read one entry at a time.
+
+A folder, named by the content that the statistics come from, holds ``inputs/block-000.safetensors`` … (or ``outputs/…``), each written
+whole or not at all, and ``done.json`` once all are there. While it grows it also holds the hidden states after the last finished block.
+
+``checksums.json`` has the size and the SHA-256 of each of these files, entered before a file gets its name. They are compared whenever a
+folder is opened, and before an interrupted calibration goes on: a damaged, swapped or foreign block is never believed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from shutil import disk_usage
+from typing import Any, Generic, TypeVar
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lowrank_core.errors import ModelError, NumericalError, RunError
+from lowrank_core.models.integrity import sha256_of
+from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
+from lowrank_core.wording import amount
+
+__all__ = [
+    "HiddenStates",
+    "StoredStatistics",
+    "block_path",
+    "exclusive",
+    "finish",
+    "finished_blocks",
+    "is_finished",
+    "statistics_folder",
+    "write_block",
+]
+
+S = TypeVar("S", InputStatistics, OutputStatistics)
+
+_FORMAT = 2
+"""Of the folders. 1 had no checksums: what is in them can't be trusted, so that such statistics are computed again."""
+
+_DONE = "done.json"
+_CHECKSUMS = "checksums.json"
+_POLL_SECONDS = 0.5
+
+
+@contextmanager
+def _damage_told(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise NumericalError(f"the stored statistics in {folder} are damaged ({error}). Delete that folder and calibrate again.") from error
+
+
+def statistics_folder(store: Path, key: str, context: int) -> Path:
+    """Return where ``store`` keeps the statistics that are called ``key``, of windows of ``context`` tokens.
+
+    The key hashes tokens alone, as runs have recorded it: the same tokens may be cut into 50 windows of 16, or 25 of 32.
+    """
+    return store / f"{key}-{context}-{_FORMAT}"
+
+
+def _checksums(folder: Path) -> dict[str, tuple[int, str]]:
+    """Return file -> size and SHA-256; a folder that was renamed holds other statistics than its name says."""
+    try:
+        body = json.loads((folder / _CHECKSUMS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    if body["statistics"] != folder.name:
+        raise ValueError(f"{_CHECKSUMS} is of {body['statistics']}")
+    return {str(name): (int(size), str(digest)) for name, (size, digest) in body["files"].items()}
+
+
+def _enter(folder: Path, name: str, file: Path) -> None:
+    """Enter the checksum of ``file``, which is called ``name`` next."""
+    files = {**_checksums(folder), name: (file.stat().st_size, sha256_of(file))}
+    partial = folder / f"{_CHECKSUMS}.partial"
+    partial.write_text(json.dumps({"statistics": folder.name, "files": files}, indent=1), encoding="utf-8")
+    partial.replace(folder / _CHECKSUMS)
+
+
+def _check(folder: Path, name: str) -> None:
+    entered = _checksums(folder).get(name)
+    if entered is None:
+        raise ValueError(f"{name} has no checksum")
+    size, digest = entered
+    if (result := (folder / name).stat().st_size) != size:
+        raise ValueError(f"{name} is cut short: {result} bytes of {size}")
+    if sha256_of(folder / name) != digest:
+        raise ValueError(f"{name} is not what was written: its SHA-256 differs")
+
+
+def finished_blocks(folder: Path, part: str) -> set[int]:
+    """Return the blocks of ``part`` that are there, each checked.
+
+    Raises:
+        NumericalError: one is damaged.
+    """
+    paths = sorted((folder / part).glob("block-*.safetensors"))
+    with _damage_told(folder):
+        for path in paths:
+            _check(folder, f"{part}/{path.name}")
+        return {int(path.stem.removeprefix("block-")) for path in paths}
+
+
+def block_path(folder: Path, part: str, block: int) -> Path:
+    """Return the file of a finished block; ``part`` is inputs or outputs."""
+    return folder / part / f"block-{block:03d}.safetensors"
+
+
+def write_block(path: Path, statistics: Mapping[str, S], seconds: float, *, influence: float | None = None) -> None:
+    """Write the statistics of a block, with its influence where that was measured: whole, or not at all."""
+    tensors = {}
+    for name, entry in statistics.items():
+        for field in fields(entry):
+            value = getattr(entry, field.name)
+            tensors[f"{name}/{field.name}"] = value.contiguous().clone() if isinstance(value, Tensor) else torch.tensor(value)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    metadata = {"names": json.dumps(list(statistics)), "seconds": repr(seconds)}
+    save_file(tensors, partial, metadata=metadata if influence is None else {**metadata, "influence": repr(influence)})
+    _enter(path.parents[1], f"{path.parent.name}/{path.name}", partial)
+    partial.replace(path)
+
+
+def finish(folder: Path) -> None:
+    """Mark the statistics in ``folder`` as complete, and remove what only their making needed."""
+    blocks = len(list(folder.glob("*/block-*.safetensors")))
+    partial = folder / f"{_DONE}.partial"
+    partial.write_text(json.dumps({"blocks": blocks}), encoding="utf-8")
+    partial.replace(folder / _DONE)
+    for path in folder.glob("hidden-*"):
+        path.unlink(missing_ok=True)
+
+
+def is_finished(folder: Path) -> bool:
+    """Return whether ``folder`` holds complete statistics.
+
+    Raises:
+        NumericalError: it should, and blocks are missing.
+    """
+    with _damage_told(folder):
+        try:
+            expected = int(json.loads((folder / _DONE).read_text(encoding="utf-8"))["blocks"])
+        except FileNotFoundError:
+            return False
+        result = len(list(folder.glob("*/block-*.safetensors")))
+        if result != expected:
+            raise ValueError(f"{result} blocks of {expected}")
+    return True
+
+
+class StoredStatistics(Mapping[str, S], Generic[S]):
+    """Statistics by name, each read from its block's file when it is asked for, and not kept. All files are checked at the start.
+
+    Attributes:
+        sizes: (tokens, width) of each entry, without reading it.
+        seconds: that measuring took, over all blocks.
+        influence: of each block that has one, in their order.
+    """
+
+    def __init__(self, folder: Path, part: str, kind: type[S]) -> None:
+        """Raises NumericalError: a file is damaged."""
+        self._folder = folder
+        self._kind: type[S] = kind
+        self._places: dict[str, Path] = {}
+        self.sizes: dict[str, tuple[int, int]] = {}
+        self.seconds = 0.0
+        self.influence: list[float] = []
+        with _damage_told(folder):
+            for block in sorted(finished_blocks(folder, part)):
+                self._index(block_path(folder, part, block))
+
+    def _index(self, path: Path) -> None:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata()
+            self.seconds += float(metadata["seconds"])
+            if "influence" in metadata:
+                self.influence.append(float(metadata["influence"]))
+            for name in json.loads(metadata["names"]):
+                self._places[name] = path
+                self.sizes[name] = (int(file.get_tensor(f"{name}/count")), _width(file, name, self._kind))
+
+    def __getitem__(self, name: str) -> S:
+        """Raises NumericalError: a value is not finite, or the file has been damaged since."""
+        path = self._places[name]
+        with _damage_told(self._folder), safe_open(path, framework="pt") as file:
+            values: dict[str, Any] = {field.name: file.get_tensor(f"{name}/{field.name}") for field in fields(self._kind)}
+            for part, value in values.items():
+                if not torch.isfinite(value.sum()):  # as good as looking at each, and ten times as fast
+                    raise ValueError(f"{name}: {part.replace('_', ' ')} holds NaN or Inf")
+        values["count"] = int(values["count"])
+        entry: S = self._kind(**values)
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _width(file: Any, name: str, kind: type[InputStatistics] | type[OutputStatistics]) -> int:
+    vector = "mean" if kind is InputStatistics else "fisher_rows"
+    return int(file.get_slice(f"{name}/{vector}").get_shape()[0])
+
+
+@contextmanager
+def exclusive(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold ``folder`` for this process, to write there; ``waiting`` is called twice a second while another has it, and may raise.
+
+    Raises:
+        RunError: it can't be written to, or the disk is full.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
+        while True:
+            try:
+                lock.acquire(timeout=_POLL_SECONDS)
+                break
+            except Timeout:
+                waiting()
+        try:
+            yield
+        finally:
+            lock.release()
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise RunError(
+            f"can't write in {folder}: {reason}. Free some space, or set LOWRANK_HOME to a folder that you can write to."
+        ) from error
+
+
+class HiddenStates:
+    """Hidden states (windows, T, d) of all windows between two blocks: in memory, or in mapped files under ``folder``.
+
+    Files carry their form in their name, ``hidden-003.float32.256x4096``; one is renamed to it when its block is done.
+    """
+
+    def __init__(self, windows: int, folder: Path | None = None) -> None:
+        self._windows, self._folder = windows, folder
+        self._previous: Tensor | None = None
+        self._next: Tensor | None = None
+        self._partial: Path | None = None
+
+    def resume(self, block: int) -> None:
+        """Take the stored hidden states after ``block``.
+
+        Raises:
+            NumericalError: they are not there, or damaged.
+        """
+        assert self._folder is not None
+        with _damage_told(self._folder):
+            paths = list(self._folder.glob(f"hidden-{block:03d}.*"))
+            if len(paths) != 1:
+                raise ValueError(f"the hidden states after block {block} are missing")
+            _, dtype, form = paths[0].name.split(".")
+            shape = (self._windows, *(int(size) for size in form.split("x")))
+            _check(self._folder, paths[0].name)
+            self._previous = self._mapped(paths[0], getattr(torch, dtype), shape, new=False)
+
+    def read(self, span: slice) -> Tensor | None:
+        """Return the hidden states of some windows before the current block; None for the first block."""
+        return None if self._previous is None else self._previous[span]
+
+    def write(self, span: slice, hidden: Tensor) -> None:
+        """Store the hidden states of some windows after the current block.
+
+        Raises:
+            ModelError: the disk has no room for them.
+        """
+        if self._next is None:
+            self._next = self._created(hidden)
+        self._next[span] = hidden.to("cpu")
+
+    def advance(self, block: int) -> None:
+        """``block`` is done: what was written is what the next one reads."""
+        self._previous, self._next = self._next, None
+        if self._partial is not None and self._folder is not None:
+            name = f"hidden-{block:03d}.{self._partial.name.removeprefix('hidden-partial.')}"
+            _enter(self._folder, name, self._partial)
+            self._partial.replace(self._folder / name)
+            self._partial = None
+
+    def forget(self, block: int) -> None:
+        """Remove the stored hidden states after ``block`` and before it."""
+        for path in self._folder.glob("hidden-*.*") if self._folder else ():
+            number = path.name.split(".")[0].removeprefix("hidden-")
+            if number.isdecimal() and int(number) <= block:
+                path.unlink(missing_ok=True)
+
+    def _created(self, like: Tensor) -> Tensor:
+        shape = (self._windows, *like.shape[1:])
+        if self._folder is None:
+            previous = self._previous
+            fits = previous is not None and previous.shape == shape and previous.dtype == like.dtype
+            return previous if fits and previous is not None else torch.empty(shape, dtype=like.dtype)
+        form = "x".join(str(size) for size in shape[1:])
+        self._partial = self._folder / f"hidden-partial.{str(like.dtype).removeprefix('torch.')}.{form}"
+        self._partial.unlink(missing_ok=True)
+        return self._mapped(self._partial, like.dtype, shape, new=True)
+
+    def _mapped(self, path: Path, dtype: torch.dtype, shape: tuple[int, ...], *, new: bool) -> Tensor:
+        count = torch.Size(shape).numel()
+        size = count * dtype.itemsize
+        if new and (free := disk_usage(path.parent).free) < size:  # a mapped file on a full disk ends the process
+            raise ModelError(f"calibration needs {amount(size)} in {path.parent}, and {amount(free)} are free. Make room.")
+        if not new and path.stat().st_size != size:
+            raise ValueError(f"{path.name} is cut short")
+        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).reshape(shape)

@@ -1,0 +1,142 @@
+"""Token-level losses of the compressed against the dense model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from lowrank_core.config.mapping import build
+from lowrank_core.errors import RunError
+from lowrank_core.runs import JsonMapping
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.compare.comparison import filed_as
+from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.trial_names import model_name
+
+__all__ = ["TokenStrip", "strips", "worst_spec", "worst_tokens"]
+
+_MIN_SCALE = 0.1  # nats: below, differences are noise of rounding, and would be painted as losses
+_QUANTILE = 0.98
+_BEFORE = 32  # characters of context in the table
+
+
+@dataclass(frozen=True)
+class TokenStrip:
+    """A text evaluated by both models.
+
+    Attributes:
+        name: of the compressed model; protocol: which text, and how many tokens.
+        beginning: characters of the first token, which nobody predicts (empty where BOS goes first).
+        frame: a row for each predicted token: position, piece (its characters), nll, dense_nll, extra (nll - dense_nll), kl,
+            likeliest and dense_likeliest (the token that each model held likeliest); nats.
+        scale: nats at which colours end, on both sides.
+    """
+
+    name: str
+    protocol: str
+    beginning: str
+    frame: pd.DataFrame
+    scale: float
+
+    @property
+    def title(self) -> str:
+        """Name and beginning of the text: stable and distinct."""
+        text = " ".join((self.beginning + "".join(self.frame["piece"])).split())
+        return f"{self.name}: {text[:48]}{'…' if len(text) > 48 else ''}"
+
+    @property
+    def words(self) -> str:
+        extra = self.frame["extra"]
+        return (
+            f"Mean extra loss {extra.mean():+z.3g} nats per token; half of the extra loss lies in {_few(extra)} of {len(extra)} tokens; "
+            f"dense {number(self.frame['dense_nll'].mean(), 4)}, compressed {number(self.frame['nll'].mean(), 4)} nats per token."
+        )
+
+
+def _few(extra: pd.Series) -> int:
+    """Return the number of tokens that carry half of the positive extra loss."""
+    losses = np.sort(np.clip(extra.to_numpy(dtype=float), 0.0, None))[::-1]
+    total = losses.sum()
+    return int(np.searchsorted(np.cumsum(losses), total / 2) + 1) if total > 0 else 0
+
+
+@dataclass(frozen=True)
+class _Answer:
+    label: str
+    protocol: str
+    pieces: tuple[object, ...]
+    nll: tuple[float, ...]
+    dense_nll: tuple[float, ...]
+    kl: tuple[float, ...]
+    likeliest: tuple[object, ...]
+    dense_likeliest: tuple[object, ...]
+
+
+def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[TokenStrip]:
+    """Return the evaluated texts, the newest first; each text and model once.
+
+    Raises:
+        RunError: an answer is damaged.
+    """
+    result: dict[tuple[str, tuple[object, ...]], TokenStrip] = {}
+    for body in bodies:
+        if body.get("ok") and body.get("kind") == "tokens":
+            answer = build(_Answer, body, "a token strip")
+            key = filed_as(body), answer.pieces
+            result.pop(key, None)
+            result[key] = _strip(answer, model_name(key[0], trials))
+    return list(reversed(result.values()))
+
+
+def _strip(answer: _Answer, name: str) -> TokenStrip:
+    columns = (answer.nll, answer.dense_nll, answer.kl, answer.likeliest, answer.dense_likeliest)
+    if not answer.nll or any(len(column) != len(answer.pieces) - 1 for column in columns):
+        raise RunError("a token strip does not have one value for each token. Measure it again.")
+    beginning, *pieces = map(str, answer.pieces)
+    frame = pd.DataFrame({"position": range(1, len(pieces) + 1), "piece": pieces, "nll": answer.nll, "dense_nll": answer.dense_nll})
+    frame = frame.astype({"nll": float, "dense_nll": float})
+    frame["extra"] = frame["nll"] - frame["dense_nll"]
+    frame["kl"], frame["likeliest"], frame["dense_likeliest"] = (
+        answer.kl,
+        list(map(str, answer.likeliest)),
+        list(map(str, answer.dense_likeliest)),
+    )
+    scale = max(_MIN_SCALE, float(frame["extra"].abs().quantile(_QUANTILE)))
+    return TokenStrip(name, answer.protocol, beginning, frame, scale)
+
+
+def worst_tokens(strip: TokenStrip, count: int = 15) -> pd.DataFrame:
+    """Return the ``count`` tokens of largest extra loss, in order; ``before`` is the preceding text with visible white space."""
+    text, before = strip.beginning, []
+    for piece in strip.frame["piece"]:
+        before.append(_visible(text[-_BEFORE:]))
+        text += piece
+    frame = strip.frame.assign(before=before)
+    for name in ("piece", "likeliest", "dense_likeliest"):
+        frame[name] = frame[name].map(_visible)
+    return frame.nlargest(count, "extra").reset_index(drop=True)
+
+
+def worst_spec(strip: TokenStrip, count: int = 15, number: int = 1) -> Table:
+    """Return ``worst_tokens`` as it is shown; ``number`` tells several in one report apart."""
+    columns = (
+        Column.whole("position", "Position"),
+        Column.text("before", "After", "The text before it; ␣ is a space, ⏎ a line break.", width="medium"),
+        Column.short("piece", "Token"),
+        Column.number("extra", "Extra loss (nats)", 3, "Compressed minus dense.", 3),
+        Column.number("dense_nll", "Dense (nats)", 3, "-log p.", 3),
+        Column.number("nll", "Compressed (nats)", 3, "-log q.", 3),
+        Column.number("kl", "KL (nats)", 3, "KL(dense ‖ compressed).", 3),
+        Column.short("dense_likeliest", "Dense expects"),
+        Column.short("likeliest", "Compressed expects"),
+    )
+    caption = f"Tokens with the largest extra loss of {strip.name}; the file has all tokens. {strip.protocol}"
+    return Table(worst_tokens(strip, count), columns, caption, f"tokens-{number}", strip.frame)
+
+
+def _visible(text: str) -> str:
+    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(part of a character)"

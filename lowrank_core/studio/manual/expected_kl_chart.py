@@ -1,0 +1,69 @@
+"""Chart of predicted against measured KL divergence."""
+
+from __future__ import annotations
+
+import html
+import math
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from lowrank_core.studio.search.static_chart import MARKS
+from lowrank_core.studio.shared.chart_style import GREY, finished
+from lowrank_core.studio.shared.trial_names import KINDS
+
+__all__ = ["prediction_figure"]
+
+_HEIGHT = 380
+_MARGIN = 0.08  # of a decade, around the points
+
+
+def prediction_figure(predictions: pd.DataFrame, *, now: float | None = None) -> go.Figure:
+    """Draw the measured KL divergence of every trial against the predicted one, on log axes with the diagonal.
+
+    Args:
+        predictions: as ``trial_predictions``.
+        now: the prediction of the draft on screen, a dotted line.
+    """
+    figure = go.Figure()
+    low, high = _ends(predictions, now)
+    figure.add_scatter(
+        x=[low, high], y=[low, high], mode="lines", line={"color": GREY, "width": 1.5, "dash": "dash"}, hoverinfo="skip", showlegend=False
+    )
+    for kind in KINDS:
+        rows = predictions[predictions["kind"] == kind]
+        if len(rows):
+            symbol, colour = MARKS[kind]
+            figure.add_scatter(
+                x=rows["predicted"].to_numpy(),
+                y=rows["measured"].to_numpy(),
+                mode="markers",
+                name=kind,
+                marker={"symbol": symbol, "color": colour, "size": 10},
+                customdata=[[trial, html.escape(str(name))] for trial, name in zip(rows["trial"], rows["name"], strict=True)],
+                hovertemplate="<b>%{customdata[1]}</b><br>predicted %{x:.4g}<br>measured %{y:.4g}<extra></extra>",
+            )
+    finished(figure, height=_HEIGHT, x="Predicted KL (nats per token), log scale", y="Measured KL (nats per token), log scale", top=34)
+    _note(figure, high, "measured = predicted")
+    if now is not None and now > 0:
+        figure.add_vline(x=now, line={"color": GREY, "width": 1.5, "dash": "dot"})
+        figure.add_annotation(
+            text="this draft, predicted", x=math.log10(now), y=1, yref="paper", showarrow=False, yanchor="bottom", font={"size": 11}
+        )
+    ends = [math.log10(low), math.log10(high)]
+    figure.update_xaxes(type="log", range=ends, tickformat="~g", dtick="D2")
+    figure.update_yaxes(type="log", range=ends, tickformat="~g", dtick="D2")
+    figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 0, "yanchor": "bottom"})
+    return figure
+
+
+def _note(figure: go.Figure, high: float, text: str) -> None:
+    place = {"x": math.log10(high), "y": math.log10(high), "xanchor": "right", "yanchor": "bottom"}
+    figure.add_annotation(text=text, showarrow=False, font={"color": GREY, "size": 11}, **place)
+
+
+def _ends(predictions: pd.DataFrame, now: float | None) -> tuple[float, float]:
+    values = [*predictions["predicted"], *predictions["measured"], *([now] if now is not None and now > 0 else [])]
+    if not values:
+        return 1e-3, 1.0
+    return float(min(values)) * 10**-_MARGIN, float(max(values)) * 10**_MARGIN

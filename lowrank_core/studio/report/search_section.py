@@ -1,0 +1,192 @@
+"""Report section: the search, its results and all trials."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lowrank_core.config import OBJECTIVES, SAMPLERS, SearchConfig
+from lowrank_core.runs import Run
+from lowrank_core.studies.records import TrialRecord, read_trials
+from lowrank_core.studio.overview.text_facts import text_facts, trial_windows
+from lowrank_core.studio.report.blocks import (
+    Block,
+    Facts,
+    Folded,
+    Note,
+    Section,
+    json_link,
+)
+from lowrank_core.studio.search.history import Progress, history, progress, search_variables, trials_spec
+from lowrank_core.studio.search.pareto import front, front_spec
+from lowrank_core.studio.search.static_chart import front_figure, history_figure
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, rank_table, search_units
+from lowrank_core.studio.shared.chart_style import Chart
+from lowrank_core.studio.shared.formatting import DASH, number, percent, short_duration
+from lowrank_core.studio.shared.layer_map_chart import map_figure
+from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
+from lowrank_core.studio.shared.summary import unfinished_table
+from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.trial_names import answers_of, ratio_words, trial_label
+
+__all__ = ["search_section"]
+
+_MAX_MAPS = 3
+_MAX_VARIABLES = 8  # columns of a table; all of them are in its CSV
+
+
+def search_section(run: Run) -> Section:
+    """Raises: RunError: the study or model.json is damaged, or the database of the study does not answer."""
+    search = run.config.search
+    if search is None:
+        blocks: tuple[Block, ...] = (Note("info", "This run only analyses the model: it has no search. `lowrank search` starts one."),)
+    else:
+        trials = read_trials(run)
+        blocks = (_choices(search, model_facts(run)), *(_found(run, search, trials) if trials else (_no_trial(run),)))
+    return Section("search", "The rank search", "Search rank allocations under a parameter budget.", blocks)
+
+
+def _no_trial(run: Run) -> Note:
+    return Note("missing", f"No trial has begun yet. `lowrank worker --run {run.path}` goes on with this run.")
+
+
+def _choices(search: SearchConfig, facts: ModelFacts | None) -> Facts:
+    meaning = "of the compressible linears' parameters" if facts is None else facts.coverage.ratio_words(search.compression_ratio)
+    compression = search.compression
+    value_words = "value projections stay dense" if compression.value_dense else "value projections are compressed too"
+    spent = "projected onto the budget" if search.projected else "as published until one meets the budget"
+    return Facts(
+        (
+            ("To remove", ratio_words(search), meaning),
+            ("Objective", OBJECTIVES[search.objective], "on search-validation text; lower is better"),
+            ("Sampler", SAMPLERS[search.sampler], f"seed {search.seed}, {search.startup_trials} points before its model"),
+            ("Space", search.space, f"variables: {search.variables}; points are {spent}"),
+            ("Basis", compression.basis, f"storage {compression.storage}; {value_words}"),
+            ("Stopping early", search.pruner, "rule that stops bad trials"),
+        )
+    )
+
+
+def _found(run: Run, search: SearchConfig, trials: Sequence[TrialRecord]) -> tuple[Block, ...]:
+    now, protocol = progress(trials, search), search_protocol(run, search)
+    best = (_headline(now, search), *_verdict(now), _history(trials, search, protocol))
+    if search.max_ratio is not None:  # no single best value, so no history of it
+        best = _front(trials, search, protocol)
+    facts = model_facts(run)
+    maps = _allocations(run, trials, search, facts, protocol) if facts is not None else ()
+    return (*best, *maps, _unfinished(trials), _all_trials(trials, search))
+
+
+def search_protocol(run: Run, search: SearchConfig) -> str:
+    """Return the protocol line of a search: text, windows, tokens, dtype."""
+    facts, model, windows = text_facts(run), model_facts(run), trial_windows(run)
+    words = [
+        f"{facts.reference}, validation split, {windows.words}" if facts and windows else "Validation split",
+        f"model {model.reference} held as {model.dtype}" if model else "",
+        "trials in bfloat16" if search.autocast else "",
+        f"KL on the {search.top_k} likeliest tokens and the rest: a lower bound" if search.top_k else "",
+    ]
+    return "; ".join(word for word in words if word) + ". Search-validation values are minimised, so optimistic; report test values."
+
+
+def _headline(now: Progress, search: SearchConfig) -> Facts:
+    best = now.best
+    return Facts(
+        (
+            ("Trials complete", f"{now.complete} of {now.wanted}", ", ".join(now.counts.parts)),
+            ("Best trial", trial_label(best) if best else DASH, "lowest value; on validation text"),
+            ("Best value", number(best.value, 4) if best else DASH, OBJECTIVES[search.objective]),
+            (
+                "Its perplexity",
+                number(best.perplexity, 4) if best else DASH,
+                f"on validation text; uniform: {number(now.uniform_perplexity, 4)}",
+            ),
+            ("Below uniform", percent(now.gain), f"of the uniform baseline's value, {number(now.uniform_value, 4)}"),
+            ("Removed", percent(best.compression_ratio, 2) if best else DASH, "of the compressible linears' parameters, as counted"),
+            ("Time of a trial", short_duration(now.seconds), "median"),
+        )
+    )
+
+
+def _verdict(now: Progress) -> list[Note]:
+    """Return a warning if no trial is complete or none beats its start."""
+    if now.best is None:
+        return [Note("missing", "No trial is complete, so there is no best one.")]
+    if now.gain is not None and now.gain <= 0:
+        return [Note("warning", "The search found nothing better than the uniform baseline.")]
+    if now.best.label != "sampled":
+        return [Note("info", f"No sampled trial beat {trial_label(now.best)}: the search ended where it began.")]
+    return []
+
+
+def _history(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -> Block:
+    view = history(trials, search.objective)
+    return Chart(
+        history_figure(view),
+        view.trials,
+        name="history",
+        title="Every trial on search-validation text",
+        how="lower is better; green steps are the best so far, dashed lines the baselines. Triangles that point down were stopped "
+        "early and stand at the loss of the windows they saw; crosses failed, and stand above all others.",
+        alt="Objective of each trial in trial order, with baselines and the best so far; the table of trials has the same",
+        protocol=protocol,
+    )
+
+
+def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -> tuple[Block, ...]:
+    view = front(trials, search.objective)
+    if view.best.empty:
+        return (Note("missing", "No trial is complete, so there is no Pareto front."),)
+    figure = Chart(
+        front_figure(view),
+        view.trials,
+        name="front",
+        title="Loss against compression ratio",
+        how="lower and further right is better. The green steps are the Pareto front. Dashed lines join the points of a baseline.",
+        alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front; the table below has the front",
+        protocol=protocol,
+    )
+    return figure, front_spec(trials, search)
+
+
+def _allocations(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, facts: ModelFacts, protocol: str) -> list[Block]:
+    """Return the allocation maps of the results: the best trial, or points of the front, evenly spaced."""
+    results = [trial for trial in answers_of(trials, search) if trial.ranks]
+    count = min(_MAX_MAPS, len(results))
+    chosen = [results[round(index * (len(results) - 1) / max(1, count - 1))] for index in range(count)]
+    return [block for trial in chosen for block in _allocation(run, trial, search, facts, protocol)]
+
+
+def _allocation(run: Run, trial: TrialRecord, search: SearchConfig, facts: ModelFacts, protocol: str) -> tuple[Block, ...]:
+    units = search_units(facts.matrices, search.compression, facts.head_units)
+    result = allocation_of(trial, units)
+    view, ranks, name = allocation_map(result, units), rank_table(result, units), f"trial-{trial.number}"
+    figure = Chart(
+        map_figure(view),
+        view.frame,
+        name=f"allocation-{name}",
+        title=f"Where {trial_label(trial)} keeps its parameters (%)",
+        how=f"bright cells keep most of their parameters, 100 is dense; {percent(result.compression_ratio)} of the linears' parameters are "
+        "removed in all. Modules that share a rank show that of their unit.",
+        alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}; the table of its ranks has the same",
+        protocol=protocol,
+    )
+    columns = (Column.text("layer", "Unit"), Column.whole("rank", "Rank (– is dense)"), Column.whole("most", "Largest rank that saves"))
+    rows = Table(ranks.reset_index(), columns, f"Ranks of {trial_label(trial)}", f"ranks-{name}")
+    file = json_link(result.to_json(), f"{run.id}-{name}.json", "Allocation (JSON), for `lowrank compress --ranks`")
+    return figure, Folded(f"Ranks of {trial_label(trial)}", (file, rows))
+
+
+def _unfinished(trials: Sequence[TrialRecord]) -> Block:
+    frame = unfinished_table(trials)
+    if frame.empty:
+        return Note("info", "Every trial was measured to the end, within the budget.")
+    columns = (Column.text("name", "Trial"), Column.text("state", "Kind"), Column.text("reason", "Outcome"))
+    caption = "Trials that do not count: stopped early, outside the budget, failed, or not at their end"
+    return Table(frame, columns, caption, "unfinished-trials")
+
+
+def _all_trials(trials: Sequence[TrialRecord], search: SearchConfig) -> Block:
+    rows = trials_spec(trials, search, _MAX_VARIABLES)
+    hidden = len(search_variables(trials, search)) - _MAX_VARIABLES
+    notes = (Note("info", f"{hidden} more variables of the space are in the CSV file."),) if hidden > 0 else ()
+    return Folded(f"All {len(trials)} trials", (*notes, rows))

@@ -1,0 +1,204 @@
+"""Data of a running search: history, baselines, best so far, trial table."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import pandas as pd
+
+from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.config import OBJECTIVES, SearchConfig
+from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
+from lowrank_core.studies.space import RATIO
+from lowrank_core.studio.shared.formatting import local_time
+from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.trial_names import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
+
+__all__ = [
+    "History",
+    "Progress",
+    "Variable",
+    "better_half",
+    "history",
+    "progress",
+    "search_variables",
+    "trial_table",
+    "trials_spec",
+    "value_columns",
+]
+
+
+_COLUMNS = ("trial", "state", "kind", "value", "perplexity", "kl", "removed", "seconds", "worker", "started")
+
+
+@dataclass(frozen=True)
+class History:
+    """Trials of a study with baselines.
+
+    Attributes:
+        objective: label of the value, with its unit.
+        trials: columns number, state, kind (one of ``KINDS``), value (NaN without one), partial (of what was stopped early: the mean
+            over the windows it saw, where the objective is one), best (lowest value so far), note.
+        baselines: label -> value of the enqueued baselines that are complete.
+    """
+
+    objective: str
+    trials: pd.DataFrame
+    baselines: Mapping[str, float]
+
+
+def history(trials: Sequence[TrialRecord], objective: str) -> History:
+    """Return the history of ``trials`` by number."""
+    stopped = [partial_value(trial) if trial.state == "pruned" and objective == "kl" else None for trial in trials]
+    frame = pd.DataFrame(
+        {
+            "number": [trial.number for trial in trials],
+            "state": [trial.state for trial in trials],
+            "kind": [kind_of(trial) for trial in trials],
+            "value": pd.Series([trial.value for trial in trials], dtype=float),
+            "partial": pd.Series(stopped, dtype=float),
+            "note": [trial_note(trial) for trial in trials],
+        }
+    )
+    frame["best"] = frame["value"].where(frame["state"] == "complete").cummin().ffill()
+    return History(OBJECTIVES[objective], frame, _baselines(trials))
+
+
+def better_half(view: History) -> History:
+    """Return ``view`` without values worse than the median; the best baseline and trials without a value stay."""
+    height = view.trials["value"].fillna(view.trials["partial"])
+    limit = max([height.median(), *sorted(view.baselines.values())[:1]])
+    kept = {name: value for name, value in view.baselines.items() if value <= limit}
+    return replace(view, trials=view.trials[~(height > limit)], baselines=kept)
+
+
+def _baselines(trials: Sequence[TrialRecord]) -> dict[str, float]:
+    complete = [trial for trial in trials if trial.label in ALLOCATORS and trial.state == "complete"]
+    return {ALLOCATORS[trial.label].label: trial.value for trial in complete if trial.value is not None}
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Progress of a search, and its best value against uniform, on search-validation text.
+
+    Attributes:
+        counts: of its trials.
+        best: None without one, and for a search over a range of ratios.
+        seconds: median time of a trial that was measured to the end.
+    """
+
+    counts: TrialCounts
+    wanted: int
+    best: TrialRecord | None
+    uniform_value: float | None
+    uniform_perplexity: float | None
+    seconds: float | None = None
+
+    @property
+    def complete(self) -> int:
+        """Finished trials, stopped early or not, without manual ones."""
+        return self.counts.complete
+
+    @property
+    def gain(self) -> float | None:
+        """The fraction by which the best value lies below the uniform one; None without both."""
+        if self.best is None or self.best.value is None or not self.uniform_value:
+            return None
+        return 1 - self.best.value / self.uniform_value
+
+
+def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
+    """Return the progress of a search."""
+    uniform = next((trial for trial in trials if trial.label == "uniform" and trial.state == "complete"), None)
+    times = [trial.seconds for trial in trials if trial.finished and trial.seconds is not None]
+    return Progress(
+        counts=counts_of(trials),
+        wanted=search.trials,
+        best=best_trial(trials) if search.max_ratio is None else None,
+        uniform_value=uniform.value if uniform else None,
+        uniform_perplexity=uniform.perplexity if uniform else None,
+        seconds=statistics.median(times) if times else None,
+    )
+
+
+def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:
+    """Return a row for each trial, by number, with a column for each variable of the space."""
+    chosen = {trial.number for trial in answers_of(trials, search)}
+    mark = " ★ best" if search.max_ratio is None else " ★ front"
+    rows = [
+        {
+            "trial": trial.number,
+            "state": kind_of(trial) if trial.state in ("pruned", "infeasible") else trial.state,
+            "kind": _kind(trial) + (mark if trial.number in chosen else ""),
+            "value": trial.value,
+            "perplexity": trial.perplexity,
+            "kl": trial.kl,
+            "removed": trial.compression_ratio,
+            "seconds": trial.seconds,
+            "worker": trial.worker or None,
+            "started": None if trial.started is None else local_time(trial.started),
+            **trial.params,
+        }
+        for trial in trials
+    ]
+    return pd.DataFrame(rows, columns=None if rows else list(_COLUMNS))
+
+
+def value_columns(search: SearchConfig) -> list[Column]:
+    """Return the value columns of trials; the objective appears once."""
+    columns = [
+        Column.number("value", OBJECTIVES[search.objective]),
+        Column.number("perplexity", "Perplexity", 2),
+        Column.number("kl", "KL (nats/token)"),
+    ]
+    return [column for column in columns if column.name != search.objective]
+
+
+def trials_spec(trials: Sequence[TrialRecord], search: SearchConfig, variables: int | None = None) -> Table:
+    """Return ``trial_table`` as it is shown, with so many of the space's variables: all unless it is said."""
+    columns = [
+        Column.whole("trial", "Trial"),
+        Column.text("state", "State"),
+        Column.text("kind", "Kind", width=220),
+        *value_columns(search),
+        Column.share("removed", "Removed, linears", digits=2),
+        Column.number("seconds", "Seconds", 1, digits=3),
+        *(Column.number(each.name, each.label, 3, each.meaning, 3) for each in search_variables(trials, search)[:variables]),
+    ]
+    return Table(trial_table(trials, search), columns, "Every trial, on search-validation text", "trials")
+
+
+def _kind(trial: TrialRecord) -> str:
+    return trial_label(trial).split(" (trial")[0] if trial.label != "sampled" else "sampled"
+
+
+@dataclass(frozen=True)
+class Variable:
+    """A variable of the search space: its name in the study, the head of its column, and what its values mean."""
+
+    name: str
+    label: str
+    meaning: str
+
+
+def search_variables(trials: Sequence[TrialRecord], search: SearchConfig) -> list[Variable]:
+    """Return the variables of the space, in the order of the study."""
+    names = dict.fromkeys(name for trial in trials for name in trial.params)
+    return [_variable(name, search) for name in names]
+
+
+def _variable(name: str, search: SearchConfig) -> Variable:
+    if name == RATIO:
+        return Variable(name, "Target ratio", "Fraction of parameters to remove, as proposed by the sampler.")
+    group = unit_label(name) if "." in name else {"qk": "q, k"}.get(name, name)
+    if search.variables == "error_weight":
+        return Variable(
+            name, f"Weight of {group}", "On the errors of these matrices when they are traded; 1 is the allocation `lagrangian`."
+        )
+    if search.projected:
+        return Variable(name, f"Kept of {group}", "Kept fraction of these matrices, before scaling onto the budget.")
+    return Variable(
+        name, f"Kept of {group}", "Kept fraction of these matrices, as published: not scaled onto the budget; from 1 on they are dense."
+    )

@@ -1,0 +1,1 @@
+"""Tables, words and chart parts that several pages use."""

@@ -1,0 +1,95 @@
+"""Maps and table of an allocation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from lowrank_core.allocation import RankAllocation, allocation_from_ranks
+from lowrank_core.allocation.curves import CurveRecord
+from lowrank_core.allocation.units import plan_units
+from lowrank_core.config import CompressionConfig
+from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.manual.expected_kl import predicted_kl
+from lowrank_core.studio.shared.formatting import number, percent
+from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
+from lowrank_core.studio.shared.trial_names import unit_label
+
+__all__ = ["allocation_map", "allocation_of", "loss_map", "rank_table", "search_units"]
+
+
+def search_units(matrices: Sequence[MatrixShape], compression: CompressionConfig, heads: Sequence[HeadUnit] = ()) -> tuple[Unit, ...]:
+    """Return the units of a search with ``compression``, alternatives included; ``heads`` are those of the model."""
+    return plan_units(matrices, compression, heads)
+
+
+def allocation_of(trial: TrialRecord, units: Sequence[Unit]) -> RankAllocation:
+    """Return the allocation of a trial.
+
+    Raises:
+        ConfigError: its ranks do not fit ``units``.
+    """
+    return allocation_from_ranks(f"trial {trial.number}", units, trial.ranks)
+
+
+def allocation_map(allocation: RankAllocation, units: Sequence[Unit]) -> LayerMap:
+    """Return the kept fraction of each matrix's parameters, 1 where it stays dense, that of its unit where it shares a rank.
+
+    A matrix that no rank covers is dense; each is there once.
+    """
+    known = {unit.name: unit for unit in units}
+    covered = {member.name: name for name in allocation.ranks for member in known[name].members}
+    matrices = list({member.name: member for unit in units for member in unit.members}.values())
+    kept, labels = [], []
+    for matrix in matrices:
+        unit = known.get(covered.get(matrix.name, ""))
+        rank = None if unit is None else allocation.ranks[unit.name]
+        kept.append(1.0 if unit is None else unit.parameters(rank) / unit.dense_parameters)
+        labels.append(_words(unit, rank, kept[-1]))
+    return layer_map(matrices, kept, labels, "Parameters kept", percent=True, full_scale=True)
+
+
+def _words(unit: Unit | None, rank: int | None, share: float) -> str:
+    if unit is None or rank is None:
+        return "dense"
+    words = f"rank {rank}, {percent(share, 0)} kept"
+    if len(unit.members) == 1:
+        return words
+    return f"{words} of {unit_label(unit.name)}, {'by heads' if isinstance(unit, HeadUnit) else 'as one stack'}"
+
+
+def loss_map(allocation: RankAllocation, units: Sequence[Unit], record: CurveRecord) -> LayerMap:
+    """Return the share of each matrix in the predicted KL divergence, that of its unit where it shares a rank; 0 where it stays dense."""
+    known = {unit.name: unit for unit in units}
+    covered = {member.name: name for name in allocation.ranks for member in known[name].members}
+    total = predicted_kl(record, allocation.ranks) or 0.0
+    matrices = list({member.name: member for unit in units for member in unit.members}.values())
+    shares, labels = [], []
+    for matrix in matrices:
+        unit = known.get(covered.get(matrix.name, ""))
+        rank = None if unit is None else allocation.ranks[unit.name]
+        error = (record.error(unit.name, rank) if unit is not None else 0.0) or 0.0
+        shares.append(error / total if total > 0 else 0.0)
+        words = _words(unit, rank, 1.0 if unit is None else unit.parameters(rank) / unit.dense_parameters)
+        labels.append(f"{words}; {number(error)} predicted")
+    return layer_map(matrices, shares, labels, "Share of the predicted ΔKL", percent=True)
+
+
+def rank_table(allocation: RankAllocation, units: Sequence[Unit]) -> pd.DataFrame:
+    """Return a row for each unit that ``allocation`` uses: name, layer, rank (missing: dense), most, locked.
+
+    ``most`` is the largest rank that costs less than the dense matrices.
+    """
+    known = {unit.name: unit for unit in units}
+    frame = pd.DataFrame(
+        {
+            "name": list(allocation.ranks),
+            "layer": [unit_label(name) for name in allocation.ranks],
+            "rank": pd.Series(list(allocation.ranks.values()), dtype="Int64"),
+            "most": [known[name].break_even_rank for name in allocation.ranks],
+            "locked": [name in allocation.locked for name in allocation.ranks],
+        }
+    )
+    return frame.set_index("name")

@@ -1,0 +1,157 @@
+"""Shared style of charts: colour-blind-safe colours, margins, axes.
+
+Colours of text, grid and background are left to the page's theme, so that light and dark both work.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pandas as pd
+import plotly.graph_objects as go
+
+__all__ = [
+    "BLUE",
+    "CONFIG",
+    "Chart",
+    "GREEN",
+    "GREY",
+    "ORANGE",
+    "PURPLE",
+    "SEQUENTIAL",
+    "SKY",
+    "VERMILLION",
+    "axis_note",
+    "direct_label",
+    "finished",
+    "legible",
+    "log_rank_axis",
+    "log_value_axis",
+    "word_colour",
+]
+
+# Okabe & Ito 2008, less the two that vanish on a white or a black page
+BLUE, SKY, GREEN, ORANGE, VERMILLION, PURPLE = "#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00", "#CC79A7"
+GREY = "#8A9199"
+_WORDS = {SKY: "#2F8AC0", ORANGE: "#A87300", PURPLE: "#B5628F", GREY: "#737B84"}
+"""Colours of lines that are too faint for words on a white page -> the same hue, at least 3.7 : 1 on white and on black."""
+SEQUENTIAL = "Cividis"
+
+CONFIG = {
+    "displaylogo": False,
+    "displayModeBar": "hover",
+    "modeBarButtonsToRemove": ["select2d", "lasso2d", "autoScale2d"],
+    "scrollZoom": False,
+    "toImageButtonOptions": {"format": "svg", "filename": "lowrank-figure"},
+}
+"""For Plotly's ``config``; the camera of the mode bar saves what is seen as SVG, in the browser."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A Plotly figure as it is declared, once: a page shows it with Streamlit, a report as HTML, and both offer its numbers as CSV.
+
+    Attributes:
+        data: what the figure was drawn from.
+        name: of its CSV file, unique in a report.
+        how: how to read it; alt: what the picture shows, for those who do not see it.
+        protocol: model, text, tokens and dtype behind it, for a report.
+    """
+
+    block: ClassVar[str] = "figure"
+    figure: go.Figure
+    data: pd.DataFrame
+    name: str
+    title: str
+    how: str
+    alt: str
+    protocol: str = ""
+
+
+def finished(figure: go.Figure, *, height: int, x: str, y: str, right: int = 16, top: int = 12) -> go.Figure:
+    """Return ``figure`` with axis titles, a fixed height, and zoom that survives new data."""
+    figure.update_layout(
+        height=height,
+        margin={"l": 8, "r": right, "t": top, "b": 8},
+        showlegend=False,
+        uirevision="constant",
+        selectionrevision="constant",
+        hovermode="closest",
+        hoverlabel={"align": "left"},
+    )
+    figure.update_xaxes(title={"text": x, "standoff": 8}, automargin=True, zeroline=False, ticks="outside", ticklen=4)
+    figure.update_yaxes(title={"text": y, "standoff": 8}, automargin=True, zeroline=False)
+    return figure
+
+
+_TITLE, _NAME = 46, 24
+"""Letters of an axis title, and of a name next to the axis, that fit next to each other at 400 pixels."""
+
+
+def word_colour(colour: str) -> str:
+    """Return the colour of words that belong to a line of ``colour``."""
+    return _WORDS.get(colour, colour)
+
+
+def legible(figure: go.Figure) -> go.Figure:
+    """Return ``figure`` ready for a page: notes readable in light and dark, long labels wrapped for 400 pixels."""
+    figure.for_each_annotation(lambda note: note.update(font={"color": word_colour(note.font.color)}) if note.font.color else None)
+    figure.for_each_xaxis(lambda axis: axis.update(title={"text": _in_lines(axis.title.text, _TITLE)}) if axis.title.text else None)
+    if figure.layout.yaxis.type == "category":
+        names = list(dict.fromkeys(name for trace in figure.data for name in trace.y))
+        figure.update_yaxes(tickvals=names, ticktext=[_in_lines(name, _NAME) for name in names])
+    return figure
+
+
+def _in_lines(words: str, maximum: int) -> str:
+    """Return ``words`` in balanced lines of about ``most`` characters."""
+    lines = -(-len(words) // maximum)
+    return words if lines == 1 or "<br>" in words else "<br>".join(textwrap.wrap(words, len(words) // lines + 4))
+
+
+def log_rank_axis(figure: go.Figure, full: int) -> None:
+    """Put ranks 1, 2, 5, 10, … up to ``full`` on a log axis."""
+    ticks = [step * 10**power for power in range(7) for step in (1, 2, 5) if step * 10**power <= full]
+    figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:,}" for tick in ticks], range=[-0.02, math.log10(full) + 0.03])
+
+
+def log_value_axis(figure: go.Figure) -> None:
+    """Mark the powers of ten of values up to 1 on a log axis, in short words."""
+    superscript = str.maketrans("0123456789", "⁰¹²³⁴⁵⁶⁷⁸⁹")
+    words = ["1", "0.1", "0.01", *(f"10⁻{str(power).translate(superscript)}" for power in range(3, 21))]
+    figure.update_yaxes(type="log", tickvals=[10.0**-power for power in range(21)], ticktext=words)
+
+
+def direct_label(figure: go.Figure, text: str, *, x: float, y: float, colour: str, xanchor: str = "left", yanchor: str = "middle") -> None:
+    """Write ``text`` next to its curve, in its colour; ``x`` and ``y`` in axis coordinates (log10 on a log axis)."""
+    figure.add_annotation(
+        text=f"<b>{text}</b>",
+        x=x,
+        y=y,
+        showarrow=False,
+        xanchor=xanchor,
+        yanchor=yanchor,
+        xshift=4 if xanchor == "left" else -4,
+        font={"color": colour, "size": 12},
+    )
+
+
+def axis_note(
+    figure: go.Figure, text: str, *, x: float, position: float, colour: str = GREY, anchor: str = "left", bottom: bool = False
+) -> None:
+    """Draw a dotted line at ``x`` (data units) with ``text`` at its top or bottom; ``position`` is ``x`` in axis coordinates."""
+    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
+    figure.add_annotation(
+        text=text,
+        x=position,
+        y=0 if bottom else 1,
+        yref="paper",
+        showarrow=False,
+        xanchor=anchor,
+        yanchor="bottom" if bottom else "top",
+        xshift=4 if anchor == "left" else -4,
+        font={"size": 11, "color": colour},
+    )

@@ -1,0 +1,168 @@
+"""Facts of a model from model.json, and a table by module type."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+
+import pandas as pd
+
+from lowrank_core.config.mapping import build
+from lowrank_core.coverage import Coverage
+from lowrank_core.errors import RunError
+from lowrank_core.parameters import HeadUnit, MatrixShape
+from lowrank_core.runs import JsonMapping, Run
+from lowrank_core.studio.shared.formatting import kind_label
+from lowrank_core.studio.shared.table import Column, Table
+
+__all__ = ["ModelFacts", "model_facts", "module_table", "modules_spec"]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model, without its weights.
+
+    Attributes:
+        bytes: of the checkpoint as held.
+        matrices: the compressible linears in the order of the model.
+        input_widths: width of each distinct input (q, k and v share theirs).
+        head_units: value and output projections that can be compressed by heads.
+        heads_dropped: sentences on those that can't, though they look like it.
+        coverage: what every parameter is: compressible, or left alone and why; of an older record only how much is compressible.
+        head_flops: of the output head for one token; None in an older record.
+        dtype: in which it is held; stored_dtype: of the checkpoint, in which it is written. Empty in an older record.
+    """
+
+    reference: str
+    architecture: str
+    dtype: str
+    parameters: int
+    compressible_parameters: int
+    bytes: int
+    vocabulary: int
+    max_context: int | None
+    blocks: int
+    hidden: int
+    tied_embeddings: bool
+    matrices: tuple[MatrixShape, ...]
+    input_widths: Mapping[str, int]
+    head_units: tuple[HeadUnit, ...] = ()
+    device: str = ""
+    fingerprint: str = ""
+    stored_dtype: str = ""
+    heads_dropped: tuple[str, ...] = ()
+    coverage: Coverage = field(default_factory=lambda: Coverage({}))
+    head_flops: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.coverage.parameters:
+            object.__setattr__(self, "coverage", Coverage.unrecorded(self.compressible_parameters, self.parameters))
+
+    @property
+    def flops_of_head(self) -> int:
+        """FLOPs of the head per token; an older record counts vocabulary x hidden."""
+        return 2 * self.vocabulary * self.hidden if self.head_flops is None else self.head_flops
+
+    @property
+    def compressible_share(self) -> float:
+        """Fraction of all parameters that lies in compressible linears."""
+        return self.compressible_parameters / self.parameters if self.parameters else 0.0
+
+    def matrix(self, name: str) -> MatrixShape:
+        return next(matrix for matrix in self.matrices if matrix.name == name)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    name: str
+    kind: str
+    depth: int
+    d_out: int
+    d_in: int
+    bias: bool
+    input_group: str
+
+
+@dataclass(frozen=True)
+class _Heads:
+    value: str
+    output: str
+    heads: int
+    groups: int
+    head_dim: int
+
+
+def model_facts(run: Run) -> ModelFacts | None:
+    """Return the facts in model.json; None before the model is loaded.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    body = run.part("model")
+    return None if body is None else _facts(body)
+
+
+def _facts(body: JsonMapping) -> ModelFacts:
+    layers = [build(_Layer, layer, "model.json") for layer in body.get("layers", [])]
+    matrices = {layer.name: MatrixShape(**asdict(layer)) for layer in layers}
+    heads = [build(_Heads, entry, "model.json") for entry in body.get("heads", [])]
+    return build(
+        ModelFacts,
+        body,
+        "model.json",
+        matrices=tuple(matrices.values()),
+        coverage=_coverage(body),
+        heads_dropped=tuple(str(reason) for reason in body.get("heads_dropped", [])),
+        input_widths={layer.input_group: layer.d_in for layer in layers},
+        head_units=tuple(
+            HeadUnit((matrices[h.value], matrices[h.output]), heads=h.heads, groups=h.groups, head_dim=h.head_dim) for h in heads
+        ),
+    )
+
+
+def _coverage(body: JsonMapping) -> Coverage:
+    """Return the coverage in model.json; empty in an older record."""
+    try:
+        return Coverage.from_mapping(body.get("coverage", []))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"model.json holds no valid coverage ({error}). Start the run again.") from error
+
+
+def module_table(facts: ModelFacts) -> pd.DataFrame:
+    """Return a row for each module type: count, shape, break-even rank, parameters and share of the model's parameters.
+
+    Then a row for each kind of parameter that is left alone, with the reason for a shape: the parameters add up to the model's.
+    """
+    rows = []
+    for kind in dict.fromkeys(matrix.kind for matrix in facts.matrices):
+        alike = [matrix for matrix in facts.matrices if matrix.kind == kind]
+        parameters = sum(matrix.dense_parameters for matrix in alike)
+        rows.append(
+            {
+                "type": kind_label(kind),
+                "count": len(alike),
+                "shape": " / ".join(dict.fromkeys(f"{m.d_out} × {m.d_in}" for m in alike)),
+                "break_even": " / ".join(dict.fromkeys(str(m.break_even_rank) for m in alike)),
+                "parameters": parameters,
+                "share": parameters / facts.parameters if facts.parameters else 0.0,
+            }
+        )
+    rows += [
+        {"type": row.label, "count": None, "shape": row.why, "break_even": "", "parameters": row.parameters, "share": row.share}
+        for row in facts.coverage.rows
+        if row.kind != "linear"
+    ]
+    return pd.DataFrame(rows).astype({"count": "Int64"})
+
+
+def modules_spec(facts: ModelFacts) -> Table:
+    """Return ``module_table`` as it is shown."""
+    columns = (
+        Column.text("type", "Module type (or not compressed)", width="medium"),
+        Column.whole("count", "Count"),
+        Column.short("shape", "Shape (out × in), or why"),
+        Column.text("break_even", "Break-even rank", "The largest rank whose two factors cost less than the matrix."),
+        Column.whole("parameters", "Parameters"),
+        Column.share("share", "Share of the model"),
+    )
+    return Table(module_table(facts), columns, "Modules by type, with parameters (biases counted)", "modules")

@@ -1,0 +1,55 @@
+"""Background requests: they run when the worker is otherwise idle, and yield to trials and other requests."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import fields
+from types import MappingProxyType
+
+from lowrank_core.config import from_mapping
+from lowrank_core.runs.client import BACKGROUND, pending_requests
+from lowrank_core.search.study import completed_trials, waiting_trials
+from lowrank_core.sensitivity.config import SensitivityConfig
+from lowrank_core.worker.context import WorkerContext
+from lowrank_core.worker.handlers import Kind, answer
+
+__all__ = ["answer_in_background"]
+
+
+class _PutOff(Exception):
+    """The request yields or was cancelled: no result now."""
+
+
+def answer_in_background(worker: WorkerContext) -> bool:
+    """Run the first background request until it is done or yields; return whether there was one."""
+    request = next((request for request in pending_requests(worker.run) if request.get("kind") in BACKGROUND), None)
+    if request is None:
+        return False
+    with suppress(_PutOff):
+        answer(worker, request, _KINDS)
+    return True
+
+
+def _sensitivity(worker: WorkerContext, arguments: Mapping[str, object]) -> dict[str, object]:
+    config = from_mapping(SensitivityConfig, {f.name: arguments[f.name] for f in fields(SensitivityConfig) if f.name in arguments})
+
+    def go_on() -> None:
+        if worker.reporter.cancelled or _is_urgent(worker):
+            raise _PutOff
+
+    result = worker.sensitivity.measure(config, go_on)
+    return {"file": result.file, "cells": len(result.cells), "measured": result.measured}
+
+
+_KINDS: Mapping[str, Kind] = MappingProxyType({"sensitivity": _sensitivity})
+
+
+def _is_urgent(worker: WorkerContext) -> bool:
+    """Return whether there is work with precedence."""
+    if any(request.get("kind") not in BACKGROUND for request in pending_requests(worker.run)):
+        return True
+    search = worker.run.config.search
+    if worker.study is None or search is None:
+        return False
+    return waiting_trials(worker.study) > 0 or (completed_trials(worker.study) < search.trials and not worker.reporter.paused)

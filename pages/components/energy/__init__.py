@@ -1,0 +1,1 @@
+"""Sections of the Feature energy page."""

@@ -1,0 +1,241 @@
+"""Export form: source, form and preview."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import pandas as pd
+import streamlit as st
+
+from lowrank_core.config import EXPORT_DTYPES, ExportConfig, SearchConfig
+from lowrank_core.parameters import Unit
+from lowrank_core.runs import Run, client
+from lowrank_core.runs.client import results
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare.comparison import last_failure
+from lowrank_core.studio.compare.healing_commands import HealingCommands, healing_commands
+from lowrank_core.studio.export.export_list import loading_of
+from lowrank_core.studio.export.export_plan import (
+    Planned,
+    Source,
+    files_of,
+    folder_name_of,
+    folder_of,
+    forms_table,
+    healed_sources,
+    planned,
+    runtimes,
+    trial_source,
+)
+from lowrank_core.studio.shared.allocation_map import search_units
+from lowrank_core.studio.shared.formatting import count, percent, size
+from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
+from lowrank_core.studio.shared.model_refs import candidates, healable
+from lowrank_core.studio.shared.reproduce import compress_command, export_command
+from lowrank_core.studio.shared.table import Column, Table
+from pages.components import coverage, layout, navigation, state, tables
+from pages.components.boundary import boundary
+
+__all__ = ["show"]
+
+_FORMS = {"compressed": "Factors", "dense": "Dense merge"}
+_DTYPES = {"auto": "As checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_RECORDED = (
+    "A recorded run has no worker: use the line under “Command” in a terminal, or start a search of your own. All downloads are below."
+)
+
+
+def show(run: Run) -> Source | None:
+    """Draw the choice, its preview and the button; return the chosen source, None without one.
+
+    Raises:
+        LowRankError: a file of the run is damaged, or the choice can't be written.
+    """
+    search, facts = run.config.search, model_facts(run)
+    units = search_units(facts.matrices, search.compression, facts.head_units) if search is not None and facts is not None else ()
+    result = _sources(run, search, units) if search is not None else {}
+    if search is None or not result:
+        text = "This run only analyses the model." if search is None else "This run has no complete trial."
+        text += " A search has its first allocations within a minute."
+        layout.empty("No allocation to export", text, icon=":material/save:", page=navigation.SEARCH, label="Go to the rank search")
+        return None
+    failure = last_failure([body for body in results(run) if body.get("kind") == "export"])
+    if failure is not None:
+        st.error(f"The last export failed: {failure.error}", icon=":material/error:")
+    left, right = st.columns([1, 1.6], gap="large")
+    with left:
+        source, config = _choice(run, result)
+    if facts is not None:
+        with right:
+            _plan(run, source, config, (search, facts, units))
+    with left:
+        _write_button(run, source, config)
+    return source
+
+
+def _sources(run: Run, search: SearchConfig, units: Sequence[Unit]) -> dict[str, Source]:
+    trials, bodies = read_trials(run), results(run)
+    listed = healable(candidates(trials, search, picked=state.selection().trial))
+    chosen = [trial_source(trial, label, trials, search, (units, bodies)) for trial, label in listed.items()]
+    return {str(source.healed or source.trial): source for source in [*chosen, *healed_sources(run, trials)]}
+
+
+def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
+    """Raises: ConfigError: a size that is none."""
+    picked = state.selection().trial
+    index = list(result).index(str(picked)) if str(picked) in result else 0
+    key = st.selectbox(
+        "Allocation or healed model",
+        list(result),
+        index,
+        key=f"export_what_{run.id}_{picked}",
+        format_func=lambda name: result[name].label if name in result else name,
+        help="An allocation is exported as compressed (one-shot). A healed model has the same ranks and trained factors.",
+    )
+    form = st.segmented_control(
+        "Form",
+        list(_FORMS),
+        key="export_form",
+        default="compressed",
+        required=True,
+        format_func=_FORMS.__getitem__,
+        persist_state="session",
+        help="Factors: smaller; for transformers with this package or with our code. Dense merge: the factors multiplied out into the "
+        "plain architecture, no smaller; for vLLM, llama.cpp and any other runtime.",
+    )
+    dense = form == "dense"
+    code = st.toggle(
+        "With our code",
+        key="export_with_code",
+        disabled=dense,
+        persist_state="session",
+        help="Writes our code with the weights: for users of transformers without this package, who load it with trust_remote_code=True. "
+        "A dense merge needs none.",
+    )
+    int8 = st.toggle(
+        "int8 factors",
+        key="export_int8",
+        disabled=dense,
+        persist_state="session",
+        help="Stores the factors as 8-bit integers with one scale per row: less disk and memory, no speed-up, some rounding error (the "
+        "folder is measured as written). A dense merge has no factors.",
+    )
+    with st.container(horizontal=True):
+        dtype = st.selectbox(
+            "Stored as",
+            EXPORT_DTYPES,
+            key="export_dtype",
+            format_func=_DTYPES.__getitem__,
+            persist_state="session",
+            help="Of all tensors that are not int8. Keep the checkpoint's unless you need another: bfloat16 halves float32 and rounds; "
+            "float16 is for runtimes without bfloat16.",
+        )
+        shard = st.text_input(
+            "Largest weight file",
+            ExportConfig().max_shard_size,
+            key="export_shard",
+            persist_state="session",
+            help="Splits the weights over files of at most this size (KB to TB, of 1000): for uploads and file systems with a limit.",
+        )
+    return result[key], ExportConfig(str(form), code and not dense, dtype, shard.strip(), "int8" if int8 and not dense else "none")
+
+
+def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchConfig, ModelFacts, Sequence[Unit]]) -> None:
+    """Preview the export."""
+    search, facts, units = model
+    result = planned(facts, units, source, search, config)
+    st.markdown("**What will be written**")
+    layout.metrics_row(
+        {
+            "Weights": (_bounded(size(result.bytes), result), f"{result.bytes:,} bytes of {result.dtype}; without the file's header."),
+            "Of the dense model": (percent(result.bytes / max(1, facts.bytes)), f"The checkpoint has {size(facts.bytes)}."),
+            "Parameters": (_bounded(count(result.parameters), result), f"{result.parameters:,}: biases, indices and scales counted."),
+        }
+    )
+    coverage.show(facts, source.removed(units))
+    if not result.exact:
+        why = "its ranks are known once the worker has built it" if source.ranks is None else "a merge may add biases"
+        st.caption(f"At most, because {why}: these are upper bounds.")
+    sizes, files, who, again, loading = st.tabs(["Sizes", "Files", "Runtimes", "Command", "Load it"])
+    folder = folder_of(run, source, config)
+    with sizes:
+        _sizes(forms_table(facts, units, source, search, config))
+    with files:
+        st.caption(f"A new folder, `{folder}`:")
+        st.markdown("\n".join(f"* `{name}`: {meaning}" for name, meaning in files_of(result, config)))
+    with who:
+        rows = runtimes(config).itertuples(index=False)
+        st.markdown("\n".join(f"* {row.runtime}: **{row.loads}**, {row.how}" for row in rows))
+    with again:
+        _command(run, source, config)
+    with loading:
+        _loading(folder, source, config)
+
+
+def _bounded(words: str, result: Planned) -> str:
+    return words if result.exact else f"≤ {words}"
+
+
+def _sizes(frame: pd.DataFrame) -> None:
+    columns = (
+        Column.text("chosen", "", "The chosen form.", 30),
+        Column.text("form", "Form", "“At most” where the exact count is known only after building.", 150),
+        Column.text("dtype", "Floats", width=75),
+        Column.whole("parameters", "Parameters", "Numbers in the files: biases, indices and scales counted."),
+        Column.whole("bytes", "Bytes", "Of the tensors; without a header of some kilobytes."),
+        Column.share("share", "Share", "Of the dense model's bytes."),
+    )
+    tables.show(Table(frame, columns, "Bytes of each form"), key="export_sizes")
+    st.caption("Counted from the ranks, not measured. The dense model is the checkpoint as it is stored.")
+
+
+def _command(run: Run, source: Source, config: ExportConfig) -> None:
+    """Show the equivalent command."""
+    ranks = f"{source.name}.json".replace(" ", "-")
+    if source.healed:
+        _healed_command(healing_commands(run, source, config))
+    elif source.number is not None:
+        line = export_command(str(run.path), source.number, config, out=folder_name_of(source, config))
+        st.code(line, language="bash", wrap_lines=True)
+    else:
+        st.caption(f"`lowrank export` takes trials. Save “Allocation (JSON)” below as {ranks}, and make the model of it:")
+        st.code(compress_command(run.config, ranks, folder_name_of(source, config), config), language="bash", wrap_lines=True)
+
+
+def _healed_command(result: HealingCommands) -> None:
+    """Show the commands that reproduce the healed model."""
+    first = (
+        f"Save “Allocation (JSON)” below as {result.ranks}; then make the one-shot model of it"
+        if result.ranks
+        else "Write the one-shot model"
+    )
+    st.caption(f"{first}, and heal that model:")
+    st.code(result.lines, language="bash", wrap_lines=True)
+    st.caption(
+        "`lowrank heal` starts from the factors as stored, the worker started from those in memory: results may differ by rounding, "
+        "unless both are float32 (“Stored as”)."
+    )
+
+
+def _loading(folder: Path, source: Source, config: ExportConfig) -> None:
+    """Show how to load the command's output, by the same relative path."""
+    name = folder_name_of(source, config)
+    st.caption(f"In the folder of `{name}`: the command writes to the current folder, the button to `{folder.parent}`.")
+    for way in loading_of(Path(name), config.form, with_code=config.with_code):
+        st.caption(way.title)
+        st.code(way.code, language=way.language, wrap_lines=True)
+
+
+def _write_button(run: Run, source: Source, config: ExportConfig) -> None:
+    """Draw the export button."""
+    there = folder_of(run, source, config).exists()
+    why_not = _RECORDED if run.recorded else "Already written: see below." if there else None
+    pressed = st.button("Write it", key="export", type="primary", icon=":material/save:", disabled=why_not is not None, help=why_not)
+    if why_not is not None:
+        st.caption(why_not)
+    if pressed:
+        with boundary():
+            client.submit(run, "export", **source.request, **asdict(config))  # type: ignore[arg-type]
+            st.rerun()

@@ -1,0 +1,116 @@
+"""Cost and predicted loss of the draft, and actions on all rows."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from lowrank_core.allocation import DraftHistory
+from lowrank_core.parameters import FLOPS_MEANING
+from lowrank_core.studio.manual.expected_kl import predicted_kl
+from lowrank_core.studio.manual.rank_table import Bill, bill
+from lowrank_core.studio.manual.starting_points import rules
+from lowrank_core.studio.shared.formatting import count, number, percent, size
+from pages.components import coverage, state
+from pages.components.layout import metrics_row
+from pages.components.manual.draft_state import DraftState, edit, hint, note, step
+from pages.components.manual.starting_point import budget_ratio
+
+__all__ = ["meter", "steps"]
+
+_PROPORTION = ""
+
+
+def meter(editor: DraftState, history: DraftHistory) -> None:
+    """Draw budget, sizes and prediction of the draft."""
+    draft, search = history.present, editor.search
+    cost = bill(draft, editor.facts, budget_ratio(editor), run_ratio=search.compression_ratio if search.max_ratio is None else None)
+    with st.container():
+        if note(editor):
+            st.error(note(editor), icon=":material/error:")
+        if hint(editor):
+            st.info(hint(editor), icon=":material/info:")
+    st.progress(cost.share, text=_budget_words(cost))
+    predicted = predicted_kl(editor.recipe.record, draft.ranks)
+    metrics_row(
+        {
+            "Removed, linears": (percent(cost.removed, 2), f"{cost.kept:,} of {cost.dense:,} parameters are kept, index tables counted."),
+            "Removed, whole model": (percent(cost.model_removed, 2), f"{cost.model:,} of {cost.dense_model:,} parameters are kept."),
+            "Model on disk": (size(cost.bytes), f"{size(cost.dense_bytes)} before, in the checkpoint's dtype, without headers."),
+            "FLOPs per token": (
+                count(cost.flops),
+                f"{count(cost.dense_flops)} before. {FLOPS_MEANING}",
+            ),
+            "Predicted KL": (number(predicted), "Sum over all rows, nats per token: a prediction, not a measurement."),
+        }
+    )
+    coverage.show(editor.facts, cost.removed)
+    coverage.warn(editor.facts)
+    if not cost.counts:
+        st.warning(
+            f"Over the run's budget of {percent(search.compression_ratio)} removed: it can be measured but never counts as the best.",
+            icon=":material/scale:",
+        )
+
+
+def _budget_words(cost: Bill) -> str:
+    if cost.left < 0:
+        return f"**{-cost.left:,} parameters over the budget**: keeps {cost.kept:,} of {cost.allowed:,}."
+    met = f" The budget is met: {cost.left:,} are left, less than one more rank costs." if cost.spent else f" {cost.left:,} are left."
+    return f"Keeps {cost.kept:,} of {cost.allowed:,} parameters.{met}"
+
+
+def steps(editor: DraftState, history: DraftHistory) -> None:
+    """Draw undo, redo, reset, fitting to the budget, and locks."""
+    names = list(history.present.ranks)
+    with st.container(horizontal=True, gap="small"):
+        st.button("Undo", key="hand_undo", icon=":material/undo:", disabled=not history.past, on_click=step, args=(editor, "undone"))
+        st.button("Redo", key="hand_redo", icon=":material/redo:", disabled=not history.future, on_click=step, args=(editor, "redone"))
+        st.button(
+            "Reset",
+            key="hand_reset",
+            icon=":material/restart_alt:",
+            disabled=history.present == history.start,
+            on_click=step,
+            args=(editor, "reset"),
+            help="Back to the starting point of the draft.",
+        )
+        with st.popover("Fit the rest to the budget", icon=":material/balance:", key="hand_fit_popover"):
+            _fit(editor)
+        st.button(
+            "Lock all",
+            key="hand_lock",
+            icon=":material/lock:",
+            on_click=_lock,
+            args=(editor, names, True),
+            disabled=len(names) == len(history.present.locked),
+        )
+        st.button(
+            "Unlock all",
+            key="hand_unlock",
+            icon=":material/lock_open:",
+            on_click=_lock,
+            args=(editor, names, False),
+            disabled=not history.present.locked,
+        )
+
+
+def _fit(editor: DraftState) -> None:
+    result = {_PROPORTION: "In proportion to what they keep now", **rules(editor.recipe)}
+    key = editor.key("rule")
+    st.selectbox(
+        "How the unlocked rows share the remaining budget",
+        list(result),
+        key=key,
+        format_func=lambda name: result.get(name, name),
+        help="A rule reallocates all unlocked rows; Lagrangian may also regroup unlocked modules.",
+    )
+    st.button("Fit", key="hand_fit", type="primary", on_click=_fitted, args=(editor, key))
+
+
+def _fitted(editor: DraftState, key: str) -> None:
+    rule, ratio = state.held(key, _PROPORTION), budget_ratio(editor)
+    edit(editor, lambda draft: editor.recipe.refitted(draft, rule, ratio) if rule else draft.fitted(ratio))
+
+
+def _lock(editor: DraftState, names: list[str], locked: bool) -> None:
+    edit(editor, lambda draft: draft.with_locks(names, locked=locked))

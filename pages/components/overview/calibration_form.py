@@ -1,0 +1,137 @@
+"""The form that starts a calibration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import streamlit as st
+
+from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
+from lowrank_core.documents import HUB_TEXTS
+from lowrank_core.studio.overview.checkpoint import ModelOnDisk
+from lowrank_core.studio.overview.source_checks import TEXTS
+from lowrank_core.studio.overview.text_preview import TextPreview, check_long_enough
+from pages.components.boundary import boundary
+from pages.components.loading import model_on_disk, preview_of
+from pages.components.overview import preflight
+from pages.components.start import start
+from pages.components.widgets import draw
+
+__all__ = ["calibration_form"]
+
+_MODELS = {"demo": "Bundled demo", "other": "Folder or hub id"}
+
+
+def calibration_form() -> None:
+    """Draw the form; a press on its button starts a run and selects it."""
+    st.caption("Runs the model over calibration text and computes feature and weight spectra. Searches reuse the statistics.")
+    left, right = st.columns(2, gap="large")
+    with left:
+        reference = _model_reference()
+    with right:
+        text = _text_reference()
+    windows, context = _sizes()
+    chosen = _advanced()
+    model, preview, valid = _checked(reference, text)
+    config: RunConfig | None = None
+    if valid:
+        with boundary():
+            options = TextConfig(reference=text, context=context, calibration_windows=windows, **chosen[TextConfig])
+            if preview is not None:
+                check_long_enough(preview, options)
+            source = ModelSource(reference, **chosen[ModelSource])
+            config = RunConfig(model=source, text=options, calibration=CalibrationConfig(**chosen[CalibrationConfig]))
+    with st.container(horizontal=True, vertical_alignment="center"):
+        pressed = st.button("Start calibration", key="start_calibration", type="primary", icon=":material/play_arrow:")
+        if model is not None and config is not None:
+            preflight.fit_line(model, config)
+    if pressed and config is not None:
+        with boundary():
+            start(config)
+    preflight.show(reference, model, preview, config)
+
+
+def _model_reference() -> str:
+    choice = st.segmented_control(
+        "Model", list(_MODELS), key="model_choice", default="demo", required=True, format_func=_MODELS.__getitem__, persist_state="session"
+    )
+    if choice != "other":
+        return "demo"
+    return st.text_input(
+        "Folder or hub id",
+        key="model_reference",
+        placeholder="/models/llama-2-7b or owner/name",
+        help="A folder in save_pretrained format on the machine of the dashboard, or an id on the Hugging Face hub.",
+        persist_state="session",
+    )
+
+
+def _text_reference() -> str:
+    choice = st.selectbox("Text", list(TEXTS), key="text_choice", format_func=TEXTS.__getitem__, persist_state="session")
+    if choice == "file":
+        place = st.text_input(
+            "Path of the file",
+            key="text_path",
+            placeholder="/data/notes.txt",
+            help="UTF-8 .txt, .jsonl or .parquet with a `text` column.",
+            persist_state="session",
+        )
+        return f"file:{place}"
+    if choice in HUB_TEXTS:
+        folder = st.text_input(
+            "Folder of a local copy (else it is downloaded)",
+            key="text_folder",
+            placeholder="/data/wikitext",
+            help="As on the hub: .parquet or .json files named by their split.",
+            persist_state="session",
+        )
+        return f"{choice}:{folder}" if folder.strip() else str(choice)
+    return str(choice)
+
+
+def _sizes() -> tuple[int, int]:
+    left, right = st.columns(2, gap="large")
+    windows = draw(TextConfig, "calibration_windows", key="calibration_windows", place=left)
+    return windows, draw(TextConfig, "context", key="context", place=right)
+
+
+_ADVANCED: tuple[tuple[type, str, str], ...] = (
+    (CalibrationConfig, "group_size", "group_size"),
+    (CalibrationConfig, "group_weights", "group_weights"),
+    (CalibrationConfig, "batch_size", "batch_size"),
+    (TextConfig, "validation_windows", "validation_windows"),
+    (TextConfig, "test_windows", "test_windows"),
+    (TextConfig, "bos", "bos"),
+    (TextConfig, "seed", "text_seed"),
+    (CalibrationConfig, "robust", "robust"),
+    (ModelSource, "dtype", "model_dtype"),
+    (CalibrationConfig, "gradient_windows", "gradient_windows"),
+    (CalibrationConfig, "gradient_seed", "gradient_seed"),
+)
+"""Config, field and widget key of what stands under Advanced, row by row."""
+
+
+def _advanced() -> dict[type, dict[str, Any]]:
+    """Return config class -> field -> value."""
+    chosen: dict[type, dict[str, Any]] = {TextConfig: {}, CalibrationConfig: {}, ModelSource: {}}
+    with st.expander("Advanced"):
+        columns = st.columns(3)
+        for index, (kind, name, key) in enumerate(_ADVANCED):
+            chosen[kind][name] = draw(kind, name, key=key, place=columns[index % 3])
+    return chosen
+
+
+def _checked(reference: str, text: str) -> tuple[ModelOnDisk | None, TextPreview | None, bool]:
+    """Return the facts of model and text, and whether both are usable; show errors of those that are not."""
+    model, preview, checked = None, None, 0
+    if reference.strip():
+        with boundary():
+            model = model_on_disk(reference)
+            checked += 1
+    if text != "file:":
+        with boundary():
+            preview = preview_of(text)
+            checked += 1
+    if not reference.strip() or text == "file:":
+        st.caption("Enter the missing path above.")
+    return model, preview, checked == 2

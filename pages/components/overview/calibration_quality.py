@@ -1,0 +1,65 @@
+"""Calibration-quality panel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from lowrank_core.config import TOKENS_PER_DIMENSION
+from lowrank_core.runs import Run
+from lowrank_core.spectra.spectrum import LayerSpectrum
+from lowrank_core.studio.overview.calibration_quality import (
+    QUALITIES,
+    CalibrationFacts,
+    input_table,
+    inputs_spec,
+    quality_map,
+    quality_warnings,
+)
+from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.layer_map_chart import map_figure
+from pages.components import layout, state, tables
+from pages.components.charts import chart
+
+__all__ = ["show"]
+
+
+def show(run: Run, spectra: Sequence[LayerSpectrum], facts: CalibrationFacts, module: str) -> None:
+    """Draw the metrics, the map and the table of all distinct inputs."""
+    st.subheader("Calibration quality", anchor=False)
+    for warning in quality_warnings(facts):
+        st.warning(warning, icon=":material/warning:")
+    search = run.config.search
+    damping = search.compression.input_damping if search is not None else None
+    layout.metrics_row(
+        {
+            "Tokens per dimension (min)": (
+                number(facts.min_tokens_per_dimension),
+                f"Over all inputs; below {TOKENS_PER_DIMENSION} small eigenvalues are noise.",
+            ),
+            "Condition number (max)": (facts.condition_words, "Over all inputs, before any damping."),
+            "Damping in use": (
+                f"{damping:g}" if damping is not None else "none",
+                "Added to every eigenvalue of an input's covariance before it is inverted, relative to their mean."
+                if damping is not None
+                else "Not used by an analysis. A search or `lowrank compress` applies damping.",
+            ),
+            "Groups × windows": (f"{facts.groups} × {facts.group_size}", f"Weights: {facts.group_weights}. Pooled within groups."),
+        }
+    )
+    table = input_table(facts, spectra, damping)
+    names = [name for name in QUALITIES if name != "damped_condition" or damping is not None]
+    name = st.selectbox("Quality", names, key="quality", format_func=lambda key: QUALITIES[key].label, persist_state="session", width=330)
+    quality = QUALITIES[name]
+    chart(
+        map_figure(quality_map(facts, table, name, module), module),
+        key="quality_map",
+        title=f"{quality.label} of every distinct input",
+        how=f"{quality.meaning}. A row is an input, named by the module types that read it; click a cell to look into one of them.",
+        alt=f"Map of {quality.label.lower()} by block and input",
+        data=table,
+        on_pick=state.pick_from_chart("module", "quality_map"),
+    )
+    with st.expander(f"All {len(facts.inputs)} distinct inputs"):
+        tables.show(inputs_spec(table), key="input_table", height=320)

@@ -1,0 +1,135 @@
+"""Downloads of a run, and the commands that reproduce it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import streamlit as st
+
+from lowrank_core.allocation import allocation_from_ranks
+from lowrank_core.errors import LowRankError
+from lowrank_core.runs import Run
+from lowrank_core.runs.client import results
+from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare.comparison import comparisons
+from lowrank_core.studio.compare.healing_runs import healings
+from lowrank_core.studio.export.export_plan import Source
+from lowrank_core.studio.overview.calibration_quality import calibration_facts
+from lowrank_core.studio.overview.text_facts import text_facts
+from lowrank_core.studio.report import charts_html, report_html
+from lowrank_core.studio.search.history import trial_table
+from lowrank_core.studio.shared.allocation_map import search_units
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.reproduce import reproduction
+from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.summary import comparisons_table
+from pages.components.loading import spectra_of
+
+__all__ = ["show"]
+
+
+def show(run: Run, source: Source | None) -> None:
+    """Draw the downloads; ``source`` is the chosen model.
+
+    Raises:
+        LowRankError: a file of the run is damaged.
+    """
+    damage = _damage(run)
+    if damage:
+        st.error(f"The report and the charts can't be written: {damage}", icon=":material/error:")
+    why_not = "A file of this run is damaged." if damage else ""
+    _offer(
+        "Report (HTML)", "report", partial(report_html, run), "text/html", "One file, no server: charts, tables, protocol, seeds.", why_not
+    )
+    pictures = "All charts in one self-contained file; each has buttons for SVG, PNG, CSV and interactive HTML."
+    _offer("Charts (SVG, PNG, HTML)", "figures", partial(charts_html, run), "text/html", pictures, why_not)
+    _tables(run, source)
+    st.caption(
+        "On each page, the camera above a chart saves it as SVG, and the button next to it saves its data as CSV. Rendered in your "
+        "browser; nothing is uploaded. Model cards are with the written models."
+    )
+    _again(run)
+
+
+def _damage(run: Run) -> str:
+    """Return the error of a damaged run, checked before files are made on demand; empty if none."""
+    readers: tuple[Callable[[Run], object], ...] = (model_facts, text_facts, calibration_facts, spectra_of, results, healings)
+    try:
+        for read in readers if run.config.search is None else (*readers, read_trials):
+            read(run)
+    except LowRankError as error:
+        return str(error)
+    return ""
+
+
+def _tables(run: Run, source: Source | None) -> None:
+    search = run.config.search
+    if search is None:
+        return
+    trials = read_trials(run)
+    result = comparisons(results(run), trials)
+    why_not = "" if source is not None and source.ranks else "Its ranks are known once the worker has built or measured it."
+    chosen = source.label if source is not None else "Nothing chosen"
+    meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or to start from manually."
+    name = source.name.replace(" ", "-") if source is not None else "allocation"
+    _offer("Allocation (JSON)", name, partial(_allocation, run, source), "application/json", meaning, why_not)
+    rows = "Every trial: state, value, perplexity, KL, ratio, seconds, variables."
+    _offer(
+        "Trials (CSV)",
+        "trials",
+        lambda: csv_of(trial_table(trials, search)),
+        "text/csv",
+        rows,
+        "" if trials else "No trial yet.",
+    )
+    rows = "Dense and everything measured on test text, with intervals, sizes and protocol."
+    table = comparisons_table(result)
+    _offer(
+        "Comparison (CSV)",
+        "comparison",
+        lambda: csv_of(table),
+        "text/csv",
+        rows,
+        "" if result else "Nothing was measured on test text yet.",
+    )
+
+
+def _allocation(run: Run, source: Source | None) -> str:
+    search, facts = run.config.search, model_facts(run)
+    assert source is not None
+    assert source.ranks is not None
+    assert search is not None
+    assert facts is not None
+    units = search_units(facts.matrices, search.compression, facts.head_units)
+    return allocation_from_ranks(source.name, units, source.ranks).to_json()
+
+
+def _again(run: Run) -> None:
+    """Offer the run's record, and show the commands that reproduce it."""
+    result = reproduction(run.record, run.config)
+    with st.expander("Repeat the whole run", icon=":material/replay:", key="again_panel"):
+        _offer("run.json", "run", lambda: result.record, "application/json", "All options of the run. Save the file, then:")
+        st.code(result.exact, language="bash", wrap_lines=True)
+        st.caption("As command-line flags")
+        st.code(result.options, language="bash", wrap_lines=True)
+
+
+_ENDINGS = {"text/html": "html", "application/json": "json", "text/csv": "csv"}
+
+
+def _offer(label: str, name: str, made: Callable[[], str], media: str, meaning: str, why_not: str = "") -> None:
+    """Draw an on-demand download with its description."""
+    left, right = st.columns([1, 2.6], vertical_alignment="center")
+    left.download_button(
+        label,
+        lambda: made().encode("utf-8"),
+        f"{name}.{_ENDINGS[media]}",
+        media,
+        key=f"download_{label}",
+        icon=":material/download:",
+        disabled=bool(why_not),
+        width="stretch",
+        on_click="ignore",
+    )
+    right.caption(f"{meaning} {why_not}".strip())

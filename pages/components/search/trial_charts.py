@@ -1,0 +1,215 @@
+"""Charts and tables of a search."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import streamlit as st
+
+from lowrank_core.config import SearchConfig
+from lowrank_core.runs import Run
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studies.variables import read_ranges
+from lowrank_core.studio.search import pareto as fronts
+from lowrank_core.studio.search.history import better_half, trials_spec
+from lowrank_core.studio.search.history import history as history_of
+from lowrank_core.studio.search.history_chart import history_chart
+from lowrank_core.studio.search.parallel_coordinates import fingerprint as fingerprint_of
+from lowrank_core.studio.search.parallel_coordinates import importance_table, missing_words
+from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint_chart, importance_chart
+from lowrank_core.studio.search.pareto_chart import front_chart
+from lowrank_core.studio.search.timeline import timeline
+from lowrank_core.studio.search.timeline_chart import timeline_chart
+from lowrank_core.studio.search.trial_windows import window_losses
+from lowrank_core.studio.search.trial_windows_chart import window_chart
+from lowrank_core.studio.search.worker_list import living_workers
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
+from lowrank_core.studio.shared.formatting import number, percent
+from lowrank_core.studio.shared.layer_map_chart import map_figure
+from lowrank_core.studio.shared.model_facts import model_facts
+from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.table import Column
+from lowrank_core.studio.shared.trial_names import state_words, trial_label
+from lowrank_core.studio.shared.vega import PICKED
+from pages.components import navigation, state, tables
+from pages.components.charts import chart
+from pages.components.loading import importances_of, pictures_of
+
+__all__ = ["allocation", "fingerprint", "front", "history", "importance", "table", "times", "windows"]
+
+
+def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw the objective of every trial."""
+    view = history_of(trials, search.objective)
+    near = st.toggle(
+        "Only the better half",
+        key="history_near",
+        persist_state="session",
+        help="Hides trials and baselines worse than the median, so that small gains are visible. The best baseline stays.",
+    )
+    shown = better_half(view) if near else view
+    left_out = len(view.trials) - len(shown.trials) + len(view.baselines) - len(shown.baselines)
+    chart(
+        history_chart(shown, chosen.number if chosen else None, pictures_of(run, trials, search)),
+        key="history",
+        title=f"{'The better half of the trials' if near else 'Every trial'} on search-validation text",
+        how="lower is better; the green steps are the best so far, dashed lines the baselines. Hover over a trial for a small map of its "
+        "allocation, click it for a large one; drag to pan, Ctrl + wheel to zoom, double-click to reset."
+        + (f" **Left out**, as worse than half of the trials: {left_out} points and lines." if near else ""),
+        alt="Objective of each trial in trial order, with baselines and the best so far",
+        data=view.trials,
+        on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),
+    )
+
+
+def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw the losses of the running (or chosen) trial by window; nothing without records."""
+    view = window_losses(trials, chosen.number if chosen else None, search.objective)
+    if view is None:
+        return
+    who = f"{view.shown}, running now" if view.running else view.shown
+    chart(
+        window_chart(view),
+        key="windows",
+        title=f"{who}, window by window" if view.shown == view.other else f"{who}, against {view.other} window by window",
+        how=f"dots are {view.shown}, green bars {view.other}; a dot below its bar is better there. On the {view.measured} windows that "
+        f"both have seen: {number(view.shown_mean, 4)} against {number(view.other_mean, 4)}.",
+        alt=f"Loss of {view.shown} on each search-validation window, next to {view.other}",
+        data=view.frame,
+    )
+
+
+def front(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw loss against compression ratio, and the Pareto front as a table."""
+    view = fronts.front(trials, search.objective)
+    chart(
+        front_chart(view, chosen.number if chosen else None),
+        key="front",
+        title="Loss against compression ratio, on search-validation text",
+        how="lower and further right is better. The green steps are the Pareto front. Dashed lines join the points of a baseline. Click a "
+        "point for its allocation.",
+        alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front",
+        data=view.trials,
+        on_pick=state.pick_from_vega("trial", "front", PICKED, "number"),
+    )
+    table = fronts.front_spec(trials, search)
+    pick = state.pick_from_table("trial", "front_table", list(table.frame["trial"]))
+    tables.show(table, key="front_table", height=230, on_pick=pick)
+
+
+def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
+    """Draw the allocation of a trial, and offer it as a file."""
+    facts = model_facts(run)
+    if facts is None:
+        return
+    units = search_units(facts.matrices, search.compression, facts.head_units)
+    result = allocation_of(trial, units)
+    if trial.state not in ("complete", "running"):
+        st.caption(f"{trial_label(trial)}: {state_words(trial)}.")
+    view = allocation_map(result, units)
+    chart(
+        map_figure(view, state.selection().module),
+        key="allocation_map",
+        title=f"Where {trial_label(trial)} keeps its parameters",
+        how=f"bright cells keep most of their parameters, 100 % is dense; {percent(result.compression_ratio)} are removed in all.",
+        alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}",
+        data=view.frame,
+        on_pick=state.pick_from_chart("module", "allocation_map"),
+    )
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.download_button(
+            "Allocation (JSON)",
+            result.to_json(),
+            f"{run.id}-trial-{trial.number}.json",
+            "application/json",
+            key="download_allocation",
+            icon=":material/download:",
+            help="Valid for `lowrank compress --ranks`, and on the page Manual allocation.",
+            on_click="ignore",
+        )
+        st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")
+
+
+def fingerprint(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
+    """Draw the variables of each trial; nothing below two sampled points."""
+    view = fingerprint_of(trials, search, read_ranges(run))
+    if view is None:
+        return
+    rest = ""
+    if view.trials < view.of_trials or view.variables < view.of_variables:
+        rest = f" Shown: the best {view.trials} of {view.of_trials} trials, {view.variables} of {view.of_variables} variables."
+    chart(
+        fingerprint_chart(view, chosen.number if chosen else None),
+        key="fingerprint",
+        title="Trial parameters, best at the left",
+        how="a column is a trial, a row a variable; a row with one shade at the left and a mix at the right is a variable on which good "
+        f"trials agree. Click a column for its allocation; drag to pan, Ctrl + wheel to zoom.{rest}",
+        alt="Value of each variable in each trial, trials ordered by their objective",
+        data=view.frame,
+        on_pick=state.pick_from_vega("trial", "fingerprint", PICKED, "number"),
+    )
+
+
+def importance(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
+    """Draw the importance of variables, or the number of trials it still needs."""
+    result = importances_of(run, trials)
+    if result.missing:
+        st.caption(missing_words(result))
+        return
+    frame = importance_table(result, trials, search)
+    chart(
+        importance_chart(frame),
+        key="importance",
+        title="Importance of variables",
+        how=f"Shapley effect: share of the variance of {_importance_of(search)} over the whole search space that is due to a variable. A "
+        f"Gaussian process fitted to {result.trials} trials estimates it. The lines are 90 % credible intervals; where they overlap, the "
+        "order is open.",
+        alt="Importance of each variable of the search, with intervals",
+        data=frame,
+    )
+
+
+def _importance_of(search: SearchConfig) -> str:
+    words = {"kl": "the KL divergence", "perplexity": "perplexity", "bolaco": "the objective"}[search.objective]
+    return f"the logarithm of {words}" if search.models_logarithms else words
+
+
+def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -> None:
+    """Draw the timeline of workers and trials."""
+    frame = timeline(trials, {} if run.recorded else living_workers(run), time.time())
+    if frame.empty:
+        return
+    chart(
+        timeline_chart(frame, chosen.number if chosen else None),
+        key="timeline",
+        title="Timeline of workers and trials",
+        how="a bar is a trial, its mark the outcome; gaps are time between trials. Click a mark for its allocation; drag to pan, Ctrl + "
+        "wheel to zoom, double-click to reset.",
+        alt="Trials as bars from start to end, a row for each worker",
+        data=frame,
+        on_pick=state.pick_from_vega("trial", "timeline", PICKED, "number"),
+    )
+
+
+def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
+    """Draw the table of trials, and offer it as a file."""
+    result = trials_spec(trials, search)
+    columns = (
+        *result.columns,
+        Column.text("worker", "Worker", "Machine and process that measured it."),
+        Column("started", "Started", "moment"),
+    )
+    st.markdown("**Trials**")
+    pick = state.pick_from_table("trial", "trial_table", list(result.frame["trial"]))
+    tables.show(replace(result, columns=columns), key="trial_table", height=300, on_pick=pick)
+    st.download_button(
+        "Trials (CSV)",
+        csv_of(result.frame),
+        f"{run.id}-trials.csv",
+        "text/csv",
+        key="download_trials",
+        icon=":material/download:",
+        on_click="ignore",
+    )

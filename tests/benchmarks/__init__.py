@@ -1,0 +1,1 @@
+"""Measurements that drive a real browser; run by name, never collected."""

@@ -1,0 +1,145 @@
+"""The Spectra and Feature energy pages: what they ask, what they show, what they say where something is missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from synthetic import FFN, calibration_json, directions, make_run, spectra, write_sensitivity
+from test_pages import charts, sound, words
+
+from lowrank_core.runs import write_json
+from lowrank_core.runs.client import pending_requests
+from lowrank_core.spectra.spectrum import save_spectra
+from lowrank_core.studio.spectra.map_metrics import METRICS
+
+NAME = "model.layers.1.mlp.up_proj"
+
+
+@pytest.mark.parametrize("metric", ["alpha", "outliers", "kept", "cost"])
+def test_every_kind_of_metric_can_be_shown(app, metric):
+    write_sensitivity(make_run())
+    test = app("spectra")
+    assert test.selectbox(key="metric").options == [result.label for result in METRICS.values()]
+    test.selectbox(key="metric").set_value(metric).run()
+    assert sound(test)
+    assert METRICS[metric].label in words(test)
+    assert len(charts(test)) == 5
+
+
+def test_measured_losses_are_shown_at_the_ratio_that_is_chosen(app):
+    cells = {(cell.name, cell.kept): cell for cell in write_sensitivity(make_run())}
+    test = app("spectra", module=NAME)
+    test.selectbox(key="metric").set_value("cost").run()
+    assert test.selectbox(key="metric_kept").options == ["20 %", "50 %", "80 %"]
+    for kept in (0.5, 0.2):
+        test.selectbox(key="metric_kept").set_value(kept).run()
+        assert sound(test)
+        table = next(frame.value for frame in test.dataframe if "value" in frame.value)
+        assert table.set_index("module")["value"][NAME] == cells[NAME, kept].kl
+
+
+def test_without_a_trial_its_ranks_are_no_metric(app):
+    make_run(search=False)
+    test = app("spectra")
+    assert METRICS["kept"].label not in test.selectbox(key="metric").options
+    assert "Trial" not in words(test)
+
+
+def test_a_metric_that_the_next_run_does_not_have_gives_way(app):
+    older = make_run(search=False)
+    newer = make_run()
+    test = app("spectra", run=newer.id)
+    test.selectbox(key="metric").set_value("kept").run()
+    test.selectbox(key="run_picker").set_value(older.id).run()
+    assert sound(test)
+    assert "Effective rank of every module's features" in words(test)
+
+
+def test_the_chosen_trials_rank_is_told_with_the_module(app):
+    make_run()
+    assert "Trial 3: " in words(app("spectra", trial="3", module=NAME))
+
+
+def test_spectra_of_an_older_version_say_nothing_of_shuffling(app):
+    run = make_run()
+    assert "shuffled matrix" in words(app("spectra"))
+    save_spectra(run.path / "spectra.npz", [replace(spectrum, shuffled_singular_values=None) for spectrum in spectra()])
+    test = app("spectra")
+    assert sound(test)
+    assert "shuffled" not in words(test)
+
+
+def test_directions_are_asked_for_and_shown(app, monkeypatch):
+    monkeypatch.setattr("lowrank_core.runs.client._launch", lambda run: None)
+    run = make_run(search=False)
+    test = app("spectra", module=NAME)
+    assert f"Not read yet for the input of `{NAME}`" in words(test)
+    test.number_input(key="direction_count").set_value(3)
+    test.button(key="find_directions").click().run()
+    assert sound(test)
+    (request,) = pending_requests(run)
+    assert request["kind"] == "directions"
+    assert request["arguments"] == {"module": NAME, "side": "input", "directions": 3, "windows": 32}
+    write_json(run.path / "results" / f"{request['id']}.json", directions(NAME))
+    test.run()
+    table = next(frame.value for frame in test.dataframe if "projection" in frame.value)
+    assert list(table["projection"]) == [7.5, -3.25, 7.5, -3.25]
+    assert "calibration split: 4 windows of 32 tokens" in words(test)
+
+
+def test_directions_that_failed_are_told_here_and_not_on_compare(app):
+    run = make_run()
+    arguments = {"module": NAME, "side": "input"}
+    write_json(
+        run.path / "results" / "9.json",
+        {"ok": False, "kind": "directions", "arguments": arguments, "error": "the covariance is not finite", "time": 1.0},
+    )
+    test = app("spectra", module=NAME)
+    assert [error.value for error in test.error] == ["The directions could not be read: the covariance is not finite"]
+    assert not app("compare").error
+
+
+def test_a_recorded_run_is_not_asked(app, tmp_path, monkeypatch):
+    run = make_run(path=tmp_path / "recorded-run")
+    write_json(run.path / "run.json", {**run.record, "recorded": True})
+    monkeypatch.setattr("lowrank_core.studio.shared.run_list.recorded_run", lambda: run)
+    test = app("spectra")
+    assert sound(test)
+    assert test.button(key="find_directions").disabled
+    assert "recorded run has no worker" in test.button(key="find_directions").help
+    assert "no text to show tokens from" in words(test)
+
+
+def test_energy_stands_beside_a_measured_loss_or_says_that_there_is_none(app):
+    make_run()
+    test = app("energy")
+    assert "Energy is not a loss. The factors at this rank keep" in words(test)
+    table = next(frame.value for frame in test.dataframe if "kl" in frame.value)
+    assert "Uniform (trial 0)" in list(table["name"])
+    make_run(search=False)
+    assert "this run has no measured loss yet" in words(app("energy"))
+
+
+def test_the_energy_of_all_modules_of_a_type_is_a_band(app):
+    make_run()
+    test = app("energy", module=NAME)
+    test.segmented_control(key="energy_scope").set_value("type").run()
+    assert sound(test)
+    assert "Energy kept, all 3 up modules" in words(test)
+    assert len(charts(test)) == 5
+
+
+def test_the_calibration_panel_tells_damping_and_thin_inputs(app):
+    run = make_run()
+    test = app("energy")
+    assert "Damping in use 1e-06" in words(test)
+    for quality in ("condition", "damped_condition", "pooled_to_sample"):
+        test.selectbox(key="quality").set_value(quality).run()
+        assert sound(test)
+    write_json(run.path / "calibration.json", calibration_json(tokens=7 * FFN))
+    assert "fewer than 8 tokens per dimension" in " ".join(warning.value for warning in app("energy").warning)
+    make_run(search=False)
+    test = app("energy")
+    assert "Damping in use none" in words(test)
+    assert "Condition number after damping" not in test.selectbox(key="quality").options

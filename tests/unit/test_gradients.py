@@ -1,0 +1,255 @@
+"""Output gradients: against autograd token by token, against measured KL, and whatever the batches and passes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowrank_core.config import CalibrationConfig
+from lowrank_core.errors import Cancelled, ConfigError, ModelError, NumericalError
+from lowrank_core.models import ModelHandle
+from lowrank_core.models.handle import weight_of
+from lowrank_core.statistics import gradients
+from lowrank_core.statistics.calibration import collect_statistics
+from lowrank_core.statistics.gradients import cached_gradients, collect_gradients, gradients_key, sampled_labels
+from lowrank_core.statistics.moments import OutputStatistics
+from lowrank_core.text import WindowSet
+
+CONFIG = CalibrationConfig(batch_size=5)
+
+
+@pytest.fixture
+def few(windows: WindowSet) -> WindowSet:
+    return replace(windows, ids=windows.ids[:7])
+
+
+def directly(handle: ModelHandle, ids: Tensor, name: str, seed: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients (N, m) and inputs (N, n) of a layer, window by window, by differentiating a shift of its output."""
+    layer = handle.module.get_submodule(name)
+    all_gradients, inputs = [], []
+    for index, window in enumerate(ids):
+        shift = torch.zeros(len(window), weight_of(layer).shape[0], requires_grad=True)
+
+        def hook(_: object, arguments: tuple[Tensor, ...], output: Tensor, shift: Tensor = shift) -> Tensor:
+            inputs.append(arguments[0].detach().reshape(-1, arguments[0].shape[-1]))
+            return output + shift.reshape(output.shape)
+
+        handle_ = layer.register_forward_hook(hook)
+        logits = handle.module(input_ids=window[None], use_cache=False).logits
+        handle_.remove()
+        labels = sampled_labels(logits.detach(), seed, index)
+        losses = -logits.log_softmax(-1)[0, torch.arange(len(window)), labels[0]]
+        all_gradients.append(torch.autograd.grad(losses.sum(), shift)[0])
+    return torch.cat(all_gradients).double(), torch.cat(inputs).double()
+
+
+def test_moments_are_those_of_the_gradients(any_handle: ModelHandle, few: WindowSet):
+    result = collect_gradients(any_handle, few, replace(CONFIG, gradient_seed=4))
+    assert list(result) == [layer.name for layer in any_handle.layers]
+    for name, statistics in result.items():
+        rows, inputs = directly(any_handle, few.ids, name, 4)
+        assert statistics.count == few.ids.numel() == len(rows)
+        scale = float(rows.square().mean())
+        torch.testing.assert_close(statistics.gradient, rows.T @ rows / len(rows), rtol=1e-3, atol=1e-4 * scale)
+        fisher = (rows.square() * inputs.square().sum(1, keepdim=True)).mean(0)
+        torch.testing.assert_close(statistics.fisher_rows, fisher, rtol=1e-3, atol=1e-4 * float(fisher.mean()))
+        assert torch.equal(statistics.gradient, statistics.gradient.T)
+
+
+def kl_per_token(handle: ModelHandle, windows: WindowSet, name: str, change: Tensor) -> float:
+    """Return KL(dense ‖ changed) in nats per token after adding ``change`` to a layer's weight, which is put back."""
+    weight = weight_of(handle.module.get_submodule(name))
+    with torch.no_grad():
+        dense = handle.module(input_ids=windows.ids, use_cache=False).logits.double().log_softmax(-1)
+        kept = weight.clone()
+        weight += change
+        changed = handle.module(input_ids=windows.ids, use_cache=False).logits.double().log_softmax(-1)
+        weight.copy_(kept)
+    return float(functional.kl_div(changed, dense, log_target=True, reduction="sum")) / windows.ids.numel()
+
+
+@pytest.mark.parametrize("kind", [-3, -2, -1])
+def test_the_two_sides_predict_the_divergence_of_a_small_change(any_handle: ModelHandle, windows: WindowSet, kind: int):
+    """Of layers behind the last attention; ahead of one, changes of many tokens add up in each output, and the product misses that."""
+    layers = [layer for layer in any_handle.layers if layer.shape.depth == 1]
+    layer = layers[kind]
+    outputs = collect_gradients(any_handle, windows, CONFIG)[layer.name]
+    inputs = collect_statistics(any_handle, windows, CONFIG).inputs[layer.input_group]
+    weight = weight_of(any_handle.module.get_submodule(layer.name))
+    change = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.01 * float(weight.std())
+    delta = change.double()
+    predicted = 0.5 * float(torch.trace(outputs.gradient @ delta @ inputs.second_moment @ delta.T))
+    measured = kl_per_token(any_handle, windows, layer.name, change)
+    assert 0.5 < predicted / measured < 2
+
+
+def test_labels_follow_the_model_s_distribution():
+    logits = torch.tensor([0.0, 1.0, -torch.inf, 2.0]).expand(50, 400, 4)
+    labels = sampled_labels(logits, 0, 0)
+    shares = torch.bincount(labels.flatten(), minlength=4) / labels.numel()
+    torch.testing.assert_close(shares, logits[0, 0].softmax(0), atol=0.01, rtol=0)
+    assert shares[2] == 0
+
+
+def test_labels_depend_on_seed_and_window_alone():
+    logits = torch.randn(6, 300, 20, generator=torch.Generator().manual_seed(0))
+    whole = sampled_labels(logits, 3, 0)
+    parts = torch.cat([sampled_labels(logits[:1], 3, 0), sampled_labels(logits[1:5], 3, 1), sampled_labels(logits[5:], 3, 5)])
+    assert torch.equal(whole, parts)
+    assert not torch.equal(whole, sampled_labels(logits, 4, 0))
+    assert not torch.equal(whole, sampled_labels(logits, 3, 1))
+
+
+def same(first: dict[str, OutputStatistics], second: dict[str, OutputStatistics]) -> bool:
+    assert list(first) == list(second)
+    return all(
+        torch.equal(a.gradient, b.gradient) and torch.equal(a.fisher_rows, b.fisher_rows)
+        for a, b in zip(first.values(), second.values(), strict=True)
+    )
+
+
+def test_the_batch_size_changes_rounding_alone(llama: ModelHandle, few: WindowSet):
+    one, all_ = (collect_gradients(llama, few, replace(CONFIG, batch_size=size)) for size in (1, 7))
+    for name, statistics in one.items():
+        scale = float(statistics.gradient.diagonal().mean())
+        torch.testing.assert_close(all_[name].gradient, statistics.gradient, rtol=1e-4, atol=1e-5 * scale)
+
+
+def test_the_same_inputs_give_equal_bits(any_handle: ModelHandle, few: WindowSet):
+    first, second = (collect_gradients(any_handle, few, CONFIG) for _ in range(2))
+    assert same(first, second)
+    assert not same(first, collect_gradients(any_handle, few, replace(CONFIG, gradient_seed=1)))
+
+
+def one_block_per_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gradients, "_free_memory", lambda device: 0)
+
+
+def test_the_number_of_passes_changes_nothing(any_handle: ModelHandle, few: WindowSet, monkeypatch: pytest.MonkeyPatch):
+    steps: list[tuple[int, int]] = []
+    whole = collect_gradients(any_handle, few, CONFIG, progress=lambda *step: steps.append(step))
+    assert steps == [(1, 2), (2, 2)]
+    one_block_per_pass(monkeypatch)
+    assert same(whole, collect_gradients(any_handle, few, CONFIG, progress=lambda *step: steps.append(step)))
+    assert steps[2:] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_only_the_first_windows_are_used(llama: ModelHandle, windows: WindowSet, few: WindowSet):
+    config = replace(CONFIG, gradient_windows=7)
+    assert same(collect_gradients(llama, windows, config), collect_gradients(llama, few, CONFIG))
+    assert gradients_key(llama, windows, config) == gradients_key(llama, few, CONFIG)
+
+
+def test_the_same_tokens_cut_otherwise_have_gradients_of_their_own(llama: ModelHandle, few: WindowSet, tmp_path: Path):
+    short = replace(few, ids=few.ids.reshape(2 * few.windows, -1))
+    config = replace(CONFIG, gradient_windows=short.windows)
+    assert short.sha256 == few.sha256
+    cached_gradients(llama, few, config, tmp_path)
+    assert same(cached_gradients(llama, short, config, tmp_path), collect_gradients(llama, short, config))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lower_precisions_are_near(llama: ModelHandle, few: WindowSet, dtype: torch.dtype):
+    module = type(llama.module)(llama.module.config)
+    module.load_state_dict(llama.module.state_dict())
+    module.to(dtype).eval()
+    fine, coarse = collect_gradients(llama, few, CONFIG), collect_gradients(replace(llama, module=module), few, CONFIG)
+    for name, statistics in coarse.items():
+        assert statistics.gradient.dtype == torch.float64
+        assert float(statistics.gradient.trace()) == pytest.approx(float(fine[name].gradient.trace()), rel=0.5)
+
+
+def test_the_model_is_left_as_it_was(llama: ModelHandle, few: WindowSet):
+    module = type(llama.module)(llama.module.config).eval()  # its parameters require gradients
+    module.model.norm.weight.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in module.parameters()]
+
+    def stop(done: int, total: int) -> None:
+        raise Cancelled
+
+    with pytest.raises(Cancelled):
+        collect_gradients(replace(llama, module=module), few, CONFIG, progress=stop)
+    assert [parameter.requires_grad for parameter in module.parameters()] == before
+    assert all(parameter.grad is None for parameter in module.parameters())
+    assert not any(child._forward_hooks for child in module.modules())
+
+
+def test_it_works_where_gradients_are_switched_off(llama: ModelHandle, few: WindowSet):
+    with torch.inference_mode():
+        inside = collect_gradients(llama, few, CONFIG)
+    assert same(inside, collect_gradients(llama, few, CONFIG))
+
+
+def test_a_bad_gradient_names_the_layer(llama: ModelHandle, few: WindowSet):
+    module = type(llama.module)(llama.module.config).eval()
+    with torch.no_grad():
+        module.model.norm.weight.fill_(torch.inf)
+    with pytest.raises(NumericalError, match=r"model\.layers\.1\.\S+: the gradient of its output holds NaN or Inf"):
+        collect_gradients(replace(llama, module=module), few, CONFIG)
+
+
+def test_a_model_without_layers_is_refused(llama: ModelHandle, few: WindowSet):
+    with pytest.raises(ModelError, match="no dense linear layer"):
+        collect_gradients(replace(llama, layers=()), few, CONFIG)
+
+
+def test_bad_settings_are_refused():
+    with pytest.raises(ConfigError, match="gradient windows must be at least 1"):
+        CalibrationConfig(gradient_windows=0)
+    with pytest.raises(ConfigError, match="gradient seed must be at least 0"):
+        CalibrationConfig(gradient_seed=-1)
+
+
+# kept on disk
+
+
+def test_a_second_run_finds_them(llama: ModelHandle, few: WindowSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    first = cached_gradients(llama, few, CONFIG, tmp_path)
+    monkeypatch.setattr(gradients, "_Measurement", None)
+    assert same(first, cached_gradients(llama, few, CONFIG, tmp_path))
+    assert same(first, {name: first[name] for name in first})
+
+
+def after(passes: int, batches: int) -> Callable[[int, int], None]:
+    def progress(done: int, total: int) -> None:
+        if done > passes * batches:
+            raise Cancelled
+
+    return progress
+
+
+def test_an_interrupted_measurement_goes_on(llama: ModelHandle, few: WindowSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    whole = collect_gradients(llama, few, CONFIG)
+    one_block_per_pass(monkeypatch)
+    with pytest.raises(Cancelled):
+        cached_gradients(llama, few, CONFIG, tmp_path, progress=after(1, 2))
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in (folder / "outputs").iterdir()] == ["block-000.safetensors"]
+    steps: list[tuple[int, int]] = []
+    assert same(whole, cached_gradients(llama, few, CONFIG, tmp_path, progress=lambda *step: steps.append(step)))
+    assert steps == [(1, 2), (2, 2)]
+
+
+def test_damage_is_told(llama: ModelHandle, few: WindowSet, tmp_path: Path):
+    cached_gradients(llama, few, CONFIG, tmp_path)
+    (folder,) = tmp_path.iterdir()
+    (folder / "outputs" / "block-001.safetensors").write_bytes(b"cut")
+    with pytest.raises(NumericalError, match="Delete that folder"):
+        cached_gradients(llama, few, CONFIG, tmp_path)
+
+
+def test_statistics_take_them_along_and_warn_of_few_tokens(llama: ModelHandle, windows: WindowSet, few: WindowSet):
+    statistics = collect_statistics(llama, windows, CONFIG)
+    assert not statistics.outputs
+    assert not statistics.warnings()
+    outputs = collect_gradients(llama, few, CONFIG)
+    result = statistics.with_outputs(outputs)
+    assert result.inputs is statistics.inputs
+    assert result.outputs is outputs
+    (warning,) = result.warnings()
+    assert "gradient moments rest on fewer than 8 tokens per dimension" in warning
+    assert "112 tokens for 80 dimensions" in warning
