@@ -119,7 +119,7 @@ def test_two_healings_of_one_model_are_told_apart():
 # tables of all
 
 
-def test_differences_are_from_the_original_with_paired_intervals_the_min_first():
+def test_differences_are_from_the_dense_model_with_paired_intervals_the_smallest_first():
     bodies = [comparison("uniform", "uniform", 3.4), comparison("trial 3", 3, 3.2), comparison("preset:svd", "preset:svd", 3.3)]
     table = loss_details.difference_table(compare.comparisons(bodies))
     assert list(table["name"]) == ["Trial 3", "Preset: Weight SVD", "Uniform"]

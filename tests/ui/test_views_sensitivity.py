@@ -160,7 +160,7 @@ def test_measured_values_for_other_pages(run: Run):
     assert views.measured_costs(make_run(search=False)) == {}
 
 
-def test_the_ratio_shown_first_is_the_one_with_the_max_modules():
+def test_the_ratio_shown_first_is_the_one_with_the_most_modules():
     assert views.fullest({0.2: {"a": 1.0, "b": 1.0}, 0.5: {"a": 1.0}, 0.8: {"a": 1.0}}) == 0.2
     assert views.fullest({0.2: {"a": 1.0}, 0.6: {"a": 1.0}, 0.8: {"a": 1.0}}) == 0.6
     assert views.fullest({}) is None

@@ -98,7 +98,7 @@ def test_the_best_trial_stands_first_and_every_variable_is_there(long):
     assert len(drawn.spec["layer"]) == 2
 
 
-def test_of_many_variables_those_that_tell_max_are_shown(long):
+def test_of_many_variables_those_that_tell_most_are_shown(long):
     trials = read_trials(long)
     many = [
         replace(

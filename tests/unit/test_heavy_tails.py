@@ -93,7 +93,7 @@ def test_the_tail_is_told_from_the_bulk() -> None:
     assert fit.total == 2000
 
 
-def test_the_fit_is_maximum_likelihood_from_its_min_value_on() -> None:
+def test_the_fit_is_maximum_likelihood_from_its_lowest_value_on() -> None:
     values = _pareto(2.2, 400, 7)
     fit = fit_tail(values)
     assert fit is not None

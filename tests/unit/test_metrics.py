@@ -246,7 +246,7 @@ def test_drift_aware_does_no_worse_than_whitened_on_the_drifted_sample(d_out: in
 
 
 @pytest.mark.parametrize(("d_out", "d_in"), SHAPES)
-def test_drift_aware_at_full_rank_is_min_squares_from_the_drifted_inputs(d_out: int, d_in: int):
+def test_drift_aware_at_full_rank_is_least_squares_from_the_drifted_inputs(d_out: int, d_in: int):
     x, y, given = drifted(d_out, d_in)
     factors = factorized("drift_aware", given, damping=Damping(columns=1e-13)).slice(min(d_out, d_in))
     expected = torch.linalg.lstsq(y, x @ given.weight.T).solution.T

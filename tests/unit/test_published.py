@@ -349,7 +349,7 @@ def test_the_process_models_the_values_themselves():
 # --- (e) the windows -------------------------------------------------------------------------------------------------
 
 
-def test_the_windows_that_vary_max_are_taken_in_the_order_of_the_text():
+def test_the_windows_that_vary_most_are_taken_in_the_order_of_the_text():
     perplexities = np.array([[10.0, 5.0, 7.0, 9.0], [12.0, 5.0, 1.0, 9.5], [11.0, 5.0, 4.0, 9.0]])
     assert most_varied(perplexities, 2) == (0, 2)
     assert most_varied(perplexities, 3) == (0, 2, 3)

@@ -148,7 +148,7 @@ def test_the_middle_is_measured_first_then_the_gaps(ratios: tuple[float, ...], o
     assert coarse_first(ratios) == order
 
 
-def test_cells_come_ratio_by_ratio_and_keep_at_max_what_was_asked_for(llama: ModelHandle):
+def test_cells_come_ratio_by_ratio_and_keep_at_most_what_was_asked_for(llama: ModelHandle):
     cells = planned_cells(llama.shapes, SINGLE, SensitivityConfig(kept=(0.3, 0.5, 0.7)))
     each = 7 + len(llama.shapes)
     assert len(cells) == 3 * each

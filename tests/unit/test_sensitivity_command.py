@@ -72,7 +72,7 @@ def test_a_run_with_a_worker_is_left_to_it(
     assert request["arguments"]["kept"] == [0.4]
 
 
-def test_a_module_that_diverged_is_the_max_sensitive():
+def test_a_module_that_diverged_is_the_most_sensitive():
     cells = [SensitivityCell(MODULE, name, 0.125, 4, 1, 10, 80, kl, None, None, 1.0) for name, kl in (("a", 0.1), ("b", None), ("c", 0.2))]
     head, *rows = _lines(tuple(cells))
     assert head == "the most sensitive modules at 12.5% kept, each alone:"

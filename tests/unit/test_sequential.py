@@ -102,7 +102,7 @@ def test_drift_aware_is_closer_to_the_dense_hidden_states_than_whitened_at_equal
     assert gaps[0] < 0.99 * gaps[1]
 
 
-def test_each_layer_is_min_squares_optimal_for_the_inputs_it_really_reads(
+def test_each_layer_is_least_squares_optimal_for_the_inputs_it_really_reads(
     llama: ModelHandle, windows: WindowSet, statistics: LayerStatistics
 ):
     """The last layer: no other weights of its rank come closer to the dense output from x'; those fitted at once don't come as close."""

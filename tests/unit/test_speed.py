@@ -160,7 +160,7 @@ def test_a_system_that_tells_no_peaks_is_told_not_guessed(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("meter")
-def test_a_fresh_process_measures_at_min_the_weights(demo_source: ModelSource):
+def test_a_fresh_process_measures_at_least_the_weights(demo_source: ModelSource):
     result = measure_memory(demo_source, SpeedConfig(new_tokens=2, prompt_tokens=8))
     weights = 4 * 6_852_864  # float32 on a CPU
     assert result.running is not None

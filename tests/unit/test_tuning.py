@@ -36,7 +36,7 @@ def statistics(llama: ModelHandle, text: TokenWindows) -> LayerStatistics:
     return collect_statistics(llama, text.calibration, config).with_outputs(collect_gradients(llama, text.calibration, config))
 
 
-def test_the_setting_with_the_min_kl_on_validation_text_is_taken(llama: ModelHandle, statistics: LayerStatistics, text: TokenWindows):
+def test_the_setting_with_the_lowest_kl_on_validation_text_is_taken(llama: ModelHandle, statistics: LayerStatistics, text: TokenWindows):
     ticks: list[tuple[int, int]] = []
     progress = lambda done, total: ticks.append((done, total))  # noqa: E731
     result, points = tune(llama, statistics, STUDIO, text, allocator="lagrangian", compression_ratio=0.5, progress=progress)
