@@ -39,7 +39,7 @@ def _plain(basis: str, storage: str = "factored") -> CompressionConfig:
 _STUDIO = CompressionConfig(basis="drift_aware:two_sided", storage="pivoted", value_dense=False, stacks=True, heads=True)
 
 _PRESETS = (
-    Preset("studio", "Studio (ours)", "this project", _STUDIO, allocation="lagrangian", search={"variables": "error_weight"}),
+    Preset("studio", "Studio (default)", "this project", _STUDIO, allocation="lagrangian", search={"variables": "error_weight"}),
     Preset(
         "bolaco",
         "Bolaco, as published, fixed ratios",

@@ -376,7 +376,7 @@ def test_runs_that_were_measured_alike_share_their_letters():
     assert list(result.frame["value_group"]) == ["A", "A"]
     assert list(result.frame["test_group"]) == ["A", "A"]
     assert result.frame["perplexity"][0] == pytest.approx(24.53, abs=0.01)
-    assert result.frame["original"][0] == pytest.approx(20.09, abs=0.01)
+    assert result.frame["dense"][0] == pytest.approx(20.09, abs=0.01)
     assert result.notes == (
         "Best values: KL to the dense model (nats per token), on the same search-validation text.",
         "Perplexity on test text, one protocol for all: python-stdlib, test split, 4 windows of 32 tokens.",

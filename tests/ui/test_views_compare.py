@@ -249,7 +249,7 @@ def test_speed_is_told_with_spread_and_protocol():
     result = measured_speed.speeds([speed_answer(), speed_answer("trial 3", memory=False), speed_answer()])
     assert [each.name for each in result] == ["Uniform", "Trial 3"]
     table = measured_speed.speed_table(result[0])
-    assert list(table["original"][:2]) == ["1,000 (900 to 1,100)", "50 (45 to 55)"]
+    assert list(table["dense"][:2]) == ["1,000 (900 to 1,100)", "50 (45 to 55)"]
     assert list(table["faster"]) == ["1.00 (0.90 to 1.10)", "2.00 (1.80 to 2.20)", "1.00 (0.90 to 1.10)", "0.50x", "0.50x"]
     assert len(measured_speed.speed_table(result[1])) == 3  # memory was not measured, nor anything counted
     counted = {"parameters": 100, "bytes": 2048}

@@ -242,7 +242,7 @@ def test_the_best_searched_model_is_looked_at_closely(recorded: Run, page: Page,
     assert f"{shown.name}: {view.words}" in page.text
     frame = page.frame("window-scatter.csv")
     assert list(frame["compressed"]) == pytest.approx(shown.window_nll, rel=1e-12)
-    assert list(frame["original"]) == pytest.approx(shown.dense_window_nll, rel=1e-12)
+    assert list(frame["dense"]) == pytest.approx(shown.dense_window_nll, rel=1e-12)
     assert list(page.frame("window-histogram.csv")["difference"]) == pytest.approx(list(view.frame["difference"]), rel=1e-12)
     assert list(page.frame("positions.csv")["kl"]) == pytest.approx(list(positions["kl"]), rel=1e-12)
     assert f"{protocol_of(shown)}." in page.text

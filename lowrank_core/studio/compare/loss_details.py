@@ -147,7 +147,7 @@ class WindowTable:
     """Losses of one model by window.
 
     Attributes:
-        frame: columns window, original, compressed, difference (compressed - original), in nats per token.
+        frame: columns window, dense, compressed, difference (compressed - dense), in nats per token.
         mean: of the differences; better: share of windows where compression predicts better; worst: that of the largest difference.
     """
 
@@ -171,7 +171,7 @@ def window_table(comparison: Comparison) -> WindowTable | None:
     if not len(ours) or len(ours) != len(theirs):
         return None
     difference = ours - theirs
-    frame = pd.DataFrame({"window": np.arange(len(ours)), "original": theirs, "compressed": ours, "difference": difference})
+    frame = pd.DataFrame({"window": np.arange(len(ours)), "dense": theirs, "compressed": ours, "difference": difference})
     return WindowTable(frame, float(difference.mean()), float((difference < 0).mean()), int(difference.argmax()))
 
 

@@ -61,12 +61,12 @@ def position_chart(shown: Comparison) -> Chart | None:
 def scatter_figure(view: WindowTable) -> go.Figure:
     """Draw each window's loss of the compressed model over that of the dense model; on the diagonal both are equal."""
     frame = view.frame
-    ends = [float(frame[["original", "compressed"]].min().min()), float(frame[["original", "compressed"]].max().max())]
+    ends = [float(frame[["dense", "compressed"]].min().min()), float(frame[["dense", "compressed"]].max().max())]
     room = 0.05 * (ends[1] - ends[0]) or 0.1
     ends = [ends[0] - room, ends[1] + room]
     diagonal = go.Scatter(x=ends, y=ends, mode="lines", line={"color": GREY, "width": 1.5, "dash": "dot"}, hoverinfo="skip")
     dots = go.Scatter(
-        x=frame["original"].to_numpy(),
+        x=frame["dense"].to_numpy(),
         y=frame["compressed"].to_numpy(),
         mode="markers",
         marker={"size": 8, "color": [VERMILLION if value > 0 else BLUE for value in frame["difference"]], "opacity": 0.8},
@@ -97,9 +97,9 @@ def histogram_figure(view: WindowTable) -> go.Figure:
     )
     figure = go.Figure([bars])
     finished(figure, height=300, x="Compressed minus dense, nats per token", y="Windows", top=28)
-    for x, words, colour in ((0.0, "original", GREY), (view.mean, "mean", ORANGE)):
+    for x, words, colour in ((0.0, "dense", GREY), (view.mean, "mean", ORANGE)):
         figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 2, "dash": "dot"})
-        anchor = "right" if (words == "original") == (view.mean >= 0) else "left"
+        anchor = "right" if (words == "dense") == (view.mean >= 0) else "left"
         figure.add_annotation(
             text=words, x=x, y=1, yref="paper", showarrow=False, yanchor="bottom", xanchor=anchor, font={"size": 11, "color": colour}
         )

@@ -119,7 +119,7 @@ def _side(body: Mapping[str, object], flops: object) -> _Side:
 
 
 def speed_table(speed: Speed) -> pd.DataFrame:
-    """Return measurements as text, median (min to max): columns measure, original, compressed, faster (times, or share of memory)."""
+    """Return measurements as text, median (min to max): columns measure, dense, compressed, faster (times, or share of memory)."""
     dense, ours = speed.dense, speed.compressed
     times = {name: spread.words(digits=2) for name, spread in speed.speedups.items()}
     rows = [
@@ -138,14 +138,14 @@ def speed_table(speed: Speed) -> pd.DataFrame:
         ("FLOPs per token, linears and head", dense.flops, ours.flops, "{:,}".format),
     )
     rows += [(name, words(a), words(b), _share(b, a)) for name, a, b, words in counts if a is not None and b is not None]
-    return pd.DataFrame(rows, columns=["measure", "original", "compressed", "faster"])
+    return pd.DataFrame(rows, columns=["measure", "dense", "compressed", "faster"])
 
 
 def speed_spec(speed: Speed, number: int = 1) -> Table:
     """Return ``speed_table`` as it is shown; ``number`` tells several in one report apart."""
     columns = (
         Column.text("measure", "Median (min to max)", width="medium"),
-        Column.text("original", "Dense"),
+        Column.text("dense", "Dense"),
         Column.text("compressed", "Compressed"),
         Column.text("faster", "Speed-up", "Round by round; for memory and counts, compressed over dense."),
     )
@@ -180,7 +180,7 @@ def speed_numbers(result: Sequence[Speed]) -> pd.DataFrame:
     """Return all values, a row per model and side: rates as median, low and high, memory in bytes, the protocol."""
     rows = []
     for speed in result:
-        for side, figures in (("original", speed.dense), ("compressed", speed.compressed)):
+        for side, figures in (("dense", speed.dense), ("compressed", speed.compressed)):
             row: dict[str, object] = {"name": speed.name, "side": side}
             for name, spread in (
                 ("prefill_tokens_per_second", figures.prefill),

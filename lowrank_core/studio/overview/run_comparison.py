@@ -25,7 +25,7 @@ __all__ = ["RunComparison", "compare_runs", "option_differences"]
 
 _COLUMNS = (
     *("id", "run", "model", "text", "removed", "trials", "best", "value", "value_group"),
-    *("perplexity", "interval", "original", "test_group"),
+    *("perplexity", "interval", "dense", "test_group"),
 )
 
 
@@ -34,7 +34,7 @@ class RunComparison:
     """Runs as rows.
 
     Attributes:
-        frame: columns id, run, model, text, removed, trials, best, value, value_group, perplexity, interval, original, test_group. Groups
+        frame: columns id, run, model, text, removed, trials, best, value, value_group, perplexity, interval, dense, test_group. Groups
             are letters: numbers with one letter were measured alike. Values and perplexities are missing where they were not measured.
         options: columns option, and one for each run's id: the options in which the runs differ, in words.
         notes: what can't be compared and why, and the protocols by letter; in sentences.
@@ -70,7 +70,7 @@ def compare_runs(runs: Sequence[Run]) -> RunComparison:
     frame = pd.DataFrame(
         [_cells(row, value, test) for row, value, test in zip(rows, values, tests, strict=True)],
         columns=list(_COLUMNS),
-    ).astype({"trials": "Int64", **dict.fromkeys(("value", "perplexity", "original"), float)})
+    ).astype({"trials": "Int64", **dict.fromkeys(("value", "perplexity", "dense"), float)})
     options = pd.DataFrame(_differing({run.id: run.config for run in runs}), columns=["option", *(run.id for run in runs)])
     return RunComparison(frame, options, (*_value_notes(rows, values), *_test_notes(rows, tests)))
 
@@ -171,7 +171,7 @@ def _cells(row: _Row, value: str | None, test: str | None) -> dict[str, object]:
         "value_group": value,
         "perplexity": row.measured.perplexity if row.measured else None,
         "interval": interval_words(ends) if row.measured else None,
-        "original": row.measured.dense_perplexity if row.measured else None,
+        "dense": row.measured.dense_perplexity if row.measured else None,
         "test_group": test,
     }
 

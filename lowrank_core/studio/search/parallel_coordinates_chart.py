@@ -19,7 +19,7 @@ _VARIABLES: Spec = {
     "axis": {"domain": False, "ticks": False, "labelLimit": 220, "labelOverlap": False},
 }
 """A row for each variable, in the order of the table."""
-_LEVELS = "datum.value == 0 ? 'minimum of its range' : 'maximum of its range'"
+_LEVELS = "datum.value == 0 ? 'min of its range' : 'max of its range'"
 
 
 def fingerprint_chart(view: Fingerprint, chosen: int | None = None) -> VegaChart:

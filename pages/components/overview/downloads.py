@@ -71,7 +71,7 @@ def _tables(run: Run, source: Source | None) -> None:
     result = comparisons(results(run), trials)
     why_not = "" if source is not None and source.ranks else "Its ranks are known once the worker has built or measured it."
     chosen = source.label if source is not None else "Nothing chosen"
-    meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or to start from manually."
+    meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or as the start of a manual allocation."
     name = source.name.replace(" ", "-") if source is not None else "allocation"
     _offer("Allocation (JSON)", name, partial(_allocation, run, source), "application/json", meaning, why_not)
     rows = "Every trial: state, value, perplexity, KL, ratio, seconds, variables."

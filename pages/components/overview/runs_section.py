@@ -77,7 +77,7 @@ def _comparison(runs: Sequence[Run]) -> None:
         Column.text("value_group", "Comparable", "Best values with the same letter are comparable."),
         Column.number("perplexity", "Perplexity (test)", 3, "Of the best trial, as measured on test text."),
         Column.text("interval", "95 % interval", "Bootstrap over test windows."),
-        Column.number("original", "Dense", 3, "Perplexity of the dense model on the same windows."),
+        Column.number("dense", "Dense", 3, "Perplexity of the dense model on the same windows."),
         Column.text("test_group", "Comparable (test)", "Perplexities with the same letter are comparable."),
     )
     alike = [group for group in ("value_group", "test_group") if result.frame[group].nunique() < 2]
