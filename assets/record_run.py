@@ -30,7 +30,7 @@ RATIO = 0.4
 PROMPT = "def read_lines(path):\n"
 SOURCE = PROMPT + "    with open(path) as lines:\n        return [line.strip() for line in lines if line]\n"
 """Read token by token: of our own, as no text of others is in the repository."""
-OTHER_TEXT = "file:README.md"
+OTHER_TEXT = "file:docs/methods.md"
 COMPARED = ("uniform", "preset:svd_llm")
 LEFT_OUT = ("worker.log", "worker.lock", "study.lock", "workers", "requests", "exports", "paused")
 

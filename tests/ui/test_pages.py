@@ -391,6 +391,7 @@ def test_a_page_that_is_opened_by_its_address_first_gets_its_frame():
     assert test.selectbox(key="run_picker").value == run.id
 
 
+@pytest.mark.process
 def test_the_dashboard_imports_neither_torch_nor_transformers():
     code = (
         "import sys, pkgutil, importlib, pages.components, lowrank_core.studio\n"

@@ -191,6 +191,7 @@ def test_numerics_touch_neither_disk_nor_log():
         assert not _arrows(name) & {"pathlib", "os", "sys", "logging", "json", "time"}, name
 
 
+@pytest.mark.process
 def test_importing_the_dashboards_modules_leaves_torch_out():
     names = [name for package in TORCH_FREE[2:] for name in _below(package)]
     lines = [f"import {name}" for name in names]
@@ -198,6 +199,7 @@ def test_importing_the_dashboards_modules_leaves_torch_out():
     subprocess.run([sys.executable, "-c", "\n".join([*lines, check])], check=True, cwd=ROOT)
 
 
+@pytest.mark.process
 def test_help_answers_without_torch():
     code = (
         "import sys\nfrom lowrank_core.cli import main\n"

@@ -194,6 +194,7 @@ cached_statistics(handle, windows, CalibrationConfig(group_size=8, batch_size=5)
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name == "nt", reason="needs SIGKILL")
 def test_a_killed_calibration_goes_on_with_the_same_bits(
     llama: ModelHandle, llama_checkpoint: Path, windows: WindowSet, tmp_path: Path

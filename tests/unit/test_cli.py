@@ -631,6 +631,7 @@ def _process(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment, cwd=root)
 
 
+@pytest.mark.process
 def test_a_process_prints_json_alone(places: Places):
     done = _process("compress", *places.source, "--compression-ratio", 0.3, "--out", places.out, "--json")
     assert done.returncode == 0, done.stderr
@@ -638,6 +639,7 @@ def test_a_process_prints_json_alone(places: Places):
     assert done.stdout.count("\n") == 1
 
 
+@pytest.mark.process
 def test_a_process_says_what_is_wrong_in_one_line(places: Places):
     done = _process("search", "--model", "nobody/nothing", "--text", places.text, "--compression-ratio", 0.2, "--run", places.out)
     assert done.returncode == 2

@@ -106,6 +106,7 @@ def _norm(folder: Path, files: tuple[str, ...]) -> float:
     return float(tensors["model.norm.weight"][0])
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("packages", ["", *OTHERS])
 def test_what_we_read_is_what_transformers_loads(packages: str, folder: Path, tmp_path: Path):
     folders = {name: Path(shutil.copytree(folder, tmp_path / name.replace(" ", "-"))) for name in CASES}
