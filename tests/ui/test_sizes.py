@@ -15,6 +15,8 @@ from walking import charts, elements, views
 
 from lowrank_core.studies.records import read_trials
 
+pytestmark = pytest.mark.slow
+
 MEGABYTE = 1_000_000
 CURVE_POINTS = 200 + 32
 
