@@ -11,7 +11,7 @@ import numpy.typing as npt
 __all__ = ["Progress", "Result", "Stage", "Vector", "silent"]
 
 Progress = Callable[[int, int], None]
-"""Is told how many are done, and of how many; what it raises ends the work."""
+"""Called with the numbers of finished and of all steps; an exception that it raises ends the work."""
 
 Stage = Callable[[str, int], AbstractContextManager[Progress | None]]
 """Is entered for a stage of work, given its name and how many steps it has (0: not known), and yields its progress."""

@@ -17,7 +17,7 @@ from lowrank_core.allocation import (
     unspent_warning,
 )
 from lowrank_core.allocation.units import check_reachable
-from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported
+from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported, warn
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.pipeline import Pipeline
@@ -71,9 +71,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         allocation = pipeline.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights)
     unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
     lost = _unspent(request, units, allocation)
-    doubts = (*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lost, *lacks, *repeats)
-    for doubt in doubts:
-        print(f"warning: {doubt}", file=sys.stderr)
+    doubts = warn(*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lost, *lacks, *repeats)
     model = pipeline.compress(allocation)
     provenance = {
         "preset": request.preset,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from lowrank_core.commands.shared import progress_line
+from lowrank_core.commands.shared import progress_line, warn
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.config.healing import HealingConfig
@@ -60,9 +60,7 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
     counts = report_of(manifest)
     compressed = CompressedModel(load_model(source), counts)
     dense = load_model(replace(source, reference=request.against or manifest.made_from))
-    unknown = _check_same(counts.dense, dense)
-    for doubt in unknown:
-        print(f"warning: {doubt}", file=sys.stderr)
+    unknown = warn(*_check_same(counts.dense, dense))
     config, tokenizer = request.healing, compressed.handle.tokenizer
     validation = load_windows(text, tokenizer, "validation", count=text.validation_windows)
     test = load_windows(text, tokenizer, "test", count=text.test_windows)

@@ -10,7 +10,7 @@ from lowrank_core.models import ModelHandle, max_context
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.types import Progress
 
-__all__ = ["coverage_warnings", "fitting_context", "progress_line", "progress_stage", "reported"]
+__all__ = ["coverage_warnings", "fitting_context", "progress_line", "progress_stage", "reported", "warn"]
 
 
 def progress_line(label: str) -> Progress:
@@ -29,12 +29,17 @@ def fitting_context(source: ModelSource) -> int:
     return min(TextConfig().context, max_context(source.reference) or TextConfig().context)
 
 
+def warn(*warnings: str) -> tuple[str, ...]:
+    """Print ``warnings`` on stderr, and return them."""
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    return warnings
+
+
 def coverage_warnings(handle: ModelHandle, compression_ratio: float | None = None) -> tuple[str, ...]:
     """Tell, before work is spent, that most of a model can't be compressed; return what was reported."""
     warning = handle.coverage.warning(compression_ratio)
-    if warning is not None:
-        print(f"warning: {warning}", file=sys.stderr)
-    return () if warning is None else (warning,)
+    return () if warning is None else warn(warning)
 
 
 def progress_stage(name: str, total: int = 0) -> AbstractContextManager[Progress]:
@@ -44,6 +49,5 @@ def progress_stage(name: str, total: int = 0) -> AbstractContextManager[Progress
 
 def reported(statistics: LayerStatistics) -> LayerStatistics:
     """Return ``statistics``; what a user should know of them is reported."""
-    for warning in statistics.warnings():
-        print(f"warning: {warning}", file=sys.stderr)
+    warn(*statistics.warnings())
     return statistics

@@ -53,7 +53,7 @@ def measured(handle: ModelHandle, test: HeldOut, *, progress: Progress | None = 
         context=windows.context,
         bos=config.bos,
         seed=config.seed,
-        dtype=str(handle.module.dtype).removeprefix("torch."),
+        dtype=handle.dtype,
         sha256=windows.sha256,
         line=windows.protocol,
     )

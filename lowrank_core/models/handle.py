@@ -102,6 +102,11 @@ class ModelHandle:
         return device
 
     @property
+    def dtype(self) -> str:
+        """Dtype that the model is loaded in, such as ``float32``; ``stored_dtype`` is that of its checkpoint."""
+        return str(self.module.dtype).removeprefix("torch.")
+
+    @property
     def shapes(self) -> tuple[MatrixShape, ...]:
         return tuple(layer.shape for layer in self.layers)
 
@@ -122,8 +127,7 @@ class ModelHandle:
     @property
     def identity(self) -> dict[str, str]:
         """``dtype`` it is loaded in, and hashes of ``config`` and ``model`` (architecture with weights): equal ones mean the same model."""
-        dtype = str(self.module.dtype).removeprefix("torch.")
-        return {"dtype": dtype, "config": self.config_fingerprint, "model": self.fingerprint}
+        return {"dtype": self.dtype, "config": self.config_fingerprint, "model": self.fingerprint}
 
     @property
     def _configuration(self) -> bytes:
@@ -327,7 +331,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "reference": handle.reference,
         "architecture": type(handle.module).__name__,
         "fingerprint": handle.fingerprint,
-        "dtype": str(handle.module.dtype).removeprefix("torch."),
+        "dtype": handle.dtype,
         "stored_dtype": str(handle.stored_dtype).removeprefix("torch."),
         "device": str(handle.device),
         "parameters": handle.parameters,

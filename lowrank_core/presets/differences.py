@@ -11,7 +11,7 @@ from types import MappingProxyType
 __all__ = ["COMMON", "DIFFERS"]
 
 COMMON = (
-    "Of all presets: one calibration for all (256 windows unless told otherwise; the papers use 32 to 512 of 2048 tokens), "
+    "Of all presets: one calibration for all (256 windows unless given; the papers use 32 to 512 of 2048 tokens), "
     "decompositions in float64 with a damping of 1e-6 of the mean eigenvalue instead of a Cholesky that is repeated with a larger "
     "diagonal, only the decoder blocks' linear layers compressed and counted, and the budget spent to the last rank that fits (but by "
     "`bolaco`), where published codes round each matrix down by itself. One-shot: no fine-tuning afterwards, which most of the papers "

@@ -181,7 +181,7 @@ def _protocol(handle: ModelHandle, config: SpeedConfig) -> str:
         if device.type == "cuda"
         else f"{device.type}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
     )
-    dtype = str(handle.module.dtype).removeprefix("torch.")
+    dtype = handle.dtype
     return (
         f"batch {config.batch_size}, prompts of {config.prompt_tokens} random tokens (seed {_PROMPT_SEED}), "
         f"{config.new_tokens} new tokens, greedy with a key-value cache; "

@@ -62,7 +62,7 @@ def top_directions(
         Direction(number, share, _furthest(handle, seen, projections[:, number - 1], ids, config.tokens))
         for number, share in enumerate(shares, start=1)
     )
-    dtype = str(handle.module.dtype).removeprefix("torch.")
+    dtype = handle.dtype
     protocol = f"{seen.dataset}, {seen.split} split: {seen.windows} windows of {seen.context} tokens, {ids.numel():,} tokens, {dtype}"
     return Directions(config.module, config.side, protocol, result)
 

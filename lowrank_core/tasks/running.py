@@ -116,5 +116,5 @@ def _finite(value: Any, name: str) -> float:
 
 def _protocol(handle: ModelHandle, config: TasksConfig, version: str) -> str:
     documents = "all documents" if config.limit is None else f"the first {config.limit} documents of each task"
-    dtype = str(handle.module.dtype).removeprefix("torch.")
+    dtype = handle.dtype
     return f"lm-eval {version}, {documents}, batch {config.batch_size}, {dtype}, {handle.device.type}, seed {config.seed}"

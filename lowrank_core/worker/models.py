@@ -77,7 +77,7 @@ def _by_preset(worker: WorkerContext, preset: Preset, label: str) -> BuiltModel:
     """Compress with the preset's metric, storage and allocation, on the run's calibration and at its ratio."""
     bench, _, _ = worker.search
     ratio, pipeline = bench.space.compression_ratio, worker.session.pipeline.under(preset)
-    check_reachable(pipeline.units, ratio, preset.compression)  # told before minutes of work
+    check_reachable(pipeline.units, ratio, preset.compression)  # reported before minutes of work
     return _compressed(worker, pipeline.decomposed, pipeline.allocate(preset.allocation, ratio), label)
 
 

@@ -97,7 +97,7 @@ class SensitivityBench:
             protocol=windows.protocol,
             text=windows.sha256,
             model=session.handle.fingerprint,
-            dtype=str(session.handle.module.dtype).removeprefix("torch."),
+            dtype=session.handle.dtype,
             statistics=statistics_key(session.handle, session.windows.calibration, session.statistics.config),
             gradients=gradients_key(session.handle, session.windows.calibration, session.statistics.config) if weighed else "",
             top_k=self._top_k,

@@ -17,7 +17,7 @@ RETIRED = {
     r"\bmakes? way\b": "is replaced, yields",
     r"\b(is|puts?|putting|waits?) in line\b|\bin line[:.]": "queued",
     r"\b[Bb]y hand\b|\bhand-picked\b": "manually, manual",
-    r"\b(is|was|are|were|be|been|as|not|and) told\b|[:;,] told\b": "reported, known, checked",
+    r"\b([Ii]s|was|are|were|be|been|as|not|and) told\b|[:;,] told\b": "reported, known, checked",
     r"\b[Ff]igures\b(?!:| \d)": "numbers, metrics (for numbers), charts (for pictures)",
     r"\bthe least\b(?! squares|-)|\bthe most (that|of|from)\b|\((least|most) to|\b[Oo]f least\b|, (least|most)$": "minimum, maximum",
     r"\b(Least|Most) (removed|kept|of|to)\b": "Min, Max",
