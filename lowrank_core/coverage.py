@@ -49,7 +49,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "linear": Kind("compressible linears"),
         "lowrank": Kind("low-rank layers", "low-rank already"),
-        "experts": Kind("experts", "an expert sees only the tokens that are routed to it, which no metric here knows yet"),
+        "expert": Kind("experts"),
+        "experts": Kind("other experts", "they can't be taken apart into linear layers"),
         "router": Kind("routers", "a router chooses the experts"),
         "narrow": Kind("narrow maps", f"fewer than {MIN_OUTPUTS} outputs: two factors save nothing that counts"),
         "convolution": Kind("convolutions", "no linear map of one token"),
@@ -69,8 +70,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 )
 """Name -> kind, in the order of the table."""
 
-COMPRESSIBLE = ("linear", "lowrank")
-"""Kinds counted by a compression ratio: compressible linears, and low-rank ones."""
+COMPRESSIBLE = ("linear", "expert", "lowrank")
+"""Kinds counted by a compression ratio: compressible linears, those of experts among them, and low-rank ones."""
 
 _TABLES = ("embedding", "tied", "head")
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")

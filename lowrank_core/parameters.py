@@ -73,6 +73,8 @@ class MatrixShape:
         d_in: input width (columns of W).
         bias: whether the dense module has one.
         input_group: the layer that stands for all those that read the same input; empty where only this one does.
+        expert: number of the expert that it belongs to; None outside a mixture.
+        active: share of the tokens that reach it; 1 outside a mixture, k/E for each of E experts of which k are chosen.
     """
 
     name: str
@@ -82,10 +84,25 @@ class MatrixShape:
     d_in: int
     bias: bool = False
     input_group: str = ""
+    expert: int | None = None
+    active: float = 1.0
 
     @property
     def dense_parameters(self) -> int:
         return self.d_out * self.d_in + self.d_out * self.bias
+
+    @property
+    def mixture(self) -> str:
+        """Path that the same layers of all experts of one mixture share, such as ``model.layers.0.mlp.experts.up``; empty outside one."""
+        if self.expert is None:
+            return ""
+        path, _, layer = self.name.rpartition(".")
+        return f"{path.rpartition('.')[0]}.{layer}"
+
+    @property
+    def flops_per_token(self) -> float:
+        """Multiply-adds counted as two operations, for the share of the tokens that reach it."""
+        return 2 * self.d_out * self.d_in * self.active
 
     @property
     def max_rank(self) -> int:
@@ -214,10 +231,13 @@ class Unit:
         return weights + floats * itemsize + indices * INDEX_BYTES
 
     def flops_per_token(self, rank: int | None) -> int:
-        """Return multiply-adds counted as two operations, biases left out; a stack's shared factor is applied once for each input."""
+        """Return multiply-adds counted as two operations, biases left out; a stack's shared factor is applied once for each input.
+
+        Those of an expert count for the share of the tokens that reach it.
+        """
         if rank is None:
-            return 2 * sum(member.d_out * member.d_in for member in self.members)
-        return 2 * (self.stored(rank)[0] + self._applied_again(rank))
+            return round(sum(member.flops_per_token for member in self.members))
+        return round(2 * (self.stored(rank)[0] + self._applied_again(rank)) * self.members[0].active)
 
     def _applied_again(self, rank: int) -> int:
         inputs = {member.input_group for member in self.members}

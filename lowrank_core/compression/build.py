@@ -158,7 +158,7 @@ def build_model(handle: ModelHandle, layers: Mapping[str, nn.Module], bases: Bas
     rest = tuple(layer for layer in handle.layers if layer.name not in layers)
     smaller = ModelHandle(handle.reference, module, handle.tokenizer, rest, handle.stored_dtype)
     units = tuple(_counted(bases[name], rank, layers, handle.stored_dtype.itemsize) for name, rank in ranks.items() if rank is not None)
-    flops, head = sum(2 * shape.d_out * shape.d_in for shape in handle.shapes), head_flops(handle)
+    flops, head = round(sum(shape.flops_per_token for shape in handle.shapes)), head_flops(handle)
     after = flops + sum(unit.flops_per_token - unit.dense_flops_per_token for unit in units)
     report = CompressionReport(
         parameters_before=handle.parameters,

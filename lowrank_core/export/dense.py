@@ -16,6 +16,7 @@ from lowrank_core.errors import ModelError
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.metrics import METRICS
 from lowrank_core.models.handle import bias_of
+from lowrank_core.models.experts import roll_experts, unroll_experts
 from lowrank_core.models.hf import compressed_modules
 
 __all__ = ["merged"]
@@ -33,6 +34,8 @@ def merged(module: PreTrainedModel) -> PreTrainedModel:
     memo: dict[int, object] = {id(child): _dense_layer(child, skeleton.get_submodule(name)) for name, child in compressed.items()}
     dense = copy.deepcopy(module, memo)
     _add_zero_biases(dense, skeleton)
+    for model in (dense, skeleton):
+        roll_experts(model)
     _become_plain(dense, config)
     result, expected = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (dense, skeleton))
     assert result == expected, sorted(result.items() ^ expected.items())[:3]
@@ -63,7 +66,9 @@ def _with_places_for_biases(module: PreTrainedModel, compressed: dict[str, Compr
 
 def _empty(module: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
-        return type(module)(copy.deepcopy(config))
+        skeleton = type(module)(copy.deepcopy(config))
+    unroll_experts(skeleton)
+    return skeleton
 
 
 def _without_place(compressed: dict[str, CompressedModule], skeleton: PreTrainedModel) -> list[str]:

@@ -65,12 +65,12 @@ def rewrite(folder: Path, target: Path) -> Rewritten:
     return Rewritten(len(lacking), manifest, files.ignored)
 
 
-def _layers(config: Mapping[str, object], folder: Path) -> list[str]:
+def _layers(config: Mapping[str, object], folder: Path) -> Mapping[str, Mapping[str, object]]:
     stated = config.get("quantization_config")
     layers = stated.get("layers") if isinstance(stated, dict) and stated.get("quant_method") == METHOD else None
     if not isinstance(layers, dict) or not layers:
         raise ModelError(f"model: {folder} holds no low-rank factors, so there is nothing to rewrite: transformers loads it as it is.")
-    return list(layers)
+    return layers
 
 
 def _architecture(config: Mapping[str, object], folder: Path) -> str:

@@ -3,12 +3,13 @@
 transformers skips a format that it does not know, builds the plain class, and leaves its linear layers at random without an error. It
 does refuse a tensor of another shape than its parameter. So each compressed layer has an empty tensor in the file, under the name of
 the dense weight that it replaces: no numbers, no bytes of data. Our quantizer replaces that layer first, and passes over the name.
+The layers of experts replace a 3-D parameter that they share; their entries in ``config.json`` name it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -18,25 +19,30 @@ from torch import Tensor
 __all__ = ["guard_name", "guard_pattern", "guards", "unguarded"]
 
 
-def guard_name(layer: str) -> str:
+Layers = Mapping[str, Mapping[str, object]]
+"""Dotted path of a compressed layer -> its entry in ``config.json``."""
+
+
+def guard_name(layer: str, entry: Mapping[str, object]) -> str:
     """Return the name of the tensor that guards the compressed layer at the dotted path ``layer``."""
-    return f"{layer}.weight"
+    return str(entry.get("guard", f"{layer}.weight"))
 
 
-def guards(layers: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return name -> an empty (0,) tensor for each compressed layer; in the dtype of the others, as readers infer theirs from any."""
-    return {guard_name(layer): torch.empty(0, dtype=dtype) for layer in layers}
+def guards(names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return name -> an empty (0,) tensor for each guard; in the dtype of the others, as readers infer theirs from any."""
+    return {name: torch.empty(0, dtype=dtype) for name in names}
 
 
-def guard_pattern(layers: Iterable[str]) -> str:
+def guard_pattern(layers: Layers) -> str:
     """Return a regular expression that matches the guards of ``layers`` alone."""
-    return rf"^({'|'.join(re.escape(guard_name(layer)) for layer in layers)})$"
+    names = dict.fromkeys(guard_name(layer, entry) for layer, entry in layers.items())
+    return rf"^({'|'.join(map(re.escape, names))})$"
 
 
-def unguarded(layers: Iterable[str], files: Sequence[Path]) -> list[str]:
-    """Return the layers that no tensor in the headers of ``files`` guards."""
+def unguarded(layers: Layers, files: Sequence[Path]) -> list[str]:
+    """Return the names of the guards of ``layers`` that no tensor in the headers of ``files`` is."""
     stored: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as archive:
             stored.update(archive.keys())
-    return [layer for layer in layers if guard_name(layer) not in stored]
+    return [name for name in dict.fromkeys(guard_name(layer, entry) for layer, entry in layers.items()) if name not in stored]

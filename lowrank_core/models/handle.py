@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -18,7 +18,8 @@ from lowrank_core.coverage import Coverage
 from lowrank_core.errors import ModelError
 from lowrank_core.layers.base import CompressedModule, PivotIndex
 from lowrank_core.layers.quantized import Int8Matrix
-from lowrank_core.models.walk import coverage_of, linear_maps
+from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
+from lowrank_core.models.walk import LinearMap, coverage_of, linear_maps
 from lowrank_core.parameters import INDEX_BYTES, MatrixShape, module_type
 
 __all__ = [
@@ -254,28 +255,45 @@ def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
 def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
     """Return the dense linear layers of the decoder blocks, with the input that each reads.
 
-    Which layers share an input is seen, not guessed: a forward pass over random tokens tells by the identity of the tensors.
+    Which layers share an input is seen, not guessed: a forward pass over random tokens tells by the identity of the tensors. The layers of
+    an expert see the tokens that are routed to it; those that begin it share an input, and which share of the tokens that is, the pass tells.
     ``ModelHandle.coverage`` says what is left out: shared weights, routers, narrow maps, what the pass does not reach with every token.
 
     Raises:
         ModelError: the model has no list of decoder blocks.
     """
     prefix, blocks = blocks_of(module)
-    linears = [linear for linear in linear_maps(module, blocks) if linear.kind == "linear"]
-    readers = _input_readers(module, [linear.module for linear in linears])
-    paths: dict[int, list[str]] = {}
+    linears = [linear for linear in linear_maps(module, blocks) if linear.kind in ("linear", "expert")]
+    ids = random_tokens(module, 1)
+    readers = _input_readers(module, [linear.module for linear in linears if linear.kind == "linear"], ids)
+    paths: dict[int, dict[str, None]] = {}
     for linear in linears:
-        paths.setdefault(linear.depth, []).append(linear.path)
-    groups: dict[int, str] = {}
+        paths.setdefault(linear.depth, {})[linear.shared_path] = None
+    groups: dict[object, str] = {}
     layers = []
-    for depth, path, child in ((linear.depth, linear.path, linear.module) for linear in linears):
-        if id(child) not in readers:
+    for linear in linears:
+        if linear.kind == "linear" and id(linear.module) not in readers:
             continue
-        name = f"{prefix}.{depth}.{path}"
-        group = groups.setdefault(readers[id(child)], name)
-        d_out, d_in = weight_of(child).shape
-        layers.append(LayerSpec(MatrixShape(name, module_type(path, paths[depth]), depth, d_out, d_in, bias_of(child) is not None, group)))
+        name = f"{prefix}.{linear.depth}.{linear.path}"
+        group = groups.setdefault(readers.get(id(linear.module), _expert_input(linear)), name)
+        kind = module_type(linear.shared_path, list(paths[linear.depth]))
+        if linear.mixture is not None and "." not in kind:
+            kind = ".".join(linear.shared_path.split(".")[-2:])
+        d_out, d_in = weight_of(linear.module).shape
+        shape = MatrixShape(name, kind, linear.depth, d_out, d_in, bias_of(linear.module) is not None, group)
+        layers.append(LayerSpec(shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel()))))
     return tuple(layers)
+
+
+def _expert_input(linear: LinearMap) -> object:
+    """Return what layers of one expert that read the same have in common: gate and up do, the layer after them reads what they give."""
+    owner, _, layer = linear.path.rpartition(".")
+    return linear.depth, owner, layer in FIRST_LAYERS
+
+
+def _active(mixture: UnrolledExperts, tokens: int) -> float:
+    """Return the share of the tokens that reach an expert of the mixture on average, from the last pass, which had ``tokens``."""
+    return min(1.0, mixture.rows / (len(mixture.experts) * tokens))
 
 
 def random_tokens(module: PreTrainedModel, windows: int, *, seed: int = 0) -> Tensor:
@@ -286,9 +304,8 @@ def random_tokens(module: PreTrainedModel, windows: int, *, seed: int = 0) -> Te
     return torch.randint(0, vocabulary, (windows, length), generator=generator).to(module.device)
 
 
-def _input_readers(module: PreTrainedModel, linears: list[nn.Module]) -> dict[int, int]:
-    """Return id of a linear module -> id of the tensor that it reads, of those that are linear and see every token of a pass."""
-    ids = random_tokens(module, 1)
+def _input_readers(module: PreTrainedModel, linears: list[nn.Module], ids: Tensor) -> dict[int, int]:
+    """Return id of a linear module -> id of the tensor that it reads, of those that are linear and see every token of a pass over ``ids``."""
     inputs: dict[int, Tensor] = {}  # keeps the tensors alive, so that their ids stay distinct
 
     def hook(child: nn.Module, arguments: tuple[object, ...], result: object) -> None:
@@ -354,6 +371,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
                 "bias": layer.shape.bias,
                 "parameters": layer.shape.dense_parameters,
                 "input_group": layer.input_group,
+                **({} if layer.shape.expert is None else {"expert": layer.shape.expert, "active": layer.shape.active}),
             }
             for layer in handle.layers
         ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import unguarded_note
 from lowrank_core.layers.base import CompressedModule, Entry
 from lowrank_core.layers.forms import FORMS
-from lowrank_core.models.guard import guard_pattern, guards, unguarded
+from lowrank_core.models.experts import UnrolledExperts, experts_of, roll_experts, unroll_experts
+from lowrank_core.models.guard import guard_name, guard_pattern, guards, unguarded
 from lowrank_core.models.handle import weight_of
 from lowrank_core.models.integrity import check_weights
 
@@ -82,6 +83,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         check_weights(files)
         layers: dict[str, dict[str, Any]] = self.quantization_config.layers
         _tell_of_missing_guards(layers, files)
+        unroll_experts(model, holding=layers)
         shapes = {name: _dense_shape(model, name) for name in layers}
         stack_rows: Counter[str] = Counter()
         for name, (rows, _columns) in shapes.items():
@@ -109,8 +111,12 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return what ``save_pretrained`` writes: with a guard for each compressed layer; adapters are saved without the model."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        layers = [name for name, _ in compressed_modules(model)]
-        return {**model.state_dict(), **guards(layers, model.dtype)}, {}
+        names = [guard_name(name, _guard_entry(model, name)) for name, _ in compressed_modules(model)]
+        return {**model.state_dict(), **guards(names, model.dtype)}, {}
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """Return how names in the files become names of the model: as they are, where experts are stored as linear layers."""
+        return [] if any(True for _ in experts_of(model)) else weight_conversions
 
     @property
     def is_trainable(self) -> bool:
@@ -129,12 +135,19 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
 def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> None:
     """Write into the model's config which of its layers are compressed, and how, so that ``save_pretrained`` keeps it.
 
+    A mixture whose experts are all dense becomes the architecture's own module again; where one is compressed, all layers of its
+    experts are stored, and tensors have the names that they have in the model.
+
     Raises:
         ModelError: a layer belongs to a stack whose leader is not part of the model.
     """
+    roll_experts(model, keep=lambda mixture: any(True for _ in compressed_modules(mixture)))
     names = {child: name for name, child in model.named_modules()}
-    config = LowRankQuantizationConfig({name: child.spec(names) for name, child in compressed_modules(model)}, provenance)
+    layers = {name: {**child.spec(names), **_guard_entry(model, name)} for name, child in compressed_modules(model)}
+    config = LowRankQuantizationConfig(layers, provenance)
     model.config.quantization_config = config
+    if any(True for _ in experts_of(model)):
+        model._weight_conversions = []
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)
 
 
@@ -145,7 +158,14 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule
             yield name, child
 
 
-def _tell_of_missing_guards(layers: Iterable[str], files: Sequence[Path]) -> None:
+def _guard_entry(model: nn.Module, layer: str) -> dict[str, str]:
+    """Return what ``config.json`` says of the parameter that a layer of an expert replaces; nothing for others."""
+    path = layer.split(".")
+    mixture, name = (model.get_submodule(".".join(path[:-2])), ".".join(path[:-2])) if len(path) > 2 else (None, "")
+    return {"guard": f"{name}.{mixture.stored_as(path[-1])}"} if isinstance(mixture, UnrolledExperts) else {}
+
+
+def _tell_of_missing_guards(layers: Mapping[str, Mapping[str, object]], files: Sequence[Path]) -> None:
     """Warn of a folder that loads with random weights, and without an error, where nobody imported us."""
     if files and unguarded(layers, files):
         _LOGGER.warning(unguarded_note(files[0].parent))

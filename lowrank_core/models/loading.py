@@ -21,6 +21,7 @@ from lowrank_core.config import ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import WeightFiles, weight_files
 from lowrank_core.models import hf  # registers the low-rank format with transformers
+from lowrank_core.models.experts import unroll_experts
 from lowrank_core.models.handle import ModelHandle, find_layers, positions_of
 from lowrank_core.models.integrity import check_weights
 from lowrank_core.runs import bundled_path
@@ -87,6 +88,7 @@ def load_model(source: ModelSource) -> ModelHandle:
     module = module.to(device).eval()  # type: ignore[arg-type]
     module.requires_grad_(False)
     _check_finite(module, source.reference)
+    unroll_experts(module)
     return ModelHandle(source.reference, module, tokenizer, find_layers(module), _stored_dtype(place, config, module))
 
 

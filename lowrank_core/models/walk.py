@@ -1,6 +1,6 @@
 """One walk over a model's parameters: which linear maps may be compressed, and what every other parameter is.
 
-By structure here; that a layer is reached, and by every token, is seen in a pass (``handle.find_layers``).
+By structure here; that a layer is reached, and outside mixtures by every token, is seen in a pass (``handle.find_layers``).
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lowrank_core.coverage import MIN_OUTPUTS, Coverage, has_experts, kind_by_name
 from lowrank_core.layers.base import CompressedModule
+from lowrank_core.models.experts import UnrolledExperts, experts_of
 
 __all__ = ["LinearMap", "coverage_of", "linear_maps"]
 
@@ -25,13 +26,25 @@ class LinearMap:
     """A linear module of a block.
 
     Attributes:
-        kind: ``linear`` for one that may be compressed; else why it is left alone (``coverage.KINDS``).
+        kind: ``linear`` or ``expert`` for one that may be compressed; else why it is left alone (``coverage.KINDS``).
+        expert: number of the expert that it belongs to, or None.
+        mixture: the module of that expert's mixture, or None.
     """
 
     depth: int
     path: str
     module: nn.Module
     kind: str
+    expert: int | None = None
+    mixture: UnrolledExperts | None = None
+
+    @property
+    def shared_path(self) -> str:
+        """The path that all experts of the mixture have in common; outside one, ``path``."""
+        if self.expert is None:
+            return self.path
+        owner, _, layer = self.path.rpartition(".")
+        return f"{owner.rpartition('.')[0]}.{layer}"
 
 
 def linear_maps(module: nn.Module, blocks: nn.ModuleList) -> Iterator[LinearMap]:
@@ -40,9 +53,16 @@ def linear_maps(module: nn.Module, blocks: nn.ModuleList) -> Iterator[LinearMap]
     for depth, block in enumerate(blocks):
         routers = _routers(block)
         experts = has_experts(path for path, _ in block.named_parameters())
+        owners = {
+            f"{path}.{number}": (number, mixture) for path, mixture in experts_of(block) for number, _ in enumerate(mixture.experts)
+        }
         for path, child in block.named_modules():
+            number, mixture = owners.get(path.rpartition(".")[0], (None, None))
             if isinstance(child, CompressedModule):
-                yield LinearMap(depth, path, child, "lowrank")
+                yield LinearMap(depth, path, child, "lowrank", number, mixture)
+            elif isinstance(child, nn.Linear) and mixture is not None:
+                narrow = child.weight.shape[0] < MIN_OUTPUTS
+                yield LinearMap(depth, path, child, "narrow" if narrow else "expert", number, mixture)
             elif isinstance(child, nn.Linear | Conv1D):
                 shared = any(uses[id(parameter)] > 1 for parameter in child.parameters())
                 kind = "shared" if shared else "router" if id(child) in routers else _kind(path, child, experts=experts)
@@ -61,12 +81,14 @@ def _routers(block: nn.Module) -> set[int]:
     """Return ids of linears with as many outputs as the module that holds them has experts."""
     result: set[int] = set()
     for parent in block.modules():
+        if isinstance(parent, UnrolledExperts):
+            continue
         sizes = {
             p.shape[0]
             for child in parent.children()
             for p in child.parameters(recurse=False)
             if p.ndim == 3 and not isinstance(child, _ConvNd)
-        }
+        } | {len(child.experts) for child in parent.children() if isinstance(child, UnrolledExperts)}
         result |= {id(child) for child in parent.children() if isinstance(child, nn.Linear) and child.weight.shape[0] in sizes}
     return result
 
@@ -100,7 +122,7 @@ def _linear_parameters(module: nn.Module, prefix: str, blocks: nn.ModuleList, la
     known: dict[int, str] = {}
     for linear in linear_maps(module, blocks):
         kind = linear.kind
-        if kind == "linear" and f"{prefix}.{linear.depth}.{linear.path}" not in layers:
+        if kind in ("linear", "expert") and f"{prefix}.{linear.depth}.{linear.path}" not in layers:
             kind = "unreached" if type(linear.module).forward in (nn.Linear.forward, Conv1D.forward) else "special"
         known |= {id(parameter): kind for parameter in linear.module.parameters()}
     return known

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from lowrank_core.config import TOKENS_PER_DIMENSION, CalibrationConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.models.blocks import BlockRunner
+from lowrank_core.models.experts import Expert, calling_every_expert
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.spectra.spectrum import LayerSpectrum, condition_number
+from lowrank_core.statistics.experts import mixed_inputs
 from lowrank_core.statistics.influence import InfluenceAccumulator
 from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
 from lowrank_core.statistics.pooling import PooledAccumulator, check_groups, trimmed
@@ -130,21 +132,40 @@ def _describe_input(name: str, layers: list[str], statistics: InputStatistics, v
 
 
 @contextmanager
-def _recording(handle: ModelHandle, accumulators: Mapping[str, PooledAccumulator], context: int) -> Iterator[None]:
-    """Feed the accumulators while the model runs; the hooks are gone afterwards whatever happens."""
+def _recording(
+    handle: ModelHandle, accumulators: Mapping[str, PooledAccumulator], context: int, batch: Callable[[], int]
+) -> Iterator[None]:
+    """Feed the accumulators while the model runs on ``batch()`` windows; the hooks are gone afterwards whatever happens."""
 
     def hook_for(name: str, accumulator: PooledAccumulator) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        expert = handle.module.get_submodule(name.rpartition(".")[0])
+
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            accumulator.update(_by_window(name, arguments[0], context))
+            if isinstance(expert, Expert):
+                accumulator.update_routed(arguments[0], *_owners(expert, context, batch()))
+            else:
+                accumulator.update(_by_window(name, arguments[0], context))
 
         return hook
 
     hooks = [handle.module.get_submodule(name).register_forward_pre_hook(hook_for(name, a)) for name, a in accumulators.items()]
     try:
-        yield
+        with calling_every_expert(handle.module):
+            yield
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _owners(expert: Expert, context: int, windows: int) -> tuple[Tensor, Tensor, int]:
+    """Return routing weight and window of each row of an expert, and the windows of the batch.
+
+    Where the mixture does not say whose rows they are, the first window has them all.
+    """
+    assert expert.routed is not None
+    weights, tokens = expert.routed.weights, expert.routed.tokens
+    owners = torch.zeros(len(weights), dtype=torch.int64, device=weights.device) if tokens is None else tokens // context
+    return weights, owners, windows
 
 
 def _by_window(name: str, inputs: Tensor, context: int) -> Tensor:
@@ -167,8 +188,11 @@ class _Calibration:
         self.handle, self.windows, self.config, self.folder = handle, windows, config, folder
         self.blocks = 1 + max(layer.shape.depth for layer in handle.layers)
         self.widths: list[dict[str, int]] = [{} for _ in range(self.blocks)]
+        self.mixtures: dict[str, str] = {}
         for layer in handle.layers:
             self.widths[layer.shape.depth].setdefault(layer.input_group, layer.shape.d_in)
+            if layer.name == layer.input_group:
+                self.mixtures[layer.name] = layer.shape.mixture
         self.batches = -(-windows.windows // config.batch_size)
         self._runner = BlockRunner(handle)
         self._hidden = HiddenStates(windows.windows, folder)
@@ -206,12 +230,14 @@ class _Calibration:
                 robust=config.robust,
                 windows=self.windows.windows,
                 device=self.handle.device,
+                routed=bool(self.mixtures[group]),
             )
             for group, width in self.widths[block].items()
         }
         name = self._runner.names[block]
         influence = InfluenceAccumulator(name)
-        with _recording(self.handle, accumulators, self.windows.context), influence.watching(self.handle.module.get_submodule(name)):
+        span = slice(0)
+        with _recording(self.handle, accumulators, self.windows.context, lambda: len(self.windows.ids[span])), influence.watching(self.handle.module.get_submodule(name)):
             for batch in range(self.batches):
                 span = slice(batch * size, (batch + 1) * size)
                 hidden = self._runner.run(block, self.windows.ids[span], self._hidden.read(span))
@@ -222,7 +248,13 @@ class _Calibration:
                     progress(block * self.batches + batch + 1, self.total)
         if block + 1 < self.blocks:
             self._hidden.advance(block)
-        return {group: accumulators.pop(group).finish() for group in list(accumulators)}, influence.finish()
+        return self._mixed({group: accumulators.pop(group).finish() for group in list(accumulators)}), influence.finish()
+
+    def _mixed(self, inputs: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+        """Return the statistics of one block, those of experts mixed with their mixture's."""
+        for mixture in dict.fromkeys(filter(None, (self.mixtures[group] for group in inputs))):
+            inputs |= mixed_inputs({group: entry for group, entry in inputs.items() if self.mixtures[group] == mixture})
+        return inputs
 
     @property
     def stored_blocks(self) -> int:

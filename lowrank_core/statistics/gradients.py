@@ -26,7 +26,9 @@ from torch.nn import functional
 
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import ModelError
+from lowrank_core.models.experts import calling_every_expert
 from lowrank_core.models.handle import LayerSpec, ModelHandle
+from lowrank_core.statistics.experts import mixed_outputs
 from lowrank_core.statistics.moments import GradientAccumulator, OutputStatistics
 from lowrank_core.statistics.store import (
     StoredStatistics,
@@ -115,7 +117,8 @@ def _recording(handle: ModelHandle, layers: Sequence[LayerSpec]) -> Iterator[dic
 
     hooks = [handle.module.get_submodule(name).register_forward_hook(hook_for(a)) for name, a in result.items()]
     try:
-        yield result
+        with calling_every_expert(handle.module):
+            yield result
     finally:
         for hook in hooks:
             hook.remove()
@@ -167,7 +170,16 @@ class _Measurement:
                 loss = functional.cross_entropy(precise.flatten(0, 1), labels.flatten(), reduction="sum")
                 loss.backward()  # type: ignore[no-untyped-call]
                 tick()
-        return {block: {layer.name: accumulators[layer.name].finish() for layer in self.blocks[block]} for block in blocks}
+        return {block: self._finished(self.blocks[block], accumulators) for block in blocks}
+
+    def _finished(self, layers: Sequence[LayerSpec], accumulators: Mapping[str, GradientAccumulator]) -> dict[str, OutputStatistics]:
+        """Return the moments of a block's layers, those of experts mixed with their mixture's."""
+        tokens = self.windows.ids.numel()
+        result = {layer.name: accumulators[layer.name].finish(tokens if layer.shape.mixture else None) for layer in layers}
+        for mixture in dict.fromkeys(filter(None, (layer.shape.mixture for layer in layers))):
+            members = {layer.name: result[layer.name] for layer in layers if layer.shape.mixture == mixture}
+            result |= mixed_outputs(members, tokens)
+        return result
 
     def by_pass(self, pending: Sequence[int], progress: Progress | None) -> Iterator[dict[int, dict[str, OutputStatistics]]]:
         """Yield the moments of the pending blocks, pass by pass."""

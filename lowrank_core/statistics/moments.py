@@ -153,7 +153,7 @@ class InputStatistics:
     @property
     def second_moment(self) -> Tensor:
         """S = E[x xᵀ] (n, n), uncentred, normalised by N."""
-        return self.sample * ((self.count - 1) / self.count) + torch.outer(self.mean, self.mean)
+        return self.sample * (max(self.count - 1, 1) / max(self.count, 1)) + torch.outer(self.mean, self.mean)
 
     @property
     def pooled_to_sample(self) -> float:
@@ -209,12 +209,17 @@ class GradientAccumulator:
                 f"{self._name}: the gradient of its output holds NaN or Inf. Run the model in float32 or bfloat16, or check its weights."
             )
 
-    def finish(self) -> OutputStatistics:
+    def finish(self, tokens: int | None = None) -> OutputStatistics:
         """Return the statistics on the CPU.
 
+        Args:
+            tokens: of the text, for an expert: its gradient is zero at those that do not reach it. None where every token does.
+
         Raises:
-            NumericalError: no gradient was seen.
+            NumericalError: no gradient was seen, outside a mixture.
         """
+        if tokens is not None:
+            return OutputStatistics(self._count, (_mirrored(self._upper) / tokens).cpu(), (self._rows / tokens).cpu())
         if not self._count:
             raise NumericalError(f"{self._name}: no gradient reached its output. Leave the layer out, or calibrate on more text.")
         return OutputStatistics(self._count, (_mirrored(self._upper) / self._count).cpu(), (self._rows / self._count).cpu())

@@ -92,15 +92,18 @@ class PooledAccumulator:
         robust: str = "none",
         windows: int | None = None,
         device: torch.device | str = "cpu",
+        routed: bool = False,
     ) -> None:
         """``robust`` is none, trimmed (which must be reported how many ``windows`` will come) or downweighted.
+
+        Of an expert (``routed``) groups have as many rows as were routed to it, none included: each counts by its degrees of freedom.
 
         Raises:
             ConfigError: too few windows to trim.
         """
         assert windows is not None or robust != "trimmed"
         check_groups(robust, windows or 0, group_size)
-        self._name, self._width, self._device = name, width, device
+        self._name, self._width, self._device, self._routed = name, width, device, routed
         self._group_size, self._rule, self._robust = group_size, group_weights, robust
         self._total = MomentAccumulator(width, device)
         self._group = MomentAccumulator(width, device)
@@ -117,14 +120,41 @@ class PooledAccumulator:
             NumericalError: the input holds NaN or Inf; names the layer.
         """
         while len(windows):
-            room = self._group_size - self._windows_in_group
-            part, windows = windows[:room], windows[room:]
+            part, windows = windows[: self._room], windows[self._room :]
             weights = _token_weights(part).flatten() if self._robust == "downweighted" else None
-            self._group.update(part.reshape(-1, self._width), weights)
-            self._windows_in_group += len(part)
-            self._check_finite(self._group.mean)
-            if self._windows_in_group == self._group_size:
-                self._close_group()
+            self._add(part.reshape(-1, self._width), weights, len(part))
+
+    def update_routed(self, rows: Tensor, weights: Tensor, owners: Tensor, windows: int) -> None:
+        """Add rows (n, d) of an expert, weighed by the squares of their routing weights (n,).
+
+        Args:
+            owners: window of each row (n,), from 0.
+            windows: in the batch, those that no row came from included.
+
+        Raises:
+            NumericalError: as ``update``.
+        """
+        weights = weights.to(torch.float32).square()
+        if self._robust == "downweighted" and len(rows):
+            weights = weights * _token_weights(rows[None])[0]
+        done = 0
+        while done < windows:
+            stop = min(done + self._room, windows)
+            inside = (owners >= done) & (owners < stop)
+            self._add(rows[inside], weights[inside], stop - done)
+            done = stop
+
+    @property
+    def _room(self) -> int:
+        """Windows that the group under way still takes."""
+        return self._group_size - self._windows_in_group
+
+    def _add(self, rows: Tensor, weights: Tensor | None, windows: int) -> None:
+        self._group.update(rows, weights)
+        self._windows_in_group += windows
+        self._check_finite(self._group.mean)
+        if self._windows_in_group == self._group_size:
+            self._close_group()
 
     def _check_finite(self, values: Tensor) -> None:
         if not torch.isfinite(values).all():
@@ -136,7 +166,7 @@ class PooledAccumulator:
         group = self._group
         covariance = group.covariance
         share = self._windows_in_group / self._group_size  # below 1 only for a remainder
-        weight = share if self._rule == "equal" else float(group.count - 1)
+        weight = share if self._rule == "equal" and not self._routed else max(0.0, float(group.count - 1))
         self._check_finite(covariance.diagonal())
         self._counts.append(group.count)
         self._traces.append(float(covariance.trace()))
@@ -147,16 +177,18 @@ class PooledAccumulator:
         self._windows_in_group = 0
 
     def finish(self) -> InputStatistics:
-        """Return the statistics on the CPU.
+        """Return the statistics on the CPU; those of an expert that no token reached are zero.
 
         Raises:
-            NumericalError: no rows were seen.
+            NumericalError: no rows were seen, outside a mixture.
         """
         if self._windows_in_group:
             self._close_group()
         total = self._total
         weights = torch.tensor(self._pool.weights, dtype=torch.float64)
-        if total.count < 2 or weights.sum() == 0:
+        if self._routed and weights.sum() == 0:
+            weights = torch.ones_like(weights)
+        if not self._routed and (total.count < 2 or weights.sum() == 0):
             raise NumericalError(
                 f"{self._name}: {total.count} tokens reached it; a covariance needs at least 2 in a group. Calibrate on more text."
             )

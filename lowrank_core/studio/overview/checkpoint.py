@@ -100,7 +100,8 @@ def read_model(folder: Path) -> ModelOnDisk:
 
 def _note_of_missing_guards(checkpoint: Checkpoint) -> str:
     stored = {tensor.name for tensor in checkpoint.tensors}
-    if all(f"{name}.weight" in stored for name in _low_rank_layers(checkpoint)):
+    layers = _low_rank_layers(checkpoint)
+    if all(str(entry.get("guard", f"{name}.weight")) in stored for name, entry in layers.items()):
         return ""
     return unguarded_note(checkpoint.folder)
 
@@ -206,11 +207,11 @@ def _replaced(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
     return {"": ("quantised", f"quantised ({quantised.get('quant_method', 'unknown')}): give the dense model model")}
 
 
-def _low_rank_layers(checkpoint: Checkpoint) -> tuple[str, ...]:
-    """Return the names of the layers that are stored as factors."""
+def _low_rank_layers(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, object]]:
+    """Return the layers that are stored as factors, by name, with their entries."""
     quantised = checkpoint.config.get("quantization_config")
     layers = quantised.get("layers") if isinstance(quantised, dict) and quantised.get("quant_method") == "lowrank" else None
-    return tuple(map(str, layers)) if isinstance(layers, dict) else ()
+    return {str(name): entry if isinstance(entry, dict) else {} for name, entry in layers.items()} if isinstance(layers, dict) else {}
 
 
 def _with_bias(part: Part, matrices: Mapping[str, str]) -> Part:

@@ -1,0 +1,437 @@
+"""Experts of a mixture as linear layers, one for each matrix of each expert.
+
+transformers holds the experts of a block in 3-D parameters. Here they become ordinary linear layers that see the tokens routed to them,
+so that all that is done with a linear layer (moments, factors, ranks, storage) is done with an expert's, too. Carriers are recognised
+by their structure and verified by behaviour; another class of experts is left alone.
+
+Notation::
+
+    E, N, k     experts, tokens of a pass, experts per token;  H, I   hidden and intermediate width
+    w           routing weight: an expert's output is multiplied by it
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["FIRST_LAYERS", "Expert", "Routed", "UnrolledExperts", "calling_every_expert", "experts_of", "roll_experts", "unroll_experts"]
+
+FIRST_LAYERS = ("gate", "up")
+"""Layers of an expert that read what it is given."""
+
+_PROBE_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Routed:
+    """Tokens of a pass that reach an expert.
+
+    Attributes:
+        tokens: position of each row among the tokens of the pass (n,), ascending; None where the mixture does not say.
+        weights: w of each row (n,).
+    """
+
+    tokens: Tensor | None
+    weights: Tensor
+
+
+class Expert(nn.Module):
+    """The linear layers of one expert.
+
+    Attributes:
+        routed: which tokens reached it in the last pass.
+    """
+
+    routed: Routed | None = None
+
+    def __init__(self, layers: Mapping[str, nn.Linear]) -> None:
+        super().__init__()
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+
+
+class UnrolledExperts(nn.Module):
+    """Stands for a module with 3-D parameters; its children ``0`` … ``E-1`` are the experts.
+
+    Attributes:
+        native: the module of the architecture, without its matrices; what else it computes is still asked of it.
+        matrices: names of the 3-D parameters that the linear layers stand for, biases left out.
+        call_all: whether experts that no token reaches are called as well, with no rows.
+        rows: rows that the experts computed in the last pass.
+    """
+
+    matrices: ClassVar[tuple[str, ...]]
+    call_all = False
+    rows = 0
+
+    def __init__(self, native: nn.Module, experts: Sequence[Expert]) -> None:
+        super().__init__()
+        self.native = native
+        native._is_hf_initialized = True  # type: ignore[assignment]  # its matrices are gone: nothing is left to initialise
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+
+    @classmethod
+    @abstractmethod
+    def fits(cls, native: nn.Module) -> bool:
+        """Return whether ``native`` has the structure of this carrier."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, native: nn.Module) -> Self:
+        """Return the same mixture as linear layers; ``native`` is not changed."""
+
+    @abstractmethod
+    def probe(self) -> tuple[Tensor, ...]:
+        """Return random arguments of a call, to compare this module with the one that it stands for."""
+
+    @abstractmethod
+    def routing(self, *arguments: Tensor) -> list[Routed]:
+        """Return the tokens that reach each expert in a call with these arguments."""
+
+    @abstractmethod
+    def rolled(self) -> nn.Module:
+        """Return a module of the architecture with the matrices of the linear layers, all of them dense."""
+
+    def stored_as(self, layer: str) -> str:
+        """Return the name of the 3-D parameter of the architecture that holds this layer of all experts."""
+        return self.matrices[0]
+
+    @property
+    def experts(self) -> list[Expert]:
+        return [child for child in self.children() if isinstance(child, Expert)]
+
+    def inputs(self, number: int, routed: Routed, *arguments: Tensor) -> Tensor | None:
+        """Return what expert ``number`` reads of a call's arguments at the tokens of ``routed`` (n, H); None where that can't be told."""
+        return None
+
+    def intermediate(self, expert: Expert, inputs: Tensor) -> Tensor:
+        """Return what the last layer of an expert reads (n, I), given what the first ones read (n, H)."""
+        raise NotImplementedError
+
+    def bound(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Tensor, ...]:
+        """Return the arguments of a call in the order of ``forward``."""
+        return tuple(inspect.signature(self.forward).bind(*arguments, **options).arguments.values())
+
+
+class RoutedExperts(UnrolledExperts):
+    """Experts that are given hidden states, chosen experts (N, k) and routing weights (N, k): transformers' ``experts interface``.
+
+    Whether there is a gate, how it is applied, biases, transposed or interleaved storage: the module itself says so. Indices of E and
+    more are experts that hand their input on (LongCat-Flash).
+    """
+
+    matrices = ("gate_up_proj", "up_proj", "down_proj")
+
+    @classmethod
+    def fits(cls, native: nn.Module) -> bool:
+        takes_routing = hasattr(native, "has_gate") or len(inspect.signature(type(native).forward).parameters) == 4
+        return takes_routing and any(_are_stacks(native, (first, "down_proj")) for first in ("gate_up_proj", "up_proj"))
+
+    @classmethod
+    def of(cls, native: nn.Module) -> Self:
+        count = native.down_proj.shape[0]  # type: ignore[union-attr,operator]
+        experts = [Expert({name: _linear(*pair) for name, pair in _parts(native, e).items()}) for e in range(int(count))]
+        return cls(_stripped(native, [*cls.matrices, *(f"{name}_bias" for name in cls.matrices)]), experts)
+
+    def probe(self) -> tuple[Tensor, ...]:
+        expert = self.experts[0]
+        assert isinstance(expert.up, nn.Linear)
+        weight, count = expert.up.weight, len(self.experts)
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(_PROBE_TOKENS, weight.shape[1], generator=generator)
+        index = torch.stack([torch.randperm(count, generator=generator)[: min(2, count)] for _ in range(_PROBE_TOKENS)])
+        weights = torch.rand(index.shape, generator=generator)
+        return hidden.to(weight), index.to(weight.device), weights.to(weight)
+
+    def routing(self, *arguments: Tensor) -> list[Routed]:
+        _, index, weights = arguments
+        index, weights = index.reshape(-1, index.shape[-1]), weights.reshape(-1, index.shape[-1])
+        result = []
+        for number in range(len(self.experts)):
+            tokens, slot = torch.where(index == number)
+            result.append(Routed(tokens, weights[tokens, slot]))
+        return result
+
+    def stored_as(self, layer: str) -> str:
+        return next(name for name, layers in _layers_of(self.native).items() if layer in layers)
+
+    def inputs(self, number: int, routed: Routed, *arguments: Tensor) -> Tensor:
+        return arguments[0].flatten(0, -2)[routed.tokens]
+
+    def intermediate(self, expert: Expert, inputs: Tensor) -> Tensor:
+        native: Any = self.native
+        up = expert.up(inputs)  # type: ignore[operator]
+        if not _has_gate(native):
+            result: Tensor = native.act_fn(up)
+            return result
+        gate = expert.gate(inputs)  # type: ignore[operator]
+        if not hasattr(native, "_apply_gate"):
+            result = native.act_fn(gate) * up
+            return result
+        both = torch.cat([gate, up], -1) if _is_concatenated(native) else torch.stack([gate, up], -1).flatten(-2)
+        result = native._apply_gate(both)
+        return result
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        rows = hidden_states.flatten(0, -2)
+        result = torch.zeros_like(rows)
+        routing = self.routing(hidden_states, top_k_index, top_k_weights)
+        self.rows = sum(len(routed.weights) for routed in routing)
+        for expert, routed in zip(self.experts, routing, strict=True):
+            if len(routed.weights) or self.call_all:
+                expert.routed = routed
+                added = expert.down(self.intermediate(expert, rows[routed.tokens]))  # type: ignore[operator]
+                if getattr(self.native, "has_post_expert_norm", False):
+                    added = self.native.post_expert_norm(added)  # type: ignore[operator]
+                result.index_add_(0, routed.tokens, (added * routed.weights[:, None]).to(result.dtype))
+        handed_on = torch.where(top_k_index < len(self.experts), 0, top_k_weights).sum(-1, keepdim=True)
+        if hasattr(self.native, "identity_expert"):
+            result = result + rows * handed_on.to(rows.dtype).reshape(-1, 1)
+        return result.reshape(hidden_states.shape)
+
+    def rolled(self) -> nn.Module:
+        native: Any = copy.deepcopy(self.native)
+        experts: list[Any] = self.experts
+        for name, layers in _layers_of(native).items():
+            parts = [torch.stack([getattr(expert, layer).weight for expert in experts]) for layer in layers]
+            matrix = _joined(parts, native, dim=1)
+            if name != "down_proj" and hasattr(native, "total_experts"):  # LongCat-Flash has unused matrices for those that hand on
+                matrix = torch.cat([matrix, matrix.new_zeros(native.total_experts - len(experts), *matrix.shape[1:])])
+            _put(native, name, matrix.transpose(1, 2) if _is_transposed(native) else matrix)
+            if getattr(native, "has_bias", False):
+                biases = [torch.stack([getattr(expert, layer).bias for expert in experts]) for layer in layers]
+                _put(native, f"{name}_bias", _joined(biases, native, dim=1))
+        return _as_native(native)
+
+
+class BatchedExperts(RoutedExperts):
+    """Experts that are all given all tokens (E·N, H), times their routing weight, which is zero where they were not chosen (Llama 4)."""
+
+    matrices = ("gate_up_proj", "down_proj")
+
+    @classmethod
+    def fits(cls, native: nn.Module) -> bool:
+        return _are_stacks(native, cls.matrices) and cls.takes_all_tokens(native)
+
+    @staticmethod
+    def takes_all_tokens(native: nn.Module) -> bool:
+        """Whether hidden states are all that the module is given."""
+        return len(inspect.signature(type(native).forward).parameters) == 2 and not hasattr(native, "has_gate")
+
+    def probe(self) -> tuple[Tensor, ...]:
+        hidden, _, _ = super().probe()
+        return (hidden.repeat(len(self.experts), 1),)
+
+    def routing(self, *arguments: Tensor) -> list[Routed]:
+        reached = (arguments[0].detach() != 0).any(-1).reshape(len(self.experts), -1)
+        tokens = [mask.nonzero()[:, 0] for mask in reached]
+        return [Routed(chosen, torch.ones(len(chosen), dtype=arguments[0].dtype, device=arguments[0].device)) for chosen in tokens]
+
+    def inputs(self, number: int, routed: Routed, *arguments: Tensor) -> Tensor:
+        return arguments[0].reshape(len(self.experts), -1, arguments[0].shape[-1])[number][routed.tokens]
+
+    def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
+        by_expert = hidden_states.reshape(len(self.experts), -1, hidden_states.shape[-1])
+        routing = self.routing(hidden_states)
+        self.rows = sum(len(routed.weights) for routed in routing)
+        results = []
+        for expert, rows, routed in zip(self.experts, by_expert, routing, strict=True):
+            result = torch.zeros_like(rows)
+            if len(routed.weights) or self.call_all:
+                expert.routed = routed
+                added = expert.down(self.intermediate(expert, rows[routed.tokens]))  # type: ignore[operator]
+                result = result.index_add(0, routed.tokens, added.to(result.dtype))
+            results.append(result)
+        return torch.cat(results)
+
+
+class SortedExperts(UnrolledExperts):
+    """One linear layer per expert, given rows sorted by expert and how many each has (JetMoE); whose rows they are is not said."""
+
+    matrices = ("weight",)
+
+    @classmethod
+    def fits(cls, native: nn.Module) -> bool:
+        weight = getattr(native, "weight", None)
+        return isinstance(weight, nn.Parameter) and weight.ndim == 3 and all(hasattr(native, a) for a in ("num_experts", "output_size"))
+
+    @classmethod
+    def of(cls, native: nn.Module) -> Self:
+        weight = native.weight
+        assert isinstance(weight, Tensor)
+        return cls(_stripped(native, cls.matrices), [Expert({"linear": _linear(matrix, None, weight)}) for matrix in weight])
+
+    def probe(self) -> tuple[Tensor, ...]:
+        weight: Any = self.experts[0].linear.weight
+        rows = torch.randn(_PROBE_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        sizes = torch.zeros(len(self.experts), dtype=torch.int64)
+        sizes[: min(2, len(sizes))] = _PROBE_TOKENS // min(2, len(sizes))
+        return rows.to(weight), sizes.tolist()  # type: ignore[return-value]
+
+    def routing(self, *arguments: Tensor) -> list[Routed]:
+        rows, sizes = arguments
+        return [Routed(None, torch.ones(int(size), dtype=rows.dtype, device=rows.device)) for size in sizes]
+
+    def forward(self, inputs: Tensor, expert_size: Tensor) -> Tensor:
+        routing = self.routing(inputs, expert_size)
+        self.rows = len(inputs)
+        results = []
+        for expert, rows, routed in zip(self.experts, inputs.split([int(size) for size in expert_size]), routing, strict=True):
+            expert.routed = routed
+            results.append(expert.linear(rows))  # type: ignore[operator]
+        return torch.cat(results)
+
+    def rolled(self) -> nn.Module:
+        native = copy.deepcopy(self.native)
+        experts: list[Any] = self.experts
+        _put(native, "weight", torch.stack([expert.linear.weight for expert in experts]))
+        return _as_native(native)
+
+
+_CARRIERS: tuple[type[UnrolledExperts], ...] = (BatchedExperts, RoutedExperts, SortedExperts)
+
+
+def unroll_experts(model: nn.Module, holding: Collection[str] | None = None) -> None:
+    """Replace every mixture of ``model`` whose class is known by its linear layers, in place; one that they do not reproduce stays.
+
+    Args:
+        holding: dotted paths of layers; a mixture that holds none of them stays as it is. None for all mixtures.
+    """
+    for name, native in list(model.named_modules()):
+        carrier = next((carrier for carrier in _CARRIERS if carrier.fits(native)), None)
+        if carrier is None or not (holding is None or any(layer.startswith(f"{name}.") for layer in holding)):
+            continue
+        unrolled = carrier.of(native)
+        if _reproduces(unrolled, native):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, unrolled)
+
+
+def roll_experts(model: nn.Module, *, keep: Callable[[UnrolledExperts], bool] = lambda _: False) -> None:
+    """Put the architecture's own modules back, in place, but for the mixtures that ``keep`` says stay unrolled."""
+    for name, child in list(experts_of(model)):
+        if not keep(child):
+            parent, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, child.rolled())
+
+
+def experts_of(model: nn.Module) -> Iterator[tuple[str, UnrolledExperts]]:
+    """Yield dotted path and module of each mixture that is held as linear layers."""
+    for name, child in model.named_modules():
+        if isinstance(child, UnrolledExperts):
+            yield name, child
+
+
+@contextmanager
+def calling_every_expert(model: nn.Module) -> Iterator[None]:
+    """Let every pass call every expert, one that no token reaches with no rows, so that hooks see all of them in all passes."""
+    mixtures = [child for _, child in experts_of(model)]
+    try:
+        for child in mixtures:
+            child.call_all = True
+        yield
+    finally:
+        for child in mixtures:
+            child.call_all = False
+
+
+@torch.no_grad()
+def _reproduces(unrolled: UnrolledExperts, native: nn.Module) -> bool:
+    """Whether both give the same on random rows; what has no numbers yet is believed."""
+    arguments = unrolled.probe()
+    if arguments[0].is_meta:
+        return True
+    expected, result = native(*arguments), unrolled(*arguments)
+    tolerance = math.sqrt(torch.finfo(result.dtype).eps)
+    return bool((result - expected).float().norm() <= tolerance * expected.float().norm())
+
+
+def _are_stacks(native: nn.Module, names: Sequence[str]) -> bool:
+    """Whether the module has a matrix per expert under each of these names."""
+    parameters = [getattr(native, name, None) for name in names]
+    return all(isinstance(parameter, nn.Parameter) and parameter.ndim == 3 for parameter in parameters)
+
+
+def _has_gate(native: nn.Module) -> bool:
+    return bool(getattr(native, "has_gate", True))
+
+
+def _is_concatenated(native: nn.Module) -> bool:
+    return bool(getattr(native, "is_concatenated", True))
+
+
+def _is_transposed(native: nn.Module) -> bool:
+    """Whether matrices are stored (d_in, d_out); Llama 4's are, and it does not say so."""
+    return bool(getattr(native, "is_transposed", BatchedExperts.takes_all_tokens(native)))
+
+
+def _layers_of(native: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Return name of a parameter -> the layers of an expert that it holds."""
+    first = {"gate_up_proj": ("gate", "up")} if _has_gate(native) else {"up_proj": ("up",)}
+    return {**first, "down_proj": ("down",)}
+
+
+def _parts(native: nn.Module, expert: int) -> dict[str, tuple[Tensor, Tensor | None, Tensor]]:
+    """Return layer -> its matrix (d_out, d_in) and bias (d_out,), and the parameter that they come from."""
+    result: dict[str, tuple[Tensor, Tensor | None, Tensor]] = {}
+    for name, layers in _layers_of(native).items():
+        parameter = getattr(native, name)
+        matrix = parameter[expert].T if _is_transposed(native) else parameter[expert]
+        bias = getattr(native, f"{name}_bias")[expert] if getattr(native, "has_bias", False) else None
+        biases = [None] * len(layers) if bias is None else _divided(bias, native, len(layers))
+        result |= {
+            layer: (rows, part, parameter)
+            for layer, rows, part in zip(layers, _divided(matrix, native, len(layers)), biases, strict=True)
+        }
+    return result
+
+
+def _divided(rows: Tensor, native: nn.Module, parts: int) -> Sequence[Tensor]:
+    if parts == 1:
+        return (rows,)
+    return rows.chunk(parts) if _is_concatenated(native) else [rows[part::parts] for part in range(parts)]
+
+
+def _joined(parts: Sequence[Tensor], native: nn.Module, dim: int) -> Tensor:
+    """Return the inverse of ``_divided``, for all experts at once."""
+    if len(parts) == 1:
+        return parts[0]
+    return torch.cat(list(parts), dim) if _is_concatenated(native) else torch.stack(list(parts), dim + 1).flatten(dim, dim + 1)
+
+
+def _linear(matrix: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None)
+    layer.weight = nn.Parameter(matrix.detach().clone(memory_format=torch.contiguous_format), requires_grad=like.requires_grad)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=like.requires_grad)
+    return layer
+
+
+def _stripped(native: nn.Module, names: Collection[str]) -> nn.Module:
+    """Return a copy of the module without these parameters."""
+    gone = [name for name in names if getattr(native, name, None) is not None]
+    result = copy.deepcopy(native, {id(getattr(native, name)): None for name in gone})
+    for name in gone:
+        result.register_parameter(name, None)
+    return result
+
+
+def _put(native: nn.Module, name: str, value: Tensor) -> None:
+    native.register_parameter(name, nn.Parameter(value.detach().contiguous(), requires_grad=False))
+
+
+def _as_native(native: nn.Module) -> nn.Module:
+    native.__dict__.pop("_is_hf_initialized", None)
+    return native
