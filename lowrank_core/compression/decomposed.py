@@ -13,6 +13,7 @@ from lowrank_core.compression.sequential import compress_sequentially
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.units import Bases, damping_of, error_curves, factorize, units_of
 from lowrank_core.metrics import ErrorMetric, metric_named, with_beta
+from lowrank_core.models.experts import experts_of
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import LayerStatistics
@@ -106,6 +107,12 @@ class Decomposed:
             result.append(
                 f"{allocator} trades errors of one matrix for another's, and {self.basis.label} measures each in its own unit. "
                 "The basis two_sided makes them comparable."
+            )
+        untold = [name for name, mixture in experts_of(self.handle.module) if not mixture.tells_rows]
+        if self.basis.sequential and untold:
+            result.append(
+                f"{len(untold)} mixtures of experts (the first: {untold[0]}) are compressed as the dense model runs them, not fitted to "
+                "the error of the layers before them: they don't say which tokens their rows are."
             )
         singular = [basis for basis in self.bases.values() if math.isinf(basis.condition)]
         if singular:

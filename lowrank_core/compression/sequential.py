@@ -11,7 +11,7 @@ Ranks are fixed before: a sequential basis decides directions, not budgets.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
@@ -25,6 +25,7 @@ from lowrank_core.decomposition.units import Bases, operand_of
 from lowrank_core.errors import ConfigError, ModelError, NumericalError
 from lowrank_core.metrics import ErrorMetric
 from lowrank_core.models.blocks import BlockRunner
+from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.models.hf import replace_module
 from lowrank_core.parameters import Unit
@@ -73,6 +74,26 @@ class CrossMoments:
             group_mean_shifts=one * 0,
         )
 
+    def with_tokens_of(self, dense: InputStatistics) -> CrossMoments:
+        """Return the moments with n tokens of the dense model's distribution added, whose x' are their x: an expert may see few."""
+        added = dense.width / (self.count + dense.width)
+        square = dense.sample * (max(dense.count - 1, 1) / max(dense.count, 1)) + torch.outer(
+            dense.mean - self.shift, dense.mean - self.shift
+        )
+
+        def mixed(own: Tensor, prior: Tensor) -> Tensor:
+            return torch.lerp(own, prior, added)
+
+        return CrossMoments(
+            self.count + dense.width,
+            self.shift,
+            mixed(self.mean, dense.mean),
+            mixed(self.compressed_mean, dense.mean),
+            mixed(self.absolute_mean, dense.absolute_mean),
+            mixed(self.own, square),
+            mixed(self.cross, square),
+        )
+
     def between(self, *, centred: bool) -> Tensor:
         """Return C× (n, n), normalised as ``statistics`` does."""
         left, right = self.mean - self.shift, self.compressed_mean - self.shift
@@ -87,54 +108,59 @@ class _CrossAccumulator:
     def __init__(self, shift: Tensor, device: torch.device) -> None:
         width = shift.numel()
         self._shift = shift.to(device)
-        self._count = 0
+        self._count, self._weight = 0, 0.0
         self._sums = [torch.zeros(width, dtype=torch.float64, device=device) for _ in range(3)]
         self._own, self._cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
 
-    def update(self, dense: Tensor, compressed: Tensor) -> None:
+    def update(self, dense: Tensor, compressed: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows (..., n) of both models; those of an expert are weighed by ``weights`` (N,)."""
         rows, own = dense.flatten(0, -2).to(torch.float32), compressed.flatten(0, -2).to(torch.float32)
+        scale = None if weights is None else weights.to(torch.float32)[:, None]
         shift = self._shift.to(torch.float32)
         self._count += len(rows)
+        self._weight += len(rows) if scale is None else float(scale.sum(dtype=torch.float64))
         for total, part in zip(self._sums, (rows, own, own.abs()), strict=True):
-            total += part.sum(0, dtype=torch.float64)
+            total += (part if scale is None else part * scale).sum(0, dtype=torch.float64)
         rows, own = rows - shift, own - shift
+        weighed = own if scale is None else own * scale
         for start in range(0, len(rows), 1024):
-            part = own[start : start + 1024]
-            self._own += part.T @ part
+            part = weighed[start : start + 1024]
+            self._own += own[start : start + 1024].T @ part
             self._cross += rows[start : start + 1024].T @ part
 
     def finish(self) -> CrossMoments:
-        means = [total.cpu() / self._count for total in self._sums]
-        shift, own, cross = self._shift.cpu(), self._own.cpu() / self._count, self._cross.cpu() / self._count
+        weight = self._weight or 1.0  # no token reached the expert: all sums are zero
+        means = [total.cpu() / weight for total in self._sums]
+        shift, own, cross = self._shift.cpu(), self._own.cpu() / weight, self._cross.cpu() / weight
         return CrossMoments(self._count, shift, means[0], means[1], means[2], own, cross)
 
 
 class _Read(Exception):
-    """Carries what a layer reads out of a forward pass that need go no further."""
+    """Carries what a module is given out of a forward pass that need go no further."""
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, arguments: tuple[Tensor, ...]) -> None:
         super().__init__()
-        self.tensor = tensor
+        self.arguments = arguments
 
 
 @contextmanager
 def _stopping_at(module: nn.Module) -> Iterator[None]:
-    def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        raise _Read(arguments[0])
+    def stop(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+        raise _Read(module.bound(arguments, options) if isinstance(module, UnrolledExperts) else arguments)
 
-    hook = module.register_forward_pre_hook(stop)
+    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
     try:
         yield
     finally:
         hook.remove()
 
 
-def _read(runner: BlockRunner, block: int, ids: Tensor, hidden: Tensor | None) -> Tensor:
-    """Return what the layer reads at which the pass is stopped."""
+def _read(runner: BlockRunner, block: int, ids: Tensor, hidden: Tensor | None) -> tuple[Tensor, ...]:
+    """Return what the module is given at which the pass is stopped."""
     try:
         runner.run(block, ids, hidden)
     except _Read as read:
-        return read.tensor
+        return read.arguments
     raise ModelError(f"block {block} is run without the layer whose input was asked for, so the model can't be compressed block by block.")
 
 
@@ -153,20 +179,35 @@ class _Pair:
     def batches(self) -> int:
         return len(self._batches)
 
-    def moments(self, block: int, layer: str, shift: Tensor, tick: Callable[[], None]) -> CrossMoments:
-        """Return the moments of what ``layer`` of ``block`` reads in both models."""
-        accumulator = _CrossAccumulator(shift, self.dense.device)
+    def moments(self, step: _Step, inputs: Mapping[str, InputStatistics], tick: Callable[[], None]) -> dict[str, CrossMoments]:
+        """Return the moments of the inputs of a step, by input group, in both models; none where they can't be compared row by row.
+
+        Args:
+            inputs: of the dense model, whose means are the points that moments are counted from; few tokens reach an expert, so its
+                moments are mixed with these.
+        """
+        path = step.mixture or next(iter(step.groups))
+        modules = [handle.module.get_submodule(path) for handle in (self.dense, self.working)]
+        if isinstance(modules[0], UnrolledExperts) and not modules[0].tells_rows:
+            return {}
+        accumulators = {group: _CrossAccumulator(entry.mean, self.dense.device) for group, entry in inputs.items()}
         with ExitStack() as stack, torch.inference_mode():
-            for handle in (self.dense, self.working):
-                stack.enter_context(_stopping_at(handle.module.get_submodule(layer)))
+            for module in modules:
+                stack.enter_context(_stopping_at(module))
             for index, ids in enumerate(self._batches):
-                reads = [_read(runner, block, ids, states[index]) for runner, states in zip(self._runners, self._states, strict=True)]
-                accumulator.update(*reads)
+                reads = [_read(runner, step.depth, ids, states[index]) for runner, states in zip(self._runners, self._states, strict=True)]
+                if step.mixture:
+                    _update_experts(step, modules, reads, accumulators)
+                else:
+                    accumulators[path].update(reads[0][0], reads[1][0])
                 tick()
-        result = accumulator.finish()
-        if not torch.isfinite(result.own).all() or not torch.isfinite(result.cross).all():
-            raise NumericalError(f"{layer}: its input holds NaN or Inf in the model compressed so far. Keep more ranks, or run in float32.")
-        return result
+        results = {group: accumulators.pop(group).finish() for group in step.groups}
+        for group, result in results.items():
+            if not torch.isfinite(result.own).all() or not torch.isfinite(result.cross).all():
+                raise NumericalError(
+                    f"{group}: its input holds NaN or Inf in the model compressed so far. Keep more ranks, or run in float32."
+                )
+        return {group: result.with_tokens_of(inputs[group]) for group, result in results.items()} if step.mixture else results
 
     def advance(self, block: int, tick: Callable[[], None]) -> None:
         """Take both models past ``block``."""
@@ -177,13 +218,48 @@ class _Pair:
             tick()
 
 
-def _by_input(units: Sequence[Unit], allocation: RankAllocation) -> dict[str, list[Unit]]:
-    """Return the compressed units by the input that their first member reads, in the order of the model."""
-    result: dict[str, list[Unit]] = {}
+@dataclass(frozen=True)
+class _Step:
+    """Inputs that are measured in one pass, with the compressed units that read them: a layer's, or that of all experts of a mixture.
+
+    Attributes:
+        depth: of the block.
+        mixture: dotted path of the mixture; empty outside one.
+        groups: by input group; of experts, all of them the first layers' or all the last one's.
+    """
+
+    depth: int
+    mixture: str
+    groups: dict[str, list[Unit]]
+
+
+def _steps(units: Sequence[Unit], allocation: RankAllocation) -> list[_Step]:
+    """Return the steps over the inputs that first members of compressed units read, in the order of the model."""
+    result: dict[object, _Step] = {}
     for unit in units:
+        first = unit.members[0]
         if allocation.ranks.get(unit.name) is not None:
-            result.setdefault(unit.members[0].input_group, []).append(unit)
-    return result
+            mixture, _, layer = first.mixture.rpartition(".")
+            key = (mixture, layer in FIRST_LAYERS) if mixture else first.input_group
+            result.setdefault(key, _Step(first.depth, mixture, {})).groups.setdefault(first.input_group, []).append(unit)
+    return list(result.values())
+
+
+def _update_experts(
+    step: _Step, modules: Sequence[nn.Module], reads: Sequence[tuple[Tensor, ...]], accumulators: Mapping[str, _CrossAccumulator]
+) -> None:
+    """Add what the experts of a step read in both models, at the tokens that the dense model routes to each."""
+    dense, working = modules
+    assert isinstance(dense, UnrolledExperts)
+    assert isinstance(working, UnrolledExperts)
+    routing = dense.routing(*reads[0])
+    for group, units in step.groups.items():
+        number = units[0].members[0].expert
+        assert number is not None
+        own, drifted = (mixture.inputs(number, routing[number], *read) for mixture, read in zip((dense, working), reads, strict=True))
+        if group.rpartition(".")[2] not in FIRST_LAYERS:
+            own, drifted = dense.intermediate(dense.experts[number], own), working.intermediate(working.experts[number], drifted)
+        accumulators[group].update(own, drifted, routing[number].weights.square())
 
 
 def compress_sequentially(
@@ -217,9 +293,9 @@ def compress_sequentially(
                 f"{unit.name}: a stack over several inputs can't be drift-aware. Use a stack of one input, or drop drift_aware."
             )
     pair = _Pair(handle, windows, batch_size)
-    groups = _by_input(units, allocation)
+    steps = _steps(units, allocation)
     depth = max(shape.depth for shape in handle.shapes) + 1
-    total, done = (len(groups) + depth) * pair.batches, 0
+    total, done = (len(steps) + depth) * pair.batches, 0
 
     def tick() -> None:
         nonlocal done
@@ -229,13 +305,15 @@ def compress_sequentially(
 
     layers: dict[str, nn.Module] = {}
     for block in range(depth):
-        for group, members in groups.items():
-            if members[0].depth != block:
-                continue
-            moments = pair.moments(block, members[0].members[0].name, statistics.inputs[group].mean, tick)
-            ranks = {u.name: allocation.ranks[u.name] for u in members}
-            fitted = {u.name: _fitted(u, handle, statistics, moments, bases, basis, damping, ranks[u.name]) for u in members}
-            built = low_rank_layers(handle, fitted, ranks)
+        for step in (step for step in steps if step.depth == block):
+            moments = pair.moments(step, {group: statistics.inputs[group] for group in step.groups}, tick)
+            fitted = {}
+            for unit in (unit for members in step.groups.values() for unit in members):
+                measured, rank = moments.get(unit.members[0].input_group), allocation.ranks[unit.name]
+                fitted[unit.name] = (
+                    bases[unit.name] if measured is None else _fitted(unit, handle, statistics, measured, bases, basis, damping, rank)
+                )
+            built = low_rank_layers(handle, fitted, {name: allocation.ranks[name] for name in fitted})
             layers |= built
             for name, layer in built.items():
                 replace_module(pair.working.module, name, layer)

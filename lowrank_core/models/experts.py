@@ -18,7 +18,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self
 
 import torch
@@ -37,19 +37,19 @@ class Routed:
     """Tokens of a pass that reach an expert.
 
     Attributes:
-        tokens: position of each row among the tokens of the pass (n,), ascending; None where the mixture does not say.
         weights: w of each row (n,).
+        tokens: position of each row among the tokens of the pass (n,), ascending; empty where the mixture does not say.
     """
 
-    tokens: Tensor | None
     weights: Tensor
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
 
 class Expert(nn.Module):
     """The linear layers of one expert.
 
     Attributes:
-        routed: which tokens reached it in the last pass.
+        routed: which tokens reach it, while it is called.
     """
 
     routed: Routed | None = None
@@ -66,11 +66,13 @@ class UnrolledExperts(nn.Module):
     Attributes:
         native: the module of the architecture, without its matrices; what else it computes is still asked of it.
         matrices: names of the 3-D parameters that the linear layers stand for, biases left out.
+        tells_rows: whether it is known which tokens the rows of an expert are, so that two models can be compared row by row.
         call_all: whether experts that no token reaches are called as well, with no rows.
         rows: rows that the experts computed in the last pass.
     """
 
-    matrices: ClassVar[tuple[str, ...]]
+    matrices: ClassVar[Sequence[str]]
+    tells_rows: ClassVar[bool] = True
     call_all = False
     rows = 0
 
@@ -111,12 +113,12 @@ class UnrolledExperts(nn.Module):
     def experts(self) -> list[Expert]:
         return [child for child in self.children() if isinstance(child, Expert)]
 
-    def inputs(self, number: int, routed: Routed, *arguments: Tensor) -> Tensor | None:
-        """Return what expert ``number`` reads of a call's arguments at the tokens of ``routed`` (n, H); None where that can't be told."""
-        return None
+    def inputs(self, number: int, routed: Routed, *arguments: Tensor) -> Tensor:
+        """Return what expert ``number`` reads of a call's arguments at the tokens of ``routed`` (n, H), where rows are told."""
+        raise NotImplementedError
 
     def intermediate(self, expert: Expert, inputs: Tensor) -> Tensor:
-        """Return what the last layer of an expert reads (n, I), given what the first ones read (n, H)."""
+        """Return what the last layer of an expert reads (n, I), given what the first ones read (n, H), where rows are told."""
         raise NotImplementedError
 
     def bound(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -131,7 +133,7 @@ class RoutedExperts(UnrolledExperts):
     more are experts that hand their input on (LongCat-Flash).
     """
 
-    matrices = ("gate_up_proj", "up_proj", "down_proj")
+    matrices: ClassVar[Sequence[str]] = ("gate_up_proj", "up_proj", "down_proj")
 
     @classmethod
     def fits(cls, native: nn.Module) -> bool:
@@ -140,8 +142,9 @@ class RoutedExperts(UnrolledExperts):
 
     @classmethod
     def of(cls, native: nn.Module) -> Self:
-        count = native.down_proj.shape[0]  # type: ignore[union-attr,operator]
-        experts = [Expert({name: _linear(*pair) for name, pair in _parts(native, e).items()}) for e in range(int(count))]
+        last = native.down_proj
+        assert isinstance(last, Tensor)
+        experts = [Expert({name: _linear(*part) for name, part in _parts(native, e).items()}) for e in range(len(last))]
         return cls(_stripped(native, [*cls.matrices, *(f"{name}_bias" for name in cls.matrices)]), experts)
 
     def probe(self) -> tuple[Tensor, ...]:
@@ -160,7 +163,7 @@ class RoutedExperts(UnrolledExperts):
         result = []
         for number in range(len(self.experts)):
             tokens, slot = torch.where(index == number)
-            result.append(Routed(tokens, weights[tokens, slot]))
+            result.append(Routed(weights[tokens, slot], tokens))
         return result
 
     def stored_as(self, layer: str) -> str:
@@ -195,6 +198,7 @@ class RoutedExperts(UnrolledExperts):
                 if getattr(self.native, "has_post_expert_norm", False):
                     added = self.native.post_expert_norm(added)  # type: ignore[operator]
                 result.index_add_(0, routed.tokens, (added * routed.weights[:, None]).to(result.dtype))
+                expert.routed = None
         handed_on = torch.where(top_k_index < len(self.experts), 0, top_k_weights).sum(-1, keepdim=True)
         if hasattr(self.native, "identity_expert"):
             result = result + rows * handed_on.to(rows.dtype).reshape(-1, 1)
@@ -236,7 +240,7 @@ class BatchedExperts(RoutedExperts):
     def routing(self, *arguments: Tensor) -> list[Routed]:
         reached = (arguments[0].detach() != 0).any(-1).reshape(len(self.experts), -1)
         tokens = [mask.nonzero()[:, 0] for mask in reached]
-        return [Routed(chosen, torch.ones(len(chosen), dtype=arguments[0].dtype, device=arguments[0].device)) for chosen in tokens]
+        return [Routed(arguments[0].new_ones(len(chosen)), chosen) for chosen in tokens]
 
     def inputs(self, number: int, routed: Routed, *arguments: Tensor) -> Tensor:
         return arguments[0].reshape(len(self.experts), -1, arguments[0].shape[-1])[number][routed.tokens]
@@ -252,6 +256,7 @@ class BatchedExperts(RoutedExperts):
                 expert.routed = routed
                 added = expert.down(self.intermediate(expert, rows[routed.tokens]))  # type: ignore[operator]
                 result = result.index_add(0, routed.tokens, added.to(result.dtype))
+                expert.routed = None
             results.append(result)
         return torch.cat(results)
 
@@ -260,6 +265,7 @@ class SortedExperts(UnrolledExperts):
     """One linear layer per expert, given rows sorted by expert and how many each has (JetMoE); whose rows they are is not said."""
 
     matrices = ("weight",)
+    tells_rows = False
 
     @classmethod
     def fits(cls, native: nn.Module) -> bool:
@@ -273,23 +279,25 @@ class SortedExperts(UnrolledExperts):
         return cls(_stripped(native, cls.matrices), [Expert({"linear": _linear(matrix, None, weight)}) for matrix in weight])
 
     def probe(self) -> tuple[Tensor, ...]:
-        weight: Any = self.experts[0].linear.weight
+        expert: Any = self.experts[0]
+        weight: Tensor = expert.linear.weight
         rows = torch.randn(_PROBE_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
-        sizes = torch.zeros(len(self.experts), dtype=torch.int64)
-        sizes[: min(2, len(sizes))] = _PROBE_TOKENS // min(2, len(sizes))
-        return rows.to(weight), sizes.tolist()  # type: ignore[return-value]
+        count = len(self.experts)
+        sizes = [_PROBE_TOKENS, *[0] * (count - 1)] if count < 2 else [_PROBE_TOKENS // 2] * 2 + [0] * (count - 2)
+        return rows.to(weight), sizes  # type: ignore[return-value]
 
     def routing(self, *arguments: Tensor) -> list[Routed]:
         rows, sizes = arguments
-        return [Routed(None, torch.ones(int(size), dtype=rows.dtype, device=rows.device)) for size in sizes]
+        return [Routed(rows.new_ones(int(size))) for size in sizes]
 
     def forward(self, inputs: Tensor, expert_size: Tensor) -> Tensor:
         routing = self.routing(inputs, expert_size)
         self.rows = len(inputs)
         results = []
-        for expert, rows, routed in zip(self.experts, inputs.split([int(size) for size in expert_size]), routing, strict=True):
+        for expert, rows, routed in zip(self.experts, torch.split(inputs, [int(size) for size in expert_size]), routing, strict=True):
             expert.routed = routed
             results.append(expert.linear(rows))  # type: ignore[operator]
+            expert.routed = None
         return torch.cat(results)
 
     def rolled(self) -> nn.Module:
@@ -391,8 +399,7 @@ def _parts(native: nn.Module, expert: int) -> dict[str, tuple[Tensor, Tensor | N
         bias = getattr(native, f"{name}_bias")[expert] if getattr(native, "has_bias", False) else None
         biases = [None] * len(layers) if bias is None else _divided(bias, native, len(layers))
         result |= {
-            layer: (rows, part, parameter)
-            for layer, rows, part in zip(layers, _divided(matrix, native, len(layers)), biases, strict=True)
+            layer: (rows, part, parameter) for layer, rows, part in zip(layers, _divided(matrix, native, len(layers)), biases, strict=True)
         }
     return result
 

@@ -281,7 +281,11 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
             kind = ".".join(linear.shared_path.split(".")[-2:])
         d_out, d_in = weight_of(linear.module).shape
         shape = MatrixShape(name, kind, linear.depth, d_out, d_in, bias_of(linear.module) is not None, group)
-        layers.append(LayerSpec(shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel()))))
+        layers.append(
+            LayerSpec(
+                shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel()))
+            )
+        )
     return tuple(layers)
 
 

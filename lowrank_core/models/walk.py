@@ -53,9 +53,7 @@ def linear_maps(module: nn.Module, blocks: nn.ModuleList) -> Iterator[LinearMap]
     for depth, block in enumerate(blocks):
         routers = _routers(block)
         experts = has_experts(path for path, _ in block.named_parameters())
-        owners = {
-            f"{path}.{number}": (number, mixture) for path, mixture in experts_of(block) for number, _ in enumerate(mixture.experts)
-        }
+        owners = {f"{path}.{number}": (number, mixture) for path, mixture in experts_of(block) for number, _ in enumerate(mixture.experts)}
         for path, child in block.named_modules():
             number, mixture = owners.get(path.rpartition(".")[0], (None, None))
             if isinstance(child, CompressedModule):

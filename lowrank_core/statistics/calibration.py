@@ -164,7 +164,7 @@ def _owners(expert: Expert, context: int, windows: int) -> tuple[Tensor, Tensor,
     """
     assert expert.routed is not None
     weights, tokens = expert.routed.weights, expert.routed.tokens
-    owners = torch.zeros(len(weights), dtype=torch.int64, device=weights.device) if tokens is None else tokens // context
+    owners = tokens // context if len(tokens) == len(weights) else torch.zeros(len(weights), dtype=torch.int64, device=weights.device)
     return weights, owners, windows
 
 
@@ -237,7 +237,10 @@ class _Calibration:
         name = self._runner.names[block]
         influence = InfluenceAccumulator(name)
         span = slice(0)
-        with _recording(self.handle, accumulators, self.windows.context, lambda: len(self.windows.ids[span])), influence.watching(self.handle.module.get_submodule(name)):
+        with (
+            _recording(self.handle, accumulators, self.windows.context, lambda: len(self.windows.ids[span])),
+            influence.watching(self.handle.module.get_submodule(name)),
+        ):
             for batch in range(self.batches):
                 span = slice(batch * size, (batch + 1) * size)
                 hidden = self._runner.run(block, self.windows.ids[span], self._hidden.read(span))
