@@ -50,7 +50,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "linear": Kind("compressible linears"),
         "lowrank": Kind("low-rank layers", "low-rank already"),
         "expert": Kind("experts"),
-        "experts": Kind("other experts", "they can't be taken apart into linear layers"),
+        "experts": Kind("other experts", "their class can't be taken apart into linear layers"),
         "router": Kind("routers", "a router chooses the experts"),
         "narrow": Kind("narrow maps", f"fewer than {MIN_OUTPUTS} outputs: two factors save nothing that counts"),
         "convolution": Kind("convolutions", "no linear map of one token"),
@@ -207,7 +207,8 @@ def has_experts(paths: Iterable[str]) -> bool:
 def kind_by_name(path: str, shape: Sequence[int], *, experts: bool) -> str:
     """Return the kind of a parameter of a block, by its path within the block and its shape (d_out, d_in, …).
 
-    ``linear`` for what looks like the matrix of a linear layer: what a pass reaches, and which module owns it, are not asked here.
+    ``linear`` for what looks like the matrix of a linear layer, ``expert`` for one of an expert or of all experts of a mixture: what a
+    pass reaches, and which module owns it, are not asked here.
 
     Args:
         experts: whether the block has experts, so that ``gate`` is a router and no gate of another kind.
@@ -220,8 +221,8 @@ def kind_by_name(path: str, shape: Sequence[int], *, experts: bool) -> str:
     router = _ROUTER.search(module)
     if router and router[2] == "router":
         return "router"
-    if _EXPERTS.search(module):
-        return "experts"
+    if _EXPERTS.search(path) and math.prod(shape) > max(shape, default=1):
+        return "expert"
     if router and experts:
         return "router"
     return _by_shape(module, leaf, shape)
@@ -232,7 +233,7 @@ def _by_shape(module: str, leaf: str, shape: Sequence[int]) -> str:
     if math.prod(shape) == max(shape, default=1):  # one axis alone is longer than 1
         return "narrow" if matrix and shape[0] == 1 else "vector"
     if len(shape) == 3 and leaf == "weight":
-        return "experts"
+        return "expert"
     if not matrix or "embed" in module.rpartition(".")[2]:
         return "other"
     return "narrow" if shape[0] < MIN_OUTPUTS else "linear"

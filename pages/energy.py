@@ -20,7 +20,7 @@ with boundary():
 
     left, right = st.columns(2, gap="large")
     with left:
-        module = pickers.module_picker([spectrum.shape.name for spectrum in spectra])
+        module = pickers.module_picker([spectrum.shape for spectrum in spectra])
     spectrum = spectrum_named(spectra, module)
     full = spectrum.shape.max_rank
     rank = right.slider("Rank", 1, full, max(1, spectrum.shape.break_even_rank // 2), key=f"rank_{full}", persist_state="session")

@@ -8,7 +8,7 @@ from lowrank_core.studio.shared.protocol import spectra_protocol
 from lowrank_core.studio.spectra.spectrum_table import spectrum_named
 from pages.components import layout, pickers
 from pages.components.boundary import boundary
-from pages.components.spectra import directions, layer_map, module_spectra
+from pages.components.spectra import directions, experts, layer_map, module_spectra
 from pages.components.spectra.module_facts import run_facts
 
 layout.header("Spectra", "Singular values of weights, eigenvalues of features.")
@@ -20,6 +20,7 @@ with boundary():
     layer_map.show(spectra, facts, spectra_protocol(run))
 
     st.subheader("One module", anchor=False)
-    module = pickers.module_picker([spectrum.shape.name for spectrum in spectra])
+    module = pickers.module_picker([spectrum.shape for spectrum in spectra])
     module_spectra.show(spectrum_named(spectra, module), facts)
+    experts.show(run, spectra, module, facts)
     directions.show(run, module)

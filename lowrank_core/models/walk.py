@@ -70,8 +70,8 @@ def linear_maps(module: nn.Module, blocks: nn.ModuleList) -> Iterator[LinearMap]
 def _kind(path: str, child: nn.Linear | Conv1D, *, experts: bool) -> str:
     shape = tuple(child.weight.shape[::-1] if isinstance(child, Conv1D) else child.weight.shape)
     kind = kind_by_name(f"{path}.weight", shape, experts=experts)
-    if kind in ("router", "experts"):
-        return kind
+    if kind in ("router", "expert"):
+        return kind if kind == "router" else "experts"  # a linear layer of its own, which sees some of the tokens
     return "narrow" if shape[0] < MIN_OUTPUTS else "linear"  # what a name may say of it otherwise: it is a linear layer
 
 
@@ -134,6 +134,7 @@ def _other_kind(name: str, shape: tuple[int, ...], owner: nn.Module, inside: tup
         if isinstance(owner, _ConvNd):
             return "convolution"
         kind = kind_by_name(path, shape, experts=experts[int(depth)])
+        kind = "experts" if kind == "expert" else kind
         return "other" if kind in ("linear", "narrow") or isinstance(owner, nn.Embedding) else kind
     if isinstance(owner, nn.Embedding):
         return "embedding"

@@ -139,6 +139,7 @@ def save_spectra(path: str | os.PathLike[str], spectra: Sequence[LayerSpectrum])
         "names": np.array([s.shape.name for s in spectra]),
         "kinds": np.array([s.shape.kind for s in spectra]),
         "shapes": np.array([[s.shape.depth, s.shape.d_out, s.shape.d_in, s.shape.bias] for s in spectra], dtype=np.int64),
+        "experts": np.array([-1 if s.shape.expert is None else s.shape.expert for s in spectra], dtype=np.int64),
     }
     for index, spectrum in enumerate(spectra):
         for name in (*_ARRAYS, *_OPTIONAL):
@@ -166,9 +167,11 @@ def load_spectra(path: str | os.PathLike[str]) -> tuple[LayerSpectrum, ...]:
 
 
 def _layers(archive: Mapping[str, Array]) -> Iterable[LayerSpectrum]:
-    labels = zip(archive["names"], archive["kinds"], archive["shapes"], strict=True)
-    for index, (name, kind, (depth, d_out, d_in, bias)) in enumerate(labels):
-        shape = MatrixShape(str(name), str(kind), int(depth), int(d_out), int(d_in), bool(bias))
+    experts = archive["experts"] if "experts" in archive else [-1] * len(archive["names"])  # earlier versions knew none
+    labels = zip(archive["names"], archive["kinds"], archive["shapes"], experts, strict=True)
+    for index, (name, kind, (depth, d_out, d_in, bias), expert) in enumerate(labels):
+        number = None if expert < 0 else int(expert)
+        shape = MatrixShape(str(name), str(kind), int(depth), int(d_out), int(d_in), bool(bias), expert=number)
         parts = {part: archive[f"{index}.{part}"].astype(np.float64) for part in _ARRAYS}
         parts |= {part: archive[f"{index}.{part}"].astype(np.float64) for part in _OPTIONAL if f"{index}.{part}" in archive}
         bad = next((part for part, values in parts.items() if not np.isfinite(values).all()), None)

@@ -6,16 +6,39 @@ from collections.abc import Sequence
 
 import streamlit as st
 
+from lowrank_core.parameters import MatrixShape
 from pages.components import state
 
 __all__ = ["module_picker"]
 
 
-def module_picker(names: Sequence[str]) -> str:
-    """Draw the module picker shared by all pages, and return the name."""
-    module = state.module_of(names)
-    key = state.control("module_picker", module)
-    st.selectbox(
-        "Module", names, key=key, on_change=state.pick_from_widget("module", key), help="Or click a cell of the map on the Spectra page."
-    )
+def module_picker(shapes: Sequence[MatrixShape]) -> str:
+    """Draw the module picker shared by all pages, with one for the expert where the module is a mixture's, and return the name."""
+    known = {shape.name: shape for shape in shapes}
+    module = state.module_of(list(known))
+    experts = [shape.name for shape in shapes if shape.mixture and shape.mixture == known[module].mixture]
+    firsts: dict[str, str] = {}  # of each mixture, or a module alone
+    for shape in shapes:
+        firsts.setdefault(shape.mixture or shape.name, shape.name)
+    with st.container(horizontal=True, gap="medium"):
+        key = state.control("module_picker", experts[0] if experts else module)
+        st.selectbox(
+            "Module",
+            list(firsts.values()),
+            key=key,
+            format_func=lambda name: known[name].mixture or name,
+            on_change=state.pick_from_widget("module", key),
+            help="Or click a cell of the map on the Spectra page.",
+        )
+        if experts:
+            key = state.control("expert_picker", module)
+            st.selectbox(
+                "Expert",
+                experts,
+                key=key,
+                format_func=lambda name: str(known[name].expert),
+                on_change=state.pick_from_widget("module", key),
+                help="One matrix of one expert; all experts of the mixture are compared further down.",
+                width=120,
+            )
     return module

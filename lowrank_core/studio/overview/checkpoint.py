@@ -17,13 +17,14 @@ from lowrank_core.coverage import KINDS, Coverage, has_experts, kind_by_name
 from lowrank_core.files.weights import unguarded_note
 from lowrank_core.parameters import MatrixShape, module_type
 from lowrank_core.studio.overview.headers import Checkpoint, StoredTensor, read_checkpoint, same_values
+from lowrank_core.studio.overview.stored_experts import expert_matrices
 from lowrank_core.studio.shared.model_facts import ModelFacts
 
 __all__ = ["ModelOnDisk", "Part", "checkpoint_facts", "parts_of", "read_model", "tensor_table"]
 
 _NUMBERED = re.compile(r"^(?P<stem>.+?)\.(?P<depth>\d+)\.(?P<path>.+)$")
 _POSITIONS = re.compile(r"position|wpe|per_layer")  # tables that are never the head
-_WHY = {"experts": "expert: sees only its routed tokens", "router": "router of the experts"}
+_WHY = {"router": "router of the experts"}
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
 _HEAD_BIASES = tuple(name.replace(".weight", ".bias") for name in _HEADS)
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
@@ -112,7 +113,7 @@ def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
     tied = _tied(checkpoint)
     experts = _blocks_with_experts(checkpoint.tensors, stem)
     parts = [_part(tensor, stem, checkpoint, tied, experts) for tensor in checkpoint.tensors]
-    matrices = {part.module: part.kind for part in parts if part.kind in ("linear", "narrow")}
+    matrices = {part.module: part.kind for part in parts if part.kind in ("linear", "expert", "narrow")}
     parts = [_with_bias(part, matrices) for part in parts]
     assert len(parts) == len(checkpoint.names)
     return tuple(sorted(parts, key=_place))
@@ -152,7 +153,7 @@ def _part(tensor: StoredTensor, stem: str, checkpoint: Checkpoint, tied: bool, e
     else:
         kind, why = _inside(part, checkpoint, experts=block in experts)
     counted = 0 if why.startswith(("second copy", "table")) else part.parameters
-    return replace(part, parameters=counted, compressible=kind == "linear", why=why, kind=kind)
+    return replace(part, parameters=counted, compressible=kind in ("linear", "expert"), why=why, kind=kind)
 
 
 def _outside(part: Part, tied: bool) -> tuple[str, str]:
@@ -188,7 +189,7 @@ def _inside(part: Part, checkpoint: Checkpoint, *, experts: bool) -> tuple[str, 
     kind = kind_by_name(part.path, _mapped(part.shape, checkpoint), experts=experts)
     if kind == "vector":
         return kind, "vector of a norm" if "norm" in part.path or "ln_" in part.path else "vector"
-    return kind, "" if kind == "linear" else _WHY.get(kind, KINDS[kind].why)
+    return kind, "" if kind in ("linear", "expert") else _WHY.get(kind, KINDS[kind].why)
 
 
 def _mapped(shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -219,7 +220,7 @@ def _with_bias(part: Part, matrices: Mapping[str, str]) -> Part:
     kind = matrices.get(part.module) if part.name.endswith(".bias") else None
     if kind is None:
         return part
-    return replace(part, kind=kind, why="bias: counted with its matrix, kept as it is" if kind == "linear" else KINDS[kind].why)
+    return replace(part, kind=kind, why="bias: counted with its matrix, kept as it is" if kind in ("linear", "expert") else KINDS[kind].why)
 
 
 def _blocks_with_experts(tensors: Sequence[StoredTensor], stem: str) -> set[int]:
@@ -270,7 +271,7 @@ def _architecture(config: Mapping[str, object]) -> str:
 
 
 def _matrices(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[MatrixShape, ...]:
-    linears = [part for part in parts if part.compressible]
+    linears = [part for part in parts if part.compressible and part.kind == "linear"]
     biases = {part.module for part in parts if part.name.endswith(".bias")}
     paths: dict[int, list[str]] = {}
     for part in linears:
@@ -284,7 +285,7 @@ def _matrices(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[MatrixShap
         shared = f"{parent}.{_SHARED_INPUTS[last]}" if last in _SHARED_INPUTS else part.type
         group = groups.setdefault((depth, shared), part.module)
         result.append(MatrixShape(part.module, module_type(part.type, paths[depth]), depth, d_out, d_in, part.module in biases, group))
-    return tuple(result)
+    return (*result, *expert_matrices(checkpoint, [part for part in parts if part.kind == "expert"]))
 
 
 def tensor_table(parts: Sequence[Part]) -> pd.DataFrame:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import pandas as pd
 
 from lowrank_core.parameters import MatrixShape
+from lowrank_core.studio.shared.formatting import number, percent
 
 __all__ = ["LayerMap", "layer_map"]
 
@@ -19,7 +21,7 @@ class LayerMap:
 
     Attributes:
         measure: what is shown, with its unit, for the colour bar.
-        frame: columns module, kind, depth, value (NaN where there is none), label (the value in words).
+        frame: columns module, kind, depth, value (NaN where there is none), label (the value in words); a row for each matrix.
         percent: whether values are fractions in [0, 1], to be shown as percent.
         low, high: ends of the colour scale.
         log: whether colours follow the logarithm; then a value that is not positive has no colour.
@@ -31,6 +33,23 @@ class LayerMap:
     low: float = 0.0
     high: float = 1.0
     log: bool = False
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """``frame`` with one row for each type in a block: the mean of a mixture's experts, which stands for the first of them."""
+        alike = self.frame.groupby(["kind", "depth"], sort=False)
+        if len(alike) == len(self.frame):
+            return self.frame
+        cells = alike.agg(module=("module", "first"), value=("value", "mean"), label=("label", "first")).reset_index()
+        spread = [self._spread(group["value"]) if len(group) > 1 else "" for _, group in alike]
+        return cells.assign(label=[words or label for words, label in zip(spread, cells["label"], strict=True)])
+
+    def _spread(self, values: pd.Series[float]) -> str:
+        known = values.dropna()
+        if known.empty:
+            return f"{len(values)} experts: not defined"
+        words = percent if self.percent else number
+        return f"{len(values)} experts: {words(known.min())} to {words(known.max())}, mean {words(known.mean())}"
 
     @property
     def kinds(self) -> list[str]:

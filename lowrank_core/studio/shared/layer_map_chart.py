@@ -99,13 +99,13 @@ def _targets(view: LayerMap) -> go.Scatter:
     row_of = {kind: row for row, kind in enumerate(view.kinds)}
     marker = {"symbol": "square", "size": 26, "opacity": _INVISIBLE, "color": "#888888"}
     return go.Scatter(
-        x=view.frame["depth"].to_numpy(),
-        y=[row_of[kind] for kind in view.frame["kind"]],
+        x=view.cells["depth"].to_numpy(),
+        y=[row_of[kind] for kind in view.cells["kind"]],
         mode="markers",
         marker=marker,
         selected={"marker": {"opacity": _INVISIBLE}},
         unselected={"marker": {"opacity": _INVISIBLE}},
-        customdata=view.frame[["module", "label"]].to_numpy(),
+        customdata=view.cells[["module", "label"]].to_numpy(),
         hovertemplate="<b>%{customdata[0]}</b><br>%{customdata[1]}<extra></extra>",
     )
 

@@ -81,6 +81,8 @@ class _Layer:
     d_in: int
     bias: bool
     input_group: str
+    expert: int | None = None
+    active: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
     rows += [
         {"type": row.label, "count": None, "shape": row.why, "break_even": "", "parameters": row.parameters, "share": row.share}
         for row in facts.coverage.rows
-        if row.kind != "linear"
+        if row.kind not in ("linear", "expert")
     ]
     return pd.DataFrame(rows).astype({"count": "Int64"})
 

@@ -25,6 +25,8 @@ __all__ = [
     "unit_label",
 ]
 
+_EXPERT = re.compile(r"\.\d+\..*\.(\d+)\.\w+$")  # the second number of a path
+
 KINDS = ("sampled", "baseline", "manual", "running", "waiting", "stopped early", "outside budget", "failed")
 """Kinds of trials, each with its own shape."""
 
@@ -89,5 +91,6 @@ def unit_label(name: str) -> str:
 
 
 def _block_and_kind(name: str) -> tuple[str, str]:
-    result = re.search(r"\.(\d+)\.", name)
-    return (result[1] if result else ""), kind_label(name.rsplit(".", 1)[-1])
+    result, expert = re.search(r"\.(\d+)\.", name), _EXPERT.search(name)
+    kind = kind_label(name.rsplit(".", 1)[-1])
+    return (result[1] if result else ""), f"{kind} of expert {expert[1]}" if expert else kind

@@ -24,7 +24,7 @@ def profile_figure(view: LayerMap) -> go.Figure:
     figure = go.Figure()
     ends: list[tuple[float, str, str]] = []
     for index, kind in enumerate(view.kinds):
-        rows = view.frame[view.frame["kind"] == kind].sort_values("depth")
+        rows = view.cells[view.cells["kind"] == kind].sort_values("depth")
         colour, name = _COLOURS[index % len(_COLOURS)], kind_label(kind)
         figure.add_scatter(
             x=rows["depth"].to_numpy(),

@@ -52,13 +52,12 @@ def _show(run: Run, facts: ModelFacts, spectra: Sequence[LayerSpectrum]) -> None
     for warning in run.status().dense_warnings:
         st.warning(warning, icon=":material/warning:")
     cells = views.cell_table(record, facts.matrices, spectra)
-    names = [matrix.name for matrix in facts.matrices]
     kinds = list(dict.fromkeys(matrix.kind for matrix in facts.matrices))
     ratios = views.measured_ratios(cells)
     if ratios:
         kept = _ratio(ratios, first=float(cells.loc[cells["scope"] == "module", "kept"].iloc[0]))
         _map(cells, facts, kept)
-    module = pickers.module_picker(names)
+    module = pickers.module_picker(facts.matrices)
     _curves(cells, facts, module, kinds)
     if ratios:
         _estimates(cells, kept, kinds, module)
