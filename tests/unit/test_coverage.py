@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, load_family
+from families import FAMILIES, built, load_family
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -40,7 +40,7 @@ def test_every_parameter_is_in_one_row(name: str, tmp_path: Path, sample_text: s
     assert set(table.parameters) <= set(KINDS)
     assert sum(row.share for row in table.rows) == pytest.approx(1)
     assert table.compressible == handle.linear_parameters == sum(shape.dense_parameters for shape in handle.shapes)
-    assert all(row.why for row in table.rows if row.kind != "linear")
+    assert all(row.why for row in table.rows if row.kind not in ("linear", "expert"))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -51,10 +51,15 @@ def test_headers_tell_the_same_but_for_what_only_a_pass_shows(name: str, tmp_pat
     assert facts.compressible_parameters == handle.linear_parameters
 
 
-def test_experts_and_routers_are_counted(tmp_path: Path, sample_text: str):
-    handle = load_family(tmp_path, sample_text, "mixtral")
-    assert handle.coverage.parameters["experts"] == counted(handle.module, "experts.gate_up_proj", "experts.down_proj")
-    assert handle.coverage.parameters["router"] == counted(handle.module, "mlp.gate.weight")
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "jetmoe", "jamba"])
+def test_experts_can_be_compressed_and_routers_are_left_alone(name: str, tmp_path: Path, sample_text: str):
+    handle = load_family(tmp_path, sample_text, name)
+    native = built(name)
+    experts = sum(p.numel() for path, p in native.named_parameters() if p.ndim == 3 and "conv" not in path)
+    biases = counted(native, "gate_up_proj_bias", "down_proj_bias")
+    assert handle.coverage.parameters["expert"] == experts + biases
+    assert handle.coverage.parameters["router"] == counted(native, "mlp.gate.weight", "router.weight", "router.bias", "router.layer.weight")
+    assert handle.coverage.inner_share >= 0.9
 
 
 def test_convolutions_and_recurrences_are_no_linears(tmp_path: Path, sample_text: str):
@@ -70,7 +75,7 @@ def test_routers_and_one_row_gates_are_left_alone(name: str, tmp_path: Path, sam
     handle = load_family(tmp_path, sample_text, name)
     names = [layer.name for layer in handle.layers]
     assert names
-    assert not any("router" in name or name.endswith((".gate", "shared_expert_gate")) for name in names)
+    assert not any("router" in name or name.endswith(("mlp.gate", "shared_expert_gate")) for name in names)
     assert all(layer.shape.d_out >= 16 for layer in handle.layers)
 
 
@@ -144,9 +149,11 @@ def test_a_small_share_is_never_shown_as_none():
 @pytest.mark.parametrize(
     ("path", "shape", "kind"),
     [
-        ("mlp.experts.3.gate_proj.weight", (64, 32), "experts"),
-        ("mlp.experts.gate_up_proj_bias", (4, 64), "experts"),
-        ("block_sparse_moe.input_linear.weight", (4, 64, 32), "experts"),
+        ("mlp.experts.3.gate_proj.weight", (64, 32), "expert"),
+        ("mlp.experts.gate_up_proj", (4, 64, 32), "expert"),
+        ("mlp.experts.gate_up_proj_bias", (4, 64), "expert"),
+        ("self_attention.experts.bias", (32,), "vector"),
+        ("block_sparse_moe.input_linear.weight", (4, 64, 32), "expert"),
         ("mlp.shared_experts.up_proj.weight", (64, 32), "linear"),
         ("mlp.gate.weight", (64, 32), "router"),
         ("mlp.gate_proj.weight", (64, 32), "linear"),

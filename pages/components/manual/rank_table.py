@@ -14,6 +14,9 @@ from pages.components.manual.draft_state import DraftState, edit, history, note,
 
 __all__ = ["sliders", "table"]
 
+_MAX_EXPERT_ROWS = 48
+"""Rows of experts that a table shows unless a user hides them."""
+
 
 def sliders(editor: DraftState, draft: Draft) -> None:
     """Draw a slider for the kept ratio of every module type and depth third."""
@@ -63,8 +66,11 @@ def _slid(editor: DraftState, keys: tuple[str, str], group: RowGroup, shown: int
 
 
 def table(editor: DraftState, draft: Draft) -> None:
-    """Draw a row per unit with editable rank, kept ratio and lock."""
+    """Draw a row per unit with editable rank, kept ratio and lock; those of experts on demand."""
     frame = draft_rows(draft, editor.recipe.record)
+    experts = [unit.name for unit in draft.rows if unit.members[0].expert is not None]
+    if experts and not _with_experts(editor, len(experts)):
+        frame = frame.drop(index=experts)
     columns: dict[str, Any] = {
         "module": st.column_config.TextColumn(
             "Module", width=90, help="Block and module type; a stack, or a value and an output by heads, share one rank."
@@ -95,7 +101,7 @@ def table(editor: DraftState, draft: Draft) -> None:
         ),
     }
     shown = [name for name in columns if not (name in ("energy", "kl") and frame[name].isna().all())]
-    key = editor.key(f"table_{revision(editor)}")
+    key = _table_key(editor)
     st.data_editor(
         frame,
         column_order=shown,
@@ -111,8 +117,23 @@ def table(editor: DraftState, draft: Draft) -> None:
     )
 
 
+def _with_experts(editor: DraftState, rows: int) -> bool:
+    return st.toggle(
+        f"Show the {rows:,} rows of experts",
+        key=editor.key("expert_rows"),
+        value=rows <= _MAX_EXPERT_ROWS,
+        help="The sliders by type move them all together, shown or not.",
+    )
+
+
+def _table_key(editor: DraftState) -> str:
+    """Return the key of the table as it is shown now: another one for other rows."""
+    experts = "_experts" if state.held(editor.key("expert_rows"), False) else ""
+    return editor.key(f"table_{revision(editor)}{experts}")
+
+
 def _edited(editor: DraftState, key: str, names: Sequence[str]) -> None:
-    if key != editor.key(f"table_{revision(editor)}"):  # a table that is gone
+    if key != _table_key(editor):  # a table that is gone
         return
     edited: dict[str, Any] = state.held(key, {})
     edits = [RowEdit(names[int(row)], cells) for row, cells in edited.get("edited_rows", {}).items()]
