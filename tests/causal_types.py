@@ -43,9 +43,13 @@ _SIZES: Mapping[str, object] = {
     **{"mamba_n_heads": 8, "mamba_num_heads": 8, "mamba_head_dim": 8, "mamba_n_groups": 1, "n_groups": 1, "mamba_d_ssm": 64},
     **{"linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_conv_kernel_dim": 4, "num_dense_layers": 1, "moe_layer_start_index": 1},
     **{"index_n_heads": 2, "index_head_dim": 16, "index_topk": 16, "use_mamba_kernels": False, "query_pre_attn_scalar": 8},
+    **{"vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16, "num_kv_shared_layers": 0, "laurel_rank": 8},
+    **{"image_size": 28, "patch_size": 14, "global_head_dim": 8},
     **{"layer_types": None, "layers_block_type": None, "mlp_layer_types": None, "use_cache": True, "rope_scaling": None},
 }
 """Whatever size a config names -> the tiny one."""
+
+_WORDS: Mapping[str, object] = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
 
 _BESIDES: Mapping[str, Mapping[str, object]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
@@ -92,8 +96,16 @@ def built_type(model_type: str) -> PreTrainedModel:
 
 
 def _config(model_type: str) -> PretrainedConfig:
-    kind = CONFIG_MAPPING[model_type]
-    named = kind().to_dict()
+    return CONFIG_MAPPING[model_type](**{**_small(CONFIG_MAPPING[model_type]), **_WORDS, **_BESIDES.get(model_type, {})})
+
+
+def _small(kind: type[PretrainedConfig]) -> dict[str, object]:
+    """Return what a config class is given, parts of it included: text, vision, audio."""
+    default = kind()
+    named = default.to_dict()
     values = {name: value for name, value in _SIZES.items() if name in named and not (value is None and named[name] is None)}
-    words = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    return kind(**{**values, **words, **_BESIDES.get(model_type, {})})
+    if "qk_rope_head_dim" in values:  # latent attention: widths of heads have names of their own, and no keys are shared
+        values = {name: value for name, value in values.items() if name != "head_dim"} | {"num_key_value_heads": 4}
+    parts = {name: type(getattr(default, name)) for name in kind.sub_configs or {} if isinstance(getattr(default, name), PretrainedConfig)}
+    nested = {name: {**_small(part), **(_WORDS if "text" in name else {})} for name, part in parts.items()}
+    return values | nested
