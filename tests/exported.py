@@ -34,6 +34,12 @@ _GPT2: Units = {
     "factored": [(_BLOCK(0, "attn.c_attn"),), (_BLOCK(0, "mlp.c_fc"), _BLOCK(1, "mlp.c_fc"))],
     "pivoted": [(_BLOCK(1, "attn.c_proj"),), (_BLOCK(1, "mlp.c_proj"), _BLOCK(0, "mlp.c_proj"))],
 }
+_EXPERT = "model.layers.0.mlp.experts.{}.{}".format
+_MIXTRAL: Units = {
+    "factored": [(_ATTENTION(0, "o"),), (_EXPERT(0, "gate"), _EXPERT(0, "up")), (_EXPERT(1, "down"),)],
+    "pivoted": [(_EXPERT(2, "down"),)],
+}
+_UNITS: Mapping[str, Units] = {"gpt2": _GPT2, "mixtral": _MIXTRAL}
 
 
 def logits_of(module: PreTrainedModel) -> Tensor:
@@ -50,7 +56,7 @@ def all_forms(handle: ModelHandle, *, centred: bool = False) -> CompressedModel:
     """
     module = copy.deepcopy(handle.module)
     ranks: dict[str, int | None] = {layer.name: None for layer in handle.layers}
-    for storage, units in (_GPT2 if handle.module.config.model_type == "gpt2" else _LLAMA).items():
+    for storage, units in _UNITS.get(handle.module.config.model_type, _LLAMA).items():
         for names in units:
             factors = _heads(module, names, centred) if storage == "heads" else _factors(module, names, centred)
             likes = [weight_of(module.get_submodule(name)) for name in names]

@@ -19,7 +19,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoints import save_checkpoint
 from exported import all_forms, logits_of
+from families import built
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -28,7 +30,7 @@ from lowrank_core.config import ExportConfig, ModelSource
 from lowrank_core.export import export, read_manifest
 from lowrank_core.export.manifest import listed_files
 from lowrank_core.models import load_model
-from lowrank_core.models.guard import guard_name, guards, unguarded
+from lowrank_core.models.guard import guard_name, unguarded
 from lowrank_core.models.integrity import check_folder
 from lowrank_core.studio.overview.checkpoint import read_model
 
@@ -41,8 +43,13 @@ FORMS = {
     "int8": ExportConfig(quantization="int8"),
     "half": ExportConfig(dtype="bfloat16"),
 }
-CASES = ("llama", "gpt2", "qwen2")
-"""Tied, Conv1D, untied with biases; every form of factors is in each that has a place for it (``all_forms``)."""
+CASES = ("llama", "gpt2", "qwen2", "mixtral")
+"""Tied, Conv1D, untied with biases; experts. Every form of factors is in each that has a place for it (``all_forms``)."""
+
+
+@pytest.fixture(scope="module")
+def mixtral_checkpoint(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Path:
+    return save_checkpoint(tmp_path_factory.mktemp("mixtral"), built("mixtral"), sample_text)
 
 
 @pytest.fixture(scope="module")
@@ -60,8 +67,12 @@ def one(exports: dict[str, Path]) -> Path:
     return exports["llama one file"]
 
 
-def _layers(folder: Path) -> list[str]:
-    return list(json.loads((folder / "config.json").read_text())["quantization_config"]["layers"])
+def _layers(folder: Path) -> dict[str, dict[str, object]]:
+    return json.loads((folder / "config.json").read_text())["quantization_config"]["layers"]
+
+
+def _guards(folder: Path) -> list[str]:
+    return list(dict.fromkeys(guard_name(layer, entry) for layer, entry in _layers(folder).items()))
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -117,7 +128,7 @@ def test_what_a_user_saves_again_is_guarded_too(exports: dict[str, Path], tmp_pa
 def test_every_compressed_layer_has_a_guard_that_holds_nothing(name: str, exports: dict[str, Path]):
     folder = exports[name]
     tensors, layers = _tensors(folder), _layers(folder)
-    names = {guard_name(layer) for layer in layers}
+    names = {guard_name(layer, entry) for layer, entry in layers.items()}
     assert {key for key, tensor in tensors.items() if not tensor.numel()} == names
     manifest = read_manifest(folder)
     assert manifest.written_parameters == sum(tensor.numel() for tensor in tensors.values())
@@ -128,8 +139,8 @@ def test_every_compressed_layer_has_a_guard_that_holds_nothing(name: str, export
 
 def test_headers_count_a_guard_as_nothing_and_say_what_it_is(one: Path):
     parts = {part.name: part for part in read_model(one).parts}
-    for layer in _layers(one):
-        part = parts[guard_name(layer)]
+    for layer, entry in _layers(one).items():
+        part = parts[guard_name(layer, entry)]
         assert (part.parameters, part.compressible) == (0, False)
         assert part.why == "empty: makes transformers refuse the folder without our package"
 
@@ -140,12 +151,12 @@ def test_our_ways_pass_over_the_guards_without_a_word(one: Path, caplog: pytest.
     assert not reported["unexpected_keys"]
     assert not reported["mismatched_keys"]
     assert caplog.text == ""
-    assert not any(name.endswith(tuple(guards(_layers(one), module.dtype))) for name in module.state_dict())
+    assert not any(name.endswith(tuple(_guards(one))) for name in module.state_dict())
 
 
 def test_a_folder_of_an_earlier_version_loads_and_is_told_how_to_be_rewritten(one: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture):
     old = _without_guards(one, tmp_path / "old")
-    assert unguarded(_layers(old), [old / "model.safetensors"]) == _layers(old)
+    assert unguarded(_layers(old), [old / "model.safetensors"]) == _guards(old)
     with caplog.at_level(logging.WARNING):
         loaded = AutoModelForCausalLM.from_pretrained(old)
     assert torch.equal(logits_of(loaded), logits_of(AutoModelForCausalLM.from_pretrained(one)))
@@ -168,7 +179,7 @@ def _aged(folder: Path, target: Path, *, manifest: str = "whole") -> Path:
         save_file({name: tensor for name, tensor in load_file(path).items() if tensor.numel()}, path, {"format": "pt"})
     for path in target.glob("*.safetensors.index.json"):
         index = json.loads(path.read_text())
-        names = {guard_name(layer) for layer in _layers(folder)}
+        names = set(_guards(folder))
         index["weight_map"] = {name: file for name, file in index["weight_map"].items() if name not in names}
         path.write_text(json.dumps(index))
     body = json.loads((folder / "lowrank.json").read_text())
@@ -196,7 +207,7 @@ def test_an_older_export_is_rewritten_bit_for_bit(name: str, exports: dict[str, 
     old, new = _aged(exports[name], tmp_path / "old"), tmp_path / "new"
     assert _rewrite(old, new, capsys)["guards"] == len(_layers(old))
     before, after = _tensors(old), _tensors(new)
-    assert set(after) - set(before) == {guard_name(layer) for layer in _layers(old)}
+    assert set(after) - set(before) == set(_guards(old))
     for key, tensor in before.items():
         assert tensor.dtype == after[key].dtype
         assert torch.equal(tensor.view(torch.uint8), after[key].view(torch.uint8)), key
