@@ -11,7 +11,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_core.coverage import Coverage
@@ -31,6 +31,7 @@ __all__ = [
     "head_flops",
     "positions_of",
     "random_tokens",
+    "text_config_of",
     "weight_of",
 ]
 
@@ -54,10 +55,16 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-def positions_of(config: object) -> int | None:
+def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that describes the text decoder: all of it, but for models that also see or hear."""
+    result: PretrainedConfig = config.get_text_config(decoder=True)
+    return result
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
     """Return the positions that a model was made for, or None if its config does not say."""
     for name in ("max_position_embeddings", "max_seq_len"):  # the second is MPT's
-        value = getattr(config, name, None)
+        value = getattr(text_config_of(config), name, None)
         if value:
             return int(value)
     return None
@@ -202,6 +209,18 @@ class ModelHandle:
         return floats * self.stored_dtype.itemsize + self._indices * INDEX_BYTES + self._int8
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        stated = getattr(text_config_of(self.module.config), "vocab_size", None)
+        return int(stated or self.module.get_input_embeddings().weight.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        stated = getattr(text_config_of(self.module.config), "hidden_size", None)
+        return int(stated or self.module.get_input_embeddings().weight.shape[1])
+
+    @property
     def max_context(self) -> int | None:
         """Positions that the model was made for, or None if its config does not say."""
         return positions_of(self.module.config)
@@ -236,19 +255,31 @@ class ModelHandle:
         Raises:
             ModelError: it does not, so that next-token distributions can't be compared.
         """
-        ours, theirs = int(self.module.config.vocab_size), int(dense.module.config.vocab_size)
-        if ours != theirs or self.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+        if self.vocabulary != dense.vocabulary or self.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
             raise ModelError(
                 f"{self.reference} and {dense.reference} have different vocabularies; compare a model with the one that it was made from."
             )
 
 
 def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the longest list of blocks: the decoder's layers."""
-    lists = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
+    """Return path and list of the text decoder's blocks: of its lists that lie in no other, the one with most parameters.
+
+    Raises:
+        ModelError: it has none.
+    """
+    decoder = module.get_decoder() if isinstance(module, PreTrainedModel) else module
+    lists = _outermost_lists(decoder) or _outermost_lists(module)
     if not lists:
         raise ModelError("the model has no list of decoder blocks; only decoder-only transformers can be analysed.")
-    return max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    blocks = max(lists, key=lambda entry: (sum(p.numel() for p in entry.parameters()), len(entry)))
+    return next(name for name, child in module.named_modules() if child is blocks), blocks
+
+
+def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
+    result: list[nn.ModuleList] = []
+    for child in module.children():
+        result += [child] if isinstance(child, nn.ModuleList) else _outermost_lists(child)
+    return result
 
 
 def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
@@ -287,18 +318,22 @@ def random_tokens(module: PreTrainedModel, windows: int, *, seed: int = 0) -> Te
 
 
 def _input_readers(module: PreTrainedModel, linears: list[nn.Module]) -> dict[int, int]:
-    """Return id of a linear module -> id of the tensor that it reads, of those that are linear and see every token of a pass."""
+    """Return id of a linear module -> id of the tensor that it reads, of those that are linear and see every token of a pass.
+
+    What runs without gradients, such as DeepSeek V3.2's choice of the tokens to attend to, is none: no metric knows what its error costs.
+    """
     ids = random_tokens(module, 1)
     inputs: dict[int, Tensor] = {}  # keeps the tensors alive, so that their ids stay distinct
 
     def hook(child: nn.Module, arguments: tuple[object, ...], result: object) -> None:
         read = arguments[0] if arguments else None
-        if isinstance(read, Tensor) and read.numel() >= ids.numel() * read.shape[-1] and _is_linear(child, read, result):
+        seen = isinstance(read, Tensor) and read.numel() >= ids.numel() * read.shape[-1] and torch.is_grad_enabled()
+        if isinstance(read, Tensor) and seen and _is_linear(child, read, result):
             inputs[id(child)] = read
 
     handles = [child.register_forward_hook(hook) for child in linears]
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             module(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
@@ -326,7 +361,6 @@ def head_flops(handle: ModelHandle) -> int:
 
 def describe(handle: ModelHandle) -> dict[str, object]:
     """Return what the model is made of, ready for JSON."""
-    config = handle.module.config
     return {
         "reference": handle.reference,
         "architecture": type(handle.module).__name__,
@@ -338,10 +372,10 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "compressible_parameters": handle.linear_parameters,
         "coverage": handle.coverage.to_mapping(),
         "bytes": handle.bytes,
-        "vocabulary": int(config.vocab_size),
+        "vocabulary": handle.vocabulary,
         "max_context": handle.max_context,
         "blocks": len(blocks_of(handle.module)[1]),
-        "hidden": int(config.hidden_size),
+        "hidden": handle.width,
         "head_flops": head_flops(handle),
         "tied_embeddings": handle.tied,
         "layers": [

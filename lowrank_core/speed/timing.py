@@ -143,7 +143,7 @@ def prompt_for(handle: ModelHandle, config: SpeedConfig) -> Tensor:
     """Return prompts (batch, tokens) drawn uniformly from the vocabulary, always the same."""
     generator = torch.Generator().manual_seed(_PROMPT_SEED)
     size = (config.batch_size, config.prompt_tokens)
-    return torch.randint(0, int(handle.module.config.vocab_size), size, generator=generator).to(handle.device)
+    return torch.randint(0, handle.vocabulary, size, generator=generator).to(handle.device)
 
 
 @torch.no_grad()
