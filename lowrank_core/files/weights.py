@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_core.errors import ModelError
 
-__all__ = ["REGISTERING", "WeightFiles", "read_object", "unguarded_note", "weight_files"]
+__all__ = ["REGISTERING", "WeightFiles", "read_object", "guard_name", "unguarded_note", "weight_files", "without_guard"]
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -116,6 +117,21 @@ def _shards(folder: Path, index: str) -> tuple[str, ...]:
 
 REGISTERING = "import lowrank_core.models.hf  # registers the format with transformers\n"
 """The line before ``from_pretrained`` reads a folder of factors."""
+
+
+def guard_name(layer: str) -> str:
+    """Return the name of the tensor that guards the compressed layer at the dotted path ``layer`` (``models.guard``)."""
+    return f"{layer}.weight"
+
+
+def without_guard(layers: Iterable[str], empty: Collection[str]) -> list[str]:
+    """Return the layers that no tensor of the names ``empty`` guards.
+
+    transformers saves some architectures under other names than their modules have, guards included: then their number tells.
+    """
+    lacking = [layer for layer in layers if guard_name(layer) not in empty]
+    renamed = set(empty) - {guard_name(layer) for layer in layers}
+    return lacking if len(renamed) < len(lacking) else []
 
 
 def unguarded_note(folder: Path) -> str:

@@ -130,7 +130,7 @@ class BlockRunner:
 
     def _try_chain(self) -> str:
         """Return why the blocks are no chain, after learning their forms; empty if they are one."""
-        windows = random_tokens(self._handle.module, 2)[:, :_PROBE_TOKENS].split(1)
+        windows = torch.split(random_tokens(self._handle.module, 2)[:, :_PROBE_TOKENS], 1)
         with torch.inference_mode():
             passes = [self._calls(ids) for ids in windows]
             if any([call.block for call in calls] != list(range(len(self._blocks))) for calls in passes):
@@ -156,7 +156,8 @@ class BlockRunner:
                 return f"{name} can't be run without the blocks before it"
             for state, states in zip(hidden, expected, strict=True):
                 wanted = states[index]
-                assert state is not None and wanted is not None
+                assert state is not None
+                assert wanted is not None
                 if not torch.allclose(state, wanted, rtol=0, atol=0, equal_nan=True):
                     return f"{name} gives something else without the blocks before it"
         return ""

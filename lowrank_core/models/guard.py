@@ -15,12 +15,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowrank_core.files.weights import guard_name, without_guard
+
 __all__ = ["guard_name", "guard_pattern", "guards", "unguarded"]
-
-
-def guard_name(layer: str) -> str:
-    """Return the name of the tensor that guards the compressed layer at the dotted path ``layer``."""
-    return f"{layer}.weight"
 
 
 def guards(layers: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -35,8 +32,8 @@ def guard_pattern(layers: Iterable[str]) -> str:
 
 def unguarded(layers: Iterable[str], files: Sequence[Path]) -> list[str]:
     """Return the layers that no tensor in the headers of ``files`` guards."""
-    stored: set[str] = set()
+    empty: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as archive:
-            stored.update(archive.keys())
-    return [layer for layer in layers if guard_name(layer) not in stored]
+            empty |= {key for key in archive.keys() if archive.get_slice(key).get_shape() == [0]}  # noqa: SIM118  (no mapping)
+    return without_guard(layers, empty)

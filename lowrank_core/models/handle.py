@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_core.coverage import Coverage
@@ -24,6 +26,7 @@ from lowrank_core.parameters import INDEX_BYTES, MatrixShape, module_type
 __all__ = [
     "LayerSpec",
     "ModelHandle",
+    "auto_class_of",
     "bias_of",
     "blocks_of",
     "describe",
@@ -59,6 +62,17 @@ def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
     """Return the part of a config that describes the text decoder: all of it, but for models that also see or hear."""
     result: PretrainedConfig = config.get_text_config(decoder=True)
     return result
+
+
+def auto_class_of(config: PretrainedConfig) -> str:
+    """Return the class of transformers that loads a checkpoint, and what is made of it.
+
+    That is the multimodal one for what the causal one does not know, or makes a model of that it does not know itself (Llama 3.2 Vision).
+    """
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    made = name and getattr(transformers, name).config_class.model_type
+    known = made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return "AutoModelForCausalLM" if name and known else "AutoModelForMultimodalLM"
 
 
 def positions_of(config: PretrainedConfig) -> int | None:
@@ -364,6 +378,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
     return {
         "reference": handle.reference,
         "architecture": type(handle.module).__name__,
+        "auto_class": auto_class_of(handle.module.config),
         "fingerprint": handle.fingerprint,
         "dtype": handle.dtype,
         "stored_dtype": str(handle.stored_dtype).removeprefix("torch."),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from math import prod
 from pathlib import Path
@@ -26,11 +27,11 @@ from lowrank_core.config import ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import WeightFiles, weight_files
 from lowrank_core.models import hf  # registers the low-rank format with transformers
-from lowrank_core.models.handle import LayerSpec, ModelHandle, find_layers, positions_of, text_config_of
+from lowrank_core.models.handle import LayerSpec, ModelHandle, auto_class_of, find_layers, positions_of, random_tokens, text_config_of
 from lowrank_core.models.integrity import check_weights
 from lowrank_core.runs import bundled_path
 
-__all__ = ["auto_class_of", "load_model", "max_context", "notes_of", "resolve_reference"]
+__all__ = ["load_model", "max_context", "notes_of", "resolve_reference"]
 
 _LOGGER = logging.getLogger(__name__)
 _CAUSAL_CLASSES = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
@@ -97,7 +98,18 @@ def load_model(source: ModelSource) -> ModelHandle:
 
 
 def _layers(module: PreTrainedModel, reference: str) -> tuple[LayerSpec, ...]:
+    """Return the compressible layers of a model that runs on text, and is causal.
+
+    Raises:
+        ModelError: it is not.
+    """
     try:
+        leak = _leak(module)
+        if leak > math.sqrt(torch.finfo(module.dtype).eps):
+            raise ModelError(
+                f"model: {reference} ({type(module).__name__}) is not causal: its logits depend on later tokens. "
+                "Give a decoder-only model, such as a Llama or a GPT-2."
+            )
         return find_layers(module)
     except ModelError:
         raise
@@ -106,6 +118,15 @@ def _layers(module: PreTrainedModel, reference: str) -> tuple[LayerSpec, ...]:
             f"model: {reference} ({type(module).__name__}) can't be run on text alone: {_first_line(error)}. "
             "Check its config.json, or give a decoder-only model."
         ) from error
+
+
+@torch.no_grad()
+def _leak(module: PreTrainedModel) -> float:
+    """Return how far another last token moves the logits before it, in their standard deviations."""
+    ids = random_tokens(module, 1).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % int(ids.max())
+    logits = module(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return float((logits[0] - logits[1]).square().mean().sqrt() / logits.std())
 
 
 def notes_of(reference: str) -> tuple[str, ...]:
@@ -192,11 +213,6 @@ def _checked_config(place: str, reference: str) -> PretrainedConfig:
     if refusal:
         raise ModelError(f"model: {reference} {refusal}")
     return config
-
-
-def auto_class_of(config: PretrainedConfig) -> str:
-    """Return the class of transformers that loads a checkpoint: the causal one, or for a few that also see or hear, the multimodal one."""
-    return "AutoModelForCausalLM" if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else "AutoModelForMultimodalLM"
 
 
 def _refusal(config: PretrainedConfig) -> str:
