@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -17,7 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_core.coverage import Coverage
-from lowrank_core.errors import ModelError
+from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.layers.base import CompressedModule, PivotIndex
 from lowrank_core.layers.quantized import Int8Matrix
 from lowrank_core.models.walk import coverage_of, linear_maps
@@ -32,6 +33,7 @@ __all__ = [
     "describe",
     "find_layers",
     "head_flops",
+    "own_code",
     "positions_of",
     "random_tokens",
     "text_config_of",
@@ -365,6 +367,25 @@ def _is_linear(child: nn.Module, read: Tensor, result: object) -> bool:
     expected = nn.functional.linear(read, weight, bias)
     gap, scale = (result - expected).float().norm(), expected.float().norm()
     return bool(gap <= math.sqrt(torch.finfo(expected.dtype).eps) * scale)
+
+
+@contextmanager
+def own_code(handle: ModelHandle, doing: str) -> Iterator[None]:
+    """Let what a model's own code raises name the model, and what it was ``doing``.
+
+    Raises:
+        ModelError: it raised something; memory that is not there is another matter.
+    """
+    try:
+        yield
+    except (LowRankError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+        raise ModelError(
+            f"{handle.reference}: {type(handle.module).__name__} of transformers fails at {doing} ({type(error).__name__}: {reason}). "
+            "Try another version of transformers."
+        ) from error
 
 
 def head_flops(handle: ModelHandle) -> int:
