@@ -56,7 +56,9 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "convolution": Kind("convolutions", "no linear map of one token"),
         "recurrence": Kind("recurrences", "the state of a recurrence, no linear map"),
         "shared": Kind("shared layers", "one matrix that several layers of the model share"),
-        "unreached": Kind("not reached", "no layer call of a pass over random tokens reads it, so it can't be calibrated"),
+        "unreached": Kind(
+            "not reached", "no layer call of a pass over random tokens reads it, or none with a gradient, so it can't be calibrated"
+        ),
         "special": Kind("special linears", "its class computes something else than a linear layer does"),
         "embedding": Kind("embeddings", "a table, no linear map"),
         "tied": Kind("tied embeddings", "embedding and head are one matrix"),

@@ -20,6 +20,23 @@ _WORDS = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 0, "pad_t
 _SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "intermediate_size": 48}
 _GROUPED = {**_SIZES, "num_key_value_heads": 2}
 _MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+_LATENT = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 2,
+}
+_SHARED = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 2,
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 _JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4}
 
 FAMILIES: Mapping[str, tuple[str, Mapping[str, object]]] = {
@@ -55,6 +72,38 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, object]]] = {
         },
     ),
     "jamba": ("jamba", {**_GROUPED, **_JAMBA, "num_experts": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}),
+    "bloom": ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 4}),
+    "mpt": ("mpt", {"d_model": 32, "n_layers": 2, "n_heads": 4, "expansion_ratio": 2, "max_seq_len": 64}),
+    "gpt_neo": ("gpt_neo", {**_SIZES, "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 8}),
+    "openai-gpt": ("openai-gpt", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
+    "deepseek_v3": ("deepseek_v3", {**_SIZES, "num_key_value_heads": 4, **_LATENT}),
+    "deepseek_v32": (
+        "deepseek_v32",
+        {**_SIZES, "num_key_value_heads": 4, **_LATENT, "index_n_heads": 2, "index_head_dim": 16, "index_topk": 4},
+    ),
+    "minicpm3": ("minicpm3", {**_SIZES, "num_key_value_heads": 4, **_LATENT}),
+    "gemma3n_text": (
+        "gemma3n_text",
+        {**_GROUPED, **_SHARED, "laurel_rank": 8, "activation_sparsity_pattern": [0.0] * 4},
+    ),
+    "gemma4_text": ("gemma4_text", {**_GROUPED, **_SHARED, "global_head_dim": 16}),
+    "xlstm": ("xlstm", {"hidden_size": 32, "num_blocks": 2, "num_heads": 4, "chunk_size": 16}),
+    "recurrent_gemma": ("recurrent_gemma", {**_SIZES, "num_key_value_heads": 1, "lru_width": 32, "attention_window_size": 8}),
+    "zamba2": (
+        "zamba2",
+        {
+            **_SIZES,
+            "num_key_value_heads": 4,
+            "layers_block_type": ["mamba", "hybrid"],
+            "mamba_d_state": 8,
+            "mamba_ngroups": 1,
+            "n_mamba_heads": 4,
+            "mamba_headdim": 16,
+            "num_mem_blocks": 1,
+            "adapter_rank": 4,
+            "chunk_size": 16,
+        },
+    ),
     "mamba": ("mamba", _MAMBA),
     "rwkv": ("rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "context_length": 64, "attention_hidden_size": 32}),
 }

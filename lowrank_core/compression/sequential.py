@@ -210,11 +210,12 @@ class _Pair:
         return {group: result.with_tokens_of(inputs[group]) for group, result in results.items()} if step.mixture else results
 
     def advance(self, block: int, tick: Callable[[], None]) -> None:
-        """Take both models past ``block``."""
+        """Take both models past ``block``, where blocks can be chained; else every pass begins with the tokens."""
         for index, ids in enumerate(self._batches):
             with torch.inference_mode():
                 for runner, states in zip(self._runners, self._states, strict=True):
-                    states[index] = runner.run(block, ids, states[index])
+                    if runner.chained:
+                        states[index] = runner.run(block, ids, states[index])
             tick()
 
 

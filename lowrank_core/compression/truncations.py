@@ -157,8 +157,8 @@ class _Bench:
 
     @torch.no_grad()
     def _advance(self, block: int) -> None:
-        """Take the dense hidden states to ``block``."""
-        for index in range(self._block, block):
+        """Take the dense hidden states to ``block``, where blocks can be chained; else every pass begins with the tokens."""
+        for index in range(self._block, block) if self._runner.chained else ():
             for number, batch in enumerate(self._batches):
                 self._states[number] = self._runner.run(index, batch.ids, self._states[number]).cpu()
         self._block = max(block, self._block)

@@ -10,7 +10,7 @@ import torch
 
 from lowrank_core.config import check_min
 from lowrank_core.errors import ConfigError
-from lowrank_core.models.handle import ModelHandle
+from lowrank_core.models.handle import ModelHandle, own_code
 
 __all__ = ["Continuation", "Sampling", "continue_prompt", "side_by_side"]
 
@@ -69,6 +69,7 @@ def continue_prompt(handle: ModelHandle, prompt: str, *, tokens: int = 64, seed:
 
     Raises:
         ConfigError: a number out of range (see ``Sampling``), or the prompt and its continuation do not fit the model's context.
+        ModelError: the model's own code can't continue it.
     """
     return _continue(handle, prompt, Sampling(tokens, temperature, seed))
 
@@ -83,7 +84,7 @@ def _continue(handle: ModelHandle, prompt: str, sampling: Sampling) -> str:
             f"the prompt has {ids.shape[1]} tokens; with {sampling.tokens} more it passes the model's {handle.max_context}. "
             "Shorten it, or ask for fewer."
         )
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), own_code(handle, "continuing a prompt"):
         torch.manual_seed(sampling.seed)
         output = handle.module.generate(
             ids,

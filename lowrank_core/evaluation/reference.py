@@ -80,7 +80,7 @@ class DenseReference:
             raise ConfigError(f"top-k must be at least 0, got {top_k}; 0 keeps every token.")
         if top_k and reverse:
             raise ConfigError("the reverse KL divergence needs every token's probability; leave top-k at 0, or choose the objective kl.")
-        kept = min(top_k, int(handle.module.config.vocab_size))
+        kept = min(top_k, handle.vocabulary)
         _check_fits(handle, windows, kept, reverse)
         batches, entropies, indices, losses = [], [], [], []
         for done, ids in batches_of(windows, batch_size, handle.device):
@@ -98,7 +98,7 @@ class DenseReference:
                 batches.append(probabilities.float())
             if progress is not None:
                 progress(done, windows.windows)
-        vocabulary = int(handle.module.config.vocab_size)
+        vocabulary = handle.vocabulary
         return cls(tuple(batches), tuple(entropies) or None, tuple(indices), torch.cat(losses), vocabulary)
 
     def score(self, index: int, logits: Tensor, ids: Tensor) -> TokenScores:
@@ -125,7 +125,7 @@ class DenseReference:
 
 
 def _check_fits(handle: ModelHandle, windows: WindowSet, kept: int, reverse: bool) -> None:
-    vocabulary = int(handle.module.config.vocab_size)
+    vocabulary = handle.vocabulary
     size = windows.windows * (windows.context - 1) * (8 * kept + 4 if kept else 4 * vocabulary)
     if size <= _CACHE_LIMIT_BYTES:
         return

@@ -163,7 +163,7 @@ def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: Toke
 
 
 def _warnings(handle: ModelHandle, against: ModelHandle | None, tokens: TokenScores, windows: WindowSet) -> tuple[str, ...]:
-    nll, vocabulary = sample_of(tokens.nll, windows), int(handle.module.config.vocab_size)
+    nll, vocabulary = sample_of(tokens.nll, windows), handle.vocabulary
     result = window_warning(nll)
     if tokens.dense_nll is None:
         return result + uniform_warning(nll, vocabulary, name="the model", compared=False)

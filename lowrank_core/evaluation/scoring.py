@@ -135,7 +135,7 @@ def _beside(dense: ModelHandle | None, ids: Tensor) -> Tensor | None:
 
 def _windows_in_pass(handle: ModelHandle, context: int) -> int:
     """Return how many windows' logits stay within the limit, in float32; at least one."""
-    return max(1, _PASS_BYTES // (4 * context * int(handle.module.config.vocab_size)))
+    return max(1, _PASS_BYTES // (4 * context * handle.vocabulary))
 
 
 def _check_finite(scores: TokenScores, first: int, windows: WindowSet) -> None:

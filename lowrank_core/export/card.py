@@ -138,17 +138,17 @@ def _made(manifest: ExportManifest, base: BaseModel) -> str:
 
 def with_todays_loading(card: str, *, with_code: bool) -> str:
     """Return an earlier version's card of a compressed model with today's section on loading; the card may be empty."""
-    section = _loading_section("compressed", with_code=with_code)
+    section = _loading_section("compressed", "AutoModelForCausalLM", with_code=with_code)
     before, heading, rest = card.partition("## Loading\n")
     _, following, after = rest.partition("\n## ")
     return f"{before if heading else before.rstrip() + chr(10) * 2}{section}\n{following}{after}".lstrip("\n")
 
 
 def _loading(manifest: ExportManifest) -> str:
-    return _loading_section(manifest.form, with_code=manifest.with_code)
+    return _loading_section(manifest.form, manifest.auto_class, with_code=manifest.with_code)
 
 
-def _loading_section(form: str, *, with_code: bool) -> str:
+def _loading_section(form: str, auto_class: str, *, with_code: bool) -> str:
     ways = []
     if form == "dense":
         ways.append(("With transformers, or any runtime that reads its checkpoints", "", ""))
@@ -157,8 +157,8 @@ def _loading_section(form: str, *, with_code: bool) -> str:
     if with_code:
         ways.append(("Without it, by the code in this folder", "", ", trust_remote_code=True"))
     text = "\n\n".join(
-        f"{title}:\n\n```python\n{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{option})\n'
+        f"{title}:\n\n```python\n{first}from transformers import {auto_class}, AutoTokenizer\n\n"
+        f'model = {auto_class}.from_pretrained("path/to/this/folder"{option})\n'
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
         for title, first, option in ways
     )

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lowrank_core import __version__
 from lowrank_core.models import hf
+from lowrank_core.models.handle import auto_class_of
 
 __all__ = ["auto_map", "is_ours", "write_code"]
 
@@ -43,7 +44,7 @@ class {name}(transformers.{name}):
 
 def auto_map(module: PreTrainedModel) -> dict[str, str]:
     """Return the entry of ``config.json``. The class keeps its name, so that what it saves is known as what it is."""
-    return {"AutoModelForCausalLM": f"{hf.CODE}.{type(module).__name__}"}
+    return {auto_class_of(module.config): f"{hf.CODE}.{type(module).__name__}"}
 
 
 def write_code(architecture: str, folder: Path) -> None:

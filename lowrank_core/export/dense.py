@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_core.errors import ModelError
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.metrics import METRICS
-from lowrank_core.models.handle import bias_of
 from lowrank_core.models.experts import roll_experts, unroll_experts
+from lowrank_core.models.handle import bias_of
 from lowrank_core.models.hf import compressed_modules
 
 __all__ = ["merged"]

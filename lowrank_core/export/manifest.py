@@ -80,7 +80,7 @@ class ExportManifest:
     """Contents of ``lowrank.json``.
 
     Attributes:
-        made_from: the dense model, as the user called it.
+        made_from: the dense model, as the user called it; auto_class: of transformers, which loads it.
         form: ``compressed`` or ``dense``; stored_dtype: of its floats; with_code: whether our code lies next to the weights.
         files: name -> weight file.
         written_parameters: in the files, indices included: as many as were counted in the factors, unless the form is dense.
@@ -99,6 +99,7 @@ class ExportManifest:
     files: Mapping[str, WeightFile]
     written_parameters: int
     guards: int = 0
+    auto_class: str = "AutoModelForCausalLM"
     details: Mapping[str, object] = field(default_factory=dict)
     measured: Measurement | None = None
     figures: Mapping[str, object] = field(default_factory=dict)

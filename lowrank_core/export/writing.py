@@ -21,6 +21,7 @@ from lowrank_core.export.dense import merged
 from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, versions
 from lowrank_core.export.measuring import HeldOut, loaded_like, measured
+from lowrank_core.models.handle import auto_class_of
 from lowrank_core.models.hf import compressed_modules, mark_compressed
 from lowrank_core.types import Progress
 
@@ -69,6 +70,7 @@ def export(
             files=listed_files(temporary),
             written_parameters=parameters,
             guards=0 if config.form == "dense" else len(list(compressed_modules(model.handle.module))),
+            auto_class=auto_class_of(model.handle.module.config),
             details={**provenance, **_counts(model)},
             measured=None if test is None else measured(loaded_like(model.handle, temporary), test, progress=progress),
             figures=dict(figures or {}),

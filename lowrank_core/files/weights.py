@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_core.errors import ModelError
 
-__all__ = ["REGISTERING", "WeightFiles", "read_object", "unguarded_note", "weight_files"]
+__all__ = ["REGISTERING", "WeightFiles", "read_object", "guard_name", "unguarded_note", "weight_files", "without_guard"]
 
 _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -116,6 +117,26 @@ def _shards(folder: Path, index: str) -> tuple[str, ...]:
 
 REGISTERING = "import lowrank_core.models.hf  # registers the format with transformers\n"
 """The line before ``from_pretrained`` reads a folder of factors."""
+
+
+def guard_name(layer: str, entry: Mapping[str, object]) -> str:
+    """Return the name of the tensor that guards the compressed layer at the dotted path ``layer`` (``models.guard``).
+
+    Args:
+        entry: of the layer in ``config.json``; that of an expert's names the parameter that all experts share.
+    """
+    return str(entry.get("guard", f"{layer}.weight"))
+
+
+def without_guard(layers: Mapping[str, Mapping[str, object]], empty: Collection[str]) -> list[str]:
+    """Return the names of the guards of ``layers`` that are not among those of ``empty`` tensors.
+
+    transformers saves some architectures under other names than their modules have, guards included: then their number tells.
+    """
+    names = dict.fromkeys(guard_name(layer, entry) for layer, entry in layers.items())
+    lacking = [name for name in names if name not in empty]
+    renamed = set(empty) - set(names)
+    return lacking if len(renamed) < len(lacking) else []
 
 
 def unguarded_note(folder: Path) -> str:

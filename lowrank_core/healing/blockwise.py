@@ -14,6 +14,7 @@ from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.healing.base import Healer, Student
 from lowrank_core.healing.distill import trained_factors
+from lowrank_core.models.blocks import hidden_after
 from lowrank_core.models.handle import blocks_of
 
 __all__ = ["BlockwiseRefinement"]
@@ -68,9 +69,10 @@ def _hidden_states(module: PreTrainedModel, *, cut: bool) -> Iterator[_States]:
         return (hidden, *arguments[1:]), options
 
     def after(block: nn.Module, arguments: object, output: object) -> None:
-        first = output[0] if isinstance(output, tuple) else output
-        assert isinstance(first, Tensor)
-        states.outputs.append(first)
+        hidden = hidden_after(output, states.inputs[-1])
+        if hidden is None:
+            raise ModelError("the blocks of this model return no hidden states, so it can't be healed block by block. Use distill.")
+        states.outputs.append(hidden)
 
     _, blocks = blocks_of(module)
     hooks = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.models.handle import ModelHandle, bias_of, blocks_of, random_tokens, weight_of
+from lowrank_core.models.handle import ModelHandle, bias_of, blocks_of, random_tokens, text_config_of, weight_of
 from lowrank_core.models.hf import replace_module
 from lowrank_core.models.walk import linear_maps
 from lowrank_core.parameters import HeadUnit, MatrixShape
@@ -110,7 +110,7 @@ def _reads(handle: ModelHandle) -> list[tuple[str, str]]:
 
 def _head_dim(handle: ModelHandle) -> int | None:
     """Return the width of a head; None for a model that has no attention."""
-    config = handle.module.config
+    config = text_config_of(handle.module.config)
     head_dim, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
     if head_dim:
         return int(head_dim)

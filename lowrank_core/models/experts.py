@@ -19,7 +19,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -174,17 +174,14 @@ class RoutedExperts(UnrolledExperts):
 
     def intermediate(self, expert: Expert, inputs: Tensor) -> Tensor:
         native: Any = self.native
-        up = expert.up(inputs)  # type: ignore[operator]
+        up: Tensor = expert.up(inputs)  # type: ignore[operator]
         if not _has_gate(native):
-            result: Tensor = native.act_fn(up)
-            return result
-        gate = expert.gate(inputs)  # type: ignore[operator]
+            return cast(Tensor, native.act_fn(up))
+        gate: Tensor = expert.gate(inputs)  # type: ignore[operator]
         if not hasattr(native, "_apply_gate"):
-            result = native.act_fn(gate) * up
-            return result
+            return cast(Tensor, native.act_fn(gate) * up)
         both = torch.cat([gate, up], -1) if _is_concatenated(native) else torch.stack([gate, up], -1).flatten(-2)
-        result = native._apply_gate(both)
-        return result
+        return cast(Tensor, native._apply_gate(both))
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         rows = hidden_states.flatten(0, -2)

@@ -16,16 +16,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lowrank_core.files.weights import guard_name, without_guard
+
 __all__ = ["guard_name", "guard_pattern", "guards", "unguarded"]
 
 
 Layers = Mapping[str, Mapping[str, object]]
 """Dotted path of a compressed layer -> its entry in ``config.json``."""
-
-
-def guard_name(layer: str, entry: Mapping[str, object]) -> str:
-    """Return the name of the tensor that guards the compressed layer at the dotted path ``layer``."""
-    return str(entry.get("guard", f"{layer}.weight"))
 
 
 def guards(names: Iterable[str], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -41,8 +38,8 @@ def guard_pattern(layers: Layers) -> str:
 
 def unguarded(layers: Layers, files: Sequence[Path]) -> list[str]:
     """Return the names of the guards of ``layers`` that no tensor in the headers of ``files`` is."""
-    stored: set[str] = set()
+    empty: set[str] = set()
     for file in files:
         with safe_open(file, framework="pt") as archive:
-            stored.update(archive.keys())
-    return [name for name in dict.fromkeys(guard_name(layer, entry) for layer, entry in layers.items()) if name not in stored]
+            empty |= {key for key in archive.keys() if archive.get_slice(key).get_shape() == [0]}  # noqa: SIM118  (no mapping)
+    return without_guard(layers, empty)

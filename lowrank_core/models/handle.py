@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
+import transformers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_core.coverage import Coverage
-from lowrank_core.errors import ModelError
+from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.layers.base import CompressedModule, PivotIndex
 from lowrank_core.layers.quantized import Int8Matrix
 from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
@@ -25,13 +28,16 @@ from lowrank_core.parameters import INDEX_BYTES, MatrixShape, module_type
 __all__ = [
     "LayerSpec",
     "ModelHandle",
+    "auto_class_of",
     "bias_of",
     "blocks_of",
     "describe",
     "find_layers",
     "head_flops",
+    "own_code",
     "positions_of",
     "random_tokens",
+    "text_config_of",
     "weight_of",
 ]
 
@@ -55,10 +61,27 @@ def bias_of(module: nn.Module) -> Tensor | None:
     return bias if isinstance(bias, Tensor) else None
 
 
-def positions_of(config: object) -> int | None:
+def text_config_of(config: PretrainedConfig) -> PretrainedConfig:
+    """Return the part of a config that describes the text decoder: all of it, but for models that also see or hear."""
+    result: PretrainedConfig = config.get_text_config(decoder=True)
+    return result
+
+
+def auto_class_of(config: PretrainedConfig) -> str:
+    """Return the class of transformers that loads a checkpoint, and what is made of it.
+
+    That is the multimodal one for what the causal one does not know, or makes a model of that it does not know itself (Llama 3.2 Vision).
+    """
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type)
+    made = name and getattr(transformers, name).config_class.model_type
+    known = made in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or config.model_type not in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES
+    return "AutoModelForCausalLM" if name and known else "AutoModelForMultimodalLM"
+
+
+def positions_of(config: PretrainedConfig) -> int | None:
     """Return the positions that a model was made for, or None if its config does not say."""
     for name in ("max_position_embeddings", "max_seq_len"):  # the second is MPT's
-        value = getattr(config, name, None)
+        value = getattr(text_config_of(config), name, None)
         if value:
             return int(value)
     return None
@@ -203,6 +226,18 @@ class ModelHandle:
         return floats * self.stored_dtype.itemsize + self._indices * INDEX_BYTES + self._int8
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model knows."""
+        stated = getattr(text_config_of(self.module.config), "vocab_size", None)
+        return int(stated or self.module.get_input_embeddings().weight.shape[0])
+
+    @property
+    def width(self) -> int:
+        """Width of the hidden states."""
+        stated = getattr(text_config_of(self.module.config), "hidden_size", None)
+        return int(stated or self.module.get_input_embeddings().weight.shape[1])
+
+    @property
     def max_context(self) -> int | None:
         """Positions that the model was made for, or None if its config does not say."""
         return positions_of(self.module.config)
@@ -237,26 +272,38 @@ class ModelHandle:
         Raises:
             ModelError: it does not, so that next-token distributions can't be compared.
         """
-        ours, theirs = int(self.module.config.vocab_size), int(dense.module.config.vocab_size)
-        if ours != theirs or self.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
+        if self.vocabulary != dense.vocabulary or self.tokenizer.get_vocab() != dense.tokenizer.get_vocab():
             raise ModelError(
                 f"{self.reference} and {dense.reference} have different vocabularies; compare a model with the one that it was made from."
             )
 
 
 def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return the longest list of blocks: the decoder's layers."""
-    lists = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.ModuleList) and len(child)]
+    """Return path and list of the text decoder's blocks: of its lists that lie in no other, the one with most parameters.
+
+    Raises:
+        ModelError: it has none.
+    """
+    decoder = module.get_decoder() if isinstance(module, PreTrainedModel) else module
+    lists = _outermost_lists(decoder) or _outermost_lists(module)
     if not lists:
         raise ModelError("the model has no list of decoder blocks; only decoder-only transformers can be analysed.")
-    return max(lists, key=lambda item: (len(item[1]), sum(p.numel() for p in item[1].parameters())))
+    blocks = max(lists, key=lambda entry: (sum(p.numel() for p in entry.parameters()), len(entry)))
+    return next(name for name, child in module.named_modules() if child is blocks), blocks
+
+
+def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
+    result: list[nn.ModuleList] = []
+    for child in module.children():
+        result += [child] if isinstance(child, nn.ModuleList) else _outermost_lists(child)
+    return result
 
 
 def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
     """Return the dense linear layers of the decoder blocks, with the input that each reads.
 
     Which layers share an input is seen, not guessed: a forward pass over random tokens tells by the identity of the tensors. The layers of
-    an expert see the tokens that are routed to it; those that begin it share an input, and which share of the tokens that is, the pass tells.
+    an expert see the tokens that are routed to it: which share that is, the pass tells, too.
     ``ModelHandle.coverage`` says what is left out: shared weights, routers, narrow maps, what the pass does not reach with every token.
 
     Raises:
@@ -309,17 +356,21 @@ def random_tokens(module: PreTrainedModel, windows: int, *, seed: int = 0) -> Te
 
 
 def _input_readers(module: PreTrainedModel, linears: list[nn.Module], ids: Tensor) -> dict[int, int]:
-    """Return id of a linear module -> id of the tensor that it reads, of those that are linear and see every token of a pass over ``ids``."""
+    """Return id of a linear module -> id of the tensor that it reads, of those that are linear and see every token of a pass over ``ids``.
+
+    What runs without gradients, such as DeepSeek V3.2's choice of the tokens to attend to, is none: no metric knows what its error costs.
+    """
     inputs: dict[int, Tensor] = {}  # keeps the tensors alive, so that their ids stay distinct
 
     def hook(child: nn.Module, arguments: tuple[object, ...], result: object) -> None:
         read = arguments[0] if arguments else None
-        if isinstance(read, Tensor) and read.numel() >= ids.numel() * read.shape[-1] and _is_linear(child, read, result):
+        seen = isinstance(read, Tensor) and read.numel() >= ids.numel() * read.shape[-1] and torch.is_grad_enabled()
+        if isinstance(read, Tensor) and seen and _is_linear(child, read, result):
             inputs[id(child)] = read
 
     handles = [child.register_forward_hook(hook) for child in linears]
     try:
-        with torch.no_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             module(input_ids=ids, use_cache=False)
     finally:
         for handle in handles:
@@ -339,6 +390,25 @@ def _is_linear(child: nn.Module, read: Tensor, result: object) -> bool:
     return bool(gap <= math.sqrt(torch.finfo(expected.dtype).eps) * scale)
 
 
+@contextmanager
+def own_code(handle: ModelHandle, doing: str) -> Iterator[None]:
+    """Let what a model's own code raises name the model, and what it was ``doing``.
+
+    Raises:
+        ModelError: it raised something; memory that is not there is another matter.
+    """
+    try:
+        yield
+    except (LowRankError, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, ValueError, KeyError, IndexError, TypeError, AttributeError, NotImplementedError) as error:
+        reason = (str(error).strip() or "no reason given").splitlines()[0][:200]
+        raise ModelError(
+            f"{handle.reference}: {type(handle.module).__name__} of transformers fails at {doing} ({type(error).__name__}: {reason}). "
+            "Try another version of transformers."
+        ) from error
+
+
 def head_flops(handle: ModelHandle) -> int:
     """Return what the output head takes for one token, multiply-adds as two; 0 where there is none."""
     head = handle.module.get_output_embeddings()
@@ -347,10 +417,10 @@ def head_flops(handle: ModelHandle) -> int:
 
 def describe(handle: ModelHandle) -> dict[str, object]:
     """Return what the model is made of, ready for JSON."""
-    config = handle.module.config
     return {
         "reference": handle.reference,
         "architecture": type(handle.module).__name__,
+        "auto_class": auto_class_of(handle.module.config),
         "fingerprint": handle.fingerprint,
         "dtype": handle.dtype,
         "stored_dtype": str(handle.stored_dtype).removeprefix("torch."),
@@ -359,10 +429,10 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "compressible_parameters": handle.linear_parameters,
         "coverage": handle.coverage.to_mapping(),
         "bytes": handle.bytes,
-        "vocabulary": int(config.vocab_size),
+        "vocabulary": handle.vocabulary,
         "max_context": handle.max_context,
         "blocks": len(blocks_of(handle.module)[1]),
-        "hidden": int(config.hidden_size),
+        "hidden": handle.width,
         "head_flops": head_flops(handle),
         "tied_embeddings": handle.tied,
         "layers": [

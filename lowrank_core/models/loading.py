@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections import Counter
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 from transformers.utils import logging as transformers_logging
 
 from lowrank_core.config import ModelSource, looks_like_path
@@ -22,13 +28,14 @@ from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import WeightFiles, weight_files
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.experts import unroll_experts
-from lowrank_core.models.handle import ModelHandle, find_layers, positions_of
+from lowrank_core.models.handle import LayerSpec, ModelHandle, auto_class_of, find_layers, positions_of, random_tokens, text_config_of
 from lowrank_core.models.integrity import check_weights
 from lowrank_core.runs import bundled_path
 
 __all__ = ["load_model", "max_context", "notes_of", "resolve_reference"]
 
 _LOGGER = logging.getLogger(__name__)
+_CAUSAL_CLASSES = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 assert hf.METHOD  # the import is for its side effect: `from_pretrained` must know the format
@@ -83,13 +90,45 @@ def load_model(source: ModelSource) -> ModelHandle:
     if Path(place).is_dir():
         _check_files(Path(place), config)
     dtype: Any = "auto" if source.dtype == "auto" and device.type != "cpu" else getattr(torch, source.dtype, torch.float32)
-    module = _load_module(place, source.reference, dtype)
+    module = _load_module(place, source.reference, dtype, config)
     tokenizer = _load_tokenizer(place, source.reference)
     module = module.to(device).eval()  # type: ignore[arg-type]
     module.requires_grad_(False)
     _check_finite(module, source.reference)
     unroll_experts(module)
-    return ModelHandle(source.reference, module, tokenizer, find_layers(module), _stored_dtype(place, config, module))
+    return ModelHandle(source.reference, module, tokenizer, _layers(module, source.reference), _stored_dtype(place, config, module))
+
+
+def _layers(module: PreTrainedModel, reference: str) -> tuple[LayerSpec, ...]:
+    """Return the compressible layers of a model that runs on text, and is causal.
+
+    Raises:
+        ModelError: it is not.
+    """
+    try:
+        leak = _leak(module)
+        if leak > math.sqrt(torch.finfo(module.dtype).eps):
+            raise ModelError(
+                f"model: {reference} ({type(module).__name__}) is not causal: its logits depend on later tokens. "
+                "Give a decoder-only model, such as a Llama or a GPT-2."
+            )
+        return find_layers(module)
+    except ModelError:
+        raise
+    except Exception as error:  # of the model's own code
+        raise ModelError(
+            f"model: {reference} ({type(module).__name__}) can't be run on text alone: {_first_line(error)}. "
+            "Check its config.json, or give a decoder-only model."
+        ) from error
+
+
+@torch.no_grad()
+def _leak(module: PreTrainedModel) -> float:
+    """Return how far another last token moves the logits before it, in their standard deviations."""
+    ids = random_tokens(module, 1).repeat(2, 1)
+    ids[1, -1] = (ids[1, -1] + 1) % int(ids.max())
+    logits = module(input_ids=ids, use_cache=False).logits[:, :-1].float()
+    return float((logits[0] - logits[1]).square().mean().sqrt() / logits.std())
 
 
 def notes_of(reference: str) -> tuple[str, ...]:
@@ -172,19 +211,38 @@ def _checked_config(place: str, reference: str) -> PretrainedConfig:
         config: PretrainedConfig = AutoConfig.from_pretrained(place, **_options(place))
     except _LIBRARY_ERRORS as error:
         raise ModelError(_not_loaded(place, reference, error)) from error
-    architectures = config.architectures or []
-    known = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or (architectures and not known & set(architectures)):
-        result = ", ".join(architectures) or config.model_type
-        raise ModelError(
-            f"model: {reference} is not a causal language model ({result}). Give a decoder-only one, such as a Llama or a GPT-2."
-        )
+    refusal = _refusal(config)
+    if refusal:
+        raise ModelError(f"model: {reference} {refusal}")
     return config
 
 
-def _load_module(place: str, reference: str, dtype: Any) -> PreTrainedModel:
+def _refusal(config: PretrainedConfig) -> str:
+    """Return what a model is that is no decoder, and what to give instead; empty for one that transformers loads as a causal one.
+
+    Encoders and encoder-decoders are loaded by transformers, too, as something that they were not trained to be.
+    """
+    architectures = config.architectures or []
+    name = ", ".join(architectures) or config.model_type
+    if any(entry in _CAUSAL_CLASSES for entry in architectures):
+        return ""
+    if config.is_encoder_decoder:
+        return f"is not a causal language model ({name}): an encoder-decoder. Give a decoder-only one, such as a Llama or a GPT-2."
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        return f"is not a causal language model ({name}): an encoder. Give a decoder-only one, such as a Llama or a GPT-2."
+    if config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return ""
+    text = text_config_of(config)
+    if text is config:
+        return f"is not a causal language model ({name}). Give a decoder-only one, such as a Llama or a GPT-2."
+    if config.model_type in MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES:
+        return ""
+    return f"is not a causal language model ({name}). Give its text part ({text.model_type}) as a checkpoint of its own."
+
+
+def _load_module(place: str, reference: str, dtype: Any, config: PretrainedConfig) -> PreTrainedModel:
     try:
-        module, info = AutoModelForCausalLM.from_pretrained(
+        module, info = getattr(transformers, auto_class_of(config)).from_pretrained(
             place,
             dtype=dtype,
             use_safetensors=True,

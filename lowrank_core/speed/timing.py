@@ -1,4 +1,4 @@
-"""Prefill and decode speed, greedy, with the key-value cache, as ``generate`` does."""
+"""Prefill and decode speed, greedy, with the key-value cache where the model has one, as ``generate`` does."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from lowrank_core.config import ModelSource
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
+from lowrank_core.models.handle import own_code
 from lowrank_core.speed.memory import MemoryReport, measure_memory
 from lowrank_core.speed.turns import Spread, in_turns
 from lowrank_core.types import Progress
@@ -33,6 +34,9 @@ Clock = Callable[[], float]
 """Returns seconds since some moment."""
 
 _PROMPT_SEED = 0
+
+_CACHES = ("cache", "past_key_values", "cache_params", "state")
+"""What transformers calls what a pass hands to the next one: of attention, changed within version 5, and of recurrent models."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def measure_speed(
 
     Raises:
         ConfigError: prompt and continuation pass the model's positions.
-        ModelError: the process that measures memory ended early.
+        ModelError: the process that measures memory ended early, or the model's own code fails.
     """
     config.check_fits(handle)
     memory = None if source is None else measure_memory(source, config)
@@ -112,7 +116,8 @@ def timed_in_turns(
 
     def timed(handle: ModelHandle, prompt: Tensor) -> tuple[Timing, Tensor]:
         nonlocal done
-        result = timed_generation(handle, prompt, config.new_tokens, clock)
+        with own_code(handle, "continuing a prompt"):
+            result = timed_generation(handle, prompt, config.new_tokens, clock)
         done += 1
         if progress is not None:
             progress(done, total)
@@ -143,7 +148,7 @@ def prompt_for(handle: ModelHandle, config: SpeedConfig) -> Tensor:
     """Return prompts (batch, tokens) drawn uniformly from the vocabulary, always the same."""
     generator = torch.Generator().manual_seed(_PROMPT_SEED)
     size = (config.batch_size, config.prompt_tokens)
-    return torch.randint(0, int(handle.module.config.vocab_size), size, generator=generator).to(handle.device)
+    return torch.randint(0, handle.vocabulary, size, generator=generator).to(handle.device)
 
 
 @torch.no_grad()
@@ -159,9 +164,12 @@ def timed_generation(handle: ModelHandle, prompt: Tensor, new_tokens: int, clock
     read = _now(device, clock)
     tokens = [output.logits[:, -1].argmax(-1, keepdim=True)]
     first = _now(device, clock)
-    cache = "cache" if "cache" in output else "past_key_values"  # what transformers calls it has changed within version 5
+    cache = next((name for name in _CACHES if output.get(name) is not None), None)
     for _ in range(new_tokens - 1):
-        output = module(input_ids=tokens[-1], use_cache=True, **{cache: output[cache]})
+        if cache is None:  # GPT-1 has none: it reads everything again
+            output = module(input_ids=torch.cat([prompt, *tokens], dim=1), **last)
+        else:
+            output = module(input_ids=tokens[-1], use_cache=True, **{cache: output[cache]})
         tokens.append(output.logits[:, -1].argmax(-1, keepdim=True))
     ended = _now(device, clock)
     return Timing(read - began, first - began, ended - first), torch.cat(tokens, dim=1)

@@ -1,4 +1,7 @@
-"""Calibration: block by block over the calibration windows, one set of moments for each input that layers share."""
+"""Calibration: block by block over the calibration windows, one set of moments for each input that layers share.
+
+Where blocks can't be chained, whole passes take their place: no hidden states are kept, and a pass measures as many blocks as memory holds.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -31,6 +34,8 @@ from lowrank_core.statistics.store import (
     exclusive,
     finish,
     finished_blocks,
+    free_memory,
+    in_passes,
     is_finished,
     statistics_folder,
     write_block,
@@ -47,6 +52,9 @@ _FORMAT = 3
 _MATRICES = 5
 """Float64 matrices that an input holds at most while its block is calibrated: group, total, pool, and two on the way out."""
 
+_MEMORY_SHARE = 2
+"""Moments of the blocks that one whole pass measures take at most this part of the free memory."""
+
 
 @dataclass(frozen=True)
 class LayerStatistics:
@@ -57,7 +65,8 @@ class LayerStatistics:
         config: of the calibration.
         seconds: that it took.
         outputs: moments of the output gradients by layer name, empty unless they were added (``with_outputs``).
-        influence: of each block that was run, by depth: 1 - E[cos] of the hidden states before and after it.
+        influence: of each block that was run, by depth: 1 - E[cos] of the hidden states before and after it; empty if one has none.
+        notes: what is particular about how they were measured.
     """
 
     inputs: Mapping[str, InputStatistics]
@@ -65,6 +74,7 @@ class LayerStatistics:
     seconds: float
     outputs: Mapping[str, OutputStatistics] = field(default_factory=dict)
     influence: tuple[float, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def with_outputs(self, outputs: Mapping[str, OutputStatistics]) -> LayerStatistics:
         """Return the same with moments of the output gradients, as ``collect_gradients`` gives them."""
@@ -74,6 +84,7 @@ class LayerStatistics:
         """Return what a user should know before trusting the covariances."""
         gradients = "Use more windows of gradients."
         return (
+            *self.notes,
             *_thin(_sizes(self.inputs), "covariances", "Use more calibration windows."),
             *_thin(_sizes(self.outputs), "gradient moments", gradients),
         )
@@ -169,12 +180,23 @@ def _owners(expert: Expert, context: int, windows: int) -> tuple[Tensor, Tensor,
 
 
 def _by_window(name: str, inputs: Tensor, context: int) -> Tensor:
-    """Return inputs as (windows, context, n); OPT, for one, flattens them to (tokens, n) before its feed-forward layers."""
+    """Return inputs (…, n) as (windows, context, n).
+
+    OPT, for one, flattens them to (tokens, n) before its feed-forward layers, and latent attention has an axis of its one head.
+    """
     if inputs.ndim == 3:
         return inputs
-    if inputs.shape[0] % context:
+    if inputs.shape[:-1].numel() % context:
         raise ModelError(f"{name} sees only some of the tokens (an expert that others are routed to); such layers can't be calibrated.")
     return inputs.reshape(-1, context, inputs.shape[-1])
+
+
+@dataclass(frozen=True)
+class _Block:
+    """What was measured of a block: moments by input group, and its influence if it was given and returned hidden states."""
+
+    inputs: dict[str, InputStatistics]
+    influence: float | None
 
 
 class _Calibration:
@@ -201,15 +223,27 @@ class _Calibration:
     def total(self) -> int:
         return self.blocks * self.batches
 
-    def check_memory(self) -> None:
-        """Raise ModelError unless the largest block's covariances fit, and all results and hidden states where nothing is stored."""
+    @property
+    def note(self) -> str:
+        """That whole passes are used, and why; empty where blocks are chained."""
+        return f"calibrated by whole passes, not block by block: {self._runner.obstacle}" if self._runner.obstacle else ""
+
+    def _bytes(self, block: int) -> int:
+        """Return what the moments of ``block`` take while they are measured."""
         groups = -(-self.windows.windows // self.config.group_size)
         waiting = 2 * trimmed(groups) if self.config.robust == "trimmed" else 0
-        squares = [8 * sum(width * width for width in widths.values()) for widths in self.widths]
-        needed = (_MATRICES + waiting) * max(squares)
+        return (_MATRICES + waiting) * self._result_bytes(block)
+
+    def _result_bytes(self, block: int) -> int:
+        return 8 * sum(width * width for width in self.widths[block].values())
+
+    def check_memory(self) -> None:
+        """Raise ModelError unless the largest block's covariances fit, and all results and hidden states where nothing is stored."""
+        needed = max(self._bytes(block) for block in range(self.blocks))
         if self.folder is None:
-            hidden = self.windows.ids.numel() * int(self.handle.module.config.hidden_size) * self.handle.module.dtype.itemsize
-            needed += 2 * sum(squares) + hidden
+            needed += 2 * sum(self._result_bytes(block) for block in range(self.blocks))
+            if self._runner.chained:
+                needed += self.windows.ids.numel() * self.handle.width * self.handle.module.dtype.itemsize
         free = psutil.virtual_memory().available
         if self.handle.device.type == "cpu" and needed > free:
             raise ModelError(
@@ -217,11 +251,48 @@ class _Calibration:
                 f"and {amount(free)} are free. Use a machine with more memory, or a smaller model."
             )
 
+    def run_from(self, first: int, progress: Progress | None) -> Iterator[dict[int, _Block]]:
+        """Yield what is measured of the blocks from ``first`` on, pass by pass: one of each block, or whole ones of a few blocks."""
+        for blocks in self._passes(range(first, self.blocks)):
+            yield self._run(blocks, progress)
+
+    def _passes(self, pending: Sequence[int]) -> list[list[int]]:
+        if self._runner.chained:
+            return [[block] for block in pending]
+        return in_passes(pending, self._bytes, free_memory(self.handle.device) // _MEMORY_SHARE)
+
     @torch.inference_mode()
-    def run_block(self, block: int, progress: Progress | None) -> tuple[dict[str, InputStatistics], float]:
-        """Take all windows past ``block``; return the moments of its inputs, and its influence."""
-        config, size = self.config, self.config.batch_size
-        accumulators = {
+    def _run(self, blocks: Sequence[int], progress: Progress | None) -> dict[int, _Block]:
+        """Take all windows past one block, or through the whole model; return what is measured of ``blocks``."""
+        size = self.config.batch_size
+        accumulators = {block: self._accumulators(block) for block in blocks}
+        influences = {block: InfluenceAccumulator(self._runner.names[block]) for block in blocks}
+        with ExitStack() as stack:
+            recorded = {g: a for parts in accumulators.values() for g, a in parts.items()}
+            span = slice(0)
+            stack.enter_context(_recording(self.handle, recorded, self.windows.context, lambda: len(self.windows.ids[span])))
+            for influence in influences.values():
+                stack.enter_context(influence.watching(self.handle.module.get_submodule(influence.name)))
+            for batch in range(self.batches):
+                span = slice(batch * size, (batch + 1) * size)
+                self._run_batch(blocks[0], span)
+                if progress is not None:
+                    progress(blocks[0] * self.batches + len(blocks) * (batch + 1), self.total)
+        if self._runner.chained and blocks[0] + 1 < self.blocks:
+            self._hidden.advance(blocks[0])
+        return {block: _Block(self._finished(accumulators.pop(block)), influences[block].finish()) for block in blocks}
+
+    def _run_batch(self, block: int, span: slice) -> None:
+        if not self._runner.chained:
+            self._runner.run_all(self.windows.ids[span])
+            return
+        hidden = self._runner.run(block, self.windows.ids[span], self._hidden.read(span))
+        if block + 1 < self.blocks:
+            self._hidden.write(span, hidden)
+
+    def _accumulators(self, block: int) -> dict[str, PooledAccumulator]:
+        config = self.config
+        return {
             group: PooledAccumulator(
                 group,
                 width,
@@ -234,27 +305,10 @@ class _Calibration:
             )
             for group, width in self.widths[block].items()
         }
-        name = self._runner.names[block]
-        influence = InfluenceAccumulator(name)
-        span = slice(0)
-        with (
-            _recording(self.handle, accumulators, self.windows.context, lambda: len(self.windows.ids[span])),
-            influence.watching(self.handle.module.get_submodule(name)),
-        ):
-            for batch in range(self.batches):
-                span = slice(batch * size, (batch + 1) * size)
-                hidden = self._runner.run(block, self.windows.ids[span], self._hidden.read(span))
-                influence.update(hidden)
-                if block + 1 < self.blocks:
-                    self._hidden.write(span, hidden)
-                if progress is not None:
-                    progress(block * self.batches + batch + 1, self.total)
-        if block + 1 < self.blocks:
-            self._hidden.advance(block)
-        return self._mixed({group: accumulators.pop(group).finish() for group in list(accumulators)}), influence.finish()
 
-    def _mixed(self, inputs: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+    def _finished(self, accumulators: dict[str, PooledAccumulator]) -> dict[str, InputStatistics]:
         """Return the statistics of one block, those of experts mixed with their mixture's."""
+        inputs = {group: accumulators.pop(group).finish() for group in list(accumulators)}
         for mixture in dict.fromkeys(filter(None, (self.mixtures[group] for group in inputs))):
             inputs |= mixed_inputs({group: entry for group, entry in inputs.items() if self.mixtures[group] == mixture})
         return inputs
@@ -270,38 +324,45 @@ class _Calibration:
         assert self.folder is not None
         done = finished_blocks(self.folder, "inputs")
         first = next((block for block in range(self.blocks) if block not in done), self.blocks)
-        if 0 < first < self.blocks:
+        if self._runner.chained and 0 < first < self.blocks:
             self._hidden.resume(first - 1)
-        for block in range(first, self.blocks):
+        began = time.perf_counter()
+        for results in self.run_from(first, progress):
+            seconds = (time.perf_counter() - began) / len(results)
+            for block, result in results.items():
+                path = block_path(self.folder, "inputs", block)
+                write_block(path, result.inputs, seconds, influence=result.influence, note=self.note)
+            self._hidden.forget(min(results) - 1)
             began = time.perf_counter()
-            result, influence = self.run_block(block, progress)
-            write_block(block_path(self.folder, "inputs", block), result, time.perf_counter() - began, influence=influence)
-            self._hidden.forget(block - 1)
+
+
+def _complete(influence: Sequence[float | None]) -> tuple[float, ...]:
+    """Return the influence of the blocks; empty if one has none."""
+    known = tuple(value for value in influence if value is not None)
+    return known if len(known) == len(influence) else ()
 
 
 def collect_statistics(
     handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, progress: Progress | None = None
 ) -> LayerStatistics:
-    """Run the model block by block over ``windows``; return the moments of every input of its compressible layers, in memory.
+    """Run the model over ``windows``, block by block if it can be; return the moments of every input of its compressible layers, in memory.
 
     The same model, windows and config give bit-equal results on one machine. ``progress`` counts blocks times batches.
 
     Raises:
         NumericalError: an input or a hidden state holds NaN or Inf; names the layer or the block.
-        ModelError: the model has nothing to compress or can't be run by blocks, the windows do not fit it, the covariances do not fit
-            in memory, or a layer does not see every token.
+        ModelError: the model has nothing to compress, the windows do not fit it, the covariances do not fit in memory, or a layer does
+            not see every token.
         ConfigError: too few groups of windows for trimmed pooling.
     """
     calibration = _Calibration(handle, windows, config)
     calibration.check_memory()
     began = time.perf_counter()
-    inputs: dict[str, InputStatistics] = {}
-    influence = []
-    for block in range(calibration.blocks):
-        result, changed = calibration.run_block(block, progress)
-        inputs |= result
-        influence.append(changed)
-    return LayerStatistics(inputs, config, time.perf_counter() - began, influence=tuple(influence))
+    results = [result for part in calibration.run_from(0, progress) for result in part.values()]
+    inputs = {group: statistics for result in results for group, statistics in result.inputs.items()}
+    influence = _complete([result.influence for result in results])
+    notes = (calibration.note,) if calibration.note else ()
+    return LayerStatistics(inputs, config, time.perf_counter() - began, influence=influence, notes=notes)
 
 
 def statistics_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
@@ -356,4 +417,4 @@ def load_statistics(folder: Path, config: CalibrationConfig) -> LayerStatistics 
     if not is_finished(folder):
         return None
     inputs = StoredStatistics(folder, "inputs", InputStatistics)
-    return LayerStatistics(inputs, config, inputs.seconds, influence=tuple(inputs.influence))
+    return LayerStatistics(inputs, config, inputs.seconds, influence=_complete(inputs.influence), notes=tuple(inputs.notes))

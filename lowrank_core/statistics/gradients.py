@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -36,6 +35,8 @@ from lowrank_core.statistics.store import (
     exclusive,
     finish,
     finished_blocks,
+    free_memory,
+    in_passes,
     is_finished,
     statistics_folder,
     write_block,
@@ -124,10 +125,6 @@ def _recording(handle: ModelHandle, layers: Sequence[LayerSpec]) -> Iterator[dic
             hook.remove()
 
 
-def _free_memory(device: torch.device) -> int:
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
-
-
 class _Measurement:
     """One measurement of gradients: which blocks go into one pass, and the pass itself."""
 
@@ -146,17 +143,8 @@ class _Measurement:
 
     def passes(self, pending: Sequence[int]) -> list[list[int]]:
         """Return the pending blocks in runs whose matrices fit in a part of the free memory; a block that doesn't has a pass alone."""
-        budget = _free_memory(self.handle.device) // _MEMORY_SHARE
-        result: list[list[int]] = []
-        room = 0
-        for block in pending:
-            needed = 8 * sum(layer.shape.d_out**2 for layer in self.blocks[block])
-            if not result or needed > room:
-                result.append([])
-                room = budget
-            result[-1].append(block)
-            room -= needed
-        return result
+        room = free_memory(self.handle.device) // _MEMORY_SHARE
+        return in_passes(pending, lambda block: 8 * sum(layer.shape.d_out**2 for layer in self.blocks[block]), room)
 
     def run(self, blocks: Sequence[int], tick: Callable[[], None]) -> dict[int, dict[str, OutputStatistics]]:
         """Return the moments of every layer of ``blocks``, from one pass over all windows."""

@@ -14,55 +14,64 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lowrank_core.errors import ModelError, NumericalError
+from lowrank_core.errors import NumericalError
+from lowrank_core.models.blocks import hidden_after, hidden_before
 
 __all__ = ["InfluenceAccumulator"]
 
 
 class InfluenceAccumulator:
-    """Streams BI of one block, in float64: what the block is given is seen by a hook, what it returns is handed in."""
+    """Streams BI of one block, in float64: what the block is given and what it returns is seen by hooks.
+
+    Attributes:
+        name: dotted path of the block.
+    """
 
     def __init__(self, name: str) -> None:
-        self._name = name
+        self.name = name
         self._before: Tensor | None = None
         self._total: Tensor | None = None
         self._tokens = 0
 
     @contextmanager
     def watching(self, block: nn.Module) -> Iterator[None]:
-        """See what ``block`` is given; the hook is gone afterwards whatever happens."""
+        """See what ``block`` is given and returns; the hooks are gone afterwards whatever happens."""
 
         def keep(_: nn.Module, arguments: tuple[object, ...], options: dict[str, object]) -> None:
-            before = arguments[0] if arguments else options.get("hidden_states")
-            if not isinstance(before, Tensor):
-                raise ModelError(f"{self._name} is not given hidden states, so the model can't be run block by block.")
-            self._before = before.clone()  # a block may add to it in place
+            before = hidden_before(arguments, options)
+            self._before = None if before is None else before.clone()  # a block may add to it in place
 
-        hook = block.register_forward_pre_hook(keep, with_kwargs=True)
+        def compare(_: nn.Module, arguments: tuple[object, ...], output: object) -> None:
+            before, after = self._before, hidden_after(output, self._before)
+            if before is not None and after is not None:
+                self._update(before, after)
+            self._before = None
+
+        hooks = (block.register_forward_pre_hook(keep, with_kwargs=True), block.register_forward_hook(compare))
         try:
             yield
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
-    def update(self, after: Tensor) -> None:
-        """Count the hidden states (B, T, d) that the block made of those it was last given."""
-        assert self._before is not None
-        for x, y in zip(self._before, after, strict=True):  # window by window: float64 takes twice the room, or four times
+    def _update(self, before: Tensor, after: Tensor) -> None:
+        """Count hidden states (B, …, d)."""
+        for x, y in zip(before, after, strict=True):  # window by window: float64 takes twice the room, or four times
             total = (1 - _cosines(x.to(torch.float64), y.to(torch.float64))).sum()
             self._total = total if self._total is None else self._total + total
-            self._tokens += len(x)
-        self._before = None
+        self._tokens += before[..., 0].numel()
 
-    def finish(self) -> float:
-        """Return BI.
+    def finish(self) -> float | None:
+        """Return BI; None for a block that neither was given nor returned hidden states.
 
         Raises:
             NumericalError: a hidden state holds NaN or Inf; names the block.
         """
-        assert self._total is not None
+        if self._total is None:
+            return None
         mean = float(self._total) / self._tokens
         if mean != mean:
-            raise NumericalError(f"{self._name}: its hidden states hold NaN or Inf. Run the model in float32, or check the checkpoint.")
+            raise NumericalError(f"{self.name}: its hidden states hold NaN or Inf. Run the model in float32, or check the checkpoint.")
         return max(0.0, mean)
 
 

@@ -10,13 +10,14 @@ folder is opened, and before an interrupted calibration goes on: a damaged, swap
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from shutil import disk_usage
 from typing import Any, Generic, TypeVar
 
+import psutil
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,8 @@ __all__ = [
     "exclusive",
     "finish",
     "finished_blocks",
+    "free_memory",
+    "in_passes",
     "is_finished",
     "statistics_folder",
     "write_block",
@@ -114,8 +117,8 @@ def block_path(folder: Path, part: str, block: int) -> Path:
     return folder / part / f"block-{block:03d}.safetensors"
 
 
-def write_block(path: Path, statistics: Mapping[str, S], seconds: float, *, influence: float | None = None) -> None:
-    """Write the statistics of a block, with its influence where that was measured: whole, or not at all."""
+def write_block(path: Path, statistics: Mapping[str, S], seconds: float, *, influence: float | None = None, note: str = "") -> None:
+    """Write the statistics of a block, with its influence where that was measured, and a note on how: whole, or not at all."""
     tensors = {}
     for name, entry in statistics.items():
         for field in fields(entry):
@@ -123,7 +126,7 @@ def write_block(path: Path, statistics: Mapping[str, S], seconds: float, *, infl
             tensors[f"{name}/{field.name}"] = value.contiguous().clone() if isinstance(value, Tensor) else torch.tensor(value)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    metadata = {"names": json.dumps(list(statistics)), "seconds": repr(seconds)}
+    metadata = {"names": json.dumps(list(statistics)), "seconds": repr(seconds), "note": note}
     save_file(tensors, partial, metadata=metadata if influence is None else {**metadata, "influence": repr(influence)})
     _enter(path.parents[1], f"{path.parent.name}/{path.name}", partial)
     partial.replace(path)
@@ -156,13 +159,32 @@ def is_finished(folder: Path) -> bool:
     return True
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the free bytes where tensors on ``device`` lie."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else int(psutil.virtual_memory().available)
+
+
+def in_passes(blocks: Sequence[int], needed: Callable[[int], int], room: int) -> list[list[int]]:
+    """Return ``blocks`` in runs whose needed bytes fit in ``room`` together; one that doesn't has a pass alone."""
+    result: list[list[int]] = []
+    left = 0
+    for block in blocks:
+        if not result or needed(block) > left:
+            result.append([])
+            left = room
+        result[-1].append(block)
+        left -= needed(block)
+    return result
+
+
 class StoredStatistics(Mapping[str, S], Generic[S]):
     """Statistics by name, each read from its block's file when it is asked for, and not kept. All files are checked at the start.
 
     Attributes:
         sizes: (tokens, width) of each entry, without reading it.
         seconds: that measuring took, over all blocks.
-        influence: of each block that has one, in their order.
+        influence: of each block, in their order; None of one that has none.
+        notes: on how blocks were measured, each once.
     """
 
     def __init__(self, folder: Path, part: str, kind: type[S]) -> None:
@@ -172,7 +194,8 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
         self._places: dict[str, Path] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
         self.seconds = 0.0
-        self.influence: list[float] = []
+        self.influence: list[float | None] = []
+        self.notes: list[str] = []
         with _damage_told(folder):
             for block in sorted(finished_blocks(folder, part)):
                 self._index(block_path(folder, part, block))
@@ -181,8 +204,9 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
             self.seconds += float(metadata["seconds"])
-            if "influence" in metadata:
-                self.influence.append(float(metadata["influence"]))
+            self.influence.append(float(metadata["influence"]) if "influence" in metadata else None)
+            if (note := metadata.get("note", "")) and note not in self.notes:
+                self.notes.append(note)
             for name in json.loads(metadata["names"]):
                 self._places[name] = path
                 self.sizes[name] = (int(file.get_tensor(f"{name}/count")), _width(file, name, self._kind))

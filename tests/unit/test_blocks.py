@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoints import VOCABULARY
+from families import built
 from torch import Tensor, nn
 from transformers import (
     FalconConfig,
@@ -22,7 +23,6 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from lowrank_core.errors import ModelError
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import blocks_of, find_layers
@@ -164,8 +164,8 @@ def test_hooks_of_the_caller_see_the_block(any_handle: ModelHandle):
     ids = torch.zeros(1, 4, dtype=torch.long)
     layers = [layer for layer in any_handle.layers if layer.shape.depth == 1]
     seen: list[int] = []
-    hook = any_handle.module.get_submodule(layers[0].name).register_forward_pre_hook(lambda _, arguments: seen.append(1))
     runner = BlockRunner(any_handle)
+    hook = any_handle.module.get_submodule(layers[0].name).register_forward_pre_hook(lambda _, arguments: seen.append(1))
     runner.run(1, ids, runner.run(0, ids, None))
     hook.remove()
     assert seen == [1]
@@ -186,12 +186,74 @@ def test_the_model_is_left_as_it_was(any_handle: ModelHandle):
         assert not module._forward_hooks
 
 
-def test_blocks_that_pass_on_more_are_refused(llama: ModelHandle):
+def with_a_state(llama: ModelHandle) -> ModelHandle:
+    """The tiny Llama with a block that adds what the block before it left behind, as blocks that share keys and values do."""
     module = type(llama.module)(llama.module.config)
-    module.model.layers[0].register_forward_hook(lambda _, __, output: (output, torch.ones(1)))
-    with pytest.raises(ModelError, match=r"model\.layers\.0 passes on more than hidden states"):
-        BlockRunner(handled_without_layers(module, llama)).run(0, torch.zeros(1, 4, dtype=torch.long), None)
+    left: list[Tensor] = []
+    module.model.layers[0].mlp.register_forward_hook(lambda _, __, output: left.append(output))
+    module.model.layers[1].mlp.register_forward_hook(lambda _, __, output: output + left[-1])
+    return handled(module, llama)
 
 
-def handled_without_layers(module: PreTrainedModel, like: ModelHandle) -> ModelHandle:
-    return replace(like, module=module.eval(), layers=())
+class WithWeights(nn.Module):
+    """A block that returns something before its hidden states, as BLOOM, MPT, GPT-Neo and GPT-1 return attention weights after them."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden: Tensor | tuple[Tensor | None, Tensor], **options: object) -> tuple[Tensor, Tensor]:
+        return torch.ones(2), self.inner(hidden[1] if isinstance(hidden, tuple) else hidden, **options)
+
+
+def test_what_a_block_adds_to_its_hidden_states_is_left_to_it(llama: ModelHandle):
+    module = type(llama.module)(llama.module.config)
+    module.model.layers[0] = WithWeights(module.model.layers[0])
+    module.model.layers[1].register_forward_pre_hook(lambda _, arguments: (arguments[0][1], *arguments[1:]))
+    runner = BlockRunner(handled(module, llama))
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    first = runner.run(0, ids, None)
+    assert runner.chained
+    assert first.shape == (1, 4, 32)
+    assert torch.equal(runner.run(1, ids, first), runner.run(1, ids, None))
+
+
+def test_a_state_that_passes_by_the_blocks_is_noticed(llama: ModelHandle):
+    """Even where the state of the pass before is still there: it is of other tokens."""
+    runner = BlockRunner(with_a_state(llama))
+    assert runner.obstacle == "model.layers.1 gives something else without the blocks before it"
+    runner.run(1, torch.zeros(1, 4, dtype=torch.long), None)
+
+
+def test_blocks_in_another_order_are_no_chain(llama: ModelHandle):
+    module = type(llama.module)(llama.module.config)
+    layers = module.model.layers
+    module.model.layers = nn.ModuleList([*layers])
+    module.model.layers.__class__ = type("Backwards", (nn.ModuleList,), {"__getitem__": lambda self, index: [*self][::-1][index]})
+    assert BlockRunner(handled(module, llama)).obstacle == "its blocks are not run once each, in their order"
+
+
+def test_a_model_that_never_gives_the_same_bits_twice_is_a_chain_up_to_rounding(llama: ModelHandle):
+    """On a GPU the order of a sum may differ from pass to pass."""
+    module = type(llama.module)(llama.module.config)
+    calls = [0]
+    module.model.layers[0].mlp.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1))
+    module.model.layers[1].mlp.register_forward_hook(lambda _, __, output: output * (1 + 1e-7 * calls[0]))
+    assert BlockRunner(handled(module, llama)).chained
+
+
+CHAINED = ("bloom", "mpt", "gpt_neo", "openai-gpt", "deepseek_v3", "mamba", "rwkv", "jamba", "xlstm", "recurrent_gemma", "zamba2")
+WHOLE = ("gemma3n_text", "gemma4_text")
+
+
+@pytest.mark.parametrize("name", CHAINED)
+def test_families_whose_blocks_are_a_chain(name: str, llama: ModelHandle):
+    handle = handled(built(name), llama)
+    runner = BlockRunner(handle)
+    assert runner.chained, runner.obstacle
+    check(handle)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_families_that_share_keys_and_values_take_whole_passes(name: str, llama: ModelHandle):
+    assert not BlockRunner(handled(built(name), llama)).chained

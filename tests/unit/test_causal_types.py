@@ -19,7 +19,8 @@ def test_a_causal_type_is_compressed_to_generation(model_type: str, tmp_path: Pa
     try:
         outcome = outcome_of(model_type, tmp_path)
     except NotBuilt as error:
-        assert model_type not in REPRESENTATIVE, error
+        if model_type in REPRESENTATIVE:
+            raise
         pytest.skip(str(error))
     if outcome.problem:
         assert "\n" not in outcome.problem

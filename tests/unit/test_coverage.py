@@ -43,7 +43,11 @@ def test_every_parameter_is_in_one_row(name: str, tmp_path: Path, sample_text: s
     assert all(row.why for row in table.rows if row.kind not in ("linear", "expert"))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+SHOWN_BY_A_PASS = ("deepseek_v32", "gemma4_text")
+"""What runs without gradients; buffers that lie beside the parameters."""
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SHOWN_BY_A_PASS])
 def test_headers_tell_the_same_but_for_what_only_a_pass_shows(name: str, tmp_path: Path, sample_text: str):
     handle = load_family(tmp_path, sample_text, name)
     facts = read_model(tmp_path).facts

@@ -83,7 +83,9 @@ def test_rolling_gives_every_parameter_back(mixture: ModelHandle):
 def test_a_class_that_linear_layers_do_not_reproduce_is_left_alone(windows: WindowSet):
     module = built("mixtral")
     experts = module.model.layers[0].mlp.experts
-    experts.__class__ = type("Halved", (type(experts),), {"forward": lambda self, *given: 0.5 * type(experts).__mro__[1].forward(self, *given)})
+    experts.__class__ = type(
+        "Halved", (type(experts),), {"forward": lambda self, *given: 0.5 * type(experts).__mro__[1].forward(self, *given)}
+    )
     before = logits(module, windows.ids[:1])
     unroll_experts(module)
     assert [name for name, _ in experts_of(module)] == ["model.layers.1.mlp.experts"]

@@ -126,7 +126,7 @@ def test_the_same_inputs_give_equal_bits(any_handle: ModelHandle, few: WindowSet
 
 
 def one_block_per_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "_free_memory", lambda device: 0)
+    monkeypatch.setattr(gradients, "free_memory", lambda device: 0)
 
 
 def test_the_number_of_passes_changes_nothing(any_handle: ModelHandle, few: WindowSet, monkeypatch: pytest.MonkeyPatch):

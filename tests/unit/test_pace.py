@@ -144,7 +144,7 @@ def test_who_waits_for_another_calibration_is_told_how_far_that_is(clock: Clock,
 
 
 def test_resumed_gradients(clock: Clock, llama: ModelHandle, few: WindowSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("lowrank_core.statistics.gradients._free_memory", lambda device: 0)
+    monkeypatch.setattr("lowrank_core.statistics.gradients.free_memory", lambda device: 0)
     with pytest.raises(Cancelled):
         cached_gradients(llama, few, CONFIG, tmp_path, progress=Watched(clock, 1.0, lambda calls: calls == 10))
     resumed = Watched(clock, 10.0)

@@ -20,8 +20,16 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "Qwen3-30B-A3B": (
         "qwen3_moe",
         {
-            **{"hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768, "num_hidden_layers": 48, "head_dim": 128},
-            **{"num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128, "num_experts_per_tok": 8, "vocab_size": 151936},
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "head_dim": 128,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "vocab_size": 151936,
         },
     ),
     "gpt-oss-20b": ("gpt_oss", {"num_hidden_layers": 24, "num_local_experts": 32}),
@@ -36,8 +44,13 @@ PUBLISHED: Mapping[str, tuple[str, Mapping[str, object]]] = {
 """Model -> type and what its config differs in from the type's defaults."""
 
 BILLIONS = {
-    **{"Mixtral-8x7B": 46.7, "Qwen3-30B-A3B": 30.5, "gpt-oss-20b": 20.9, "DeepSeek-V3": 671},
-    **{"OLMoE-1B-7B": 6.9, "Llama-4-Scout": 107, "Jamba-v0.1": 51.6},
+    "Mixtral-8x7B": 46.7,
+    "Qwen3-30B-A3B": 30.5,
+    "gpt-oss-20b": 20.9,
+    "DeepSeek-V3": 671,
+    "OLMoE-1B-7B": 6.9,
+    "Llama-4-Scout": 107,
+    "Jamba-v0.1": 51.6,
 }
 """Parameters as published: the empty model is the one that is meant."""
 

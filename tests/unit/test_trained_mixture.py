@@ -100,7 +100,9 @@ def _of_all(statistics: LayerStatistics) -> Mapping[str, InputStatistics]:
     for names in mixtures.values():
         entries = [result[name] for name in names]
         total = sum(entry.count for entry in entries)
-        second = sum((entry.second_moment * (entry.count / total) for entry in entries[1:]), entries[0].second_moment * (entries[0].count / total))
+        second = sum(
+            (entry.second_moment * (entry.count / total) for entry in entries[1:]), entries[0].second_moment * (entries[0].count / total)
+        )
         for name, entry in zip(names, entries, strict=True):
             result[name] = replace(entry, mean=torch.zeros_like(entry.mean), sample=second * (entry.count / max(entry.count - 1, 1)))
     return result

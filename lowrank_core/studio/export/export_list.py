@@ -101,6 +101,7 @@ class Written:
     dtype: str = ""
     quantization: str = ""
     with_code: bool = False
+    auto_class: str = "AutoModelForCausalLM"
     ranks: Mapping[str, int | None] | None = None
     healed: str = ""
     changed: float | None = None
@@ -136,6 +137,7 @@ class _Manifest:
     stored_dtype: str = ""
     quantization: str = ""
     with_code: bool = False
+    auto_class: str = "AutoModelForCausalLM"
 
 
 @dataclass(frozen=True)
@@ -197,6 +199,7 @@ def _written(path: Path, reported: Export | None, proof: Proof | None) -> Writte
         dtype=manifest.stored_dtype,
         quantization=manifest.quantization,
         with_code=manifest.with_code,
+        auto_class=manifest.auto_class,
         ranks=dict(ranks) if isinstance(ranks, Mapping) and ranks else None,
         healed=str(healing.get("method", "")) if isinstance(healing, Mapping) else "",
         changed=source.stat().st_mtime if source.is_file() else None,
@@ -241,7 +244,7 @@ class Loading:
     language: str = "python"
 
 
-def loading_of(path: Path, form: str, *, with_code: bool) -> tuple[Loading, ...]:
+def loading_of(path: Path, form: str, *, with_code: bool, auto_class: str) -> tuple[Loading, ...]:
     """Return the ways to load a folder: Python, and a server if one supports its form."""
     ways = [("With transformers, or any runtime that reads its checkpoints", "", "")]
     if form != "dense":
@@ -252,9 +255,9 @@ def loading_of(path: Path, form: str, *, with_code: bool) -> tuple[Loading, ...]
     result = tuple(
         Loading(
             title,
-            f"{first}from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            f"{first}from transformers import {auto_class}, AutoTokenizer\n\n"
             f"folder = {str(path)!r}\n"
-            f"model = AutoModelForCausalLM.from_pretrained(folder{option})\n"
+            f"model = {auto_class}.from_pretrained(folder{option})\n"
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
         )
         for title, first, option in ways

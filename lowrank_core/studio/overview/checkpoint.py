@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from lowrank_core.coverage import KINDS, Coverage, has_experts, kind_by_name
-from lowrank_core.files.weights import unguarded_note
+from lowrank_core.files.weights import unguarded_note, without_guard
 from lowrank_core.parameters import MatrixShape, module_type
 from lowrank_core.studio.overview.headers import Checkpoint, StoredTensor, read_checkpoint, same_values
 from lowrank_core.studio.overview.stored_experts import expert_matrices
@@ -23,6 +23,7 @@ from lowrank_core.studio.shared.model_facts import ModelFacts
 __all__ = ["ModelOnDisk", "Part", "checkpoint_facts", "parts_of", "read_model", "tensor_table"]
 
 _NUMBERED = re.compile(r"^(?P<stem>.+?)\.(?P<depth>\d+)\.(?P<path>.+)$")
+_SENSES = re.compile(r"vision|visual|image|audio|speech")
 _POSITIONS = re.compile(r"position|wpe|per_layer")  # tables that are never the head
 _WHY = {"router": "router of the experts"}
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
@@ -100,11 +101,8 @@ def read_model(folder: Path) -> ModelOnDisk:
 
 
 def _note_of_missing_guards(checkpoint: Checkpoint) -> str:
-    stored = {tensor.name for tensor in checkpoint.tensors}
-    layers = _low_rank_layers(checkpoint)
-    if all(str(entry.get("guard", f"{name}.weight")) in stored for name, entry in layers.items()):
-        return ""
-    return unguarded_note(checkpoint.folder)
+    empty = [tensor.name for tensor in checkpoint.tensors if not tensor.elements]
+    return unguarded_note(checkpoint.folder) if without_guard(_low_rank_layers(checkpoint), empty) else ""
 
 
 def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -120,14 +118,12 @@ def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
 
 
 def _stem(tensors: Sequence[StoredTensor]) -> str:
-    """Return the name of the longest list of blocks, as the worker takes it."""
-    depths: dict[str, set[str]] = {}
+    """Return the name of the largest list of blocks that is not in a part of the model that sees or hears."""
     sizes: dict[str, int] = {}
     for tensor in tensors:
         if match := _NUMBERED.match(tensor.name):
-            depths.setdefault(match["stem"], set()).add(match["depth"])
             sizes[match["stem"]] = sizes.get(match["stem"], 0) + tensor.elements
-    return max(depths, key=lambda stem: (len(depths[stem]), sizes[stem]), default="")
+    return max(sizes, key=lambda stem: (not _SENSES.search(stem), sizes[stem]), default="")
 
 
 def _tied(checkpoint: Checkpoint) -> bool:
@@ -166,14 +162,14 @@ def _outside(part: Part, tied: bool) -> tuple[str, str]:
         return ("tied", "second copy of the embedding: tied, counted once") if tied else ("head", "head: outside the blocks")
     if len(part.shape) == 1:
         return "vector", "vector of a norm" if "norm" in part.name or "ln_" in part.name else "vector"
-    if _is_table(part.name):
+    if _is_table(part.name) and len(part.shape) == 2:
         both = tied and not _POSITIONS.search(part.name)
         return ("tied", "embedding, and the head too: tied") if both else ("embedding", "embedding")
     return "outside", "outside the blocks"
 
 
 def _is_table(name: str) -> bool:
-    return ("embed" in name or ".wte." in f".{name}" or ".wpe." in f".{name}") and not name.endswith(_HEADS)
+    return ("embed" in name.replace("unembed", "") or ".wte." in f".{name}" or ".wpe." in f".{name}") and not name.endswith(_HEADS)
 
 
 def _inside(part: Part, checkpoint: Checkpoint, *, experts: bool) -> tuple[str, str]:
@@ -181,7 +177,7 @@ def _inside(part: Part, checkpoint: Checkpoint, *, experts: bool) -> tuple[str, 
     if part.name.endswith(_BUFFERS) and len(part.shape) != 1:
         return "other", "table computed from the config"
     for layer, replaced in _replaced(checkpoint).items():
-        if part.name.startswith(layer):
+        if _in_block(part.name).startswith(layer):
             empty = ("other", "empty: makes transformers refuse the folder without our package")
             return replaced if prod(part.shape) else empty
     if f"{part.module.rpartition('.')[0]}.A_log" in checkpoint.names and part.module.endswith(".dt_proj"):
@@ -203,9 +199,15 @@ def _replaced(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
     if not isinstance(quantised, dict):
         return {}
     layers = _low_rank_layers(checkpoint)
-    if layers:
-        return {f"{name}.": ("lowrank", "factor: low-rank already") for name in layers}
+    if layers:  # their path in the block tells: transformers saves some models under other names than its modules have
+        return {f"{_in_block(name)}.": ("lowrank", "factor: low-rank already") for name in layers}
     return {"": ("quantised", f"quantised ({quantised.get('quant_method', 'unknown')}): give the dense model model")}
+
+
+def _in_block(name: str) -> str:
+    """Return a name from the number of its block on."""
+    match = _NUMBERED.match(name)
+    return f"{match['depth']}.{match['path']}" if match else name
 
 
 def _low_rank_layers(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, object]]:

@@ -85,8 +85,10 @@ class Checkpoint:
         return frozenset(tensor.name for tensor in self.tensors)
 
     def number(self, *names: str) -> int:
-        """Return the first whole number that the config has under ``names``; 0 without one."""
-        result = (self.config.get(name) for name in names)
+        """Return the first whole number that the config, or its part on text, has under ``names``; 0 without one."""
+        text = self.config.get("text_config")
+        config = {**self.config, **text} if isinstance(text, dict) else self.config
+        result = (config.get(name) for name in names)
         return next((value for value in result if isinstance(value, int) and not isinstance(value, bool)), 0)
 
 

@@ -30,6 +30,7 @@ class ModelFacts:
         heads_dropped: sentences on those that can't, though they look like it.
         coverage: what every parameter is: compressible, or left alone and why; of an older record only how much is compressible.
         head_flops: of the output head for one token; None in an older record.
+        auto_class: of transformers, which loads it.
         dtype: in which it is held; stored_dtype: of the checkpoint, in which it is written. Empty in an older record.
     """
 
@@ -53,6 +54,7 @@ class ModelFacts:
     heads_dropped: tuple[str, ...] = ()
     coverage: Coverage = field(default_factory=lambda: Coverage({}))
     head_flops: int | None = None
+    auto_class: str = "AutoModelForCausalLM"
 
     def __post_init__(self) -> None:
         if not self.coverage.parameters:

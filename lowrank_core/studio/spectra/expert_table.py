@@ -56,7 +56,9 @@ def experts_spec(table: pd.DataFrame) -> Table:
     """Return ``expert_table`` as it is shown."""
     columns = (
         Column.whole("expert", "Expert"),
-        Column.whole("tokens", "Tokens routed to it", "Of the calibration windows; moments of an expert with few are mixed with its mixture's."),
+        Column.whole(
+            "tokens", "Tokens routed to it", "Of the calibration windows; moments of an expert with few are mixed with its mixture's."
+        ),
         Column.share("share", "Share of all routed"),
         Column.number("effective_rank", "Effective rank, features", 1),
         Column.whole("rank_95", "Rank for 95 %, features"),
@@ -69,7 +71,8 @@ def experts_spec(table: pd.DataFrame) -> Table:
 
 def expert_statement(table: pd.DataFrame) -> str:
     """Return what the experts differ in, in a sentence."""
-    words = f"{len(table)} experts; effective ranks of their features from {table['effective_rank'].min():.1f} to {table['effective_rank'].max():.1f}"
+    ranks = table["effective_rank"]
+    words = f"{len(table)} experts; effective ranks of their features from {ranks.min():.1f} to {ranks.max():.1f}"
     tokens = table["tokens"].dropna()
     if tokens.empty:
         return f"{words}."

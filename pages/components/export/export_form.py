@@ -171,7 +171,7 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
     with again:
         _command(run, source, config)
     with loading:
-        _loading(folder, source, config)
+        _loading(folder, source, config, facts.auto_class)
 
 
 def _bounded(words: str, result: Planned) -> str:
@@ -219,11 +219,11 @@ def _healed_command(result: HealingCommands) -> None:
     )
 
 
-def _loading(folder: Path, source: Source, config: ExportConfig) -> None:
+def _loading(folder: Path, source: Source, config: ExportConfig, auto_class: str) -> None:
     """Show how to load the command's output, by the same relative path."""
     name = folder_name_of(source, config)
     st.caption(f"In the folder of `{name}`: the command writes to the current folder, the button to `{folder.parent}`.")
-    for way in loading_of(Path(name), config.form, with_code=config.with_code):
+    for way in loading_of(Path(name), config.form, with_code=config.with_code, auto_class=auto_class):
         st.caption(way.title)
         st.code(way.code, language=way.language, wrap_lines=True)
 

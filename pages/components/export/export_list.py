@@ -161,7 +161,7 @@ def _card_button(entry: Written) -> None:
 def _details(entry: Written) -> None:
     name = entry.path.name
     with st.expander("Loading, verification on the command line, ranks", key=f"details_{name}"):
-        for way in loading_of(entry.path, entry.form, with_code=entry.with_code):
+        for way in loading_of(entry.path, entry.form, with_code=entry.with_code, auto_class=entry.auto_class):
             st.caption(way.title)
             st.code(way.code, language=way.language, wrap_lines=True)
         st.caption("The same check on the command line")
