@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_core.errors import ModelError
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.metrics import METRICS
+from lowrank_core.models.gguf import become_plain
 from lowrank_core.models.handle import bias_of
 from lowrank_core.models.hf import compressed_modules
 
@@ -33,7 +34,8 @@ def merged(module: PreTrainedModel) -> PreTrainedModel:
     memo: dict[int, object] = {id(child): _dense_layer(child, skeleton.get_submodule(name)) for name, child in compressed.items()}
     dense = copy.deepcopy(module, memo)
     _add_zero_biases(dense, skeleton)
-    _become_plain(dense, config)
+    dense.config = config
+    become_plain(dense)
     result, expected = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (dense, skeleton))
     assert result == expected, sorted(result.items() ^ expected.items())[:3]
     return dense
@@ -99,11 +101,3 @@ def _add_zero_biases(dense: PreTrainedModel, skeleton: PreTrainedModel) -> None:
         if isinstance(layer, nn.Linear) and layer.bias is None and bias_of(plain) is not None:
             zeros = torch.zeros(layer.out_features, dtype=layer.weight.dtype, device=layer.weight.device)
             layer.bias = nn.Parameter(zeros, requires_grad=False)
-
-
-def _become_plain(dense: PreTrainedModel, config: PretrainedConfig) -> None:
-    dense.config = config
-    for holder, names in ((config, ("quantization_config",)), (dense, ("hf_quantizer", "quantization_method", "is_quantized"))):
-        for name in names:
-            if name in vars(holder):
-                delattr(holder, name)

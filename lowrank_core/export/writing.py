@@ -69,7 +69,7 @@ def export(
             files=listed_files(temporary),
             written_parameters=parameters,
             guards=0 if config.form == "dense" else len(list(compressed_modules(model.handle.module))),
-            details={**provenance, **_counts(model)},
+            details={**provenance, **({"base_file": base.file} if base.file else {}), **_counts(model)},
             measured=None if test is None else measured(loaded_like(model.handle, temporary), test, progress=progress),
             figures=dict(figures or {}),
             versions=versions(),
