@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 
 from lowrank_core.errors import ModelError
-from lowrank_core.files.gguf import is_gguf
+from lowrank_core.files.gguf import is_gguf, read_gguf
 from lowrank_core.files.weights import read_object
 
-__all__ = ["check_folder_kind", "check_unquantized", "quantization_of"]
+__all__ = ["check_folder_kind", "check_reference", "check_unquantized", "dequantized_method", "dequantized_note", "quantization_of"]
 
-OWN_METHOD = "lowrank"
+_OWN_METHOD = "lowrank"
+_DEQUANTIZED_SINCE = (5, 24)
+"""Version of transformers that dequantises fp8 and mxfp4, and saves the result under the names of the plain model; 5.13 garbles them."""
 _BITS = ("bits", "num_bits", "nbits", "w_bit", "weight_bits", "bits_per_weight")
-_BITS_BY_WORD = {"fp4": 4, "nf4": 4, "mxfp4": 4, "nvfp4": 4, "int4": 4, "uint4": 4, "int8": 8, "fp8": 8, "float8": 8, "int2": 2}
+_BITS_BY_WORD = {"fp4": 4, "nf4": 4, "mxfp4": 4, "nvfp4": 4, "int4": 4, "uint4": 4, "int8": 8, "fp8": 8, "float8": 8, "e4m3": 8, "int2": 2}
 _LEGACY = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
 """Files of AutoGPTQ, AutoAWQ and NVIDIA's ModelOpt, next to a config.json that need not say it."""
+
+
+def check_reference(reference: str) -> None:
+    """Raise where a local folder or GGUF file is recognised as no plain language model; before torch is imported.
+
+    Raises:
+        ModelError: as ``check_folder_kind`` and ``read_gguf``; begins with what it is about.
+    """
+    place = Path(reference).expanduser()
+    try:
+        if place.is_dir():
+            check_folder_kind(place)
+        elif place.is_file() and is_gguf(place):
+            read_gguf(place)
+    except ModelError as error:
+        raise ModelError(f"model: {error}") from error
 
 
 def check_folder_kind(folder: Path) -> None:
@@ -46,8 +65,28 @@ def check_unquantized(config: Mapping[str, object], name: str) -> None:
         ModelError: it is; with the method, and the bits where they are said.
     """
     words = quantization_of(config)
-    if words:
+    if words and not dequantized_method(config):
         _refuse(name, words)
+
+
+def dequantized_method(config: Mapping[str, object]) -> str:
+    """Return the method of a quantised model that transformers dequantises when it reads it; empty for all others."""
+    stated = config.get("quantization_config")
+    if not isinstance(stated, dict) or tuple(map(int, version("transformers").split(".")[:2])) < _DEQUANTIZED_SINCE:
+        return ""
+    method = str(stated.get("quant_method"))
+    blocks = isinstance(stated.get("weight_block_size"), list)  # others of the same name have one scale a tensor, in another place
+    return method if method == "mxfp4" or (method == "fp8" and blocks) else ""
+
+
+def dequantized_note(config: Mapping[str, object], name: str) -> str:
+    """Return what a user should know of a model that is dequantised when it is read, in a line; empty for a plain one."""
+    if not dequantized_method(config):
+        return ""
+    return (
+        f"{name} is quantised ({quantization_of(config)}): dequantised when it is read; what is counted and written is the dequantised "
+        "model, larger than these files."
+    )
 
 
 def _refuse(name: str, words: str) -> None:
@@ -62,7 +101,7 @@ def quantization_of(config: Mapping[str, object]) -> str:
     for part in (config, *(value for key, value in config.items() if key.endswith("_config") and isinstance(value, dict))):
         for key in ("quantization_config", "compression_config"):
             stated = part.get(key)
-            if isinstance(stated, dict) and stated.get("quant_method") != OWN_METHOD:
+            if isinstance(stated, dict) and stated.get("quant_method") != _OWN_METHOD:
                 return _words(stated, "compressed-tensors" if key == "compression_config" else "unknown method")
     return ""
 
@@ -79,7 +118,7 @@ def _bits(stated: Mapping[str, object]) -> int | None:
     entries = list(_entries(stated))
     numbers = (value for key, value in entries if key in _BITS and isinstance(value, int | float) and not isinstance(value, bool))
     words = (str(value).lower() for key, value in entries if key in ("weights", "quant_type", "quant_algo", "quantization_type", "fmt"))
-    named = (bits for word in words for name, bits in _BITS_BY_WORD.items() if name in word or word == "e4m3")
+    named = (bits for word in words for name, bits in _BITS_BY_WORD.items() if name in word)
     return next((int(value) for value in numbers), None) or next(named, None)
 
 

@@ -38,9 +38,12 @@ def gguf_arguments(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         yield empty, {"gguf_file": str(path.absolute()), "local_files_only": True, "trust_remote_code": False}
 
 
-def dequantizing() -> dict[str, Any]:
-    """Return what makes transformers dequantise where it could compute with the blocks (5.24, some architectures on some GPUs)."""
-    config = getattr(transformers, "GgufConfig", None)
+def dequantizing(method: str) -> dict[str, Any]:
+    """Return what makes transformers dequantise a model of ``method``, where it could compute with the blocks on some GPUs.
+
+    Earlier versions than 5.24 have no choice for GGUF: they dequantise. Without a method, nothing.
+    """
+    config = getattr(transformers, {"gguf": "GgufConfig", "fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}.get(method, ""), None)
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 

@@ -21,9 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_core.config import ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
-from lowrank_core.files.checkpoints import check_folder_kind, check_unquantized
+from lowrank_core.files.checkpoints import check_reference, check_unquantized, dequantized_method, dequantized_note
 from lowrank_core.files.gguf import GgufFile, is_gguf, read_gguf
-from lowrank_core.files.weights import WeightFiles, weight_files
+from lowrank_core.files.weights import WeightFiles, read_object, weight_files
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.gguf import become_plain, check_complete, check_readable, dequantizing, gguf_arguments
 from lowrank_core.models.handle import ModelHandle, find_layers, positions_of
@@ -38,7 +38,7 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 assert hf.METHOD  # the import is for its side effect: `from_pretrained` must know the format
 
 # What transformers, tokenizers and safetensors raise for folders that are not there, not whole, or not what they claim.
-_LIBRARY_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
+_LIBRARY_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
 
 
 def resolve_reference(reference: str) -> str:
@@ -51,8 +51,7 @@ def resolve_reference(reference: str) -> str:
         return str(bundled_path("assets", "demo-lm"))
     place = Path(reference).expanduser()
     if place.is_dir():
-        with _told():
-            check_folder_kind(place)
+        check_reference(reference)
         return str(place.resolve())
     if place.exists() and not is_gguf(place):
         raise ModelError(f"model: {place} is a file. Give the folder of the checkpoint that holds it.")
@@ -118,8 +117,10 @@ def notes_of(reference: str) -> tuple[str, ...]:
     file = _file_of(place)
     if file is not None:
         return file.notes
-    note = _files_of(Path(place)).note if Path(place).is_dir() else ""
-    return (note,) if note else ()
+    if not Path(place).is_dir():
+        return ()
+    config = read_object(Path(place) / "config.json")
+    return tuple(filter(None, (_files_of(Path(place)).note, dequantized_note(config, place))))
 
 
 def _file_of(place: str) -> GgufFile | None:
@@ -222,6 +223,7 @@ def _checked_config(place: str, reference: str) -> PretrainedConfig:
 
 def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: Any) -> PreTrainedModel:
     file = _file_of(place)
+    method = "gguf" if file is not None else dequantized_method(config.to_dict())
     try:
         with _arguments(place) as (source, options):
             module, info = AutoModelForCausalLM.from_pretrained(
@@ -232,7 +234,7 @@ def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: An
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
-                **({} if file is None else dequantizing()),
+                **dequantizing(method),
             )
     except _LIBRARY_ERRORS as error:
         raise ModelError(_not_loaded(place, reference, error)) from error
@@ -246,6 +248,7 @@ def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: An
         )
     if file is not None:
         check_complete(file, module)
+    if method:
         become_plain(module)
     return module
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lowrank_core.errors import ModelError
-from lowrank_core.files.checkpoints import check_folder_kind
+from lowrank_core.files.checkpoints import check_folder_kind, dequantized_method, dequantized_note
 from lowrank_core.files.gguf import GgufFile, is_gguf, read_gguf
 from lowrank_core.files.weights import read_object, weight_files
 
@@ -122,8 +122,22 @@ def read_checkpoint(place: Path) -> Checkpoint:
     check_folder_kind(place)
     config, files = read_object(place / "config.json"), weight_files(place)
     tensors = [tensor for file in files.loaded for tensor in _tensors(place / file)]
-    notes = (files.note,) if files.note else ()
-    return Checkpoint(place, config, tuple({tensor.name: tensor for tensor in tensors}.values()), files.loaded, notes)
+    method = dequantized_method(config)
+    if method:
+        tensors = [plain for tensor in tensors if (plain := _dequantized(tensor)) is not None]
+    notes = tuple(filter(None, (files.note, dequantized_note(config, str(place)))))
+    dtype = "bfloat16" if method else ""
+    return Checkpoint(place, config, tuple({tensor.name: tensor for tensor in tensors}.values()), files.loaded, notes, dtype)
+
+
+def _dequantized(tensor: StoredTensor) -> StoredTensor | None:
+    """Return a tensor of a checkpoint in fp8 or mxfp4 as the model has it; None for the scales of another."""
+    if tensor.name.endswith(("_scale_inv", "_scales")):
+        return None
+    if not tensor.name.endswith("_blocks"):
+        return tensor
+    experts, rows, groups, half = tensor.shape  # two numbers in a byte
+    return replace(tensor, name=tensor.name.removesuffix("_blocks"), shape=(experts, groups * half * 2, rows), packed_bytes=tensor.bytes)
 
 
 def _of_gguf(file: GgufFile) -> Checkpoint:
