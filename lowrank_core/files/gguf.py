@@ -152,7 +152,7 @@ class GgufFile:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What a user should know of it, a line each."""
+        """Notes for a user, a line each: how it is quantised, and what is lost."""
         dequantised = "dequantised when it is read; what is counted and written is the dequantised model, larger than this file"
         words = dequantised if any(name not in _FLOATS for name in self.types) else "its weights are floats, read as they are"
         return (f"{self.path.name} is a GGUF file ({self.quantization}): {words}.", *self._lost_positions)
