@@ -19,6 +19,7 @@ from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import Declared, options_of
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import ConfigError
+from lowrank_core.files.checkpoints import check_reference
 from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, Preset, preset_named
 from lowrank_core.sensitivity.config import SensitivityConfig
 
@@ -167,11 +168,13 @@ def source_of(arguments: argparse.Namespace, *, required: bool = True) -> ModelS
     """Return the model that is asked for.
 
     Raises:
-        ConfigError: there is none, and it is required.
+        ConfigError: there is none, and it is required. ModelError: it is recognised as no plain language model.
     """
     if required and "reference" not in given_options(arguments, ModelSource) and recorded(arguments, ModelSource) is None:
         raise ConfigError("which model? Give --model demo, a folder or a hub id, or --config FILE.")
-    return config_of(arguments, ModelSource)
+    source = config_of(arguments, ModelSource)
+    check_reference(source.reference)
+    return source
 
 
 def text_options(parser: argparse.ArgumentParser, windows: str = "calibration_windows", *, several: bool = False) -> None:

@@ -13,7 +13,7 @@ from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import EvaluationReport, evaluate
-from lowrank_core.export import HeldOut, check_free, healed_model, write_healed
+from lowrank_core.export import HeldOut, check_free, check_precision, healed_model, write_healed
 from lowrank_core.export.manifest import read_manifest, report_of
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.loading import resolve_reference
@@ -64,6 +64,7 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
     config, tokenizer = request.healing, compressed.handle.tokenizer
     validation = load_windows(text, tokenizer, "validation", count=text.validation_windows)
     test = load_windows(text, tokenizer, "test", count=text.test_windows)
+    check_precision(compressed.handle, request.export, test)
     calibration = load_windows(text, tokenizer, "calibration", count=text.calibration_windows)
     doubts = (*unknown, *overlap_warnings(calibration, validation, test))
     begun = read_history(request.checkpoint)

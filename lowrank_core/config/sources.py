@@ -17,7 +17,7 @@ BOS_RULES = ("auto", "window", "none")
 class ModelSource:
     """Source of a causal language model, and its dtype and device."""
 
-    reference: str = option("demo", "demo (the bundled model), a local folder, or a hub id", label="Model", flag="model")
+    reference: str = option("demo", "demo (the bundled model), a local folder, a GGUF file, or a hub id", label="Model", flag="model")
     device: str = option("auto", "auto, cpu, cuda or cuda:N", label="Device")
     dtype: str = option(
         "auto",
@@ -28,7 +28,7 @@ class ModelSource:
 
     def __post_init__(self) -> None:
         if not self.reference.strip():
-            raise ConfigError("model: give `demo`, a local folder, or a hub id.")
+            raise ConfigError("model: give `demo`, a local folder, a GGUF file, or a hub id.")
         check_options(self)
 
 

@@ -8,6 +8,7 @@ from lowrank_core.export.folder import check_free
 from lowrank_core.export.healed import healed_model, write_healed
 from lowrank_core.export.manifest import ExportManifest, Measurement, Protocol, read_manifest
 from lowrank_core.export.measuring import HeldOut, held_out, metrics_of
+from lowrank_core.export.precision import check_precision
 from lowrank_core.export.rewriting import Rewritten, rewrite
 from lowrank_core.export.verification import Verification, verify
 from lowrank_core.export.writing import export
@@ -20,6 +21,7 @@ __all__ = [
     "HeldOut",
     "Verification",
     "check_free",
+    "check_precision",
     "export",
     "metrics_of",
     "healed_model",

@@ -64,7 +64,7 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
     rows = [
         ("parameters of the compressible linears", report.linear_parameters_before, report.linear_parameters_after),
         ("parameters of the model", report.parameters_before, report.parameters_after),
-        ("bytes of the weights, as the base model stores them", report.bytes_before, report.bytes_after),
+        ("bytes of the weights, in the base model's float dtype", report.bytes_before, report.bytes_after),
     ]
     lines = [f"| {name} | {before:,} | {after:,} | {1 - after / before:.1%} |" for name, before, after in rows]
     table = _table(("", "before", "after", "removed"), lines)

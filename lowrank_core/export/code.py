@@ -10,13 +10,13 @@ import ast
 import importlib.util
 from pathlib import Path
 
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lowrank_core import __version__
 from lowrank_core.models import hf
 from lowrank_core.models.handle import auto_class_of
 
-__all__ = ["auto_map", "is_ours", "write_code"]
+__all__ = ["auto_map", "forget_code", "is_ours", "write_code"]
 
 _PACKAGE = "lowrank_core."
 _NOTICE = f"""\
@@ -45,6 +45,13 @@ class {name}(transformers.{name}):
 def auto_map(module: PreTrainedModel) -> dict[str, str]:
     """Return the entry of ``config.json``. The class keeps its name, so that what it saves is known as what it is."""
     return {auto_class_of(module.config): f"{hf.CODE}.{type(module).__name__}"}
+
+
+def forget_code(config: PretrainedConfig) -> None:
+    """Drop the checkpoint's own ``auto_map``, of parts of the config, too: the class is transformers' own, and that code stays behind."""
+    for part in (config, *(value for value in vars(config).values() if isinstance(value, PretrainedConfig))):
+        if "auto_map" in vars(part):
+            del part.auto_map
 
 
 def write_code(architecture: str, folder: Path) -> None:

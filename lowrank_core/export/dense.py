@@ -16,6 +16,7 @@ from lowrank_core.errors import ModelError
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.metrics import METRICS
 from lowrank_core.models.experts import roll_experts, unroll_experts
+from lowrank_core.models.gguf import become_plain
 from lowrank_core.models.handle import bias_of
 from lowrank_core.models.hf import compressed_modules
 
@@ -36,7 +37,8 @@ def merged(module: PreTrainedModel) -> PreTrainedModel:
     _add_zero_biases(dense, skeleton)
     for model in (dense, skeleton):
         roll_experts(model)
-    _become_plain(dense, config)
+    dense.config = config
+    become_plain(dense)
     result, expected = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (dense, skeleton))
     assert result == expected, sorted(result.items() ^ expected.items())[:3]
     return dense
@@ -104,11 +106,3 @@ def _add_zero_biases(dense: PreTrainedModel, skeleton: PreTrainedModel) -> None:
         if isinstance(layer, nn.Linear) and layer.bias is None and bias_of(plain) is not None:
             zeros = torch.zeros(layer.out_features, dtype=layer.weight.dtype, device=layer.weight.device)
             layer.bias = nn.Parameter(zeros, requires_grad=False)
-
-
-def _become_plain(dense: PreTrainedModel, config: PretrainedConfig) -> None:
-    dense.config = config
-    for holder, names in ((config, ("quantization_config",)), (dense, ("hf_quantizer", "quantization_method", "is_quantized"))):
-        for name in names:
-            if name in vars(holder):
-                delattr(holder, name)

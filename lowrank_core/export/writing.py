@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase
 
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.quantization import quantized
 from lowrank_core.config import ExportConfig
-from lowrank_core.errors import NumericalError
 from lowrank_core.export.base_model import BaseModel, base_model_of
 from lowrank_core.export.card import model_card
-from lowrank_core.export.code import auto_map, write_code
+from lowrank_core.export.code import auto_map, forget_code, write_code
 from lowrank_core.export.dense import merged
 from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, versions
 from lowrank_core.export.measuring import HeldOut, loaded_like, measured
+from lowrank_core.export.precision import check_finite, written_dtype
+from lowrank_core.files.weights import read_object
 from lowrank_core.models.handle import auto_class_of
 from lowrank_core.models.hf import compressed_modules, mark_compressed
+from lowrank_core.text import WindowSet
 from lowrank_core.types import Progress
 
 __all__ = ["export"]
@@ -53,14 +55,14 @@ def export(
         RunError: the folder is taken, or the disk is full or read-only.
         ConfigError: int8 for a model without float factors.
         ModelError: a dense merge that the architecture has no place for.
-        NumericalError: a weight overflows in the dtype that it is written in, or a loss is not finite.
+        NumericalError: a weight or an output overflows in the dtype that is written, or a loss is not finite.
     """
     config, provenance, folder = config or ExportConfig(), provenance or {}, Path(folder)
     if config.quantization != "none":
-        model = quantized(model, scales=_stored_dtype(model, config))
+        model = quantized(model, scales=written_dtype(model.handle, config))
     base = base_model_of(model.handle.reference)
     with whole_folder(folder) as temporary:
-        dtype, parameters = _write_model(model, temporary, config, provenance)
+        dtype, parameters = _write_model(model, temporary, config, provenance, None if test is None else test.windows)
         base.copy_licence(temporary)
         manifest = ExportManifest(
             made_from=model.handle.reference,
@@ -71,7 +73,7 @@ def export(
             written_parameters=parameters,
             guards=0 if config.form == "dense" else len(list(compressed_modules(model.handle.module))),
             auto_class=auto_class_of(model.handle.module.config),
-            details={**provenance, **_counts(model)},
+            details={**provenance, **({"base_file": base.file} if base.file else {}), **_counts(model)},
             measured=None if test is None else measured(loaded_like(model.handle, temporary), test, progress=progress),
             figures=dict(figures or {}),
             versions=versions(),
@@ -85,33 +87,34 @@ def _describe(folder: Path, manifest: ExportManifest, model: CompressedModel, ba
     (folder / "README.md").write_text(model_card(manifest, model.report, base), encoding="utf-8")
 
 
-def _write_model(model: CompressedModel, folder: Path, config: ExportConfig, provenance: Mapping[str, object]) -> tuple[str, int]:
+def _write_model(
+    model: CompressedModel, folder: Path, config: ExportConfig, provenance: Mapping[str, object], windows: WindowSet | None
+) -> tuple[str, int]:
     """Write weights, config, tokenizer and code; return the dtype that was written, and how many numbers."""
     handle = model.handle
-    stored = _stored_dtype(model, config)
+    stored = written_dtype(handle, config)
     if config.form == "dense":
         module = merged(handle.module).to(stored)
     else:
         module = copy.deepcopy(handle.module).to(stored)
         mark_compressed(module, provenance)
-    _check_finite(module)
+    check_finite(module, windows)
+    forget_code(module.config)
     if config.with_code:
         module.config.auto_map = auto_map(module)
         write_code(type(module).__name__, folder)
     module.save_pretrained(folder, max_shard_size=config.max_shard_size)
-    handle.tokenizer.save_pretrained(folder)
+    _save_tokenizer(handle.tokenizer, folder)
     return str(stored).removeprefix("torch."), replace(handle, module=module, layers=()).parameters
 
 
-def _stored_dtype(model: CompressedModel, config: ExportConfig) -> torch.dtype:
-    chosen: torch.dtype = model.handle.stored_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
-    return chosen
-
-
-def _check_finite(module: PreTrainedModel) -> None:
-    for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise NumericalError(f"{name}: its values overflow in {tensor.dtype}. Write bfloat16 or float32 (--dtype).")
+def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer; it was loaded without code of its checkpoint, so what is written names none."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    body = read_object(path) if path.is_file() else {}
+    if body.pop("auto_map", None) is not None:
+        path.write_text(json.dumps(body, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _counts(model: CompressedModel) -> dict[str, object]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_core.errors import ModelError
+from lowrank_core.files.gguf import is_gguf
 
 __all__ = ["REGISTERING", "WeightFiles", "read_object", "guard_name", "unguarded_note", "weight_files", "without_guard"]
 
@@ -20,6 +21,7 @@ _WHOLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _SUFFIXES = (".safetensors", ".safetensors.index.json")
 _PICKLED = re.compile(r"pytorch_model.*\.bin(\.index\.json)?")
+_FOREIGN = (".h5", ".msgpack", ".onnx", ".tflite", ".mlmodel", ".npz")
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _SHARD = re.compile(r"(?P<stem>.*)-\d{5}-of-(?P<count>\d{5})\.safetensors")
 _NAMED_FIRST = 4
@@ -59,7 +61,7 @@ def weight_files(folder: Path) -> WeightFiles:
         ModelError: there is none, the index lists one that is missing, or what is loaded is not the weights of the folder alone.
     """
     present = sorted(path.name for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    _refuse_other_kinds(folder, present)
+    _refuse_distributed(folder, present)
     entry = _entry(folder, present)
     index = entry if entry.endswith(".json") else ""
     loaded = _shards(folder, index) if index else (entry,)
@@ -67,12 +69,7 @@ def weight_files(folder: Path) -> WeightFiles:
     return WeightFiles(loaded, index, tuple(sorted(every - {*loaded, index})))
 
 
-def _refuse_other_kinds(folder: Path, present: list[str]) -> None:
-    if "adapter_config.json" in present:
-        raise ModelError(
-            f"{folder} holds a PEFT adapter (adapter_config.json), which is loaded on top of a model, or not, by what is installed. "
-            "Merge it (`merge_and_unload`), save the merged model, and give that folder."
-        )
+def _refuse_distributed(folder: Path, present: list[str]) -> None:
     shards = [name for name in present if _DISTRIBUTED.fullmatch(name)]
     if shards:
         raise ModelError(
@@ -99,7 +96,24 @@ def _entry(folder: Path, present: list[str]) -> str:
             f"{folder} holds neither {_WHOLE} nor {_INDEX}; transformers does not load {others[0]}. "
             f'Rename it, or name it in config.json: "transformers_weights": "{others[0]}".'
         )
-    raise ModelError(f"{folder} holds no .safetensors file. Save the model again with safe_serialization=True.")
+    raise ModelError(f"{folder} holds no .safetensors file{_other_formats(present)}")
+
+
+def _other_formats(present: list[str]) -> str:
+    """Return the end of the sentence on a folder without safetensors: what it holds instead, and what to do."""
+    pickled = [name for name in present if _PICKLED.fullmatch(name) or name.endswith((".pth", ".pt", ".ckpt"))]
+    if pickled:
+        return (
+            f", but {pickled[0]}, a pickle: those are not read, as they may run code. Load it with transformers where you trust it, "
+            "save it with `save_pretrained`, and give that folder."
+        )
+    named = [name for name in present if name.endswith(_FOREIGN)]
+    if named:
+        return f", but {named[0]}, which transformers does not read for PyTorch. Give the model with safetensors weights."
+    models = [name for name in present if is_gguf(name)]
+    if models:
+        return f", but GGUF files: give one of them by its name, such as {models[0]}."
+    return ". Save the model again with `save_pretrained`, or finish the download."
 
 
 def _shards(folder: Path, index: str) -> tuple[str, ...]:

@@ -6,6 +6,8 @@ import json
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,12 @@ from transformers.utils import logging as transformers_logging
 
 from lowrank_core.config import ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
-from lowrank_core.files.weights import WeightFiles, weight_files
+from lowrank_core.files.checkpoints import check_reference, check_unquantized, dequantized_method, dequantized_note
+from lowrank_core.files.gguf import GgufFile, is_gguf, read_gguf
+from lowrank_core.files.weights import WeightFiles, read_object, weight_files
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.experts import unroll_experts
+from lowrank_core.models.gguf import become_plain, check_complete, check_readable, dequantizing, gguf_arguments
 from lowrank_core.models.handle import LayerSpec, ModelHandle, auto_class_of, find_layers, positions_of, random_tokens, text_config_of
 from lowrank_core.models.integrity import check_weights
 from lowrank_core.runs import bundled_path
@@ -41,27 +46,38 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 assert hf.METHOD  # the import is for its side effect: `from_pretrained` must know the format
 
 # What transformers, tokenizers and safetensors raise for folders that are not there, not whole, or not what they claim.
-_LIBRARY_ERRORS = (OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
+_LIBRARY_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, TypeError, AttributeError, SafetensorError)
 
 
 def resolve_reference(reference: str) -> str:
-    """Return the folder or hub id that ``reference`` names.
+    """Return the folder, GGUF file or hub id that ``reference`` names.
 
     Raises:
-        ModelError: it looks like a path, and there is no such folder, or no checkpoint in it.
+        ModelError: it looks like a path, and there is nothing there, or it is recognised as no plain language model.
     """
     if reference == "demo":
         return str(bundled_path("assets", "demo-lm"))
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise ModelError(f"model: {folder} holds no config.json. Give a folder written by `save_pretrained`.")
-        return str(folder.resolve())
-    if folder.exists():
-        raise ModelError(f"model: {folder} is a file. Give the folder of the checkpoint that holds it.")
-    if looks_like_path(reference):
-        raise ModelError(f"model: there is no folder {folder}. Check the path; `demo` is the bundled model.")
+    place = Path(reference).expanduser()
+    if place.is_dir():
+        check_reference(reference)
+        return str(place.resolve())
+    if place.exists() and not is_gguf(place):
+        raise ModelError(f"model: {place} is a file. Give the folder of the checkpoint that holds it.")
+    if place.exists():
+        return str(place.absolute())  # a link of the hub's cache keeps its name
+    if looks_like_path(reference) or is_gguf(reference):
+        kind = "GGUF file" if is_gguf(reference) else "folder"
+        raise ModelError(f"model: there is no {kind} {place}. Check the path; `demo` is the bundled model.")
     return reference
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Begin what is raised with what it is about."""
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"model: {error}") from error
 
 
 def _device(name: str) -> torch.device:
@@ -79,7 +95,7 @@ def _device(name: str) -> torch.device:
 
 
 def load_model(source: ModelSource) -> ModelHandle:
-    """Load the model and tokenizer of ``source``, in eval mode, from safetensors only.
+    """Load the model and tokenizer of ``source``, in eval mode, from safetensors or a GGUF file only.
 
     Raises:
         ModelError: it is not there, is not a causal language model, or its files are damaged.
@@ -87,16 +103,18 @@ def load_model(source: ModelSource) -> ModelHandle:
     place = resolve_reference(source.reference)
     device = _device(source.device)
     config = _checked_config(place, source.reference)
-    if Path(place).is_dir():
-        _check_files(Path(place), config)
-    dtype: Any = "auto" if source.dtype == "auto" and device.type != "cpu" else getattr(torch, source.dtype, torch.float32)
-    module = _load_module(place, source.reference, dtype, config)
+    _check_files(place, config)
+    dtype: Any = getattr(torch, source.dtype, torch.float32)
+    if source.dtype == "auto" and device.type != "cpu":
+        dtype = "auto" if _file_of(place) is None else _stored_dtype(place, config)
+    module = _load_module(place, source.reference, config, dtype)
     tokenizer = _load_tokenizer(place, source.reference)
     module = module.to(device).eval()  # type: ignore[arg-type]
     module.requires_grad_(False)
     _check_finite(module, source.reference)
     unroll_experts(module)
-    return ModelHandle(source.reference, module, tokenizer, _layers(module, source.reference), _stored_dtype(place, config, module))
+    dtype = _stored_dtype(place, config) or module.dtype
+    return ModelHandle(source.reference, module, tokenizer, _layers(module, source.reference), dtype)
 
 
 def _layers(module: PreTrainedModel, reference: str) -> tuple[LayerSpec, ...]:
@@ -132,38 +150,52 @@ def _leak(module: PreTrainedModel) -> float:
 
 
 def notes_of(reference: str) -> tuple[str, ...]:
-    """Return what a user should know of the folder of a model that was loaded: which of several sets of weights that was.
+    """Return what a user should know of the files of a model: which of several sets of weights is loaded, how a GGUF file is quantised.
 
     Raises:
         ModelError: as ``load_model``.
     """
-    place = Path(resolve_reference(reference))
-    note = _files_of(place).note if place.is_dir() else ""
-    return (note,) if note else ()
+    place = resolve_reference(reference)
+    file = _file_of(place)
+    if file is not None:
+        return file.notes
+    if not Path(place).is_dir():
+        return ()
+    config = read_object(Path(place) / "config.json")
+    return tuple(filter(None, (_files_of(Path(place)).note, dequantized_note(config, place))))
+
+
+def _file_of(place: str) -> GgufFile | None:
+    """Return the header of a GGUF file; None for a folder or a hub id."""
+    if not Path(place).is_file():
+        return None
+    with _told():
+        return read_gguf(Path(place))
 
 
 def _files_of(folder: Path) -> WeightFiles:
-    try:
+    with _told():
         return weight_files(folder)
-    except ModelError as error:
-        raise ModelError(f"model: {error}") from error
 
 
-def _check_files(folder: Path, config: PretrainedConfig) -> None:
+def _check_files(place: str, config: PretrainedConfig) -> None:
     """Check what is about to be read, and tell of what is not."""
-    files = _files_of(folder)
-    if files.note:
-        _LOGGER.warning(f"model: {files.note}")
-    if getattr(config, "quantization_config", None) is None:  # else the quantizer looks: one reading of the files is enough
-        check_weights([folder / name for name in files.loaded])
+    for note in notes_of(place):
+        _LOGGER.warning(f"model: {note}")
+    if Path(place).is_dir() and getattr(config, "quantization_config", None) is None:  # else the quantizer looks: one reading is enough
+        check_weights([Path(place) / name for name in _files_of(Path(place)).loaded])
 
 
-def _stored_dtype(place: str, config: PretrainedConfig, module: PreTrainedModel) -> torch.dtype:
-    """Return the dtype that most floats of the files have; what config.json says of it need not be so."""
+def _stored_dtype(place: str, config: PretrainedConfig) -> torch.dtype | None:
+    """Return the dtype that most floats of the files have; what config.json says of it need not be so. None where nothing says it."""
+    file = _file_of(place)
+    if file is not None:
+        stated: torch.dtype = getattr(torch, file.stored_dtype)
+        return stated
     cached = None if Path(place).is_dir() else try_to_load_from_cache(place, "config.json")
     folder = Path(cached).parent if isinstance(cached, str) else Path(place)
     if not folder.is_dir():
-        return config.dtype if isinstance(config.dtype, torch.dtype) else module.dtype
+        return config.dtype if isinstance(config.dtype, torch.dtype) else None
     counts: Counter[torch.dtype] = Counter()
     for name in _files_of(folder).loaded:
         with safe_open(folder / name, framework="pt") as archive:
@@ -171,7 +203,7 @@ def _stored_dtype(place: str, config: PretrainedConfig, module: PreTrainedModel)
                 view = archive.get_slice(key)
                 counts[_FLOATS.get(view.get_dtype(), torch.int8)] += prod(view.get_shape())
     del counts[torch.int8]
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else module.dtype
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else None
 
 
 def _check_reachable(repository: str) -> None:
@@ -186,9 +218,11 @@ def _check_reachable(repository: str) -> None:
         ) from error
 
 
-def _options(place: str) -> dict[str, Any]:
-    """Return what every ``from_pretrained`` gets: no code of the checkpoint is run, nothing is fetched for a local folder."""
-    return {"trust_remote_code": False, "local_files_only": Path(place).is_dir()}
+def _arguments(place: str) -> AbstractContextManager[tuple[str, dict[str, Any]]]:
+    """Give what every ``from_pretrained`` gets: no code of the checkpoint is run, nothing is fetched for what is local."""
+    if Path(place).is_file():
+        return gguf_arguments(Path(place))
+    return nullcontext((place, {"trust_remote_code": False, "local_files_only": Path(place).is_dir()}))
 
 
 def max_context(reference: str) -> int | None:
@@ -197,7 +231,9 @@ def max_context(reference: str) -> int | None:
     Raises:
         ModelError: as ``load_model``.
     """
-    return positions_of(_checked_config(resolve_reference(reference), reference))
+    place = resolve_reference(reference)
+    file = _file_of(place)
+    return positions_of(_checked_config(place, reference)) if file is None else file.number("context_length") or None
 
 
 def _checked_config(place: str, reference: str) -> PretrainedConfig:
@@ -205,12 +241,18 @@ def _checked_config(place: str, reference: str) -> PretrainedConfig:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would tell of each retry
-    if not Path(place).is_dir():
+    file = _file_of(place)
+    if file is not None:
+        check_readable(file)
+    elif not Path(place).is_dir():
         _check_reachable(place)
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(place, **_options(place))
+        with _arguments(place) as (source, options):
+            config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
     except _LIBRARY_ERRORS as error:
         raise ModelError(_not_loaded(place, reference, error)) from error
+    with _told():
+        check_unquantized(config.to_dict(), reference)
     refusal = _refusal(config)
     if refusal:
         raise ModelError(f"model: {reference} {refusal}")
@@ -240,16 +282,21 @@ def _refusal(config: PretrainedConfig) -> str:
     return f"is not a causal language model ({name}). Give its text part ({text.model_type}) as a checkpoint of its own."
 
 
-def _load_module(place: str, reference: str, dtype: Any, config: PretrainedConfig) -> PreTrainedModel:
+def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: Any) -> PreTrainedModel:
+    file = _file_of(place)
+    method = "gguf" if file is not None else dequantized_method(config.to_dict())
     try:
-        module, info = getattr(transformers, auto_class_of(config)).from_pretrained(
-            place,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are refused below, by name
-            **_options(place),
-        )
+        with _arguments(place) as (source, options):
+            module, info = getattr(transformers, auto_class_of(config)).from_pretrained(
+                source,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by name
+                **options,
+                **dequantizing(method),
+            )
     except _LIBRARY_ERRORS as error:
         raise ModelError(_not_loaded(place, reference, error)) from error
     missing = sorted(info["missing_keys"])
@@ -260,12 +307,17 @@ def _load_module(place: str, reference: str, dtype: Any, config: PretrainedConfi
             f"model: the weights of {reference} are incomplete or of the wrong shape (first: {names}). "
             "Save or download the checkpoint again."
         )
+    if file is not None:
+        check_complete(file, module)
+    if method:
+        become_plain(module)
     return module
 
 
 def _load_tokenizer(place: str, reference: str) -> PreTrainedTokenizerBase:
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place, **_options(place))
+        with _arguments(place) as (source, options):
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     except _LIBRARY_ERRORS as error:
         raise ModelError(
             f"model: {reference} has no tokenizer that can be read ({_first_line(error)}). Save it into the same folder."

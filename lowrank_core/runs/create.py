@@ -58,7 +58,7 @@ def _versions() -> dict[str, str]:
 def _anchored(config: RunConfig) -> RunConfig:
     """Return ``config`` with absolute paths: a worker may start in another folder."""
     model, text = config.model.reference, config.text.reference
-    if model != "demo" and Path(model).expanduser().is_dir():
+    if model != "demo" and Path(model).expanduser().exists():
         model = str(Path(model).expanduser().absolute())
     name, _, place = text.partition(":")
     if place:

@@ -15,7 +15,7 @@ from lowrank_core.spectra.spectrum import LayerSpectrum, load_spectra
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studies.variables import Importances, read_importances
 from lowrank_core.studio.overview.checkpoint import ModelOnDisk, read_model
-from lowrank_core.studio.overview.source_checks import model_folder
+from lowrank_core.studio.overview.source_checks import local_model
 from lowrank_core.studio.overview.text_preview import TextPreview, text_preview
 from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
 from lowrank_core.studio.shared.model_facts import model_facts
@@ -45,21 +45,21 @@ def spectra_of(run: Run) -> tuple[LayerSpectrum, ...] | None:
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _model(folder: str, changed: int) -> ModelOnDisk:
-    return read_model(Path(folder))
+def _model(place: str, changed: int) -> ModelOnDisk:
+    return read_model(Path(place))
 
 
 def model_on_disk(reference: str) -> ModelOnDisk | None:
     """Return a local model's contents from its headers, None for a hub id not downloaded yet.
 
     Raises:
-        ModelError: there is no such folder or hub id, or it holds no model.
+        ModelError: there is no such folder, file or hub id, or it holds no model that can be compressed.
     """
-    folder = model_folder(reference)
-    if folder is None:
+    place = local_model(reference)
+    if place is None:
         return None
-    files = [path for path in folder.iterdir() if path.suffix in (".json", ".safetensors")]
-    return _model(str(folder), max((path.stat().st_mtime_ns for path in files), default=0))
+    files = [path for path in place.iterdir() if path.suffix in (".json", ".safetensors")] if place.is_dir() else [place]
+    return _model(str(place), max((path.stat().st_mtime_ns for path in files), default=0))
 
 
 @st.cache_resource(max_entries=8, show_spinner="Reading the text")

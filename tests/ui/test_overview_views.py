@@ -80,16 +80,16 @@ def config_of(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_layers_that_are_low_rank_or_quantised_already_are_left_alone(tmp_path):
+def test_layers_that_are_low_rank_already_are_left_alone_and_quantised_ones_refused(tmp_path):
     folder = checkpoint(tmp_path / "model")
     name = matrices()[0].name
     config_of(folder, quantization_config={"quant_method": "lowrank", "layers": {name: {}}})
     parts = read_model(folder).parts
     assert part(parts, f"{name}.weight").why == "factor: low-rank already"
     assert part(parts, matrices()[1].name + ".weight").compressible
-    config_of(folder, quantization_config={"quant_method": "gptq"})
-    assert read_model(folder).facts.compressible_parameters == 0
-    assert "gptq" in part(read_model(folder).parts, "q_proj.weight").why
+    config_of(folder, quantization_config={"quant_method": "gptq", "bits": 4})
+    with pytest.raises(ModelError, match=r"is quantised \(gptq, 4 bits\)"):
+        read_model(folder)
 
 
 def test_names_in_a_header_are_text_and_never_markup(tmp_path):
@@ -142,13 +142,13 @@ def test_a_second_copy_of_the_weights_is_not_counted(tmp_path):
 def test_a_hub_id_is_here_once_all_its_files_are(tmp_path, monkeypatch):
     monkeypatch.setattr(source_checks.constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--owner--name"
-    assert source_checks.model_folder("owner/name") is None
+    assert source_checks.local_model("owner/name") is None
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("abc")
     folder = checkpoint(repository / "snapshots" / "abc")
-    assert source_checks.model_folder("owner/name") == folder
+    assert source_checks.local_model("owner/name") == folder
     shard(folder)
-    assert source_checks.model_folder("owner/name") is None
+    assert source_checks.local_model("owner/name") is None
 
 
 # will it fit

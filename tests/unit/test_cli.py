@@ -448,7 +448,7 @@ MODELS: dict[str, tuple[Callable[[Places], object], str]] = {
     "not a causal LM": (_bert, "not a causal language model"),
     "corrupt safetensors": (_corrupt, "model.safetensors is damaged or cut short"),
     "unknown hub id offline": (lambda _: "nobody/nothing", "neither a local folder nor a hub id"),
-    "an empty name": (lambda _: "", "give `demo`, a local folder, or a hub id"),
+    "an empty name": (lambda _: "", "give `demo`, a local folder, a GGUF file, or a hub id"),
 }
 
 RATIOS = {"0": "0 would remove nothing", "1": "got 1. Try 0.2", "1.5": "got 1.5. Try 0.2", "-0.1": "got -0.1", "nan": "got nan"}

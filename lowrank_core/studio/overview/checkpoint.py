@@ -88,15 +88,15 @@ class ModelOnDisk:
     notes: tuple[str, ...] = ()
 
 
-def read_model(folder: Path) -> ModelOnDisk:
-    """Return the contents of the model in ``folder``.
+def read_model(place: Path) -> ModelOnDisk:
+    """Return the contents of the model in a folder, or in a GGUF file.
 
     Raises:
         ModelError: as ``read_checkpoint``.
     """
-    checkpoint = read_checkpoint(folder)
+    checkpoint = read_checkpoint(place)
     parts = parts_of(checkpoint)
-    notes = tuple(filter(None, (checkpoint.note, _note_of_missing_guards(checkpoint))))
+    notes = (*checkpoint.notes, *filter(None, [_note_of_missing_guards(checkpoint)]))
     return ModelOnDisk(parts, checkpoint_facts(checkpoint, parts), checkpoint.files, notes)
 
 
@@ -194,14 +194,9 @@ def _mapped(shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
 
 
 def _replaced(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
-    """Return the beginnings of names whose weights are not plain, with kind and reason: low-rank already, or of a quantised model."""
-    quantised = checkpoint.config.get("quantization_config")
-    if not isinstance(quantised, dict):
-        return {}
-    layers = _low_rank_layers(checkpoint)
-    if layers:  # their path in the block tells: transformers saves some models under other names than its modules have
-        return {f"{_in_block(name)}.": ("lowrank", "factor: low-rank already") for name in layers}
-    return {"": ("quantised", f"quantised ({quantised.get('quant_method', 'unknown')}): give the dense model model")}
+    """Return the beginnings of names whose weights are factors, with kind and reason."""
+    # Their path in the block tells: transformers saves some models under other names than its modules have.
+    return {f"{_in_block(name)}.": ("lowrank", "factor: low-rank already") for name in _low_rank_layers(checkpoint)}
 
 
 def _in_block(name: str) -> str:
@@ -253,6 +248,7 @@ def checkpoint_facts(checkpoint: Checkpoint, parts: Sequence[Part] | None = None
         reference=str(checkpoint.folder),
         architecture=_architecture(checkpoint.config),
         dtype=", ".join(sorted({part.dtype for part in parts if part.parameters})),
+        stored_dtype=checkpoint.stored_dtype,
         parameters=sum(part.parameters for part in parts),
         compressible_parameters=sum(matrix.dense_parameters for matrix in matrices),
         bytes=sum(stored[part.name].bytes for part in parts if part.parameters),

@@ -1,10 +1,11 @@
-"""Config and safetensors headers of a checkpoint: names, shapes and dtypes, without weights."""
+"""Config and tensor headers of a checkpoint, in safetensors or GGUF: names, shapes and dtypes, without weights."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
@@ -12,6 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from lowrank_core.errors import ModelError
+from lowrank_core.files.checkpoints import check_folder_kind, dequantized_method, dequantized_note
+from lowrank_core.files.gguf import GgufFile, is_gguf, read_gguf
 from lowrank_core.files.weights import read_object, weight_files
 
 __all__ = ["Checkpoint", "StoredTensor", "read_checkpoint", "same_values"]
@@ -20,15 +23,31 @@ _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "U64": 8, "I32": 4,
 
 _SAMPLES, _SAMPLE_BYTES = 16, 2**16
 
+_GGUF_BLOCK = re.compile(r"blk\.(?P<depth>\d+)\.(?P<module>[^.]+)(?P<rest>\..*)?")
+_GGUF_OUTSIDE = {"token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm"}
+_GGUF_INSIDE = {
+    **{f"attn_{name}": f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv")},
+    **{f"attn_{name}_norm": f"self_attn.{name}_norm" for name in ("q", "k")},
+    **{f"ffn_{name}": f"mlp.{name}_proj" for name in ("gate", "up", "down")},
+    **{f"ffn_{name}_exps": f"mlp.experts.{name}_proj" for name in ("gate", "up", "down")},
+    **{f"ffn_{name}_shexp": f"mlp.shared_expert.{name}_proj" for name in ("gate", "up", "down")},
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+"""Name in a GGUF file -> name in most decoders of transformers, outside and inside the blocks."""
+
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the header of ``file`` describes it."""
+    """A tensor as the header of ``file`` describes it; ``packed_bytes`` of one in quantised blocks."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: str
+    packed_bytes: int | None = None
 
     @property
     def elements(self) -> int:
@@ -36,7 +55,7 @@ class StoredTensor:
 
     @property
     def bytes(self) -> int:
-        return self.elements * _BYTES.get(self.dtype, 1)
+        return self.elements * _BYTES.get(self.dtype, 1) if self.packed_bytes is None else self.packed_bytes
 
 
 def same_values(folder: Path, first: StoredTensor, second: StoredTensor) -> bool:
@@ -71,14 +90,16 @@ class Checkpoint:
         config: of config.json.
         tensors: of all files, in the order of the files.
         files: names of the weight files that are loaded: one, or the shards that the index lists.
-        note: what else is there and is not loaded, in a line; empty where there is nothing.
+        notes: what a user should know of them, a line each, such as what else is there and is not loaded.
+        stored_dtype: in which what is made of it is written, where that is no dtype of its tensors.
     """
 
     folder: Path
     config: Mapping[str, object]
     tensors: tuple[StoredTensor, ...]
     files: tuple[str, ...]
-    note: str = ""
+    notes: tuple[str, ...] = ()
+    stored_dtype: str = ""
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -92,15 +113,54 @@ class Checkpoint:
         return next((value for value in result if isinstance(value, int) and not isinstance(value, bool)), 0)
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
-    """Return the config and tensor headers of ``folder``.
+def read_checkpoint(place: Path) -> Checkpoint:
+    """Return the config and tensor headers of a folder, or of a GGUF file.
 
     Raises:
-        ModelError: no config, no safetensors file, a shard that is missing, or a damaged file.
+        ModelError: no config, no safetensors file, a shard that is missing, a damaged file, or a folder of another kind.
     """
-    config, files = read_object(folder / "config.json"), weight_files(folder)
-    tensors = [tensor for file in files.loaded for tensor in _tensors(folder / file)]
-    return Checkpoint(folder, config, tuple({tensor.name: tensor for tensor in tensors}.values()), files.loaded, files.note)
+    if place.is_file() and is_gguf(place):
+        return _of_gguf(read_gguf(place))
+    check_folder_kind(place)
+    config, files = read_object(place / "config.json"), weight_files(place)
+    tensors = [tensor for file in files.loaded for tensor in _tensors(place / file)]
+    method = dequantized_method(config)
+    if method:
+        tensors = [plain for tensor in tensors if (plain := _dequantized(tensor)) is not None]
+    notes = tuple(filter(None, (files.note, dequantized_note(config, str(place)))))
+    dtype = "bfloat16" if method else ""
+    return Checkpoint(place, config, tuple({tensor.name: tensor for tensor in tensors}.values()), files.loaded, notes, dtype)
+
+
+def _dequantized(tensor: StoredTensor) -> StoredTensor | None:
+    """Return a tensor of a checkpoint in fp8 or mxfp4 as the model has it; None for the scales of another."""
+    if tensor.name.endswith(("_scale_inv", "_scales")):
+        return None
+    if not tensor.name.endswith("_blocks"):
+        return tensor
+    experts, rows, groups, half = tensor.shape  # two numbers in a byte
+    return replace(tensor, name=tensor.name.removesuffix("_blocks"), shape=(experts, groups * half * 2, rows), packed_bytes=tensor.bytes)
+
+
+def _of_gguf(file: GgufFile) -> Checkpoint:
+    """Return a GGUF file under the names that most decoders of transformers have; names that are not known stay as they are."""
+    tensors = tuple(StoredTensor(_plain_name(t.name), t.shape, t.type, file.path.name, t.bytes) for t in file.weights)
+    config: dict[str, object] = {
+        "architectures": [f"{file.architecture} (GGUF)"],
+        "vocab_size": file.vocabulary,
+        "hidden_size": file.number("embedding_length"),
+        "max_position_embeddings": file.number("context_length"),
+    }
+    return Checkpoint(file.path, config, tensors, (file.path.name,), file.notes, file.stored_dtype)
+
+
+def _plain_name(name: str) -> str:
+    """Return the name that a tensor of llama.cpp has in most decoders: ``blk.0.attn_q`` is ``model.layers.0.self_attn.q_proj``."""
+    match = _GGUF_BLOCK.fullmatch(name)
+    if match is None:
+        stem, dot, leaf = name.partition(".")
+        return f"{_GGUF_OUTSIDE.get(stem, stem)}{dot}{leaf}"
+    return f"model.layers.{match['depth']}.{_GGUF_INSIDE.get(match['module'], match['module'])}{match['rest']}"
 
 
 def _tensors(file: Path) -> Sequence[StoredTensor]:

@@ -148,7 +148,8 @@ def _held(facts: ModelFacts, config: RunConfig, *, on_gpu: bool) -> int:
     """Return bytes of a weight in memory, by the rule of ``ModelSource.dtype``."""
     if config.model.dtype != "auto":
         return _BYTES[config.model.dtype]
-    return max(1, round(facts.bytes / max(1, facts.parameters))) if on_gpu else _BYTES["float32"]
+    stored = _BYTES.get(facts.stored_dtype) or max(1, round(facts.bytes / max(1, facts.parameters)))
+    return stored if on_gpu else _BYTES["float32"]
 
 
 def _blocks(facts: ModelFacts) -> dict[int, dict[str, int]]:

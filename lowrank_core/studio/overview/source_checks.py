@@ -9,12 +9,13 @@ from huggingface_hub import constants
 
 from lowrank_core.config import looks_like_path
 from lowrank_core.errors import ModelError, TextError
+from lowrank_core.files.gguf import is_gguf
 from lowrank_core.files.weights import weight_files
 from lowrank_core.runs import bundled_path
 from lowrank_core.studio.overview.checkpoint import read_model
 from lowrank_core.studio.shared.model_facts import ModelFacts
 
-__all__ = ["TEXTS", "check_model", "check_text", "hub_cache", "model_folder"]
+__all__ = ["TEXTS", "check_model", "check_text", "hub_cache", "local_model"]
 
 TEXTS = {
     "python-stdlib": "Python standard library (offline)",
@@ -34,22 +35,23 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def model_folder(reference: str) -> Path | None:
-    """Return the local folder of ``reference``; None for a hub id not downloaded yet.
+def local_model(reference: str) -> Path | None:
+    """Return the local folder, or GGUF file, of ``reference``; None for a hub id not downloaded yet.
 
     Raises:
-        ModelError: nothing is given, the folder is missing, or the name can't be a hub id.
+        ModelError: nothing is given, the folder or file is missing, or the name can't be a hub id.
     """
     reference = reference.strip()
     if not reference:
-        raise ModelError("No model is given. Enter a local folder or a hub id, or choose the bundled model.")
+        raise ModelError("No model is given. Enter a local folder, a GGUF file or a hub id, or choose the bundled model.")
     if reference == "demo":
         return bundled_path("assets", "demo-lm")
-    folder = Path(reference).expanduser()
-    if looks_like_path(reference) or folder.exists():
-        if not folder.is_dir():
-            raise ModelError(f"There is no folder {folder}. Check the path; it must be readable on the machine that runs the dashboard.")
-        return folder
+    place = Path(reference).expanduser()
+    if looks_like_path(reference) or is_gguf(reference) or place.exists():
+        if not place.is_dir() and not (is_gguf(place) and place.is_file()):
+            kind = "GGUF file" if is_gguf(place) else "folder"
+            raise ModelError(f"There is no {kind} {place}. Check the path; it must be readable on the machine that runs the dashboard.")
+        return place
     if not _HUB_ID.match(reference):
         raise ModelError(f"{reference!r} is neither a folder nor a hub id. A hub id looks like `owner/name`.")
     return _downloaded(reference)
@@ -71,10 +73,10 @@ def check_model(reference: str) -> ModelFacts | None:
     """Return the facts of a local model, None for a hub id not downloaded yet.
 
     Raises:
-        ModelError: as ``model_folder``, or the folder holds no model.
+        ModelError: as ``local_model``, or it holds no model that can be compressed.
     """
-    folder = model_folder(reference)
-    return None if folder is None else read_model(folder).facts
+    place = local_model(reference)
+    return None if place is None else read_model(place).facts
 
 
 def check_text(reference: str) -> str:

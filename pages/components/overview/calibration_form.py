@@ -19,7 +19,7 @@ from pages.components.widgets import draw
 
 __all__ = ["calibration_form"]
 
-_MODELS = {"demo": "Bundled demo", "other": "Folder or hub id"}
+_MODELS = {"demo": "Bundled demo", "other": "Folder, GGUF file or hub id"}
 
 
 def calibration_form() -> None:
@@ -58,10 +58,10 @@ def _model_reference() -> str:
     if choice != "other":
         return "demo"
     return st.text_input(
-        "Folder or hub id",
+        "Folder, GGUF file or hub id",
         key="model_reference",
-        placeholder="/models/llama-2-7b or owner/name",
-        help="A folder in save_pretrained format on the machine of the dashboard, or an id on the Hugging Face hub.",
+        placeholder="/models/llama-2-7b, /models/name.gguf or owner/name",
+        help="A folder in save_pretrained format or a GGUF file, on the machine of the dashboard, or an id on the Hugging Face hub.",
         persist_state="session",
     )
 

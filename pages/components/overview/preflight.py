@@ -87,7 +87,7 @@ def tree(model: ModelOnDisk, *, key: str) -> None:
 
 def _not_here(reference: str) -> None:
     if not reference.strip():
-        st.caption("Enter a folder or a hub id above.")
+        st.caption("Enter a folder, a GGUF file or a hub id above.")
         return
     st.info(
         f"**{reference}** is not on this machine. When a run starts, its config, tokenizer and safetensors weights are downloaded from "
