@@ -26,7 +26,7 @@ from lowrank_core.compression.tuning import TuningPoint, tune
 from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
 from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
-from lowrank_core.export import HeldOut, check_free, check_precision, export, held_out
+from lowrank_core.export import HeldOut, check_dense_form, check_free, check_precision, export, held_out
 from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, notes_of
@@ -57,6 +57,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     _ = pipeline.calibration_windows  # a text that can't be read is reported as such
     test, lacks = _test_text(handle, text)
     repeats = () if test is None else overlap_warnings(pipeline.calibration_windows, test.windows)
+    check_dense_form(handle, metric_named(request.compression.basis), request.export)
     check_precision(handle, request.export, None if test is None else test.windows)
     statistics = reported(pipeline.statistics)
     compression, tuning = _tuned(pipeline, request) if request.tune else (request.compression, ())

@@ -30,6 +30,11 @@ class ExportConfig:
     )
     dtype: str = option("auto", "that is written; auto: that of the checkpoint", label="Dtype", flag="export-dtype", choices=EXPORT_DTYPES)
     max_shard_size: str = option("50GB", "of one weight file, such as 2GB (units KB to TB, of 1000)", label="Largest weight file")
+    drop_biases: bool = option(
+        False,
+        "with the form dense: leave out the biases that a centred metric adds and the architecture has no place for, and measure that cost",
+        label="Drop biases without a place",
+    )
     quantization: str = option(
         "none", "of the factors; int8: whole numbers with one scale a row", label="Quantisation", flag="quantize", choices=QUANTIZATIONS
     )
@@ -38,6 +43,8 @@ class ExportConfig:
         check_options(self)
         if self.form == "dense" and self.quantization != "none":
             raise ConfigError("a dense folder holds no factors that could be in 8 bits; write the form compressed, or leave int8 out.")
+        if self.drop_biases and self.form != "dense":
+            raise ConfigError("factors have a place for every bias; leave --drop-biases out, or write the form dense.")
         if self.form == "dense" and self.with_code:
             raise ConfigError("a dense folder loads without any code of ours; leave --with-code out.")
         if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", self.max_shard_size.upper()):
@@ -56,6 +63,7 @@ class ExportConfig:
             (self.form, self.form != usual.form),
             ("with-code", self.with_code),
             (self.dtype, self.dtype != usual.dtype),
+            ("without-biases", self.drop_biases),
             (self.quantization, self.quantization != usual.quantization),
             (f"shards-of-{self.max_shard_size.upper()}", self.shard_bytes != usual.shard_bytes),
         )

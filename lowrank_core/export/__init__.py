@@ -4,6 +4,7 @@ import sys
 from types import ModuleType
 from typing import Any
 
+from lowrank_core.export.dense import biases_without_place, check_dense_form
 from lowrank_core.export.folder import check_free
 from lowrank_core.export.healed import healed_model, write_healed
 from lowrank_core.export.manifest import ExportManifest, Measurement, Protocol, read_manifest
@@ -20,6 +21,8 @@ __all__ = [
     "Rewritten",
     "HeldOut",
     "Verification",
+    "biases_without_place",
+    "check_dense_form",
     "check_free",
     "check_precision",
     "export",

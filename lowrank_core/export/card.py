@@ -75,7 +75,21 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
         files += f" {manifest.guards} empty tensors guard the compressed layers (see Loading): they hold no numbers and no bytes of data."
     if manifest.form == "dense":
         files += f" Stored as factors they would be {report.parameters_after:,}: the dense form is for runtimes that read no other."
+    files += _dropped_biases(manifest)
     return f"## Size\n\n{table}\n\n{files}"
+
+
+def _dropped_biases(manifest: ExportManifest) -> str:
+    dropped = manifest.details.get("dropped_biases")
+    if not isinstance(dropped, dict):
+        return ""
+    before, after = dropped.get("perplexity_with_them"), manifest.measured
+    cost = (
+        "what that costs was not measured"
+        if before is None or after is None
+        else f"perplexity {after.perplexity:.4g} in place of {before:.4g}"
+    )
+    return f" The architecture has no place for the biases that the metric gave {dropped['layers']} layers, so they were left out: {cost}."
 
 
 def rank_rows(report: CompressionReport) -> list[tuple[str, int, int, float, int]]:

@@ -1,38 +1,63 @@
 """The dense merge: every compressed layer as the plain layer of the architecture, holding the product of the factors.
 
-Any runtime reads it, and it is not smaller. A centred basis gives layers a bias, which the architecture must have a place for.
+Any runtime reads it, and it is not smaller. A centred metric gives layers a bias, which most architectures have no place for: an empty
+model tells before anything is compressed, and such biases can be left out.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lowrank_core.config import ExportConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.layers.base import CompressedModule
-from lowrank_core.metrics import METRICS
+from lowrank_core.metrics import METRICS, ErrorMetric
 from lowrank_core.models.experts import roll_experts, unroll_experts
 from lowrank_core.models.gguf import become_plain
-from lowrank_core.models.handle import bias_of
+from lowrank_core.models.handle import ModelHandle, bias_of
 from lowrank_core.models.hf import compressed_modules
 
-__all__ = ["merged"]
+__all__ = ["biases_without_place", "check_dense_form", "merged"]
 
 
-def merged(module: PreTrainedModel) -> PreTrainedModel:
-    """Return a copy of the model in its plain architecture; the products are computed in float64 and cast once.
+def biases_without_place(handle: ModelHandle) -> tuple[str, ...]:
+    """Return the compressible layers for whose bias the architecture has no place, whatever its config says."""
+    _, _, homeless = _with_places_for_biases(handle.module, [layer.name for layer in handle.layers])
+    return tuple(homeless)
+
+
+def check_dense_form(handle: ModelHandle, basis: ErrorMetric, config: ExportConfig) -> None:
+    """Raise, before anything is calibrated, where the dense form of what ``basis`` gives could not be written.
 
     Raises:
-        ModelError: a layer has a bias for which the architecture has no place, whatever its config says.
+        ModelError: the metric adds biases that the architecture has no place for, and they are not to be dropped.
+    """
+    if config.form == "dense" and basis.centred and not config.drop_biases:
+        _refuse(handle.module, biases_without_place(handle))
+
+
+def merged(module: PreTrainedModel, *, drop_biases: bool = False) -> tuple[PreTrainedModel, tuple[str, ...]]:
+    """Return a copy of the model in its plain architecture, and the layers whose bias was left out.
+
+    Products are computed in float64 and cast once.
+
+    Raises:
+        ModelError: a layer has a bias for which the architecture has no place, and it is not to be dropped.
     """
     compressed = dict(compressed_modules(module))
-    config, skeleton = _with_places_for_biases(module, compressed)
+    config, skeleton, homeless = _with_places_for_biases(module, [name for name, child in compressed.items() if bias_of(child) is not None])
+    if not drop_biases:
+        _refuse(module, homeless)
     # deepcopy takes a replaced layer from its memo, so that no factor is copied to be thrown away.
-    memo: dict[int, object] = {id(child): _dense_layer(child, skeleton.get_submodule(name)) for name, child in compressed.items()}
+    memo: dict[int, object] = {
+        id(child): _dense_layer(child, skeleton.get_submodule(name), keep_bias=name not in homeless) for name, child in compressed.items()
+    }
     dense = copy.deepcopy(module, memo)
     _add_zero_biases(dense, skeleton)
     for model in (dense, skeleton):
@@ -41,29 +66,33 @@ def merged(module: PreTrainedModel) -> PreTrainedModel:
     become_plain(dense)
     result, expected = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (dense, skeleton))
     assert result == expected, sorted(result.items() ^ expected.items())[:3]
-    return dense
+    return dense, tuple(homeless)
 
 
-def _with_places_for_biases(module: PreTrainedModel, compressed: dict[str, CompressedModule]) -> tuple[PretrainedConfig, PreTrainedModel]:
-    """Return a config under which the architecture has a bias wherever a compressed layer has one, and the empty model of it."""
+def _refuse(module: PreTrainedModel, homeless: Sequence[str]) -> None:
+    if homeless:
+        plain = ", ".join(name for name, basis in METRICS.items() if not basis.centred)
+        raise ModelError(
+            f"dense: {type(module).__name__} has no place for the biases that a centred metric gives {len(homeless)} layers "
+            f"(the first: {homeless[0]}). Leave them out, and have that cost measured (--drop-biases), export the compressed form, "
+            f"or compress with a metric that adds none: {plain}."
+        )
+
+
+def _with_places_for_biases(module: PreTrainedModel, biased: Sequence[str]) -> tuple[PretrainedConfig, PreTrainedModel, list[str]]:
+    """Return a config under which the architecture has a bias in most of the layers ``biased``, its empty model, and the other layers."""
     config = copy.deepcopy(module.config)
     skeleton = _empty(module, config)
-    homeless = _without_place(compressed, skeleton)
+    homeless = _without_place(biased, skeleton)
     for flag in [name for name, value in config.to_dict().items() if value is False and name.endswith("bias")]:
         if homeless:
             changed = copy.deepcopy(config)
             setattr(changed, flag, True)
             other = _empty(module, changed)
-            left = _without_place(compressed, other)
+            left = _without_place(biased, other)
             if len(left) < len(homeless):
                 config, skeleton, homeless = changed, other, left
-    if homeless:
-        plain = ", ".join(name for name, basis in METRICS.items() if not basis.centred)
-        raise ModelError(
-            f"dense: {type(module).__name__} has no place for the biases that a centred basis gave {len(homeless)} layers "
-            f"(the first: {homeless[0]}). Export the compressed form, or compress with a basis that adds none: {plain}."
-        )
-    return config, skeleton
+    return config, skeleton, homeless
 
 
 def _empty(module: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
@@ -73,17 +102,17 @@ def _empty(module: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel
     return skeleton
 
 
-def _without_place(compressed: dict[str, CompressedModule], skeleton: PreTrainedModel) -> list[str]:
-    return [name for name, child in compressed.items() if bias_of(child) is not None and bias_of(skeleton.get_submodule(name)) is None]
+def _without_place(biased: Sequence[str], skeleton: PreTrainedModel) -> list[str]:
+    return [name for name in biased if bias_of(skeleton.get_submodule(name)) is None]
 
 
-def _dense_layer(child: CompressedModule, plain: nn.Module) -> nn.Module:
-    """Return the layer of the architecture with the matrix and the bias that ``child`` stands for."""
+def _dense_layer(child: CompressedModule, plain: nn.Module, *, keep_bias: bool) -> nn.Module:
+    """Return the layer of the architecture with the matrix that ``child`` stands for, and its bias if that is kept."""
     dtype = next(tensor.dtype for tensor in child.state_dict().values() if tensor.is_floating_point())
     with torch.no_grad():
         exact = copy.deepcopy(child).double()
         getattr(exact, "leader", exact).double()  # it comes along in the copy, but is no submodule
-        weight, bias = exact.weight.to(dtype), bias_of(exact)
+        weight, bias = exact.weight.to(dtype), bias_of(exact) if keep_bias else None
     if bias_of(plain) is not None and bias is None:
         bias = torch.zeros(child.out_features, dtype=dtype, device=weight.device)
     with torch.device("meta"):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -62,7 +62,7 @@ def export(
         model = quantized(model, scales=written_dtype(model.handle, config))
     base = base_model_of(model.handle.reference)
     with whole_folder(folder) as temporary:
-        dtype, parameters = _write_model(model, temporary, config, provenance, None if test is None else test.windows)
+        dtype, parameters, dropped = _write_model(model, temporary, config, provenance, None if test is None else test.windows)
         base.copy_licence(temporary)
         manifest = ExportManifest(
             made_from=model.handle.reference,
@@ -73,7 +73,12 @@ def export(
             written_parameters=parameters,
             guards=0 if config.form == "dense" else len(list(compressed_modules(model.handle.module))),
             auto_class=auto_class_of(model.handle.module.config),
-            details={**provenance, **({"base_file": base.file} if base.file else {}), **_counts(model)},
+            details={
+                **provenance,
+                **({"base_file": base.file} if base.file else {}),
+                **_counts(model),
+                **({"dropped_biases": _cost_of_biases(model, dropped, test)} if dropped else {}),
+            },
             measured=None if test is None else measured(loaded_like(model.handle, temporary), test, progress=progress),
             figures=dict(figures or {}),
             versions=versions(),
@@ -89,12 +94,13 @@ def _describe(folder: Path, manifest: ExportManifest, model: CompressedModel, ba
 
 def _write_model(
     model: CompressedModel, folder: Path, config: ExportConfig, provenance: Mapping[str, object], windows: WindowSet | None
-) -> tuple[str, int]:
-    """Write weights, config, tokenizer and code; return the dtype that was written, and how many numbers."""
-    handle = model.handle
-    stored = written_dtype(handle, config)
+) -> tuple[str, int, tuple[str, ...]]:
+    """Write weights, config, tokenizer and code; return the dtype that was written, how many numbers, and layers without their bias."""
+    handle, stored = model.handle, written_dtype(model.handle, config)
+    dropped: tuple[str, ...] = ()
     if config.form == "dense":
-        module = merged(handle.module).to(stored)
+        module, dropped = merged(handle.module, drop_biases=config.drop_biases)
+        module = module.to(stored)
     else:
         module = copy.deepcopy(handle.module).to(stored)
         mark_compressed(module, provenance)
@@ -105,7 +111,13 @@ def _write_model(
         write_code(type(module).__name__, folder)
     module.save_pretrained(folder, max_shard_size=config.max_shard_size)
     _save_tokenizer(handle.tokenizer, folder)
-    return str(stored).removeprefix("torch."), replace(handle, module=module, layers=()).parameters
+    return str(stored).removeprefix("torch."), replace(handle, module=module, layers=()).parameters, dropped
+
+
+def _cost_of_biases(model: CompressedModel, dropped: Sequence[str], test: HeldOut | None) -> dict[str, object]:
+    """Return how many layers lost their bias, and what the model measures with it; the folder's own measurement is without."""
+    kept = None if test is None else measured(model.handle, test)
+    return {"layers": len(dropped), "perplexity_with_them": None if kept is None else kept.perplexity}
 
 
 def _save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

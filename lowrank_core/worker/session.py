@@ -15,6 +15,8 @@ from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.decomposition.units import error_curves
 from lowrank_core.evaluation import DenseReference
+from lowrank_core.export import biases_without_place
+from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, describe
 from lowrank_core.models.attention import Heads, find_heads
 from lowrank_core.runs import Run, write_json
@@ -95,7 +97,12 @@ def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
     search = run.config.search
     warning = handle.coverage.warning(None if search is None else search.compression_ratio)
     by_heads = search is not None and search.compression.heads
-    return _told((*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads)))
+    homeless = biases_without_place(handle) if search is not None and metric_named(search.compression.basis).centred else ()
+    biases = (
+        f"{type(handle.module).__name__} has no place for the biases that this metric gives {len(homeless)} layers: "
+        "an export in the dense form leaves them out, and measures what that costs (--drop-biases)."
+    )
+    return _told((*filter(None, [warning]), *([biases] if homeless else []), *(str(entry) for entry in heads.dropped if by_heads)))
 
 
 def _told(notes: tuple[str, ...]) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,15 @@ import torch
 from exported import all_forms, logits_of
 from safetensors.torch import load_file
 
-from lowrank_core.config import ExportConfig, ModelSource
+from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.errors import ModelError
-from lowrank_core.export import export, read_manifest
+from lowrank_core.evaluation import evaluate
+from lowrank_core.export import HeldOut, biases_without_place, check_dense_form, export, read_manifest
 from lowrank_core.export.dense import merged
 from lowrank_core.layers.base import CompressedModule
+from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.text import WindowSet
 
 DENSE = ExportConfig(form="dense")
 WITHOUT_OURS = """
@@ -94,10 +98,38 @@ def test_the_manifest_and_the_card_say_that_it_is_not_smaller(request: pytest.Fi
     assert "lowrank_core" not in card
 
 
+def test_biases_without_a_place_can_be_left_out_and_what_that_costs_is_measured(
+    request: pytest.FixtureRequest, tmp_path: Path, windows: WindowSet
+):
+    dense = _dense(request, "qwen2")
+    assert any(name.endswith("o_proj") for name in biases_without_place(dense))
+    model = all_forms(dense, centred=True)
+    config = replace(DENSE, drop_biases=True)
+    test = HeldOut(TextConfig("random tokens", context=windows.context), windows.first(4))
+    manifest = export(model, tmp_path / "out", config=config, test=test)
+    dropped = manifest.details["dropped_biases"]
+    with_them = evaluate(model.handle, windows.first(4)).perplexity
+    without = evaluate(load_model(ModelSource(str(tmp_path / "out"))), windows.first(4)).perplexity
+    assert dropped["perplexity_with_them"] == pytest.approx(with_them, rel=1e-5)
+    assert manifest.measured is not None
+    assert manifest.measured.perplexity == pytest.approx(without, rel=1e-5)
+    assert with_them != pytest.approx(without, rel=1e-3)
+    assert f"the metric gave {dropped['layers']} layers, so they were left out" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_what_can_not_be_merged_is_known_before_anything_is_calibrated(request: pytest.FixtureRequest):
+    centred, plain = metric_named("two_sided"), metric_named("whitened")
+    with pytest.raises(ModelError, match="--drop-biases"):
+        check_dense_form(_dense(request, "qwen2"), centred, DENSE)
+    for basis, config in ((plain, DENSE), (centred, ExportConfig()), (centred, replace(DENSE, drop_biases=True))):
+        check_dense_form(_dense(request, "qwen2"), basis, config)
+    check_dense_form(_dense(request, "llama"), centred, DENSE)  # its config has flags for biases
+
+
 def test_merging_leaves_the_given_model_as_it_was_and_keeps_ties(request: pytest.FixtureRequest):
     model = all_forms(_dense(request, "llama"))
     before = model.handle.fingerprint
-    module = merged(model.handle.module)
+    module, _ = merged(model.handle.module)
     assert ModelHandle("again", model.handle.module, model.handle.tokenizer, (), torch.float32).fingerprint == before
     assert not any(isinstance(child, CompressedModule) for child in module.modules())
     assert module.get_output_embeddings().weight is module.get_input_embeddings().weight
@@ -107,7 +139,7 @@ def test_a_model_that_was_loaded_from_an_export_can_be_merged(request: pytest.Fi
     model = all_forms(_dense(request, "llama"))
     export(model, tmp_path / "factors", provenance={})
     loaded = load_model(ModelSource(str(tmp_path / "factors")))
-    module = merged(loaded.module)
+    module, _ = merged(loaded.module)
     assert not hasattr(module.config, "quantization_config")
     torch.testing.assert_close(logits_of(module), logits_of(model.handle.module), rtol=0, atol=1e-5)
 
