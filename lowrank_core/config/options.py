@@ -8,6 +8,7 @@ all read ``options_of(kind)``: a new option is one field.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Collection, Mapping
@@ -16,7 +17,7 @@ from typing import Any
 
 from lowrank_core.errors import ConfigError
 
-__all__ = ["Declared", "Option", "changed_options", "check_options", "option", "options_of", "renamed"]
+__all__ = ["Declared", "Option", "changed_options", "check_options", "hints_of", "option", "options_of", "renamed"]
 
 _KEY = "option"
 
@@ -89,9 +90,16 @@ def option(default: Any, help: str, **about: Any) -> Any:
     return field(default=default, metadata={_KEY: Option(help, **about)})
 
 
+@functools.cache
+def hints_of(kind: type) -> dict[str, Any]:
+    """Return field -> type of a dataclass; every record that is read asks for it."""
+    return typing.get_type_hints(kind)
+
+
+@functools.cache
 def options_of(kind: type) -> tuple[Declared, ...]:
     """Return the options that the config class ``kind`` declares, in the order of its fields."""
-    hints = typing.get_type_hints(kind)
+    hints = hints_of(kind)
     result = []
     for entry in dataclasses.fields(kind):
         if _KEY in entry.metadata:
