@@ -300,6 +300,7 @@ def test_a_further_worker_is_refused_before_it_calibrates(run: Run, model: Path,
     assert "Give it the same model and text" in reported
 
 
+@pytest.mark.process
 def test_memory_is_measured_of_the_model_that_is_timed(model: Path):
     handle = load_model(ModelSource(str(model)))
     config = SpeedConfig(prompt_tokens=4, new_tokens=2, rounds=1, warmup=1)
