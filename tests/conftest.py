@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 from collections.abc import Iterator
@@ -19,6 +20,12 @@ from lowrank_core.text import WindowSet
 # Tiny matrices: with several threads, and anything else on the machine, they mostly wait for each other. Workers inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported to itself: half a million objects would be looked through in every collection of garbage."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

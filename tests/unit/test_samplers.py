@@ -184,7 +184,7 @@ def search(config: SearchConfig, optimum: float, *, bad: int | None = None, fact
 
 
 @pytest.mark.parametrize(
-    "seeds", [pytest.param(range(2), id="two seeds"), pytest.param(range(2, 8), id="six more", marks=pytest.mark.slow)]
+    "seeds", [pytest.param(range(1), id="a seed"), pytest.param(range(1, 8), id="seven more", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(("objective", "optimum", "factor"), [("perplexity", 40.0, 1000.0), ("kl", 0.05, 100.0)])
 def test_one_bad_trial_does_not_spoil_a_search(objective: str, optimum: float, factor: float, seeds: range):
