@@ -154,7 +154,9 @@ def test_counted_flops_are_those_that_torch_counts(case: Case):
         return counter.get_total_flops()
 
     report, tokens = case.model.report, IDS.numel()
-    assert executed(case.handle.module) - executed(case.model.handle.module) == tokens * (report.linear_flops_before - report.linear_flops_after)
+    assert executed(case.handle.module) - executed(case.model.handle.module) == tokens * (
+        report.linear_flops_before - report.linear_flops_after
+    )
     assert report.model_flops_before - report.model_flops_after == report.linear_flops_before - report.linear_flops_after
     assert report.linear_flops_before == 2 * sum(shape.d_out * shape.d_in for shape in case.handle.shapes)
 
