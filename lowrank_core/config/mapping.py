@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING
 from typing import Any, TypeVar
 
-from lowrank_core.config.options import renamed
+from lowrank_core.config.options import hints_of, renamed
 from lowrank_core.errors import ConfigError, LowRankError, RunError
 
 __all__ = ["build", "from_mapping", "to_mapping"]
@@ -57,7 +57,7 @@ class _Decoder:
     def built(self, kind: type[T], body: Mapping[str, object], given: Mapping[str, object] | None = None) -> T:
         if not isinstance(body, Mapping):
             raise self._error(f"{kind.__name__}: expected an object, got {type(body).__name__}.")
-        body, given, hints = renamed(kind, body), given or {}, typing.get_type_hints(kind)
+        body, given, hints = renamed(kind, body), given or {}, hints_of(kind)
         if not self.source and (unknown := sorted(set(body) - set(hints))):
             raise ConfigError(f"{kind.__name__}: unknown {', '.join(unknown)}; it knows {', '.join(hints)}.")
         values = dict(given)

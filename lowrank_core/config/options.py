@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 import types
 import typing
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import MISSING, dataclass, field
 from typing import Any
 
 from lowrank_core.errors import ConfigError
 
-__all__ = ["Declared", "Option", "changed_options", "check_options", "option", "options_of", "renamed"]
+__all__ = ["Declared", "Option", "changed_options", "check_options", "hints_of", "option", "options_of", "renamed"]
 
 _KEY = "option"
 
@@ -89,16 +89,31 @@ def option(default: Any, help: str, **about: Any) -> Any:
     return field(default=default, metadata={_KEY: Option(help, **about)})
 
 
+_HINTS: dict[type, dict[str, Any]] = {}
+_DECLARED: dict[type, tuple[Declared, ...]] = {}
+"""Looked up once for a class: every record that is read asks for them."""
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """Return field -> type of a dataclass."""
+    if kind not in _HINTS:
+        _HINTS[kind] = typing.get_type_hints(kind)
+    return _HINTS[kind]
+
+
 def options_of(kind: type) -> tuple[Declared, ...]:
     """Return the options that the config class ``kind`` declares, in the order of its fields."""
-    hints = typing.get_type_hints(kind)
-    result = []
+    if kind not in _DECLARED:
+        _DECLARED[kind] = tuple(_declared(kind))
+    return _DECLARED[kind]
+
+
+def _declared(kind: type) -> Iterator[Declared]:
     for entry in dataclasses.fields(kind):
         if _KEY in entry.metadata:
-            plain, optional = _plain(hints[entry.name])
+            plain, optional = _plain(hints_of(kind)[entry.name])
             default = None if entry.default is MISSING else entry.default
-            result.append(Declared(entry.name, plain, optional, default, entry.metadata[_KEY]))
-    return tuple(result)
+            yield Declared(entry.name, plain, optional, default, entry.metadata[_KEY])
 
 
 def _plain(hint: Any) -> tuple[type, bool]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import streamlit as st
+from streamlit.components.v2 import manifest_scanner
 from streamlit.testing.v1 import AppTest
 
 from lowrank_core.runs import RunStatus
@@ -33,18 +34,24 @@ class NoPagesFolder(type(Path())):
         return False
 
 
+@pytest.fixture(scope="session", autouse=True)
+def components():
+    """Look for components of other packages once: every AppTest reads the metadata of all that is installed."""
+    found = manifest_scanner.scan_component_manifests()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest_scanner, "scan_component_manifests", lambda: found)
+        yield
+
+
 @pytest.fixture
 def app(monkeypatch):
-    """Open a page as a browser would: ``app("search", run=…)``."""
+    """Open a page as a browser would that is given its address: ``app("search", run=…)``."""
     monkeypatch.setattr("streamlit.runtime.pages_manager.Path", NoPagesFolder)
 
     def opened(page: str = "overview", **query: str) -> AppTest:
         test = AppTest.from_file(str(ROOT / "app.py"), default_timeout=300)
         for name, value in query.items():
             test.query_params[name] = value
-        test.run()
-        if page != "overview":
-            test.switch_page(f"pages/{page}.py").run()
-        return test
+        return test.switch_page(f"pages/{page}.py").run()
 
     return opened

@@ -151,6 +151,17 @@ def test_the_chosen_module_follows_to_the_next_page_and_into_the_address(app):
     assert test.selectbox(key="module_picker").value == module
 
 
+def test_all_pages_can_be_visited_one_after_another(app):
+    run = make_run()
+    write_answers(run)
+    test = app("overview")
+    for page, title in [*PAGES.items(), ("overview", "Overview")]:
+        test.switch_page(f"pages/{page}.py").run()
+        assert sound(test)
+        assert test.title[0].value == title
+        assert test.query_params["run"] == run.id
+
+
 def test_choosing_another_run_forgets_the_trial(app):
     older = make_run()
     make_run()

@@ -20,7 +20,7 @@ from lowrank_core.studio.search.convergence_chart import convergence_figure
 
 @pytest.fixture(scope="module")
 def text(text_file: Path) -> TextConfig:
-    return TextConfig(f"file:{text_file}", context=32, calibration_windows=40, validation_windows=4, test_windows=8)
+    return TextConfig(f"file:{text_file}", context=32, calibration_windows=20, validation_windows=4, test_windows=8)
 
 
 def test_the_allocation_table_measures_each_allocation_at_equal_parameters(llama_checkpoint: Path, text: TextConfig) -> None:

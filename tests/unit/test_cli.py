@@ -194,9 +194,8 @@ def test_compress_gives_the_promised_keys_and_a_model(places: Places):
     assert measured["kl"] > 0
 
 
-@pytest.mark.parametrize("basis", ["pooled_feature", "weight_svd"])
-@pytest.mark.parametrize("allocation", ["uniform", "lord_manual"])
-def test_every_basis_and_allocation_compresses(places: Places, basis: str, allocation: str):
+@pytest.mark.parametrize(("basis", "allocation"), [("pooled_feature", "lord_manual"), ("weight_svd", "uniform")])
+def test_a_basis_and_an_allocation_can_be_chosen(places: Places, basis: str, allocation: str):
     options = ["--basis", basis, "--allocation", allocation, "--compression-ratio", "0.25", "--compress-value"]
     body = _lowrank("compress", *places.source, *options, "--out", places.out, "--json").body
     assert body["basis"] == basis
@@ -205,7 +204,7 @@ def test_every_basis_and_allocation_compresses(places: Places, basis: str, alloc
     assert any(rank is not None for name, rank in body["ranks"].items() if name.endswith("v_proj"))
 
 
-@pytest.mark.parametrize("preset", ["svd", "fwsvd", "asvd", "svd_llm"])
+@pytest.mark.parametrize("preset", ["fwsvd", "asvd"])  # the one needs gradients, the other perplexities
 def test_a_preset_is_a_whole_recipe(places: Places, preset: str):
     body = _lowrank("compress", *places.source, "--preset", preset, "--compression-ratio", 0.3, "--out", places.out, "--json").body
     expected = PRESETS[preset]
@@ -255,7 +254,7 @@ def test_robust_pooling_changes_what_is_measured_and_is_checked(places: Places):
 
 
 def test_a_search_says_that_its_kl_is_a_lower_bound_where_it_is(places: Places):
-    options = ["--compression-ratio", 0.2, "--trials", 3, "--top-k", 8, "--run", places.folder / "run"]
+    options = ["--compression-ratio", 0.2, "--trials", 3, "--top-k", 8, "--confirmed", 0, "--run", places.folder / "run"]
     body = _lowrank("search", *places.source, *options, "--json").body
     assert body["protocol"].endswith("KL on the 8 likeliest tokens and the rest: a lower bound.")
 
@@ -266,7 +265,7 @@ def test_bolacos_search_runs_as_published(places: Places, tmp_path: Path, sample
         vocab_size=VOCABULARY, hidden_size=128, intermediate_size=320, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4
     )
     model = save_checkpoint(tmp_path / "wide", LlamaForCausalLM(config), sample_text)
-    options = ["--preset", "bolaco", "--compression-ratio", 0.2, "--trials", 6, "--run", tmp_path / "run"]
+    options = ["--preset", "bolaco", "--compression-ratio", 0.2, "--trials", 5, "--confirmed", 0, "--run", tmp_path / "run"]
     body = _lowrank("search", "--model", model, *places.source[2:], *options, "--json").body
     assert body["objective"] == "bolaco"
     assert body["compression_ratio"] >= 0.2  # and, by ranks in eights, perhaps more than the tenth that the fractions may remove on top
@@ -374,7 +373,7 @@ def test_a_partial_choice_is_completed(places: Places):
 
 
 def test_a_search_over_ratios_prints_its_front(places: Places):
-    options = ["--compression-ratio", 0.2, "--most-ratio", 0.5, "--trials", 10, "--confirmed", 1, "--run", places.out]
+    options = ["--compression-ratio", 0.2, "--most-ratio", 0.5, "--trials", 5, "--confirmed", 1, "--run", places.out]
     outcome = _lowrank("search", *places.source, *options)
     assert outcome.out.startswith("Pareto front, on validation text:")
     assert f"lowrank export --run {places.out} --trial N" in outcome.out

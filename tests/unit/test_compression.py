@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,14 @@ CONFIGS = {
     "value dense": CompressionConfig(basis="two_sided", storage="pivoted", value_dense=True),
     "alternatives": CompressionConfig(basis="two_sided", storage="pivoted", value_dense=False, stacks=True, heads=True),
 }
+STORED = ("pooled_feature", "shared_input", "pivoted", "pivoted stacks", "pivoted stacks across layers", "value dense", "alternatives")
+CASES = [
+    *(("llama", name) for name in CONFIGS),
+    *(("gpt2", name) for name in (*STORED, "fisher_rows", "cross_layer")),
+    *(("qwen2", name) for name in (*STORED, "two_sided", "activation_scaled")),
+]
+"""Every metric in one architecture, and every form of units and of storage in all: a metric is given matrices and knows no architecture."""
+every_case = pytest.mark.parametrize(("any_handle", "case"), CASES, indirect=True, scope="module")
 
 
 @dataclass(frozen=True)
@@ -47,6 +56,11 @@ class Case:
     units: tuple[Unit, ...]
     bases: Bases
     config: CompressionConfig
+
+    @cached_property
+    def model(self) -> CompressedModel:
+        """Compressed by 0.4, for tests that leave it as it is."""
+        return compress(self.handle, self.bases, self.allocation(0.4))
 
     def allocation(self, ratio: float) -> RankAllocation:
         keep = [shape.name for shape in self.handle.shapes if shape.kind == "v_proj"] if self.config.value_dense else []
@@ -60,7 +74,7 @@ def statistics(any_handle: ModelHandle, windows: WindowSet) -> LayerStatistics:
     return collect_statistics(any_handle, windows, config).with_outputs(collect_gradients(any_handle, windows, config))
 
 
-@pytest.fixture(scope="module", params=list(CONFIGS))
+@pytest.fixture(scope="module")
 def case(request: pytest.FixtureRequest, any_handle: ModelHandle, statistics: LayerStatistics) -> Case:
     config = CONFIGS[request.param]
     units = units_of(any_handle, config)
@@ -79,9 +93,9 @@ def counted(model: torch.nn.Module) -> tuple[int, int]:
     return sum(t.numel() for t in stored if t.is_floating_point()), sum(t.numel() for t in stored if not t.is_floating_point())
 
 
+@every_case
 def test_counted_parameters_are_those_of_the_built_model(case: Case):
-    allocation = case.allocation(0.4)
-    model = compress(case.handle, case.bases, allocation)
+    allocation, model = case.allocation(0.4), case.model
     weights, indices = counted(model.handle.module)
     assert weights == sum(p.numel() for p in model.handle.module.parameters())
     report = model.report
@@ -93,10 +107,11 @@ def test_counted_parameters_are_those_of_the_built_model(case: Case):
     assert (indices > 0) == (case.config.storage == "pivoted")
 
 
+@every_case
 def test_the_bill_of_a_draft_is_that_of_the_built_model(case: Case, tmp_path: Path):
     """What the page Manual allocation shows before anything is built."""
     allocation = case.allocation(0.4)
-    report = compress(case.handle, case.bases, allocation).report
+    report = case.model.report
     run = Run(tmp_path)
     write_json(tmp_path / "model.json", describe(case.handle))
     facts = model_facts(run)
@@ -109,8 +124,9 @@ def test_the_bill_of_a_draft_is_that_of_the_built_model(case: Case, tmp_path: Pa
     assert (result.removed, result.model_removed) == (report.compression_ratio, report.model_compression_ratio)
 
 
+@every_case
 def test_the_budget_is_met_and_reported(case: Case):
-    report = compress(case.handle, case.bases, case.allocation(0.4)).report
+    report = case.model.report
     budget = budget_for_ratio(case.units, 0.4)
     step = max(unit.parameters(1) for unit in case.units)
     assert budget - step < report.linear_parameters_after <= budget
@@ -118,10 +134,10 @@ def test_the_budget_is_met_and_reported(case: Case):
     assert 0 < report.model_compression_ratio < report.compression_ratio
 
 
+@every_case
 def test_each_unit_has_the_parameters_of_its_price(case: Case):
-    allocation = case.allocation(0.4)
-    module = compress(case.handle, case.bases, allocation).handle.module
-    for name, rank in allocation.ranks.items():
+    module = case.model.handle.module
+    for name, rank in case.allocation(0.4).ranks.items():
         unit = case.bases[name].unit
         built = [module.get_submodule(member.name) for member in unit.members]
         assert all(isinstance(layer, CompressedModule) == (rank is not None) for layer in built)
@@ -130,21 +146,24 @@ def test_each_unit_has_the_parameters_of_its_price(case: Case):
         assert dtypes <= {torch.int32}
 
 
+@every_case
 def test_counted_flops_are_those_that_torch_counts(case: Case):
     def executed(module: torch.nn.Module) -> int:
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             module(input_ids=IDS, use_cache=False)
         return counter.get_total_flops()
 
-    model = compress(case.handle, case.bases, case.allocation(0.4))
-    report, tokens = model.report, IDS.numel()
-    assert executed(case.handle.module) - executed(model.handle.module) == tokens * (report.linear_flops_before - report.linear_flops_after)
+    report, tokens = case.model.report, IDS.numel()
+    assert executed(case.handle.module) - executed(case.model.handle.module) == tokens * (
+        report.linear_flops_before - report.linear_flops_after
+    )
     assert report.model_flops_before - report.model_flops_after == report.linear_flops_before - report.linear_flops_after
     assert report.linear_flops_before == 2 * sum(shape.d_out * shape.d_in for shape in case.handle.shapes)
 
 
+@every_case
 def test_each_unit_tells_its_counts_and_its_condition(case: Case):
-    report = compress(case.handle, case.bases, case.allocation(0.4)).report
+    report = case.model.report
     assert {unit.name: unit.rank for unit in report.units} == {name: rank for name, rank in report.ranks.items() if rank is not None}
     saved = sum(unit.dense_parameters - unit.parameters for unit in report.units)
     assert saved == report.parameters_before - report.parameters_after
@@ -156,6 +175,7 @@ def test_each_unit_tells_its_counts_and_its_condition(case: Case):
         assert (unit.storage == "per_head") == isinstance(case.bases[unit.name].unit, HeadUnit)
 
 
+@every_case
 def test_full_rank_factors_give_the_dense_logits(case: Case):
     """Every unit at its full rank, one cover of the matrices at a time."""
     singles = {unit.name: unit.max_rank for unit in case.units if len(unit.members) == 1}
@@ -169,6 +189,7 @@ def test_full_rank_factors_give_the_dense_logits(case: Case):
             torch.testing.assert_close(logits(case.handle), dense, rtol=1e-4, atol=1e-4)
 
 
+@every_case
 def test_compressing_leaves_the_given_model_alone(case: Case):
     before, weights = logits(case.handle), {name: p.clone() for name, p in case.handle.module.named_parameters()}
     model = compress(case.handle, case.bases, case.allocation(0.5))
@@ -181,13 +202,15 @@ def test_compressing_leaves_the_given_model_alone(case: Case):
     assert not shared
 
 
+@every_case
 def test_a_compressed_model_can_be_trained(case: Case):
     """Healing comes after: its parameters take gradients as the dense ones do."""
-    model = compress(case.handle, case.bases, case.allocation(0.4)).handle.module
+    model = copy.deepcopy(case.model.handle.module)
     model.requires_grad_(True)(input_ids=IDS, labels=IDS).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@every_case
 def test_a_trials_swap_measures_what_the_compressed_model_is(case: Case):
     """A trial stores plain factors: the same function as the pivoted form, up to rounding."""
     allocation = case.allocation(0.3)
@@ -200,6 +223,7 @@ def test_a_trials_swap_measures_what_the_compressed_model_is(case: Case):
     torch.testing.assert_close(inside, logits(model.handle), rtol=1e-6 if exact else 1e-4, atol=1e-6 if exact else 1e-4)
 
 
+@every_case
 def test_swapped_layers_come_back_after_a_failure(case: Case):
     before = dict(case.handle.module.named_modules())
     layers = low_rank_layers(case.handle, case.bases, case.allocation(0.3).ranks)

@@ -259,12 +259,13 @@ def test_every_command_says_what_is_left_alone(
     assert f"Of the base model, {dense.coverage.statement()}." in (tmp_path / "small" / "README.md").read_text()
     out, _ = run(capsys, "evaluate", "--model", str(tmp_path / "small"), "--against", str(tmp_path / "dense"), *common)
     assert statement in out
-    out, _ = run(capsys, "search", *model, "--compression-ratio", "0.2", "--trials", "3", "--run", str(tmp_path / "run"))
+    out, _ = run(
+        capsys, "search", *model, "--compression-ratio", "0.2", "--trials", "3", "--confirmed", "0", "--run", str(tmp_path / "run")
+    )
     assert statement in out
     assert "of the compressible linears = " in out
     exported = ["export", "--run", str(tmp_path / "run"), "--trial", "best"]
-    out, _ = run(capsys, *exported, "--out", str(tmp_path / "best"))
-    assert statement in out
+    assert statement in run(capsys, *exported, "--out", str(tmp_path / "best"))[0]
     body = json.loads(run(capsys, *exported, "--out", str(tmp_path / "again"), "--json")[0])
     assert Coverage.from_mapping(body["coverage"]) == dense.coverage
     status = json.loads((tmp_path / "run" / "status.json").read_text())

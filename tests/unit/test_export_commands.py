@@ -1,15 +1,22 @@
-"""What the commands and a run's worker write, and that it can be proven afterwards."""
+"""What the commands and a run's worker write, and that it can be proven afterwards.
+
+``tests/process/test_export_verify.py`` measures in fresh processes; here the same answer to the same request is given by this one.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
 from lowrank_core.cli import main
 from lowrank_core.config import ModelSource
-from lowrank_core.export import read_manifest
+from lowrank_core.export import read_manifest, verification
+from lowrank_core.export.manifest import Measurement, measurement_from
 from lowrank_core.models import load_model
 from lowrank_core.runs import client, open_run, read_json
 
@@ -26,6 +33,20 @@ def run(source: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("LOWRANK_HOME", str(folder.parent / "home"))
         assert main(["search", *source, "--preset", "svd", "--compression-ratio", "0.3", "--trials", "2", "--run", str(folder)]) == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def verified_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start no process to verify in: it would import torch for as long as ten of these tests take."""
+
+    def answered(request: Mapping[str, object], _: object) -> Measurement:
+        said = io.StringIO()
+        with monkeypatch.context() as patch, contextlib.redirect_stdout(said):
+            patch.setattr("sys.stdin", io.StringIO(json.dumps(request)))
+            verification._answer()
+        return measurement_from(json.loads(said.getvalue()))
+
+    monkeypatch.setattr(verification, "_in_fresh_process", answered)
 
 
 def _printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, object]:

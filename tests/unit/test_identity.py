@@ -17,7 +17,7 @@ from lowrank_core.cli import main
 from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, SearchConfig, TextConfig, to_mapping
 from lowrank_core.errors import Cancelled, ConfigError, ModelError
 from lowrank_core.models import load_model
-from lowrank_core.runs import Run, client, create_run, read_json, write_json
+from lowrank_core.runs import Run, client, create_run, open_run, read_json, write_json
 from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.speed import SpeedConfig, compare_speed
 from lowrank_core.studies.records import TrialRecord, read_trials
@@ -38,8 +38,7 @@ def text(text_file: Path, tmp_path: Path) -> Path:
     return shutil.copy(text_file, tmp_path / "text.txt")
 
 
-@pytest.fixture
-def config(model: Path, text: Path) -> RunConfig:
+def config_of(model: Path, text: Path) -> RunConfig:
     return RunConfig(
         model=ModelSource(str(model)),
         text=TextConfig(f"file:{text}", context=32, calibration_windows=40, validation_windows=4, test_windows=6),
@@ -49,10 +48,26 @@ def config(model: Path, text: Path) -> RunConfig:
 
 
 @pytest.fixture
-def run(config: RunConfig) -> Run:
-    """A search that is finished."""
-    run = create_run(config)
-    run_worker(run, verbose=False)
+def config(model: Path, text: Path) -> RunConfig:
+    return config_of(model, text)
+
+
+@pytest.fixture(scope="module")
+def searched(llama_checkpoint: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A search that is finished, with the statistics in its home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWRANK_HOME", str(tmp_path_factory.mktemp("searched")))
+        run = create_run(config_of(llama_checkpoint, text_file))
+        run_worker(run, verbose=False)
+    return run
+
+
+@pytest.fixture
+def run(searched: Run, config: RunConfig, lowrank_home: Path) -> Run:
+    """A copy of it, of this test's own model and text."""
+    shutil.copytree(searched.path.parents[1], lowrank_home, dirs_exist_ok=True)
+    run = open_run(lowrank_home / "runs" / searched.id)
+    _edit(run, config)
     return run
 
 
@@ -300,6 +315,7 @@ def test_a_further_worker_is_refused_before_it_calibrates(run: Run, model: Path,
     assert "Give it the same model and text" in reported
 
 
+@pytest.mark.process
 def test_memory_is_measured_of_the_model_that_is_timed(model: Path):
     handle = load_model(ModelSource(str(model)))
     config = SpeedConfig(prompt_tokens=4, new_tokens=2, rounds=1, warmup=1)

@@ -116,9 +116,7 @@ def searched(seed: int, trials: int) -> tuple[list[FrozenTrial], np.ndarray]:
     return study.trials, shares_of_quadratic(centre)
 
 
-@pytest.mark.parametrize(
-    "seeds", [pytest.param(range(2), id="two seeds"), pytest.param(range(2, 8), id="six more", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seeds", [pytest.param(range(1), id="a seed"), pytest.param(range(1, 8), id="seven more", marks=pytest.mark.slow)])
 def test_searches_by_a_gaussian_process_name_the_heaviest_variable_first(seeds: range):
     """PED-ANOVA names it in 1 of these 8 by 30 trials, and in none by 50."""
     for seed in seeds:

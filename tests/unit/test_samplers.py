@@ -183,9 +183,7 @@ def search(config: SearchConfig, optimum: float, *, bad: int | None = None, fact
     return study
 
 
-@pytest.mark.parametrize(
-    "seeds", [pytest.param(range(2), id="two seeds"), pytest.param(range(2, 8), id="six more", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seeds", [pytest.param(range(1), id="a seed"), pytest.param(range(1, 8), id="seven more", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("objective", "optimum", "factor"), [("perplexity", 40.0, 1000.0), ("kl", 0.05, 100.0)])
 def test_one_bad_trial_does_not_spoil_a_search(objective: str, optimum: float, factor: float, seeds: range):
     """Without logarithms and bound, these end 1.9 to 3.2 % above the optimum by perplexity and 10 to 16 % by KL."""
