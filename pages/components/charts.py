@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from lowrank_core.studio.shared.chart_style import CONFIG, Chart, legible
-from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.vega import PICKED, ZOOM, VegaChart
+from pages.components.widgets import offer
 
 __all__ = ["chart", "show"]
 
@@ -53,15 +53,5 @@ def show(spec: Chart, *, key: str) -> None:
 
 
 def _numbers(data: pd.DataFrame, key: str) -> None:
-    """Offer ``data`` as a file, written on demand."""
-    st.download_button(
-        "CSV",
-        lambda: csv_of(data).encode(),
-        f"{key}.csv",
-        "text/csv",
-        key=f"{key}_csv",
-        help="The data of this chart.",
-        icon=":material/download:",
-        type="tertiary",
-        on_click="ignore",
-    )
+    """Offer ``data`` as a file."""
+    offer("CSV", f"{key}.csv", data, key=f"{key}_csv", help="The data of this chart.", type="tertiary")

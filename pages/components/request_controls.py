@@ -13,14 +13,19 @@ from lowrank_core.studio.shared.run_list import is_working, status_words
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
 
-__all__ = ["submit", "ask_all", "waiting", "why_not"]
+__all__ = ["ask", "ask_all", "submit", "waiting", "why_not"]
 
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
 
 
-def why_not(run: Run) -> str | None:
-    """Return why ``run`` takes no requests, for a disabled button's help; None if it does."""
-    return _RECORDED if run.recorded else None
+def why_not(run: Run, words: str = _RECORDED) -> str | None:
+    """Return why ``run`` takes no requests, by default in the usual words, for a disabled button's help; None if it does."""
+    return words if run.recorded else None
+
+
+def ask(run: Run, kind: str, **arguments: object) -> None:
+    """Submit a request, and redraw the page."""
+    ask_all(run, [(kind, arguments)])
 
 
 def submit(run: Run, kind: str, subjects: Sequence[ModelKey], **arguments: object) -> None:

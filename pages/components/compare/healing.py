@@ -18,7 +18,7 @@ from lowrank_core.studio.shared.formatting import count, number, percent
 from pages.components import charts
 from pages.components.boundary import boundary
 from pages.components.request_controls import submit, why_not
-from pages.components.widgets import draw
+from pages.components.widgets import draw, draw_all, pick
 
 __all__ = ["form", "show"]
 
@@ -28,16 +28,7 @@ _FIRST = {"method": 300, "steps": 150, "cross_entropy": 210}
 
 def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
     """Draw the choice of an allocation, the settings and the start button."""
-    options = list(result)
-    index = options.index(first) if first in options else 0
-    trial = st.selectbox(
-        "Allocation to heal",
-        options,
-        index,
-        key=f"heal_trial_{run.id}_{first}",
-        format_func=lambda key: result.get(key, str(key)),
-        width=380,
-    )
+    trial = pick("Allocation to heal", result, first, key=f"heal_trial_{run.id}_{first}", width=380)
     with st.form("heal_form"):
         settings = _settings()
         pressed = st.form_submit_button("Start", key="heal", icon=":material/healing:", disabled=run.recorded, help=why_not(run))
@@ -48,16 +39,11 @@ def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
 
 def _settings() -> dict[str, Any]:
     """Draw all healing options, the usual three first; return field -> value."""
-    chosen: dict[str, Any] = {}
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        for name, width in _FIRST.items():
-            chosen[name] = draw(HealingConfig, name, key=f"heal_{name}", width=width)
+        chosen = {name: draw(HealingConfig, name, key=f"heal_{name}", width=width) for name, width in _FIRST.items()}
     with st.expander("Advanced"):
-        columns = st.columns(3)
-        others = [declared for declared in options_of(HealingConfig) if declared.name not in _FIRST]
-        for index, declared in enumerate(others):
-            chosen[declared.name] = draw(HealingConfig, declared.name, key=f"heal_{declared.name}", place=columns[index % 3])
-    return chosen
+        others = [declared.name for declared in options_of(HealingConfig) if declared.name not in _FIRST]
+        return chosen | draw_all(HealingConfig, others, st.columns(3), "heal_")
 
 
 def show(run: Run) -> None:

@@ -12,6 +12,7 @@ from lowrank_core.studio.compare.loss_details import lost_spec, saved_spec
 from lowrank_core.studio.shared.formatting import count, interval_words, number, percent, size
 from lowrank_core.studio.shared.summary import protocol_of
 from pages.components import charts, tables
+from pages.components.widgets import choose
 
 __all__ = ["headline", "show_all", "show_refusals", "show_unspent"]
 
@@ -82,15 +83,6 @@ def _sizes(shown: Comparison) -> None:
 
 
 def _table(result: Sequence[Comparison]) -> None:
-    shown = st.segmented_control(
-        "Table",
-        list(_TABLES),
-        key="comparison_columns",
-        default="lost",
-        required=True,
-        format_func=_TABLES.__getitem__,
-        label_visibility="collapsed",
-        persist_state="session",
-    )
+    shown = choose("Table", _TABLES, key="comparison_columns", label_visibility="collapsed")
     spec = lost_spec(result, protocol_of(result[0])) if shown == "lost" else saved_spec(result)
     tables.show(spec, key=f"comparison_table_{shown}")

@@ -25,6 +25,7 @@ from lowrank_core.studio.shared.protocol import trial_protocol
 from lowrank_core.studio.shared.table import Column, Table
 from pages.components import navigation, tables
 from pages.components.charts import chart
+from pages.components.widgets import choose
 
 __all__ = ["curves", "loss", "pooling"]
 
@@ -34,15 +35,7 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
     kind = spectrum.shape.kind
     alike = sum(other.shape.kind == kind for other in spectra)
     scopes = {"module": "This module", "type": f"All {alike} {kind_label(kind)} modules"}
-    scope = st.segmented_control(
-        "Energy of",
-        list(scopes),
-        key="energy_scope",
-        default="module",
-        required=True,
-        format_func=scopes.__getitem__,
-        persist_state="session",
-    )
+    scope = choose("Energy of", scopes, key="energy_scope")
     left, right = st.columns(2, gap="large")
     if scope == "type":
         _type(spectra, kind, scopes["type"], energy_at_rank(spectrum, rank).share_of_full_rank, (left, right))

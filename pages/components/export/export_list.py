@@ -24,6 +24,8 @@ from lowrank_core.studio.shared.reproduce import verify_command
 from lowrank_core.studio.shared.table import Column, Table
 from pages.components import layout, tables
 from pages.components.boundary import boundary
+from pages.components.request_controls import ask, why_not
+from pages.components.widgets import offer, pressed
 
 __all__ = ["show"]
 
@@ -127,35 +129,28 @@ def _told(result: Proof) -> str:
 
 def _verify_button(run: Run, name: str, *, waits: bool) -> None:
     """Draw the button that verifies an export in a fresh process."""
-    why_not = "A recorded run has no worker." if run.recorded else "Already queued." if waits else None
-    if st.button("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", disabled=why_not is not None, help=why_not):
-        with boundary():
-            client.submit(run, "verify", path=name)
-            st.rerun()
+    reason = why_not(run, "A recorded run has no worker.") or ("Already queued." if waits else None)
+    if pressed("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", why_not=reason):
+        ask(run, "verify", path=name)
 
 
 def _folder_button(entry: Written) -> None:
     name, fits = entry.path.name, entry.folder_bytes <= MAX_BYTES
-    st.download_button(
+    offer(
         f"Folder (.zip, {size(entry.folder_bytes)})",
-        partial(zipped, entry.path),
         f"{name}.zip",
-        "application/zip",
+        partial(zipped, entry.path),
         key=f"zip_{name}",
         icon=":material/folder_zip:",
         disabled=not fits,
         help=None if fits else f"Larger than {size(MAX_BYTES)}, too large for a browser's download. Copy the folder: {entry.path}",
-        on_click="ignore",
     )
 
 
 def _card_button(entry: Written) -> None:
-    card = card_of(entry.path)
+    card, name = card_of(entry.path), entry.path.name
     if card is not None:
-        name = entry.path.name
-        st.download_button(
-            "Model card", card, f"{name}-README.md", "text/markdown", key=f"card_{name}", icon=":material/article:", on_click="ignore"
-        )
+        offer("Model card", f"{name}-README.md", card, key=f"card_{name}", icon=":material/article:")
 
 
 def _details(entry: Written) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import streamlit as st
-
 from lowrank_core.allocation import Draft
 from lowrank_core.studio.manual.rank_table import groupings
 from lowrank_core.studio.shared.allocation_map import allocation_map, loss_map
@@ -12,6 +10,7 @@ from lowrank_core.studio.shared.layer_map_chart import map_figure
 from pages.components import state
 from pages.components.charts import chart
 from pages.components.manual.draft_state import DraftState, edit
+from pages.components.widgets import choose, pick
 
 __all__ = ["show"]
 
@@ -39,10 +38,7 @@ def show(editor: DraftState, draft: Draft) -> None:
 
 def _wants_loss() -> bool:
     words = {"kept": "Parameters kept", "loss": "Predicted ΔKL"}
-    result = st.segmented_control(
-        "Map of", list(words), key="hand_map_of", default="kept", required=True, format_func=words.__getitem__, persist_state="session"
-    )
-    return result == "loss"
+    return choose("Map of", words, key="hand_map_of") == "loss"
 
 
 def _grouping(editor: DraftState, draft: Draft, module: str) -> None:
@@ -50,11 +46,10 @@ def _grouping(editor: DraftState, draft: Draft, module: str) -> None:
     if len(result) < 2:
         return
     key = state.control(editor.key("grouping"), next(iter(result)))
-    st.selectbox(
+    pick(
         f"Compress `{module}`",
-        list(result),
+        result,
         key=key,
-        format_func=lambda name: result.get(name, name),
         on_change=_regroup,
         args=(editor, key),
         help="Modules that shared its row get rows of their own. Every matrix keeps about its fraction.",

@@ -14,6 +14,7 @@ from pages.components import coverage, state
 from pages.components.layout import metrics_row
 from pages.components.manual.draft_state import DraftState, edit, hint, note, step
 from pages.components.manual.starting_point import budget_ratio
+from pages.components.widgets import pick
 
 __all__ = ["meter", "steps"]
 
@@ -97,13 +98,8 @@ def steps(editor: DraftState, history: DraftHistory) -> None:
 def _fit(editor: DraftState) -> None:
     result = {_PROPORTION: "In proportion to what they keep now", **rules(editor.recipe)}
     key = editor.key("rule")
-    st.selectbox(
-        "How the unlocked rows share the remaining budget",
-        list(result),
-        key=key,
-        format_func=lambda name: result.get(name, name),
-        help="A rule reallocates all unlocked rows; Lagrangian may also regroup unlocked modules.",
-    )
+    help = "A rule reallocates all unlocked rows; Lagrangian may also regroup unlocked modules."
+    pick("How the unlocked rows share the remaining budget", result, key=key, help=help)
     st.button("Fit", key="hand_fit", type="primary", on_click=_fitted, args=(editor, key))
 
 

@@ -21,6 +21,7 @@ from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from pages.components import layout, state, tables
 from pages.components.charts import chart
+from pages.components.widgets import pick
 
 __all__ = ["show"]
 
@@ -50,7 +51,8 @@ def show(run: Run, spectra: Sequence[LayerSpectrum], facts: CalibrationFacts, mo
     )
     table = input_table(facts, spectra, damping)
     names = [name for name in QUALITIES if name != "damped_condition" or damping is not None]
-    name = st.selectbox("Quality", names, key="quality", format_func=lambda key: QUALITIES[key].label, persist_state="session", width=330)
+    labels = {key: QUALITIES[key].label for key in names}
+    name = pick("Quality", labels, key="quality", persist_state="session", width=330)
     quality = QUALITIES[name]
     chart(
         map_figure(quality_map(facts, table, name, module), module),

@@ -15,6 +15,7 @@ from lowrank_core.studio.shared.formatting import count, percent, size
 from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.table import Column, Table
 from pages.components import coverage, tables
+from pages.components.widgets import choose, offer
 
 __all__ = ["fit_line", "notes", "show", "tree"]
 
@@ -53,27 +54,9 @@ def tree(model: ModelOnDisk, *, key: str) -> None:
     """Draw the module tree of a checkpoint, and offer its tensors as a file."""
     facts = model.facts
     with st.container(horizontal=True, vertical_alignment="center"):
-        arrangement = st.segmented_control(
-            "Arrangement",
-            list(ARRANGEMENTS),
-            key=f"{key}_by",
-            default="block",
-            required=True,
-            format_func=ARRANGEMENTS.__getitem__,
-            label_visibility="collapsed",
-            persist_state="session",
-        )
-        st.download_button(
-            "CSV",
-            lambda: csv_of(tensor_table(model.parts)).encode(),
-            "tensors.csv",
-            "text/csv",
-            key=f"{key}_csv",
-            help="Every tensor with shape, dtype, parameters and treatment.",
-            icon=":material/download:",
-            type="tertiary",
-            on_click="ignore",
-        )
+        arrangement = choose("Arrangement", ARRANGEMENTS, key=f"{key}_by", label_visibility="collapsed")
+        help = "Every tensor with shape, dtype, parameters and treatment."
+        offer("CSV", "tensors.csv", lambda: csv_of(tensor_table(model.parts)).encode(), key=f"{key}_csv", help=help, type="tertiary")
     files = "one file" if len(model.files) == 1 else f"{len(model.files)} files"
     st.caption(
         f"{facts.architecture} · {count(facts.parameters)} parameters, {percent(facts.compressible_share)} of them compressible · "

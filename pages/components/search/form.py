@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import streamlit as st
 
-from lowrank_core.config import OBJECTIVES, RunConfig, SearchConfig
+from lowrank_core.config import RunConfig, SearchConfig
 from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.studies.published import POOL_RATIO
 from lowrank_core.studio.search.search_plan import Plan, check_budget, time_estimate
@@ -16,6 +16,7 @@ from pages.components import coverage
 from pages.components.boundary import boundary
 from pages.components.search import form_options
 from pages.components.start import start
+from pages.components.widgets import choose, draw
 
 __all__ = ["search_form"]
 
@@ -68,17 +69,7 @@ def _inputs() -> SearchConfig:
     Raises:
         ConfigError: they do not go together.
     """
-    recipe = st.segmented_control(
-        "Recipe",
-        list(_RECIPES),
-        default="studio",
-        required=True,
-        key="search_recipe",
-        format_func=_RECIPES.__getitem__,
-        help="How the matrices are factorised and what the search varies.",
-        persist_state="session",
-    )
-    recipe = str(recipe)
+    recipe = choose("Recipe", _RECIPES, key="search_recipe", help="How the matrices are factorised and what the search varies.")
     st.caption(_ABOUT[recipe])
     minimum, maximum, trials, objective = _simple(published=recipe == "bolaco")
     if recipe == "bolaco":
@@ -111,15 +102,7 @@ def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
         help="Including baselines (Bolaco's search has none). Can be extended later.",
         persist_state="session",
     )
-    objective = left.selectbox(
-        "Objective",
-        OBJECTIVES,
-        key="search_objective",
-        format_func=OBJECTIVES.__getitem__,
-        disabled=published,
-        help="Minimised on search-validation text, which is disjoint from calibration and test text. The Bolaco recipe has its own.",
-        persist_state="session",
-    )
+    objective = draw(SearchConfig, "objective", key="search_objective", place=left, disabled=published)
     return minimum, maximum, trials, objective
 
 

@@ -29,13 +29,13 @@ from lowrank_core.studio.shared.allocation_map import allocation_map, allocation
 from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.shared.model_facts import model_facts
-from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.table import Column
 from lowrank_core.studio.shared.trial_names import state_words, trial_label
 from lowrank_core.studio.shared.vega import PICKED
 from pages.components import navigation, state, tables
 from pages.components.charts import chart
 from pages.components.loading import importances_of, pictures_of
+from pages.components.widgets import offer
 
 __all__ = ["allocation", "fingerprint", "front", "history", "importance", "table", "times", "windows"]
 
@@ -119,16 +119,8 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
         on_pick=state.pick_from_chart("module", "allocation_map"),
     )
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.download_button(
-            "Allocation (JSON)",
-            result.to_json(),
-            f"{run.id}-trial-{trial.number}.json",
-            "application/json",
-            key="download_allocation",
-            icon=":material/download:",
-            help="Valid for `lowrank compress --ranks`, and on the page Manual allocation.",
-            on_click="ignore",
-        )
+        help = "Valid for `lowrank compress --ranks`, and on the page Manual allocation."
+        offer("Allocation (JSON)", f"{run.id}-trial-{trial.number}.json", result.to_json(), key="download_allocation", help=help)
         st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")
 
 
@@ -204,12 +196,4 @@ def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None
     st.markdown("**Trials**")
     pick = state.pick_from_table("trial", "trial_table", list(result.frame["trial"]))
     tables.show(replace(result, columns=columns), key="trial_table", height=300, on_pick=pick)
-    st.download_button(
-        "Trials (CSV)",
-        csv_of(result.frame),
-        f"{run.id}-trials.csv",
-        "text/csv",
-        key="download_trials",
-        icon=":material/download:",
-        on_click="ignore",
-    )
+    offer("Trials (CSV)", f"{run.id}-trials.csv", result.frame, key="download_trials")

@@ -16,6 +16,7 @@ from lowrank_core.studio.spectra.map_metrics import METRICS, SOURCES, Metric, of
 from lowrank_core.studio.spectra.spectrum_table import atlas, atlas_spec
 from pages.components import state, tables
 from pages.components.charts import chart
+from pages.components.widgets import choose, pick
 
 __all__ = ["show"]
 
@@ -65,21 +66,12 @@ def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> No
 def _choice(facts: RunFacts) -> tuple[_Choice, RunFacts]:
     """Draw the choice; return it with the facts at the chosen ratio."""
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
-        name = st.selectbox(
-            "Metric", offered(facts), key="metric", format_func=lambda name: METRICS[name].label, persist_state="session", width=330
-        )
+        labels = {name: METRICS[name].label for name in offered(facts)}
+        name = pick("Metric", labels, key="metric", persist_state="session", width=330)
         metric = METRICS[name]
         source = ""
         if metric.sources:
-            source = st.segmented_control(
-                "Of",
-                list(metric.sources),
-                key=f"metric_source_{len(metric.sources)}",
-                default=metric.sources[0],
-                required=True,
-                format_func=SOURCES.__getitem__,
-                persist_state="session",
-            )
+            source = choose("Of", {name: SOURCES[name] for name in metric.sources}, key=f"metric_source_{len(metric.sources)}")
         if metric.name == "cost":
             facts = replace(facts, kept=_ratio(facts))
         relative = metric.ranks and st.toggle("As share of full rank", key="metric_relative", value=True, persist_state="session")
@@ -87,13 +79,5 @@ def _choice(facts: RunFacts) -> tuple[_Choice, RunFacts]:
 
 
 def _ratio(facts: RunFacts) -> float | None:
-    ratios = list(facts.costs)
-    return st.selectbox(
-        "Kept of the module",
-        ratios,
-        ratios.index(facts.kept) if facts.kept is not None else 0,
-        key="metric_kept",
-        format_func=lambda kept: percent(kept, 0),
-        persist_state="session",
-        width=160,
-    )
+    labels = {kept: percent(kept, 0) for kept in facts.costs}
+    return pick("Kept of the module", labels, facts.kept, key="metric_kept", persist_state="session", width=160)
