@@ -47,9 +47,10 @@ def chart(
         st.plotly_chart(legible(figure), key=key, config=CONFIG, alt=alt, on_select=on_pick, selection_mode="points")
 
 
-def show(spec: Chart, *, key: str) -> None:
-    """Show a chart that a report has, too."""
-    chart(spec.figure, key=key, title=spec.title, how=spec.how, alt=spec.alt, data=spec.data)
+def show(spec: Chart, *, key: str, hint: str = "", on_pick: Callable[[], None] | None = None) -> None:
+    """Show a chart that a report has, too; ``hint`` says what a click does."""
+    how = f"{spec.how} {hint}".strip()
+    chart(spec.figure, key=key, title=spec.title, how=how, alt=spec.alt, data=spec.data, on_pick=on_pick)
 
 
 def _numbers(data: pd.DataFrame, key: str) -> None:

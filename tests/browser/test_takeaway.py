@@ -49,7 +49,7 @@ def test_everything_that_is_downloaded_can_be_read(finished, address, page, tmp_
     assert [row["form"] for row in compared] == ["dense", "one-shot", "one-shot"]
     assert {row["protocol"] for row in compared} == {"python-stdlib, test split, 4 windows of 32 tokens"}
     report, figures = (fetched(page, name) for name in ("Report (HTML)", "Charts (SVG, PNG, HTML)"))
-    assert (report.suggested_filename, figures.suggested_filename) == ("report.html", "figures.html")
+    assert (report.suggested_filename, figures.suggested_filename) == ("report.html", "charts.html")
     report.save_as(tmp_path / "report.html")
     figures.save_as(tmp_path / "figures.html")
     assert_sound(page)

@@ -14,9 +14,9 @@ from lowrank_core.config.mapping import build
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum, condition_number
-from lowrank_core.studio.shared.formatting import DASH, kind_label, number
+from lowrank_core.studio.shared.formatting import DASH, count, duration, kind_label, number
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
-from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.table import Column, Metrics, Table
 from lowrank_core.types import Vector
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "input_table",
     "inputs_spec",
     "quality_map",
+    "quality_metrics",
     "quality_table",
     "quality_warnings",
 ]
@@ -163,6 +164,26 @@ def quality_warnings(facts: CalibrationFacts) -> list[str]:
         f"(minimum: {number(minimum.tokens_per_dimension)} at {minimum.input_group}, {minimum.width} wide). "
         "Small eigenvalues are noisy there; use more calibration windows."
     ]
+
+
+def quality_metrics(facts: CalibrationFacts) -> Metrics:
+    """Return how well the statistics are known."""
+    took = "from the cache" if facts.cached else f"in {duration(facts.seconds)}"
+    return {
+        "Calibration tokens": (count(facts.tokens), f"{facts.tokens:,} in {facts.windows} windows, measured {took}."),
+        "Tokens per dimension": (
+            number(facts.min_tokens_per_dimension),
+            f"Minimum over all inputs; below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
+        ),
+        "Worst condition": (
+            facts.condition_words,
+            "Largest over smallest eigenvalue of a covariance, the largest over all inputs.",
+        ),
+        "Groups × windows": (
+            f"{facts.groups} × {facts.group_size}",
+            f"Weights: {facts.group_weights}. Pooled within groups.",
+        ),
+    }
 
 
 def group_table(entry: InputFacts) -> pd.DataFrame:

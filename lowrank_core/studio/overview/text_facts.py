@@ -11,7 +11,7 @@ from lowrank_core.runs import Run
 from lowrank_core.studies.published import ALLOCATIONS
 from lowrank_core.studio.shared.table import Column, Table
 
-__all__ = ["SplitFacts", "TextFacts", "TrialWindows", "split_table", "splits_spec", "text_facts", "trial_windows"]
+__all__ = ["SplitFacts", "TextFacts", "TrialWindows", "bos_words", "split_table", "splits_spec", "text_facts", "trial_windows"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ class TextFacts:
     splits: tuple[SplitFacts, ...]
     preview: str = ""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The protocol of the splits, in a line."""
+        return f"{self.reference} · context {self.context} tokens · {bos_words(self.bos)} · seed {self.seed} · three disjoint splits"
+
+
+def bos_words(rule: str) -> str:
+    return "BOS first in every window" if rule == "window" else "no BOS"
 
 
 def text_facts(run: Run) -> TextFacts | None:

@@ -24,14 +24,10 @@ from lowrank_core import __version__
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, bundled_path, open_run
 from lowrank_core.studio.report.blocks import Facts, Note, Section, csv_link, metrics_in
-from lowrank_core.studio.report.healing_section import healing_section
-from lowrank_core.studio.report.loss_section import closely_section
+from lowrank_core.studio.report.compare_section import healing_section, loss_section, second_text_section, speed_section, tokens_section
 from lowrank_core.studio.report.model_section import calibration_section, model_section, spectra_section, text_section
 from lowrank_core.studio.report.outcome_section import configuration_section, exports_section, measured_section, reproduction_section
 from lowrank_core.studio.report.search_section import search_section
-from lowrank_core.studio.report.second_text_section import second_text_section
-from lowrank_core.studio.report.speed_section import speed_section
-from lowrank_core.studio.report.tokens_section import tokens_section
 from lowrank_core.studio.shared.embedding import EMBED_CONFIG, figure_json, plotly_script
 from lowrank_core.studio.shared.formatting import duration
 from lowrank_core.studio.shared.run_list import STATE_WORDS, is_working, stages, status_words
@@ -41,7 +37,7 @@ __all__ = ["charts_html", "report_html", "write_report"]
 _FOLDER = Path(__file__).resolve().parent
 _SECTIONS = (
     *(model_section, text_section, calibration_section, spectra_section, search_section),
-    *(measured_section, closely_section, second_text_section, tokens_section, speed_section, healing_section),
+    *(measured_section, loss_section, second_text_section, tokens_section, speed_section, healing_section),
     *(exports_section, reproduction_section, configuration_section),
 )
 """In the order of the story; one without anything to say is left out."""
@@ -124,12 +120,12 @@ def _beginning(run: Run) -> Section:
     state = "recorded" if run.recorded else STATE_WORDS.get(status.state, status.state)
     search, took = config.search, [stage.seconds for stage in stages(status)]
     facts = Facts(
-        (
-            ("Run", run.id, "search for ranks" if search else "analysis of a model"),
-            ("State", state, status.stage if is_working(status) else ""),
-            ("Started", _moment(float(record.get("created", 0.0))), ""),
-            ("Time in stages", duration(sum(took) if took else None), "of the last worker, without trials"),
-        )
+        {
+            "Run": (run.id, "search for ranks" if search else "analysis of a model"),
+            "State": (state, status.stage if is_working(status) else ""),
+            "Started": (_moment(float(record.get("created", 0.0))), ""),
+            "Time in stages": (duration(sum(took) if took else None), "of the last worker, without trials"),
+        }
     )
     notes = [Note("warning", warning) for warning in (*status.warnings, *status.dense_warnings)]
     if not run.recorded and is_working(status):

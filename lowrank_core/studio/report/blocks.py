@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from lowrank_core.studio.shared.chart_style import Chart
 from lowrank_core.studio.shared.spreadsheet import csv_of
-from lowrank_core.studio.shared.table import Table
+from lowrank_core.studio.shared.table import Metrics, Table
 
 __all__ = [
     "Block",
@@ -60,10 +60,10 @@ def json_link(body: str, file: str, label: str) -> Download:
 
 @dataclass(frozen=True)
 class Facts:
-    """Metric cards: label, value, meaning."""
+    """Metric cards, as pages show them, too."""
 
     block: ClassVar[str] = "facts"
-    entries: tuple[tuple[str, str, str], ...]
+    entries: Metrics
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
 from lowrank_core.studies.space import RATIO
-from lowrank_core.studio.shared.formatting import local_time
-from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.formatting import DASH, local_time, number, percent
+from lowrank_core.studio.shared.table import Column, Metrics, Table
 from lowrank_core.studio.shared.trial_names import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Progress",
     "Variable",
     "better_half",
+    "headline",
     "history",
     "progress",
     "search_variables",
@@ -121,6 +122,24 @@ def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
         uniform_perplexity=uniform.perplexity if uniform else None,
         seconds=statistics.median(times) if times else None,
     )
+
+
+def headline(now: Progress, search: SearchConfig) -> Metrics:
+    """Return the best trial next to uniform."""
+    best = now.best
+    return {
+        "Best trial": (trial_label(best) if best else DASH, "The lowest value so far, on search-validation text."),
+        "Best value": (
+            number(best.value, 4) if best else DASH,
+            f"{OBJECTIVES[search.objective]}; uniform: {number(now.uniform_value, 4)}.",
+        ),
+        "Its perplexity": (
+            number(best.perplexity, 4) if best else DASH,
+            f"On search-validation text; uniform: {number(now.uniform_perplexity, 4)}.",
+        ),
+        "Below uniform": (percent(now.gain), "How far the best value lies below that of the uniform baseline."),
+        "Removed": (percent(best.compression_ratio, 2) if best else DASH, "Of the compressible linears' parameters, as counted."),
+    }
 
 
 def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Plotly charts of a finished search, for pages without Streamlit."""
+"""Charts of a search: declared once for page and report, and drawn with Plotly for pages without Streamlit."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import plotly.graph_objects as go
 
 from lowrank_core.studio.search.history import History
 from lowrank_core.studio.search.pareto import Front
-from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, finished
+from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, Chart, VegaChart, finished
 from lowrank_core.studio.shared.trial_names import KINDS
 from lowrank_core.studio.shared.vega import name_side
 
-__all__ = ["MARKS", "front_figure", "history_figure"]
+__all__ = ["MARKS", "front_declared", "front_figure", "history_declared", "history_figure"]
 
 MARKS = {
     "sampled": ("circle", BLUE),
@@ -31,6 +31,33 @@ MARKS = {
 
 _HEIGHT = 400
 _ABOVE = 1.08  # least factor between the worst value and the trials that have none
+
+
+def history_declared(view: History, live: VegaChart | None = None, protocol: str = "") -> Chart:
+    """Return the objective of every trial, ``live`` where it moves."""
+    return Chart(
+        live or history_figure(view),
+        view.trials,
+        name="history",
+        title="Every trial on search-validation text",
+        how="lower is better; green steps are the best so far, dashed lines the baselines. Triangles that point down were stopped early "
+        "and stand at the loss of the windows they saw; crosses failed, and stand above all others.",
+        alt="Objective of each trial in trial order, with baselines and the best so far; the table of trials has the same",
+        protocol=protocol,
+    )
+
+
+def front_declared(view: Front, live: VegaChart | None = None, protocol: str = "") -> Chart:
+    """Return loss against compression ratio, ``live`` where it moves."""
+    return Chart(
+        live or front_figure(view),
+        view.trials,
+        name="front",
+        title="Loss against compression ratio, on search-validation text",
+        how="lower and further right is better. The green steps are the Pareto front. Dashed lines join the points of a baseline.",
+        alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front; the table below has the front",
+        protocol=protocol,
+    )
 
 
 def history_figure(view: History) -> go.Figure:

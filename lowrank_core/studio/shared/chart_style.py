@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import textwrap
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -24,6 +24,7 @@ __all__ = [
     "SEQUENTIAL",
     "SKY",
     "VERMILLION",
+    "VegaChart",
     "axis_note",
     "direct_label",
     "finished",
@@ -51,10 +52,19 @@ CONFIG = {
 
 
 @dataclass(frozen=True)
+class VegaChart:
+    """A table with its Vega-Lite specification."""
+
+    data: pd.DataFrame
+    spec: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Chart:
-    """A Plotly figure as it is declared, once: a page shows it with Streamlit, a report as HTML, and both offer its numbers as CSV.
+    """A chart as it is declared, once: a page shows it with Streamlit, a report as HTML, and both offer its numbers as CSV.
 
     Attributes:
+        figure: of a live chart a Vega-Lite one; a report has Plotly's.
         data: what the figure was drawn from.
         name: of its CSV file, unique in a report.
         how: how to read it; alt: what the picture shows, for those who do not see it.
@@ -62,7 +72,7 @@ class Chart:
     """
 
     block: ClassVar[str] = "figure"
-    figure: go.Figure
+    figure: go.Figure | VegaChart
     data: pd.DataFrame
     name: str
     title: str

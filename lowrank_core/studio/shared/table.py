@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,7 +10,10 @@ import pandas as pd
 
 from lowrank_core.studio.shared.formatting import DASH, interval_words, number, percent, size
 
-__all__ = ["Column", "Table", "intervals"]
+__all__ = ["Column", "Metrics", "Table", "intervals"]
+
+Metrics = Mapping[str, tuple[str, str]]
+"""Label -> value in words, and what it means: cards of a page and of a report."""
 
 Kind = Literal["text", "short", "flag", "moment", "ago", "whole", "number", "scientific", "share", "bytes"]
 _WORDS = ("text", "short", "flag", "moment", "ago")

@@ -6,12 +6,11 @@ loses the zoom; to a Vega-Lite chart it sends the new rows. All that grows is th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, word_colour
+from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, VegaChart, word_colour
 
 __all__ = [
     "LEGEND",
@@ -62,14 +61,6 @@ LEGEND: Spec = {"legend": {"orient": "top", "title": None, "columns": {"expr": "
 
 SIDES = ("below", "below left", "above")
 """Label positions of a baseline."""
-
-
-@dataclass(frozen=True)
-class VegaChart:
-    """A table with its Vega-Lite specification."""
-
-    data: pd.DataFrame
-    spec: Spec
 
 
 def stacked(*frames: pd.DataFrame) -> pd.DataFrame:

@@ -13,8 +13,7 @@ from lowrank_core.config.options import options_of
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.healing_chart import healing_chart
-from lowrank_core.studio.compare.healing_runs import Healing, ends_in_words, healings
-from lowrank_core.studio.shared.formatting import count, number, percent
+from lowrank_core.studio.compare.healing_runs import healings
 from pages.components import charts
 from pages.components.boundary import boundary
 from pages.components.request_controls import submit, why_not
@@ -52,22 +51,7 @@ def show(run: Run) -> None:
     if not result:
         st.caption("Trains the factors for some minutes on calibration text, selects a step on validation text, and measures on test text.")
         return
-    newest, *older = result
-    _told(newest)
-    if newest.history:
-        charts.show(healing_chart(newest), key="healing_curve")
-    for healing in older:
-        _told(healing)
-
-
-def _told(healing: Healing) -> None:
-    report = healing.report
-    if report is None:
-        done = healing.history[-1].step if healing.history else 0
-        st.caption(f"**{healing.name}**: {healing.method}, validated up to step {done:,} of {healing.steps:,}. Start it again to resume.")
-        return
-    st.caption(
-        f"**{healing.name}**: {report.label}, {report.steps:,} steps, {count(report.tokens)} tokens, {report.seconds:,.0f} s, rate "
-        f"{number(report.learning_rate, 2)}. KL on validation text {number(report.kl_before)} → {number(report.kl_after)} "
-        f"({percent(report.recovered)} of it gone). {ends_in_words(report)}"
-    )
+    if result[0].history:
+        charts.show(healing_chart(result[0]), key="healing_curve")
+    for healing in result:
+        st.caption(healing.words)
