@@ -16,8 +16,7 @@ from lowrank_core.studio.compare.loss_details import window_table
 from lowrank_core.studio.compare.loss_details_chart import position_chart, window_charts
 from lowrank_core.studio.compare.measured_speed import speed_spec, speeds
 from lowrank_core.studio.compare.second_text import other_text, other_text_spec
-from lowrank_core.studio.compare.token_losses import strips, worst_spec
-from lowrank_core.studio.compare.token_losses_chart import strip_html
+from lowrank_core.studio.compare.token_losses import strip_html, strips, worst_spec
 from lowrank_core.studio.export.export_plan import healed_source
 from lowrank_core.studio.report.blocks import Block, Code, Folded, Note, Prose, Section, Strip
 

@@ -9,7 +9,7 @@ from lowrank_core.runs import Run
 from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studio.report.blocks import Block, Facts, Folded, Note, Section, json_link
 from lowrank_core.studio.search.history import Progress, headline, history, progress, search_variables, trials_spec
-from lowrank_core.studio.search.pareto import front, front_spec
+from lowrank_core.studio.search.pareto_chart import front, front_spec
 from lowrank_core.studio.search.static_chart import front_declared, history_declared
 from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, rank_table, search_units
 from lowrank_core.studio.shared.formatting import short_duration

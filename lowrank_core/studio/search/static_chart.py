@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from lowrank_core.studio.search.history import History
-from lowrank_core.studio.search.pareto import Front
+from lowrank_core.studio.search.pareto_chart import Front
 from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, Chart, VegaChart, finished
 from lowrank_core.studio.shared.trial_names import KINDS
 from lowrank_core.studio.shared.vega import name_side

@@ -15,9 +15,11 @@ from lowrank_core.studio.shared.chart_style import (
     VERMILLION,
     Chart,
     direct_label,
+    dotted,
     finished,
     log_rank_axis,
     log_value_axis,
+    note,
 )
 from lowrank_core.studio.shared.layer_map import LayerMap
 from lowrank_core.studio.shared.layer_map_chart import map_figure
@@ -119,18 +121,9 @@ def _mark(figure: go.Figure, mark: RankMark, position: int, full: int) -> None:
     """Draw a marked rank; its label stands left of the line, each on a height of its own."""
     colour = GREEN if "trial" in mark.label.lower() else GREY
     left = math.log(mark.rank) > 0.45 * math.log(max(2, full))
-    figure.add_shape(type="line", x0=mark.rank, x1=mark.rank, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
-    figure.add_annotation(
-        text=f"{mark.label} {mark.rank}",
-        x=math.log10(mark.rank),
-        y=0.01 + _STEP * position,
-        yref="paper",
-        showarrow=False,
-        xanchor="right" if left else "left",
-        yanchor="bottom",
-        xshift=-4 if left else 4,
-        font={"size": 11, "color": colour},
-    )
+    dotted(figure, mark.rank, colour)
+    place = {"x": math.log10(mark.rank), "y": 0.01 + _STEP * position, "anchor": "right" if left else "left"}
+    note(figure, f"{mark.label} {mark.rank}", colour=colour, yanchor="bottom", **place)  # type: ignore[arg-type]
 
 
 def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
@@ -187,15 +180,5 @@ def _density_notes(figure: go.Figure, result: Density) -> None:
     if result.tail_from is not None:
         notes.append((result.tail_from, result.tail.partition(",")[0] + " from here on", ORANGE))
     for position, (x, text, colour) in enumerate(notes):
-        figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
-        figure.add_annotation(
-            text=text,
-            x=1,
-            xref="paper",
-            y=1 - 0.08 * position,
-            yref="paper",
-            showarrow=False,
-            xanchor="right",
-            yanchor="top",
-            font={"size": 11, "color": colour},
-        )
+        dotted(figure, x, colour)
+        note(figure, text, x=1, y=1 - 0.08 * position, colour=colour, anchor="right", xref="paper", xshift=0)

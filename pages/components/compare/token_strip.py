@@ -9,8 +9,7 @@ import streamlit as st
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.loss_details import WindowTable
-from lowrank_core.studio.compare.token_losses import TokenStrip, worst_spec
-from lowrank_core.studio.compare.token_losses_chart import strip_html
+from lowrank_core.studio.compare.token_losses import TokenStrip, strip_html, worst_spec
 from lowrank_core.studio.overview.text_facts import text_facts
 from pages.components import tables
 from pages.components.request_controls import submit, why_not

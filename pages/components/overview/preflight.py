@@ -7,8 +7,7 @@ import streamlit as st
 from lowrank_core.config import RunConfig
 from lowrank_core.studio.overview.checkpoint import ModelOnDisk, tensor_table
 from lowrank_core.studio.overview.memory_estimate import DEVICE, DISK, MEMORY, Fit, fit_of, fit_table, this_machine
-from lowrank_core.studio.overview.module_tree import ARRANGEMENTS, module_tree
-from lowrank_core.studio.overview.module_tree_chart import tree_html
+from lowrank_core.studio.overview.module_tree_chart import ARRANGEMENTS, module_tree, tree_html
 from lowrank_core.studio.overview.source_checks import hub_cache
 from lowrank_core.studio.overview.text_preview import CHARACTERS_PER_TOKEN, TextPreview, preview_table, preview_warnings
 from lowrank_core.studio.shared.formatting import count, percent, size

@@ -12,20 +12,16 @@ from lowrank_core.config import SearchConfig
 from lowrank_core.runs import Run
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studies.variables import read_ranges
-from lowrank_core.studio.search import pareto as fronts
+from lowrank_core.studio.search import pareto_chart as fronts
 from lowrank_core.studio.search.history import better_half, trials_spec
 from lowrank_core.studio.search.history import history as history_of
 from lowrank_core.studio.search.history_chart import history_chart
-from lowrank_core.studio.search.parallel_coordinates import fingerprint as fingerprint_of
-from lowrank_core.studio.search.parallel_coordinates import importance_table, missing_words
-from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint_chart, importance_chart
+from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint as fingerprint_of
+from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint_chart, importance_chart, importance_table, missing_words
 from lowrank_core.studio.search.pareto_chart import front_chart
 from lowrank_core.studio.search.static_chart import front_declared, history_declared
-from lowrank_core.studio.search.timeline import timeline
-from lowrank_core.studio.search.timeline_chart import timeline_chart
-from lowrank_core.studio.search.trial_windows import window_losses
-from lowrank_core.studio.search.trial_windows_chart import window_chart
-from lowrank_core.studio.search.worker_list import living_workers
+from lowrank_core.studio.search.timeline_chart import living_workers, timeline, timeline_chart
+from lowrank_core.studio.search.trial_windows_chart import window_chart, window_losses
 from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.layer_map_chart import allocation_chart

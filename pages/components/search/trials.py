@@ -12,8 +12,8 @@ from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, RunStatus
 from lowrank_core.studies.records import TrialRecord, best_trial, read_trials
 from lowrank_core.studio.search.history import Progress, headline, progress
-from lowrank_core.studio.search.pareto import front_table
-from lowrank_core.studio.search.worker_list import living_workers, worker_table
+from lowrank_core.studio.search.pareto_chart import front_table
+from lowrank_core.studio.search.timeline_chart import living_workers, worker_table
 from lowrank_core.studio.shared.formatting import number, percent, short_duration
 from lowrank_core.studio.shared.run_list import STATE_WORDS, is_working, status_words
 from lowrank_core.studio.shared.table import Column, Table
