@@ -12,6 +12,7 @@ from lowrank_core.parameters import Unit
 from lowrank_core.spectra.spectrum import LayerSpectrum, retained_energy
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.shared.formatting import number, percent
+from lowrank_core.studio.shared.table import frame_of
 from lowrank_core.studio.shared.trial_names import kind_of, trial_label
 from lowrank_core.studio.spectra.spectrum_table import log_ranks
 from lowrank_core.types import Vector
@@ -164,16 +165,9 @@ def measured_loss(trials: Sequence[TrialRecord], kept: float) -> MeasuredLoss | 
     near = sorted((trial for share, trial in done if abs(share - nearest) <= _ALIKE), key=_loss)
     sampled = [trial for trial in near if kind_of(trial) not in ("baseline", "manual")]
     shown = [trial for trial in near if trial not in sampled[1:]]
-    rows = [
-        {
-            "name": trial_label(trial),
-            "kept": 1 - (trial.compression_ratio or 0.0),
-            "kl": trial.kl,
-            "perplexity": trial.perplexity,
-        }
-        for trial in shown
-    ]
-    frame = pd.DataFrame(rows, columns=["name", "kept", "kl", "perplexity"]).astype({"kl": float, "perplexity": float})
+    frame = frame_of(
+        shown, name=trial_label, kept=lambda trial: 1 - (trial.compression_ratio or 0.0), kl="kl", perplexity="perplexity"
+    ).astype({"kl": float, "perplexity": float})
     return MeasuredLoss(nearest, kept, frame)
 
 

@@ -13,7 +13,7 @@ from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
 from lowrank_core.studies.space import RATIO
 from lowrank_core.studio.shared.formatting import DASH, local_time, number, percent
-from lowrank_core.studio.shared.table import Column, Metrics, Table
+from lowrank_core.studio.shared.table import Column, Metrics, Table, frame_of
 from lowrank_core.studio.shared.trial_names import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
 
 __all__ = [
@@ -52,17 +52,12 @@ class History:
 
 def history(trials: Sequence[TrialRecord], objective: str) -> History:
     """Return the history of ``trials`` by number."""
-    stopped = [partial_value(trial) if trial.state == "pruned" and objective == "kl" else None for trial in trials]
-    frame = pd.DataFrame(
-        {
-            "number": [trial.number for trial in trials],
-            "state": [trial.state for trial in trials],
-            "kind": [kind_of(trial) for trial in trials],
-            "value": pd.Series([trial.value for trial in trials], dtype=float),
-            "partial": pd.Series(stopped, dtype=float),
-            "note": [trial_note(trial) for trial in trials],
-        }
-    )
+
+    def partial(trial: TrialRecord) -> float | None:
+        return partial_value(trial) if trial.state == "pruned" and objective == "kl" else None
+
+    frame = frame_of(trials, number="number", state="state", kind=kind_of, value="value", partial=partial, note=trial_note)
+    frame = frame.astype({"value": float, "partial": float})
     frame["best"] = frame["value"].where(frame["state"] == "complete").cummin().ffill()
     return History(OBJECTIVES[objective], frame, _baselines(trials))
 

@@ -12,7 +12,7 @@ from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.studies.records import TrialRecord, pareto_front
 from lowrank_core.studio.search.history import value_columns
 from lowrank_core.studio.shared.chart_style import GREEN, ORANGE
-from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.table import Column, Table, frame_of
 from lowrank_core.studio.shared.trial_names import kind_of, trial_label, trial_note
 from lowrank_core.studio.shared.vega import LEGEND, SIDES, Spec, VegaChart, name_mark, name_side, stacked, trial_points, trial_ring
 
@@ -52,29 +52,20 @@ def front(trials: Sequence[TrialRecord], objective: str) -> Front:
 
 
 def _frame(trials: Sequence[TrialRecord]) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "number": [trial.number for trial in trials],
-            "removed": pd.Series([trial.compression_ratio for trial in trials], dtype=float),
-            "value": pd.Series([trial.value for trial in trials], dtype=float),
-        }
-    )
+    return frame_of(trials, number="number", removed="compression_ratio", value="value").astype({"removed": float, "value": float})
 
 
 def front_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
     """Return a row for each trial of the Pareto front, by what is removed."""
-    rows = [
-        {
-            "trial": trial.number,
-            "name": trial_label(trial),
-            "removed": trial.compression_ratio,
-            "value": trial.value,
-            "perplexity": trial.perplexity,
-            "kl": trial.kl,
-        }
-        for trial in pareto_front(trials)
-    ]
-    return pd.DataFrame(rows, columns=["trial", "name", "removed", "value", "perplexity", "kl"])
+    return frame_of(
+        pareto_front(trials),
+        trial="number",
+        name=trial_label,
+        removed="compression_ratio",
+        value="value",
+        perplexity="perplexity",
+        kl="kl",
+    )
 
 
 def front_spec(trials: Sequence[TrialRecord], search: SearchConfig) -> Table:
