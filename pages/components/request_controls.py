@@ -1,4 +1,4 @@
-"""Controls to submit, watch and cancel requests."""
+"""Controls to start runs, and to submit, watch and cancel requests."""
 
 from __future__ import annotations
 
@@ -6,16 +6,27 @@ from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
-from lowrank_core.runs import Run, client
+from lowrank_core.config import RunConfig
+from lowrank_core.runs import Run, client, create_run
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.shared.model_refs import request_words
 from lowrank_core.studio.shared.run_list import is_working, status_words
+from pages.components import state
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
 
-__all__ = ["ask", "ask_all", "submit", "waiting", "why_not"]
+__all__ = ["ask", "ask_all", "start", "submit", "waiting", "why_not"]
 
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
+
+
+def start(config: RunConfig) -> None:
+    """Create a run, start its worker, select it and redraw the page."""
+    with boundary():
+        run = create_run(config)
+        client.start_worker(run)
+        state.choose(run=run.id)
+        st.rerun()
 
 
 def why_not(run: Run, words: str = _RECORDED) -> str | None:

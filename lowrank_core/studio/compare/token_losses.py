@@ -13,7 +13,7 @@ from lowrank_core.config.mapping import build
 from lowrank_core.errors import RunError
 from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import TrialRecord
-from lowrank_core.studio.compare.comparison import filed_as
+from lowrank_core.studio.compare.comparison import filed_as, of_kind
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import model_name
@@ -85,12 +85,11 @@ def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) ->
         RunError: an answer is damaged.
     """
     result: dict[tuple[str, tuple[object, ...]], TokenStrip] = {}
-    for body in bodies:
-        if body.get("ok") and body.get("kind") == "tokens":
-            answer = build(_Answer, body, "a token strip")
-            key = filed_as(body), answer.pieces
-            result.pop(key, None)
-            result[key] = _strip(answer, model_name(key[0], trials))
+    for body in of_kind(bodies, "tokens"):
+        answer = build(_Answer, body, "a token strip")
+        key = filed_as(body), answer.pieces
+        result.pop(key, None)
+        result[key] = _strip(answer, model_name(key[0], trials))
     return list(reversed(result.values()))
 
 

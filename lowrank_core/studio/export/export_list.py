@@ -16,7 +16,7 @@ from lowrank_core.config.mapping import build
 from lowrank_core.errors import ModelError, RunError
 from lowrank_core.files.weights import REGISTERING, weight_files
 from lowrank_core.runs import JsonMapping, Run, read_json
-from lowrank_core.studio.compare.comparison import Export, exports
+from lowrank_core.studio.compare.comparison import Export, argument_of, exports
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.trial_names import unit_label
 
@@ -157,7 +157,7 @@ def _proofs(bodies: Sequence[JsonMapping], folder: Path) -> dict[Path, Proof]:
         if body.get("kind") == "verify" and body.get("ok"):
             result[Path(str(body.get("path")))] = build(Proof, body.get("verification", {}), "an answer", time=when)
         elif body.get("kind") == "verify":
-            path = folder / Path(str((body.get("arguments") or {}).get("path", ""))).name
+            path = folder / Path(str(argument_of(body, "path") or "")).name
             result[path] = Proof(ok=False, error=str(body.get("error") or "no reason given"), time=when)
     return result
 

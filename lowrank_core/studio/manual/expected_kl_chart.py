@@ -8,8 +8,7 @@ import math
 import pandas as pd
 import plotly.graph_objects as go
 
-from lowrank_core.studio.search.static_chart import MARKS
-from lowrank_core.studio.shared.chart_style import GREY, dotted, finished, note
+from lowrank_core.studio.shared.chart_style import GREY, TRIAL_MARKS, dotted, finished, note
 from lowrank_core.studio.shared.trial_names import KINDS
 
 __all__ = ["prediction_figure"]
@@ -33,7 +32,7 @@ def prediction_figure(predictions: pd.DataFrame, *, now: float | None = None) ->
     for kind in KINDS:
         rows = predictions[predictions["kind"] == kind]
         if len(rows):
-            symbol, colour = MARKS[kind]
+            symbol, colour = TRIAL_MARKS[kind]
             figure.add_scatter(
                 x=rows["predicted"].to_numpy(),
                 y=rows["measured"].to_numpy(),

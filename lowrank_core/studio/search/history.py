@@ -20,6 +20,7 @@ __all__ = [
     "History",
     "Progress",
     "Variable",
+    "above",
     "better_half",
     "headline",
     "history",
@@ -60,6 +61,11 @@ def history(trials: Sequence[TrialRecord], objective: str) -> History:
     frame = frame.astype({"value": float, "partial": float})
     frame["best"] = frame["value"].where(frame["state"] == "complete").cummin().ffill()
     return History(OBJECTIVES[objective], frame, _baselines(trials))
+
+
+def above(values: pd.Series) -> float:
+    """Return a height above all ``values`` on a log axis, for trials that have none."""
+    return 1.0 if values.empty else float(values.max() * max(1.08, (values.max() / values.min()) ** 0.1))
 
 
 def better_half(view: History) -> History:

@@ -10,10 +10,11 @@ import pandas as pd
 
 from lowrank_core.config import SearchConfig
 from lowrank_core.studies.records import TrialRecord
-from lowrank_core.studies.variables import Importances, VariableRange
+from lowrank_core.studies.variables import Importance, Importances, VariableRange
 from lowrank_core.studio.search.history import Variable, search_variables
 from lowrank_core.studio.shared.chart_style import BLUE, ORANGE, VERMILLION
 from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.table import frame_of
 from lowrank_core.studio.shared.trial_names import trial_note
 from lowrank_core.studio.shared.vega import Spec, VegaChart, picking
 
@@ -97,17 +98,18 @@ def _named(variables: Sequence[Variable], name: str) -> Variable:
 def importance_table(result: Importances, trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:
     """Return a row for each drawn variable, the most important first: columns variable, share, low, high, note."""
     labels = {variable.name: variable.label for variable in search_variables(trials, search)}
-    rows = [
-        {
-            "variable": labels.get(entry.name, entry.name),
-            "share": entry.share,
-            "low": entry.low,
-            "high": entry.high,
-            "note": f"{labels.get(entry.name, entry.name)}: {entry.share:.0%}, 90 % interval {entry.low:.0%} to {entry.high:.0%}",
-        }
-        for entry in result.found[:_MAX_VARIABLES]
-    ]
-    return pd.DataFrame(rows, columns=["variable", "share", "low", "high", "note"])
+
+    def label(entry: Importance) -> str:
+        return labels.get(entry.name, entry.name)
+
+    return frame_of(
+        result.found[:_MAX_VARIABLES],
+        variable=label,
+        share="share",
+        low="low",
+        high="high",
+        note=lambda entry: f"{label(entry)}: {entry.share:.0%}, 90 % interval {entry.low:.0%} to {entry.high:.0%}",
+    )
 
 
 def missing_words(result: Importances) -> str:

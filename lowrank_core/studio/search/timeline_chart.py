@@ -11,6 +11,7 @@ from lowrank_core.runs import Run, RunStatus
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.shared.formatting import duration, short_duration
 from lowrank_core.studio.shared.run_list import is_working
+from lowrank_core.studio.shared.table import frame_of
 from lowrank_core.studio.shared.trial_names import kind_of, trial_label
 from lowrank_core.studio.shared.vega import LEGEND, Spec, VegaChart, trial_points, trial_ring
 
@@ -95,15 +96,11 @@ def worker_table(trials: Sequence[TrialRecord], living: Mapping[str, RunStatus],
     Workers on other machines are known by their trials alone.
     """
     names = list(dict.fromkeys([*living, *(trial.worker for trial in trials if trial.worker)]))
-    rows = [
-        {
-            "worker": name,
-            "measured": sum(1 for trial in trials if trial.worker == name and (trial.finished or trial.state == "pruned")),
-            "now": _now(name, trials, living, now),
-        }
-        for name in names
-    ]
-    return pd.DataFrame(rows, columns=["worker", "measured", "now"])
+
+    def measured(name: str) -> int:
+        return sum(trial.worker == name and (trial.finished or trial.state == "pruned") for trial in trials)
+
+    return frame_of(names, worker=str, measured=measured, now=lambda name: _now(name, trials, living, now))
 
 
 def _now(name: str, trials: Sequence[TrialRecord], living: Mapping[str, RunStatus], now: float) -> str:

@@ -25,6 +25,7 @@ __all__ = [
     "PURPLE",
     "SEQUENTIAL",
     "SKY",
+    "TRIAL_MARKS",
     "VERMILLION",
     "VegaChart",
     "axis_note",
@@ -50,6 +51,17 @@ SEQUENTIAL = "Cividis"
 _TYPE_COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY)
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "cross")
 _DASHES = ("solid", "dash", "dot", "dashdot")
+TRIAL_MARKS = {
+    "sampled": ("circle", BLUE),
+    "baseline": ("diamond", ORANGE),
+    "manual": ("star", VERMILLION),
+    "running": ("hourglass", GREEN),
+    "waiting": ("triangle-right", GREY),
+    "stopped early": ("triangle-down-open", PURPLE),
+    "outside budget": ("square", SKY),
+    "failed": ("x", VERMILLION),
+}
+"""Kind of a trial -> Plotly's symbol, and colour; distinct without the colour."""
 _LABEL_GAP = 0.058  # of the height of the axis: between the middles of two labels
 
 CONFIG = {

@@ -8,6 +8,7 @@ import streamlit as st
 
 from lowrank_core.runs import Run, client
 from lowrank_core.runs.client import results
+from lowrank_core.studio.compare.comparison import argument_of
 from lowrank_core.studio.export.export_list import (
     MAX_BYTES,
     Proof,
@@ -41,15 +42,10 @@ def show(run: Run) -> None:
         st.caption(
             "None yet. An exported folder is a valid `--model` of the command line, and can be verified against its recorded perplexity."
         )
-    asked = {str(_arguments(request).get("path")) for request in client.pending_requests(run) if request.get("kind") == "verify"}
+    asked = {str(argument_of(request, "path")) for request in client.pending_requests(run) if request.get("kind") == "verify"}
     for position, entry in enumerate(result):
         with st.container(border=True, key=f"written_{position}"), boundary():
             _entry(run, entry, waits=entry.path.name in asked)
-
-
-def _arguments(request: dict[str, object]) -> dict[str, object]:
-    arguments = request.get("arguments")
-    return arguments if isinstance(arguments, dict) else {}
 
 
 def _entry(run: Run, entry: Written, *, waits: bool) -> None:

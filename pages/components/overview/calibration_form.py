@@ -16,7 +16,7 @@ from pages.components.boundary import boundary
 from pages.components.loading import model_on_disk, preview_of
 from pages.components.overview import preflight
 from pages.components.pickers import own_file
-from pages.components.start import start
+from pages.components.request_controls import start
 from pages.components.widgets import choose, draw, draw_all, pick
 
 __all__ = ["calibration_form"]
@@ -49,8 +49,7 @@ def calibration_form() -> None:
         if model is not None and config is not None:
             preflight.fit_line(model, config)
     if pressed and config is not None:
-        with boundary():
-            start(config)
+        start(config)
     preflight.show(reference, model, preview, config)
 
 

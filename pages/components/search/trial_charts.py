@@ -10,8 +10,10 @@ import streamlit as st
 
 from lowrank_core.config import SearchConfig
 from lowrank_core.runs import Run
-from lowrank_core.studies.records import TrialRecord
+from lowrank_core.runs.client import results
+from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studies.variables import read_ranges
+from lowrank_core.studio.compare import comparison
 from lowrank_core.studio.search import pareto_chart as fronts
 from lowrank_core.studio.search.history import better_half, trials_spec
 from lowrank_core.studio.search.history import history as history_of
@@ -33,7 +35,7 @@ from pages.components import charts, navigation, state, tables
 from pages.components.loading import importances_of, pictures_of
 from pages.components.widgets import offer
 
-__all__ = ["allocation", "fingerprint", "front", "history", "importance", "table", "times", "windows"]
+__all__ = ["allocation", "confirmed", "fingerprint", "front", "history", "importance", "table", "times", "windows"]
 
 
 def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
@@ -173,3 +175,23 @@ def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None
     pick = state.pick_from_table("trial", "trial_table", list(result.frame["trial"]))
     tables.show(replace(result, columns=columns), key="trial_table", height=300, on_pick=pick)
     offer("Trials (CSV)", f"{run.id}-trials.csv", result.frame, key="download_trials")
+
+
+def confirmed(run: Run) -> None:
+    """Draw the test results of the best trials; nothing without any.
+
+    Raises:
+        RunError: an answer, or the journal, is damaged.
+    """
+    result = comparison.confirmed(results(run), read_trials(run))
+    if result is None:
+        return
+    st.subheader("Confirmed on test text", anchor=False)
+    for warning in result.warnings:
+        st.warning(warning, icon=":material/warning:")
+    st.caption(
+        f"No trial used this text: the search minimised on search-validation text. Protocol: {result.protocol}. Intervals are of 95 %, "
+        "over windows."
+    )
+    tables.show(comparison.confirmed_spec(result), key="confirmed_table")
+    st.page_link(navigation.COMPARE, label="More on the Compare page", icon=":material/balance:")
