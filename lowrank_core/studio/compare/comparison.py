@@ -286,17 +286,7 @@ def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> C
     newest = {body["trial"]: body for body in of_kind(bodies, "compare") if type(body.get("trial")) is int and body["trial"] in known}
     if not newest:
         return None
-    result = {
-        number: build(
-            Comparison,
-            _measured_body(body),
-            "a comparison",
-            label=str(body.get("label")),
-            form="one-shot",
-            time=float(body.get("time", 0)),
-        )
-        for number, body in newest.items()
-    }
+    result = {number: _comparison(body, filed_as(body)) for number, body in newest.items()}
     first = next(iter(result.values()))
     ordered = sorted(result, key=lambda number: (known[number].value is None, known[number].value or 0.0, number))
     rows = [_ends({"name": "Dense", "perplexity": first.dense_perplexity}, first.dense_perplexity_interval, ())]

@@ -17,15 +17,7 @@ from lowrank_core.studio.shared.trial_names import kind_of, trial_label
 from lowrank_core.studio.spectra.spectrum_table import log_ranks
 from lowrank_core.types import Vector
 
-__all__ = [
-    "EnergyAtRank",
-    "MeasuredLoss",
-    "energy_at_rank",
-    "energy_band",
-    "energy_curves",
-    "measured_loss",
-    "pooling_curves",
-]
+__all__ = ["EnergyAtRank", "MeasuredLoss", "energy_at_rank", "energy_band", "energy_curves", "measured_loss", "pooling_curves"]
 
 _BAND_POINTS = 100
 _ALIKE = 0.01

@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,6 +21,7 @@ from markupsafe import Markup
 from lowrank_core import __version__
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, bundled_path, open_run
+from lowrank_core.runs.files import replace_file
 from lowrank_core.studio.report.blocks import Facts, Note, Section, csv_link, metrics_in
 from lowrank_core.studio.report.compare_section import healing_section, loss_section, second_text_section, speed_section, tokens_section
 from lowrank_core.studio.report.model_section import calibration_section, model_section, spectra_section, text_section
@@ -100,15 +99,7 @@ def write_report(run: Run, out: Path) -> int:
         raise RunError(f"can't write {out}: there is no folder {out.parent}. Make it, or give another file with --out.")
     body = report_html(run).encode("utf-8")
     try:
-        handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(body)
-            Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide the report from the rest of a team
-            Path(temporary).replace(out)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(out, body)
     except OSError as error:
         raise RunError(f"can't write {out}: {error.strerror}. Free some space, or give another file with --out.") from error
     return len(body)

@@ -18,20 +18,7 @@ from lowrank_core.studio.shared.chart_style import Chart
 from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.table import Metrics, Table
 
-__all__ = [
-    "Block",
-    "Code",
-    "Download",
-    "Facts",
-    "Folded",
-    "Note",
-    "Prose",
-    "Section",
-    "Strip",
-    "csv_link",
-    "metrics_in",
-    "json_link",
-]
+__all__ = ["Block", "Code", "Download", "Facts", "Folded", "Note", "Prose", "Section", "Strip", "csv_link", "metrics_in", "json_link"]
 
 
 @dataclass(frozen=True)

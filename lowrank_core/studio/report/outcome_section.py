@@ -15,15 +15,7 @@ from lowrank_core.studio.compare.comparison_chart import difference_chart
 from lowrank_core.studio.compare.continuations import prompts
 from lowrank_core.studio.compare.loss_details import lost_spec, saved_spec
 from lowrank_core.studio.export.export_list import Written, written_models
-from lowrank_core.studio.report.blocks import (
-    Block,
-    Code,
-    Folded,
-    Note,
-    Prose,
-    Section,
-    json_link,
-)
+from lowrank_core.studio.report.blocks import Block, Code, Folded, Note, Prose, Section, json_link
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.reproduce import export_command, reproduction, test_command
 from lowrank_core.studio.shared.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table

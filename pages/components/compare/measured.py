@@ -56,13 +56,18 @@ def headline(shown: Comparison) -> None:
         ("KL to the dense model", number(shown.kl), "nats per token", None),
         ("Top-1 agreement", percent(shown.top1_agreement), "of tokens", "Where both models rank the same token first."),
     )
-    for column, card in zip(st.columns(_WIDTHS, gap="small"), cards, strict=True):
-        with column:
-            _card(*card)
+    _row(cards, _WIDTHS)
     _sizes(shown)
 
 
-def _card(label: str, value: str, below: str, meaning: str | None = None) -> None:
+def _row(cards: Sequence[tuple[str, str, str, str | None]], widths: Sequence[float]) -> None:
+    """Draw cards side by side: label, value, what stands below, help."""
+    for column, card in zip(st.columns(widths, gap="small"), cards, strict=True):  # type: ignore[arg-type]
+        with column:
+            _card(*card)
+
+
+def _card(label: str, value: str, below: str, meaning: str | None) -> None:
     with st.container(border=True, gap="xxsmall"):
         st.metric(label, value, help=meaning)
         st.caption(below)
@@ -73,13 +78,11 @@ def _sizes(shown: Comparison) -> None:
     model = f"{count(shown.dense_parameters)} → {count(shown.parameters)}"
     stored = f"{size(shown.dense_bytes)} → {size(shown.bytes)}"
     cards = (
-        ("Compressible linears, parameters", linears, f"{percent(shown.compression_ratio)} removed"),
-        ("Whole model, parameters", model, f"{percent(shown.model_compression_ratio)} removed"),
-        ("Whole model, bytes", stored, f"{percent(1 - shown.bytes / shown.dense_bytes)} removed"),
+        ("Compressible linears, parameters", linears, f"{percent(shown.compression_ratio)} removed", None),
+        ("Whole model, parameters", model, f"{percent(shown.model_compression_ratio)} removed", None),
+        ("Whole model, bytes", stored, f"{percent(1 - shown.bytes / shown.dense_bytes)} removed", None),
     )
-    for column, card in zip(st.columns(len(cards), gap="small"), cards, strict=True):
-        with column:
-            _card(*card)
+    _row(cards, [1, 1, 1])
 
 
 def _table(result: Sequence[Comparison]) -> None:

@@ -10,13 +10,7 @@ from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.energy.energy_chart import band_figure, energy_figure, groups_figure, pooling_figure
-from lowrank_core.studio.energy.energy_table import (
-    energy_at_rank,
-    energy_band,
-    energy_curves,
-    measured_loss,
-    pooling_curves,
-)
+from lowrank_core.studio.energy.energy_table import energy_at_rank, energy_band, energy_curves, measured_loss, pooling_curves
 from lowrank_core.studio.overview.calibration_quality import InputFacts, group_table
 from lowrank_core.studio.shared.formatting import kind_label, percent
 from lowrank_core.studio.shared.protocol import trial_protocol
