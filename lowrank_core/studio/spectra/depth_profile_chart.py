@@ -16,6 +16,8 @@ __all__ = ["profile_figure"]
 def profile_figure(view: LayerMap) -> go.Figure:
     """Draw the values of a map over depth, a labelled line per type; missing values are gaps."""
     figure = go.Figure()
+    span, first = max(1, len(view.depths) - 1), view.depths[0] if view.depths else 0
+    end = first + 1.01 * span
     ends: list[tuple[str, float, float, str]] = []
     for kind in view.kinds:
         rows = view.frame[view.frame["kind"] == kind].sort_values("depth")
@@ -32,14 +34,12 @@ def profile_figure(view: LayerMap) -> go.Figure:
         )
         last = rows["value"].dropna()
         if len(last):
-            ends.append((name, float(view.depths[-1]), _place(float(last.iloc[-1]), view), look["color"]))
+            ends.append((name, end, _place(float(last.iloc[-1]), view), look["color"]))
     finished(figure, height=360, x="Block (depth, from the embedding to the head)", y=view.measure, right=72)
     low, high = _range(view)
     figure.update_yaxes(range=[low, high], tickformat=".0%" if view.percent else "", type="log" if view.log else "linear")
-    span = max(1, len(view.depths) - 1)
-    first = view.depths[0] if view.depths else 0
     step = max(1, len(view.depths) // 16)
-    figure.update_xaxes(range=[first - 0.02 * span, first + 1.01 * span], tickvals=view.depths[::step])
+    figure.update_xaxes(range=[first - 0.02 * span, end], tickvals=view.depths[::step])
     end_labels(figure, ends, low, high)
     return figure
 
