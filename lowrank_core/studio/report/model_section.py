@@ -23,6 +23,7 @@ from lowrank_core.studio.spectra.spectrum_table import METRICS, SOURCES, atlas, 
 __all__ = ["calibration_section", "model_section", "spectra_section", "text_section"]
 
 _METRIC = "effective_rank"
+_WINDOWS = "Windows do not overlap; BOS is counted in the context, and never predicted. The seed draws the calibration windows."
 
 
 def model_section(run: Run) -> Section:
@@ -48,7 +49,7 @@ def text_section(run: Run) -> Section:
     facts = text_facts(run)
     blocks: tuple[Block, ...] = (Note("missing", "The text was not cut yet: text.json is written when it was."),)
     if facts is not None:
-        blocks = (*(Note("warning", warning) for warning in facts.warnings), Prose(facts.words), splits_spec(facts))
+        blocks = (*(Note("warning", warning) for warning in facts.warnings), Prose(f"{facts.words}. {_WINDOWS}"), splits_spec(facts))
     return Section("text", "The text and the protocol", "Data splits and their use.", blocks)
 
 
