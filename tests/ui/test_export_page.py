@@ -16,6 +16,7 @@ from lowrank_core.cli import parser
 from lowrank_core.cli.options import config_of, source_of, text_of
 from lowrank_core.config import ExportConfig
 from lowrank_core.config.healing import HealingConfig
+from lowrank_core.config.options import options_of
 from lowrank_core.runs import client, write_json
 from lowrank_core.runs.client import pending_requests
 
@@ -339,3 +340,18 @@ def test_compare_leads_here(app):
     assert sound(test)
     assert any(link.proto.label.startswith("Export") for link in test.get("page_link"))
     assert json.dumps([button.label for button in test.button]).find("Export this") == -1
+
+
+def test_labels_and_helps_of_the_form_are_those_of_the_options(app):
+    test = app("export", run=make_run().id)
+    drawn = {
+        "form": test.segmented_control(key="export_form"),
+        "with_code": test.toggle(key="export_with_code"),
+        "dtype": test.selectbox(key="export_dtype"),
+        "max_shard_size": test.text_input(key="export_shard"),
+        "quantization": test.selectbox(key="export_quantization"),
+    }
+    for declared in options_of(ExportConfig):
+        widget = drawn.pop(declared.name)
+        assert (widget.label, widget.help.lower().rstrip(".")) == (declared.label, declared.option.help.lower())
+    assert not drawn
