@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import streamlit as st
 
 from lowrank_core.parameters import MatrixShape
 from pages.components import state
 
-__all__ = ["module_picker"]
+__all__ = ["module_picker", "own_file"]
 
 
 def module_picker(shapes: Sequence[MatrixShape]) -> str:
@@ -42,3 +43,9 @@ def module_picker(shapes: Sequence[MatrixShape]) -> str:
                 width=120,
             )
     return module
+
+
+def own_file(key: str, help: str, **about: Any) -> str:
+    """Draw the input of a file's path, and return it."""
+    path: str = st.text_input("Path of the file", key=key, placeholder="/data/notes.txt", help=help, persist_state="session", **about)
+    return path

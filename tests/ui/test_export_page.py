@@ -16,6 +16,7 @@ from lowrank_core.cli import parser
 from lowrank_core.cli.options import config_of, source_of, text_of
 from lowrank_core.config import ExportConfig
 from lowrank_core.config.healing import HealingConfig
+from lowrank_core.config.options import options_of
 from lowrank_core.runs import client, write_json
 from lowrank_core.runs.client import pending_requests
 
@@ -84,14 +85,14 @@ def test_what_will_be_written_is_told_before_and_follows_the_form(app):
     frame = next(element.value for element in test.dataframe if "share" in element.value)
     assert frame["form"][list(frame["chosen"]).index("→")] == "Dense merge, at most"
     assert "trial-3-dense" in words(test)
-    assert test.toggle(key="export_int8").disabled
+    assert test.selectbox(key="export_quantization").disabled
 
 
 def test_writing_is_asked_for_with_every_choice(app):
     run = make_run()
     test = app("export", run=run.id)
     test.toggle(key="export_with_code").set_value(True)
-    test.toggle(key="export_int8").set_value(True)
+    test.selectbox(key="export_quantization").set_value("int8")
     test.selectbox(key="export_dtype").set_value("bfloat16")
     test.text_input(key="export_shard").set_value("2GB")
     test.run()
@@ -106,7 +107,7 @@ def test_a_dense_merge_is_asked_for_without_what_it_can_not_have(app):
     run = make_run()
     test = app("export", run=run.id)
     test.toggle(key="export_with_code").set_value(True)
-    test.toggle(key="export_int8").set_value(True).run()
+    test.selectbox(key="export_quantization").set_value("int8").run()
     test.segmented_control(key="export_form").set_value("dense").run()
     test.button(key="export").click().run()
     assert sound(test)
@@ -124,7 +125,7 @@ def test_a_healed_model_is_asked_for_by_its_folder_and_is_written_as_it_is_alrea
     picker.set_value(name).run()
     assert test.button(key="export").disabled
     assert "Already written" in words(test)
-    test.toggle(key="export_int8").set_value(True).run()
+    test.selectbox(key="export_quantization").set_value("int8").run()
     test.button(key="export").click().run()
     assert sound(test)
     (request,) = pending_requests(run)
@@ -339,3 +340,18 @@ def test_compare_leads_here(app):
     assert sound(test)
     assert any(link.proto.label.startswith("Export") for link in test.get("page_link"))
     assert json.dumps([button.label for button in test.button]).find("Export this") == -1
+
+
+def test_labels_and_helps_of_the_form_are_those_of_the_options(app):
+    test = app("export", run=make_run().id)
+    drawn = {
+        "form": test.segmented_control(key="export_form"),
+        "with_code": test.toggle(key="export_with_code"),
+        "dtype": test.selectbox(key="export_dtype"),
+        "max_shard_size": test.text_input(key="export_shard"),
+        "quantization": test.selectbox(key="export_quantization"),
+    }
+    for declared in options_of(ExportConfig):
+        widget = drawn.pop(declared.name)
+        assert (widget.label, widget.help.lower().rstrip(".")) == (declared.label, declared.option.help.lower())
+    assert not drawn

@@ -16,6 +16,7 @@ from test_views_model import checkpoint
 from lowrank_core.config import to_mapping
 from lowrank_core.runs import list_runs, write_json
 from lowrank_core.runs.manage import notes_of
+from lowrank_core.studio.report import report_html
 
 
 def tree_of(test) -> str:
@@ -221,3 +222,12 @@ def test_a_text_shorter_than_a_window_starts_nothing(app, tmp_path):
     test.button(key="start_calibration").click().run()
     assert any("fewer than the tokens of one window" in error.value for error in test.error)
     assert list_runs() == []
+
+
+def test_the_report_has_the_cards_of_the_page(app):
+    run = make_run()
+    test = app(run=run.id)
+    html = report_html(run)
+    assert len(test.metric) == 10
+    for card in test.metric:
+        assert f"<dt>{card.label}</dt><dd><b>{card.value}</b>" in html, card.label

@@ -6,7 +6,9 @@ import pytest
 from synthetic import make_run, matrices, running_status, write_sensitivity
 from test_pages import charts, sound, words
 
+from lowrank_core.config.options import options_of
 from lowrank_core.runs import client, read_json, write_json
+from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.sensitivity.records import read_records
 
 
@@ -131,3 +133,20 @@ def test_several_settings_are_chosen_between(app):
     assert sound(test)
     picker = test.selectbox(key="sensitivity_setting")
     assert sorted(picker.options) == [f"Two-sided (K-FAC), factored prices, {windows} windows" for windows in (2, 4)]
+
+
+def test_labels_and_helps_of_the_form_are_those_of_the_options(app, dead):
+    make_run()
+    test = app("sensitivity")
+    drawn = {
+        "kept": test.pills(key="sensitivity_ratios"),
+        "scopes": test.pills(key="sensitivity_scopes"),
+        "windows": test.number_input(key="sensitivity_windows_24"),
+        "kinds": test.multiselect(key="sensitivity_kinds"),
+        "basis": next(box for box in test.selectbox if box.key.startswith("sensitivity_basis")),
+        "storage": next(box for box in test.selectbox if box.key.startswith("sensitivity_storage")),
+    }
+    for declared in options_of(SensitivityConfig):
+        widget = drawn.pop(declared.name)
+        assert (widget.label, widget.help.lower().rstrip(".")) == (declared.label, declared.option.help.lower())
+    assert not drawn

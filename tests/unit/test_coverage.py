@@ -132,7 +132,7 @@ MAX_EXPERTS = Coverage.of([("linear", 30), ("experts", 900), ("tied", 70)])
 def test_a_ratio_is_told_for_the_whole_model():
     assert MAX_EXPERTS.ratio_words(0.3) == "30.0 % of the compressible linears = 0.9 % of the model"
     assert MAX_EXPERTS.statement() == (
-        "3.0 % of the model's parameters can be compressed; not compressible: experts 90.0 %, tied embeddings 7.0 %"
+        "3.0 % of the model's parameters can be compressed; not compressible: other experts 90.0 %, tied embeddings 7.0 %"
     )
 
 
@@ -140,7 +140,7 @@ def test_little_is_a_warning_and_much_is_none():
     warning = MAX_EXPERTS.warning(0.3)
     assert warning is not None
     assert warning.startswith("only 3.2 % of the parameters outside the embeddings can be compressed")
-    assert "experts, 90.0 % of the model" in warning
+    assert "other experts, 90.0 % of the model" in warning
     assert MAX_EXPERTS.ratio_words(0.3) in warning
     assert Coverage.of([("linear", 30), ("tied", 900), ("vector", 1)]).warning() is None
     assert Coverage.of([("linear", 10), ("tied", 900)]).warning() is None

@@ -20,8 +20,6 @@ from transformers import (
     GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PreTrainedModel,
@@ -155,15 +153,9 @@ def _neox() -> PreTrainedModel:
     return GPTNeoXForCausalLM(GPTNeoXConfig(**SMALL, intermediate_size=64, **TOKENS))
 
 
-def _mixtral() -> PreTrainedModel:
-    return MixtralForCausalLM(MixtralConfig(**SMALL, intermediate_size=64, num_key_value_heads=2, num_local_experts=4, **TOKENS))
-
-
 OTHERS: dict[str, tuple[Callable[[], PreTrainedModel], set[str]]] = {
     "opt": (_opt, {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
     "gpt-neox": (_neox, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
-    # its experts are one tensor, no linear layers: they are left alone
-    "mixtral": (_mixtral, {"q_proj", "k_proj", "v_proj", "o_proj"}),
 }
 
 

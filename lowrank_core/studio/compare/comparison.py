@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -24,6 +24,7 @@ __all__ = [
     "Confirmed",
     "Export",
     "Failure",
+    "argument_of",
     "comparisons",
     "confirmed",
     "confirmed_spec",
@@ -31,6 +32,7 @@ __all__ = [
     "filed_as",
     "label_of",
     "last_failure",
+    "of_kind",
     "other_texts",
     "refusals",
     "unspent_notes",
@@ -153,8 +155,15 @@ def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
     return record.label if record is not None and record.label in ALLOCATORS else ModelRef.parse(trial).label
 
 
-def _of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
+def of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
+    """Return the successful results of one kind of request."""
     return [body for body in bodies if body.get("ok") and body.get("kind") == kind]
+
+
+def argument_of(request: Mapping[str, object], name: str) -> object:
+    """Return an argument of a request, or of the request that a result answers; None without it."""
+    arguments = request.get("arguments")
+    return arguments.get(name) if isinstance(arguments, Mapping) else None
 
 
 def filed_as(body: JsonMapping) -> str:
@@ -243,7 +252,7 @@ def _with_flops(result: list[Comparison]) -> list[Comparison]:
 def other_texts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> dict[str, list[Comparison]]:
     """Return the newest measurement of each model on each second text, by the text's reference; the newest text first."""
     newest: dict[str, dict[str, Comparison]] = {}
-    for body in _of_kind(bodies, "other_text"):
+    for body in of_kind(bodies, "other_text"):
         result = newest.pop(str(body.get("text")), {})
         result[_key(body)] = _comparison(body, _key(body))
         newest[str(body.get("text"))] = result
@@ -252,7 +261,7 @@ def other_texts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = (
 
 def exports(bodies: Sequence[JsonMapping]) -> list[Export]:
     """Return the exports, the newest first."""
-    return [build(Export, body, "an export") for body in reversed(_of_kind(bodies, "export"))]
+    return [build(Export, body, "an export") for body in reversed(of_kind(bodies, "export"))]
 
 
 @dataclass(frozen=True)
@@ -274,20 +283,10 @@ class Confirmed:
 def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> Confirmed | None:
     """Return the newest test measurement of each trial; None without any."""
     known = {trial.number: trial for trial in trials}
-    newest = {body["trial"]: body for body in _of_kind(bodies, "compare") if type(body.get("trial")) is int and body["trial"] in known}
+    newest = {body["trial"]: body for body in of_kind(bodies, "compare") if type(body.get("trial")) is int and body["trial"] in known}
     if not newest:
         return None
-    result = {
-        number: build(
-            Comparison,
-            _measured_body(body),
-            "a comparison",
-            label=str(body.get("label")),
-            form="one-shot",
-            time=float(body.get("time", 0)),
-        )
-        for number, body in newest.items()
-    }
+    result = {number: _comparison(body, filed_as(body)) for number, body in newest.items()}
     first = next(iter(result.values()))
     ordered = sorted(result, key=lambda number: (known[number].value is None, known[number].value or 0.0, number))
     rows = [_ends({"name": "Dense", "perplexity": first.dense_perplexity}, first.dense_perplexity_interval, ())]
@@ -331,12 +330,11 @@ def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
 
 
 def _is_preset(body: JsonMapping) -> bool:
-    arguments = body.get("arguments")
-    ref = ModelRef.find(arguments.get("trial")) if isinstance(arguments, dict) else None
+    ref = ModelRef.find(argument_of(body, "trial"))
     return ref is not None and ref.kind == "preset"
 
 
 def refusals(bodies: Sequence[JsonMapping]) -> dict[str, str]:
     """Return the error of each preset whose newest request failed, by display name."""
-    newest = {str(body["arguments"]["trial"]): body for body in bodies if body.get("kind") == "compare" and _is_preset(body)}
+    newest = {str(argument_of(body, "trial")): body for body in bodies if body.get("kind") == "compare" and _is_preset(body)}
     return {model_name(key): str(body.get("error") or "no reason given") for key, body in newest.items() if not body.get("ok")}

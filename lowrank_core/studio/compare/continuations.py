@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lowrank_core.config.mapping import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import MANUAL, TrialRecord
+from lowrank_core.studio.compare.comparison import of_kind
 from lowrank_core.studio.shared.trial_names import model_name
 
 __all__ = ["Prompt", "prompts"]
@@ -59,11 +60,10 @@ def prompts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -
         RunError: an answer is damaged.
     """
     result: dict[tuple[object, ...], dict[str, _Answer]] = {}
-    for body in bodies:
-        if body.get("ok") and body.get("kind") == "generate":
-            answer = build(_Answer, body, "a continuation")
-            key = answer.prompt, answer.tokens, answer.temperature, answer.seed
-            result[key] = {**result.pop(key, {}), answer.name(trials): answer}
+    for body in of_kind(bodies, "generate"):
+        answer = build(_Answer, body, "a continuation")
+        key = answer.prompt, answer.tokens, answer.temperature, answer.seed
+        result[key] = {**result.pop(key, {}), answer.name(trials): answer}
     return [_prompt(alike) for alike in reversed(result.values())]
 
 

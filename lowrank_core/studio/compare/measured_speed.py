@@ -10,7 +10,7 @@ import pandas as pd
 from lowrank_core.config.mapping import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import TrialRecord
-from lowrank_core.studio.compare.comparison import filed_as
+from lowrank_core.studio.compare.comparison import filed_as, of_kind
 from lowrank_core.studio.shared.formatting import DASH, size
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import model_name
@@ -71,11 +71,10 @@ def speeds(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) ->
         RunError: an answer is damaged.
     """
     newest: dict[tuple[str, str], Speed] = {}
-    for body in bodies:
-        if body.get("ok") and body.get("kind") == "speed":
-            key = str(body.get("trial")), str(body.get("config"))
-            newest.pop(key, None)
-            newest[key] = _speed(body, trials)
+    for body in of_kind(bodies, "speed"):
+        key = str(body.get("trial")), str(body.get("config"))
+        newest.pop(key, None)
+        newest[key] = _speed(body, trials)
     return list(reversed(newest.values()))
 
 

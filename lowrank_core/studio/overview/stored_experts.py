@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from lowrank_core.parameters import MatrixShape
@@ -35,14 +36,17 @@ def expert_matrices(checkpoint: Checkpoint, parts: Sequence[_Part]) -> Iterator[
         if match := _ONE.match(part.path):
             key = part.block, match["mixture"]
             counts[key] = max(counts.get(key, 0), int(match["expert"]) + 1)
+    names = {part.name for part in parts}
     for part in parts:
         match = _ONE.match(part.path)
+        bias = {f"{part.name}_bias", f"{part.name.removesuffix('.weight')}.bias"} & names
         if match and len(part.shape) == 2:
             share = _share(chosen, counts[part.block, match["mixture"]])
             layer = _LAYERS.get(match["layer"], match["layer"])
-            yield _matrix(part, match["mixture"], int(match["expert"]), layer, part.shape, share)
+            yield replace(_matrix(part, match["mixture"], int(match["expert"]), layer, part.shape, share), bias=bool(bias))
         elif len(part.shape) == 3:
-            yield from _of_all(part, checkpoint.number("hidden_size", "n_embd", "d_model"), chosen)
+            for matrix in _of_all(part, checkpoint.number("hidden_size", "n_embd", "d_model"), chosen):
+                yield replace(matrix, bias=bool(bias))
 
 
 def _of_all(part: _Part, hidden: int, chosen: int) -> Iterator[MatrixShape]:
