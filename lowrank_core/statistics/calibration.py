@@ -172,7 +172,7 @@ def _by_window(name: str, inputs: Tensor, context: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Block:
-    """What was measured of a block: moments by input group, and its influence if it was given and returned hidden states."""
+    """Measurements of a block: moments by input group, and its influence if it was given and returned hidden states."""
 
     inputs: dict[str, InputStatistics]
     influence: float | None
