@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -192,8 +193,12 @@ class _Calibration:
         for layer in handle.layers:
             self.widths[layer.shape.depth].setdefault(layer.input_group, layer.shape.d_in)
         self.batches = -(-windows.windows // config.batch_size)
-        self._runner = BlockRunner(handle)
         self._hidden = HiddenStates(windows.windows, folder)
+
+    @cached_property
+    def _runner(self) -> BlockRunner:
+        """Runner of the model, which tries the chain: not while another calibration of the same model is waited for."""
+        return BlockRunner(self.handle)
 
     @property
     def total(self) -> int:
