@@ -36,7 +36,7 @@ Clock = Callable[[], float]
 _PROMPT_SEED = 0
 
 _CACHES = ("cache", "past_key_values", "cache_params", "state")
-"""What transformers calls what a pass hands to the next one: of attention, changed within version 5, and of recurrent models."""
+"""Names of the cache in transformers' outputs: of attention, changed within version 5, and of recurrent models."""
 
 
 @dataclass(frozen=True)

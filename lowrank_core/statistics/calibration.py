@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import psutil
@@ -193,7 +194,7 @@ def _by_window(name: str, inputs: Tensor, context: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Block:
-    """What was measured of a block: moments by input group, and its influence if it was given and returned hidden states."""
+    """Measurements of a block: moments by input group, and its influence if it was given and returned hidden states."""
 
     inputs: dict[str, InputStatistics]
     influence: float | None
@@ -216,8 +217,12 @@ class _Calibration:
             if layer.name == layer.input_group:
                 self.mixtures[layer.name] = layer.shape.mixture
         self.batches = -(-windows.windows // config.batch_size)
-        self._runner = BlockRunner(handle)
         self._hidden = HiddenStates(windows.windows, folder)
+
+    @cached_property
+    def _runner(self) -> BlockRunner:
+        """Runner of the model, which tries the chain: not while another calibration of the same model is waited for."""
+        return BlockRunner(self.handle)
 
     @property
     def total(self) -> int:

@@ -220,7 +220,7 @@ def test_two_at_once_measure_once(llama: ModelHandle, windows: WindowSet, tmp_pa
     def first(done: int, total: int) -> None:
         if done == 8:
             second.start()
-            assert waited.wait(30)
+            assert waited.wait(120)
 
     def wait(done: int, total: int) -> None:
         assert (done, total) == (0, 16)
@@ -228,7 +228,7 @@ def test_two_at_once_measure_once(llama: ModelHandle, windows: WindowSet, tmp_pa
 
     second = threading.Thread(target=lambda: results.append(cached_statistics(llama, windows, CONFIG, tmp_path, progress=wait)))
     statistics, cached = cached_statistics(llama, windows, CONFIG, tmp_path, progress=first)
-    second.join(30)
+    second.join(120)
     assert not cached
     ((result, cached),) = results
     assert cached
