@@ -19,6 +19,7 @@ from lowrank_core.metrics import metric_named
 from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.studies.naming import model_name, trial_label
 from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
+from lowrank_core.studies.requests import CompareAnswer, MeasureRequest, answers_of
 from lowrank_core.studies.storage import open_database
 from lowrank_core.types import Result
 from lowrank_core.worker.context import complete_trial
@@ -76,7 +77,7 @@ def search_in(
             open_database(place.storage_url)  # checked before minutes of work
             run.keep_study_at(place.storage_url, run.id)
         if given is not None:
-            client.submit(run, "measure", launch=False, **given)
+            client.submit(run, given, launch=False)
         session, bench = run_worker(run, verbose=sys.stderr.isatty(), helpers=place.workers - 1)
     except LowRankError as error:
         if not isinstance(error, Cancelled) and not _has_begun(run):
@@ -184,13 +185,13 @@ def _confirmed(run: Run) -> list[JsonMapping]:
     trials = read_trials(run)
     result: list[JsonMapping] = [
         {
-            "trial": body.get("trial"),
-            "label": body.get("label"),
-            "name": model_name(str(body.get("label")), trials),
-            **{name: body["report"].get(name) for name in names},
-            "warnings": body["report"].get("warnings", []),
+            "trial": answer.trial,
+            "label": answer.label,
+            "name": model_name(answer.label, trials),
+            **{name: answer.report.get(name) for name in names},
+            "warnings": answer.report.get("warnings", []),
         }
-        for body in client.results_of(run, "compare")
+        for answer in answers_of(run, CompareAnswer)
     ]
     return sorted(result, key=lambda row: float(row["kl"]))
 
@@ -205,8 +206,8 @@ def _confirmed_lines(confirmed: list[JsonMapping]) -> list[str]:
     return ["measured on test text, unseen by all trials:", *rows, f"  {confirmed[0]['protocol']}"]
 
 
-def _read_given(ranks: Path | None, complete: str | None) -> Result | None:
-    """Return the arguments of a request to measure a file's allocation."""
+def _read_given(ranks: Path | None, complete: str | None) -> MeasureRequest | None:
+    """Return the request to measure a file's allocation."""
     if complete is not None:
         check_choice("complete", complete, RULES)
     if ranks is None:
@@ -214,7 +215,7 @@ def _read_given(ranks: Path | None, complete: str | None) -> Result | None:
             raise ConfigError("--complete completes a file of ranks; give one with --ranks.")
         return None
     file = read_allocation(ranks)
-    return {"ranks": dict(file.ranks)} if complete is None else {"ranks": dict(file.fixed), "complete": complete}
+    return MeasureRequest(dict(file.ranks if complete is None else file.fixed), complete)
 
 
 def enqueue(folder: Path, ranks: Path, complete: str | None) -> Result:
@@ -225,7 +226,7 @@ def enqueue(folder: Path, ranks: Path, complete: str | None) -> Result:
     config = run.config
     if config.search is None:
         raise ConfigError(f"{run.path} only analyses a model; it measures no allocations. Run `lowrank search`.")
-    request = client.submit(run, "measure", launch=False, **given)
+    request = client.submit(run, given, launch=False)
     next_step = "its worker measures it next" if run.status().active else f"`lowrank worker --run {run.path}` will measure it"
     return {"run": str(run.path), "request": request, "text": f"{ranks} is queued: {next_step}."}
 

@@ -10,19 +10,27 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from lowrank_core.config.options import renamed
 from lowrank_core.errors import ConfigError, LowRankError, RunError
 
-__all__ = ["build", "from_mapping", "to_mapping"]
+__all__ = ["INLINE", "build", "from_mapping", "to_mapping"]
 
 T = TypeVar("T")
+
+INLINE = MappingProxyType({"inline": True})
+"""Metadata of a field that is a dataclass itself, and whose keys stand among those around it; at most one in a class."""
 
 
 def to_mapping(value: object) -> dict[str, object]:
     """Return a dataclass as a JSON-ready mapping."""
-    return dataclasses.asdict(value)  # type: ignore[call-overload, no-any-return]
+    result: dict[str, Any] = dataclasses.asdict(value)  # type: ignore[call-overload]
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        if "inline" in field.metadata:
+            result |= result.pop(field.name)
+    return result
 
 
 def from_mapping(kind: type[T], mapping: Mapping[str, object]) -> T:
@@ -58,10 +66,14 @@ class _Decoder:
         if not isinstance(body, Mapping):
             raise self._error(f"{kind.__name__}: expected an object, got {type(body).__name__}.")
         body, given, hints = renamed(kind, body), given or {}, typing.get_type_hints(kind)
-        if not self.source and (unknown := sorted(set(body) - set(hints))):
-            raise ConfigError(f"{kind.__name__}: unknown {', '.join(unknown)}; it knows {', '.join(hints)}.")
+        known: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
+        among = [name for name, field in known.items() if "inline" in field.metadata]
+        rest = {name: value for name, value in body.items() if name not in known or name in among}
+        if not self.source and not among and rest:
+            raise ConfigError(f"{kind.__name__}: unknown {', '.join(sorted(rest))}; it knows {', '.join(known)}.")
+        body |= dict.fromkeys(among, rest)
         values = dict(given)
-        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        for field in known.values():
             if field.name in body and field.name not in given:
                 values[field.name] = self._value(body[field.name], hints[field.name], field.name)
             elif field.name not in given and field.default is MISSING and field.default_factory is MISSING:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from lowrank_core.allocation import RankAllocation
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.config import ExportConfig, from_mapping, to_mapping
+from lowrank_core.config import ExportConfig, to_mapping
 from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import EvaluationReport, evaluate
@@ -19,21 +19,10 @@ from lowrank_core.export.manifest import report_of
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.runs import Run, write_json
 from lowrank_core.runs.healing_records import read_report, write_report
+from lowrank_core.studies.requests import HealAnswer, HealRequest
 from lowrank_core.worker.context import WorkerContext
 
-__all__ = ["export_healed", "heal_allocation", "healing_config"]
-
-
-def healing_config(arguments: Mapping[str, object]) -> HealingConfig:
-    """Return the settings of a request.
-
-    Raises:
-        ConfigError: they are no mapping of settings, or out of range.
-    """
-    given = arguments.get("healing", {})
-    if not isinstance(given, Mapping):
-        raise ConfigError("healing takes settings by name, such as method and steps.")
-    return from_mapping(HealingConfig, dict(given))
+__all__ = ["export_healed", "heal_allocation"]
 
 
 def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path:
@@ -44,9 +33,9 @@ def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path
 
 
 def heal_allocation(
-    worker: WorkerContext, allocated: tuple[RankAllocation, CompressedModel], config: HealingConfig, how: Mapping[str, object]
-) -> dict[str, object]:
-    """Heal a compressed model, write it, and measure it on test text before and after; return the result.
+    worker: WorkerContext, request: HealRequest, allocated: tuple[RankAllocation, CompressedModel], how: Mapping[str, object]
+) -> HealAnswer:
+    """Heal a compressed model, write it, and measure it on test text before and after.
 
     What is done already is not done again, and a healing that was stopped or killed goes on from its last validation.
 
@@ -58,7 +47,7 @@ def heal_allocation(
         LowRankError: as ``healed_model`` and ``write_healed``.
         Cancelled: stopped; what was trained so far stays.
     """
-    allocation, model = allocated
+    config, (allocation, model) = request.healing, allocated
     folder = _folder(worker.run, allocation, config)
     label = f"{allocation.label}, healed by {config.method}"
     write_json(folder / "request.json", {"label": label, "allocation": allocation.label, "healing": to_mapping(config)})
@@ -79,14 +68,15 @@ def heal_allocation(
     else:
         loaded = load_model(replace(worker.run.config.model, reference=str(written)))
         after = _measured(worker, loaded, f"Measuring {label}, on test text")
-    return {
-        "label": label,
-        "path": str(written),
-        "healing": report.summary,
-        "report": after.to_mapping(),
-        "one_shot": before.to_mapping(),
-        "folder": folder.name,
-    }
+    return HealAnswer(
+        trial=request.trial,
+        label=label,
+        path=str(written),
+        healing=report.summary,
+        report=after.to_mapping(),
+        one_shot=before.to_mapping(),
+        folder=folder.name,
+    )
 
 
 def export_healed(worker: WorkerContext, name: str, config: ExportConfig) -> str:
