@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lowrank_core.cli.options import Command, json_option, model_options, source_of
 from lowrank_core.cli.tables import aligned
+from lowrank_core.config import to_mapping
 from lowrank_core.studio.shared.formatting import DASH
 from lowrank_core.types import Result
 from lowrank_core.wording import fixed
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> Result:
     source = source_of(a)
     against = None if a.against is None else load_model(replace(source, reference=a.against))
     report = run_tasks(load_model(source), config, against=against, harness=harness)
-    return {**report.to_mapping(), "text": _text(report)}
+    return {**to_mapping(report), "text": _text(report)}
 
 
 def _text(report: TasksReport) -> str:

@@ -8,7 +8,7 @@ from lowrank_core.commands.benchmarks import allocation as allocation_benchmark
 from lowrank_core.commands.benchmarks import quality as quality_benchmark
 from lowrank_core.commands.benchmarks import search as search_benchmark
 from lowrank_core.commands.benchmarks import speed as speed_benchmark
-from lowrank_core.config import ModelSource, TextConfig, check_ratio
+from lowrank_core.config import ModelSource, TextConfig, check_ratio, to_mapping
 from lowrank_core.models import load_model
 from lowrank_core.presets.recipes import PRESETS, preset_named
 from lowrank_core.text import load_windows
@@ -20,7 +20,7 @@ __all__ = ["benchmark_allocation", "benchmark_quality", "benchmark_search", "ben
 def benchmark_allocation(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int) -> Result:
     """Measure uniform, lord_manual and the search's best on test text."""
     rows = allocation_benchmark.allocation_table(source, text, ratios, seeds=seeds, trials=trials)
-    return {"rows": [row.to_mapping() for row in rows], "text": allocation_benchmark.as_markdown(rows)}
+    return {"rows": [to_mapping(row) for row in rows], "text": allocation_benchmark.as_markdown(rows)}
 
 
 def benchmark_quality(
@@ -38,7 +38,7 @@ def benchmark_quality(
     for ratio in ratios:
         check_ratio(ratio)
     rows = quality_benchmark.quality_table(source, text, ratios, presets=chosen, variants=variants, search=search, int8=int8)
-    return {"model": source.reference, "rows": [row.to_mapping() for row in rows], "text": quality_benchmark.as_markdown(rows)}
+    return {"model": source.reference, "rows": [to_mapping(row) for row in rows], "text": quality_benchmark.as_markdown(rows)}
 
 
 def benchmark_search(
@@ -54,8 +54,8 @@ def benchmark_search(
     protocol = f"KL to the dense model, nats per token, seeds 0 to {seeds - 1}; {windows.protocol}."
     return {
         "model": source.reference,
-        "curves": [curve.to_mapping() for curve in curves],
-        "cheaper": [row.to_mapping() for row in cheaper],
+        "curves": [to_mapping(curve) for curve in curves],
+        "cheaper": [to_mapping(row) for row in cheaper],
         "protocol": protocol,
         "text": search_benchmark.as_markdown(curves, cheaper, protocol),
     }
@@ -64,4 +64,4 @@ def benchmark_search(
 def benchmark_speed(source: ModelSource, text: TextConfig) -> Result:
     """Compare calibration, a trial and the layers with forward passes and dense layers."""
     rows = speed_benchmark.speed_table(source, text)
-    return {"model": source.reference, "rows": [row.to_mapping() for row in rows], "text": speed_benchmark.as_markdown(rows)}
+    return {"model": source.reference, "rows": [to_mapping(row) for row in rows], "text": speed_benchmark.as_markdown(rows)}

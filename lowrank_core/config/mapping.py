@@ -6,6 +6,7 @@ Names and values of earlier versions are understood (``options.renamed``).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
@@ -45,15 +46,22 @@ def from_mapping(kind: type[T], mapping: Mapping[str, object]) -> T:
         raise ConfigError(f"{kind.__name__}: {error}") from error
 
 
-def build(kind: type[T], body: Mapping[str, Any], source: str, **given: object) -> T:
+def build(kind: type[T], body: Mapping[str, Any], source: str, advice: str = "Start what wrote it again.", **given: object) -> T:
     """Return the dataclass ``kind`` from the keys of ``body`` that it knows; ``given`` values come first.
 
     Keys that ``kind`` does not know are left alone: a newer worker may write more.
 
     Raises:
-        RunError: a key is missing or holds the wrong kind of value; the message names ``source`` and the key.
+        RunError: a key is missing or holds the wrong kind of value; the message names ``source`` and the key, and ends with ``advice``.
     """
-    return _Decoder(source).built(kind, body, given)
+    return _Decoder(source, advice).built(kind, body, given)
+
+
+@functools.cache
+def _declared(kind: type) -> tuple[Mapping[str, dataclasses.Field[Any]], Mapping[str, Any], tuple[str, ...]]:
+    """Return the fields and the types of ``kind`` by name, and the names of those that are inline; a file may have thousands of lines."""
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    return known, typing.get_type_hints(kind), tuple(name for name, field in known.items() if "inline" in field.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,13 +69,13 @@ class _Decoder:
     """Lenient for a ``source`` that a worker wrote, strict without one."""
 
     source: str = ""
+    advice: str = ""
 
     def built(self, kind: type[T], body: Mapping[str, object], given: Mapping[str, object] | None = None) -> T:
         if not isinstance(body, Mapping):
             raise self._error(f"{kind.__name__}: expected an object, got {type(body).__name__}.")
-        body, given, hints = renamed(kind, body), given or {}, typing.get_type_hints(kind)
-        known: dict[str, dataclasses.Field[Any]] = {field.name: field for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
-        among = [name for name, field in known.items() if "inline" in field.metadata]
+        known, hints, among = _declared(typing.cast(Any, kind))
+        body, given = renamed(kind, body), given or {}
         rest = {name: value for name, value in body.items() if name not in known or name in among}
         if not self.source and not among and rest:
             raise ConfigError(f"{kind.__name__}: unknown {', '.join(sorted(rest))}; it knows {', '.join(known)}.")
@@ -102,4 +110,4 @@ class _Decoder:
         return tuple(self._value(entry, kind, name) for entry in value) if dataclasses.is_dataclass(kind) else tuple(value)
 
     def _error(self, message: str) -> LowRankError:
-        return RunError(f"{message} Start what wrote it again.") if self.source else ConfigError(message)
+        return RunError(f"{message} {self.advice}") if self.source else ConfigError(message)

@@ -71,18 +71,18 @@ class SpeedReport:
         decode_tokens_per_second: tokens after the first of all prompts over the time that writing them took.
         first_token_seconds: from the prompt to the first new token.
         memory: None where it was not measured.
-        parameters, bytes: of the model, stored.
         protocol: how all this was measured.
+        parameters, bytes: of the model, stored; 0 in a report of an earlier version.
     """
 
-    model: str
     prefill_tokens_per_second: Spread
     decode_tokens_per_second: Spread
     first_token_seconds: Spread
-    memory: MemoryReport | None
-    parameters: int
-    bytes: int
     protocol: str
+    memory: MemoryReport | None = None
+    model: str = ""
+    parameters: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from lowrank_core.runs.measurements import SpeedComparison, TextLosses
 from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.spectra.directions import Directions
 from lowrank_core.studies.model_ref import ModelKey, ModelRef
+from lowrank_core.studies.records import MANUAL
 
 __all__ = [
     "REQUESTS",
@@ -65,7 +66,7 @@ A = TypeVar("A", bound="Answer")
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """What the worker gives for a request of ``kind``; ``time`` is when, in seconds since the epoch."""
+    """Result of a request of ``kind``; ``time`` is when, in seconds since the epoch."""
 
     kind: ClassVar[str]
     time: float = 0.0
@@ -73,15 +74,20 @@ class Answer:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelAnswer(Answer):
-    """About one model: ``trial`` as it was requested, and the label that its measurements are filed under."""
+    """About one model: ``trial`` as it was requested, and the label of its measurements."""
 
     trial: ModelKey | None = None
     label: str = ""
 
+    @property
+    def filed_as(self) -> str:
+        """The label, which manual trials share: theirs is the number."""
+        return f"trial {self.trial}" if self.label in ("", MANUAL) and type(self.trial) is int else self.label or str(self.trial)
+
 
 @dataclass(frozen=True)
 class Request:
-    """What a worker is asked: its fields are the arguments; ``words`` describe it in a queue."""
+    """Request to a worker: its fields are the arguments; ``words`` describe it in a queue."""
 
     answer: ClassVar[type[Answer]]
     words: ClassVar[str]
@@ -262,10 +268,10 @@ class HealAnswer(ModelAnswer):
     """
 
     kind = "heal"
-    path: str
-    healing: JsonMapping
     report: JsonMapping
     one_shot: JsonMapping
+    path: str = ""
+    healing: JsonMapping = field(default_factory=dict)
     folder: str = ""
 
 
@@ -374,13 +380,15 @@ def request_of(kind: str, arguments: Mapping[str, object]) -> Request:
     return from_mapping(REQUESTS[kind], arguments)
 
 
-def answers_in(results: Sequence[JsonMapping], kind: type[A]) -> list[A]:
-    """Return the successful answers of one kind, in the order of ``results`` (``client.results``).
+def answers_in(results: Sequence[JsonMapping], *kinds: type[A]) -> list[A]:
+    """Return the successful answers of some kinds, in the order of ``results`` (``client.results``).
 
     Raises:
         RunError: one is damaged.
     """
-    return [build(kind, body, f"the answer to {kind.kind!r}") for body in results if body.get("kind") == kind.kind and body.get("ok")]
+    wanted = {kind.kind: kind for kind in kinds}
+    good = [body for body in results if body.get("kind") in wanted and body.get("ok")]
+    return [build(wanted[body["kind"]], body, f"the answer to {body['kind']!r}") for body in good]
 
 
 def answers_of(run: Run, kind: type[A]) -> list[A]:

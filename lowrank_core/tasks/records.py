@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from lowrank_core.errors import ConfigError
@@ -93,6 +93,3 @@ class TasksReport:
     scores: tuple[TaskScore, ...]
     warnings: tuple[str, ...]
     protocol: str
-
-    def to_mapping(self) -> dict[str, object]:
-        return {**asdict(self), "scores": [asdict(score) for score in self.scores], "warnings": list(self.warnings)}

@@ -14,6 +14,7 @@ from dataclasses import replace
 import optuna
 
 from lowrank_core.config import RunConfig, SearchConfig, from_mapping, to_mapping
+from lowrank_core.config.mapping import build
 from lowrank_core.errors import ConfigError, RunError
 from lowrank_core.runs import Run, home, write_json
 from lowrank_core.search.samplers import phase
@@ -72,7 +73,8 @@ def join_run(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> in
     try:
         study = _begun(run, reporter)
         session = prepare(run, reporter, leads=False)
-        known = Selection.read(study.user_attrs.get("selection"))
+        body = json.loads(study.user_attrs.get("selection", "null"))
+        known = None if body is None else build(Selection, body, "the selection of the study")
         bench = search_bench(session, _wanted(study), run.config.calibration.batch_size, reporter, selection=known)
         RunIdentity.of(run, JOIN).check(fingerprint(session, bench))
         return _take_trials(run, study, bench, reporter, warm_seconds)

@@ -15,6 +15,7 @@ import optuna
 from filelock import FileLock, Timeout
 
 from lowrank_core.config import SearchConfig, to_mapping
+from lowrank_core.config.mapping import build
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError, RunError
 from lowrank_core.runs import Run, client, write_json
 from lowrank_core.search.samplers import phase
@@ -83,11 +84,12 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
             _serve(WorkerContext(run, session, reporter), warm_seconds)
             reporter.close("finished")
             return session, None
-        known = Selection.read(run.part("selection"))
+        body = run.part("selection")
+        known = None if body is None else build(Selection, body, "selection.json")
         bench = search_bench(session, search, run.config.calibration.batch_size, reporter, selection=known)
         RunIdentity.of(run).keep(result := fingerprint(session, bench))
         if bench.selection is not None:
-            write_json(run.path / "selection.json", bench.selection.describe())
+            write_json(run.path / "selection.json", to_mapping(bench.selection))
         record_curves(run, search, bench)
         study = open_study(run, search, bench.space)
         _sign(run, study, bench, result)
@@ -143,7 +145,7 @@ def _sign(run: Run, study: optuna.Study, bench: TrialBench, result: Mapping[str,
     study.set_user_attr("run", json.dumps(to_mapping(run.config)))
     study.set_user_attr("fingerprint", json.dumps({**result, **signed_in(study)}))
     if bench.selection is not None:
-        study.set_user_attr("selection", json.dumps(bench.selection.describe()))
+        study.set_user_attr("selection", json.dumps(to_mapping(bench.selection)))
 
 
 class _Orders:

@@ -10,7 +10,7 @@ import torch
 
 from lowrank_core.cli import main
 from lowrank_core.commands.benchmarks import allocation, layer_speed, quality, search, speed
-from lowrank_core.config import ModelSource, TextConfig
+from lowrank_core.config import ModelSource, TextConfig, to_mapping
 from lowrank_core.errors import ConfigError
 from lowrank_core.presets.recipes import PRESETS, VARIANTS
 from lowrank_core.speed import Spread
@@ -96,7 +96,7 @@ def test_the_table_and_the_figure_show_losers_and_failures(rows: list[quality.Qu
     assert all(row.label in table for row in rows)
     assert "test split" in table
     assert "can't be met" in table
-    figure = quality_figure([row.to_mapping() for row in rows])
+    figure = quality_figure([to_mapping(row) for row in rows])
     drawn = {name for trace in figure.data for name in trace.y}
     assert {row.label for row in rows if not row.error} == drawn
     assert "Not measured" in figure.layout.annotations[-1].text
@@ -211,7 +211,7 @@ def test_a_curve_never_rises_and_seeds_share_their_baselines(curves: list[search
 
 def test_the_table_and_the_curves_show_every_scheme(curves: list[search.Curve]) -> None:
     table = search.as_markdown(curves, [], "protocol")
-    figure = convergence_figure([curve.to_mapping() for curve in curves], "protocol")
+    figure = convergence_figure([to_mapping(curve) for curve in curves], "protocol")
     for curve in curves:
         assert f"| {curve.label} |" in table
         drawn = [trace for trace in figure.data if trace.name == curve.label]

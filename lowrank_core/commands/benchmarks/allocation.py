@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank_core.allocation import allocation_from_ranks
@@ -35,9 +35,6 @@ class AllocationRow:
     difference_interval: tuple[float, float] | None
     kl: float
     protocol: str
-
-    def to_mapping(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def allocation_table(source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int) -> list[AllocationRow]:

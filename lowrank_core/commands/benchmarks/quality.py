@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lowrank_core.compression.build import CompressedModel
@@ -58,9 +58,6 @@ class QualityRow:
     seconds: float | None = None
     protocol: str = ""
     error: str = ""
-
-    def to_mapping(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)

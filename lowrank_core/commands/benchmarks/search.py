@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from scipy.stats import kendalltau
 
 from lowrank_core.allocation import RankAllocation, allocation_from_ranks
 from lowrank_core.compression.build import low_rank_layers, swap_layers
-from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig, to_mapping
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.presets.recipes import PRESETS, search_by
@@ -53,9 +53,6 @@ class Curve:
     seconds: float
     pruned: int
 
-    def to_mapping(self) -> dict[str, object]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class CheaperTrial:
@@ -74,9 +71,6 @@ class CheaperTrial:
     agreement: float
     same_best: bool
     largest_change: float
-
-    def to_mapping(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -144,7 +138,7 @@ def search_curves(
                 judge = _judge(session, bench, scheme.config)
                 for seed in range(seeds):
                     curves.append(_searched(scheme, bench, seed, judge))
-                    print(json.dumps(curves[-1].to_mapping()), file=sys.stderr, flush=True)  # a line each: hours may be behind it
+                    print(json.dumps(to_mapping(curves[-1])), file=sys.stderr, flush=True)  # a line each: hours may be behind it
                 print(f"{scheme.label} at {ratio:.0%}: done", file=sys.stderr, flush=True)
     return curves
 
