@@ -20,16 +20,8 @@ from lowrank_core.config import RunConfig
 from lowrank_core.presets.recipes import DEFAULT_PRESET, search_by
 from lowrank_core.runs import create_run, write_json
 from lowrank_core.runs.client import submit
+from lowrank_core.studies import requests
 from lowrank_core.studies.records import best_trial, read_trials
-from lowrank_core.studies.requests import (
-    CompareRequest,
-    GenerateRequest,
-    HealRequest,
-    OtherTextRequest,
-    SensitivityRequest,
-    SpeedRequest,
-    TokensRequest,
-)
 from lowrank_core.studies.space import BASELINES
 from lowrank_core.studio.shared.model_refs import PRESET_KEYS
 from lowrank_core.worker.main import run_worker
@@ -54,14 +46,14 @@ def main() -> None:
         best = best_trial(read_trials(run))
         assert best is not None
         for trial in (*BASELINES, *PRESET_KEYS):  # the best trials were measured when the search was done
-            submit(run, CompareRequest(trial), launch=False)
+            submit(run, requests.CompareRequest(trial), launch=False)
         for trial in (best.number, *COMPARED):
-            submit(run, OtherTextRequest(trial, OTHER_TEXT), launch=False)
-            submit(run, GenerateRequest(trial, PROMPT), launch=False)
-            submit(run, TokensRequest(trial, SOURCE), launch=False)
-        submit(run, SpeedRequest(best.number), launch=False)
-        submit(run, HealRequest(best.number), launch=False)
-        submit(run, SensitivityRequest(), launch=False)
+            submit(run, requests.OtherTextRequest(trial, OTHER_TEXT), launch=False)
+            submit(run, requests.GenerateRequest(trial, PROMPT), launch=False)
+            submit(run, requests.TokensRequest(trial, SOURCE), launch=False)
+        submit(run, requests.SpeedRequest(best.number), launch=False)
+        submit(run, requests.HealRequest(best.number), launch=False)
+        submit(run, requests.SensitivityRequest(), launch=False)
         run_worker(run)  # nothing is left to search: it answers the requests, then measures what each module costs
         for name in LEFT_OUT:
             path = run.path / name

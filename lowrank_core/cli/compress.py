@@ -28,7 +28,7 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("compress", "Compress a model at a ratio (or at given ranks) and write it as a folder.")
+    parser = command("compress", "Compress a model at a ratio (or at given ranks) and write it as a folder.", run)
     model_options(parser)
     text_options(parser)
     add_options(parser, CalibrationConfig)
@@ -47,7 +47,6 @@ def add(command: Command) -> None:
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
     add_options(parser, ExportConfig)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:

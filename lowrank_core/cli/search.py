@@ -15,7 +15,6 @@ from lowrank_core.cli.options import (
     config_of,
     factors_of,
     given_options,
-    json_option,
     model_options,
     recorded,
     source_of,
@@ -34,16 +33,15 @@ _USUAL = {name: getattr(SearchConfig(), name) for preset in PRESETS.values() for
 
 
 def add(command: Command) -> None:
-    search = command("search", "Search for the ranks of minimum loss at a compression ratio, then export the best.")
+    search = command("search", "Search for the ranks of minimum loss at a compression ratio, then export the best.", run_search)
     model_options(search)
     text_options(search)
     add_options(search, CalibrationConfig)
     compression_options(search, f"{DEFAULT_PRESET.name}, unless you choose metric or storage yourself")
     add_options(search, SearchConfig)
     _place_options(search)
-    search.set_defaults(run=run_search)
-    _add_worker(command("worker", "Start or resume a run's worker, or join its search."))
-    _add_enqueue(command("enqueue", "Queue a manual allocation: the run's worker measures it next."))
+    _add_worker(command("worker", "Start or resume a run's worker, or join its search.", run_worker))
+    _add_enqueue(command("enqueue", "Queue a manual allocation: the run's worker measures it next.", run_enqueue))
 
 
 def _place_options(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +68,6 @@ def _add_worker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="with --storage-url: where the model is on this machine, if elsewhere")
     parser.add_argument("--text", metavar="T", help="with --storage-url: where the text is on this machine, if elsewhere")
     parser.add_argument("--device", help="with --storage-url: auto, cpu, cuda or cuda:N")
-    json_option(parser)
-    parser.set_defaults(run=run_worker)
 
 
 def _add_enqueue(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +76,6 @@ def _add_enqueue(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--complete", metavar="A", type=current_name, help=f"complete a partial choice within the budget: {', '.join(RULES)}"
     )
-    json_option(parser)
-    parser.set_defaults(run=run_enqueue)
 
 
 def run_search(arguments: argparse.Namespace) -> Result:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import replace
 
-from lowrank_core.cli.options import Command, add_options, config_of, json_option, model_options, source_of
+from lowrank_core.cli.options import Command, add_options, config_of, model_options, source_of
 from lowrank_core.cli.tables import aligned
 from lowrank_core.config import to_mapping
 from lowrank_core.config.speed import SpeedConfig
@@ -17,14 +17,12 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense next to compressed.")
+    parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense next to compressed.", run)
     model_options(parser)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are timed in alternation")
     add_options(parser, SpeedConfig)
     memory = "measure peak memory too, in a fresh process for each model"
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help=f"{memory} (default: yes)")
-    json_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:

@@ -92,28 +92,38 @@ def search_in(
     path = export_trial(run, session, bench, best.number)
     allocation = allocation_from_ranks(best.label, bench.space.units, best.ranks)
     baselines = {trial.label: _figures(trial, coverage) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
-    counts = counts_of(trials)
     lines = [f"{model_name(name, trials)}: {config.objective} {figures['value']:.4g}" for name, figures in baselines.items()]
-    lines += [f"best: {trial_label(best)}, {config.objective} {best.value:.4g}, on validation text", counts.words]
+    lines += [f"best: {trial_label(best)}, {config.objective} {best.value:.4g}, on validation text", counts_of(trials).words]
     removed = f"removed: {coverage.ratio_words(best.compression_ratio)}. {coverage.statement()}."
-    return {
+    result = {
         **_figures(best, coverage),
-        "objective": config.objective,
         "ranks": dict(best.ranks),
         "unspent_parameters": unspent_parameters(bench.space.units, config.compression_ratio, allocation),
         "export": path,
+        "pruned": counts_of(trials).pruned,
+        "baselines": baselines,
+    }
+    around = [*lines, f"  {protocol_of(run)}", removed], [f"exported to {path}"]
+    return result | _outcome(run, config, coverage, protocol_of(run), around, unspent_of(config, allocation))
+
+
+def _outcome(
+    run: Run, config: SearchConfig, coverage: Coverage, protocol: str, lines: tuple[list[str], list[str]], unspent: tuple[str, ...] = ()
+) -> Result:
+    """Return what every search tells; ``lines`` stand before and after the measurements on test text."""
+    counts, confirmed = counts_of(read_trials(run)), _confirmed(run)
+    warnings = [*unspent, *_warnings(run, confirmed)]
+    before, after = lines
+    return {
+        "objective": config.objective,
         "run": str(run.path),
         "trials": counts.complete,
-        "pruned": counts.pruned,
         "counts": asdict(counts),
-        "baselines": baselines,
-        "protocol": (protocol := protocol_of(run)),
-        "confirmed": (confirmed := _confirmed(run)),
+        "protocol": protocol,
         "coverage": coverage.to_mapping(),
-        "warnings": (warnings := [*unspent_of(config, allocation), *_warnings(run, confirmed)]),
-        "text": "\n".join(
-            [*lines, f"  {protocol}", removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]
-        ),
+        "confirmed": confirmed,
+        "warnings": warnings,
+        "text": "\n".join([*before, *_confirmed_lines(confirmed), *(f"warning: {each}" for each in warnings), *after]),
     }
 
 
@@ -149,20 +159,9 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage, protocol_of
         raise ConfigError(f"the search in {run.path} has no complete trial. Go on with `lowrank worker --run {run.path}`.")
     take = f"Take one of them with `lowrank export --run {run.path} --trial N --out DIR`."
     lines = [f"{coverage.ratio_words(ratio)} removed: {config.objective} {t.value:.4g} ({trial_label(t)})" for t, ratio in front]
-    lines.append(f"{coverage.statement()}.")
-    counts = counts_of(trials)
-    return {
-        "objective": config.objective,
-        "run": str(run.path),
-        "trials": counts.complete,
-        "counts": asdict(counts),
-        "front": [_figures(trial, coverage) for trial, _ in front],
-        "protocol": (protocol := protocol_of(run)),
-        "coverage": coverage.to_mapping(),
-        "confirmed": (confirmed := _confirmed(run)),
-        "warnings": (warnings := _warnings(run, confirmed)),
-        "text": "\n".join([_FRONT, *lines, f"  {protocol}", *_confirmed_lines(confirmed), *_warning_lines(warnings), counts.words, take]),
-    }
+    before = [_FRONT, *lines, f"{coverage.statement()}.", f"  {protocol_of(run)}"]
+    result = {"front": [_figures(trial, coverage) for trial, _ in front]}
+    return result | _outcome(run, config, coverage, protocol_of(run), (before, [counts_of(trials).words, take]))
 
 
 def _warnings(run: Run, confirmed: list[JsonMapping]) -> list[str]:
@@ -170,10 +169,6 @@ def _warnings(run: Run, confirmed: list[JsonMapping]) -> list[str]:
     reported = [warning for row in confirmed for warning in row["warnings"]]
     of_text = (run.part("text") or {}).get("warnings", [])
     return list(dict.fromkeys([*of_text, *run.status().dense_warnings, *reported]))
-
-
-def _warning_lines(warnings: list[str]) -> list[str]:
-    return [f"warning: {each}" for each in warnings]
 
 
 def _confirmed(run: Run) -> list[JsonMapping]:

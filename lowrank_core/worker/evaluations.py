@@ -10,25 +10,11 @@ from pathlib import Path
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ModelSource
 from lowrank_core.errors import ConfigError
-from lowrank_core.evaluation import evaluate
 from lowrank_core.evaluation.generation import continue_prompt
 from lowrank_core.evaluation.texts import losses_of, tokens_of_text
 from lowrank_core.export import export
 from lowrank_core.speed import compare_speed
-from lowrank_core.studies.requests import (
-    CompareAnswer,
-    CompareRequest,
-    GenerateAnswer,
-    GenerateRequest,
-    ModelRequest,
-    OtherTextAnswer,
-    OtherTextRequest,
-    SpeedAnswer,
-    SpeedRequest,
-    TokensAnswer,
-    TokensRequest,
-    answers_of,
-)
+from lowrank_core.studies import requests
 from lowrank_core.text import WindowSet, load_windows
 from lowrank_core.worker.context import WorkerContext
 from lowrank_core.worker.models import BuiltModel, built_model
@@ -40,14 +26,14 @@ _MAX_TOKENS = 512
 """Of a text that is shown token by token."""
 
 
-def compare(worker: WorkerContext, request: CompareRequest) -> CompareAnswer:
+def compare(worker: WorkerContext, request: requests.CompareRequest) -> requests.CompareAnswer:
     """Measure a model on the run's test text, next to the dense model on the same windows."""
     test = worker.session.windows.test
     model, report = _measured(worker, request, test, "test text")
-    return CompareAnswer(trial=request.trial, label=model.label, ranks=dict(model.ranks), report=report)
+    return requests.CompareAnswer(trial=request.trial, label=model.label, ranks=dict(model.ranks), report=report)
 
 
-def compare_on_other_text(worker: WorkerContext, request: OtherTextRequest) -> OtherTextAnswer:
+def compare_on_other_text(worker: WorkerContext, request: requests.OtherTextRequest) -> requests.OtherTextAnswer:
     """Measure a model on the test split of another text, next to the dense model on the same windows."""
     config = worker.run.config.text
     with worker.reporter.stage(f"Reading {request.text}"):
@@ -55,14 +41,14 @@ def compare_on_other_text(worker: WorkerContext, request: OtherTextRequest) -> O
         windows = load_windows(other, worker.session.handle.tokenizer, "test", count=config.test_windows)
     _check_unchanged(worker, request.text, windows)
     model, report = _measured(worker, request, windows, windows.dataset)
-    return OtherTextAnswer(
+    return requests.OtherTextAnswer(
         trial=request.trial, label=model.label, ranks=dict(model.ranks), report=report, text=request.text, sha256=windows.sha256
     )
 
 
 def _check_unchanged(worker: WorkerContext, reference: str, windows: WindowSet) -> None:
     """Raise unless earlier results on this text used the same tokens; older results do not record them."""
-    known = {answer.sha256 for answer in answers_of(worker.run, OtherTextAnswer) if answer.text == reference}
+    known = {answer.sha256 for answer in requests.answers_of(worker.run, requests.OtherTextAnswer) if answer.text == reference}
     if known - {"", windows.sha256}:
         raise ConfigError(
             f"{reference} has changed since models of this run were measured on it: its test split has other tokens. "
@@ -70,11 +56,11 @@ def _check_unchanged(worker: WorkerContext, reference: str, windows: WindowSet) 
         )
 
 
-def _measured(worker: WorkerContext, request: ModelRequest, windows: WindowSet, where: str) -> tuple[BuiltModel, dict[str, object]]:
-    bench, _, _ = worker.search
+def _measured(
+    worker: WorkerContext, request: requests.ModelRequest, windows: WindowSet, where: str
+) -> tuple[BuiltModel, dict[str, object]]:
     model = built_model(worker, request.ref)
-    with worker.reporter.stage(f"Measuring {model.label} on {where}", windows.windows) as progress:
-        report = evaluate(model.handle, windows, against=worker.session.handle, batch_size=bench.batch_size, progress=progress)
+    report = worker.measured(model.handle, windows, f"Measuring {model.label} on {where}")
     if model.of_search and windows is worker.session.windows.test:
         worker.evaluations.keep(model.ranks, report)
     return model, _rounded(report.to_mapping()) | _flops(model)
@@ -100,7 +86,7 @@ def _flops(model: BuiltModel) -> dict[str, int]:
     return {} if report is None else {"flops": report.model_flops_after, "dense_flops": report.model_flops_before}
 
 
-def compare_tokens(worker: WorkerContext, request: TokensRequest) -> TokensAnswer:
+def compare_tokens(worker: WorkerContext, request: requests.TokensRequest) -> requests.TokensAnswer:
     """Compare both models token by token, on a given text or a test window."""
     session, window, test = worker.session, request.window, worker.session.windows.test
     left_out, source = 0, "the text that was given"
@@ -119,10 +105,12 @@ def compare_tokens(worker: WorkerContext, request: TokensRequest) -> TokensAnswe
     protocol = f"{source}: {len(losses.nll)} tokens predicted, {'BOS first' if test.bos else 'no BOS'}"
     protocol += f", {left_out} more tokens left out" if left_out else ""
     of_test = window if request.text is None else None
-    return TokensAnswer(trial=request.trial, label=model.label, window=of_test, left_out=left_out, protocol=protocol, losses=losses)
+    return requests.TokensAnswer(
+        trial=request.trial, label=model.label, window=of_test, left_out=left_out, protocol=protocol, losses=losses
+    )
 
 
-def generate(worker: WorkerContext, request: GenerateRequest) -> GenerateAnswer:
+def generate(worker: WorkerContext, request: requests.GenerateRequest) -> requests.GenerateAnswer:
     """Continue a prompt with both models, with one seed."""
     model, asked = built_model(worker, request.ref), request
     with worker.reporter.stage(f"Continuing the prompt with {model.label}"):
@@ -130,7 +118,7 @@ def generate(worker: WorkerContext, request: GenerateRequest) -> GenerateAnswer:
             continue_prompt(handle, asked.prompt, tokens=asked.tokens, seed=asked.seed, temperature=asked.temperature)
             for handle in (worker.session.handle, model.handle)
         )
-    return GenerateAnswer(
+    return requests.GenerateAnswer(
         trial=asked.trial,
         label=model.label,
         prompt=asked.prompt,
@@ -142,7 +130,7 @@ def generate(worker: WorkerContext, request: GenerateRequest) -> GenerateAnswer:
     )
 
 
-def compare_speeds(worker: WorkerContext, request: SpeedRequest) -> SpeedAnswer:
+def compare_speeds(worker: WorkerContext, request: requests.SpeedRequest) -> requests.SpeedAnswer:
     """Time both models in alternation; peak memory, if requested, in a fresh process for each."""
     config, dense = request.config, worker.session.handle
     config.check_fits(dense)
@@ -152,7 +140,7 @@ def compare_speeds(worker: WorkerContext, request: SpeedRequest) -> SpeedAnswer:
         sources = (source, _on_disk(worker, model, Path(folder))) if request.memory else None
         with worker.reporter.stage(f"Timing {model.label} and the dense model in turns", rounds) as progress:
             result = compare_speed(dense, model.handle, config, sources=sources, progress=progress)
-    return SpeedAnswer(trial=request.trial, label=model.label, config=asdict(config), result=result, **_flops(model))
+    return requests.SpeedAnswer(trial=request.trial, label=model.label, config=asdict(config), result=result, **_flops(model))
 
 
 def _on_disk(worker: WorkerContext, model: BuiltModel, folder: Path) -> ModelSource:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -21,43 +20,20 @@ from lowrank_core.runs import Run, write_json
 from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path, result_path
 from lowrank_core.search.study import TrialBench, check_rules, enqueue_allocation
 from lowrank_core.statistics.directions import top_directions
+from lowrank_core.studies import requests
 from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
-from lowrank_core.studies.requests import (
-    Answer,
-    CompareAnswer,
-    CompareRequest,
-    CurvesAnswer,
-    CurvesRequest,
-    DirectionsAnswer,
-    DirectionsRequest,
-    ExportAnswer,
-    ExportRequest,
-    GenerateRequest,
-    HealAnswer,
-    HealRequest,
-    MeasureAnswer,
-    MeasureRequest,
-    OtherTextRequest,
-    Request,
-    SpeedRequest,
-    TokensRequest,
-    VerifyAnswer,
-    VerifyRequest,
-    answers_of,
-    request_of,
-)
-from lowrank_core.types import Progress
+from lowrank_core.studies.requests import Answer, CompareAnswer, Request, answers_of, request_of
+from lowrank_core.types import Stage, silent
 from lowrank_core.worker import evaluations
 from lowrank_core.worker.context import WorkerContext, chosen_allocation, chosen_model, complete_trial
 from lowrank_core.worker.healing import export_healed, heal_allocation
-from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.session import RunContext, record_curves
 
 __all__ = ["Handler", "answer", "answer_requests", "confirm", "export_trial", "metrics_of_trial", "provenance_of", "unspent_of"]
 
 
-def _measure(worker: WorkerContext, request: MeasureRequest) -> MeasureAnswer:
+def _measure(worker: WorkerContext, request: requests.MeasureRequest) -> requests.MeasureAnswer:
     """Queue a manual allocation; an allocator completes a partial one within the budget."""
     bench, study, config = worker.search
     check_rules(study, config)
@@ -67,11 +43,11 @@ def _measure(worker: WorkerContext, request: MeasureRequest) -> MeasureAnswer:
     else:
         result = allocation_from_ranks(MANUAL, bench.space.units, request.ranks)
     enqueue_allocation(study, result.ranks, request=worker.reporter.request)
-    return MeasureAnswer(ranks=dict(result.ranks), compression_ratio=result.compression_ratio)
+    return requests.MeasureAnswer(ranks=dict(result.ranks), compression_ratio=result.compression_ratio)
 
 
 def export_trial(
-    run: Run, session: RunContext, bench: TrialBench, trial: object, config: ExportConfig | None = None, reporter: Reporter | None = None
+    run: Run, session: RunContext, bench: TrialBench, trial: object, config: ExportConfig | None = None, stage: Stage = silent
 ) -> str:
     """Write the compressed model of ``trial`` under the run's exports, and return its folder; an existing one is kept."""
     config = config or ExportConfig()
@@ -79,19 +55,15 @@ def export_trial(
     allocation = chosen_allocation(run, bench, ref)
     folder = run.path / "exports" / config.folder_name(allocation.label)
     if not folder.exists():
-        with _told(reporter, "Building the compressed model") as progress:
+        with stage("Building the compressed model", 0) as progress:
             model = bench.decomposed.compress(allocation, session.windows.calibration, progress=progress)
         number = None if ref.kind == "allocator" else complete_trial(run, ref.number).number
         provenance = provenance_of(run, allocation) | ({} if number is None else {"command": _command(run, number, folder.name, config)})
         figures = {} if number is None else metrics_of_trial(run, number)
         test = HeldOut(run.config.text, session.windows.test)
-        with _told(reporter, "Writing it, and measuring what was written") as progress:
+        with stage("Writing it, and measuring what was written", 0) as progress:
             export(model, folder, provenance=provenance, config=config, figures=figures, test=test, progress=progress)
     return str(folder)
-
-
-def _told(reporter: Reporter | None, stage: str) -> AbstractContextManager[Progress | None]:
-    return nullcontext() if reporter is None else reporter.stage(stage)
 
 
 def _command(run: Run, number: int, out: str, config: ExportConfig) -> str:
@@ -120,31 +92,31 @@ def metrics_of_trial(run: Run, number: int) -> dict[str, object]:
     return metrics_of(result[-1]) if result else {}
 
 
-def _export(worker: WorkerContext, request: ExportRequest) -> ExportAnswer:
+def _export(worker: WorkerContext, request: requests.ExportRequest) -> requests.ExportAnswer:
     bench, _, _ = worker.search
     if request.healed is not None:
         path = export_healed(worker, request.healed, request.config)
     else:
-        path = export_trial(worker.run, worker.session, bench, request.ref, request.config, worker.reporter)
-    return ExportAnswer(trial=request.trial, healed=request.healed, path=path)
+        path = export_trial(worker.run, worker.session, bench, request.ref, request.config, worker.reporter.stage)
+    return requests.ExportAnswer(trial=request.trial, healed=request.healed, path=path)
 
 
-def _heal(worker: WorkerContext, request: HealRequest) -> HealAnswer:
+def _heal(worker: WorkerContext, request: requests.HealRequest) -> requests.HealAnswer:
     bench, _, _ = worker.search
     allocated = chosen_model(worker.run, worker.session, bench, request.ref)
     return heal_allocation(worker, request, allocated, provenance_of(worker.run, allocated[0]))
 
 
-def _directions(worker: WorkerContext, request: DirectionsRequest) -> DirectionsAnswer:
+def _directions(worker: WorkerContext, request: requests.DirectionsRequest) -> requests.DirectionsAnswer:
     """Find the tokens that lie furthest along a module's top directions, in passes as large as the run's calibration takes them."""
     session = worker.session
     config = replace(request.config, batch_size=worker.run.config.calibration.batch_size)
     windows = session.windows.calibration
     with worker.reporter.stage("Reading the top directions", windows.first(config.windows).windows) as progress:
-        return DirectionsAnswer(result=top_directions(session.handle, windows, session.statistics, config, progress=progress))
+        return requests.DirectionsAnswer(result=top_directions(session.handle, windows, session.statistics, config, progress=progress))
 
 
-def _verify(worker: WorkerContext, request: VerifyRequest) -> VerifyAnswer:
+def _verify(worker: WorkerContext, request: requests.VerifyRequest) -> requests.VerifyAnswer:
     """Check an export of this run and measure it again in a fresh process."""
     exports = worker.run.path / "exports"
     folder = exports / Path(request.path).name
@@ -152,30 +124,30 @@ def _verify(worker: WorkerContext, request: VerifyRequest) -> VerifyAnswer:
         raise ConfigError(f"this run has no export {folder.name!r}. Export a trial first.")
     with worker.reporter.stage("Measuring the exported folder again"):
         result = verify(folder, device=worker.run.config.model.device, waiting=worker.reporter.check_stop)
-    return VerifyAnswer(path=str(folder), verification=asdict(result))
+    return requests.VerifyAnswer(path=str(folder), verification=asdict(result))
 
 
-def _curves(worker: WorkerContext, request: CurvesRequest) -> CurvesAnswer:
+def _curves(worker: WorkerContext, request: requests.CurvesRequest) -> requests.CurvesAnswer:
     """Write the error curves of a run of an older version."""
     bench, _, config = worker.search
-    return CurvesAnswer(estimate=record_curves(worker.run, config, bench))
+    return requests.CurvesAnswer(estimate=record_curves(worker.run, config, bench))
 
 
 Handler = Callable[[WorkerContext, Any], Answer]
 """Takes one class of ``studies.requests``, and returns its answer."""
 
 HANDLERS: Mapping[type[Request], Handler] = {
-    CompareRequest: evaluations.compare,
-    OtherTextRequest: evaluations.compare_on_other_text,
-    TokensRequest: evaluations.compare_tokens,
-    GenerateRequest: evaluations.generate,
-    SpeedRequest: evaluations.compare_speeds,
-    CurvesRequest: _curves,
-    DirectionsRequest: _directions,
-    ExportRequest: _export,
-    HealRequest: _heal,
-    MeasureRequest: _measure,
-    VerifyRequest: _verify,
+    requests.CompareRequest: evaluations.compare,
+    requests.OtherTextRequest: evaluations.compare_on_other_text,
+    requests.TokensRequest: evaluations.compare_tokens,
+    requests.GenerateRequest: evaluations.generate,
+    requests.SpeedRequest: evaluations.compare_speeds,
+    requests.CurvesRequest: _curves,
+    requests.DirectionsRequest: _directions,
+    requests.ExportRequest: _export,
+    requests.HealRequest: _heal,
+    requests.MeasureRequest: _measure,
+    requests.VerifyRequest: _verify,
 }
 
 
