@@ -12,7 +12,7 @@ from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.catalogue import as_markdown
 from lowrank_core.config import ModelSource, RunConfig, SearchConfig, TextConfig, to_mapping
 from lowrank_core.config.benchmarks import AllocationBenchmark
-from lowrank_core.evaluation import EvaluationReport, evaluate
+from lowrank_core.evaluation import evaluate
 from lowrank_core.runs import Run, create_run
 from lowrank_core.search.study import TrialBench
 from lowrank_core.studies.records import best_trial, read_trials
@@ -70,24 +70,20 @@ def _measured(run: Run, session: RunContext, bench: TrialBench, ratio: float, se
         allocation = allocation_from_ranks(label, bench.space.units, trial.ranks)
         model = bench.decomposed.compress(allocation, session.windows.calibration)
         report = evaluate(model.handle, session.windows.test, against=session.handle)
-        yield _row(report, ratio=ratio, seed=seed, allocation=label, parameters=allocation.parameters, value=trial.value or 0.0)
-
-
-def _row(report: EvaluationReport, *, ratio: float, seed: int, allocation: str, parameters: int, value: float) -> AllocationRow:
-    assert report.dense_perplexity is not None
-    assert report.kl is not None
-    return AllocationRow(
-        compression_ratio=ratio,
-        seed=seed,
-        allocation=allocation,
-        parameters=parameters,
-        search_value=value,
-        perplexity=report.perplexity,
-        dense_perplexity=report.dense_perplexity,
-        difference_interval=report.perplexity_difference_interval,
-        kl=report.kl,
-        protocol=report.protocol,
-    )
+        assert report.dense_perplexity is not None
+        assert report.kl is not None
+        yield AllocationRow(
+            compression_ratio=ratio,
+            seed=seed,
+            allocation=label,
+            parameters=allocation.parameters,
+            search_value=trial.value or 0.0,
+            perplexity=report.perplexity,
+            dense_perplexity=report.dense_perplexity,
+            difference_interval=report.perplexity_difference_interval,
+            kl=report.kl,
+            protocol=report.protocol,
+        )
 
 
 def markdown_of(rows: Sequence[AllocationRow]) -> str:
