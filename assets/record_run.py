@@ -17,9 +17,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lowrank_core.config import RunConfig
+from lowrank_core.config.evaluation import Sampling
 from lowrank_core.presets.recipes import DEFAULT_PRESET, search_by
 from lowrank_core.runs import create_run, write_json
-from lowrank_core.runs.client import submit
+from lowrank_core.runs.client import TEMPERATURE, submit
 from lowrank_core.studies import requests
 from lowrank_core.studies.records import best_trial, read_trials
 from lowrank_core.studies.space import BASELINES
@@ -49,7 +50,7 @@ def main() -> None:
             submit(run, requests.CompareRequest(trial), launch=False)
         for trial in (best.number, *COMPARED):
             submit(run, requests.OtherTextRequest(trial, OTHER_TEXT), launch=False)
-            submit(run, requests.GenerateRequest(trial, PROMPT), launch=False)
+            submit(run, requests.GenerateRequest(trial, PROMPT, Sampling(temperature=TEMPERATURE)), launch=False)
             submit(run, requests.TokensRequest(trial, SOURCE), launch=False)
         submit(run, requests.SpeedRequest(best.number), launch=False)
         submit(run, requests.HealRequest(best.number), launch=False)

@@ -25,10 +25,10 @@ from lowrank_core.types import Result
 from lowrank_core.worker.context import complete_trial
 from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of, unspent_of
 from lowrank_core.worker.identity import EXPORT, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
-from lowrank_core.worker.joining import join_run, run_of_study
+from lowrank_core.worker.joining import join_run
 from lowrank_core.worker.main import run_worker
 
-__all__ = ["SearchPlace", "enqueue", "export_from", "join", "join_study", "search_in", "work"]
+__all__ = ["SearchPlace", "enqueue", "export_from", "join", "search_in", "work"]
 
 _FRONT = "Pareto front, on validation text:"
 
@@ -252,17 +252,8 @@ def _change(run: Run, changes: Result) -> None:
         run.change_search(**changes)
 
 
-def join(folder: Path, warm_seconds: float) -> Result:
-    """Help a run's worker with its trials."""
-    return _joined(open_run(folder), warm_seconds)
-
-
-def join_study(url: str, study: str, warm_seconds: float, *, model: str | None, text: str | None, device: str | None) -> Result:
-    """Help with the trials of a study in a database, from any machine that has the model."""
-    return _joined(run_of_study(url, study, model=model, text=text, device=device), warm_seconds)
-
-
-def _joined(run: Run, warm_seconds: float) -> Result:
+def join(run: Run, warm_seconds: float) -> Result:
+    """Help with the trials of a run: on its machine, or by its study in a database from any machine that has the model."""
     measured = join_run(run, warm_seconds=warm_seconds)
     return {"run": str(run.path), "measured": measured, "text": f"{run.study_name}: measured {measured} trials here"}
 

@@ -18,6 +18,7 @@ from typing import ClassVar, TypeVar
 from lowrank_core.allocation import Ranks
 from lowrank_core.config import ExportConfig, from_mapping
 from lowrank_core.config.directions import DirectionsConfig
+from lowrank_core.config.evaluation import Sampling
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.mapping import INLINE, build
 from lowrank_core.config.speed import SpeedConfig
@@ -183,9 +184,7 @@ class GenerateAnswer(ModelAnswer):
 
     kind = "generate"
     prompt: str
-    tokens: int
-    seed: int = 0
-    temperature: float = 0.0
+    sampling: Sampling = field(metadata=INLINE)
     dense_text: str
     compressed_text: str
 
@@ -197,9 +196,7 @@ class GenerateRequest(ModelRequest):
     answer = GenerateAnswer
     words = "continuing a prompt"
     prompt: str = ""
-    tokens: int = 64
-    temperature: float = client.TEMPERATURE
-    seed: int = 0
+    sampling: Sampling = field(metadata=INLINE, default=Sampling())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ModelSource
 from lowrank_core.errors import ConfigError
-from lowrank_core.evaluation.generation import continue_prompt
+from lowrank_core.evaluation.generation import side_by_side
 from lowrank_core.evaluation.texts import losses_of, tokens_of_text
 from lowrank_core.export import export
 from lowrank_core.speed import compare_speed
@@ -112,21 +112,11 @@ def compare_tokens(worker: WorkerContext, request: requests.TokensRequest) -> re
 
 def generate(worker: WorkerContext, request: requests.GenerateRequest) -> requests.GenerateAnswer:
     """Continue a prompt with both models, with one seed."""
-    model, asked = built_model(worker, request.ref), request
+    model, prompt, sampling = built_model(worker, request.ref), request.prompt, request.sampling
     with worker.reporter.stage(f"Continuing the prompt with {model.label}"):
-        dense, compressed = (
-            continue_prompt(handle, asked.prompt, tokens=asked.tokens, seed=asked.seed, temperature=asked.temperature)
-            for handle in (worker.session.handle, model.handle)
-        )
+        dense, ours = (each.text for each in side_by_side([worker.session.handle, model.handle], prompt, sampling))
     return requests.GenerateAnswer(
-        trial=asked.trial,
-        label=model.label,
-        prompt=asked.prompt,
-        tokens=asked.tokens,
-        seed=asked.seed,
-        temperature=asked.temperature,
-        dense_text=dense,
-        compressed_text=compressed,
+        trial=request.trial, label=model.label, prompt=prompt, sampling=sampling, dense_text=dense, compressed_text=ours
     )
 
 

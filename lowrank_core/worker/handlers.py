@@ -58,16 +58,13 @@ def export_trial(
         with stage("Building the compressed model", 0) as progress:
             model = bench.decomposed.compress(allocation, session.windows.calibration, progress=progress)
         number = None if ref.kind == "allocator" else complete_trial(run, ref.number).number
-        provenance = provenance_of(run, allocation) | ({} if number is None else {"command": _command(run, number, folder.name, config)})
-        figures = {} if number is None else metrics_of_trial(run, number)
+        provenance, figures = provenance_of(run, allocation), {} if number is None else metrics_of_trial(run, number)
+        if number is not None:
+            provenance["command"] = command_line("export", {"run": run.path, "trial": number, "out": folder.name, **flags_of(config)})
         test = HeldOut(run.config.text, session.windows.test)
         with stage("Writing it, and measuring what was written", 0) as progress:
             export(model, folder, provenance=provenance, config=config, figures=figures, test=test, progress=progress)
     return str(folder)
-
-
-def _command(run: Run, number: int, out: str, config: ExportConfig) -> str:
-    return command_line("export", {"run": run.path, "trial": number, "out": out, **flags_of(config)})
 
 
 def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:

@@ -10,6 +10,7 @@ import pytest
 
 from lowrank_core.config import ExportConfig, to_mapping
 from lowrank_core.config.directions import DirectionsConfig
+from lowrank_core.config.evaluation import Sampling
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.mapping import INLINE, build, from_mapping
 from lowrank_core.config.speed import SpeedConfig
@@ -45,7 +46,7 @@ ASKED: tuple[Request, ...] = (
     CompareRequest(3),
     OtherTextRequest("preset:svd", "file:notes.txt"),
     TokensRequest("uniform", window=2),
-    GenerateRequest("healed:trial-3-lora-12345678", "def f(", tokens=3, seed=1),
+    GenerateRequest("healed:trial-3-lora-12345678", "def f(", Sampling(3, seed=1)),
     SpeedRequest(None, memory=False, config=SpeedConfig(rounds=2)),
     ExportRequest(2, config=ExportConfig(form="dense")),
     VerifyRequest("trial-2-dense"),

@@ -44,12 +44,13 @@ def prompts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -
     """
     result: dict[tuple[object, ...], dict[str, GenerateAnswer]] = {}
     for answer in answers_in(bodies, GenerateAnswer):
-        key = answer.prompt, answer.tokens, answer.temperature, answer.seed
+        key = answer.prompt, answer.sampling
         result[key] = {**result.pop(key, {}), model_name(answer.filed_as, trials): answer}
     return [_prompt(alike) for alike in reversed(result.values())]
 
 
 def _prompt(alike: Mapping[str, GenerateAnswer]) -> Prompt:
     last = list(alike.values())[-1]
+    drawn = last.sampling
     texts = tuple((name, answer.compressed_text) for name, answer in alike.items())
-    return Prompt(last.prompt, last.tokens, last.temperature, last.seed, last.dense_text, texts)
+    return Prompt(last.prompt, drawn.tokens, drawn.temperature, drawn.seed, last.dense_text, texts)
