@@ -19,6 +19,7 @@ from pages.components import coverage, layout, navigation, request_controls, sta
 from pages.components.boundary import boundary, live
 from pages.components.compare import healing, loss_details, measured, models, prompt, second_text, token_strip
 from pages.components.compare import speed as timing
+from pages.components.widgets import choose
 
 LOOKS = {
     "windows": "Windows",
@@ -66,16 +67,7 @@ with boundary():
     second_text.say(found, others)
 
     st.subheader("Diagnostics", anchor=False)
-    look = st.segmented_control(
-        "Diagnostics of",
-        list(LOOKS),
-        key="compare_look",
-        default="windows",
-        required=True,
-        format_func=LOOKS.__getitem__,
-        label_visibility="collapsed",
-        persist_state="session",
-    )
+    look = choose("Diagnostics of", LOOKS, key="compare_look", label_visibility="collapsed")
     first = label_of(picked[0], trials) if picked else ""
     if look in ("windows", "positions") and found:
         one = loss_details.one_model(found, first)

@@ -10,7 +10,7 @@ from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.run_list import is_busy
 from pages.components import coverage, layout, navigation
 from pages.components.boundary import boundary, live
-from pages.components.search import confirmed, search_controls, trials
+from pages.components.search import search_controls, trial_charts, trials
 from pages.components.search.form import search_form
 
 IMPORTANCE_TICK = 5.0  # seconds
@@ -39,7 +39,7 @@ with boundary():
         busy = is_busy(run)
         live(trials.show, 1.0 if busy else None, run)
         live(trials.show_importance, IMPORTANCE_TICK if busy else None, run, config.search)
-        confirmed.show(run)
+        trial_charts.confirmed(run)
         st.page_link(navigation.MANUAL, label="Choose ranks manually, and have them measured in this search", icon=":material/tune:")
     elif run is not None:
         st.info(

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import streamlit as st
 
+from lowrank_core.studio.shared.module_choices import run_facts
 from lowrank_core.studio.shared.protocol import spectra_protocol
 from lowrank_core.studio.spectra.spectrum_table import spectrum_named
-from pages.components import layout, pickers
+from pages.components import layout, pickers, state
 from pages.components.boundary import boundary
 from pages.components.spectra import directions, layer_map, module_spectra
-from pages.components.spectra.module_facts import run_facts
 
 layout.header("Spectra", "Singular values of weights, eigenvalues of features.")
 
 with boundary():
     run, spectra = layout.calibrated_run()
 
-    facts = run_facts(run)
+    facts = run_facts(run, state.selection().trial)
     layer_map.show(spectra, facts, spectra_protocol(run))
 
     st.subheader("One module", anchor=False)

@@ -68,8 +68,7 @@ def run_dashboard(arguments: argparse.Namespace) -> Result:
 
 
 def _drawn(benchmark: str, result: Result) -> Any:
-    from lowrank_core.studio.compare.quality_chart import quality_figure
-    from lowrank_core.studio.search.convergence_chart import convergence_figure
+    from lowrank_core.studio.shared.benchmark_chart import convergence_figure, quality_figure
 
     if benchmark == "search":
         return convergence_figure(result["curves"], str(result["protocol"]))  # type: ignore[arg-type]

@@ -11,7 +11,7 @@
 from lowrank_core.config.calibration import GROUP_WEIGHTS, ROBUST_RULES, TOKENS_PER_DIMENSION, CalibrationConfig
 from lowrank_core.config.checks import check_choice, check_min, check_ratio
 from lowrank_core.config.compression import CompressionConfig, CompressRequest
-from lowrank_core.config.export import EXPORT_DTYPES, EXPORT_FORMS, QUANTIZATIONS, ExportConfig
+from lowrank_core.config.export import ExportConfig
 from lowrank_core.config.mapping import from_mapping, to_mapping
 from lowrank_core.config.run import RunConfig
 from lowrank_core.config.search import OBJECTIVES, PRUNERS, SAMPLERS, SPACES, VARIABLES, SearchConfig, depth_groups
@@ -23,14 +23,11 @@ __all__ = [
     "CompressRequest",
     "CompressionConfig",
     "DTYPES",
-    "EXPORT_DTYPES",
-    "EXPORT_FORMS",
     "ExportConfig",
     "GROUP_WEIGHTS",
     "ModelSource",
     "OBJECTIVES",
     "PRUNERS",
-    "QUANTIZATIONS",
     "ROBUST_RULES",
     "RunConfig",
     "SAMPLERS",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
-__all__ = ["EXPORT_DTYPES", "EXPORT_FORMS", "QUANTIZATIONS", "ExportConfig"]
+__all__ = ["ExportConfig"]
 
-EXPORT_FORMS = ("compressed", "dense")
-EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
-QUANTIZATIONS = ("none", "int8")
+_FORMS = {"compressed": "Factors", "dense": "Dense merge"}
+_DTYPES = {"auto": "As checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
+_QUANTIZATIONS = {"none": "Floats", "int8": "int8, one scale a row"}
 
 
 @dataclass(frozen=True)
@@ -21,17 +21,36 @@ class ExportConfig:
 
     form: str = option(
         "compressed",
-        "compressed: the factors; dense: their products in the plain architecture, for any runtime, and not smaller",
+        "compressed: the factors, smaller, for transformers with this package or with our code; dense: the factors multiplied out into the "
+        "plain architecture, no smaller, for vLLM, llama.cpp and any other runtime",
         label="Form",
-        choices=EXPORT_FORMS,
+        choices=_FORMS,
     )
     with_code: bool = option(
-        False, "write our code with the weights: the folder loads with trust_remote_code where this is not installed", label="With our code"
+        False,
+        "write our code with the weights: the folder loads with trust_remote_code=True where this package is not installed; a dense merge "
+        "needs none",
+        label="With our code",
     )
-    dtype: str = option("auto", "that is written; auto: that of the checkpoint", label="Dtype", flag="export-dtype", choices=EXPORT_DTYPES)
-    max_shard_size: str = option("50GB", "of one weight file, such as 2GB (units KB to TB, of 1000)", label="Largest weight file")
+    dtype: str = option(
+        "auto",
+        "of all tensors that are not int8; auto: the checkpoint's; bfloat16 halves float32 and rounds; float16 is for runtimes without it",
+        label="Stored as",
+        flag="export-dtype",
+        choices=_DTYPES,
+    )
+    max_shard_size: str = option(
+        "50GB",
+        "of one weight file, such as 2GB (units KB to TB, of 1000): for uploads and file systems with a limit",
+        label="Largest weight file",
+    )
     quantization: str = option(
-        "none", "of the factors; int8: whole numbers with one scale a row", label="Quantisation", flag="quantize", choices=QUANTIZATIONS
+        "none",
+        "of the factors; int8: whole numbers with one scale a row, which take less disk and memory, with some rounding error and no "
+        "speed-up; a dense merge has no factors",
+        label="Factors stored as",
+        flag="quantize",
+        choices=_QUANTIZATIONS,
     )
 
     def __post_init__(self) -> None:

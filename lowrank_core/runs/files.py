@@ -33,6 +33,24 @@ def read_json(path: Path) -> JsonMapping | None:
     return body
 
 
+def replace_file(path: Path, content: bytes, *, private: bool = False) -> None:
+    """Replace ``path``, whole or not at all.
+
+    Raises:
+        OSError: the disk is full or read-only.
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+        if not private:
+            Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide a shared run, or a report, from the rest of a team
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 def write_json(path: Path, body: Mapping[str, object], *, private: bool = False) -> None:
     """Replace ``path`` atomically: a reader sees the old object or the new one, never half of one.
 
@@ -41,18 +59,10 @@ def write_json(path: Path, body: Mapping[str, object], *, private: bool = False)
     Raises:
         RunError: the disk is full or read-only.
     """
+    text = json.dumps(body, indent=1, allow_nan=False)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                json.dump(body, stream, indent=1, allow_nan=False)
-            if not private:
-                Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide a shared run from the rest of a team
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(path, text.encode(), private=private)
     except OSError as error:
         raise RunError(
             f"can't write {path}: {error.strerror}. Free some space, or set LOWRANK_HOME to a folder that you can write to."

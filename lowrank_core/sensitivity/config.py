@@ -23,15 +23,19 @@ class SensitivityConfig:
     """Settings of a sensitivity measurement."""
 
     kept: tuple[float, ...] = option(
-        (0.2, 0.35, 0.5, 0.65, 0.8), "ratios of the parameters that are kept, biases and indices counted", label="Kept of the parameters"
+        (0.2, 0.35, 0.5, 0.65, 0.8), "kept ratios of what is compressed, biases and index tables counted", label="Kept of the parameters"
     )
     scopes: tuple[str, ...] = option(SCOPES, "module: each matrix alone; type: all matrices of a type together", label="Compressed")
     kinds: tuple[str, ...] = option((), "module types, such as q_proj", label="Types", fallback="all")
     windows: int | None = option(
-        None, "of the search-validation split, evenly spaced", label="Windows", minimum=1, fallback="all of the run"
+        None,
+        "of the search-validation split, evenly spaced; fewer are faster, and noisier",
+        label="Windows",
+        minimum=1,
+        fallback="all of the run",
     )
     basis: str = option("", "error metric of the factors; matrices are decomposed one by one", label="Error metric", fallback="the run's")
-    storage: str = option("", "of the factors", label="Storage", fallback="the run's")
+    storage: str = option("", "sets the rank at a kept ratio: pivoted factors need fewer parameters", label="Storage", fallback="the run's")
 
     def __post_init__(self) -> None:
         for name in ("kept", "scopes", "kinds"):

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 import streamlit as st
 
 from lowrank_core.studio.shared.chart_style import CONFIG, Chart, legible
-from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.vega import PICKED, ZOOM, VegaChart
+from pages.components.widgets import offer
 
 __all__ = ["chart", "show"]
 
@@ -47,21 +47,12 @@ def chart(
         st.plotly_chart(legible(figure), key=key, config=CONFIG, alt=alt, on_select=on_pick, selection_mode="points")
 
 
-def show(spec: Chart, *, key: str) -> None:
-    """Show a chart that a report has, too."""
-    chart(spec.figure, key=key, title=spec.title, how=spec.how, alt=spec.alt, data=spec.data)
+def show(spec: Chart, *, key: str, hint: str = "", on_pick: Callable[[], None] | None = None) -> None:
+    """Show a chart that a report has, too; ``hint`` says what a click does."""
+    how = f"{spec.how} {hint}".strip()
+    chart(spec.figure, key=key, title=spec.title, how=how, alt=spec.alt, data=spec.data, on_pick=on_pick)
 
 
 def _numbers(data: pd.DataFrame, key: str) -> None:
-    """Offer ``data`` as a file, written on demand."""
-    st.download_button(
-        "CSV",
-        lambda: csv_of(data).encode(),
-        f"{key}.csv",
-        "text/csv",
-        key=f"{key}_csv",
-        help="The data of this chart.",
-        icon=":material/download:",
-        type="tertiary",
-        on_click="ignore",
-    )
+    """Offer ``data`` as a file."""
+    offer("CSV", f"{key}.csv", data, key=f"{key}_csv", help="The data of this chart.", type="tertiary")

@@ -9,6 +9,7 @@ from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.shared.formatting import count
 from lowrank_core.studio.shared.run_list import is_working, status_words
+from lowrank_core.studio.shared.table import Metrics
 from lowrank_core.studio.shared.trial_names import ratio_words
 from pages.components import navigation, state
 from pages.components.loading import spectra_of
@@ -83,8 +84,8 @@ def needs_calibration(run: Run | None) -> None:
     empty("No spectra in this run", message, icon=":material/warning:", page=navigation.OVERVIEW, label="Start another calibration")
 
 
-def metrics_row(figures: dict[str, tuple[str, str]]) -> None:
-    """Write metrics side by side: label -> value in words, help."""
+def metrics_row(metrics: Metrics) -> None:
+    """Write metrics side by side."""
     with st.container(horizontal=True, gap="small"):
-        for label, (value, meaning) in figures.items():
+        for label, (value, meaning) in metrics.items():
             st.metric(label, value, help=meaning or None, border=True, width="stretch")

@@ -37,11 +37,16 @@ def spectra_of(run: Run) -> tuple[LayerSpectrum, ...] | None:
         RunError: the file is damaged.
     """
     path = run.path / "spectra.npz"
+    changed = _changed(path)
+    return None if changed is None else _spectra(str(path), changed)
+
+
+def _changed(path: Path) -> int | None:
+    """Return when ``path`` was written; None where it is not there."""
     try:
-        changed = path.stat().st_mtime_ns
+        return path.stat().st_mtime_ns
     except FileNotFoundError:
         return None
-    return _spectra(str(path), changed)
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
@@ -122,8 +127,5 @@ def curves_of(run: Run) -> CurveRecord | None:
         RunError: the file is damaged.
     """
     path = run.path / CURVES_FILE
-    try:
-        changed = path.stat().st_mtime_ns
-    except FileNotFoundError:
-        return None
-    return _curves(str(path), changed)
+    changed = _changed(path)
+    return None if changed is None else _curves(str(path), changed)

@@ -1,4 +1,4 @@
-"""Controls to submit, watch and cancel requests."""
+"""Controls to start runs, and to submit, watch and cancel requests."""
 
 from __future__ import annotations
 
@@ -6,21 +6,37 @@ from collections.abc import Mapping, Sequence
 
 import streamlit as st
 
-from lowrank_core.runs import Run, client
+from lowrank_core.config import RunConfig
+from lowrank_core.runs import Run, client, create_run
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.shared.model_refs import request_words
 from lowrank_core.studio.shared.run_list import is_working, status_words
+from pages.components import state
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
 
-__all__ = ["submit", "ask_all", "waiting", "why_not"]
+__all__ = ["ask", "ask_all", "start", "submit", "waiting", "why_not"]
 
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
 
 
-def why_not(run: Run) -> str | None:
-    """Return why ``run`` takes no requests, for a disabled button's help; None if it does."""
-    return _RECORDED if run.recorded else None
+def start(config: RunConfig) -> None:
+    """Create a run, start its worker, select it and redraw the page."""
+    with boundary():
+        run = create_run(config)
+        client.start_worker(run)
+        state.choose(run=run.id)
+        st.rerun()
+
+
+def why_not(run: Run, words: str = _RECORDED) -> str | None:
+    """Return why ``run`` takes no requests, by default in the usual words, for a disabled button's help; None if it does."""
+    return words if run.recorded else None
+
+
+def ask(run: Run, kind: str, **arguments: object) -> None:
+    """Submit a request, and redraw the page."""
+    ask_all(run, [(kind, arguments)])
 
 
 def submit(run: Run, kind: str, subjects: Sequence[ModelKey], **arguments: object) -> None:

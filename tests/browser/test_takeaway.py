@@ -49,7 +49,7 @@ def test_everything_that_is_downloaded_can_be_read(finished, address, page, tmp_
     assert [row["form"] for row in compared] == ["dense", "one-shot", "one-shot"]
     assert {row["protocol"] for row in compared} == {"python-stdlib, test split, 4 windows of 32 tokens"}
     report, figures = (fetched(page, name) for name in ("Report (HTML)", "Charts (SVG, PNG, HTML)"))
-    assert (report.suggested_filename, figures.suggested_filename) == ("report.html", "figures.html")
+    assert (report.suggested_filename, figures.suggested_filename) == ("report.html", "charts.html")
     report.save_as(tmp_path / "report.html")
     figures.save_as(tmp_path / "figures.html")
     assert_sound(page)
@@ -85,7 +85,8 @@ def test_a_model_is_written_and_proves_itself(address, page, home):
     client.start_worker(run)
     wait_for(lambda: run.status().state == "idle", CALIBRATION_SECONDS, "the search ends")
     page.goto(f"{address}/export?run={run.id}")
-    page.get_by_text("int8 factors").first.click()
+    page.locator(".st-key-export_quantization input").click()
+    page.get_by_role("option", name="int8").click()
     page.get_by_text("-int8:").first.wait_for(state="attached")
     page.get_by_role("button", name="Write it").click()
     entry = page.locator(".st-key-written_0")

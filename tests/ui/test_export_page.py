@@ -84,14 +84,14 @@ def test_what_will_be_written_is_told_before_and_follows_the_form(app):
     frame = next(element.value for element in test.dataframe if "share" in element.value)
     assert frame["form"][list(frame["chosen"]).index("→")] == "Dense merge, at most"
     assert "trial-3-dense" in words(test)
-    assert test.toggle(key="export_int8").disabled
+    assert test.selectbox(key="export_quantization").disabled
 
 
 def test_writing_is_asked_for_with_every_choice(app):
     run = make_run()
     test = app("export", run=run.id)
     test.toggle(key="export_with_code").set_value(True)
-    test.toggle(key="export_int8").set_value(True)
+    test.selectbox(key="export_quantization").set_value("int8")
     test.selectbox(key="export_dtype").set_value("bfloat16")
     test.text_input(key="export_shard").set_value("2GB")
     test.run()
@@ -106,7 +106,7 @@ def test_a_dense_merge_is_asked_for_without_what_it_can_not_have(app):
     run = make_run()
     test = app("export", run=run.id)
     test.toggle(key="export_with_code").set_value(True)
-    test.toggle(key="export_int8").set_value(True).run()
+    test.selectbox(key="export_quantization").set_value("int8").run()
     test.segmented_control(key="export_form").set_value("dense").run()
     test.button(key="export").click().run()
     assert sound(test)
@@ -124,7 +124,7 @@ def test_a_healed_model_is_asked_for_by_its_folder_and_is_written_as_it_is_alrea
     picker.set_value(name).run()
     assert test.button(key="export").disabled
     assert "Already written" in words(test)
-    test.toggle(key="export_int8").set_value(True).run()
+    test.selectbox(key="export_quantization").set_value("int8").run()
     test.button(key="export").click().run()
     assert sound(test)
     (request,) = pending_requests(run)

@@ -14,16 +14,14 @@ from synthetic import make_run, matrices, priced_units, spectra, write_answers, 
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studies.records import read_trials
-from lowrank_core.studio.energy.energy_chart import band_figure, groups_figure, left_figure, pooling_figure, retained_figure
+from lowrank_core.studio.energy.energy_chart import band_figure, energy_figure, groups_figure, pooling_figure
 from lowrank_core.studio.energy.energy_table import energy_band, energy_curves, pooling_curves
 from lowrank_core.studio.overview.calibration_quality import calibration_facts, group_table
 from lowrank_core.studio.search import history_chart as search
 from lowrank_core.studio.search.history import history
 from lowrank_core.studio.search.history_chart import history_chart
-from lowrank_core.studio.search.pareto import front
-from lowrank_core.studio.search.pareto_chart import front_chart
-from lowrank_core.studio.search.trial_windows import window_losses
-from lowrank_core.studio.search.trial_windows_chart import window_chart
+from lowrank_core.studio.search.pareto_chart import front, front_chart
+from lowrank_core.studio.search.trial_windows_chart import window_chart, window_losses
 from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of
 from lowrank_core.studio.shared.chart_style import (
     BLUE,
@@ -66,8 +64,8 @@ def figures() -> dict[str, go.Figure]:
         "profile": profile_figure(atlas(spectra(), "alpha", "features", relative=False)),
         "band": band_figure(energy_band(spectra(), "q_proj"), "kept", 0.25),
         "band removed": band_figure(energy_band(spectra(), "q_proj"), "removed", 0.25),
-        "retained": retained_figure(energy_curves(layer), 5),
-        "left": left_figure(energy_curves(layer), 5),
+        "retained": energy_figure(energy_curves(layer), "kept", 5),
+        "left": energy_figure(energy_curves(layer), "removed", 5),
         "pooling": pooling_figure(pooling_curves(layer)),
         "groups": groups_figure(group_table(entry)),
         "allocation": map_figure(allocation_map(allocation_of(trials[3], shapes), shapes)),
@@ -115,7 +113,7 @@ def test_no_figure_of_an_80_layer_model_is_above_a_megabyte():
         scree_figure(scree_curves(result[0])),
         density_figure(density(result[0], "weights")),
         band_figure(energy_band(result[:14], "q_proj"), "kept", 0.5),
-        retained_figure(energy_curves(result[0]), 64),
+        energy_figure(energy_curves(result[0]), "kept", 64),
         pooling_figure(pooling_curves(result[0])),
     ):
         assert len(figure.to_json()) < MEGABYTE / 10
@@ -214,7 +212,8 @@ def test_lines_of_the_depth_profile_end_in_names_that_do_not_meet():
     figure = profile_figure(view)
     heights = sorted(note.y for note in figure.layout.annotations)
     assert len(heights) == 7
-    assert min(np.diff(heights)) > 0.05
+    low, high = figure.layout.yaxis.range
+    assert min(np.diff(heights)) > 0.05 * (high - low)
     assert {trace.line.color for trace in figure.data} == {note.font.color for note in figure.layout.annotations}
 
 
@@ -231,14 +230,14 @@ def test_a_module_without_energy_can_still_be_drawn():
     layer = spectra()[0]
     dead = replace(layer, feature_eigenvalues=np.zeros(layer.shape.max_rank), feature_eigenvalues_sample=np.zeros(layer.shape.max_rank))
     assert scree_figure(scree_curves(dead)).data
-    assert left_figure(energy_curves(dead), 1).data
-    assert retained_figure(energy_curves(dead), 1).data
+    assert energy_figure(energy_curves(dead), "removed", 1).data
+    assert energy_figure(energy_curves(dead), "kept", 1).data
     assert pooling_figure(pooling_curves(dead)).data
 
 
 def test_the_energy_charts_mark_the_rank():
     curves = energy_curves(spectra()[0])
-    for figure in (retained_figure(curves, 7), left_figure(curves, 7)):
+    for figure in (energy_figure(curves, "kept", 7), energy_figure(curves, "removed", 7)):
         assert figure.layout.shapes[0].x0 == 7
         assert "rank 7" in words(figure)
     assert "100%" in figure.layout.xaxis.ticktext[-1]

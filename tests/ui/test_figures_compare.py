@@ -14,8 +14,7 @@ from lowrank_core.studio.compare.loss_details import difference_table, position_
 from lowrank_core.studio.compare.loss_details_chart import histogram_figure, position_figure, scatter_figure
 from lowrank_core.studio.compare.measured_speed import speeds, speedup_table
 from lowrank_core.studio.compare.second_text import other_text
-from lowrank_core.studio.compare.token_losses import strips
-from lowrank_core.studio.compare.token_losses_chart import strip_html
+from lowrank_core.studio.compare.token_losses import strip_html, strips
 
 
 def differences(values: list[float]) -> pd.DataFrame:

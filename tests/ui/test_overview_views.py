@@ -19,8 +19,7 @@ from lowrank_core.runs import Run, home, list_runs, write_json
 from lowrank_core.runs.manage import delete_run, notes_of, rename_run, run_bytes, write_notes
 from lowrank_core.studio.overview import memory_estimate, source_checks, text_preview
 from lowrank_core.studio.overview.checkpoint import Part, read_model, tensor_table
-from lowrank_core.studio.overview.module_tree import Node, module_tree
-from lowrank_core.studio.overview.module_tree_chart import tree_html
+from lowrank_core.studio.overview.module_tree_chart import Node, module_tree, tree_html
 from lowrank_core.studio.overview.run_comparison import compare_runs
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 

@@ -297,7 +297,7 @@ def test_protocols_tell_the_text_the_windows_and_the_dtype():
         "Model demo held as float32; python-stdlib, calibration split, context 32, BOS first in every window; 1,280 tokens; "
         "statistics in float64."
     )
-    expected = "python-stdlib, validation split; 4 windows of 32 tokens, BOS first in every window; held as float32."
+    expected = "python-stdlib, validation split; 4 windows of 32 tokens, BOS first in every window; model demo held as float32."
     assert trial_protocol(run) == expected
     cheaper = make_run(config=SearchConfig(RATIO, top_k=16, autocast=True, trials=6))
     assert "held as bfloat16 (autocast); KL on the 16 likeliest tokens" in trial_protocol(cheaper)

@@ -33,9 +33,9 @@ from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare import comparison as compare
 from lowrank_core.studio.search import history, search_plan
-from lowrank_core.studio.search.pareto import front, front_table
-from lowrank_core.studio.search.trial_windows import window_losses
-from lowrank_core.studio.search.worker_list import living_workers, worker_table
+from lowrank_core.studio.search.pareto_chart import front, front_table
+from lowrank_core.studio.search.timeline_chart import living_workers, worker_table
+from lowrank_core.studio.search.trial_windows_chart import window_losses
 from lowrank_core.studio.shared import allocation_map, run_list
 from lowrank_core.studio.shared.formatting import short_duration
 from lowrank_core.studio.shared.trial_names import KINDS, kind_of, ratio_words, state_words, trial_label, trial_note, unit_label

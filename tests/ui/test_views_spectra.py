@@ -66,17 +66,17 @@ def test_scree_curves_begin_at_one_and_have_gaps_where_nothing_is_left():
 
 def test_energy_kept_and_removed_add_up_to_one():
     curves = energy_table.energy_curves(spectra()[0])
-    assert curves.features + curves.features_left == pytest.approx(np.ones(len(curves.ranks)))
-    assert curves.features[-1] == pytest.approx(1.0)
-    assert curves.weights_left[-1] == 0.0
-    assert (np.diff(curves.features) >= 0).all()
+    assert list(curves["features_kept"] + curves["features_removed"]) == pytest.approx([1.0] * len(curves))
+    assert curves["features_kept"].iloc[-1] == pytest.approx(1.0)
+    assert curves["weights_removed"].iloc[-1] == 0.0
+    assert curves["features_kept"].is_monotonic_increasing
 
 
 def test_the_tail_is_not_lost_to_cancellation():
     layer = spectra()[0]
     eigenvalues = np.concatenate([[1.0], np.full(layer.feature_eigenvalues.size - 1, 1e-20)])
     curves = energy_table.energy_curves(replace(layer, feature_eigenvalues=eigenvalues))
-    assert curves.features_left[0] == pytest.approx((eigenvalues.size - 1) * 1e-20)
+    assert curves["features_removed"].iloc[0] == pytest.approx((eigenvalues.size - 1) * 1e-20)
 
 
 def test_the_sentence_tells_the_numbers_at_a_rank():
@@ -91,8 +91,8 @@ def test_the_sentence_tells_the_numbers_at_a_rank():
 
 def test_pooling_takes_energy_away_on_the_samples_scale():
     curves = energy_table.pooling_curves(spectra()[0])
-    assert curves.sample[0] == pytest.approx(1.0)
-    assert (curves.pooled <= curves.sample + 1e-12).all()
+    assert curves["sample"].iloc[0] == pytest.approx(1.0)
+    assert (curves["pooled"] <= curves["sample"] + 1e-12).all()
 
 
 def test_module_facts_hold_both_ranks():

@@ -22,10 +22,14 @@ from lowrank_core.studies.variables import Importances, VariableRange, importanc
 from lowrank_core.studio.search import search_plan
 from lowrank_core.studio.search.history import history
 from lowrank_core.studio.search.history_chart import history_chart
-from lowrank_core.studio.search.parallel_coordinates import fingerprint, importance_table, missing_words
-from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint_chart, importance_chart
-from lowrank_core.studio.search.timeline import timeline
-from lowrank_core.studio.search.timeline_chart import timeline_chart
+from lowrank_core.studio.search.parallel_coordinates_chart import (
+    fingerprint,
+    fingerprint_chart,
+    importance_chart,
+    importance_table,
+    missing_words,
+)
+from lowrank_core.studio.search.timeline_chart import timeline, timeline_chart
 from lowrank_core.studio.shared.layer_map import layer_map
 from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.thumbnail_chart import BLANK, thumbnail

@@ -15,8 +15,7 @@ from lowrank_core.config.benchmarks import AllocationBenchmark, QualityBenchmark
 from lowrank_core.errors import ConfigError
 from lowrank_core.presets.recipes import PRESETS, VARIANTS
 from lowrank_core.speed import Spread
-from lowrank_core.studio.compare.quality_chart import quality_figure
-from lowrank_core.studio.search.convergence_chart import convergence_figure
+from lowrank_core.studio.shared.benchmark_chart import convergence_figure, quality_figure
 
 
 @pytest.fixture(scope="module")

@@ -41,7 +41,7 @@ from lowrank_core.studio.export.export_list import written_models
 from lowrank_core.studio.overview.calibration_quality import calibration_facts
 from lowrank_core.studio.report import report_html, write_report
 from lowrank_core.studio.search.history import history, progress
-from lowrank_core.studio.search.pareto import front
+from lowrank_core.studio.search.pareto_chart import front
 from lowrank_core.studio.search.static_chart import front_figure, history_figure
 from lowrank_core.studio.shared.embedding import figure_json, plotly_script
 from lowrank_core.studio.shared.formatting import number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
@@ -24,6 +24,7 @@ __all__ = [
     "Comparison",
     "Confirmed",
     "Failure",
+    "argument_of",
     "comparisons",
     "confirmed",
     "confirmed_spec",
@@ -140,6 +141,12 @@ def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
     """Return the label of ``trial`` (a number or an allocator's name) in the worker's results."""
     record = next((record for record in trials if record.number == trial), None)
     return record.label if record is not None and record.label in ALLOCATORS else ModelRef.parse(trial).label
+
+
+def argument_of(request: Mapping[str, object], name: str) -> object:
+    """Return an argument of a request, or of the request that a result answers; None without it."""
+    arguments = request.get("arguments")
+    return arguments.get(name) if isinstance(arguments, Mapping) else None
 
 
 def comparisons(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Comparison]:
@@ -285,12 +292,11 @@ def last_failure(bodies: Sequence[JsonMapping]) -> Failure | None:
 
 
 def _is_preset(body: JsonMapping) -> bool:
-    arguments = body.get("arguments")
-    ref = ModelRef.find(arguments.get("trial")) if isinstance(arguments, dict) else None
+    ref = ModelRef.find(argument_of(body, "trial"))
     return ref is not None and ref.kind == "preset"
 
 
 def refusals(bodies: Sequence[JsonMapping]) -> dict[str, str]:
     """Return the error of each preset whose newest request failed, by display name."""
-    newest = {str(body["arguments"]["trial"]): body for body in bodies if body.get("kind") == "compare" and _is_preset(body)}
+    newest = {str(argument_of(body, "trial")): body for body in bodies if body.get("kind") == "compare" and _is_preset(body)}
     return {model_name(key): str(body.get("error") or "no reason given") for key, body in newest.items() if not body.get("ok")}

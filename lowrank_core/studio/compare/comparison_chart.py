@@ -12,7 +12,7 @@ from lowrank_core.studio.compare.comparison import Comparison
 from lowrank_core.studio.compare.loss_details import difference_table
 from lowrank_core.studio.compare.measured_speed import Speed, speed_numbers, speedup_table
 from lowrank_core.studio.compare.second_text import OtherText
-from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, Chart, finished
+from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, VERMILLION, Chart, dotted, finished, note, whiskers
 
 __all__ = ["difference_chart", "difference_figure", "ratio_chart", "ratio_figure", "speedup_chart", "speedup_figure"]
 
@@ -63,7 +63,7 @@ def _dots(table: pd.DataFrame, column: str, unit: float | None) -> go.Scatter:
         y=table["name"].to_list(),
         mode="markers",
         marker={"size": 11, "color": [colour for colour, _ in marks], "symbol": [symbol for _, symbol in marks]},
-        error_x=_whiskers(at, minimum, maximum),
+        error_x=whiskers(at, minimum, maximum),
         customdata=words,
         hovertemplate="<b>%{y}</b><br>%{customdata}<extra></extra>",
     )
@@ -76,11 +76,6 @@ def _with_ends(table: pd.DataFrame, value: str, low: str, high: str) -> tuple[np
     return middle, minimum, maximum
 
 
-def _whiskers(value: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str = GREY) -> dict[str, object]:
-    ends = {"array": high - value, "arrayminus": value - low}
-    return {"type": "data", "symmetric": False, **ends, "thickness": 1.5, "width": 5, "color": colour}
-
-
 def _placed(values: np.ndarray, unit: float | None) -> np.ndarray:
     return values if unit is None else np.arcsinh(values / unit)
 
@@ -88,8 +83,8 @@ def _placed(values: np.ndarray, unit: float | None) -> np.ndarray:
 def _zero(figure: go.Figure, x: float, words: str, *, log: bool = False) -> None:
     """Mark the dense model; annotations on a log axis are placed at the logarithm, lines are not."""
     place = float(np.log10(x)) if log else x
-    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": GREY, "width": 1.5, "dash": "dot"})
-    figure.add_annotation(text=words, x=place, y=1, yref="paper", showarrow=False, yanchor="bottom", font={"size": 11, "color": GREY})
+    dotted(figure, x)
+    note(figure, words, x=place, anchor="center", yanchor="bottom")
     figure.update_yaxes(autorange="reversed", title=None, type="category")
 
 
@@ -132,7 +127,7 @@ def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
                 name=text,
                 mode="markers",
                 marker={"size": 11, "color": colour, "symbol": symbol},
-                error_x=_whiskers(ratio, low, high, colour),
+                error_x=whiskers(ratio, low, high, colour),
                 hovertemplate=f"<b>%{{y}}</b><br>{text}: %{{x:.4g}} times the dense model's<extra></extra>",
             )
         )
@@ -169,7 +164,7 @@ def speedup_figure(table: pd.DataFrame) -> go.Figure:
         textposition="top center",
         cliponaxis=False,
         marker={"size": 10, "color": [colours[measure] for measure in table["measure"]]},
-        error_x=_whiskers(median, low, high),
+        error_x=whiskers(median, low, high),
         hovertemplate="<b>%{y}</b><br>%{x:.3g}x<extra></extra>",
     )
     figure = go.Figure(dots)

@@ -15,9 +15,10 @@ from lowrank_core.config.mapping import build
 from lowrank_core.runs import Run, read_json
 from lowrank_core.runs.healing_records import HealingPoint, HealingReport, read_history, read_report
 from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.trial_names import model_name
 
-__all__ = ["Healing", "curve_table", "ends_in_words", "healings", "trial_of"]
+__all__ = ["Healing", "curve_table", "healings", "trial_of"]
 
 _ENDS = {
     "steps": "All steps were taken",
@@ -54,6 +55,20 @@ class Healing:
     def method(self) -> str:
         """Label of the method."""
         return HEALER_LABELS[self.settings.method]
+
+    @property
+    def words(self) -> str:
+        """Training and result, or progress, in sentences."""
+        report = self.report
+        if report is None:
+            done = self.history[-1].step if self.history else 0
+            return f"{self.name}: {self.method}, not done; validated up to step {done:,} of {self.steps:,}. Start it again to resume."
+        return (
+            f"{self.name}: {report.label}, {report.steps:,} steps on {report.tokens:,} tokens in {report.seconds:,.0f} s, largest rate "
+            f"{number(report.learning_rate, 2)}, {report.trained_parameters:,} numbers trained. KL on validation text "
+            f"{number(report.kl_before)} before, {number(report.kl_after)} after ({percent(report.recovered)} of it gone). "
+            f"{_ends_in_words(report)}"
+        )
 
     @property
     def steps(self) -> int:
@@ -108,7 +123,7 @@ def curve_table(history: Sequence[HealingPoint]) -> pd.DataFrame:
     return table
 
 
-def ends_in_words(report: HealingReport) -> str:
+def _ends_in_words(report: HealingReport) -> str:
     """Return the end of a healing in words."""
     kept = f"the state after step {report.best_step} was kept" if report.best_step else "nothing was better than the start, which was kept"
     return f"{_ENDS[report.stopped]}; {kept}."

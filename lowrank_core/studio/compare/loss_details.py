@@ -13,7 +13,7 @@ from lowrank_core.errors import RunError
 from lowrank_core.parameters import FLOPS_MEANING
 from lowrank_core.studio.compare.comparison import Comparison
 from lowrank_core.studio.shared.formatting import number
-from lowrank_core.studio.shared.table import Column, Table, intervals
+from lowrank_core.studio.shared.table import Column, Table, frame_of, intervals
 
 __all__ = [
     "LOST",
@@ -122,17 +122,15 @@ def _row(comparison: Comparison) -> dict[str, object]:
 
 def difference_table(result: Sequence[Comparison]) -> pd.DataFrame:
     """Return perplexity above the dense model's: columns name, kind, difference, low, high (95 %, paired by window), removed; ascending."""
-    rows = [
-        (
-            comparison.name,
-            _kind(comparison),
-            comparison.perplexity - comparison.dense_perplexity,
-            *_ends(comparison.perplexity_difference_interval),
-            comparison.compression_ratio,
-        )
-        for comparison in result
-    ]
-    frame = pd.DataFrame(rows, columns=["name", "kind", "difference", "low", "high", "removed"])
+    frame = frame_of(
+        result,
+        name="name",
+        kind=_kind,
+        difference=lambda each: each.perplexity - each.dense_perplexity,
+        low=lambda each: _ends(each.perplexity_difference_interval)[0],
+        high=lambda each: _ends(each.perplexity_difference_interval)[1],
+        removed="compression_ratio",
+    )
     return frame.astype({"low": float, "high": float}).sort_values("difference", ignore_index=True)
 
 

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from lowrank_core.studio.compare.comparison import Comparison
 from lowrank_core.studio.compare.loss_details import WindowTable, position_table, window_table
-from lowrank_core.studio.shared.chart_style import BLUE, GREY, ORANGE, VERMILLION, Chart, finished
+from lowrank_core.studio.shared.chart_style import BLUE, GREY, ORANGE, VERMILLION, Chart, dotted, finished, note
 from lowrank_core.studio.shared.summary import protocol_of
 
 __all__ = ["histogram_figure", "position_chart", "position_figure", "scatter_figure", "window_charts"]
@@ -77,8 +77,7 @@ def scatter_figure(view: WindowTable) -> go.Figure:
     finished(figure, height=380, x="Dense, nats per token", y="Compressed, nats per token")
     figure.update_xaxes(range=ends)
     figure.update_yaxes(range=ends)
-    note = {"xref": "x", "yref": "y", "showarrow": False, "font": {"size": 11, "color": GREY}}
-    figure.add_annotation(text="equal", x=ends[1], y=ends[1], xanchor="right", yanchor="top", xshift=-10, yshift=-22, **note)
+    note(figure, "equal", x=ends[1], y=ends[1], yref="y", anchor="right", xshift=-10, yshift=-22)
     return figure
 
 
@@ -98,11 +97,9 @@ def histogram_figure(view: WindowTable) -> go.Figure:
     figure = go.Figure([bars])
     finished(figure, height=300, x="Compressed minus dense, nats per token", y="Windows", top=28)
     for x, words, colour in ((0.0, "dense", GREY), (view.mean, "mean", ORANGE)):
-        figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 2, "dash": "dot"})
+        dotted(figure, x, colour)
         anchor = "right" if (words == "dense") == (view.mean >= 0) else "left"
-        figure.add_annotation(
-            text=words, x=x, y=1, yref="paper", showarrow=False, yanchor="bottom", xanchor=anchor, font={"size": 11, "color": colour}
-        )
+        note(figure, words, x=x, colour=colour, anchor=anchor, yanchor="bottom", xshift=0)
     return figure
 
 

@@ -1,7 +1,8 @@
-"""Token-level losses of the compressed against the dense model."""
+"""Token-level losses of the compressed against the dense model, as a table and as a coloured text."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,8 +16,9 @@ from lowrank_core.studies.requests import TokensAnswer, answers_in
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import model_name
+from lowrank_core.wording import fixed
 
-__all__ = ["TokenStrip", "strips", "worst_spec", "worst_tokens"]
+__all__ = ["TokenStrip", "strip_html", "strips", "worst_spec", "worst_tokens"]
 
 _MIN_SCALE = 0.1  # nats: below, differences are noise of rounding, and would be painted as losses
 _QUANTILE = 0.98
@@ -123,3 +125,44 @@ def worst_spec(strip: TokenStrip, count: int = 15, number: int = 1) -> Table:
 
 def _visible(text: str) -> str:
     return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥") or "(part of a character)"
+
+
+_WORSE, _BETTER = "213, 94, 0", "0, 114, 178"  # Okabe-Ito vermillion and blue, whose lightness tells them apart, too
+_DEEPEST = 0.75  # opacity: the text stays readable on light and dark pages
+_FAINTEST = 0.04
+
+
+def strip_html(strip: TokenStrip) -> str:
+    """Return the text as HTML: a span with a tooltip per token, below a colour key.
+
+    Nothing of the text is markup: it is escaped, in the spans and in their tooltips.
+    """
+    spans = [f"<span>{html.escape(strip.beginning)}</span>"] if strip.beginning else []
+    columns = (strip.frame[name] for name in ("piece", "extra", "dense_nll", "nll", "kl", "dense_likeliest", "likeliest"))
+    for piece, extra, dense, ours, kl, theirs, mine in zip(*columns, strict=True):
+        tip = (
+            f"{fixed(extra, 3, signed=True)} nats; dense {fixed(dense, 3)}, compressed {fixed(ours, 3)}, KL {fixed(kl, 3)}; "
+            f"most likely: dense {theirs!r}, compressed {mine!r}"
+        )
+        spans.append(f'<span title="{html.escape(tip, quote=True)}"{_style(extra, strip.scale)}>{_shown(piece)}</span>')
+    style = "white-space: pre-wrap; overflow-wrap: anywhere; font-family: monospace; font-size: 0.9rem; line-height: 1.7"
+    return f'{_key(strip.scale)}<div style="{style}">{"".join(spans)}</div>'
+
+
+def _shown(piece: str) -> str:
+    """Return an escaped piece with a sign for each line break."""
+    return html.escape(piece).replace("\n", "⏎\n")
+
+
+def _style(extra: float, scale: float) -> str:
+    depth = _DEEPEST * min(1.0, abs(extra) / scale)
+    if depth < _FAINTEST:
+        return ""
+    return f' style="background-color: rgba({_WORSE if extra > 0 else _BETTER}, {depth:.2f}); border-radius: 2px"'
+
+
+def _key(scale: float) -> str:
+    ends = f"rgba({_BETTER}, {_DEEPEST}), transparent, rgba({_WORSE}, {_DEEPEST})"
+    bar = f'<span style="display: inline-block; width: 9rem; height: 0.7rem; background: linear-gradient(to right, {ends})"></span>'
+    row = "display: flex; flex-wrap: wrap; align-items: center; gap: 0.5rem; font-size: 0.8rem; margin-bottom: 0.6rem"
+    return f'<div style="{row}"><span>better by {scale:.2g} nats or more</span>{bar}<span>worse by {scale:.2g} nats or more</span></div>'

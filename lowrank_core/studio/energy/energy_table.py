@@ -6,46 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import pandas as pd
 
-from lowrank_core.parameters import MatrixShape, Unit
+from lowrank_core.parameters import Unit
 from lowrank_core.spectra.spectrum import LayerSpectrum, retained_energy
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.shared.formatting import number, percent
+from lowrank_core.studio.shared.table import frame_of
 from lowrank_core.studio.shared.trial_names import kind_of, trial_label
 from lowrank_core.studio.spectra.spectrum_table import log_ranks
 from lowrank_core.types import Vector
 
-__all__ = [
-    "EnergyAtRank",
-    "EnergyCurves",
-    "MeasuredLoss",
-    "PoolingCurves",
-    "energy_at_rank",
-    "energy_band",
-    "energy_curves",
-    "energy_table",
-    "measured_loss",
-    "pooling_curves",
-    "pooling_table",
-]
+__all__ = ["EnergyAtRank", "MeasuredLoss", "energy_at_rank", "energy_band", "energy_curves", "measured_loss", "pooling_curves"]
 
 _BAND_POINTS = 100
 _ALIKE = 0.01
 """Kept fractions this close are one and the same: whole ranks don't meet a ratio exactly."""
-
-
-@dataclass(frozen=True)
-class EnergyCurves:
-    """Retained energy, in [0, 1], at ``ranks``; ``left`` is 1 - retained, from the tail itself: no cancellation."""
-
-    shape: MatrixShape
-    ranks: npt.NDArray[np.int64]
-    features: Vector
-    weights: Vector
-    features_left: Vector
-    weights_left: Vector
 
 
 def _left(energies: Vector) -> Vector:
@@ -57,31 +33,16 @@ def _left(energies: Vector) -> Vector:
     return np.append(tail[1:], 0.0) / total
 
 
-def energy_curves(spectrum: LayerSpectrum) -> EnergyCurves:
-    """Return cumulative energies of features and weights of a module."""
+def energy_curves(spectrum: LayerSpectrum) -> pd.DataFrame:
+    """Return a row for each drawn rank: energy in [0, 1] of features and of weights that is kept, and removed.
+
+    Columns rank, features_kept, weights_kept, features_removed, weights_removed; the last two from the tail itself: no cancellation.
+    """
     ranks = log_ranks(spectrum.shape.max_rank)
-    features, weights = np.maximum(spectrum.feature_eigenvalues, 0.0), spectrum.weight_energy
-    return EnergyCurves(
-        spectrum.shape,
-        ranks,
-        retained_energy(features)[ranks - 1],
-        retained_energy(weights)[ranks - 1],
-        _left(features)[ranks - 1],
-        _left(weights)[ranks - 1],
-    )
-
-
-def energy_table(curves: EnergyCurves) -> pd.DataFrame:
-    """Return a row for each drawn rank: retained and discarded energy of features and of weights."""
-    return pd.DataFrame(
-        {
-            "rank": curves.ranks,
-            "features_kept": curves.features,
-            "weights_kept": curves.weights,
-            "features_removed": curves.features_left,
-            "weights_removed": curves.weights_left,
-        }
-    )
+    energies = {"features": np.maximum(spectrum.feature_eigenvalues, 0.0), "weights": spectrum.weight_energy}
+    kept = {f"{source}_kept": retained_energy(values)[ranks - 1] for source, values in energies.items()}
+    removed = {f"{source}_removed": _left(values)[ranks - 1] for source, values in energies.items()}
+    return pd.DataFrame({"rank": ranks, **kept, **removed})
 
 
 def energy_band(spectra: Sequence[LayerSpectrum], kind: str) -> pd.DataFrame:
@@ -149,17 +110,8 @@ def energy_at_rank(spectrum: LayerSpectrum, rank: int) -> EnergyAtRank:
     )
 
 
-@dataclass(frozen=True)
-class PoolingCurves:
-    """√ eigenvalues of the features' covariance, pooled and sample, both over the first of the sample's."""
-
-    ranks: npt.NDArray[np.int64]
-    pooled: Vector
-    sample: Vector
-
-
-def pooling_curves(spectrum: LayerSpectrum) -> PoolingCurves:
-    """Return both spectra on the sample's scale, so that energy removed by pooling is visible."""
+def pooling_curves(spectrum: LayerSpectrum) -> pd.DataFrame:
+    """Return √ eigenvalues of the features' covariance, pooled and sample, over the sample's first: columns rank, pooled, sample."""
     ranks = log_ranks(spectrum.shape.max_rank)
     first = float(np.sqrt(max(spectrum.feature_eigenvalues_sample[0], 0.0))) if spectrum.feature_eigenvalues_sample.size else 0.0
 
@@ -167,12 +119,8 @@ def pooling_curves(spectrum: LayerSpectrum) -> PoolingCurves:
         roots = np.sqrt(np.maximum(eigenvalues, 0.0))[ranks - 1]
         return np.where(roots > 0, roots / first, np.nan) if first > 0 else np.full(ranks.size, np.nan)
 
-    return PoolingCurves(ranks, scaled(spectrum.feature_eigenvalues), scaled(spectrum.feature_eigenvalues_sample))
-
-
-def pooling_table(curves: PoolingCurves) -> pd.DataFrame:
-    """Return a row for each drawn rank: √ eigenvalues, pooled and sample."""
-    return pd.DataFrame({"rank": curves.ranks, "pooled": curves.pooled, "sample": curves.sample})
+    pooled, sample = scaled(spectrum.feature_eigenvalues), scaled(spectrum.feature_eigenvalues_sample)
+    return pd.DataFrame({"rank": ranks, "pooled": pooled, "sample": sample})
 
 
 @dataclass(frozen=True)
@@ -209,16 +157,9 @@ def measured_loss(trials: Sequence[TrialRecord], kept: float) -> MeasuredLoss | 
     near = sorted((trial for share, trial in done if abs(share - nearest) <= _ALIKE), key=_loss)
     sampled = [trial for trial in near if kind_of(trial) not in ("baseline", "manual")]
     shown = [trial for trial in near if trial not in sampled[1:]]
-    rows = [
-        {
-            "name": trial_label(trial),
-            "kept": 1 - (trial.compression_ratio or 0.0),
-            "kl": trial.kl,
-            "perplexity": trial.perplexity,
-        }
-        for trial in shown
-    ]
-    frame = pd.DataFrame(rows, columns=["name", "kept", "kl", "perplexity"]).astype({"kl": float, "perplexity": float})
+    frame = frame_of(
+        shown, name=trial_label, kept=lambda trial: 1 - (trial.compression_ratio or 0.0), kl="kl", perplexity="perplexity"
+    ).astype({"kl": float, "perplexity": float})
     return MeasuredLoss(nearest, kept, frame)
 
 

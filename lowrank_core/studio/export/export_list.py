@@ -17,6 +17,7 @@ from lowrank_core.errors import ModelError, RunError
 from lowrank_core.files.weights import REGISTERING, weight_files
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.studies.requests import ExportAnswer, answers_in
+from lowrank_core.studio.compare.comparison import argument_of
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.trial_names import unit_label
 
@@ -127,20 +128,9 @@ class Written:
 
 
 @dataclass(frozen=True)
-class _Manifest:
-    allocation: str = ""
-    form: str = ""
-    compression_ratio: float | None = None
-    model_compression_ratio: float | None = None
-    written_parameters: int | None = None
-    stored_dtype: str = ""
-    quantization: str = ""
-    with_code: bool = False
-
-
-@dataclass(frozen=True)
 class _Measured:
     perplexity: float | None = None
+    protocol: object = None
 
 
 def written_models(run: Run, bodies: Sequence[JsonMapping]) -> list[Written]:
@@ -168,7 +158,7 @@ def _proofs(bodies: Sequence[JsonMapping], folder: Path) -> dict[Path, Proof]:
         if body.get("kind") == "verify" and body.get("ok"):
             result[Path(str(body.get("path")))] = build(Proof, body.get("verification", {}), "an answer", time=when)
         elif body.get("kind") == "verify":
-            path = folder / Path(str((body.get("arguments") or {}).get("path", ""))).name
+            path = folder / Path(str(argument_of(body, "path") or "")).name
             result[path] = Proof(ok=False, error=str(body.get("error") or "no reason given"), time=when)
     return result
 
@@ -178,30 +168,26 @@ def _written(path: Path, reported: ExportAnswer | None, proof: Proof | None) -> 
     source = path / "lowrank.json"
     try:
         body = read_json(source) or {}
-        manifest, measured = build(_Manifest, body, str(source)), build(_Measured, body.get("measured") or {}, str(source))
+        measured = build(_Measured, body.get("measured") or {}, str(source))
+        ranks, healing = body.get("ranks"), body.get("healing")
+        return build(
+            Written,
+            {**body, "parameters": body.get("written_parameters"), "dtype": body.get("stored_dtype", "")},
+            str(source),
+            path=path,
+            allocation=body.get("allocation") or trial or path.name,
+            bytes=_weight_bytes(path) if path.is_dir() else None,
+            folder_bytes=sum(file.stat().st_size for file in _files(path)),
+            perplexity=measured.perplexity,
+            protocol=str(measured.protocol.get("line", "")) if isinstance(measured.protocol, Mapping) else "",
+            ranks=dict(ranks) if isinstance(ranks, Mapping) and ranks else None,
+            healed=str(healing.get("method", "")) if isinstance(healing, Mapping) else "",
+            changed=source.stat().st_mtime if source.is_file() else None,
+            proof=proof,
+            damage="",
+        )
     except RunError as error:
         return Written(path, trial or path.name, proof=proof, damage=str(error))
-    files = list(_files(path))
-    protocol, ranks, healing = (body.get("measured") or {}).get("protocol"), body.get("ranks"), body.get("healing")
-    return Written(
-        path,
-        manifest.allocation or trial or path.name,
-        manifest.form,
-        manifest.compression_ratio,
-        manifest.model_compression_ratio,
-        bytes=_weight_bytes(path) if path.is_dir() else None,
-        folder_bytes=sum(file.stat().st_size for file in files),
-        perplexity=measured.perplexity,
-        protocol=str(protocol.get("line", "")) if isinstance(protocol, Mapping) else "",
-        parameters=manifest.written_parameters,
-        dtype=manifest.stored_dtype,
-        quantization=manifest.quantization,
-        with_code=manifest.with_code,
-        ranks=dict(ranks) if isinstance(ranks, Mapping) and ranks else None,
-        healed=str(healing.get("method", "")) if isinstance(healing, Mapping) else "",
-        changed=source.stat().st_mtime if source.is_file() else None,
-        proof=proof,
-    )
 
 
 def _weight_bytes(folder: Path) -> int:

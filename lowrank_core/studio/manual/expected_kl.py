@@ -13,6 +13,7 @@ from lowrank_core.allocation.curves import CurveRecord
 from lowrank_core.metrics import metric_named
 from lowrank_core.studies.records import MANUAL, TrialRecord
 from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.table import frame_of
 from lowrank_core.studio.shared.trial_names import kind_of, trial_label
 
 __all__ = ["Trust", "estimate_words", "measured_as", "predicted_kl", "trial_predictions", "trust"]
@@ -53,19 +54,20 @@ def trial_predictions(trials: Sequence[TrialRecord], record: CurveRecord | None)
 
     Columns: trial, name, kind (one of ``KINDS``), predicted, measured (nats per token), removed.
     """
-    rows = [
-        {
-            "trial": trial.number,
-            "name": trial_label(trial),
-            "kind": "manual" if trial.label == MANUAL else kind_of(trial),
-            "predicted": predicted,
-            "measured": trial.kl,
-            "removed": trial.compression_ratio,
-        }
+    known = [
+        trial
         for trial in trials
-        if trial.finished and trial.kl is not None and trial.kl > 0 and (predicted := predicted_kl(record, trial.ranks) or 0.0) > 0
+        if trial.finished and trial.kl is not None and trial.kl > 0 and (predicted_kl(record, trial.ranks) or 0.0) > 0
     ]
-    return pd.DataFrame(rows, columns=["trial", "name", "kind", "predicted", "measured", "removed"])
+    return frame_of(
+        known,
+        trial="number",
+        name=trial_label,
+        kind=lambda trial: "manual" if trial.label == MANUAL else kind_of(trial),
+        predicted=lambda trial: predicted_kl(record, trial.ranks),
+        measured="kl",
+        removed="compression_ratio",
+    )
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,7 @@ import math
 import pandas as pd
 import plotly.graph_objects as go
 
-from lowrank_core.studio.search.static_chart import MARKS
-from lowrank_core.studio.shared.chart_style import GREY, finished
+from lowrank_core.studio.shared.chart_style import GREY, TRIAL_MARKS, dotted, finished, note
 from lowrank_core.studio.shared.trial_names import KINDS
 
 __all__ = ["prediction_figure"]
@@ -33,7 +32,7 @@ def prediction_figure(predictions: pd.DataFrame, *, now: float | None = None) ->
     for kind in KINDS:
         rows = predictions[predictions["kind"] == kind]
         if len(rows):
-            symbol, colour = MARKS[kind]
+            symbol, colour = TRIAL_MARKS[kind]
             figure.add_scatter(
                 x=rows["predicted"].to_numpy(),
                 y=rows["measured"].to_numpy(),
@@ -44,22 +43,15 @@ def prediction_figure(predictions: pd.DataFrame, *, now: float | None = None) ->
                 hovertemplate="<b>%{customdata[1]}</b><br>predicted %{x:.4g}<br>measured %{y:.4g}<extra></extra>",
             )
     finished(figure, height=_HEIGHT, x="Predicted KL (nats per token), log scale", y="Measured KL (nats per token), log scale", top=34)
-    _note(figure, high, "measured = predicted")
+    note(figure, "measured = predicted", x=math.log10(high), y=math.log10(high), yref="y", anchor="right", yanchor="bottom", xshift=0)
     if now is not None and now > 0:
-        figure.add_vline(x=now, line={"color": GREY, "width": 1.5, "dash": "dot"})
-        figure.add_annotation(
-            text="this draft, predicted", x=math.log10(now), y=1, yref="paper", showarrow=False, yanchor="bottom", font={"size": 11}
-        )
+        dotted(figure, now)
+        note(figure, "this draft, predicted", x=math.log10(now), anchor="center", yanchor="bottom")
     ends = [math.log10(low), math.log10(high)]
     figure.update_xaxes(type="log", range=ends, tickformat="~g", dtick="D2")
     figure.update_yaxes(type="log", range=ends, tickformat="~g", dtick="D2")
     figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 0, "yanchor": "bottom"})
     return figure
-
-
-def _note(figure: go.Figure, high: float, text: str) -> None:
-    place = {"x": math.log10(high), "y": math.log10(high), "xanchor": "right", "yanchor": "bottom"}
-    figure.add_annotation(text=text, showarrow=False, font={"color": GREY, "size": 11}, **place)
 
 
 def _ends(predictions: pd.DataFrame, now: float | None) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from lowrank_core.allocation.curves import CurveRecord
 from lowrank_core.config import SearchConfig
 from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import TrialRecord, best_trial
+from lowrank_core.studio.compare.comparison import argument_of
 from lowrank_core.studio.manual.expected_kl import measured_as, predicted_kl
 from lowrank_core.studio.shared.trial_names import trial_label
 
@@ -58,8 +59,7 @@ def picked(ranks: Ranks, trials: Sequence[TrialRecord], pending: Sequence[JsonMa
 
 
 def _asked(request: JsonMapping) -> Mapping[str, object]:
-    arguments = request.get("arguments")
-    ranks = arguments.get("ranks") if isinstance(arguments, Mapping) else None
+    ranks = argument_of(request, "ranks")
     return ranks if isinstance(ranks, Mapping) else {}
 
 

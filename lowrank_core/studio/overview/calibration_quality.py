@@ -14,9 +14,9 @@ from lowrank_core.config.mapping import build
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum, condition_number
-from lowrank_core.studio.shared.formatting import DASH, kind_label, number
+from lowrank_core.studio.shared.formatting import DASH, count, duration, kind_label, number
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
-from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.table import Column, Metrics, Table, frame_of
 from lowrank_core.types import Vector
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "input_table",
     "inputs_spec",
     "quality_map",
+    "quality_metrics",
     "quality_table",
     "quality_warnings",
 ]
@@ -117,18 +118,15 @@ def _without_rounding(entry: InputFacts) -> InputFacts:
 
 def quality_table(facts: CalibrationFacts) -> pd.DataFrame:
     """Return a row for each distinct input."""
-    rows = [
-        {
-            "input": entry.input_group,
-            "width": entry.width,
-            "modules": len(entry.layers),
-            "tokens_per_dimension": entry.tokens_per_dimension,
-            "condition": entry.condition,
-            "pooled_to_sample": entry.pooled_to_sample,
-        }
-        for entry in facts.inputs
-    ]
-    return pd.DataFrame(rows, columns=["input", "width", "modules", "tokens_per_dimension", "condition", "pooled_to_sample"])
+    return frame_of(
+        facts.inputs,
+        input="input_group",
+        width="width",
+        modules=lambda entry: len(entry.layers),
+        tokens_per_dimension="tokens_per_dimension",
+        condition="condition",
+        pooled_to_sample="pooled_to_sample",
+    )
 
 
 _COLUMNS = (
@@ -163,6 +161,26 @@ def quality_warnings(facts: CalibrationFacts) -> list[str]:
         f"(minimum: {number(minimum.tokens_per_dimension)} at {minimum.input_group}, {minimum.width} wide). "
         "Small eigenvalues are noisy there; use more calibration windows."
     ]
+
+
+def quality_metrics(facts: CalibrationFacts) -> Metrics:
+    """Return how well the statistics are known."""
+    took = "from the cache" if facts.cached else f"in {duration(facts.seconds)}"
+    return {
+        "Calibration tokens": (count(facts.tokens), f"{facts.tokens:,} in {facts.windows} windows, measured {took}."),
+        "Tokens per dimension": (
+            number(facts.min_tokens_per_dimension),
+            f"Minimum over all inputs; below {TOKENS_PER_DIMENSION}, small eigenvalues are noisy.",
+        ),
+        "Worst condition": (
+            facts.condition_words,
+            "Largest over smallest eigenvalue of a covariance, the largest over all inputs.",
+        ),
+        "Groups × windows": (
+            f"{facts.groups} × {facts.group_size}",
+            f"Weights: {facts.group_weights}. Pooled within groups.",
+        ),
+    }
 
 
 def group_table(entry: InputFacts) -> pd.DataFrame:
@@ -215,27 +233,14 @@ def input_table(facts: CalibrationFacts, spectra: Sequence[LayerSpectrum], dampi
     without ``damping``, which is relative to the mean eigenvalue), pooled_to_sample, thin (whether too few tokens were seen).
     """
     known = {spectrum.shape.name: spectrum for spectrum in spectra}
-    rows = []
-    for entry in facts.inputs:
-        readers = [known[layer] for layer in entry.layers if layer in known]
-        if not readers:
-            continue
-        rows.append(
-            {
-                "input": entry.input_group,
-                "kind": ", ".join(dict.fromkeys(kind_label(reader.shape.kind) for reader in readers)),
-                "depth": readers[0].shape.depth,
-                "width": entry.width,
-                "modules": len(entry.layers),
-                "tokens_per_dimension": entry.tokens_per_dimension,
-                "condition": entry.condition,
-                "damped_condition": _damped(readers[0].input_eigenvalues, damping),
-                "pooled_to_sample": entry.pooled_to_sample,
-                "thin": entry.tokens_per_dimension < TOKENS_PER_DIMENSION,
-            }
-        )
-    columns = ["input", "kind", "depth", "width", "modules", *QUALITIES, "thin"]
-    return pd.DataFrame(rows, columns=columns).astype(dict.fromkeys(QUALITIES, float))
+    inputs = [entry for entry in facts.inputs if any(layer in known for layer in entry.layers)]
+    readers = [[known[layer] for layer in entry.layers if layer in known] for entry in inputs]
+    frame = quality_table(replace(facts, inputs=tuple(inputs)))
+    frame.insert(1, "kind", [", ".join(dict.fromkeys(kind_label(each.shape.kind) for each in alike)) for alike in readers])
+    frame.insert(2, "depth", [first.shape.depth for first, *_ in readers])
+    frame["damped_condition"] = [_damped(first.input_eigenvalues, damping) for first, *_ in readers]
+    frame["thin"] = frame["tokens_per_dimension"] < TOKENS_PER_DIMENSION
+    return frame.astype(dict.fromkeys(QUALITIES, float))
 
 
 def _damped(values: Vector, damping: float | None) -> float | None:

@@ -18,6 +18,7 @@ from lowrank_core.files.weights import unguarded_note
 from lowrank_core.parameters import MatrixShape, module_type
 from lowrank_core.studio.overview.headers import Checkpoint, StoredTensor, read_checkpoint, same_values
 from lowrank_core.studio.shared.model_facts import ModelFacts
+from lowrank_core.studio.shared.table import frame_of
 
 __all__ = ["ModelOnDisk", "Part", "checkpoint_facts", "parts_of", "read_model", "tensor_table"]
 
@@ -289,20 +290,17 @@ def _matrices(checkpoint: Checkpoint, parts: Sequence[Part]) -> tuple[MatrixShap
 def tensor_table(parts: Sequence[Part]) -> pd.DataFrame:
     """Return a row for each tensor: name, block, shape, dtype, parameters, their share, treatment, file."""
     total = max(1, sum(part.parameters for part in parts))
-    rows = [
-        {
-            "tensor": part.name,
-            "block": part.block,
-            "shape": " × ".join(str(size) for size in part.shape),
-            "dtype": part.dtype,
-            "parameters": part.parameters,
-            "share": part.parameters / total,
-            "compressible": part.compressible,
-            "kind": KINDS[part.kind].label,
-            "why": part.why,
-            "file": part.file,
-        }
-        for part in parts
-    ]
-    columns = ["tensor", "block", "shape", "dtype", "parameters", "share", "compressible", "kind", "why", "file"]
-    return pd.DataFrame(rows, columns=columns).astype({"block": "Int64"})
+    frame = frame_of(
+        parts,
+        tensor="name",
+        block="block",
+        shape=lambda part: " × ".join(str(size) for size in part.shape),
+        dtype="dtype",
+        parameters="parameters",
+        share=lambda part: part.parameters / total,
+        compressible="compressible",
+        kind=lambda part: KINDS[part.kind].label,
+        why="why",
+        file="file",
+    )
+    return frame.astype({"block": "Int64"})

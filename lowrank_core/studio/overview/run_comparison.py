@@ -19,14 +19,10 @@ from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.shared.formatting import DASH, interval_words
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 from lowrank_core.studio.shared.summary import protocol_of
+from lowrank_core.studio.shared.table import frame_of
 from lowrank_core.studio.shared.trial_names import ratio_words, trial_label
 
 __all__ = ["RunComparison", "compare_runs", "option_differences"]
-
-_COLUMNS = (
-    *("id", "run", "model", "text", "removed", "trials", "best", "value", "value_group"),
-    *("perplexity", "interval", "dense", "test_group"),
-)
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,22 @@ def compare_runs(runs: Sequence[Run]) -> RunComparison:
     rows = [_row(run) for run in runs]
     values = _letters([row.value_key for row in rows])
     tests = _letters([row.test_key for row in rows])
-    frame = pd.DataFrame(
-        [_cells(row, value, test) for row, value, test in zip(rows, values, tests, strict=True)],
-        columns=list(_COLUMNS),
+    frame = frame_of(
+        rows,
+        id="run.id",
+        run="name",
+        model="model",
+        text="text",
+        removed="ratio",
+        trials="trials",
+        best=lambda row: trial_label(row.best) if row.best else None,
+        value=lambda row: row.best.value if row.best else None,
+        perplexity=lambda row: row.measured.perplexity if row.measured else None,
+        interval=lambda row: interval_words(row.measured.perplexity_interval) if row.measured else None,
+        dense=lambda row: row.measured.dense_perplexity if row.measured else None,
     ).astype({"trials": "Int64", **dict.fromkeys(("value", "perplexity", "dense"), float)})
+    frame.insert(8, "value_group", values)
+    frame["test_group"] = tests
     options = pd.DataFrame(_differing({run.id: run.config for run in runs}), columns=["option", *(run.id for run in runs)])
     return RunComparison(frame, options, (*_value_notes(rows, values), *_test_notes(rows, tests)))
 
@@ -155,25 +163,6 @@ def _letters(keys: Sequence[Hashable | None]) -> list[str | None]:
 
 def _letter(index: int) -> str:
     return chr(ord("A") + index) if index < 26 else str(index + 1)
-
-
-def _cells(row: _Row, value: str | None, test: str | None) -> dict[str, object]:
-    ends = row.measured.perplexity_interval if row.measured else ()
-    return {
-        "id": row.run.id,
-        "run": row.name,
-        "model": row.model,
-        "text": row.text,
-        "removed": row.ratio,
-        "trials": row.trials,
-        "best": trial_label(row.best) if row.best else None,
-        "value": row.best.value if row.best else None,
-        "value_group": value,
-        "perplexity": row.measured.perplexity if row.measured else None,
-        "interval": interval_words(ends) if row.measured else None,
-        "dense": row.measured.dense_perplexity if row.measured else None,
-        "test_group": test,
-    }
 
 
 def _value_notes(rows: Sequence[_Row], letters: Sequence[str | None]) -> list[str]:

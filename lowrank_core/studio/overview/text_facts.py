@@ -9,9 +9,9 @@ import pandas as pd
 from lowrank_core.config.mapping import build
 from lowrank_core.runs import Run
 from lowrank_core.studies.published import ALLOCATIONS
-from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.table import Column, Table, frame_of
 
-__all__ = ["SplitFacts", "TextFacts", "TrialWindows", "split_table", "splits_spec", "text_facts", "trial_windows"]
+__all__ = ["SplitFacts", "TextFacts", "TrialWindows", "bos_words", "split_table", "splits_spec", "text_facts", "trial_windows"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,15 @@ class TextFacts:
     splits: tuple[SplitFacts, ...]
     preview: str = ""
     warnings: tuple[str, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """The protocol of the splits, in a line."""
+        return f"{self.reference} · context {self.context} tokens · {bos_words(self.bos)} · seed {self.seed} · three disjoint splits"
+
+
+def bos_words(rule: str) -> str:
+    return "BOS first in every window" if rule == "window" else "no BOS"
 
 
 def text_facts(run: Run) -> TextFacts | None:
@@ -85,17 +94,14 @@ def trial_windows(run: Run) -> TrialWindows | None:
 
 def split_table(facts: TextFacts) -> pd.DataFrame:
     """Return a row for each split: windows, tokens, share of the split's tokens that was used, hash."""
-    rows = [
-        {
-            "split": split.name,
-            "windows": split.windows,
-            "tokens": split.tokens,
-            "available": split.available_tokens,
-            "sha256": split.sha256[:12],
-        }
-        for split in facts.splits
-    ]
-    return pd.DataFrame(rows, columns=["split", "windows", "tokens", "available", "sha256"])
+    return frame_of(
+        facts.splits,
+        split="name",
+        windows="windows",
+        tokens="tokens",
+        available="available_tokens",
+        sha256=lambda split: split.sha256[:12],
+    )
 
 
 def splits_spec(facts: TextFacts) -> Table:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,15 +21,12 @@ from markupsafe import Markup
 from lowrank_core import __version__
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, bundled_path, open_run
+from lowrank_core.runs.files import replace_file
 from lowrank_core.studio.report.blocks import Facts, Note, Section, csv_link, metrics_in
-from lowrank_core.studio.report.healing_section import healing_section
-from lowrank_core.studio.report.loss_section import closely_section
+from lowrank_core.studio.report.compare_section import healing_section, loss_section, second_text_section, speed_section, tokens_section
 from lowrank_core.studio.report.model_section import calibration_section, model_section, spectra_section, text_section
 from lowrank_core.studio.report.outcome_section import configuration_section, exports_section, measured_section, reproduction_section
 from lowrank_core.studio.report.search_section import search_section
-from lowrank_core.studio.report.second_text_section import second_text_section
-from lowrank_core.studio.report.speed_section import speed_section
-from lowrank_core.studio.report.tokens_section import tokens_section
 from lowrank_core.studio.shared.embedding import EMBED_CONFIG, figure_json, plotly_script
 from lowrank_core.studio.shared.formatting import duration
 from lowrank_core.studio.shared.run_list import STATE_WORDS, is_working, stages, status_words
@@ -41,7 +36,7 @@ __all__ = ["charts_html", "report_html", "write_report"]
 _FOLDER = Path(__file__).resolve().parent
 _SECTIONS = (
     *(model_section, text_section, calibration_section, spectra_section, search_section),
-    *(measured_section, closely_section, second_text_section, tokens_section, speed_section, healing_section),
+    *(measured_section, loss_section, second_text_section, tokens_section, speed_section, healing_section),
     *(exports_section, reproduction_section, configuration_section),
 )
 """In the order of the story; one without anything to say is left out."""
@@ -104,15 +99,7 @@ def write_report(run: Run, out: Path) -> int:
         raise RunError(f"can't write {out}: there is no folder {out.parent}. Make it, or give another file with --out.")
     body = report_html(run).encode("utf-8")
     try:
-        handle, temporary = tempfile.mkstemp(dir=out.parent, prefix=f".{out.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(body)
-            Path(temporary).chmod(0o644)  # mkstemp's 0600 would hide the report from the rest of a team
-            Path(temporary).replace(out)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_file(out, body)
     except OSError as error:
         raise RunError(f"can't write {out}: {error.strerror}. Free some space, or give another file with --out.") from error
     return len(body)
@@ -124,12 +111,12 @@ def _beginning(run: Run) -> Section:
     state = "recorded" if run.recorded else STATE_WORDS.get(status.state, status.state)
     search, took = config.search, [stage.seconds for stage in stages(status)]
     facts = Facts(
-        (
-            ("Run", run.id, "search for ranks" if search else "analysis of a model"),
-            ("State", state, status.stage if is_working(status) else ""),
-            ("Started", _moment(float(record.get("created", 0.0))), ""),
-            ("Time in stages", duration(sum(took) if took else None), "of the last worker, without trials"),
-        )
+        {
+            "Run": (run.id, "search for ranks" if search else "analysis of a model"),
+            "State": (state, status.stage if is_working(status) else ""),
+            "Started": (_moment(float(record.get("created", 0.0))), ""),
+            "Time in stages": (duration(sum(took) if took else None), "of the last worker, without trials"),
+        }
     )
     notes = [Note("warning", warning) for warning in (*status.warnings, *status.dense_warnings)]
     if not run.recorded and is_working(status):

@@ -16,22 +16,9 @@ from markupsafe import Markup
 
 from lowrank_core.studio.shared.chart_style import Chart
 from lowrank_core.studio.shared.spreadsheet import csv_of
-from lowrank_core.studio.shared.table import Table
+from lowrank_core.studio.shared.table import Metrics, Table
 
-__all__ = [
-    "Block",
-    "Code",
-    "Download",
-    "Facts",
-    "Folded",
-    "Note",
-    "Prose",
-    "Section",
-    "Strip",
-    "csv_link",
-    "metrics_in",
-    "json_link",
-]
+__all__ = ["Block", "Code", "Download", "Facts", "Folded", "Note", "Prose", "Section", "Strip", "csv_link", "metrics_in", "json_link"]
 
 
 @dataclass(frozen=True)
@@ -60,10 +47,10 @@ def json_link(body: str, file: str, label: str) -> Download:
 
 @dataclass(frozen=True)
 class Facts:
-    """Metric cards: label, value, meaning."""
+    """Metric cards, as pages show them, too."""
 
     block: ClassVar[str] = "facts"
-    entries: tuple[tuple[str, str, str], ...]
+    entries: Metrics
 
 
 @dataclass(frozen=True)

@@ -15,19 +15,11 @@ from lowrank_core.studio.compare.comparison_chart import difference_chart
 from lowrank_core.studio.compare.continuations import prompts
 from lowrank_core.studio.compare.loss_details import lost_spec, saved_spec
 from lowrank_core.studio.export.export_list import Written, written_models
-from lowrank_core.studio.report.blocks import (
-    Block,
-    Code,
-    Folded,
-    Note,
-    Prose,
-    Section,
-    json_link,
-)
+from lowrank_core.studio.report.blocks import Block, Code, Folded, Note, Prose, Section, json_link
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.reproduce import export_command, reproduction, test_command
 from lowrank_core.studio.shared.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table
-from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.table import Column, Table, frame_of
 from lowrank_core.studio.shared.trial_names import answers_of, model_name, trial_label
 
 __all__ = ["configuration_section", "exports_section", "measured_section", "reproduction_section"]
@@ -116,19 +108,18 @@ def exports_section(run: Run) -> Section:
     result = written_models(run, results(run))
     blocks: tuple[Block, ...] = (Note("missing", "No compressed model was written from this run yet."),)
     if result:
-        rows = [
-            {
-                "folder": str(entry.path),
-                "allocation": model_name(entry.allocation, trials_of(run)),
-                "removed": entry.compression_ratio,
-                "model_removed": entry.model_compression_ratio,
-                "bytes": entry.bytes,
-                "state": _state(entry),
-                "perplexity": entry.perplexity,
-                "proof": entry.proof_words,
-            }
-            for entry in result
-        ]
+        trials = trials_of(run)
+        frame = frame_of(
+            result,
+            folder=lambda entry: str(entry.path),
+            allocation=lambda entry: model_name(entry.allocation, trials),
+            removed="compression_ratio",
+            model_removed="model_compression_ratio",
+            bytes="bytes",
+            state=_state,
+            perplexity="perplexity",
+            proof="proof_words",
+        )
         columns = (
             Column.text("folder", "Folder"),
             Column.text("allocation", "Allocation"),
@@ -139,7 +130,7 @@ def exports_section(run: Run) -> Section:
             Column.number("perplexity", "Perplexity as written", help="On test windows, measured when it was written.", digits=5),
             Column.text("proof", "Read again in a fresh process", "Result of `lowrank verify`."),
         )
-        blocks = (Table(pd.DataFrame(rows), columns, "Compressed models on disk, each a valid --model", "exports"),)
+        blocks = (Table(frame, columns, "Compressed models on disk, each a valid --model", "exports"),)
     return Section("exports", "Exports", "Compressed models on disk.", blocks)
 
 

@@ -7,23 +7,15 @@ from collections.abc import Sequence
 from lowrank_core.config import OBJECTIVES, SAMPLERS, SearchConfig
 from lowrank_core.runs import Run
 from lowrank_core.studies.records import TrialRecord, read_trials
-from lowrank_core.studio.overview.text_facts import text_facts, trial_windows
-from lowrank_core.studio.report.blocks import (
-    Block,
-    Facts,
-    Folded,
-    Note,
-    Section,
-    json_link,
-)
-from lowrank_core.studio.search.history import Progress, history, progress, search_variables, trials_spec
-from lowrank_core.studio.search.pareto import front, front_spec
-from lowrank_core.studio.search.static_chart import front_figure, history_figure
+from lowrank_core.studio.report.blocks import Block, Facts, Folded, Note, Section, json_link
+from lowrank_core.studio.search.history import Progress, headline, history, progress, search_variables, trials_spec
+from lowrank_core.studio.search.pareto_chart import front, front_spec
+from lowrank_core.studio.search.static_chart import front_declared, history_declared
 from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, rank_table, search_units
-from lowrank_core.studio.shared.chart_style import Chart
-from lowrank_core.studio.shared.formatting import DASH, number, percent, short_duration
-from lowrank_core.studio.shared.layer_map_chart import map_figure
+from lowrank_core.studio.shared.formatting import short_duration
+from lowrank_core.studio.shared.layer_map_chart import allocation_chart
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
+from lowrank_core.studio.shared.protocol import trial_protocol
 from lowrank_core.studio.shared.summary import unfinished_table
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import answers_of, ratio_words, trial_label
@@ -55,20 +47,20 @@ def _choices(search: SearchConfig, facts: ModelFacts | None) -> Facts:
     value_words = "value projections stay dense" if compression.value_dense else "value projections are compressed too"
     spent = "projected onto the budget" if search.projected else "as published until one meets the budget"
     return Facts(
-        (
-            ("To remove", ratio_words(search), meaning),
-            ("Objective", OBJECTIVES[search.objective], "on search-validation text; lower is better"),
-            ("Sampler", SAMPLERS[search.sampler], f"seed {search.seed}, {search.startup_trials} points before its model"),
-            ("Space", search.space, f"variables: {search.variables}; points are {spent}"),
-            ("Basis", compression.basis, f"storage {compression.storage}; {value_words}"),
-            ("Stopping early", search.pruner, "rule that stops bad trials"),
-        )
+        {
+            "To remove": (ratio_words(search), meaning),
+            "Objective": (OBJECTIVES[search.objective], "on search-validation text; lower is better"),
+            "Sampler": (SAMPLERS[search.sampler], f"seed {search.seed}, {search.startup_trials} points before its model"),
+            "Space": (search.space, f"variables: {search.variables}; points are {spent}"),
+            "Basis": (compression.basis, f"storage {compression.storage}; {value_words}"),
+            "Stopping early": (search.pruner, "rule that stops bad trials"),
+        }
     )
 
 
 def _found(run: Run, search: SearchConfig, trials: Sequence[TrialRecord]) -> tuple[Block, ...]:
-    now, protocol = progress(trials, search), search_protocol(run, search)
-    best = (_headline(now, search), *_verdict(now), _history(trials, search, protocol))
+    now, protocol = progress(trials, search), search_protocol(run)
+    best = (_headline(now, search), *_verdict(now), history_declared(history(trials, search.objective), protocol=protocol))
     if search.max_ratio is not None:  # no single best value, so no history of it
         best = _front(trials, search, protocol)
     facts = model_facts(run)
@@ -76,35 +68,14 @@ def _found(run: Run, search: SearchConfig, trials: Sequence[TrialRecord]) -> tup
     return (*best, *maps, _unfinished(trials), _all_trials(trials, search))
 
 
-def search_protocol(run: Run, search: SearchConfig) -> str:
-    """Return the protocol line of a search: text, windows, tokens, dtype."""
-    facts, model, windows = text_facts(run), model_facts(run), trial_windows(run)
-    words = [
-        f"{facts.reference}, validation split, {windows.words}" if facts and windows else "Validation split",
-        f"model {model.reference} held as {model.dtype}" if model else "",
-        "trials in bfloat16" if search.autocast else "",
-        f"KL on the {search.top_k} likeliest tokens and the rest: a lower bound" if search.top_k else "",
-    ]
-    return "; ".join(word for word in words if word) + ". Search-validation values are minimised, so optimistic; report test values."
+def search_protocol(run: Run) -> str:
+    """Return the protocol line of a search."""
+    return f"{trial_protocol(run)} Search-validation values are minimised, so optimistic; report test values."
 
 
 def _headline(now: Progress, search: SearchConfig) -> Facts:
-    best = now.best
-    return Facts(
-        (
-            ("Trials complete", f"{now.complete} of {now.wanted}", ", ".join(now.counts.parts)),
-            ("Best trial", trial_label(best) if best else DASH, "lowest value; on validation text"),
-            ("Best value", number(best.value, 4) if best else DASH, OBJECTIVES[search.objective]),
-            (
-                "Its perplexity",
-                number(best.perplexity, 4) if best else DASH,
-                f"on validation text; uniform: {number(now.uniform_perplexity, 4)}",
-            ),
-            ("Below uniform", percent(now.gain), f"of the uniform baseline's value, {number(now.uniform_value, 4)}"),
-            ("Removed", percent(best.compression_ratio, 2) if best else DASH, "of the compressible linears' parameters, as counted"),
-            ("Time of a trial", short_duration(now.seconds), "median"),
-        )
-    )
+    done = {"Trials complete": (f"{now.complete} of {now.wanted}", ", ".join(now.counts.parts))}
+    return Facts({**done, **headline(now, search), "Time of a trial": (short_duration(now.seconds), "Median.")})
 
 
 def _verdict(now: Progress) -> list[Note]:
@@ -118,34 +89,11 @@ def _verdict(now: Progress) -> list[Note]:
     return []
 
 
-def _history(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -> Block:
-    view = history(trials, search.objective)
-    return Chart(
-        history_figure(view),
-        view.trials,
-        name="history",
-        title="Every trial on search-validation text",
-        how="lower is better; green steps are the best so far, dashed lines the baselines. Triangles that point down were stopped "
-        "early and stand at the loss of the windows they saw; crosses failed, and stand above all others.",
-        alt="Objective of each trial in trial order, with baselines and the best so far; the table of trials has the same",
-        protocol=protocol,
-    )
-
-
 def _front(trials: Sequence[TrialRecord], search: SearchConfig, protocol: str) -> tuple[Block, ...]:
     view = front(trials, search.objective)
     if view.best.empty:
         return (Note("missing", "No trial is complete, so there is no Pareto front."),)
-    figure = Chart(
-        front_figure(view),
-        view.trials,
-        name="front",
-        title="Loss against compression ratio",
-        how="lower and further right is better. The green steps are the Pareto front. Dashed lines join the points of a baseline.",
-        alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front; the table below has the front",
-        protocol=protocol,
-    )
-    return figure, front_spec(trials, search)
+    return front_declared(view, protocol=protocol), front_spec(trials, search)
 
 
 def _allocations(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, facts: ModelFacts, protocol: str) -> list[Block]:
@@ -159,17 +107,9 @@ def _allocations(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, 
 def _allocation(run: Run, trial: TrialRecord, search: SearchConfig, facts: ModelFacts, protocol: str) -> tuple[Block, ...]:
     units = search_units(facts.matrices, search.compression, facts.head_units)
     result = allocation_of(trial, units)
-    view, ranks, name = allocation_map(result, units), rank_table(result, units), f"trial-{trial.number}"
-    figure = Chart(
-        map_figure(view),
-        view.frame,
-        name=f"allocation-{name}",
-        title=f"Where {trial_label(trial)} keeps its parameters (%)",
-        how=f"bright cells keep most of their parameters, 100 is dense; {percent(result.compression_ratio)} of the linears' parameters are "
-        "removed in all. Modules that share a rank show that of their unit.",
-        alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}; the table of its ranks has the same",
-        protocol=protocol,
-    )
+    ranks, name = rank_table(result, units), f"trial-{trial.number}"
+    view, ratio = allocation_map(result, units), result.compression_ratio
+    figure = allocation_chart(view, trial_label(trial), ratio, name=f"allocation-{name}", protocol=protocol)
     columns = (Column.text("layer", "Unit"), Column.whole("rank", "Rank (– is dense)"), Column.whole("most", "Largest rank that saves"))
     rows = Table(ranks.reset_index(), columns, f"Ranks of {trial_label(trial)}", f"ranks-{name}")
     file = json_link(result.to_json(), f"{run.id}-{name}.json", "Allocation (JSON), for `lowrank compress --ranks`")

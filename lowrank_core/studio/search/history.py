@@ -12,15 +12,17 @@ from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
 from lowrank_core.studies.space import RATIO
-from lowrank_core.studio.shared.formatting import local_time
-from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.formatting import DASH, local_time, number, percent
+from lowrank_core.studio.shared.table import Column, Metrics, Table, frame_of
 from lowrank_core.studio.shared.trial_names import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
 
 __all__ = [
     "History",
     "Progress",
     "Variable",
+    "above",
     "better_half",
+    "headline",
     "history",
     "progress",
     "search_variables",
@@ -51,19 +53,19 @@ class History:
 
 def history(trials: Sequence[TrialRecord], objective: str) -> History:
     """Return the history of ``trials`` by number."""
-    stopped = [partial_value(trial) if trial.state == "pruned" and objective == "kl" else None for trial in trials]
-    frame = pd.DataFrame(
-        {
-            "number": [trial.number for trial in trials],
-            "state": [trial.state for trial in trials],
-            "kind": [kind_of(trial) for trial in trials],
-            "value": pd.Series([trial.value for trial in trials], dtype=float),
-            "partial": pd.Series(stopped, dtype=float),
-            "note": [trial_note(trial) for trial in trials],
-        }
-    )
+
+    def partial(trial: TrialRecord) -> float | None:
+        return partial_value(trial) if trial.state == "pruned" and objective == "kl" else None
+
+    frame = frame_of(trials, number="number", state="state", kind=kind_of, value="value", partial=partial, note=trial_note)
+    frame = frame.astype({"value": float, "partial": float})
     frame["best"] = frame["value"].where(frame["state"] == "complete").cummin().ffill()
     return History(OBJECTIVES[objective], frame, _baselines(trials))
+
+
+def above(values: pd.Series) -> float:
+    """Return a height above all ``values`` on a log axis, for trials that have none."""
+    return 1.0 if values.empty else float(values.max() * max(1.08, (values.max() / values.min()) ** 0.1))
 
 
 def better_half(view: History) -> History:
@@ -121,6 +123,24 @@ def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
         uniform_perplexity=uniform.perplexity if uniform else None,
         seconds=statistics.median(times) if times else None,
     )
+
+
+def headline(now: Progress, search: SearchConfig) -> Metrics:
+    """Return the best trial next to uniform."""
+    best = now.best
+    return {
+        "Best trial": (trial_label(best) if best else DASH, "The lowest value so far, on search-validation text."),
+        "Best value": (
+            number(best.value, 4) if best else DASH,
+            f"{OBJECTIVES[search.objective]}; uniform: {number(now.uniform_value, 4)}.",
+        ),
+        "Its perplexity": (
+            number(best.perplexity, 4) if best else DASH,
+            f"On search-validation text; uniform: {number(now.uniform_perplexity, 4)}.",
+        ),
+        "Below uniform": (percent(now.gain), "How far the best value lies below that of the uniform baseline."),
+        "Removed": (percent(best.compression_ratio, 2) if best else DASH, "Of the compressible linears' parameters, as counted."),
+    }
 
 
 def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:

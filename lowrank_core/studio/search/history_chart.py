@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
-from lowrank_core.studio.search.history import History
+from lowrank_core.studio.search.history import History, above
 from lowrank_core.studio.shared.chart_style import GREEN, ORANGE
 from lowrank_core.studio.shared.thumbnail_chart import BLANK
 from lowrank_core.studio.shared.vega import (
@@ -62,7 +62,7 @@ def _trial_rows(trials: pd.DataFrame, chosen: int | None, pictures: Mapping[int,
         {
             "row": "trial",
             "number": trials["number"],
-            "value": height.fillna(_above(height.dropna())),
+            "value": height.fillna(above(height.dropna())),
             "best": trials["best"],
             "kind": trials["kind"],
             "note": trials["note"],
@@ -70,11 +70,6 @@ def _trial_rows(trials: pd.DataFrame, chosen: int | None, pictures: Mapping[int,
             "chosen": trials["number"] == (-1 if chosen is None else chosen),
         }
     )
-
-
-def _above(values: pd.Series) -> float:
-    """Return a height above all ``values`` on a log axis."""
-    return 1.0 if values.empty else float(values.max() * max(1.08, (values.max() / values.min()) ** 0.1))
 
 
 def _baseline_rows(view: History) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""Plotly charts of a finished search, for pages without Streamlit."""
+"""Charts of a search: declared once for page and report, and drawn with Plotly for pages without Streamlit."""
 
 from __future__ import annotations
 
@@ -9,28 +9,42 @@ from collections.abc import Mapping
 import pandas as pd
 import plotly.graph_objects as go
 
-from lowrank_core.studio.search.history import History
-from lowrank_core.studio.search.pareto import Front
-from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, finished
+from lowrank_core.studio.search.history import History, above
+from lowrank_core.studio.search.pareto_chart import Front
+from lowrank_core.studio.shared.chart_style import GREEN, ORANGE, TRIAL_MARKS, Chart, VegaChart, finished
 from lowrank_core.studio.shared.trial_names import KINDS
 from lowrank_core.studio.shared.vega import name_side
 
-__all__ = ["MARKS", "front_figure", "history_figure"]
-
-MARKS = {
-    "sampled": ("circle", BLUE),
-    "baseline": ("diamond", ORANGE),
-    "manual": ("star", VERMILLION),
-    "running": ("hourglass", GREEN),
-    "waiting": ("triangle-right", GREY),
-    "stopped early": ("triangle-down-open", PURPLE),
-    "outside budget": ("square", SKY),
-    "failed": ("x", VERMILLION),
-}
-"""Kind of a trial -> shape and colour, as in the live charts; distinct without the colour."""
+__all__ = ["front_declared", "front_figure", "history_declared", "history_figure"]
 
 _HEIGHT = 400
-_ABOVE = 1.08  # least factor between the worst value and the trials that have none
+
+
+def history_declared(view: History, live: VegaChart | None = None, protocol: str = "") -> Chart:
+    """Return the objective of every trial, ``live`` where it moves."""
+    return Chart(
+        live or history_figure(view),
+        view.trials,
+        name="history",
+        title="Every trial on search-validation text",
+        how="lower is better; green steps are the best so far, dashed lines the baselines. Triangles that point down were stopped early "
+        "and stand at the loss of the windows they saw; crosses failed, and stand above all others.",
+        alt="Objective of each trial in trial order, with baselines and the best so far; the table of trials has the same",
+        protocol=protocol,
+    )
+
+
+def front_declared(view: Front, live: VegaChart | None = None, protocol: str = "") -> Chart:
+    """Return loss against compression ratio, ``live`` where it moves."""
+    return Chart(
+        live or front_figure(view),
+        view.trials,
+        name="front",
+        title="Loss against compression ratio, on search-validation text",
+        how="lower and further right is better. The green steps are the Pareto front. Dashed lines join the points of a baseline.",
+        alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front; the table below has the front",
+        protocol=protocol,
+    )
 
 
 def history_figure(view: History) -> go.Figure:
@@ -40,7 +54,7 @@ def history_figure(view: History) -> go.Figure:
     """
     heights = view.trials["value"].fillna(view.trials["partial"])
     figure = go.Figure(_steps(view.trials["number"], view.trials["best"], "best so far", "hv"))
-    _points(figure, view.trials.assign(across=view.trials["number"], height=heights.fillna(_above(heights.dropna()))))
+    _points(figure, view.trials.assign(across=view.trials["number"], height=heights.fillna(above(heights.dropna()))))
     _finish(figure, x="Trial (in trial order)", y=f"{view.objective}, log scale")
     _baselines(figure, view.baselines)
     figure.update_xaxes(rangemode="tozero", tickformat="d", showgrid=False)
@@ -59,11 +73,6 @@ def front_figure(view: Front) -> go.Figure:
     return figure
 
 
-def _above(values: pd.Series) -> float:
-    """Return a height above all ``values`` on a log axis."""
-    return 1.0 if values.empty else float(values.max() * max(_ABOVE, (values.max() / values.min()) ** 0.1))
-
-
 def _steps(x: pd.Series, y: pd.Series, name: str, shape: str) -> go.Scatter:
     return go.Scatter(x=x, y=y, mode="lines", line={"color": GREEN, "width": 2.5, "shape": shape}, name=name, hoverinfo="skip")
 
@@ -73,7 +82,7 @@ def _points(figure: go.Figure, rows: pd.DataFrame) -> None:
     for kind in KINDS:
         alike = rows[rows["kind"] == kind]
         if len(alike):
-            symbol, colour = MARKS[kind]
+            symbol, colour = TRIAL_MARKS[kind]
             figure.add_scatter(
                 x=alike["across"],
                 y=alike["height"],

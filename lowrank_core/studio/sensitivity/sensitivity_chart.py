@@ -11,24 +11,14 @@ import plotly.graph_objects as go
 
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.studio.sensitivity.sensitivity_table import Estimate
-from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, axis_note, direct_label, finished
+from lowrank_core.studio.shared.chart_style import GREY, VERMILLION, axis_note, end_labels, finished, type_style
 from lowrank_core.studio.shared.formatting import kind_label
 from lowrank_core.wording import given_percent
 
 __all__ = ["depth_figure", "scatter_figure", "types_figure"]
 
-_COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, SKY, PURPLE, GREY)
-_DASHES = ("solid", "dash", "dot", "dashdot")
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up")
-_LABEL_GAP = 0.055  # of the height of the axis: between the middles of two labels
 _FADE = 0.55  # of the least of several ratios
-
-
-def _style(kinds: Sequence[str], kind: str) -> tuple[str, str, str]:
-    """Return colour, dash and symbol of a type; the last two differ only where there are more types than colours."""
-    turn, index = divmod(kinds.index(kind), len(_COLOURS))
-    return _COLOURS[index], _DASHES[turn % len(_DASHES)], _SYMBOLS[turn % len(_SYMBOLS)]
 
 
 def _log_range(values: np.ndarray) -> tuple[float, float]:
@@ -52,36 +42,6 @@ def _power(exponent: int) -> str:
     return f"{10.0**exponent:g}" if -2 <= exponent <= 2 else "10" + str(exponent).translate(_SUPERSCRIPTS)
 
 
-def _spread(places: Sequence[float], gap: float) -> list[float]:
-    """Return label positions near ``places`` that are at least ``gap`` apart, in the same order; crowds stay where they were on average."""
-    order = sorted(range(len(places)), key=lambda index: places[index])
-    crowds: list[list[float]] = []
-    for index in order:
-        crowds.append([places[index]])
-        while len(crowds) > 1 and _ends(crowds[-1], gap)[0] - _ends(crowds[-2], gap)[1] < gap:
-            crowds[-2:] = [crowds[-2] + crowds[-1]]
-    spread = [_ends(crowd, gap)[0] + gap * step for crowd in crowds for step in range(len(crowd))]
-    result = list(places)
-    for index, place in zip(order, spread, strict=True):
-        result[index] = place
-    return result
-
-
-def _ends(crowd: Sequence[float], gap: float) -> tuple[float, float]:
-    """Return the first and the last position of a crowd that stands ``gap`` apart around its mean."""
-    middle, half = sum(crowd) / len(crowd), gap * (len(crowd) - 1) / 2
-    return middle - half, middle + half
-
-
-def _end_labels(figure: go.Figure, ends: Sequence[tuple[str, float, float, str]], low: float, high: float) -> None:
-    """Write (name, x, KL, colour) next to the last points; those at one x spread apart."""
-    for x in sorted({round(x, 1) for _, x, _, _ in ends}):
-        here = [end for end in ends if round(end[1], 1) == x]
-        places = _spread([float(np.log10(value)) for _, _, value, _ in here], _LABEL_GAP * (high - low))
-        for (name, at, _, colour), y in zip(here, places, strict=True):
-            direct_label(figure, name, x=at, y=y, colour=colour)
-
-
 _HOVER = "%{x:.1%} kept, rank %{customdata[1]}<br>%{y:.3g}%{customdata[2]} nats<extra>%{customdata[0]}</extra>"
 
 
@@ -95,17 +55,18 @@ def types_figure(types: pd.DataFrame, module: pd.DataFrame, kinds: Sequence[str]
     figure = go.Figure()
     ends: list[tuple[str, float, float, str]] = []
     for kind, rows in types.groupby("kind", sort=False):
-        colour, dash, _ = _style(kinds, str(kind))
-        _curve(figure, rows, f"all {kind_label(str(kind))}", {"color": colour, "width": 2, "dash": dash}, "circle", ends)
+        look = type_style(kinds, str(kind))
+        line = {"color": look["color"], "width": 2, "dash": look["dash"]}
+        _curve(figure, rows, f"all {kind_label(str(kind))}", line, "circle", ends)
     if not module.empty:
         name, kind, depth = str(module["name"].iloc[0]), str(module["kind"].iloc[0]), int(module["depth"].iloc[0])
         label = f"{kind_label(kind)} of block {depth}"
-        _curve(figure, module, label, {"color": _style(kinds, kind)[0], "width": 3.5, "dash": "6px,4px"}, "diamond", ends, name)
+        _curve(figure, module, label, {"color": type_style(kinds, kind)["color"], "width": 3.5, "dash": "6px,4px"}, "diamond", ends, name)
     finished(figure, height=420, x="Kept of the parameters of what is compressed", y="KL, nats per token (log scale)", right=48)
     low, high = _log_range(np.concatenate([types["shown"].to_numpy(float), module["shown"].to_numpy(float)]))
     figure.update_yaxes(**_log_axis(low, high))
     figure.update_xaxes(tickformat=".0%", dtick=0.2, range=[0, 1])
-    _end_labels(figure, ends, low, high)
+    end_labels(figure, ends, low, high)
     return figure
 
 
@@ -130,13 +91,13 @@ def _curve(
     )
     drawn = rows.dropna(subset=["shown"])
     if not drawn.empty:
-        ends.append((label, float(drawn["kept_share"].iloc[-1]), float(drawn["shown"].iloc[-1]), str(line["color"])))
+        ends.append((label, float(drawn["kept_share"].iloc[-1]), math.log10(drawn["shown"].iloc[-1]), str(line["color"])))
 
 
 def depth_figure(curves: pd.DataFrame, kinds: Sequence[str], chosen: MatrixShape, blocks: int) -> go.Figure:
     """Draw a curve over ``blocks`` for each kept ratio (``depth_curves`` of the chosen module's type), paler where more is kept."""
     figure = go.Figure()
-    colour = _style(kinds, chosen.kind)[0]
+    colour = type_style(kinds, chosen.kind)["color"]
     ratios = sorted(curves["kept"].unique())
     ends: list[tuple[str, float, float, str]] = []
     for index, ratio in enumerate(ratios):
@@ -155,14 +116,14 @@ def depth_figure(curves: pd.DataFrame, kinds: Sequence[str], chosen: MatrixShape
         )
         drawn = rows.dropna(subset=["shown"])
         if not drawn.empty:
-            ends.append((f"{given_percent(ratio)} kept", float(drawn["depth"].iloc[-1]), float(drawn["shown"].iloc[-1]), GREY))
+            ends.append((f"{given_percent(ratio)} kept", float(drawn["depth"].iloc[-1]), math.log10(drawn["shown"].iloc[-1]), GREY))
     finished(figure, height=420, x="Block (depth, from the embedding to the head)", y="KL, nats per token (log scale)", right=84)
     low, high = _log_range(curves["shown"].to_numpy(float))
     figure.update_yaxes(**_log_axis(low, high))
     figure.update_xaxes(dtick=max(1, blocks // 12), range=[-0.3, blocks - 0.7])
     depth = chosen.depth
     axis_note(figure, f"block {depth}", x=depth, position=depth, anchor="left" if depth < blocks / 2 else "right", bottom=True)
-    _end_labels(figure, ends, low, high)
+    end_labels(figure, ends, low, high)
     return figure
 
 
@@ -180,8 +141,8 @@ def scatter_figure(cells: pd.DataFrame, estimate: Estimate, kinds: Sequence[str]
             mode="markers",
             marker={
                 "size": [14 if name == chosen else 9 for name in rows["name"]],
-                "color": _style(kinds, str(kind))[0],
-                "symbol": _style(kinds, str(kind))[2],
+                "color": type_style(kinds, str(kind))["color"],
+                "symbol": type_style(kinds, str(kind))["symbol"],
                 "line": {"width": rings, "color": colours},
             },
             customdata=rows[["name", "rank"]].to_numpy(),

@@ -39,22 +39,29 @@ def allocation_map(allocation: RankAllocation, units: Sequence[Unit]) -> LayerMa
 
     A matrix that no rank covers is dense; each is there once.
     """
+    cells = _cells(allocation, units)
+    kept = [_kept(unit, rank) for _, unit, rank in cells]
+    labels = [_words(unit, rank) for _, unit, rank in cells]
+    return layer_map([matrix for matrix, _, _ in cells], kept, labels, "Parameters kept", percent=True, full_scale=True)
+
+
+def _cells(allocation: RankAllocation, units: Sequence[Unit]) -> list[tuple[MatrixShape, Unit | None, int | None]]:
+    """Return each matrix with the unit whose rank covers it, and that rank; None where no rank does."""
     known = {unit.name: unit for unit in units}
-    covered = {member.name: name for name in allocation.ranks for member in known[name].members}
-    matrices = list({member.name: member for unit in units for member in unit.members}.values())
-    kept, labels = [], []
-    for matrix in matrices:
-        unit = known.get(covered.get(matrix.name, ""))
-        rank = None if unit is None else allocation.ranks[unit.name]
-        kept.append(1.0 if unit is None else unit.parameters(rank) / unit.dense_parameters)
-        labels.append(_words(unit, rank, kept[-1]))
-    return layer_map(matrices, kept, labels, "Parameters kept", percent=True, full_scale=True)
+    covered = {member.name: known[name] for name in allocation.ranks for member in known[name].members}
+    matrices = {member.name: member for unit in units for member in unit.members}.values()
+    chosen = [(matrix, covered.get(matrix.name)) for matrix in matrices]
+    return [(matrix, unit, None if unit is None else allocation.ranks[unit.name]) for matrix, unit in chosen]
 
 
-def _words(unit: Unit | None, rank: int | None, share: float) -> str:
+def _kept(unit: Unit | None, rank: int | None) -> float:
+    return 1.0 if unit is None else unit.parameters(rank) / unit.dense_parameters
+
+
+def _words(unit: Unit | None, rank: int | None) -> str:
     if unit is None or rank is None:
         return "dense"
-    words = f"rank {rank}, {percent(share, 0)} kept"
+    words = f"rank {rank}, {percent(_kept(unit, rank), 0)} kept"
     if len(unit.members) == 1:
         return words
     return f"{words} of {unit_label(unit.name)}, {'by heads' if isinstance(unit, HeadUnit) else 'as one stack'}"
@@ -62,19 +69,11 @@ def _words(unit: Unit | None, rank: int | None, share: float) -> str:
 
 def loss_map(allocation: RankAllocation, units: Sequence[Unit], record: CurveRecord) -> LayerMap:
     """Return the share of each matrix in the predicted KL divergence, that of its unit where it shares a rank; 0 where it stays dense."""
-    known = {unit.name: unit for unit in units}
-    covered = {member.name: name for name in allocation.ranks for member in known[name].members}
-    total = predicted_kl(record, allocation.ranks) or 0.0
-    matrices = list({member.name: member for unit in units for member in unit.members}.values())
-    shares, labels = [], []
-    for matrix in matrices:
-        unit = known.get(covered.get(matrix.name, ""))
-        rank = None if unit is None else allocation.ranks[unit.name]
-        error = (record.error(unit.name, rank) if unit is not None else 0.0) or 0.0
-        shares.append(error / total if total > 0 else 0.0)
-        words = _words(unit, rank, 1.0 if unit is None else unit.parameters(rank) / unit.dense_parameters)
-        labels.append(f"{words}; {number(error)} predicted")
-    return layer_map(matrices, shares, labels, "Share of the predicted ΔKL", percent=True)
+    cells, total = _cells(allocation, units), predicted_kl(record, allocation.ranks) or 0.0
+    errors = [(record.error(unit.name, rank) if unit is not None else 0.0) or 0.0 for _, unit, rank in cells]
+    shares = [error / total if total > 0 else 0.0 for error in errors]
+    labels = [f"{_words(unit, rank)}; {number(error)} predicted" for (_, unit, rank), error in zip(cells, errors, strict=True)]
+    return layer_map([matrix for matrix, _, _ in cells], shares, labels, "Share of the predicted ΔKL", percent=True)
 
 
 def rank_table(allocation: RankAllocation, units: Sequence[Unit]) -> pd.DataFrame:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
@@ -23,13 +25,20 @@ __all__ = [
     "PURPLE",
     "SEQUENTIAL",
     "SKY",
+    "TRIAL_MARKS",
     "VERMILLION",
+    "VegaChart",
     "axis_note",
     "direct_label",
+    "dotted",
+    "end_labels",
     "finished",
     "legible",
     "log_rank_axis",
     "log_value_axis",
+    "note",
+    "type_style",
+    "whiskers",
     "word_colour",
 ]
 
@@ -39,6 +48,21 @@ GREY = "#8A9199"
 _WORDS = {SKY: "#2F8AC0", ORANGE: "#A87300", PURPLE: "#B5628F", GREY: "#737B84"}
 """Colours of lines that are too faint for words on a white page -> the same hue, at least 3.7 : 1 on white and on black."""
 SEQUENTIAL = "Cividis"
+_TYPE_COLOURS = (BLUE, ORANGE, GREEN, VERMILLION, PURPLE, SKY, GREY)
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "triangle-down", "x", "cross")
+_DASHES = ("solid", "dash", "dot", "dashdot")
+TRIAL_MARKS = {
+    "sampled": ("circle", BLUE),
+    "baseline": ("diamond", ORANGE),
+    "manual": ("star", VERMILLION),
+    "running": ("hourglass", GREEN),
+    "waiting": ("triangle-right", GREY),
+    "stopped early": ("triangle-down-open", PURPLE),
+    "outside budget": ("square", SKY),
+    "failed": ("x", VERMILLION),
+}
+"""Kind of a trial -> Plotly's symbol, and colour; distinct without the colour."""
+_LABEL_GAP = 0.058  # of the height of the axis: between the middles of two labels
 
 CONFIG = {
     "displaylogo": False,
@@ -51,10 +75,19 @@ CONFIG = {
 
 
 @dataclass(frozen=True)
+class VegaChart:
+    """A table with its Vega-Lite specification."""
+
+    data: pd.DataFrame
+    spec: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Chart:
-    """A Plotly figure as it is declared, once: a page shows it with Streamlit, a report as HTML, and both offer its numbers as CSV.
+    """A chart as it is declared, once: a page shows it with Streamlit, a report as HTML, and both offer its numbers as CSV.
 
     Attributes:
+        figure: of a live chart a Vega-Lite one; a report has Plotly's.
         data: what the figure was drawn from.
         name: of its CSV file, unique in a report.
         how: how to read it; alt: what the picture shows, for those who do not see it.
@@ -62,7 +95,7 @@ class Chart:
     """
 
     block: ClassVar[str] = "figure"
-    figure: go.Figure
+    figure: go.Figure | VegaChart
     data: pd.DataFrame
     name: str
     title: str
@@ -139,19 +172,62 @@ def direct_label(figure: go.Figure, text: str, *, x: float, y: float, colour: st
     )
 
 
+def dotted(figure: go.Figure, x: float, colour: str = GREY) -> None:
+    """Draw a dotted line over the whole height at ``x``, in data units."""
+    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
+
+
+def note(figure: go.Figure, text: str, *, x: float, y: float = 1, colour: str = GREY, anchor: str = "left", **about: object) -> None:
+    """Write ``text`` on the side of ``x`` (axis coordinates) opposite to its ``anchor``, at ``y`` of the height."""
+    shift = {"left": 4, "right": -4}.get(anchor, 0)
+    place = {"x": x, "y": y, "yref": "paper", "xanchor": anchor, "yanchor": "top", "xshift": shift, **about}
+    figure.add_annotation(text=text, showarrow=False, font={"size": 11, "color": colour}, **place)
+
+
 def axis_note(
     figure: go.Figure, text: str, *, x: float, position: float, colour: str = GREY, anchor: str = "left", bottom: bool = False
 ) -> None:
     """Draw a dotted line at ``x`` (data units) with ``text`` at its top or bottom; ``position`` is ``x`` in axis coordinates."""
-    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
-    figure.add_annotation(
-        text=text,
-        x=position,
-        y=0 if bottom else 1,
-        yref="paper",
-        showarrow=False,
-        xanchor=anchor,
-        yanchor="bottom" if bottom else "top",
-        xshift=4 if anchor == "left" else -4,
-        font={"size": 11, "color": colour},
-    )
+    dotted(figure, x, colour)
+    note(figure, text, x=position, y=0 if bottom else 1, colour=colour, anchor=anchor, yanchor="bottom" if bottom else "top")
+
+
+def type_style(kinds: Sequence[str], kind: str) -> dict[str, str]:
+    """Return the look of one of the module types ``kinds``: colour, symbol, and a dash that differs where colours come again."""
+    turn, index = divmod(kinds.index(kind), len(_TYPE_COLOURS))
+    return {"color": _TYPE_COLOURS[index], "symbol": _SYMBOLS[index % len(_SYMBOLS)], "dash": _DASHES[turn % len(_DASHES)]}
+
+
+def end_labels(figure: go.Figure, ends: Sequence[tuple[str, float, float, str]], low: float, high: float) -> None:
+    """Write (name, x, y, colour), in axis coordinates, next to the ends of lines; those at one x apart, on an axis from low to high."""
+    for x in sorted({round(x, 1) for _, x, _, _ in ends}):
+        here = [end for end in ends if round(end[1], 1) == x]
+        for (name, at, _, colour), y in zip(here, _spread([y for _, _, y, _ in here], _LABEL_GAP * (high - low)), strict=True):
+            direct_label(figure, name, x=at, y=y, colour=colour)
+
+
+def _spread(places: Sequence[float], gap: float) -> list[float]:
+    """Return label positions near ``places`` that are at least ``gap`` apart, in the same order; crowds stay where they were on average."""
+    order = sorted(range(len(places)), key=lambda index: places[index])
+    crowds: list[list[float]] = []
+    for index in order:
+        crowds.append([places[index]])
+        while len(crowds) > 1 and _ends(crowds[-1], gap)[0] - _ends(crowds[-2], gap)[1] < gap:
+            crowds[-2:] = [crowds[-2] + crowds[-1]]
+    spread = [_ends(crowd, gap)[0] + gap * step for crowd in crowds for step in range(len(crowd))]
+    result = list(places)
+    for index, place in zip(order, spread, strict=True):
+        result[index] = place
+    return result
+
+
+def _ends(crowd: Sequence[float], gap: float) -> tuple[float, float]:
+    """Return the first and the last position of a crowd that stands ``gap`` apart around its mean."""
+    middle, half = sum(crowd) / len(crowd), gap * (len(crowd) - 1) / 2
+    return middle - half, middle + half
+
+
+def whiskers(value: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str = GREY) -> dict[str, object]:
+    """Return Plotly's error bars from ``low`` to ``high``."""
+    ends = {"array": high - value, "arrayminus": value - low}
+    return {"type": "data", "symmetric": False, **ends, "thickness": 1.5, "width": 5, "color": colour}

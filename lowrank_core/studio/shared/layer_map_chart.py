@@ -7,11 +7,11 @@ import math
 import numpy as np
 import plotly.graph_objects as go
 
-from lowrank_core.studio.shared.chart_style import SEQUENTIAL, VERMILLION, finished
-from lowrank_core.studio.shared.formatting import DASH, kind_label, number
+from lowrank_core.studio.shared.chart_style import SEQUENTIAL, VERMILLION, Chart, finished
+from lowrank_core.studio.shared.formatting import DASH, kind_label, number, percent
 from lowrank_core.studio.shared.layer_map import LayerMap
 
-__all__ = ["map_figure"]
+__all__ = ["allocation_chart", "map_figure"]
 
 _ROW, _FRAME = 40, 74  # pixels: a row of cells; axis and margins
 _MAX_LABELLED = 16  # blocks: beyond, numbers no longer fit into the cells
@@ -33,6 +33,20 @@ def map_figure(view: LayerMap, chosen: str | None = None) -> go.Figure:
     figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, range=[len(labels) - 0.5, -0.5], showgrid=False, title=None)
     figure.update_layout(hoverdistance=60, dragmode=False, clickmode="event+select")
     return figure
+
+
+def allocation_chart(view: LayerMap, who: str, removed: float, chosen: str | None = None, *, name: str = "", protocol: str = "") -> Chart:
+    """Return an ``allocation_map`` of ``who``, which removes the fraction ``removed`` of the compressible linears' parameters."""
+    return Chart(
+        map_figure(view, chosen),
+        view.frame,
+        name=name,
+        title=f"Where {who} keeps its parameters (%)",
+        how=f"bright cells keep most of their parameters, 100 is dense; {percent(removed)} of the linears' parameters are removed in all. "
+        "Modules that share a rank show that of their unit.",
+        alt=f"Kept fraction of parameters by block and module type for {who}",
+        protocol=protocol,
+    )
 
 
 def _grid(view: LayerMap) -> np.ndarray:

@@ -12,10 +12,10 @@ from lowrank_core.coverage import Coverage
 from lowrank_core.errors import RunError
 from lowrank_core.parameters import HeadUnit, MatrixShape
 from lowrank_core.runs import JsonMapping, Run
-from lowrank_core.studio.shared.formatting import kind_label
-from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.formatting import DASH, count, kind_label, percent, size
+from lowrank_core.studio.shared.table import Column, Metrics, Table
 
-__all__ = ["ModelFacts", "model_facts", "module_table", "modules_spec"]
+__all__ = ["ModelFacts", "model_facts", "model_metrics", "model_words", "module_table", "modules_spec"]
 
 
 @dataclass(frozen=True)
@@ -166,3 +166,27 @@ def modules_spec(facts: ModelFacts) -> Table:
         Column.share("share", "Share of the model"),
     )
     return Table(module_table(facts), columns, "Modules by type, with parameters (biases counted)", "modules")
+
+
+def model_metrics(facts: ModelFacts) -> Metrics:
+    """Return size and shape of a model."""
+    tied = "tied: embedding and head share one matrix" if facts.tied_embeddings else "not tied: embedding and head are separate"
+    return {
+        "Parameters": (count(facts.parameters), f"{facts.parameters:,}"),
+        "Compressible": (count(facts.compressible_parameters), "In linear layers of the blocks, biases counted."),
+        "Share compressible": (
+            percent(facts.compressible_share),
+            "Of all parameters; the table lists the rest, and why it is not compressed.",
+        ),
+        "Size": (size(facts.bytes), f"Of the checkpoint; held as {facts.dtype} on {facts.device or 'cpu'}."),
+        "Blocks × hidden": (f"{facts.blocks} × {facts.hidden:,}", "Number of blocks, and the width of the residual stream."),
+        "Vocabulary": (f"{facts.vocabulary:,}", f"Embeddings are {tied}."),
+    }
+
+
+def model_words(facts: ModelFacts) -> str:
+    """Return what a model is, in a line."""
+    return (
+        f"{facts.architecture} · {facts.dtype} · {facts.device or 'cpu'} · context up to {facts.max_context or DASH} · "
+        f"embeddings {'tied' if facts.tied_embeddings else 'not tied'} · fingerprint {facts.fingerprint[:12] or DASH}"
+    )

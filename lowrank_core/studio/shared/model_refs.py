@@ -12,7 +12,7 @@ from lowrank_core.studies.model_ref import ModelKey, ModelRef
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studies.requests import REQUESTS
 from lowrank_core.studies.space import BASELINES
-from lowrank_core.studio.compare.comparison import Comparison, label_of
+from lowrank_core.studio.compare.comparison import Comparison, argument_of, label_of
 from lowrank_core.studio.compare.healing_runs import Healing
 from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.trial_names import answers_of, model_name, trial_label
@@ -78,21 +78,16 @@ def unmeasured(
     subjects: Sequence[ModelKey], trials: Sequence[TrialRecord], result: Sequence[Comparison], waiting: Sequence[Mapping[str, object]] = ()
 ) -> list[ModelKey]:
     """Return those of ``subjects`` neither measured nor queued."""
-    asked = {_argument(request, "trial") for request in waiting}
+    asked = {argument_of(request, "trial") for request in waiting}
     known = {comparison.key for comparison in result}
     return [subject for subject in subjects if label_of(subject, trials) not in known and subject not in asked]
 
 
-def _argument(request: Mapping[str, object], name: str) -> object:
-    arguments = request.get("arguments")
-    return arguments.get(name) if isinstance(arguments, Mapping) else None
-
-
 def request_words(request: Mapping[str, object]) -> str:
     """Return a request in words: ``Trial 3: measuring on test text``."""
-    kind, trial = str(request.get("kind")), _argument(request, "trial")
+    kind, trial = str(request.get("kind")), argument_of(request, "trial")
     ref = None if trial is None else ModelRef.find(trial)
     name = "" if ref is None else model_name(ref.name if ref.kind == "healed" else ref.label)
-    text = _argument(request, "text") if kind == "other_text" else None
+    text = argument_of(request, "text") if kind == "other_text" else None
     words = (REQUESTS[kind].words if kind in REQUESTS else kind) + (f" ({text})" if text else "")
     return f"{name}: {words}" if name else words

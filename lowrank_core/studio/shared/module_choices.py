@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from lowrank_core.config import SearchConfig
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
-from lowrank_core.studies.records import TrialRecord, best_trial
-from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of
+from lowrank_core.runs import Run
+from lowrank_core.studies.records import TrialRecord, best_trial, read_trials
+from lowrank_core.studio.sensitivity.sensitivity_table import fullest, measured_costs
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
+from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.trial_names import trial_label
 
-__all__ = ["Choice", "RunFacts", "chosen_trial", "facts_of_trial"]
+__all__ = ["Choice", "RunFacts", "chosen_trial", "facts_of_trial", "run_facts"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,20 @@ class RunFacts:
     choices: Mapping[str, Choice] = field(default_factory=dict)
     costs: Mapping[float, Mapping[str, float]] = field(default_factory=dict)
     kept: float | None = None
+
+
+def run_facts(run: Run, picked: int | None) -> RunFacts:
+    """Return the facts of the modules of ``run`` beyond spectra: of the trial ``picked``, else of the best one.
+
+    Raises:
+        RunError: a file of the run is damaged.
+    """
+    costs, search, model = measured_costs(run), run.config.search, model_facts(run)
+    trial = chosen_trial(read_trials(run), search, picked) if search is not None and model is not None else None
+    if search is None or model is None or trial is None:
+        return RunFacts(costs=costs, kept=fullest(costs))
+    units = search_units(model.matrices, search.compression, model.head_units)
+    return replace(facts_of_trial(trial, units), costs=costs, kept=fullest(costs))
 
 
 def chosen_trial(trials: Sequence[TrialRecord], search: SearchConfig | None, number: int | None) -> TrialRecord | None:

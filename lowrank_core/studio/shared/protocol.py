@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from lowrank_core.runs import Run
 from lowrank_core.studio.overview.calibration_quality import calibration_facts
-from lowrank_core.studio.overview.text_facts import text_facts, trial_windows
+from lowrank_core.studio.overview.text_facts import bos_words, text_facts, trial_windows
 from lowrank_core.studio.shared.model_facts import model_facts
 
-__all__ = ["bos_words", "spectra_protocol", "trial_protocol"]
-
-
-def bos_words(rule: str) -> str:
-    return "BOS first in every window" if rule == "window" else "no BOS"
+__all__ = ["spectra_protocol", "trial_protocol"]
 
 
 def spectra_protocol(run: Run) -> str:
@@ -41,7 +37,7 @@ def trial_protocol(run: Run) -> str:
     words = [
         f"{text.reference}, validation split" if text else "validation split",
         f"{windows.words}, {bos_words(text.bos)}" if text and windows else "",
-        f"held as {dtype}" if dtype else "",
+        f"model {model.reference} held as {dtype}" if model else "",
         f"KL on the {search.top_k} likeliest tokens and the rest: a lower bound" if search is not None and search.top_k else "",
     ]
     return "; ".join(word for word in words if word) + "."

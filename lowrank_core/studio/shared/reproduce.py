@@ -10,15 +10,7 @@ from lowrank_core.config.flags import command_line, flags_of
 from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, Preset, search_by
 from lowrank_core.runs import JsonMapping
 
-__all__ = [
-    "Reproduction",
-    "compress_command",
-    "enqueue_command",
-    "export_command",
-    "reproduction",
-    "test_command",
-    "verify_command",
-]
+__all__ = ["Reproduction", "compress_command", "enqueue_command", "export_command", "reproduction", "test_command", "verify_command"]
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.compare.comparison import Comparison, Failure
 from lowrank_core.studio.compare.loss_details import comparison_table
 from lowrank_core.studio.shared.formatting import kind_label
+from lowrank_core.studio.shared.table import frame_of
 from lowrank_core.studio.shared.trial_names import kind_of, state_words, trial_label
 from lowrank_core.studio.spectra.spectrum_table import atlas_table
 
@@ -99,12 +100,8 @@ def failures(bodies: Sequence[JsonMapping]) -> list[Failure]:
 
 def unfinished_table(trials: Sequence[TrialRecord]) -> pd.DataFrame:
     """Return a row for each trial without a valid value: name, kind, outcome."""
-    rows = [
-        {"trial": trial.number, "name": trial_label(trial), "state": kind_of(trial), "reason": state_words(trial)}
-        for trial in trials
-        if trial.state != "complete"
-    ]
-    return pd.DataFrame(rows, columns=["trial", "name", "state", "reason"])
+    unfinished = [trial for trial in trials if trial.state != "complete"]
+    return frame_of(unfinished, trial="number", name=trial_label, state=kind_of, reason=state_words)
 
 
 def flat_table(body: Mapping[str, object]) -> pd.DataFrame:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from operator import attrgetter
+from typing import ClassVar, Literal, TypeVar
 
 import pandas as pd
 
 from lowrank_core.studio.shared.formatting import DASH, interval_words, number, percent, size
 
-__all__ = ["Column", "Table", "intervals"]
+__all__ = ["Column", "Metrics", "Table", "frame_of", "intervals"]
+
+T = TypeVar("T")
+
+Metrics = Mapping[str, tuple[str, str]]
+"""Label -> value in words, and what it means: cards of a page and of a report."""
 
 Kind = Literal["text", "short", "flag", "moment", "ago", "whole", "number", "scientific", "share", "bytes"]
 _WORDS = ("text", "short", "flag", "moment", "ago")
@@ -103,6 +109,13 @@ class Table:
     def rows(self) -> list[tuple[str, ...]]:
         """The cells as a report writes them."""
         return list(zip(*([column.words(entry) for entry in self.frame[column.name]] for column in self.shown), strict=True))
+
+
+def frame_of(records: Iterable[T], **columns: str | Callable[[T], object]) -> pd.DataFrame:
+    """Return a row for each record: a column is one of its attributes, or what a function makes of it."""
+    rows = list(records)
+    getters = {name: attrgetter(of) if isinstance(of, str) else of for name, of in columns.items()}
+    return pd.DataFrame({name: [get(row) for row in rows] for name, get in getters.items()})
 
 
 def intervals(frame: pd.DataFrame, measured: str, low: str, high: str, digits: int = 3) -> list[str]:

@@ -6,12 +6,11 @@ loses the zoom; to a Vega-Lite chart it sends the new rows. All that grows is th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 
-from lowrank_core.studio.shared.chart_style import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, VERMILLION, word_colour
+from lowrank_core.studio.shared.chart_style import ORANGE, TRIAL_MARKS, VERMILLION, VegaChart, word_colour
 
 __all__ = [
     "LEGEND",
@@ -43,16 +42,10 @@ _HOURGLASS = "M-1,-1L1,-1L-1,1L1,1Z"
 _SALTIRE = "M-1,-.6L-.6,-1L0,-.4L.6,-1L1,-.6L.4,0L1,.6L.6,1L0,.4L-.6,1L-1,.6L-.4,0Z"
 _STAR = "M0,-1L.235,-.324L.951,-.309L.38,.124L.588,.809L0,.4L-.588,.809L-.38,.124L-.951,-.309L-.235,-.324Z"
 _MARKS = {
-    "sampled": ("circle", BLUE),
-    "baseline": ("diamond", ORANGE),
-    "manual": (_STAR, VERMILLION),
-    "running": (_HOURGLASS, GREEN),
-    "waiting": ("triangle-right", GREY),
-    "stopped early": ("triangle-down", PURPLE),
-    "outside budget": ("square", SKY),
-    "failed": (_SALTIRE, VERMILLION),
+    kind: ({"star": _STAR, "hourglass": _HOURGLASS, "x": _SALTIRE}.get(symbol, symbol.removesuffix("-open")), colour)
+    for kind, (symbol, colour) in TRIAL_MARKS.items()
 }
-"""Kind of a trial -> shape and colour; distinct without the colour."""
+"""As TRIAL_MARKS, with shapes of Vega."""
 _HOLLOW = ("stopped early",)
 
 
@@ -62,14 +55,6 @@ LEGEND: Spec = {"legend": {"orient": "top", "title": None, "columns": {"expr": "
 
 SIDES = ("below", "below left", "above")
 """Label positions of a baseline."""
-
-
-@dataclass(frozen=True)
-class VegaChart:
-    """A table with its Vega-Lite specification."""
-
-    data: pd.DataFrame
-    spec: Spec
 
 
 def stacked(*frames: pd.DataFrame) -> pd.DataFrame:

@@ -13,16 +13,22 @@ from lowrank_core.studio.shared.chart_style import (
     GREY,
     ORANGE,
     VERMILLION,
+    Chart,
     direct_label,
+    dotted,
     finished,
     log_rank_axis,
     log_value_axis,
+    note,
 )
+from lowrank_core.studio.shared.layer_map import LayerMap
+from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.spectra.density import Density
-from lowrank_core.studio.spectra.spectrum_table import RankMark, ScreeCurves
+from lowrank_core.studio.spectra.map_metrics import METRICS, SOURCES
+from lowrank_core.studio.spectra.spectrum_table import RankMark, ScreeCurves, scree_table
 from lowrank_core.types import Vector
 
-__all__ = ["density_figure", "scree_figure"]
+__all__ = ["density_figure", "metric_chart", "scree_chart", "scree_figure"]
 
 _LABELLED = (0.1, 0.5)
 """Names are written at full rank to these powers: further right the curves fall too steeply."""
@@ -31,6 +37,38 @@ _HEADROOM, _DEEPEST = 0.35, -9.0  # decades
 _ROOM = 0.25  # of the height of the curves
 _STEP = 0.065  # of the height, between the labels of marked ranks
 _FILLS = {BLUE: "rgba(0,114,178,0.25)", VERMILLION: "rgba(213,94,0,0.25)"}
+
+
+def metric_chart(view: LayerMap, metric: str, source: str, chosen: str | None = None, protocol: str = "") -> Chart:
+    """Return the map of a metric (a name in METRICS) of ``source``, if it has any."""
+    about = METRICS[metric]
+    of = f" of every module's {SOURCES[source].split(' ')[0].lower()}" if source else ", module by module"
+    title = f"{about.label}{of}{', as a share of full rank (%)' if about.ranks and view.percent else ''}"
+    reading = "dark cells are low-rank" if about.ranks and about.name != "outliers" else "bright cells are higher"
+    return Chart(
+        map_figure(view, chosen),
+        view.frame,
+        name=f"map-{source or metric}",
+        title=title,
+        how=f"{about.meaning}; {reading}, a dash is where it is not defined. Columns are blocks, rows module types.",
+        alt=f"Map of {title[0].lower()}{title[1:]} by block and module type",
+        protocol=protocol,
+    )
+
+
+def scree_chart(curves: ScreeCurves, about: str = "", words: str = "", protocol: str = "") -> Chart:
+    """Return the spectra of a module; ``about`` follows its name in the title, and ``words`` the reading aid."""
+    shuffled = " The shuffled matrix has the same entries in random places: what lies above it is structure."
+    return Chart(
+        scree_figure(curves),
+        scree_table(curves),
+        name="scree",
+        title=f"Spectra of {curves.shape.name}{about}",
+        how="a curve that falls fast is low-rank; left of a break-even rank the factors are smaller than the matrix. The dashes are the "
+        f"Marchenko-Pastur edge of a random matrix with the same entry variance.{shuffled if curves.shuffled is not None else ''}{words}",
+        alt=f"Singular values of the weight and square roots of feature eigenvalues of {curves.shape.name}, on log axes",
+        protocol=protocol,
+    )
 
 
 def scree_figure(curves: ScreeCurves) -> go.Figure:
@@ -83,18 +121,9 @@ def _mark(figure: go.Figure, mark: RankMark, position: int, full: int) -> None:
     """Draw a marked rank; its label stands left of the line, each on a height of its own."""
     colour = GREEN if "trial" in mark.label.lower() else GREY
     left = math.log(mark.rank) > 0.45 * math.log(max(2, full))
-    figure.add_shape(type="line", x0=mark.rank, x1=mark.rank, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
-    figure.add_annotation(
-        text=f"{mark.label} {mark.rank}",
-        x=math.log10(mark.rank),
-        y=0.01 + _STEP * position,
-        yref="paper",
-        showarrow=False,
-        xanchor="right" if left else "left",
-        yanchor="bottom",
-        xshift=-4 if left else 4,
-        font={"size": 11, "color": colour},
-    )
+    dotted(figure, mark.rank, colour)
+    place = {"x": math.log10(mark.rank), "y": 0.01 + _STEP * position, "anchor": "right" if left else "left"}
+    note(figure, f"{mark.label} {mark.rank}", colour=colour, yanchor="bottom", **place)  # type: ignore[arg-type]
 
 
 def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
@@ -151,15 +180,5 @@ def _density_notes(figure: go.Figure, result: Density) -> None:
     if result.tail_from is not None:
         notes.append((result.tail_from, result.tail.partition(",")[0] + " from here on", ORANGE))
     for position, (x, text, colour) in enumerate(notes):
-        figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
-        figure.add_annotation(
-            text=text,
-            x=1,
-            xref="paper",
-            y=1 - 0.08 * position,
-            yref="paper",
-            showarrow=False,
-            xanchor="right",
-            yanchor="top",
-            font={"size": 11, "color": colour},
-        )
+        dotted(figure, x, colour)
+        note(figure, text, x=1, y=1 - 0.08 * position, colour=colour, anchor="right", xref="paper", xshift=0)

@@ -16,7 +16,7 @@ from lowrank_core.spectra.spectrum import LayerSpectrum, effective_rank, rank_fo
 from lowrank_core.studio.shared.formatting import DASH, number
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
 from lowrank_core.studio.shared.module_choices import RunFacts
-from lowrank_core.studio.shared.table import Column, Table
+from lowrank_core.studio.shared.table import Column, Metrics, Table
 from lowrank_core.studio.spectra.map_metrics import METRICS, SOURCES, Metric, Reading
 from lowrank_core.types import Vector
 
@@ -205,8 +205,8 @@ def scree_table(curves: ScreeCurves) -> pd.DataFrame:
     return frame
 
 
-def module_facts(spectrum: LayerSpectrum) -> dict[str, tuple[str, str]]:
-    """Return label -> (value, meaning) of a module."""
+def module_facts(spectrum: LayerSpectrum) -> Metrics:
+    """Return shape and ranks of a module."""
     shape, features, weights = spectrum.shape, spectrum.feature_eigenvalues, spectrum.weight_energy
     ranks = [effective_rank(features), effective_rank(weights), rank_for_energy(features, 0.95), rank_for_energy(weights, 0.95)]
     return {

@@ -11,6 +11,7 @@ import pandas as pd
 from lowrank_core.config.mapping import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.spectra.directions import Direction, Directions
+from lowrank_core.studio.compare.comparison import argument_of
 
 __all__ = ["DirectionFacts", "direction_facts", "direction_failure"]
 
@@ -52,11 +53,8 @@ def direction_failure(bodies: Sequence[JsonMapping], module: str, side: str) -> 
 
 
 def _told(bodies: Sequence[JsonMapping], module: str, side: str) -> list[JsonMapping]:
-    def concerns(body: JsonMapping) -> bool:
-        asked = body.get("arguments") or {}
-        return body.get("kind") == "directions" and (asked.get("module"), asked.get("side", "input")) == (module, side)
-
-    return [body for body in bodies if concerns(body)]
+    asked = (body for body in bodies if body.get("kind") == "directions" and argument_of(body, "module") == module)
+    return [body for body in asked if (argument_of(body, "side") or "input") == side]
 
 
 def _rows(direction: Direction) -> list[dict[str, object]]:

@@ -13,12 +13,11 @@ from lowrank_core.config.options import options_of
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.healing_chart import healing_chart
-from lowrank_core.studio.compare.healing_runs import Healing, ends_in_words, healings
-from lowrank_core.studio.shared.formatting import count, number, percent
+from lowrank_core.studio.compare.healing_runs import healings
 from pages.components import charts
 from pages.components.boundary import boundary
 from pages.components.request_controls import submit, why_not
-from pages.components.widgets import draw
+from pages.components.widgets import draw, draw_all, pick
 
 __all__ = ["form", "show"]
 
@@ -28,16 +27,7 @@ _FIRST = {"method": 300, "steps": 150, "cross_entropy": 210}
 
 def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
     """Draw the choice of an allocation, the settings and the start button."""
-    options = list(result)
-    index = options.index(first) if first in options else 0
-    trial = st.selectbox(
-        "Allocation to heal",
-        options,
-        index,
-        key=f"heal_trial_{run.id}_{first}",
-        format_func=lambda key: result.get(key, str(key)),
-        width=380,
-    )
+    trial = pick("Allocation to heal", result, first, key=f"heal_trial_{run.id}_{first}", width=380)
     with st.form("heal_form"):
         settings = _settings()
         pressed = st.form_submit_button("Start", key="heal", icon=":material/healing:", disabled=run.recorded, help=why_not(run))
@@ -48,16 +38,11 @@ def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
 
 def _settings() -> dict[str, Any]:
     """Draw all healing options, the usual three first; return field -> value."""
-    chosen: dict[str, Any] = {}
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        for name, width in _FIRST.items():
-            chosen[name] = draw(HealingConfig, name, key=f"heal_{name}", width=width)
+        chosen = {name: draw(HealingConfig, name, key=f"heal_{name}", width=width) for name, width in _FIRST.items()}
     with st.expander("Advanced"):
-        columns = st.columns(3)
-        others = [declared for declared in options_of(HealingConfig) if declared.name not in _FIRST]
-        for index, declared in enumerate(others):
-            chosen[declared.name] = draw(HealingConfig, declared.name, key=f"heal_{declared.name}", place=columns[index % 3])
-    return chosen
+        others = [declared.name for declared in options_of(HealingConfig) if declared.name not in _FIRST]
+        return chosen | draw_all(HealingConfig, others, st.columns(3), "heal_")
 
 
 def show(run: Run) -> None:
@@ -66,22 +51,7 @@ def show(run: Run) -> None:
     if not result:
         st.caption("Trains the factors for some minutes on calibration text, selects a step on validation text, and measures on test text.")
         return
-    newest, *older = result
-    _told(newest)
-    if newest.history:
-        charts.show(healing_chart(newest), key="healing_curve")
-    for healing in older:
-        _told(healing)
-
-
-def _told(healing: Healing) -> None:
-    report = healing.report
-    if report is None:
-        done = healing.history[-1].step if healing.history else 0
-        st.caption(f"**{healing.name}**: {healing.method}, validated up to step {done:,} of {healing.steps:,}. Start it again to resume.")
-        return
-    st.caption(
-        f"**{healing.name}**: {report.label}, {report.steps:,} steps, {count(report.tokens)} tokens, {report.seconds:,.0f} s, rate "
-        f"{number(report.learning_rate, 2)}. KL on validation text {number(report.kl_before)} → {number(report.kl_after)} "
-        f"({percent(report.recovered)} of it gone). {ends_in_words(report)}"
-    )
+    if result[0].history:
+        charts.show(healing_chart(result[0]), key="healing_curve")
+    for healing in result:
+        st.caption(healing.words)

@@ -12,6 +12,7 @@ from lowrank_core.studio.compare.loss_details_chart import position_chart, windo
 from lowrank_core.studio.shared.summary import protocol_of
 from pages.components import charts
 from pages.components.compare.measured import headline
+from pages.components.widgets import pick
 
 __all__ = ["one_model", "positions", "windows"]
 
@@ -21,8 +22,7 @@ _OLD = "was measured before this was recorded. Measure it again in a run of your
 def one_model(result: Sequence[Comparison], wanted: str) -> Comparison:
     """Draw the choice of a measured model and its charts; ``wanted`` is the key of the default."""
     known = {comparison.key: comparison for comparison in result}
-    first = list(known).index(wanted) if wanted in known else 0
-    key = st.selectbox("Dense against", list(known), first, key=f"one_model_{wanted}", format_func=lambda key: known[key].name, width=420)
+    key = pick("Dense against", {key: known[key].name for key in known}, wanted, key=f"one_model_{wanted}", width=420)
     shown = known.get(key, result[0])
     headline(shown)
     return shown

@@ -12,6 +12,7 @@ from lowrank_core.studio.compare.loss_details import lost_spec, saved_spec
 from lowrank_core.studio.shared.formatting import count, interval_words, number, percent, size
 from lowrank_core.studio.shared.summary import protocol_of
 from pages.components import charts, tables
+from pages.components.widgets import choose
 
 __all__ = ["headline", "show_all", "show_refusals", "show_unspent"]
 
@@ -55,13 +56,18 @@ def headline(shown: Comparison) -> None:
         ("KL to the dense model", number(shown.kl), "nats per token", None),
         ("Top-1 agreement", percent(shown.top1_agreement), "of tokens", "Where both models rank the same token first."),
     )
-    for column, card in zip(st.columns(_WIDTHS, gap="small"), cards, strict=True):
-        with column:
-            _card(*card)
+    _row(cards, _WIDTHS)
     _sizes(shown)
 
 
-def _card(label: str, value: str, below: str, meaning: str | None = None) -> None:
+def _row(cards: Sequence[tuple[str, str, str, str | None]], widths: Sequence[float]) -> None:
+    """Draw cards side by side: label, value, what stands below, help."""
+    for column, card in zip(st.columns(widths, gap="small"), cards, strict=True):  # type: ignore[arg-type]
+        with column:
+            _card(*card)
+
+
+def _card(label: str, value: str, below: str, meaning: str | None) -> None:
     with st.container(border=True, gap="xxsmall"):
         st.metric(label, value, help=meaning)
         st.caption(below)
@@ -72,25 +78,14 @@ def _sizes(shown: Comparison) -> None:
     model = f"{count(shown.dense_parameters)} → {count(shown.parameters)}"
     stored = f"{size(shown.dense_bytes)} → {size(shown.bytes)}"
     cards = (
-        ("Compressible linears, parameters", linears, f"{percent(shown.compression_ratio)} removed"),
-        ("Whole model, parameters", model, f"{percent(shown.model_compression_ratio)} removed"),
-        ("Whole model, bytes", stored, f"{percent(1 - shown.bytes / shown.dense_bytes)} removed"),
+        ("Compressible linears, parameters", linears, f"{percent(shown.compression_ratio)} removed", None),
+        ("Whole model, parameters", model, f"{percent(shown.model_compression_ratio)} removed", None),
+        ("Whole model, bytes", stored, f"{percent(1 - shown.bytes / shown.dense_bytes)} removed", None),
     )
-    for column, card in zip(st.columns(len(cards), gap="small"), cards, strict=True):
-        with column:
-            _card(*card)
+    _row(cards, [1, 1, 1])
 
 
 def _table(result: Sequence[Comparison]) -> None:
-    shown = st.segmented_control(
-        "Table",
-        list(_TABLES),
-        key="comparison_columns",
-        default="lost",
-        required=True,
-        format_func=_TABLES.__getitem__,
-        label_visibility="collapsed",
-        persist_state="session",
-    )
+    shown = choose("Table", _TABLES, key="comparison_columns", label_visibility="collapsed")
     spec = lost_spec(result, protocol_of(result[0])) if shown == "lost" else saved_spec(result)
     tables.show(spec, key=f"comparison_table_{shown}")

@@ -14,8 +14,14 @@ from lowrank_core.studio.shared.formatting import percent
 from lowrank_core.studio.shared.model_refs import PRESET_KEYS, preset_notes, unmeasured, usual_choice
 from pages.components import state
 from pages.components.request_controls import submit, why_not
+from pages.components.widgets import pressed
 
 __all__ = ["choose"]
+
+_PRESETS = (
+    "Complete published recipes, each with its own error metric, storage and ranks, on this run's calibration. Some measure gradients "
+    "first or fit block by block: minutes on a large model; ASVD cuts each matrix to nine sizes: longer."
+)
 
 
 def choose(run: Run, options: Mapping[ModelKey, str], trials: Sequence[TrialRecord], result: Sequence[Comparison]) -> list[ModelKey]:
@@ -38,23 +44,22 @@ def choose(run: Run, options: Mapping[ModelKey, str], trials: Sequence[TrialReco
     presets = unmeasured(PRESET_KEYS, trials, result, waiting)
     ratio = percent(search.compression_ratio, 0)
     with st.container(horizontal=True, vertical_alignment="center"):
-        if st.button(
+        done = None if missing else "All chosen models are measured."
+        if pressed(
             "Measure on test text",
             key="measure",
             type="primary",
             icon=":material/straighten:",
-            disabled=run.recorded or not missing,
-            help=why_not(run) or ("Each on the same windows as the dense model." if missing else "All chosen models are measured."),
+            why_not=why_not(run) or done,
+            help="Each on the same windows as the dense model.",
         ):
             submit(run, "compare", missing)
-        if st.button(
+        if pressed(
             f"Every preset at {ratio} removed",
             key="measure_presets",
             icon=":material/playlist_add:",
-            disabled=run.recorded or not presets,
-            help=why_not(run)
-            or "Complete published recipes, each with its own error metric, storage and ranks, on this run's calibration. "
-            "Some measure gradients first or fit block by block: minutes on a large model; ASVD cuts each matrix to nine sizes: longer.",
+            why_not=why_not(run) or (None if presets else f"All presets are measured or queued. {_PRESETS}"),
+            help=_PRESETS,
         ):
             submit(run, "compare", presets)
         st.caption(f"{len(chosen) - len(missing)} of {len(chosen)} measured or queued", width="content")

@@ -16,7 +16,9 @@ from lowrank_core.studio.overview.source_checks import TEXTS, check_text
 from lowrank_core.studio.shared.model_refs import unmeasured
 from pages.components import charts, tables
 from pages.components.boundary import boundary
+from pages.components.pickers import own_file
 from pages.components.request_controls import ask_all, why_not
+from pages.components.widgets import pick, pressed
 
 __all__ = ["say", "show"]
 
@@ -60,27 +62,17 @@ def _form(
     others: Mapping[str, Sequence[Comparison]],
 ) -> None:
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        text = st.selectbox(
-            "Second text", list(TEXTS)[::-1], key="second_text", format_func=TEXTS.__getitem__, persist_state="session", width=260
-        )
-        path = ""
-        if text == "file":
-            path = st.text_input(
-                "Path of the file",
-                key="second_text_path",
-                placeholder="/data/notes.txt",
-                help="UTF-8 .txt, .jsonl or .parquet with a `text` column; its last fifth is measured.",
-                persist_state="session",
-                width=320,
-            )
-        pressed = st.button(
+        text = pick("Second text", dict(reversed(TEXTS.items())), key="second_text", persist_state="session", width=260)
+        about = "UTF-8 .txt, .jsonl or .parquet with a `text` column; its last fifth is measured."
+        path = own_file("second_text_path", about, width=320) if text == "file" else ""
+        measure = pressed(
             "Measure the chosen models on it",
             key="measure_second",
             icon=":material/compare_arrows:",
-            disabled=run.recorded or not chosen,
-            help=why_not(run) or "Next to the dense model, on the same windows; also on the run's own text if that is missing.",
+            why_not=why_not(run) or (None if chosen else "Choose a model above."),
+            help="Next to the dense model, on the same windows; also on the run's own text if that is missing.",
         )
-    if not pressed:
+    if not measure:
         return
     with boundary():
         reference = check_text(f"file:{path.strip()}" if text == "file" else text)

@@ -38,10 +38,10 @@ def _form(run: Run, chosen: Sequence[ModelKey]) -> None:
     with st.form("speed_form"), st.container(horizontal=True, vertical_alignment="bottom"):
         sizes = {name: draw(SpeedConfig, name, key=f"speed_{key}", width=140) for name, key in _SIZES.items()}
         memory = st.checkbox("Peak memory", True, key="speed_memory", help="In a fresh process for each model, which takes longer.")
-        pressed = st.form_submit_button(
+        start = st.form_submit_button(
             "Time the chosen models", key="time_models", icon=":material/speed:", disabled=run.recorded, help=why_not(run)
         )
-    if pressed and not chosen:
+    if start and not chosen:
         st.warning("No model is chosen above.")
-    elif pressed:
+    elif start:
         submit(run, "speed", chosen, memory=memory, **sizes)

@@ -9,12 +9,11 @@ import streamlit as st
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studio.compare.loss_details import WindowTable
-from lowrank_core.studio.compare.token_losses import TokenStrip, worst_spec
-from lowrank_core.studio.compare.token_losses_chart import strip_html
+from lowrank_core.studio.compare.token_losses import TokenStrip, strip_html, worst_spec
 from lowrank_core.studio.overview.text_facts import text_facts
-from lowrank_core.studio.shared.spreadsheet import csv_of
 from pages.components import tables
 from pages.components.request_controls import submit, why_not
+from pages.components.widgets import choose, offer, pick, pressed
 
 __all__ = ["show"]
 
@@ -28,8 +27,8 @@ def show(run: Run, chosen: Mapping[ModelKey, str], result: Sequence[TokenStrip],
     if not result:
         st.caption("Shows where in a text the compressed model predicts worse than the dense model.")
         return
-    titles = [strip.title for strip in result]
-    index = st.selectbox("Shown", range(len(result)), key=f"strip_{len(result)}", format_func=titles.__getitem__) if len(result) > 1 else 0
+    titles = {index: strip.title for index, strip in enumerate(result)}
+    index = pick("Shown", titles, key=f"strip_{len(result)}") if len(result) > 1 else 0
     strip = result[index]
     st.caption(f"{strip.name}. {strip.words}")
     with st.container(border=True, height=360 if len(strip.frame) > 150 else "content", key="token_strip"):
@@ -37,16 +36,7 @@ def show(run: Run, chosen: Mapping[ModelKey, str], result: Sequence[TokenStrip],
     st.caption(f"Hover over a token for its values. Protocol: {strip.protocol}.")
     st.markdown("**Tokens with the largest extra loss**")
     tables.show(worst_spec(strip), key="worst_tokens")
-    st.download_button(
-        "All tokens (CSV)",
-        lambda: csv_of(strip.frame).encode(),
-        "tokens.csv",
-        "text/csv",
-        key="tokens_csv",
-        icon=":material/download:",
-        type="tertiary",
-        on_click="ignore",
-    )
+    offer("All tokens (CSV)", "tokens.csv", strip.frame, key="tokens_csv", type="tertiary")
 
 
 def _form(run: Run, chosen: Mapping[ModelKey, str], windows: WindowTable | None) -> None:
@@ -56,16 +46,8 @@ def _form(run: Run, chosen: Mapping[ModelKey, str], windows: WindowTable | None)
     facts = text_facts(run)
     last = next((split.windows for split in facts.splits if split.name == "test"), 1) - 1 if facts else 0
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        subject = st.selectbox("Model", list(chosen), key="token_model", format_func=lambda key: chosen.get(key, str(key)), width=380)
-        source = st.segmented_control(
-            "Text",
-            list(_SOURCES),
-            key="token_source",
-            default="window",
-            required=True,
-            format_func=_SOURCES.__getitem__,
-            persist_state="session",
-        )
+        subject = pick("Model", chosen, key="token_model", width=380)
+        source = choose("Text", _SOURCES, key="token_source")
         if source == "window":
             worst = windows.worst if windows is not None else 0
             window = st.number_input(
@@ -78,7 +60,7 @@ def _form(run: Run, chosen: Mapping[ModelKey, str], windows: WindowTable | None)
                 help="Of the test text; the default is the window with the largest extra loss.",
             )
     text = st.text_area("Text", _TEXT, key="token_text", height=110, persist_state="session") if source == "text" else ""
-    if st.button("Evaluate both models", key="read_tokens", icon=":material/format_color_text:", disabled=run.recorded, help=why_not(run)):
+    if pressed("Evaluate both models", key="read_tokens", icon=":material/format_color_text:", why_not=why_not(run)):
         if source == "window":
             submit(run, "tokens", [subject], window=int(window))
         elif text.strip():

@@ -9,22 +9,15 @@ import streamlit as st
 from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studies.records import read_trials
-from lowrank_core.studio.energy.energy_chart import band_figure, groups_figure, left_figure, pooling_figure, retained_figure
-from lowrank_core.studio.energy.energy_table import (
-    energy_at_rank,
-    energy_band,
-    energy_curves,
-    energy_table,
-    measured_loss,
-    pooling_curves,
-    pooling_table,
-)
+from lowrank_core.studio.energy.energy_chart import band_figure, energy_figure, groups_figure, pooling_figure
+from lowrank_core.studio.energy.energy_table import energy_at_rank, energy_band, energy_curves, measured_loss, pooling_curves
 from lowrank_core.studio.overview.calibration_quality import InputFacts, group_table
 from lowrank_core.studio.shared.formatting import kind_label, percent
 from lowrank_core.studio.shared.protocol import trial_protocol
 from lowrank_core.studio.shared.table import Column, Table
 from pages.components import navigation, tables
 from pages.components.charts import chart
+from pages.components.widgets import choose
 
 __all__ = ["curves", "loss", "pooling"]
 
@@ -34,54 +27,41 @@ def curves(spectra: Sequence[LayerSpectrum], spectrum: LayerSpectrum, rank: int)
     kind = spectrum.shape.kind
     alike = sum(other.shape.kind == kind for other in spectra)
     scopes = {"module": "This module", "type": f"All {alike} {kind_label(kind)} modules"}
-    scope = st.segmented_control(
-        "Energy of",
-        list(scopes),
-        key="energy_scope",
-        default="module",
-        required=True,
-        format_func=scopes.__getitem__,
-        persist_state="session",
+    scope = choose("Energy of", scopes, key="energy_scope")
+    columns = dict(zip(("kept", "removed"), st.columns(2, gap="large"), strict=True))
+    for what, column in columns.items():
+        with column:
+            if scope == "type":
+                _type(spectra, kind, scopes["type"], energy_at_rank(spectrum, rank).share_of_full_rank, what)
+            else:
+                _module(spectrum, rank, what)
+
+
+_READING = {"kept": "a curve that rises early is low-rank; features often are, weights less so", "removed": "log scale"}
+
+
+def _module(spectrum: LayerSpectrum, rank: int, what: str) -> None:
+    curves = energy_curves(spectrum)
+    chart(
+        energy_figure(curves, what, rank),
+        key=f"energy_{what}",
+        title=f"Energy {what}",
+        how=f"the share of the energy {'up to' if what == 'kept' else 'beyond'} a rank; {_READING[what]}.",
+        alt=f"Cumulative energy {what} of features and weights of {spectrum.shape.name} against rank",
+        data=curves,
     )
-    left, right = st.columns(2, gap="large")
-    if scope == "type":
-        _type(spectra, kind, scopes["type"], energy_at_rank(spectrum, rank).share_of_full_rank, (left, right))
-        return
-    result, module = energy_curves(spectrum), spectrum.shape.name
-    numbers = energy_table(result)
-    with left:
-        chart(
-            retained_figure(result, rank),
-            key="energy_kept",
-            title="Retained energy",
-            how="a curve that rises early is low-rank; features often are, weights less so.",
-            alt=f"Cumulative energy of features and weights of {module} against rank",
-            data=numbers,
-        )
-    with right:
-        chart(
-            left_figure(result, rank),
-            key="energy_removed",
-            title="Discarded energy",
-            how="the share of energy beyond a rank, log scale.",
-            alt=f"Energy removed from features and weights of {module} against rank, log scale",
-            data=numbers,
-        )
 
 
-def _type(spectra: Sequence[LayerSpectrum], kind: str, name: str, rank_share: float, columns: Sequence[object]) -> None:
+def _type(spectra: Sequence[LayerSpectrum], kind: str, name: str, rank_share: float, what: str) -> None:
     band = energy_band(spectra, kind)
-    words = {"kept": "the higher, the fewer ranks are needed", "removed": "log scale"}
-    for column, (what, reading) in zip(columns, words.items(), strict=True):
-        with column:  # type: ignore[attr-defined]
-            chart(
-                band_figure(band, what, rank_share),
-                key=f"energy_{what}_type",
-                title=f"Energy {what}, {name[0].lower()}{name[1:]}",
-                how=f"the line is the median module, the band holds the middle half of them; {reading}.",
-                alt=f"Median and quartiles of the energy {what} by features and weights of {name.lower()}",
-                data=band,
-            )
+    chart(
+        band_figure(band, what, rank_share),
+        key=f"energy_{what}_type",
+        title=f"Energy {what}, {name[0].lower()}{name[1:]}",
+        how=f"the line is the median module, the band holds the middle half of them; {_READING[what]}.",
+        alt=f"Median and quartiles of the energy {what} by features and weights of {name.lower()}",
+        data=band,
+    )
 
 
 def loss(run: Run, spectrum: LayerSpectrum, rank: int) -> None:
@@ -122,7 +102,7 @@ def pooling(spectrum: LayerSpectrum, entry: InputFacts | None) -> None:
             title="Feature eigenvalues, pooled and sample",
             how="where the curves differ, part of the variance comes from differences between groups of text.",
             alt=f"Square roots of pooled and sample feature eigenvalues of {module}",
-            data=pooling_table(result),
+            data=result,
         )
     if entry is None or not entry.group_traces:
         return

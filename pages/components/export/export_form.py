@@ -9,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 import streamlit as st
 
-from lowrank_core.config import EXPORT_DTYPES, ExportConfig, SearchConfig
+from lowrank_core.config import ExportConfig, SearchConfig
 from lowrank_core.parameters import Unit
-from lowrank_core.runs import Run, client
+from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare.comparison import last_failure
@@ -36,12 +36,11 @@ from lowrank_core.studio.shared.model_refs import candidates, healable
 from lowrank_core.studio.shared.reproduce import compress_command, export_command
 from lowrank_core.studio.shared.table import Column, Table
 from pages.components import coverage, layout, navigation, state, tables
-from pages.components.boundary import boundary
+from pages.components.request_controls import ask, why_not
+from pages.components.widgets import draw, pick, pressed
 
 __all__ = ["show"]
 
-_FORMS = {"compressed": "Factors", "dense": "Dense merge"}
-_DTYPES = {"auto": "As checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 _RECORDED = (
     "A recorded run has no worker: use the line under “Command” in a terminal, or start a search of your own. All downloads are below."
 )
@@ -85,61 +84,21 @@ def _sources(run: Run, search: SearchConfig, units: Sequence[Unit]) -> dict[str,
 def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
     """Raises: ConfigError: a size that is none."""
     picked = state.selection().trial
-    index = list(result).index(str(picked)) if str(picked) in result else 0
-    key = st.selectbox(
+    key = pick(
         "Allocation or healed model",
-        list(result),
-        index,
+        {name: source.label for name, source in result.items()},
+        str(picked),
         key=f"export_what_{run.id}_{picked}",
-        format_func=lambda name: result[name].label if name in result else name,
         help="An allocation is exported as compressed (one-shot). A healed model has the same ranks and trained factors.",
     )
-    form = st.segmented_control(
-        "Form",
-        list(_FORMS),
-        key="export_form",
-        default="compressed",
-        required=True,
-        format_func=_FORMS.__getitem__,
-        persist_state="session",
-        help="Factors: smaller; for transformers with this package or with our code. Dense merge: the factors multiplied out into the "
-        "plain architecture, no smaller; for vLLM, llama.cpp and any other runtime.",
-    )
+    form = draw(ExportConfig, "form", key="export_form", side_by_side=True)
     dense = form == "dense"
-    code = st.toggle(
-        "With our code",
-        key="export_with_code",
-        disabled=dense,
-        persist_state="session",
-        help="Writes our code with the weights: for users of transformers without this package, who load it with trust_remote_code=True. "
-        "A dense merge needs none.",
-    )
-    int8 = st.toggle(
-        "int8 factors",
-        key="export_int8",
-        disabled=dense,
-        persist_state="session",
-        help="Stores the factors as 8-bit integers with one scale per row: less disk and memory, no speed-up, some rounding error (the "
-        "folder is measured as written). A dense merge has no factors.",
-    )
+    code = draw(ExportConfig, "with_code", key="export_with_code", disabled=dense)
     with st.container(horizontal=True):
-        dtype = st.selectbox(
-            "Stored as",
-            EXPORT_DTYPES,
-            key="export_dtype",
-            format_func=_DTYPES.__getitem__,
-            persist_state="session",
-            help="Of all tensors that are not int8. Keep the checkpoint's unless you need another: bfloat16 halves float32 and rounds; "
-            "float16 is for runtimes without bfloat16.",
-        )
-        shard = st.text_input(
-            "Largest weight file",
-            ExportConfig().max_shard_size,
-            key="export_shard",
-            persist_state="session",
-            help="Splits the weights over files of at most this size (KB to TB, of 1000): for uploads and file systems with a limit.",
-        )
-    return result[key], ExportConfig(str(form), code and not dense, dtype, shard.strip(), "int8" if int8 and not dense else "none")
+        dtype = draw(ExportConfig, "dtype", key="export_dtype")
+        factors = draw(ExportConfig, "quantization", key="export_quantization", disabled=dense)
+        shard = draw(ExportConfig, "max_shard_size", key="export_shard")
+    return result[key], ExportConfig(form, code and not dense, dtype, shard.strip(), "none" if dense else factors)
 
 
 def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchConfig, ModelFacts, Sequence[Unit]]) -> None:
@@ -230,12 +189,10 @@ def _loading(folder: Path, source: Source, config: ExportConfig) -> None:
 
 def _write_button(run: Run, source: Source, config: ExportConfig) -> None:
     """Draw the export button."""
-    there = folder_of(run, source, config).exists()
-    why_not = _RECORDED if run.recorded else "Already written: see below." if there else None
-    pressed = st.button("Write it", key="export", type="primary", icon=":material/save:", disabled=why_not is not None, help=why_not)
-    if why_not is not None:
-        st.caption(why_not)
-    if pressed:
-        with boundary():
-            client.submit(run, "export", **source.request, **asdict(config))  # type: ignore[arg-type]
-            st.rerun()
+    there = "Already written: see below." if folder_of(run, source, config).exists() else None
+    reason = why_not(run, _RECORDED) or there
+    write = pressed("Write it", key="export", type="primary", icon=":material/save:", why_not=reason)
+    if reason is not None:
+        st.caption(reason)
+    if write:
+        ask(run, "export", **source.request, **asdict(config))

@@ -8,6 +8,7 @@ import streamlit as st
 
 from lowrank_core.runs import Run, client
 from lowrank_core.runs.client import results
+from lowrank_core.studio.compare.comparison import argument_of
 from lowrank_core.studio.export.export_list import (
     MAX_BYTES,
     Proof,
@@ -24,6 +25,8 @@ from lowrank_core.studio.shared.reproduce import verify_command
 from lowrank_core.studio.shared.table import Column, Table
 from pages.components import layout, tables
 from pages.components.boundary import boundary
+from pages.components.request_controls import ask, why_not
+from pages.components.widgets import offer, pressed
 
 __all__ = ["show"]
 
@@ -39,15 +42,10 @@ def show(run: Run) -> None:
         st.caption(
             "None yet. An exported folder is a valid `--model` of the command line, and can be verified against its recorded perplexity."
         )
-    asked = {str(_arguments(request).get("path")) for request in client.pending_requests(run) if request.get("kind") == "verify"}
+    asked = {str(argument_of(request, "path")) for request in client.pending_requests(run) if request.get("kind") == "verify"}
     for position, entry in enumerate(result):
         with st.container(border=True, key=f"written_{position}"), boundary():
             _entry(run, entry, waits=entry.path.name in asked)
-
-
-def _arguments(request: dict[str, object]) -> dict[str, object]:
-    arguments = request.get("arguments")
-    return arguments if isinstance(arguments, dict) else {}
 
 
 def _entry(run: Run, entry: Written, *, waits: bool) -> None:
@@ -127,35 +125,28 @@ def _told(result: Proof) -> str:
 
 def _verify_button(run: Run, name: str, *, waits: bool) -> None:
     """Draw the button that verifies an export in a fresh process."""
-    why_not = "A recorded run has no worker." if run.recorded else "Already queued." if waits else None
-    if st.button("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", disabled=why_not is not None, help=why_not):
-        with boundary():
-            client.submit(run, "verify", path=name)
-            st.rerun()
+    reason = why_not(run, "A recorded run has no worker.") or ("Already queued." if waits else None)
+    if pressed("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", why_not=reason):
+        ask(run, "verify", path=name)
 
 
 def _folder_button(entry: Written) -> None:
     name, fits = entry.path.name, entry.folder_bytes <= MAX_BYTES
-    st.download_button(
+    offer(
         f"Folder (.zip, {size(entry.folder_bytes)})",
-        partial(zipped, entry.path),
         f"{name}.zip",
-        "application/zip",
+        partial(zipped, entry.path),
         key=f"zip_{name}",
         icon=":material/folder_zip:",
         disabled=not fits,
         help=None if fits else f"Larger than {size(MAX_BYTES)}, too large for a browser's download. Copy the folder: {entry.path}",
-        on_click="ignore",
     )
 
 
 def _card_button(entry: Written) -> None:
-    card = card_of(entry.path)
+    card, name = card_of(entry.path), entry.path.name
     if card is not None:
-        name = entry.path.name
-        st.download_button(
-            "Model card", card, f"{name}-README.md", "text/markdown", key=f"card_{name}", icon=":material/article:", on_click="ignore"
-        )
+        offer("Model card", f"{name}-README.md", card, key=f"card_{name}", icon=":material/article:")
 
 
 def _details(entry: Written) -> None:

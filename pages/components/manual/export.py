@@ -8,6 +8,7 @@ from lowrank_core.allocation import Draft
 from lowrank_core.studies.records import MANUAL
 from lowrank_core.studio.shared.reproduce import compress_command, enqueue_command
 from pages.components.manual.draft_state import DraftState
+from pages.components.widgets import offer
 
 __all__ = ["show"]
 
@@ -16,16 +17,8 @@ def show(editor: DraftState, draft: Draft) -> None:
     """Draw the download and the commands that use it."""
     name = f"{editor.run.id}-manual.json"
     st.subheader("Export", anchor=False)
-    st.download_button(
-        "Allocation (JSON)",
-        draft.to_json(MANUAL),
-        name,
-        "application/json",
-        key="hand_download",
-        icon=":material/download:",
-        on_click="ignore",
-        help="Ranks and locks, for importing here, editing, or `lowrank compress --ranks`.",
-    )
+    meaning = "Ranks and locks, for importing here, editing, or `lowrank compress --ranks`."
+    offer("Allocation (JSON)", name, draft.to_json(MANUAL), key="hand_download", help=meaning)
     st.caption("Compress with it, by this run's recipe:")
     st.code(compress_command(editor.run.config, name, f"{editor.run.id}-manual"), language="bash", wrap_lines=True)
     if not editor.run.recorded:

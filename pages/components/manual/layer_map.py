@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import streamlit as st
-
 from lowrank_core.allocation import Draft
 from lowrank_core.studio.manual.rank_table import groupings
 from lowrank_core.studio.shared.allocation_map import allocation_map, loss_map
-from lowrank_core.studio.shared.formatting import percent
-from lowrank_core.studio.shared.layer_map_chart import map_figure
-from pages.components import state
-from pages.components.charts import chart
+from lowrank_core.studio.shared.chart_style import Chart
+from lowrank_core.studio.shared.layer_map_chart import allocation_chart, map_figure
+from pages.components import charts, state
 from pages.components.manual.draft_state import DraftState, edit
+from pages.components.widgets import choose, pick
 
 __all__ = ["show"]
 
@@ -21,28 +19,26 @@ def show(editor: DraftState, draft: Draft) -> None:
     record, units = editor.recipe.record, editor.recipe.units
     allocation, module = draft.allocation("draft"), state.selection().module
     loss = record is not None and record.predicts and _wants_loss()
-    view = loss_map(allocation, units, record) if record is not None and loss else allocation_map(allocation, units)
-    chart(
-        map_figure(view, module),
-        key="hand_map",
-        title="Share of the predicted ΔKL" if loss else "Where this draft keeps its parameters",
-        how="bright cells have the largest predicted cost; members of a stack show the share of the whole stack. Click a cell to select it."
-        if loss
-        else f"bright cells keep most, 100 % is dense; {percent(allocation.compression_ratio)} removed. Click a cell to select it.",
-        alt="Kept fraction of parameters, or share of the predicted loss, by block and module type",
-        data=view.frame,
-        on_pick=state.pick_from_chart("module", "hand_map"),
-    )
+    if record is not None and loss:
+        view = loss_map(allocation, units, record)
+        spec = Chart(
+            map_figure(view, module),
+            view.frame,
+            name="predicted-loss",
+            title="Share of the predicted ΔKL",
+            how="bright cells have the largest predicted cost; members of a stack show the share of the whole stack.",
+            alt="Share of the predicted loss, by block and module type",
+        )
+    else:
+        spec = allocation_chart(allocation_map(allocation, units), "this draft", allocation.compression_ratio, module)
+    charts.show(spec, key="hand_map", hint="Click a cell to select it.", on_pick=state.pick_from_chart("module", "hand_map"))
     if module is not None:
         _grouping(editor, draft, module)
 
 
 def _wants_loss() -> bool:
     words = {"kept": "Parameters kept", "loss": "Predicted ΔKL"}
-    result = st.segmented_control(
-        "Map of", list(words), key="hand_map_of", default="kept", required=True, format_func=words.__getitem__, persist_state="session"
-    )
-    return result == "loss"
+    return choose("Map of", words, key="hand_map_of") == "loss"
 
 
 def _grouping(editor: DraftState, draft: Draft, module: str) -> None:
@@ -50,11 +46,10 @@ def _grouping(editor: DraftState, draft: Draft, module: str) -> None:
     if len(result) < 2:
         return
     key = state.control(editor.key("grouping"), next(iter(result)))
-    st.selectbox(
+    pick(
         f"Compress `{module}`",
-        list(result),
+        result,
         key=key,
-        format_func=lambda name: result.get(name, name),
         on_change=_regroup,
         args=(editor, key),
         help="Modules that shared its row get rows of their own. Every matrix keeps about its fraction.",

@@ -20,33 +20,23 @@ from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import trial_label
 from pages.components import navigation, state, tables
-from pages.components.boundary import boundary
 from pages.components.charts import chart
 from pages.components.manual.draft_state import DraftState
+from pages.components.request_controls import ask, why_not
 from pages.components.sidebar import resume_button
+from pages.components.widgets import pressed
 
 __all__ = ["button", "expectation", "result", "status", "trusted"]
-
-_RECORDED = "A recorded run has no worker: start a search of your own to measure."
 
 
 def button(editor: DraftState, draft: Draft) -> None:
     """Draw the button that measures the draft next."""
     now = _now(editor, draft, read_trials(editor.run))
     known = now.trial is not None and now.stage == "measured"
-    why_not = _RECORDED if editor.run.recorded else "Measured: see below." if known else "Queued." if now.open else None
-    pressed = st.button(
-        "Measure it now",
-        key="measure_hand",
-        type="primary",
-        icon=":material/straighten:",
-        disabled=why_not is not None,
-        help=why_not or "The run's worker measures it as its next trial, on search-validation text.",
-    )
-    if pressed:
-        with boundary():
-            client.submit(editor.run, "measure", ranks=dict(draft.ranks))
-            st.rerun()
+    help = "The run's worker measures it as its next trial, on search-validation text."
+    reason = why_not(editor.run) or ("Measured: see below." if known else "Queued." if now.open else None)
+    if pressed("Measure it now", key="measure_hand", type="primary", icon=":material/straighten:", why_not=reason, help=help):
+        ask(editor.run, "measure", ranks=dict(draft.ranks))
 
 
 def _now(editor: DraftState, draft: Draft, trials: Sequence[TrialRecord]) -> Picked:
@@ -85,7 +75,7 @@ def status(editor: DraftState, draft: Draft) -> None:
     elif now.stage == "refused":
         st.error(f"The worker refused this draft: {now.error}", icon=":material/error:")
     else:
-        st.caption((_RECORDED if editor.run.recorded else "This draft is not measured yet.") + others)
+        st.caption((why_not(editor.run) or "This draft is not measured yet.") + others)
 
 
 def result(editor: DraftState, draft: Draft) -> None:

@@ -14,6 +14,7 @@ from pages.components import coverage, state
 from pages.components.layout import metrics_row
 from pages.components.manual.draft_state import DraftState, edit, hint, note, step
 from pages.components.manual.starting_point import budget_ratio
+from pages.components.widgets import pick
 
 __all__ = ["meter", "steps"]
 
@@ -61,49 +62,29 @@ def _budget_words(cost: Bill) -> str:
 
 def steps(editor: DraftState, history: DraftHistory) -> None:
     """Draw undo, redo, reset, fitting to the budget, and locks."""
-    names = list(history.present.ranks)
+    draft, names = history.present, list(history.present.ranks)
+    steps = (
+        ("Undo", "undo", "undone", not history.past, None),
+        ("Redo", "redo", "redone", not history.future, None),
+        ("Reset", "restart_alt", "reset", draft == history.start, "Back to the starting point of the draft."),
+    )
+    locks = (("Lock all", "lock", True, len(names) == len(draft.locked)), ("Unlock all", "lock_open", False, not draft.locked))
     with st.container(horizontal=True, gap="small"):
-        st.button("Undo", key="hand_undo", icon=":material/undo:", disabled=not history.past, on_click=step, args=(editor, "undone"))
-        st.button("Redo", key="hand_redo", icon=":material/redo:", disabled=not history.future, on_click=step, args=(editor, "redone"))
-        st.button(
-            "Reset",
-            key="hand_reset",
-            icon=":material/restart_alt:",
-            disabled=history.present == history.start,
-            on_click=step,
-            args=(editor, "reset"),
-            help="Back to the starting point of the draft.",
-        )
+        for label, icon, way, idle, help in steps:
+            key, args = f"hand_{label.lower()}", (editor, way)
+            st.button(label, key=key, icon=f":material/{icon}:", disabled=idle, on_click=step, args=args, help=help)
         with st.popover("Fit the rest to the budget", icon=":material/balance:", key="hand_fit_popover"):
             _fit(editor)
-        st.button(
-            "Lock all",
-            key="hand_lock",
-            icon=":material/lock:",
-            on_click=_lock,
-            args=(editor, names, True),
-            disabled=len(names) == len(history.present.locked),
-        )
-        st.button(
-            "Unlock all",
-            key="hand_unlock",
-            icon=":material/lock_open:",
-            on_click=_lock,
-            args=(editor, names, False),
-            disabled=not history.present.locked,
-        )
+        for label, icon, locked, idle in locks:
+            key = f"hand_{label.lower().removesuffix(' all')}"
+            st.button(label, key=key, icon=f":material/{icon}:", disabled=idle, on_click=_lock, args=(editor, names, locked))
 
 
 def _fit(editor: DraftState) -> None:
     result = {_PROPORTION: "In proportion to what they keep now", **rules(editor.recipe)}
     key = editor.key("rule")
-    st.selectbox(
-        "How the unlocked rows share the remaining budget",
-        list(result),
-        key=key,
-        format_func=lambda name: result.get(name, name),
-        help="A rule reallocates all unlocked rows; Lagrangian may also regroup unlocked modules.",
-    )
+    help = "A rule reallocates all unlocked rows; Lagrangian may also regroup unlocked modules."
+    pick("How the unlocked rows share the remaining budget", result, key=key, help=help)
     st.button("Fit", key="hand_fit", type="primary", on_click=_fitted, args=(editor, key))
 
 

@@ -12,8 +12,9 @@ from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.manual.starting_points import missing_rules, starts
 from lowrank_core.studio.shared.trial_names import ratio_words
 from pages.components import state
-from pages.components.boundary import boundary
 from pages.components.manual.draft_state import DraftState, history, note, say, take
+from pages.components.request_controls import ask
+from pages.components.widgets import pick
 
 __all__ = ["budget_ratio", "show"]
 
@@ -24,14 +25,7 @@ def show(editor: DraftState) -> None:
     result = starts(editor.recipe, trials, state.selection().trial)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         key = editor.key("start")
-        st.selectbox(
-            "Start from",
-            list(result),
-            key=key,
-            format_func=lambda start: result.get(start, str(start)),
-            width=400,
-            help="A trial of this run, or an allocation rule at the budget on the right.",
-        )
+        pick("Start from", result, key=key, width=400, help="A trial of this run, or an allocation rule at the budget on the right.")
         st.button(
             "Start from it",
             key="hand_begin",
@@ -110,9 +104,7 @@ def _without_curves(editor: DraftState) -> None:
             icon=":material/show_chart:",
         )
         if not editor.run.recorded and st.button("Compute error curves", key="hand_curves", disabled=_asked(editor)):
-            with boundary():
-                client.submit(editor.run, "curves")
-                st.rerun()
+            ask(editor.run, "curves")
 
 
 def _asked(editor: DraftState) -> bool:

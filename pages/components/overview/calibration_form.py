@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import streamlit as st
@@ -14,11 +15,13 @@ from lowrank_core.studio.overview.text_preview import TextPreview, check_long_en
 from pages.components.boundary import boundary
 from pages.components.loading import model_on_disk, preview_of
 from pages.components.overview import preflight
-from pages.components.start import start
-from pages.components.widgets import draw
+from pages.components.pickers import own_file
+from pages.components.request_controls import start
+from pages.components.widgets import choose, draw, draw_all, pick
 
 __all__ = ["calibration_form"]
 
+_KEYS = {(TextConfig, "seed"): "text_seed", (ModelSource, "dtype"): "model_dtype"}
 _MODELS = {"demo": "Bundled demo", "other": "Folder or hub id"}
 
 
@@ -46,15 +49,12 @@ def calibration_form() -> None:
         if model is not None and config is not None:
             preflight.fit_line(model, config)
     if pressed and config is not None:
-        with boundary():
-            start(config)
+        start(config)
     preflight.show(reference, model, preview, config)
 
 
 def _model_reference() -> str:
-    choice = st.segmented_control(
-        "Model", list(_MODELS), key="model_choice", default="demo", required=True, format_func=_MODELS.__getitem__, persist_state="session"
-    )
+    choice = choose("Model", _MODELS, key="model_choice")
     if choice != "other":
         return "demo"
     return st.text_input(
@@ -67,16 +67,9 @@ def _model_reference() -> str:
 
 
 def _text_reference() -> str:
-    choice = st.selectbox("Text", list(TEXTS), key="text_choice", format_func=TEXTS.__getitem__, persist_state="session")
+    choice = pick("Text", TEXTS, key="text_choice", persist_state="session")
     if choice == "file":
-        place = st.text_input(
-            "Path of the file",
-            key="text_path",
-            placeholder="/data/notes.txt",
-            help="UTF-8 .txt, .jsonl or .parquet with a `text` column.",
-            persist_state="session",
-        )
-        return f"file:{place}"
+        return f"file:{own_file('text_path', 'UTF-8 .txt, .jsonl or .parquet with a `text` column.')}"
     if choice in HUB_TEXTS:
         folder = st.text_input(
             "Folder of a local copy (else it is downloaded)",
@@ -95,30 +88,19 @@ def _sizes() -> tuple[int, int]:
     return windows, draw(TextConfig, "context", key="context", place=right)
 
 
-_ADVANCED: tuple[tuple[type, str, str], ...] = (
-    (CalibrationConfig, "group_size", "group_size"),
-    (CalibrationConfig, "group_weights", "group_weights"),
-    (CalibrationConfig, "batch_size", "batch_size"),
-    (TextConfig, "validation_windows", "validation_windows"),
-    (TextConfig, "test_windows", "test_windows"),
-    (TextConfig, "bos", "bos"),
-    (TextConfig, "seed", "text_seed"),
-    (CalibrationConfig, "robust", "robust"),
-    (ModelSource, "dtype", "model_dtype"),
-    (CalibrationConfig, "gradient_windows", "gradient_windows"),
-    (CalibrationConfig, "gradient_seed", "gradient_seed"),
-)
-"""Config, field and widget key of what stands under Advanced, row by row."""
+_ADVANCED: Mapping[type, Sequence[str]] = {
+    CalibrationConfig: ("group_size", "group_weights", "batch_size", "robust", "gradient_windows", "gradient_seed"),
+    TextConfig: ("validation_windows", "test_windows", "bos", "seed"),
+    ModelSource: ("dtype",),
+}
+"""Config -> fields of what stands under Advanced."""
 
 
 def _advanced() -> dict[type, dict[str, Any]]:
     """Return config class -> field -> value."""
-    chosen: dict[type, dict[str, Any]] = {TextConfig: {}, CalibrationConfig: {}, ModelSource: {}}
     with st.expander("Advanced"):
         columns = st.columns(3)
-        for index, (kind, name, key) in enumerate(_ADVANCED):
-            chosen[kind][name] = draw(kind, name, key=key, place=columns[index % 3])
-    return chosen
+        return {kind: draw_all(kind, {name: _KEYS.get((kind, name), name) for name in names}, columns) for kind, names in _ADVANCED.items()}
 
 
 def _checked(reference: str, text: str) -> tuple[ModelOnDisk | None, TextPreview | None, bool]:

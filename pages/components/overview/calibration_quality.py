@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import streamlit as st
 
-from lowrank_core.config import TOKENS_PER_DIMENSION
 from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studio.overview.calibration_quality import (
@@ -15,12 +14,13 @@ from lowrank_core.studio.overview.calibration_quality import (
     input_table,
     inputs_spec,
     quality_map,
+    quality_metrics,
     quality_warnings,
 )
-from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from pages.components import layout, state, tables
 from pages.components.charts import chart
+from pages.components.widgets import pick
 
 __all__ = ["show"]
 
@@ -32,25 +32,14 @@ def show(run: Run, spectra: Sequence[LayerSpectrum], facts: CalibrationFacts, mo
         st.warning(warning, icon=":material/warning:")
     search = run.config.search
     damping = search.compression.input_damping if search is not None else None
-    layout.metrics_row(
-        {
-            "Tokens per dimension (min)": (
-                number(facts.min_tokens_per_dimension),
-                f"Over all inputs; below {TOKENS_PER_DIMENSION} small eigenvalues are noise.",
-            ),
-            "Condition number (max)": (facts.condition_words, "Over all inputs, before any damping."),
-            "Damping in use": (
-                f"{damping:g}" if damping is not None else "none",
-                "Added to every eigenvalue of an input's covariance before it is inverted, relative to their mean."
-                if damping is not None
-                else "Not used by an analysis. A search or `lowrank compress` applies damping.",
-            ),
-            "Groups × windows": (f"{facts.groups} × {facts.group_size}", f"Weights: {facts.group_weights}. Pooled within groups."),
-        }
-    )
+    inverted = "Added to every eigenvalue of an input's covariance before it is inverted, relative to their mean."
+    unused = "Not used by an analysis. A search or `lowrank compress` applies damping."
+    damped = ("none", unused) if damping is None else (f"{damping:g}", inverted)
+    layout.metrics_row({**quality_metrics(facts), "Damping in use": damped})
     table = input_table(facts, spectra, damping)
     names = [name for name in QUALITIES if name != "damped_condition" or damping is not None]
-    name = st.selectbox("Quality", names, key="quality", format_func=lambda key: QUALITIES[key].label, persist_state="session", width=330)
+    labels = {key: QUALITIES[key].label for key in names}
+    name = pick("Quality", labels, key="quality", persist_state="session", width=330)
     quality = QUALITIES[name]
     chart(
         map_figure(quality_map(facts, table, name, module), module),

@@ -25,6 +25,7 @@ from lowrank_core.studio.shared.reproduce import reproduction
 from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.summary import comparisons_table
 from pages.components.loading import spectra_of
+from pages.components.widgets import offer
 
 __all__ = ["show"]
 
@@ -39,11 +40,10 @@ def show(run: Run, source: Source | None) -> None:
     if damage:
         st.error(f"The report and the charts can't be written: {damage}", icon=":material/error:")
     why_not = "A file of this run is damaged." if damage else ""
-    _offer(
-        "Report (HTML)", "report", partial(report_html, run), "text/html", "One file, no server: charts, tables, protocol, seeds.", why_not
-    )
+    about = "One file, no server: charts, tables, protocol, seeds."
+    _offer("Report (HTML)", "report.html", partial(report_html, run), about, why_not)
     pictures = "All charts in one self-contained file; each has buttons for SVG, PNG, CSV and interactive HTML."
-    _offer("Charts (SVG, PNG, HTML)", "figures", partial(charts_html, run), "text/html", pictures, why_not)
+    _offer("Charts (SVG, PNG, HTML)", "charts.html", partial(charts_html, run), pictures, why_not)
     _tables(run, source)
     st.caption(
         "On each page, the camera above a chart saves it as SVG, and the button next to it saves its data as CSV. Rendered in your "
@@ -73,26 +73,12 @@ def _tables(run: Run, source: Source | None) -> None:
     chosen = source.label if source is not None else "Nothing chosen"
     meaning = f"Ranks by layer of: {chosen}. For `lowrank compress --ranks`, or as the start of a manual allocation."
     name = source.name.replace(" ", "-") if source is not None else "allocation"
-    _offer("Allocation (JSON)", name, partial(_allocation, run, source), "application/json", meaning, why_not)
-    rows = "Every trial: state, value, perplexity, KL, ratio, seconds, variables."
-    _offer(
-        "Trials (CSV)",
-        "trials",
-        lambda: csv_of(trial_table(trials, search)),
-        "text/csv",
-        rows,
-        "" if trials else "No trial yet.",
-    )
+    _offer("Allocation (JSON)", f"{name}.json", partial(_allocation, run, source), meaning, why_not)
+    rows, reason = "Every trial: state, value, perplexity, KL, ratio, seconds, variables.", "" if trials else "No trial yet."
+    _offer("Trials (CSV)", "trials.csv", lambda: csv_of(trial_table(trials, search)), rows, reason)
     rows = "Dense and everything measured on test text, with intervals, sizes and protocol."
-    table = comparisons_table(result)
-    _offer(
-        "Comparison (CSV)",
-        "comparison",
-        lambda: csv_of(table),
-        "text/csv",
-        rows,
-        "" if result else "Nothing was measured on test text yet.",
-    )
+    reason, table = "" if result else "Nothing was measured on test text yet.", comparisons_table(result)
+    _offer("Comparison (CSV)", "comparison.csv", lambda: csv_of(table), rows, reason)
 
 
 def _allocation(run: Run, source: Source | None) -> str:
@@ -109,27 +95,15 @@ def _again(run: Run) -> None:
     """Offer the run's record, and show the commands that reproduce it."""
     result = reproduction(run.record, run.config)
     with st.expander("Repeat the whole run", icon=":material/replay:", key="again_panel"):
-        _offer("run.json", "run", lambda: result.record, "application/json", "All options of the run. Save the file, then:")
+        _offer("run.json", "run.json", lambda: result.record, "All options of the run. Save the file, then:")
         st.code(result.exact, language="bash", wrap_lines=True)
         st.caption("As command-line flags")
         st.code(result.options, language="bash", wrap_lines=True)
 
 
-_ENDINGS = {"text/html": "html", "application/json": "json", "text/csv": "csv"}
-
-
-def _offer(label: str, name: str, made: Callable[[], str], media: str, meaning: str, why_not: str = "") -> None:
+def _offer(label: str, file: str, made: Callable[[], str], meaning: str, why_not: str = "") -> None:
     """Draw an on-demand download with its description."""
     left, right = st.columns([1, 2.6], vertical_alignment="center")
-    left.download_button(
-        label,
-        lambda: made().encode("utf-8"),
-        f"{name}.{_ENDINGS[media]}",
-        media,
-        key=f"download_{label}",
-        icon=":material/download:",
-        disabled=bool(why_not),
-        width="stretch",
-        on_click="ignore",
-    )
+    key = f"download_{label}"
+    offer(label, file, lambda: made().encode("utf-8"), key=key, place=left, disabled=bool(why_not), width="stretch")
     right.caption(f"{meaning} {why_not}".strip())

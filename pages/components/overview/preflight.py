@@ -7,14 +7,14 @@ import streamlit as st
 from lowrank_core.config import RunConfig
 from lowrank_core.studio.overview.checkpoint import ModelOnDisk, tensor_table
 from lowrank_core.studio.overview.memory_estimate import DEVICE, DISK, MEMORY, Fit, fit_of, fit_table, this_machine
-from lowrank_core.studio.overview.module_tree import ARRANGEMENTS, module_tree
-from lowrank_core.studio.overview.module_tree_chart import tree_html
+from lowrank_core.studio.overview.module_tree_chart import ARRANGEMENTS, module_tree, tree_html
 from lowrank_core.studio.overview.source_checks import hub_cache
 from lowrank_core.studio.overview.text_preview import CHARACTERS_PER_TOKEN, TextPreview, preview_table, preview_warnings
 from lowrank_core.studio.shared.formatting import count, percent, size
 from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.table import Column, Table
 from pages.components import coverage, tables
+from pages.components.widgets import choose, offer
 
 __all__ = ["fit_line", "notes", "show", "tree"]
 
@@ -53,27 +53,9 @@ def tree(model: ModelOnDisk, *, key: str) -> None:
     """Draw the module tree of a checkpoint, and offer its tensors as a file."""
     facts = model.facts
     with st.container(horizontal=True, vertical_alignment="center"):
-        arrangement = st.segmented_control(
-            "Arrangement",
-            list(ARRANGEMENTS),
-            key=f"{key}_by",
-            default="block",
-            required=True,
-            format_func=ARRANGEMENTS.__getitem__,
-            label_visibility="collapsed",
-            persist_state="session",
-        )
-        st.download_button(
-            "CSV",
-            lambda: csv_of(tensor_table(model.parts)).encode(),
-            "tensors.csv",
-            "text/csv",
-            key=f"{key}_csv",
-            help="Every tensor with shape, dtype, parameters and treatment.",
-            icon=":material/download:",
-            type="tertiary",
-            on_click="ignore",
-        )
+        arrangement = choose("Arrangement", ARRANGEMENTS, key=f"{key}_by", label_visibility="collapsed")
+        help = "Every tensor with shape, dtype, parameters and treatment."
+        offer("CSV", "tensors.csv", lambda: csv_of(tensor_table(model.parts)).encode(), key=f"{key}_csv", help=help, type="tertiary")
     files = "one file" if len(model.files) == 1 else f"{len(model.files)} files"
     st.caption(
         f"{facts.architecture} · {count(facts.parameters)} parameters, {percent(facts.compressible_share)} of them compressible · "

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import streamlit as st
 
-from lowrank_core.config import OBJECTIVES, RunConfig, SearchConfig
+from lowrank_core.config import RunConfig, SearchConfig
 from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.studies.published import POOL_RATIO
 from lowrank_core.studio.search.search_plan import Plan, check_budget, time_estimate
@@ -14,8 +14,9 @@ from lowrank_core.studio.shared.formatting import count, duration, percent
 from lowrank_core.studio.shared.model_facts import ModelFacts
 from pages.components import coverage
 from pages.components.boundary import boundary
+from pages.components.request_controls import start
 from pages.components.search import form_options
-from pages.components.start import start
+from pages.components.widgets import choose, draw
 
 __all__ = ["search_form"]
 
@@ -48,8 +49,7 @@ def search_form(base: RunConfig, facts: ModelFacts | None) -> None:
     search = config.search if config is not None and config.search is not None else _DEFAULT
     st.caption(_judged_words(base, search))
     if pressed and feasible and config is not None:
-        with boundary():
-            start(config)
+        start(config)
 
 
 def _judged_words(base: RunConfig, search: SearchConfig) -> str:
@@ -68,17 +68,7 @@ def _inputs() -> SearchConfig:
     Raises:
         ConfigError: they do not go together.
     """
-    recipe = st.segmented_control(
-        "Recipe",
-        list(_RECIPES),
-        default="studio",
-        required=True,
-        key="search_recipe",
-        format_func=_RECIPES.__getitem__,
-        help="How the matrices are factorised and what the search varies.",
-        persist_state="session",
-    )
-    recipe = str(recipe)
+    recipe = choose("Recipe", _RECIPES, key="search_recipe", help="How the matrices are factorised and what the search varies.")
     st.caption(_ABOUT[recipe])
     minimum, maximum, trials, objective = _simple(published=recipe == "bolaco")
     if recipe == "bolaco":
@@ -101,7 +91,7 @@ def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
     )
     left, right = st.columns(2, gap="large")
     with left:
-        minimum, maximum = _range() if far and not published else (_ratio(), None)
+        minimum, maximum = _ratio(ranged=far and not published)
     trials = right.slider(
         "Trials",
         2,
@@ -111,44 +101,24 @@ def _simple(*, published: bool) -> tuple[float, float | None, int, str]:
         help="Including baselines (Bolaco's search has none). Can be extended later.",
         persist_state="session",
     )
-    objective = left.selectbox(
-        "Objective",
-        OBJECTIVES,
-        key="search_objective",
-        format_func=OBJECTIVES.__getitem__,
-        disabled=published,
-        help="Minimised on search-validation text, which is disjoint from calibration and test text. The Bolaco recipe has its own.",
-        persist_state="session",
-    )
+    objective = draw(SearchConfig, "objective", key="search_objective", place=left, disabled=published)
     return minimum, maximum, trials, objective
 
 
-def _ratio() -> float:
-    ratio = st.slider(
-        "Compression ratio (parameters removed)",
-        5,
-        80,
-        round(100 * _DEFAULT.compression_ratio),
-        format="%d %%",
-        key="search_ratio",
-        help="Fraction of the compressible linears' parameters to remove.",
-        persist_state="session",
+def _ratio(*, ranged: bool) -> tuple[float, float | None]:
+    """Draw the ratio, or the two ends of a range."""
+    label, help, begin, key = (
+        ("Compression ratios (parameters removed)", "Every trial removes its own fraction between these two.", (20, 60), "search_ratios")
+        if ranged
+        else (
+            "Compression ratio (parameters removed)",
+            "Fraction of the compressible linears' parameters to remove.",
+            round(100 * _DEFAULT.compression_ratio),
+            "search_ratio",
+        )
     )
-    return float(ratio / 100)
-
-
-def _range() -> tuple[float, float]:
-    low, high = st.slider(
-        "Compression ratios (parameters removed)",
-        5,
-        80,
-        (20, 60),
-        format="%d %%",
-        key="search_ratios",
-        help="Every trial removes its own fraction between these two.",
-        persist_state="session",
-    )
-    return low / 100, high / 100
+    chosen = st.slider(label, 5, 80, begin, format="%d %%", key=key, help=help, persist_state="session")
+    return (chosen[0] / 100, chosen[1] / 100) if isinstance(chosen, tuple) else (chosen / 100, None)
 
 
 def _budget_line(config: RunConfig, facts: ModelFacts | None) -> bool:

@@ -6,7 +6,7 @@ import streamlit as st
 
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.presets.recipes import PRESETS
-from pages.components.widgets import draw
+from pages.components.widgets import draw, draw_all
 
 __all__ = ["advanced", "seed_alone"]
 
@@ -48,10 +48,7 @@ def _recipe() -> dict[str, object]:
         weights = variables == "error_weight"
         stacks = draw(CompressionConfig, "stacks", key="search_stacks", disabled=not weights)
         heads = draw(CompressionConfig, "heads", key="search_heads", disabled=not weights or dense)
-    numbers = {}
-    columns = st.columns(3)
-    for index, name in enumerate(_NUMBERS):
-        numbers[name] = draw(CompressionConfig, name, key=f"search_{name}", place=columns[index % 3])
+    numbers = draw_all(CompressionConfig, _NUMBERS, st.columns(3), "search_")
     alternatives = {"stacks": stacks and weights, "heads": heads and weights and not dense}
     compression = CompressionConfig(basis=basis, storage=storage, value_dense=dense, **alternatives, **numbers)
     return {"compression": compression, "variables": variables}

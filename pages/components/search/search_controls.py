@@ -12,6 +12,7 @@ from lowrank_core.studies.storage import dashboard_command
 from lowrank_core.studio.search.search_plan import check_budget
 from lowrank_core.studio.shared.model_facts import ModelFacts
 from pages.components.boundary import boundary
+from pages.components.widgets import pick, pressed
 
 __all__ = ["show"]
 
@@ -46,14 +47,8 @@ def _extension(run: Run, search: SearchConfig) -> None:
 
 def _sampler(run: Run, search: SearchConfig, facts: ModelFacts | None) -> None:
     with st.popover("Sampler", icon=":material/shuffle:", key="sampler_popover"):
-        sampler = st.selectbox(
-            "Sampler from the next trial on",
-            SAMPLERS,
-            list(SAMPLERS).index(search.sampler),
-            key=f"sampler_now_{run.id}",
-            format_func=SAMPLERS.__getitem__,
-            help="It uses all existing trials, whichever sampler proposed them.",
-        )
+        help = "It uses all existing trials, whichever sampler proposed them."
+        sampler = pick("Sampler from the next trial on", SAMPLERS, search.sampler, key=f"sampler_now_{run.id}", help=help)
         if st.button("Use it", key="use_sampler", disabled=sampler == search.sampler):
             with boundary():
                 if facts is not None:  # e.g. too many variables for a Gaussian process
@@ -64,14 +59,14 @@ def _sampler(run: Run, search: SearchConfig, facts: ModelFacts | None) -> None:
 
 
 def _worker(run: Run) -> None:
-    alive = run.worker_alive()
-    if st.button(
+    reason = None if run.worker_alive() else "No worker is running: extend or resume the search first."
+    if pressed(
         "Add a worker",
         key="add_worker",
         icon=":material/group_add:",
-        disabled=not alive,
+        why_not=reason,
         help="One more process on this machine that runs trials. It loads the model again and needs as much memory again; useful with "
-        "spare cores or devices." + ("" if alive else " No worker is running: extend or resume the search first."),
+        "spare cores or devices.",
     ):
         with boundary():
             client.add_worker(run)

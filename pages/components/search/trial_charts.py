@@ -10,34 +10,32 @@ import streamlit as st
 
 from lowrank_core.config import SearchConfig
 from lowrank_core.runs import Run
-from lowrank_core.studies.records import TrialRecord
+from lowrank_core.runs.client import results
+from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studies.variables import read_ranges
-from lowrank_core.studio.search import pareto as fronts
+from lowrank_core.studio.compare import comparison
+from lowrank_core.studio.search import pareto_chart as fronts
 from lowrank_core.studio.search.history import better_half, trials_spec
 from lowrank_core.studio.search.history import history as history_of
 from lowrank_core.studio.search.history_chart import history_chart
-from lowrank_core.studio.search.parallel_coordinates import fingerprint as fingerprint_of
-from lowrank_core.studio.search.parallel_coordinates import importance_table, missing_words
-from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint_chart, importance_chart
+from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint as fingerprint_of
+from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint_chart, importance_chart, importance_table, missing_words
 from lowrank_core.studio.search.pareto_chart import front_chart
-from lowrank_core.studio.search.timeline import timeline
-from lowrank_core.studio.search.timeline_chart import timeline_chart
-from lowrank_core.studio.search.trial_windows import window_losses
-from lowrank_core.studio.search.trial_windows_chart import window_chart
-from lowrank_core.studio.search.worker_list import living_workers
+from lowrank_core.studio.search.static_chart import front_declared, history_declared
+from lowrank_core.studio.search.timeline_chart import living_workers, timeline, timeline_chart
+from lowrank_core.studio.search.trial_windows_chart import window_chart, window_losses
 from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
-from lowrank_core.studio.shared.formatting import number, percent
-from lowrank_core.studio.shared.layer_map_chart import map_figure
+from lowrank_core.studio.shared.formatting import number
+from lowrank_core.studio.shared.layer_map_chart import allocation_chart
 from lowrank_core.studio.shared.model_facts import model_facts
-from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.table import Column
 from lowrank_core.studio.shared.trial_names import state_words, trial_label
 from lowrank_core.studio.shared.vega import PICKED
-from pages.components import navigation, state, tables
-from pages.components.charts import chart
+from pages.components import charts, navigation, state, tables
 from pages.components.loading import importances_of, pictures_of
+from pages.components.widgets import offer
 
-__all__ = ["allocation", "fingerprint", "front", "history", "importance", "table", "times", "windows"]
+__all__ = ["allocation", "confirmed", "fingerprint", "front", "history", "importance", "table", "times", "windows"]
 
 
 def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
@@ -50,18 +48,13 @@ def history(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, chose
         help="Hides trials and baselines worse than the median, so that small gains are visible. The best baseline stays.",
     )
     shown = better_half(view) if near else view
-    left_out = len(view.trials) - len(shown.trials) + len(view.baselines) - len(shown.baselines)
-    chart(
-        history_chart(shown, chosen.number if chosen else None, pictures_of(run, trials, search)),
-        key="history",
-        title=f"{'The better half of the trials' if near else 'Every trial'} on search-validation text",
-        how="lower is better; the green steps are the best so far, dashed lines the baselines. Hover over a trial for a small map of its "
-        "allocation, click it for a large one; drag to pan, Ctrl + wheel to zoom, double-click to reset."
-        + (f" **Left out**, as worse than half of the trials: {left_out} points and lines." if near else ""),
-        alt="Objective of each trial in trial order, with baselines and the best so far",
-        data=view.trials,
-        on_pick=state.pick_from_vega("trial", "history", PICKED, "number"),
-    )
+    spec = history_declared(shown, history_chart(shown, chosen.number if chosen else None, pictures_of(run, trials, search)))
+    hint = "Hover over a trial for a small map of its allocation, click it for a large one; drag to pan, Ctrl + wheel to zoom."
+    if near:
+        left_out = len(view.trials) - len(shown.trials) + len(view.baselines) - len(shown.baselines)
+        spec = replace(spec, title="The better half of the trials on search-validation text")
+        hint = f"{hint} **Left out**, as worse than half of the trials: {left_out} points and lines."
+    charts.show(spec, key="history", hint=hint, on_pick=state.pick_from_vega("trial", "history", PICKED, "number"))
 
 
 def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
@@ -70,7 +63,7 @@ def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRe
     if view is None:
         return
     who = f"{view.shown}, running now" if view.running else view.shown
-    chart(
+    charts.chart(
         window_chart(view),
         key="windows",
         title=f"{who}, window by window" if view.shown == view.other else f"{who}, against {view.other} window by window",
@@ -84,16 +77,9 @@ def windows(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRe
 def front(trials: Sequence[TrialRecord], search: SearchConfig, chosen: TrialRecord | None) -> None:
     """Draw loss against compression ratio, and the Pareto front as a table."""
     view = fronts.front(trials, search.objective)
-    chart(
-        front_chart(view, chosen.number if chosen else None),
-        key="front",
-        title="Loss against compression ratio, on search-validation text",
-        how="lower and further right is better. The green steps are the Pareto front. Dashed lines join the points of a baseline. Click a "
-        "point for its allocation.",
-        alt="Objective of each trial against the fraction of parameters it removes, with the Pareto front",
-        data=view.trials,
-        on_pick=state.pick_from_vega("trial", "front", PICKED, "number"),
-    )
+    spec = front_declared(view, front_chart(view, chosen.number if chosen else None))
+    hint = "Click a point for its allocation."
+    charts.show(spec, key="front", hint=hint, on_pick=state.pick_from_vega("trial", "front", PICKED, "number"))
     table = fronts.front_spec(trials, search)
     pick = state.pick_from_table("trial", "front_table", list(table.frame["trial"]))
     tables.show(table, key="front_table", height=230, on_pick=pick)
@@ -108,27 +94,11 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
     result = allocation_of(trial, units)
     if trial.state not in ("complete", "running"):
         st.caption(f"{trial_label(trial)}: {state_words(trial)}.")
-    view = allocation_map(result, units)
-    chart(
-        map_figure(view, state.selection().module),
-        key="allocation_map",
-        title=f"Where {trial_label(trial)} keeps its parameters",
-        how=f"bright cells keep most of their parameters, 100 % is dense; {percent(result.compression_ratio)} are removed in all.",
-        alt=f"Kept fraction of parameters by block and module type for {trial_label(trial)}",
-        data=view.frame,
-        on_pick=state.pick_from_chart("module", "allocation_map"),
-    )
+    spec = allocation_chart(allocation_map(result, units), trial_label(trial), result.compression_ratio, state.selection().module)
+    charts.show(spec, key="allocation_map", on_pick=state.pick_from_chart("module", "allocation_map"))
     with st.container(horizontal=True, vertical_alignment="center"):
-        st.download_button(
-            "Allocation (JSON)",
-            result.to_json(),
-            f"{run.id}-trial-{trial.number}.json",
-            "application/json",
-            key="download_allocation",
-            icon=":material/download:",
-            help="Valid for `lowrank compress --ranks`, and on the page Manual allocation.",
-            on_click="ignore",
-        )
+        help = "Valid for `lowrank compress --ranks`, and on the page Manual allocation."
+        offer("Allocation (JSON)", f"{run.id}-trial-{trial.number}.json", result.to_json(), key="download_allocation", help=help)
         st.page_link(navigation.COMPARE, label="Compare it on test text", icon=":material/balance:")
 
 
@@ -140,7 +110,7 @@ def fingerprint(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, c
     rest = ""
     if view.trials < view.of_trials or view.variables < view.of_variables:
         rest = f" Shown: the best {view.trials} of {view.of_trials} trials, {view.variables} of {view.of_variables} variables."
-    chart(
+    charts.chart(
         fingerprint_chart(view, chosen.number if chosen else None),
         key="fingerprint",
         title="Trial parameters, best at the left",
@@ -159,7 +129,7 @@ def importance(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) ->
         st.caption(missing_words(result))
         return
     frame = importance_table(result, trials, search)
-    chart(
+    charts.chart(
         importance_chart(frame),
         key="importance",
         title="Importance of variables",
@@ -181,7 +151,7 @@ def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -
     frame = timeline(trials, {} if run.recorded else living_workers(run), time.time())
     if frame.empty:
         return
-    chart(
+    charts.chart(
         timeline_chart(frame, chosen.number if chosen else None),
         key="timeline",
         title="Timeline of workers and trials",
@@ -204,12 +174,24 @@ def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None
     st.markdown("**Trials**")
     pick = state.pick_from_table("trial", "trial_table", list(result.frame["trial"]))
     tables.show(replace(result, columns=columns), key="trial_table", height=300, on_pick=pick)
-    st.download_button(
-        "Trials (CSV)",
-        csv_of(result.frame),
-        f"{run.id}-trials.csv",
-        "text/csv",
-        key="download_trials",
-        icon=":material/download:",
-        on_click="ignore",
+    offer("Trials (CSV)", f"{run.id}-trials.csv", result.frame, key="download_trials")
+
+
+def confirmed(run: Run) -> None:
+    """Draw the test results of the best trials; nothing without any.
+
+    Raises:
+        RunError: an answer, or the journal, is damaged.
+    """
+    result = comparison.confirmed(results(run), read_trials(run))
+    if result is None:
+        return
+    st.subheader("Confirmed on test text", anchor=False)
+    for warning in result.warnings:
+        st.warning(warning, icon=":material/warning:")
+    st.caption(
+        f"No trial used this text: the search minimised on search-validation text. Protocol: {result.protocol}. Intervals are of 95 %, "
+        "over windows."
     )
+    tables.show(comparison.confirmed_spec(result), key="confirmed_table")
+    st.page_link(navigation.COMPARE, label="More on the Compare page", icon=":material/balance:")

@@ -11,13 +11,13 @@ from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, RunStatus
 from lowrank_core.studies.records import TrialRecord, best_trial, read_trials
-from lowrank_core.studio.search.history import Progress, progress
-from lowrank_core.studio.search.pareto import front_table
-from lowrank_core.studio.search.worker_list import living_workers, worker_table
+from lowrank_core.studio.search.history import Progress, headline, progress
+from lowrank_core.studio.search.pareto_chart import front_table
+from lowrank_core.studio.search.timeline_chart import living_workers, worker_table
 from lowrank_core.studio.shared.formatting import number, percent, short_duration
 from lowrank_core.studio.shared.run_list import STATE_WORDS, is_working, status_words
 from lowrank_core.studio.shared.table import Column, Table
-from lowrank_core.studio.shared.trial_names import ratio_words, trial_label
+from lowrank_core.studio.shared.trial_names import ratio_words
 from pages.components import state, tables
 from pages.components.layout import metrics_row
 from pages.components.search import trial_charts
@@ -41,7 +41,7 @@ def show(run: Run) -> None:
         return
     chosen = _chosen(trials, search)
     if search.max_ratio is None:
-        _figures(now, search)
+        metrics_row(headline(now, search))
         trial_charts.history(run, trials, search, chosen)
         trial_charts.windows(trials, search, chosen)
     else:
@@ -92,22 +92,6 @@ def _counts(now: Progress, workers: int) -> str:
         f"{workers} workers" if workers > 1 else "1 worker" if workers else "",
     ]
     return " · ".join(word for word in words if word)
-
-
-def _figures(now: Progress, search: SearchConfig) -> None:
-    best = now.best
-    metrics_row(
-        {
-            "Best trial": (trial_label(best) if best else "–", "The lowest value so far."),
-            "Best value": (number(best.value, 4) if best else "–", OBJECTIVES[search.objective]),
-            "Its perplexity": (
-                number(best.perplexity) if best else "–",
-                f"On search-validation text; uniform: {number(now.uniform_perplexity)}.",
-            ),
-            "Below uniform": (percent(now.gain), "How far the best value lies below that of the uniform baseline."),
-            "Removed": (percent(best.compression_ratio) if best else "–", "Of the compressible linears' parameters, as counted."),
-        }
-    )
 
 
 def _front_figures(trials: Sequence[TrialRecord], now: Progress, search: SearchConfig) -> None:

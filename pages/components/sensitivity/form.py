@@ -16,15 +16,16 @@ from lowrank_core.studio.shared.model_facts import ModelFacts
 from lowrank_core.studio.shared.run_list import is_working, status_words
 from lowrank_core.wording import given_percent
 from pages.components.boundary import boundary
+from pages.components.request_controls import ask, why_not
 from pages.components.sidebar import resume_button
+from pages.components.widgets import draw, pressed
 
 __all__ = ["form", "progress"]
 
-_RATIOS = (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9)
+_RATIOS = {ratio: given_percent(ratio) for ratio in (0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 0.6, 0.65, 0.7, 0.8, 0.9)}
 _SCOPES = {TYPE: "All of a type together", MODULE: "Each module alone"}
 _STAGE = "Measuring sensitivity"
 _RECORDED = "A recorded run has no worker: start a calibration or a search of your own to measure."
-_USUAL = SensitivityConfig()
 
 
 def form(run: Run, facts: ModelFacts) -> None:
@@ -42,24 +43,17 @@ def form(run: Run, facts: ModelFacts) -> None:
     with boundary():
         config = _inputs(run, facts)
         plan = plan_of(run, facts.matrices, config)
-    waiting = waiting_request(run) is not None
-    why_not = _RECORDED if run.recorded else "A measurement is already queued or running." if waiting else None
-    done = plan is not None and plan.missing == 0
+    reason = why_not(run, _RECORDED)
+    if reason is None and waiting_request(run) is not None:
+        reason = "A measurement is already queued or running."
+    if reason is None and (plan is None or plan.missing == 0):
+        reason = "See the message above." if plan is None else "All cells are measured: see below."
     with st.container(horizontal=True, vertical_alignment="center"):
-        pressed = st.button(
-            "Measure",
-            key="start_sensitivity",
-            type="primary",
-            icon=":material/play_arrow:",
-            disabled=why_not is not None or plan is None or done,
-            help=why_not or ("All cells are measured: see below." if done else None),
-        )
+        start = pressed("Measure", key="start_sensitivity", type="primary", icon=":material/play_arrow:", why_not=reason)
         if plan is not None:
             st.caption(_plan_words(plan), width="content")
-    if pressed and config is not None:
-        with boundary():
-            client.submit(run, "sensitivity", launch=True, **to_mapping(config))
-            st.rerun()
+    if start and config is not None:
+        ask(run, "sensitivity", launch=True, **to_mapping(config))
 
 
 def _inputs(run: Run, facts: ModelFacts) -> SensitivityConfig:
@@ -68,74 +62,22 @@ def _inputs(run: Run, facts: ModelFacts) -> SensitivityConfig:
     Raises:
         ConfigError: they ask for nothing.
     """
-    kept = st.pills(
-        "Kept of the parameters",
-        _RATIOS,
-        selection_mode="multi",
-        default=list(_USUAL.kept),
-        key="sensitivity_ratios",
-        format_func=given_percent,
-        help="Of what is compressed, biases and index tables counted.",
-        persist_state="session",
-    )
+    usual, maximum = usual_compression(run), run.config.text.validation_windows
+    singles = {name: metric.label for name, metric in METRICS.items() if not isinstance(metric, Wrapper)}
+    kinds = {matrix.kind: kind_label(matrix.kind) for matrix in facts.matrices}
+    kept = draw(SensitivityConfig, "kept", key="sensitivity_ratios", choices=_RATIOS)
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        scopes = st.pills(
-            "Compressed",
-            list(_SCOPES),
-            selection_mode="multi",
-            default=list(_SCOPES),
-            key="sensitivity_scopes",
-            format_func=_SCOPES.__getitem__,
-            persist_state="session",
-        )
-        maximum = run.config.text.validation_windows
-        windows = st.number_input(
-            "Windows",
-            1,
-            maximum,
-            maximum,
-            key=f"sensitivity_windows_{maximum}",
-            width=140,
-            help=f"Of the {maximum} search-validation windows, evenly spaced. Fewer are faster, and noisier.",
-            persist_state="session",
-        )
-    basis, storage, kinds = _advanced(run, facts)
-    ratios, chosen = tuple(float(ratio) for ratio in kept), tuple(str(scope) for scope in scopes)
-    return SensitivityConfig(ratios, chosen, kinds, int(windows), basis, storage)
-
-
-def _advanced(run: Run, facts: ModelFacts) -> tuple[str, str, tuple[str, ...]]:
-    usual = usual_compression(run)
+        scopes = draw(SensitivityConfig, "scopes", key="sensitivity_scopes", choices=_SCOPES)
+        key = f"sensitivity_windows_{maximum}"
+        windows = draw(SensitivityConfig, "windows", key=key, usual=maximum, max_value=maximum, width=140)
     with st.expander("Advanced"):
         first, second, third = st.columns([1.3, 1, 1.7])
-        singles = [name for name, basis in METRICS.items() if not isinstance(basis, Wrapper)]
-        basis = first.selectbox(
-            "Basis",
-            singles,
-            singles.index(usual.basis) if usual.basis in singles else 0,
-            key=f"sensitivity_basis_{usual.basis}",
-            format_func=lambda name: METRICS[name].label,
-            help="How each matrix is factorised. That of the run's search, one matrix at a time, unless you choose another.",
-            persist_state="session",
-        )
-        storage = second.selectbox(
-            "Storage",
-            list(STORAGES),
-            list(STORAGES).index(usual.storage),
-            key=f"sensitivity_storage_{usual.storage}",
-            format_func=str.capitalize,
-            help="Sets the rank at a kept ratio: pivoted factors need fewer parameters.",
-            persist_state="session",
-        )
-        kinds = third.multiselect(
-            "Types",
-            list(dict.fromkeys(matrix.kind for matrix in facts.matrices)),
-            key="sensitivity_kinds",
-            format_func=kind_label,
-            placeholder="All",
-            persist_state="session",
-        )
-    return basis, storage, tuple(kinds)
+        key = f"sensitivity_basis_{usual.basis}"
+        basis = draw(SensitivityConfig, "basis", key=key, place=first, choices=singles, usual=usual.basis)
+        key, stored = f"sensitivity_storage_{usual.storage}", {name: name.capitalize() for name in STORAGES}
+        storage = draw(SensitivityConfig, "storage", key=key, place=second, choices=stored, usual=usual.storage)
+        chosen = draw(SensitivityConfig, "kinds", key="sensitivity_kinds", place=third, choices=kinds)
+    return SensitivityConfig(kept, scopes, chosen, windows, basis, storage)
 
 
 def _plan_words(plan: SensitivityPlan) -> str:

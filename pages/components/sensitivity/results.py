@@ -16,12 +16,12 @@ from lowrank_core.studio.shared.formatting import kind_label, percent
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.shared.model_facts import ModelFacts
 from lowrank_core.studio.shared.run_list import is_busy
-from lowrank_core.studio.shared.spreadsheet import csv_of
 from lowrank_core.studio.shared.table import Column, Table
 from pages.components import pickers, state, tables
 from pages.components.boundary import live
 from pages.components.charts import chart
 from pages.components.sensitivity import form
+from pages.components.widgets import choose, offer, pick
 
 __all__ = ["watch"]
 
@@ -70,27 +70,15 @@ def _setting(records: Sequence[SensitivityRecord]) -> SensitivityRecord:
     if len(records) == 1:
         return records[0]
     by_key = {record.setting.key: record for record in records}
-    chosen = st.selectbox(
-        "Measured with",
-        list(by_key),
-        key="sensitivity_setting",
-        format_func=lambda key: views.setting_label(by_key[key].setting) if key in by_key else key,
-        help="Cells of different metrics, storages or windows are not comparable.",
-        width=460,
-    )
+    help = "Cells of different metrics, storages or windows are not comparable."
+    labels = {key: views.setting_label(record.setting) for key, record in by_key.items()}
+    chosen = pick("Measured with", labels, key="sensitivity_setting", help=help, width=460)
     return by_key.get(chosen, records[0])
 
 
 def _ratio(ratios: Sequence[float], first: float) -> float:
-    kept = st.segmented_control(
-        "Kept of the module's parameters",
-        ratios,
-        default=first,
-        required=True,
-        key="sensitivity_kept",
-        format_func=lambda ratio: percent(ratio, 0),
-        persist_state="session",
-    )
+    labels = {ratio: percent(ratio, 0) for ratio in ratios}
+    kept = choose("Kept of the module's parameters", labels, key="sensitivity_kept", default=first)
     return float(kept) if kept in ratios else first
 
 
@@ -150,13 +138,8 @@ def _estimates(cells: pd.DataFrame, kept: float, kinds: Sequence[str], module: s
             Column.whole("n_all", "n, all", "Cells of all ratios."),
         )
         tables.show(Table(result, columns, "Spearman's rank correlation of each estimate with the measured KL"), key="sensitivity_rho")
-        name = st.selectbox(
-            "Estimate",
-            names,
-            key="sensitivity_estimate",
-            format_func=lambda key: views.ESTIMATES[key].label,
-            persist_state="session",
-        )
+        labels = {name: views.ESTIMATES[name].label for name in names}
+        name = pick("Estimate", labels, key="sensitivity_estimate", persist_state="session")
         estimate = views.ESTIMATES[name if name in names else names[0]]
         row = result[result["estimate"] == estimate.name].iloc[0]
         st.caption(f"{estimate.label}: {estimate.meaning}. {views.rho_words(row['rho'], int(row['n']))}.")
@@ -191,12 +174,4 @@ def _table(run: Run, cells: pd.DataFrame) -> None:
             Column.text("error", "Error"),
         )
         tables.show(Table(cells, columns, "Every measured cell"), key="sensitivity_cells", height=360)
-        st.download_button(
-            "Sensitivities (CSV)",
-            lambda: csv_of(cells).encode(),
-            f"{run.id}-sensitivity.csv",
-            "text/csv",
-            key="download_sensitivity",
-            icon=":material/download:",
-            on_click="ignore",
-        )
+        offer("Sensitivities (CSV)", f"{run.id}-sensitivity.csv", cells, key="download_sensitivity")

@@ -5,14 +5,14 @@ from __future__ import annotations
 import streamlit as st
 
 from lowrank_core.config.directions import DirectionsConfig
-from lowrank_core.runs import Run, client
+from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
 from lowrank_core.studio.shared.run_list import is_busy
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.spectra.top_directions import direction_facts, direction_failure
 from pages.components import request_controls, tables
-from pages.components.boundary import boundary, live
-from pages.components.widgets import draw
+from pages.components.boundary import live
+from pages.components.widgets import choose, draw, pressed
 
 __all__ = ["show"]
 
@@ -51,26 +51,10 @@ def show(run: Run, module: str) -> None:
 
 def _form(run: Run, module: str) -> str:
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        side = st.segmented_control(
-            "Of its",
-            list(_SIDES),
-            key="direction_side",
-            default="input",
-            required=True,
-            format_func=_SIDES.__getitem__,
-            persist_state="session",
-        )
+        side = choose("Of its", _SIDES, key="direction_side")
         count = draw(DirectionsConfig, "directions", key="direction_count", width=130)
         windows = draw(DirectionsConfig, "windows", key="direction_windows", width=130)
-        pressed = st.button(
-            "Show tokens",
-            key="find_directions",
-            icon=":material/explore:",
-            disabled=run.recorded,
-            help=_RECORDED if run.recorded else None,
-        )
-    if pressed:
-        with boundary():
-            client.submit(run, "directions", module=module, side=side, directions=int(count), windows=int(windows))
-            st.rerun()
-    return str(side)
+        find = pressed("Show tokens", key="find_directions", icon=":material/explore:", why_not=request_controls.why_not(run, _RECORDED))
+    if find:
+        request_controls.ask(run, "directions", module=module, side=side, directions=count, windows=windows)
+    return side

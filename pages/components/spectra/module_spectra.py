@@ -7,10 +7,9 @@ import streamlit as st
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studio.shared.module_choices import RunFacts
 from lowrank_core.studio.spectra.density import density, density_table
-from lowrank_core.studio.spectra.spectrum_chart import density_figure, scree_figure
-from lowrank_core.studio.spectra.spectrum_table import module_facts, scree_curves, scree_table
-from pages.components import layout
-from pages.components.charts import chart
+from lowrank_core.studio.spectra.spectrum_chart import density_figure, scree_chart
+from lowrank_core.studio.spectra.spectrum_table import module_facts, scree_curves
+from pages.components import charts, layout
 
 __all__ = ["show"]
 
@@ -29,25 +28,11 @@ _DENSITIES = {
 
 def show(spectrum: LayerSpectrum, facts: RunFacts) -> None:
     """Draw the metrics, the scree plot and both densities of a module."""
-    module, choice = spectrum.shape.name, facts.choices.get(spectrum.shape.name)
+    choice = facts.choices.get(spectrum.shape.name)
     layout.metrics_row(module_facts(spectrum))
     if choice is not None:
         st.caption(f"{facts.trial}: {choice.words}.")
-    curves = scree_curves(spectrum, facts)
-    shuffled = (
-        " The shuffled matrix has the same entries in random places: what lies above it is structure."
-        if curves.shuffled is not None
-        else ""
-    )
-    chart(
-        scree_figure(curves),
-        key="scree",
-        title=f"Spectra of {module}",
-        how="a curve that falls fast is low-rank; left of a break-even rank the factors are smaller than the matrix. The dashes are the "
-        "Marchenko-Pastur edge of a random matrix with the same entry variance." + shuffled,
-        alt=f"Singular values of the weight and square roots of feature eigenvalues of {module}, on log axes",
-        data=scree_table(curves),
-    )
+    charts.show(scree_chart(scree_curves(spectrum, facts)), key="scree")
     for column, source in zip(st.columns(2, gap="large"), _DENSITIES, strict=True):
         with column:
             _density(spectrum, source)
@@ -60,7 +45,7 @@ def _density(spectrum: LayerSpectrum, source: str) -> None:
         st.markdown(f"**{title}**")
         st.caption("All eigenvalues are zero.")
         return
-    chart(
+    charts.chart(
         density_figure(result),
         key=f"density_{source}",
         title=title,
