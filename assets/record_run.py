@@ -18,13 +18,14 @@ from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lowrank_core.config import ModelSource, RunConfig, to_mapping
+from lowrank_core.config import ModelSource, RunConfig
+from lowrank_core.config.evaluation import Sampling
 from lowrank_core.models import describe, load_model
 from lowrank_core.models.attention import find_heads
 from lowrank_core.presets.recipes import DEFAULT_PRESET, search_by
 from lowrank_core.runs import create_run, write_json
-from lowrank_core.runs.client import submit
-from lowrank_core.sensitivity.config import SensitivityConfig
+from lowrank_core.runs.client import TEMPERATURE, submit
+from lowrank_core.studies import requests
 from lowrank_core.studies.records import best_trial, read_trials
 from lowrank_core.studies.space import BASELINES
 from lowrank_core.studio.shared.model_refs import PRESET_KEYS
@@ -63,14 +64,14 @@ def main() -> None:
         best = best_trial(read_trials(run))
         assert best is not None
         for trial in (*BASELINES, *PRESET_KEYS):  # the best trials were measured when the search was done
-            submit(run, "compare", launch=False, trial=trial)
+            submit(run, requests.CompareRequest(trial), launch=False)
         for trial in (best.number, *COMPARED):
-            submit(run, "other_text", launch=False, trial=trial, text=OTHER_TEXT)
-            submit(run, "generate", launch=False, trial=trial, prompt=PROMPT, tokens=64, seed=0)
-            submit(run, "tokens", launch=False, trial=trial, text=SOURCE)
-        submit(run, "speed", launch=False, trial=best.number)
-        submit(run, "heal", launch=False, trial=best.number)
-        submit(run, "sensitivity", launch=False, **to_mapping(SensitivityConfig()))
+            submit(run, requests.OtherTextRequest(trial, OTHER_TEXT), launch=False)
+            submit(run, requests.GenerateRequest(trial, PROMPT, Sampling(temperature=TEMPERATURE)), launch=False)
+            submit(run, requests.TokensRequest(trial, SOURCE), launch=False)
+        submit(run, requests.SpeedRequest(best.number), launch=False)
+        submit(run, requests.HealRequest(best.number), launch=False)
+        submit(run, requests.SensitivityRequest(), launch=False)
         run_worker(run)  # nothing is left to search: it answers the requests, then measures what each module costs
         for name in LEFT_OUT:
             path = run.path / name

@@ -73,8 +73,8 @@ def difference_table() -> Table:
 
 def as_markdown(rows: Iterable[dict[str, str]]) -> str:
     """Return rows of the same keys as a Markdown table."""
-    lines = [list(row.values()) for row in rows]
-    names = list(next(iter(rows)))
+    table = list(rows)
+    names, lines = list(table[0]), [list(row.values()) for row in table]
     return "\n".join(f"| {' | '.join(line)} |" for line in [names, ["---"] * len(names), *lines])
 
 

@@ -2,20 +2,20 @@
 
 from collections.abc import Collection, Mapping, Sequence
 
-from lowrank_core.allocation.base import ErrorCurves, Perplexities, RankAllocation, Ranks, allocation_from_ranks, module_group
-from lowrank_core.allocation.block_influence import BLOCK_INFLUENCE
+from lowrank_core.allocation.base import ErrorCurves, Perplexities, RankAllocation, Ranks, allocation_from_ranks, module_group, round_down
+from lowrank_core.allocation.block_influence import BlockInfluence
 from lowrank_core.allocation.draft import Draft, DraftHistory, began
-from lowrank_core.allocation.energy import ENERGY
+from lowrank_core.allocation.energy import Energy
 from lowrank_core.allocation.files import AllocationFile, parse_allocation, read_allocation, read_ranks
 from lowrank_core.allocation.former_names import current_name, with_current_names
-from lowrank_core.allocation.lagrangian import LAGRANGIAN
-from lowrank_core.allocation.lord_manual import LORD_MANUAL
+from lowrank_core.allocation.lagrangian import Lagrangian
+from lowrank_core.allocation.lord_manual import LordManual
 from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import ByMultipliers, kept_fractions, project
-from lowrank_core.allocation.svd_llm_v2 import SVD_LLM_V2
-from lowrank_core.allocation.threshold import THRESHOLD
-from lowrank_core.allocation.truncation_search import TRUNCATION_SEARCH
-from lowrank_core.allocation.uniform import UNIFORM
+from lowrank_core.allocation.svd_llm_v2 import SvdLlmV2
+from lowrank_core.allocation.threshold import Threshold
+from lowrank_core.allocation.truncation_search import TruncationSearch
+from lowrank_core.allocation.uniform import Uniform
 from lowrank_core.allocation.unspent import unspent_parameters, unspent_warning, unspent_words
 from lowrank_core.config import check_choice
 from lowrank_core.parameters import Unit
@@ -52,7 +52,10 @@ __all__ = [
     "with_current_names",
 ]
 
-_METHODS: tuple[Allocator, ...] = (UNIFORM, LORD_MANUAL, ENERGY, THRESHOLD, SVD_LLM_V2, BLOCK_INFLUENCE, TRUNCATION_SEARCH, LAGRANGIAN)
+_METHODS: tuple[Allocator, ...] = (
+    *(Uniform(), LordManual(), Energy(), Threshold()),
+    *(SvdLlmV2(), BlockInfluence(), TruncationSearch(), Lagrangian()),
+)
 
 ALLOCATORS: dict[str, Allocator] = {method.name: method for method in _METHODS}
 
@@ -104,11 +107,6 @@ def allocate(
         tuple(units), ratio, frozenset(keep_dense), curves, fixed or {}, weights or {}, influence, perplexities or {}
     )
     return allocation_from_ranks(rule.name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed, allocator=rule.name)
-
-
-def round_down(rank: int, multiple: int) -> int:
-    """Return ``rank`` rounded down to a multiple of ``multiple``; a smaller one stays, so that no rank rises."""
-    return rank if rank < multiple else rank - rank % multiple
 
 
 def round_ranks_down(allocation: RankAllocation, units: Sequence[Unit], multiple: int) -> RankAllocation:

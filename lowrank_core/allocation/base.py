@@ -10,12 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.errors import ConfigError
-from lowrank_core.parameters import Unit, allocated_parameters, compression_ratio, dense_parameters
+from lowrank_core.parameters import Ranks, Unit, allocated_parameters, compression_ratio, dense_parameters
 
-__all__ = ["ErrorCurves", "Perplexities", "RankAllocation", "Ranks", "allocation_from_ranks", "module_group", "units_by_name"]
-
-Ranks = Mapping[str, int | None]
-"""Unit name -> rank, None where it stays dense."""
+__all__ = ["ErrorCurves", "Perplexities", "RankAllocation", "Ranks", "allocation_from_ranks", "module_group", "round_down", "units_by_name"]
 
 ErrorCurves = Mapping[str, npt.NDArray[np.float64]]
 """Unit name -> errors e_0 … e_k left at each rank, in one unit for all."""
@@ -66,6 +63,11 @@ class RankAllocation:
         if self.locked:
             body["locked"] = list(self.locked)
         return json.dumps(body, indent=1)
+
+
+def round_down(rank: int, multiple: int) -> int:
+    """Return ``rank`` rounded down to a multiple of ``multiple``; a smaller one stays, so that no rank rises."""
+    return rank if rank < multiple else rank - rank % multiple
 
 
 def units_by_name(units: Sequence[Unit], named: Collection[str], what: str = "ranks") -> dict[str, Unit]:

@@ -18,7 +18,7 @@ from lowrank_core.allocation.projection import project
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import Unit
 
-__all__ = ["BLOCK_INFLUENCE", "BlockInfluence"]
+__all__ = ["BlockInfluence"]
 
 _MIN_KEPT = 0.01
 """Of the parameters, where the formula asks for less, or for nothing at all."""
@@ -62,6 +62,3 @@ class BlockInfluence(Rule):
         shares = np.exp(scores - scores.max(initial=-np.inf))
         shares *= (1 - problem.kept_share) / shares.mean() if blocks else 1.0
         return dict(zip(blocks, shares.tolist(), strict=True))
-
-
-BLOCK_INFLUENCE = BlockInfluence()

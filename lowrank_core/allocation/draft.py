@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from lowrank_core.allocation.base import RankAllocation, Ranks, allocation_from_ranks, units_by_name
+from lowrank_core.allocation.base import RankAllocation, Ranks, allocation_from_ranks, round_down, units_by_name
 from lowrank_core.allocation.problem import AllocationProblem
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import BudgetError, ConfigError, RankError
@@ -177,8 +177,7 @@ class Draft:
         return {unit.name: max(_MIN_KEPT, self.kept([unit.name])) for unit in free}
 
     def _moved(self, ranks: Ranks) -> Draft:
-        multiple = self.rank_multiple
-        rounded = {n: r if r is None or r < multiple else r - r % multiple for n, r in ranks.items()}
+        rounded = {name: None if rank is None else round_down(rank, self.rank_multiple) for name, rank in ranks.items()}
         return replace(self, ranks={**self.ranks, **rounded})
 
     def completed(self, allocation: RankAllocation) -> Draft:

@@ -10,7 +10,7 @@ from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.parameters import Unit
 from lowrank_core.types import Vector
 
-__all__ = ["ENERGY", "Energy"]
+__all__ = ["Energy"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,3 @@ class Energy(Rule):
             return -lost
 
         return spend_in_order(problem, keys)
-
-
-ENERGY = Energy()

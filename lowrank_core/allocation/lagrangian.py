@@ -25,7 +25,7 @@ from lowrank_core.allocation.base import Ranks
 from lowrank_core.allocation.problem import AllocationProblem, Rule, unreachable
 from lowrank_core.parameters import Unit
 
-__all__ = ["LAGRANGIAN", "Lagrangian"]
+__all__ = ["Lagrangian"]
 
 Table = npt.NDArray[np.float64]
 
@@ -158,6 +158,3 @@ def _covers(names: frozenset[str], units: Sequence[int], members: Sequence[froze
         if first in members[unit] and members[unit] <= names:
             for rest in _covers(names - members[unit], units, members):
                 yield (unit, *rest)
-
-
-LAGRANGIAN = Lagrangian()

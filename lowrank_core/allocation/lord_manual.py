@@ -9,7 +9,7 @@ from lowrank_core.allocation.base import module_group
 from lowrank_core.allocation.projection import ByMultipliers
 from lowrank_core.parameters import Unit
 
-__all__ = ["LORD_MANUAL", "LordManual"]
+__all__ = ["LordManual"]
 
 _KEPT_QK, _KEPT_OTHER = 0.7, 0.8  # kept fractions in the paper's published code
 
@@ -24,6 +24,3 @@ class LordManual(ByMultipliers):
 
     def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:
         return {unit.name: _KEPT_QK if module_group(unit.kind) == "qk" else _KEPT_OTHER for unit in units}
-
-
-LORD_MANUAL = LordManual()

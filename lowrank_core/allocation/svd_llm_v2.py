@@ -20,7 +20,7 @@ from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.allocation.projection import project
 from lowrank_core.parameters import Unit
 
-__all__ = ["SVD_LLM_V2", "SvdLlmV2"]
+__all__ = ["SvdLlmV2"]
 
 _MIN_KEPT = 0.01
 """Of the parameters, where the formula asks for less, or for nothing at all."""
@@ -64,6 +64,3 @@ def _shares(losses: Sequence[float]) -> list[float]:
     inverse = [1 / math.log(max(math.e, loss)) for loss in losses]
     mean = sum(inverse) / len(inverse)
     return [value / mean for value in inverse]
-
-
-SVD_LLM_V2 = SvdLlmV2()

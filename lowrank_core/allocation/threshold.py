@@ -12,7 +12,7 @@ from lowrank_core.allocation.problem import AllocationProblem, Rule
 from lowrank_core.parameters import Unit
 from lowrank_core.types import Vector
 
-__all__ = ["THRESHOLD", "Threshold"]
+__all__ = ["Threshold"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,3 @@ class Threshold(Rule):
             return -values
 
         return spend_in_order(problem, keys)
-
-
-THRESHOLD = Threshold()

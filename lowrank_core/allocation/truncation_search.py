@@ -22,7 +22,7 @@ from lowrank_core.allocation.projection import project
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import Unit
 
-__all__ = ["TRUNCATION_SEARCH", "TruncationSearch"]
+__all__ = ["TruncationSearch"]
 
 Cut = tuple[str, float]
 """A unit's name, and the fraction of its parameters that it keeps."""
@@ -78,6 +78,3 @@ def _kept(free: Sequence[Unit], cuts: Sequence[Cut], available: int) -> dict[str
         name = cuts[first][0]
         kept[name] = min(1.0, kept[name] + (available - spent(kept)) / sizes[name])
     return kept
-
-
-TRUNCATION_SEARCH = TruncationSearch()

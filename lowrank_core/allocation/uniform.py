@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from lowrank_core.allocation.projection import ByMultipliers
 from lowrank_core.parameters import Unit
 
-__all__ = ["UNIFORM", "Uniform"]
+__all__ = ["Uniform"]
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,3 @@ class Uniform(ByMultipliers):
 
     def multipliers(self, units: Sequence[Unit]) -> dict[str, float]:
         return {unit.name: 1.0 for unit in units}
-
-
-UNIFORM = Uniform()

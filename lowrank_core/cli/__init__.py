@@ -11,7 +11,7 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lowrank_core import __version__
 from lowrank_core.cli import (
@@ -30,8 +30,9 @@ from lowrank_core.cli import (
     tasks,
     verify,
 )
-from lowrank_core.cli.options import Parser
+from lowrank_core.cli.options import Parser, json_option
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError
+from lowrank_core.types import Result
 
 __all__ = ["main", "parser"]
 
@@ -44,8 +45,16 @@ def parser() -> argparse.ArgumentParser:
     result = Parser(prog="lowrank", description="Analyse, search and compress the low-rank structure of a causal language model.")
     result.add_argument("--version", action="version", version=f"lowrank {__version__}")
     commands = result.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    def command(name: str, summary: str, run: Callable[[argparse.Namespace], Result] | None = None) -> Parser:
+        added = commands.add_parser(name, help=summary, description=summary)
+        if run is not None:
+            added.set_defaults(run=run)
+            json_option(added)
+        return added
+
     for module in COMMANDS:
-        module.add(lambda name, summary: commands.add_parser(name, help=summary, description=summary))
+        module.add(command)
     return result
 
 

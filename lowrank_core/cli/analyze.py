@@ -12,13 +12,12 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("analyze", "Measure spectra and feature covariances of every compressible layer.")
+    parser = command("analyze", "Measure spectra and feature covariances of every compressible layer.", run)
     model_options(parser)
     text_options(parser)
     add_options(parser, CalibrationConfig)
     parser.add_argument("--directions", metavar="MODULE", help="also the extreme tokens along the top directions of MODULE")
     parser.add_argument("--side", default="input", help="of its input or its output (default: %(default)s)")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:

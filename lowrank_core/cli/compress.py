@@ -6,20 +6,8 @@ import argparse
 from pathlib import Path
 
 from lowrank_core.allocation import ALLOCATORS, current_name
-from lowrank_core.cli.options import (
-    Command,
-    add_options,
-    chosen_preset,
-    compression_options,
-    config_of,
-    factors_of,
-    given_options,
-    model_options,
-    recorded,
-    source_of,
-    text_of,
-    text_options,
-)
+from lowrank_core.cli import options
+from lowrank_core.cli.options import Command
 from lowrank_core.config import CalibrationConfig, CompressRequest, ExportConfig, SearchConfig
 from lowrank_core.presets.recipes import DEFAULT_PRESET
 from lowrank_core.types import Result
@@ -28,12 +16,12 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("compress", "Compress a model at a ratio (or at given ranks) and write it as a folder.")
-    model_options(parser)
-    text_options(parser)
-    add_options(parser, CalibrationConfig)
-    add_options(parser, SearchConfig, only=("compression_ratio", "error_weights"))
-    compression_options(parser, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
+    parser = command("compress", "Compress a model at a ratio (or at given ranks) and write it as a folder.", run)
+    options.model_options(parser)
+    options.text_options(parser)
+    options.add_options(parser, CalibrationConfig)
+    options.add_options(parser, SearchConfig, only=("compression_ratio", "error_weights"))
+    options.compression_options(parser, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
     parser.add_argument(
         "--allocation",
         metavar="A",
@@ -46,31 +34,30 @@ def add(command: Command) -> None:
         "--complete", metavar="A", type=current_name, help="keep the locked ranks of the file, and spend the rest of the budget by A"
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
-    add_options(parser, ExportConfig)
-    parser.set_defaults(run=run)
+    options.add_options(parser, ExportConfig)
 
 
 def run(arguments: argparse.Namespace) -> Result:
     from lowrank_core.commands.compress import compress_to
 
-    return compress_to(source_of(arguments), text_of(arguments), _request(arguments))
+    return compress_to(options.source_of(arguments), options.text_of(arguments), _request(arguments))
 
 
 def _request(arguments: argparse.Namespace) -> CompressRequest:
-    preset = chosen_preset(arguments, "allocation")
-    given, base = given_options(arguments, SearchConfig), recorded(arguments, SearchConfig)
+    preset = options.chosen_preset(arguments, "allocation")
+    given, base = options.given_options(arguments, SearchConfig), options.recorded(arguments, SearchConfig)
     return CompressRequest(
         compression_ratio=given.get("compression_ratio", base.compression_ratio if base else None),
         preset=preset.name if preset else "",
         tune=arguments.tune,
-        calibration=config_of(arguments, CalibrationConfig),
-        compression=factors_of(arguments, preset),
+        calibration=options.config_of(arguments, CalibrationConfig),
+        compression=options.factors_of(arguments, preset),
         allocation=arguments.allocation or (preset.allocation if preset else _searched(base)),
         ranks=arguments.ranks,
         out=arguments.out,
         complete=arguments.complete,
         error_weights=bool(given.get("error_weights", base.error_weights if base else False)),
-        export=config_of(arguments, ExportConfig),
+        export=options.config_of(arguments, ExportConfig),
         command=arguments.line,
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.cli.options import Command, add_options, config_of, file_option, json_option
+from lowrank_core.cli.options import Command, add_options, config_of, file_option
 from lowrank_core.config import ExportConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.types import Result
@@ -14,7 +14,7 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("export", "Export the compressed model of a trial, or convert an older export to the current format.")
+    parser = command("export", "Export the compressed model of a trial, or convert an older export to the current format.", run)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="folder of the run")
     source.add_argument(
@@ -24,8 +24,6 @@ def add(command: Command) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
     add_options(parser, ExportConfig, aliases={"dtype": "--dtype"})
     file_option(parser)
-    json_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:

@@ -14,21 +14,20 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("heal", "Heal a compressed model: distil the dense model into its factors; resumes if interrupted.")
+    parser = command("heal", "Heal a compressed model: distil the dense model into its factors; resumes if interrupted.", run)
     model_options(parser)
     text_options(parser, "test_windows")
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model (default: that of the folder's manifest)")
     add_options(parser, HealingConfig)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the healed model")
     add_options(parser, ExportConfig, without=("dtype",))
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
     text = text_of(arguments)
     config = config_of(arguments, HealingConfig, usual=HealingConfig(seed=text.seed))
     written = config_of(arguments, ExportConfig)  # a bad choice is reported before torch is loaded
-    from lowrank_core.commands.heal import HealRequest, heal_folder
+    from lowrank_core.commands.heal import HealedFolder, heal_folder
 
-    request = HealRequest(config, arguments.out, arguments.against, written, arguments.line)
-    return heal_folder(source_of(arguments), text, request)
+    wanted = HealedFolder(arguments.out, arguments.against, written, arguments.line)
+    return heal_folder(source_of(arguments), text, config, wanted)

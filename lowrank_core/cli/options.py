@@ -11,10 +11,12 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 from lowrank_core.catalogue import sentence_of
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig, TextConfig, from_mapping
+from lowrank_core.config.benchmarks import AllocationBenchmark, QualityBenchmark, SearchBenchmark, SpeedBenchmark
+from lowrank_core.config.evaluation import EvaluationConfig, Sampling, TasksConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import Declared, options_of
 from lowrank_core.config.speed import SpeedConfig
@@ -22,6 +24,7 @@ from lowrank_core.errors import ConfigError
 from lowrank_core.files.checkpoints import check_reference
 from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS, Preset, preset_named
 from lowrank_core.sensitivity.config import SensitivityConfig
+from lowrank_core.types import Result
 
 __all__ = [
     "Command",
@@ -41,22 +44,34 @@ __all__ = [
     "text_options",
 ]
 
-Command = Callable[[str, str], argparse.ArgumentParser]
-"""Adds a command by its name and a sentence on what it does, and returns its parser."""
+
+class Command(Protocol):
+    """Adds a command by its name, a sentence on what it does, and the function that does it (None: its own commands have some)."""
+
+    def __call__(self, name: str, summary: str, run: Callable[[argparse.Namespace], Result] | None = None) -> argparse.ArgumentParser: ...
+
+
 T = TypeVar("T")
 
 SECTIONS: Mapping[type, tuple[str, ...]] = {
     ModelSource: ("model",),
     TextConfig: ("text",),
     CalibrationConfig: ("calibration",),
-    SearchConfig: ("search",),
     CompressionConfig: ("search", "compression"),
+    SearchConfig: ("search",),
     ExportConfig: ("export",),
     HealingConfig: ("healing",),
     SensitivityConfig: ("sensitivity",),
     SpeedConfig: ("speed",),
+    EvaluationConfig: ("evaluation",),
+    Sampling: ("sampling",),
+    TasksConfig: ("tasks",),
+    QualityBenchmark: ("benchmark", "quality"),
+    SearchBenchmark: ("benchmark", "search"),
+    AllocationBenchmark: ("benchmark", "allocation"),
+    SpeedBenchmark: ("benchmark", "speed"),
 }
-"""Config class -> where it stands in the file of ``--config``."""
+"""Config class -> where it stands in the file of ``--config``; in the order of ``docs/options.md``."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -153,9 +168,8 @@ def config_of(arguments: argparse.Namespace, kind: type[T], *, usual: T | None =
     Raises:
         ConfigError: a value out of range, or a damaged file.
     """
-    base = recorded(arguments, kind)
-    base = base if base is not None else usual if usual is not None else kind()
-    return replace(base, **{**given_options(arguments, kind), **known})  # type: ignore[type-var]
+    base, values = recorded(arguments, kind) or usual, {**given_options(arguments, kind), **known}
+    return kind(**values) if base is None else replace(base, **values)  # type: ignore[type-var]
 
 
 def model_options(parser: argparse.ArgumentParser) -> None:
@@ -183,7 +197,6 @@ def text_options(parser: argparse.ArgumentParser, windows: str = "calibration_wi
         about = next(declared.option for declared in options_of(TextConfig) if declared.name == "reference")
         parser.add_argument("--text", metavar="T", nargs="+", action="extend", help=about.help)
     add_options(parser, TextConfig, without=("reference",) if several else (), aliases={windows: "--windows"})
-    json_option(parser)
 
 
 def text_of(arguments: argparse.Namespace, *, reference: str | None = None) -> TextConfig:

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 from lowrank_core.catalogue import as_markdown, sentence_of
-from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig, TextConfig
-from lowrank_core.config.healing import HealingConfig
+from lowrank_core.cli.options import SECTIONS
 from lowrank_core.config.options import options_of
-from lowrank_core.config.speed import SpeedConfig
-from lowrank_core.sensitivity.config import SensitivityConfig
 
 __all__ = ["options_reference"]
 
-_KINDS = (
-    *(ModelSource, TextConfig, CalibrationConfig, CompressionConfig, SearchConfig),
-    *(ExportConfig, HealingConfig, SensitivityConfig, SpeedConfig),
-)
 _INTRODUCTION = """# Options
 
 Written by `lowrank methods --options`; a test compares. Every command takes those of the configs that it needs, and `--config FILE`:
@@ -24,9 +17,9 @@ the JSON that a run records (its `run.json`, or sections of it). Flags come on t
 """
 
 
-def options_reference(kinds: Sequence[type] = _KINDS) -> str:
+def options_reference(kinds: Iterable[type] = SECTIONS) -> str:
     """Return a table for each config class: flag, default, meaning."""
-    return "\n\n".join([_INTRODUCTION.rstrip(), *map(_section, kinds)])
+    return "\n\n".join([_INTRODUCTION.rstrip(), *(_section(kind) for kind in kinds if options_of(kind))])
 
 
 def _section(kind: type) -> str:

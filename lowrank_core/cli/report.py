@@ -5,14 +5,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lowrank_core.cli.options import Command, json_option
+from lowrank_core.cli.options import Command
 from lowrank_core.types import Result
 
 __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("report", "Write a run as one self-contained HTML file: charts, tables, protocol, versions, seeds.")
+    parser = command("report", "Write a run as one self-contained HTML file: charts, tables, protocol, versions, seeds.", run)
     parser.add_argument("--run", required=True, type=Path, metavar="DIR", dest="folder", help="folder of the run, also of the recorded one")
     parser.add_argument(
         "--out",
@@ -20,8 +20,6 @@ def add(command: Command) -> None:
         metavar="FILE",
         help="HTML file, replaced if it exists (default: report.html in the run's folder; for the recorded run, in the current folder)",
     )
-    json_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:

@@ -7,21 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from lowrank_core.allocation import RULES, current_name
-from lowrank_core.cli.options import (
-    Command,
-    add_options,
-    chosen_preset,
-    compression_options,
-    config_of,
-    factors_of,
-    given_options,
-    json_option,
-    model_options,
-    recorded,
-    source_of,
-    text_of,
-    text_options,
-)
+from lowrank_core.cli import options
+from lowrank_core.cli.options import Command
 from lowrank_core.config import SAMPLERS, CalibrationConfig, SearchConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.presets.recipes import DEFAULT_PRESET, PRESETS
@@ -34,16 +21,15 @@ _USUAL = {name: getattr(SearchConfig(), name) for preset in PRESETS.values() for
 
 
 def add(command: Command) -> None:
-    search = command("search", "Search for the ranks of minimum loss at a compression ratio, then export the best.")
-    model_options(search)
-    text_options(search)
-    add_options(search, CalibrationConfig)
-    compression_options(search, f"{DEFAULT_PRESET.name}, unless you choose metric or storage yourself")
-    add_options(search, SearchConfig)
+    search = command("search", "Search for the ranks of minimum loss at a compression ratio, then export the best.", run_search)
+    options.model_options(search)
+    options.text_options(search)
+    options.add_options(search, CalibrationConfig)
+    options.compression_options(search, f"{DEFAULT_PRESET.name}, unless you choose metric or storage yourself")
+    options.add_options(search, SearchConfig)
     _place_options(search)
-    search.set_defaults(run=run_search)
-    _add_worker(command("worker", "Start or resume a run's worker, or join its search."))
-    _add_enqueue(command("enqueue", "Queue a manual allocation: the run's worker measures it next."))
+    _add_worker(command("worker", "Start or resume a run's worker, or join its search.", run_worker))
+    _add_enqueue(command("enqueue", "Queue a manual allocation: the run's worker measures it next.", run_enqueue))
 
 
 def _place_options(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +56,6 @@ def _add_worker(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="M", help="with --storage-url: where the model is on this machine, if elsewhere")
     parser.add_argument("--text", metavar="T", help="with --storage-url: where the text is on this machine, if elsewhere")
     parser.add_argument("--device", help="with --storage-url: auto, cpu, cuda or cuda:N")
-    json_option(parser)
-    parser.set_defaults(run=run_worker)
 
 
 def _add_enqueue(parser: argparse.ArgumentParser) -> None:
@@ -80,8 +64,6 @@ def _add_enqueue(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--complete", metavar="A", type=current_name, help=f"complete a partial choice within the budget: {', '.join(RULES)}"
     )
-    json_option(parser)
-    parser.set_defaults(run=run_enqueue)
 
 
 def run_search(arguments: argparse.Namespace) -> Result:
@@ -89,22 +71,24 @@ def run_search(arguments: argparse.Namespace) -> Result:
     from lowrank_core.studio.shared.protocol import trial_protocol
 
     place = SearchPlace(arguments.folder, arguments.storage_url, arguments.workers, arguments.ranks, arguments.complete)
-    calibration = config_of(arguments, CalibrationConfig)
-    return search_in(source_of(arguments), text_of(arguments), calibration, _config(arguments), place, trial_protocol)
+    calibration = options.config_of(arguments, CalibrationConfig)
+    return search_in(options.source_of(arguments), options.text_of(arguments), calibration, _config(arguments), place, trial_protocol)
 
 
 def _config(arguments: argparse.Namespace) -> SearchConfig:
-    preset = chosen_preset(arguments)
-    base, given = recorded(arguments, SearchConfig), given_options(arguments, SearchConfig)
+    preset = options.chosen_preset(arguments)
+    base, given = options.recorded(arguments, SearchConfig), options.given_options(arguments, SearchConfig)
     if base is None and "compression_ratio" not in given:
         raise ConfigError("how much to remove? Give --compression-ratio, such as 0.2, or --config FILE.")
-    base = base or replace(SearchConfig(), seed=text_of(arguments).seed)
+    base = base or replace(SearchConfig(), seed=options.text_of(arguments).seed)
     recipe = {} if preset is None else {**_USUAL, **preset.search}
-    return replace(base, **{**recipe, **given}, compression=factors_of(arguments, preset))
+    return replace(base, **{**recipe, **given}, compression=options.factors_of(arguments, preset))
 
 
 def run_worker(arguments: argparse.Namespace) -> Result:
     from lowrank_core.commands import search as search_commands
+    from lowrank_core.runs import open_run
+    from lowrank_core.worker.joining import run_of_study
 
     if (arguments.storage_url is None) != (arguments.study is None):
         raise ConfigError("a study in a database has two names: give --storage-url and --study together.")
@@ -115,9 +99,9 @@ def run_worker(arguments: argparse.Namespace) -> Result:
         raise ConfigError("--more-trials and --sampler change the search; a worker that joins takes it as it is. Leave them out.")
     if arguments.storage_url is not None:
         where = {"model": arguments.model, "text": arguments.text, "device": arguments.device}
-        return search_commands.join_study(arguments.storage_url, arguments.study, arguments.warm, **where)
+        return search_commands.join(run_of_study(arguments.storage_url, arguments.study, **where), arguments.warm)
     if arguments.join:
-        return search_commands.join(arguments.folder, arguments.warm)
+        return search_commands.join(open_run(arguments.folder), arguments.warm)
     return search_commands.work(arguments.folder, arguments.warm, keep_paused=arguments.keep_paused, changes=changes)
 
 

@@ -16,14 +16,13 @@ __all__ = ["add"]
 
 def add(command: Command) -> None:
     parser = command(
-        "sensitivity", "Measure the KL divergence of compressing each module, and each module type, alone; resumes if interrupted."
+        "sensitivity", "Measure the KL divergence of compressing each module, and each module type, alone; resumes if interrupted.", run
     )
     parser.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="a run, or with --model and --text the folder of a new one")
     model_options(parser)
     text_options(parser, "validation_windows")
     add_options(parser, CalibrationConfig)
     add_options(parser, SensitivityConfig, without=("windows",))
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:

@@ -4,29 +4,25 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, add_options, config_of, json_option, model_options, source_of
+from lowrank_core.cli.options import Command, add_options, config_of, model_options, source_of
 from lowrank_core.cli.tables import aligned
+from lowrank_core.config import to_mapping
 from lowrank_core.config.speed import SpeedConfig
+from lowrank_core.runs.measurements import SpeedComparison, SpeedReport
 from lowrank_core.studio.shared.formatting import DASH, size
 from lowrank_core.types import Result
-
-if TYPE_CHECKING:
-    from lowrank_core.speed import SpeedComparison, SpeedReport, Spread
 
 __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense next to compressed.")
+    parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense next to compressed.", run)
     model_options(parser)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are timed in alternation")
     add_options(parser, SpeedConfig)
     memory = "measure peak memory too, in a fresh process for each model"
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help=f"{memory} (default: yes)")
-    json_option(parser)
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:
@@ -38,30 +34,18 @@ def run(arguments: argparse.Namespace) -> Result:
     handle = load_model(source)
     if a.against is None:
         report = measure_speed(handle, config, source=source if a.memory else None)
-        return {**report.to_mapping(), "text": _alone(report)}
+        return {**to_mapping(report), "text": _alone(report)}
     against = replace(source, reference=a.against)
     comparison = compare_speed(load_model(against), handle, config, sources=(against, source) if a.memory else None)
     return {**comparison.to_mapping(), "text": _beside(comparison)}
 
 
-def _rate(spread: Spread) -> str:
-    return f"{spread.median:,.1f} ({spread.low:,.1f} to {spread.high:,.1f})"
-
-
-def _milliseconds(spread: Spread) -> str:
-    return f"{1e3 * spread.median:,.1f} ({1e3 * spread.low:,.1f} to {1e3 * spread.high:,.1f})"
-
-
-def _times(spread: Spread) -> str:
-    return f"{spread.median:.2f} ({spread.low:.2f} to {spread.high:.2f})"
-
-
 def _cells(report: SpeedReport) -> list[str]:
     memory = report.memory
     return [
-        _rate(report.prefill_tokens_per_second),
-        _rate(report.decode_tokens_per_second),
-        _milliseconds(report.first_token_seconds),
+        report.prefill_tokens_per_second.words(digits=1),
+        report.decode_tokens_per_second.words(digits=1),
+        report.first_token_seconds.words(1e3, 1),
         size(memory.running if memory else None),
         size(memory.loading if memory else None),
         f"{report.parameters:,}",
@@ -87,10 +71,10 @@ def _alone(report: SpeedReport) -> str:
 
 def _beside(comparison: SpeedComparison) -> str:
     dense, compressed = comparison.dense, comparison.compressed
-    speedups = [_times(spread) for spread in (comparison.prefill_speedup, comparison.decode_speedup, comparison.first_token_speedup)]
+    spreads = (comparison.prefill_speedup, comparison.decode_speedup, comparison.first_token_speedup)
     memory = DASH if comparison.memory_ratio is None else f"{comparison.memory_ratio:.2f}"
     sizes = [f"{compressed.parameters / dense.parameters:.2f}", f"{compressed.bytes / dense.bytes:.2f}"]
-    ratios = ["times faster; size ratio", *speedups, memory, _loading(comparison), *sizes]
+    ratios = ["times faster; size ratio", *(spread.words(digits=2) for spread in spreads), memory, _loading(comparison), *sizes]
     table = _table([["dense", *_cells(dense)], ["compressed", *_cells(compressed)], ratios])
     return f"{table}\nTimed in alternation; above 1 the compressed model is faster. {_notes(compressed)}"
 

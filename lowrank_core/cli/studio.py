@@ -6,7 +6,7 @@ import argparse
 import os
 
 from lowrank_core.catalogue import methods
-from lowrank_core.cli.options import Command, json_option
+from lowrank_core.cli.options import Command
 from lowrank_core.cli.reference import options_reference
 from lowrank_core.types import Result
 
@@ -14,13 +14,15 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    listed = command("methods", "List metrics, allocations and presets, with their sources.")
-    json_option(listed)
+    listed = command("methods", "List metrics, allocations and presets, with their sources.", run_methods)
     listed.add_argument("--options", action="store_true", help="list every option instead, as Markdown: docs/options.md")
-    listed.set_defaults(run=lambda arguments: {"text": options_reference()} if arguments.options else methods())
-    dashboard = command("dashboard", "Start the dashboard in the browser.")
+    dashboard = command("dashboard", "Start the dashboard in the browser.", run_dashboard)
     dashboard.add_argument("--port", type=int, default=8501, metavar="P", help="port on this machine (default: %(default)s)")
-    dashboard.set_defaults(run=run_dashboard)
+
+
+def run_methods(arguments: argparse.Namespace) -> Result:
+    """List what there is, or every option."""
+    return {"text": options_reference()} if arguments.options else methods()
 
 
 def run_dashboard(arguments: argparse.Namespace) -> Result:

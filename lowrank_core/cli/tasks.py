@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank_core.cli.options import Command, json_option, model_options, source_of
+from lowrank_core.cli.options import Command, add_options, config_of, given_options, model_options, source_of
 from lowrank_core.cli.tables import aligned
+from lowrank_core.config import to_mapping
+from lowrank_core.config.evaluation import TasksConfig
 from lowrank_core.studio.shared.formatting import DASH
 from lowrank_core.types import Result
 from lowrank_core.wording import fixed
@@ -20,31 +21,23 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("tasks", "Run zero-shot and few-shot tasks through lm-eval, dense next to compressed.")
+    parser = command("tasks", "Run zero-shot and few-shot tasks through lm-eval, dense next to compressed.", run)
     model_options(parser)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, on the same tasks")
-    parser.add_argument("--tasks", required=True, nargs="+", metavar="NAME", help="tasks, groups or patterns (arc_easy, 'mmlu_*')")
-    own = "folder with .yaml task files of your own; Python functions that they name are run"
-    parser.add_argument("--include-path", type=Path, metavar="FOLDER", help=own)
-    parser.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task (default: all)")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="B", help="sequences in a forward pass (default: %(default)s)")
-    parser.add_argument("--few-shot", type=int, metavar="K", help="few-shot examples (default: the task's own number)")
-    json_option(parser)
-    parser.set_defaults(run=run)
+    add_options(parser, TasksConfig)
 
 
 def run(arguments: argparse.Namespace) -> Result:
+    own = given_options(arguments, TasksConfig).get("include_path")  # its code is run: never by a file of --config, which may be another's
+    config, source = config_of(arguments, TasksConfig, include_path=own), source_of(arguments)
     from lowrank_core.models import load_model
-    from lowrank_core.tasks import TasksConfig, run_tasks
+    from lowrank_core.tasks import run_tasks
     from lowrank_core.tasks.harness import Harness
 
-    a = arguments
-    config = TasksConfig(tuple(a.tasks), a.include_path, a.limit, a.batch_size, a.few_shot)
     harness = Harness(config)  # unknown tasks are reported before a model is loaded
-    source = source_of(a)
-    against = None if a.against is None else load_model(replace(source, reference=a.against))
+    against = None if arguments.against is None else load_model(replace(source, reference=arguments.against))
     report = run_tasks(load_model(source), config, against=against, harness=harness)
-    return {**report.to_mapping(), "text": _text(report)}
+    return {**to_mapping(report), "text": _text(report)}
 
 
 def _text(report: TasksReport) -> str:

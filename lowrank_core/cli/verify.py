@@ -18,12 +18,11 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("verify", "Check the files of an export, and measure its perplexity again in a fresh process.")
+    parser = command("verify", "Check the files of an export, and measure its perplexity again in a fresh process.", run)
     add_options(parser, ModelSource, only=("reference", "device"))
     file_option(parser)
     text_options(parser, "test_windows")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="part of --text (default: %(default)s)")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> Result:

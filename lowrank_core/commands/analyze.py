@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported
 from lowrank_core.compression.pipeline import Pipeline
-from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig
+from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig, to_mapping
 from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.coverage import coverage_lines
 from lowrank_core.models import describe, notes_of
@@ -45,7 +45,7 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
     }
     if config is not None:
         output = top_directions(handle, pipeline.calibration_windows, statistics, config)
-        result["directions"] = output.to_mapping()
+        result["directions"] = to_mapping(output)
         lines += ["", output.to_text()]
     return {**result, "text": "\n".join(lines)}
 

@@ -36,6 +36,12 @@ from lowrank_core.types import Result
 
 __all__ = ["compress_to"]
 
+_COUNTS = (
+    *("compression_ratio", "model_compression_ratio", "parameters_before", "parameters_after", "bytes_before", "bytes_after"),
+    *("quantization", "linear_flops_before", "linear_flops_after", "model_flops_before", "model_flops_after"),
+)
+"""Of the report on what was written, those that are printed under their own names."""
+
 
 def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
     """Calibrate, factorise, allocate, compress and write."""
@@ -97,21 +103,11 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "basis": request.compression.basis,
         "storage": request.compression.storage,
         "allocation": allocation.label,
-        "compression_ratio": report.compression_ratio,
+        **{name: getattr(report, name) for name in _COUNTS},
         "unspent_parameters": unspent,
-        "model_compression_ratio": report.model_compression_ratio,
-        "parameters_before": report.parameters_before,
-        "parameters_after": report.parameters_after,
         "compressible_parameters_before": report.linear_parameters_before,
         "compressible_parameters_after": report.linear_parameters_after,
-        "bytes_before": report.bytes_before,
-        "bytes_after": report.bytes_after,
-        "quantization": report.quantization,
         "ranks": dict(report.ranks),
-        "linear_flops_before": report.linear_flops_before,
-        "linear_flops_after": report.linear_flops_after,
-        "model_flops_before": report.model_flops_before,
-        "model_flops_after": report.model_flops_after,
         "perplexity": None if written.measured is None else written.measured.perplexity,
         "coverage": report.dense_coverage.to_mapping(),
         "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],

@@ -4,54 +4,33 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import zip_longest
 
 from lowrank_core.commands.shared import progress_line
-from lowrank_core.config import ModelSource, TextConfig, check_choice, check_min
+from lowrank_core.config import ModelSource, TextConfig
+from lowrank_core.config.evaluation import EvaluationConfig, Sampling
 from lowrank_core.coverage import Coverage, shown
 from lowrank_core.evaluation import EvaluationReport, PositionRow, evaluate
-from lowrank_core.evaluation.generation import Continuation, Sampling, side_by_side
+from lowrank_core.evaluation.generation import Continuation, side_by_side
 from lowrank_core.models import load_model
-from lowrank_core.text import SPLITS, load_windows, open_text
+from lowrank_core.text import load_windows, open_text
 from lowrank_core.types import Result
 from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
 
-__all__ = ["EvaluationRequest", "continue_with", "evaluate_on", "evaluate_on_texts"]
+__all__ = ["continue_with", "evaluate_on", "evaluate_on_texts"]
 
 _COLUMN = 58
 """Characters of a continuation's lines, two next to each other."""
 
 
-@dataclass(frozen=True)
-class EvaluationRequest:
-    """A model to measure, with its reference.
-
-    Attributes:
-        split: validation, test or all; calibration, too.
-        windows: at most, spread over the split; None: the text's number of test windows, or every one of ``all``.
-        stride: tokens from one window to the next; None: windows do not overlap.
-        against: the dense model, to compare with on the same windows.
-    """
-
-    split: str = "test"
-    windows: int | None = None
-    stride: int | None = None
-    against: str | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("split", self.split, (*SPLITS, "all"))
-        if self.windows is not None:
-            check_min(1, windows=self.windows)
-
-
-def evaluate_on(source: ModelSource, text: TextConfig, request: EvaluationRequest) -> Result:
+def evaluate_on(source: ModelSource, text: TextConfig, config: EvaluationConfig, against: str | None = None) -> Result:
     """Measure a model on one text.
 
     Raises:
         ConfigError, ModelError, TextError: as for ``evaluate_on_texts``.
     """
-    (report,), coverage = _reports(source, [text], request)
+    (report,), coverage = _reports(source, [text], config, against)
     return {
         **report.to_mapping(),
         **_covered(coverage),
@@ -60,7 +39,7 @@ def evaluate_on(source: ModelSource, text: TextConfig, request: EvaluationReques
     }
 
 
-def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], request: EvaluationRequest) -> Result:
+def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], config: EvaluationConfig, against: str | None = None) -> Result:
     """Measure a model on several texts: what was calibrated on one of them may have lost another.
 
     Raises:
@@ -69,7 +48,7 @@ def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], request:
         TextError: a text is unknown, can't be read, or is too short; raised before anything is measured.
         NumericalError: a window's loss is not finite.
     """
-    reports, coverage = _reports(source, texts, request)
+    reports, coverage = _reports(source, texts, config, against)
     rows = [{**report.to_mapping(), **_covered(coverage), "model": source.reference} for report in reports]
     return {
         "model": source.reference,
@@ -103,20 +82,20 @@ def _removed(report: EvaluationReport, coverage: Coverage | None) -> list[str]:
 
 
 def _reports(
-    source: ModelSource, texts: Sequence[TextConfig], request: EvaluationRequest
+    source: ModelSource, texts: Sequence[TextConfig], config: EvaluationConfig, against: str | None
 ) -> tuple[list[EvaluationReport], Coverage | None]:
     """Measure, once every text is known to be there and long enough; return what the dense model is made of, too, where there is one."""
     for text in texts:
         open_text(text.reference)
     handle = load_model(source)
-    dense = None if request.against is None else load_model(ModelSource(request.against, source.device, source.dtype))
-    sets = [load_windows(text, handle.tokenizer, request.split, count=_count(text, request), stride=request.stride) for text in texts]
+    dense = None if against is None else load_model(ModelSource(against, source.device, source.dtype))
+    sets = [load_windows(text, handle.tokenizer, config.split, count=_count(text, config), stride=config.stride) for text in texts]
     result = [evaluate(handle, windows, against=dense, progress=progress_line(f"Evaluating {windows.dataset}")) for windows in sets]
     return result, None if dense is None else dense.coverage
 
 
-def _count(text: TextConfig, request: EvaluationRequest) -> int | None:
-    return text.test_windows if request.windows is None and request.split != "all" else request.windows
+def _count(text: TextConfig, config: EvaluationConfig) -> int | None:
+    return text.test_windows if config.windows is None and config.split != "all" else config.windows
 
 
 def _one(report: EvaluationReport) -> str:

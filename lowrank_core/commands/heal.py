@@ -22,12 +22,12 @@ from lowrank_core.text import load_windows, overlap_warnings
 from lowrank_core.types import Result
 from lowrank_core.wording import fixed
 
-__all__ = ["HealRequest", "heal_folder"]
+__all__ = ["HealedFolder", "heal_folder"]
 
 
 @dataclass(frozen=True)
-class HealRequest:
-    """Arguments of `lowrank heal`.
+class HealedFolder:
+    """Folder that `lowrank heal` writes.
 
     Attributes:
         out: new folder of the healed model.
@@ -35,7 +35,6 @@ class HealRequest:
         export: how the folder is written; command: for its model card.
     """
 
-    healing: HealingConfig
     out: Path
     against: str | None = None
     export: ExportConfig = field(default_factory=ExportConfig)
@@ -47,7 +46,7 @@ class HealRequest:
         return self.out.absolute().with_name(f".{self.out.name}.healing")
 
 
-def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> Result:
+def heal_folder(source: ModelSource, text: TextConfig, config: HealingConfig, wanted: HealedFolder) -> Result:
     """Train the factors of a compressed folder on the calibration split, choose on validation, measure on test, and write.
 
     The same command goes on where it was killed.
@@ -55,35 +54,35 @@ def heal_folder(source: ModelSource, text: TextConfig, request: HealRequest) -> 
     Raises:
         LowRankError: bad input; see ``heal`` and ``export``.
     """
-    check_free(request.out)
+    check_free(wanted.out)
     manifest = read_manifest(Path(resolve_reference(source.reference)))
     counts = report_of(manifest)
     compressed = CompressedModel(load_model(source), counts)
-    dense = load_model(replace(source, reference=request.against or manifest.made_from))
+    dense = load_model(replace(source, reference=wanted.against or manifest.made_from))
     unknown = warn(*_check_same(counts.dense, dense))
-    config, tokenizer = request.healing, compressed.handle.tokenizer
+    tokenizer = compressed.handle.tokenizer
     validation = load_windows(text, tokenizer, "validation", count=text.validation_windows)
     test = load_windows(text, tokenizer, "test", count=text.test_windows)
-    check_precision(compressed.handle, request.export, test)
+    check_precision(compressed.handle, wanted.export, test)
     calibration = load_windows(text, tokenizer, "calibration", count=text.calibration_windows)
     doubts = (*unknown, *overlap_warnings(calibration, validation, test))
-    begun = read_history(request.checkpoint)
+    begun = read_history(wanted.checkpoint)
     if begun:
         print(f"going on after step {begun[-1].step} of {config.steps}", file=sys.stderr)
-    healed = healed_model(compressed, dense, (text, validation), config, folder=request.checkpoint, progress=progress_line("Healing"))
+    healed = healed_model(compressed, dense, (text, validation), config, folder=wanted.checkpoint, progress=progress_line("Healing"))
     model, report = healed
     before = evaluate(compressed.handle, test, against=dense, progress=progress_line("Measuring one-shot"))
     after = evaluate(model.handle, test, against=dense, progress=progress_line("Measuring healed"))
-    provenance = {**manifest.provenance, "command": request.command}
-    write_healed(healed, request.out, (before, after), provenance=provenance, test=HeldOut(text, test), config=request.export)
-    _forget(request.checkpoint)
+    provenance = {**manifest.provenance, "command": wanted.command}
+    write_healed(healed, wanted.out, (before, after), provenance=provenance, test=HeldOut(text, test), config=wanted.export)
+    _forget(wanted.checkpoint)
     return {
-        "out": str(request.out),
+        "out": str(wanted.out),
         "healing": asdict(report),
         "one_shot": before.to_mapping(),
         "healed": after.to_mapping(),
         "warnings": list(doubts),
-        "text": _told(report, replace(before, warnings=(*doubts, *before.warnings)), after, request.out),
+        "text": _told(report, replace(before, warnings=(*doubts, *before.warnings)), after, wanted.out),
     }
 
 

@@ -19,15 +19,16 @@ from lowrank_core.metrics import metric_named
 from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.studies.naming import model_name, trial_label
 from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
+from lowrank_core.studies.requests import CompareAnswer, MeasureRequest, answers_of
 from lowrank_core.studies.storage import open_database
 from lowrank_core.types import Result
 from lowrank_core.worker.context import complete_trial
 from lowrank_core.worker.handlers import export_trial, metrics_of_trial, provenance_of, unspent_of
 from lowrank_core.worker.identity import EXPORT, RunIdentity, identity_of_factors, identity_of_model, identity_of_texts
-from lowrank_core.worker.joining import join_run, run_of_study
+from lowrank_core.worker.joining import join_run
 from lowrank_core.worker.main import run_worker
 
-__all__ = ["SearchPlace", "enqueue", "export_from", "join", "join_study", "search_in", "work"]
+__all__ = ["SearchPlace", "enqueue", "export_from", "join", "search_in", "work"]
 
 _FRONT = "Pareto front, on validation text:"
 
@@ -76,7 +77,7 @@ def search_in(
             open_database(place.storage_url)  # checked before minutes of work
             run.keep_study_at(place.storage_url, run.id)
         if given is not None:
-            client.submit(run, "measure", launch=False, **given)
+            client.submit(run, given, launch=False)
         session, bench = run_worker(run, verbose=sys.stderr.isatty(), helpers=place.workers - 1)
     except LowRankError as error:
         if not isinstance(error, Cancelled) and not _has_begun(run):
@@ -91,28 +92,38 @@ def search_in(
     path = export_trial(run, session, bench, best.number)
     allocation = allocation_from_ranks(best.label, bench.space.units, best.ranks)
     baselines = {trial.label: _figures(trial, coverage) for trial in trials if trial.label not in ("sampled", "manual") and trial.finished}
-    counts = counts_of(trials)
     lines = [f"{model_name(name, trials)}: {config.objective} {figures['value']:.4g}" for name, figures in baselines.items()]
-    lines += [f"best: {trial_label(best)}, {config.objective} {best.value:.4g}, on validation text", counts.words]
+    lines += [f"best: {trial_label(best)}, {config.objective} {best.value:.4g}, on validation text", counts_of(trials).words]
     removed = f"removed: {coverage.ratio_words(best.compression_ratio)}. {coverage.statement()}."
-    return {
+    result = {
         **_figures(best, coverage),
-        "objective": config.objective,
         "ranks": dict(best.ranks),
         "unspent_parameters": unspent_parameters(bench.space.units, config.compression_ratio, allocation),
         "export": path,
+        "pruned": counts_of(trials).pruned,
+        "baselines": baselines,
+    }
+    around = [*lines, f"  {protocol_of(run)}", removed], [f"exported to {path}"]
+    return result | _outcome(run, config, coverage, protocol_of(run), around, unspent_of(config, allocation))
+
+
+def _outcome(
+    run: Run, config: SearchConfig, coverage: Coverage, protocol: str, lines: tuple[list[str], list[str]], unspent: tuple[str, ...] = ()
+) -> Result:
+    """Return what every search tells; ``lines`` stand before and after the measurements on test text."""
+    counts, confirmed = counts_of(read_trials(run)), _confirmed(run)
+    warnings = [*unspent, *_warnings(run, confirmed)]
+    before, after = lines
+    return {
+        "objective": config.objective,
         "run": str(run.path),
         "trials": counts.complete,
-        "pruned": counts.pruned,
         "counts": asdict(counts),
-        "baselines": baselines,
-        "protocol": (protocol := protocol_of(run)),
-        "confirmed": (confirmed := _confirmed(run)),
+        "protocol": protocol,
         "coverage": coverage.to_mapping(),
-        "warnings": (warnings := [*unspent_of(config, allocation), *_warnings(run, confirmed)]),
-        "text": "\n".join(
-            [*lines, f"  {protocol}", removed, *_confirmed_lines(confirmed), *_warning_lines(warnings), f"exported to {path}"]
-        ),
+        "confirmed": confirmed,
+        "warnings": warnings,
+        "text": "\n".join([*before, *_confirmed_lines(confirmed), *(f"warning: {each}" for each in warnings), *after]),
     }
 
 
@@ -148,20 +159,9 @@ def _front_found(run: Run, config: SearchConfig, coverage: Coverage, protocol_of
         raise ConfigError(f"the search in {run.path} has no complete trial. Go on with `lowrank worker --run {run.path}`.")
     take = f"Take one of them with `lowrank export --run {run.path} --trial N --out DIR`."
     lines = [f"{coverage.ratio_words(ratio)} removed: {config.objective} {t.value:.4g} ({trial_label(t)})" for t, ratio in front]
-    lines.append(f"{coverage.statement()}.")
-    counts = counts_of(trials)
-    return {
-        "objective": config.objective,
-        "run": str(run.path),
-        "trials": counts.complete,
-        "counts": asdict(counts),
-        "front": [_figures(trial, coverage) for trial, _ in front],
-        "protocol": (protocol := protocol_of(run)),
-        "coverage": coverage.to_mapping(),
-        "confirmed": (confirmed := _confirmed(run)),
-        "warnings": (warnings := _warnings(run, confirmed)),
-        "text": "\n".join([_FRONT, *lines, f"  {protocol}", *_confirmed_lines(confirmed), *_warning_lines(warnings), counts.words, take]),
-    }
+    before = [_FRONT, *lines, f"{coverage.statement()}.", f"  {protocol_of(run)}"]
+    result = {"front": [_figures(trial, coverage) for trial, _ in front]}
+    return result | _outcome(run, config, coverage, protocol_of(run), (before, [counts_of(trials).words, take]))
 
 
 def _warnings(run: Run, confirmed: list[JsonMapping]) -> list[str]:
@@ -169,10 +169,6 @@ def _warnings(run: Run, confirmed: list[JsonMapping]) -> list[str]:
     reported = [warning for row in confirmed for warning in row["warnings"]]
     of_text = (run.part("text") or {}).get("warnings", [])
     return list(dict.fromkeys([*of_text, *run.status().dense_warnings, *reported]))
-
-
-def _warning_lines(warnings: list[str]) -> list[str]:
-    return [f"warning: {each}" for each in warnings]
 
 
 def _confirmed(run: Run) -> list[JsonMapping]:
@@ -184,13 +180,13 @@ def _confirmed(run: Run) -> list[JsonMapping]:
     trials = read_trials(run)
     result: list[JsonMapping] = [
         {
-            "trial": body.get("trial"),
-            "label": body.get("label"),
-            "name": model_name(str(body.get("label")), trials),
-            **{name: body["report"].get(name) for name in names},
-            "warnings": body["report"].get("warnings", []),
+            "trial": answer.trial,
+            "label": answer.label,
+            "name": model_name(answer.label, trials),
+            **{name: answer.report.get(name) for name in names},
+            "warnings": answer.report.get("warnings", []),
         }
-        for body in client.results_of(run, "compare")
+        for answer in answers_of(run, CompareAnswer)
     ]
     return sorted(result, key=lambda row: float(row["kl"]))
 
@@ -205,8 +201,8 @@ def _confirmed_lines(confirmed: list[JsonMapping]) -> list[str]:
     return ["measured on test text, unseen by all trials:", *rows, f"  {confirmed[0]['protocol']}"]
 
 
-def _read_given(ranks: Path | None, complete: str | None) -> Result | None:
-    """Return the arguments of a request to measure a file's allocation."""
+def _read_given(ranks: Path | None, complete: str | None) -> MeasureRequest | None:
+    """Return the request to measure a file's allocation."""
     if complete is not None:
         check_choice("complete", complete, RULES)
     if ranks is None:
@@ -214,7 +210,7 @@ def _read_given(ranks: Path | None, complete: str | None) -> Result | None:
             raise ConfigError("--complete completes a file of ranks; give one with --ranks.")
         return None
     file = read_allocation(ranks)
-    return {"ranks": dict(file.ranks)} if complete is None else {"ranks": dict(file.fixed), "complete": complete}
+    return MeasureRequest(dict(file.ranks if complete is None else file.fixed), complete)
 
 
 def enqueue(folder: Path, ranks: Path, complete: str | None) -> Result:
@@ -225,7 +221,7 @@ def enqueue(folder: Path, ranks: Path, complete: str | None) -> Result:
     config = run.config
     if config.search is None:
         raise ConfigError(f"{run.path} only analyses a model; it measures no allocations. Run `lowrank search`.")
-    request = client.submit(run, "measure", launch=False, **given)
+    request = client.submit(run, given, launch=False)
     next_step = "its worker measures it next" if run.status().active else f"`lowrank worker --run {run.path}` will measure it"
     return {"run": str(run.path), "request": request, "text": f"{ranks} is queued: {next_step}."}
 
@@ -256,17 +252,8 @@ def _change(run: Run, changes: Result) -> None:
         run.change_search(**changes)
 
 
-def join(folder: Path, warm_seconds: float) -> Result:
-    """Help a run's worker with its trials."""
-    return _joined(open_run(folder), warm_seconds)
-
-
-def join_study(url: str, study: str, warm_seconds: float, *, model: str | None, text: str | None, device: str | None) -> Result:
-    """Help with the trials of a study in a database, from any machine that has the model."""
-    return _joined(run_of_study(url, study, model=model, text=text, device=device), warm_seconds)
-
-
-def _joined(run: Run, warm_seconds: float) -> Result:
+def join(run: Run, warm_seconds: float) -> Result:
+    """Help with the trials of a run: on its machine, or by its study in a database from any machine that has the model."""
     measured = join_run(run, warm_seconds=warm_seconds)
     return {"run": str(run.path), "measured": measured, "text": f"{run.study_name}: measured {measured} trials here"}
 

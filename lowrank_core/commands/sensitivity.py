@@ -8,11 +8,12 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig, to_mapping
+from lowrank_core.config import CalibrationConfig, ModelSource, RunConfig, TextConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.runs import Run, client, create_run, open_run
 from lowrank_core.sensitivity.config import TYPE, SensitivityConfig
 from lowrank_core.sensitivity.records import SensitivityCell
+from lowrank_core.studies.requests import SensitivityRequest
 from lowrank_core.types import Result
 from lowrank_core.wording import given_percent
 from lowrank_core.worker.main import measure_alone
@@ -44,7 +45,7 @@ def sensitivity_in(folder: Path | None, new: NewRun | None, config: SensitivityC
     run = _run(folder, new)
     run.refuse_if_recorded()
     if run.worker_alive() and run.status().pid != os.getpid():
-        request = client.submit(run, "sensitivity", launch=False, **to_mapping(config))
+        request = client.submit(run, SensitivityRequest(config), launch=False)
         return {
             "run": str(run.path),
             "request": request,

@@ -6,23 +6,32 @@ Names and values of earlier versions are understood (``options.renamed``).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
 import typing
 from collections.abc import Mapping
 from dataclasses import MISSING
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from lowrank_core.config.options import hints_of, renamed
 from lowrank_core.errors import ConfigError, LowRankError, RunError
 
-__all__ = ["build", "from_mapping", "to_mapping"]
+__all__ = ["INLINE", "build", "from_mapping", "to_mapping"]
 
 T = TypeVar("T")
+
+INLINE = MappingProxyType({"inline": True})
+"""Metadata of a field that is a dataclass itself, and whose keys stand among those around it; at most one in a class."""
 
 
 def to_mapping(value: object) -> dict[str, object]:
     """Return a dataclass as a JSON-ready mapping."""
-    return dataclasses.asdict(value)  # type: ignore[call-overload, no-any-return]
+    result: dict[str, Any] = dataclasses.asdict(value)  # type: ignore[call-overload]
+    for field in dataclasses.fields(value):  # type: ignore[arg-type]
+        if "inline" in field.metadata:
+            result |= result.pop(field.name)
+    return result
 
 
 def from_mapping(kind: type[T], mapping: Mapping[str, object]) -> T:
@@ -37,15 +46,22 @@ def from_mapping(kind: type[T], mapping: Mapping[str, object]) -> T:
         raise ConfigError(f"{kind.__name__}: {error}") from error
 
 
-def build(kind: type[T], body: Mapping[str, Any], source: str, **given: object) -> T:
+def build(kind: type[T], body: Mapping[str, Any], source: str, advice: str = "Start what wrote it again.", **given: object) -> T:
     """Return the dataclass ``kind`` from the keys of ``body`` that it knows; ``given`` values come first.
 
     Keys that ``kind`` does not know are left alone: a newer worker may write more.
 
     Raises:
-        RunError: a key is missing or holds the wrong kind of value; the message names ``source`` and the key.
+        RunError: a key is missing or holds the wrong kind of value; the message names ``source`` and the key, and ends with ``advice``.
     """
-    return _Decoder(source).built(kind, body, given)
+    return _Decoder(source, advice).built(kind, body, given)
+
+
+@functools.cache
+def _declared(kind: type) -> tuple[Mapping[str, dataclasses.Field[Any]], Mapping[str, Any], tuple[str, ...]]:
+    """Return the fields and the types of ``kind`` by name, and the names of those that are inline; a file may have thousands of lines."""
+    known = {field.name: field for field in dataclasses.fields(kind)}
+    return known, hints_of(kind), tuple(name for name, field in known.items() if "inline" in field.metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +69,19 @@ class _Decoder:
     """Lenient for a ``source`` that a worker wrote, strict without one."""
 
     source: str = ""
+    advice: str = ""
 
     def built(self, kind: type[T], body: Mapping[str, object], given: Mapping[str, object] | None = None) -> T:
         if not isinstance(body, Mapping):
             raise self._error(f"{kind.__name__}: expected an object, got {type(body).__name__}.")
-        body, given, hints = renamed(kind, body), given or {}, hints_of(kind)
-        if not self.source and (unknown := sorted(set(body) - set(hints))):
-            raise ConfigError(f"{kind.__name__}: unknown {', '.join(unknown)}; it knows {', '.join(hints)}.")
+        known, hints, among = _declared(typing.cast(Any, kind))
+        body, given = renamed(kind, body), given or {}
+        rest = {name: value for name, value in body.items() if name not in known or name in among}
+        if not self.source and not among and rest:
+            raise ConfigError(f"{kind.__name__}: unknown {', '.join(sorted(rest))}; it knows {', '.join(known)}.")
+        body |= dict.fromkeys(among, rest)
         values = dict(given)
-        for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        for field in known.values():
             if field.name in body and field.name not in given:
                 values[field.name] = self._value(body[field.name], hints[field.name], field.name)
             elif field.name not in given and field.default is MISSING and field.default_factory is MISSING:
@@ -90,4 +110,4 @@ class _Decoder:
         return tuple(self._value(entry, kind, name) for entry in value) if dataclasses.is_dataclass(kind) else tuple(value)
 
     def _error(self, message: str) -> LowRankError:
-        return RunError(f"{message} Start what wrote it again.") if self.source else ConfigError(message)
+        return RunError(f"{message} {self.advice}") if self.source else ConfigError(message)

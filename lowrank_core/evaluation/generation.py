@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from lowrank_core.config import check_min
+from lowrank_core.config.evaluation import Sampling
 from lowrank_core.errors import ConfigError
 from lowrank_core.models.handle import ModelHandle, own_code
 
-__all__ = ["Continuation", "Sampling", "continue_prompt", "side_by_side"]
+__all__ = ["Continuation", "continue_prompt", "side_by_side"]
 
 _LIKELIEST = 50
 """Tokens that a sampled one is drawn from."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """Sampling settings.
-
-    Attributes:
-        tokens: to add, at most: an end of text ends it.
-        temperature: 0 takes the likeliest token each time; above, one of the 50 likeliest is drawn by softmax(logits / temperature).
-        seed: of the draws.
-    """
-
-    tokens: int = 64
-    temperature: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_min(1, tokens=self.tokens)
-        if not 0 <= self.temperature < math.inf:
-            raise ConfigError(f"temperature must be a number from 0 (the likeliest token) up, got {self.temperature:g}. Try 0.7.")
-        if not 0 <= self.seed < 2**63:
-            raise ConfigError(f"seed must be a whole number from 0 to 2^63 - 1, got {self.seed}.")
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -12,29 +10,11 @@ from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.evaluation.passes import logits_of
 from lowrank_core.evaluation.tokens import compare_logits
 from lowrank_core.models.handle import ModelHandle
+from lowrank_core.runs.measurements import TextLosses
 
-__all__ = ["TextLosses", "losses_of", "pieces_of", "tokens_of_text"]
+__all__ = ["losses_of", "pieces_of", "tokens_of_text"]
 
 _DECIMALS = 4
-
-
-@dataclass(frozen=True)
-class TextLosses:
-    """Token-level losses of two models, in nats.
-
-    Attributes:
-        pieces: the characters of each of the T tokens, which joined are the text; empty for a token that ends inside a character.
-        nll, dense_nll: -log q(token) and -log p(token) of the tokens after the first (T - 1,).
-        kl: Σ p log(p / q) there.
-        likeliest, dense_likeliest: the token that each model held likeliest there.
-    """
-
-    pieces: tuple[str, ...]
-    nll: tuple[float, ...]
-    dense_nll: tuple[float, ...]
-    kl: tuple[float, ...]
-    likeliest: tuple[str, ...]
-    dense_likeliest: tuple[str, ...]
 
 
 def tokens_of_text(handle: ModelHandle, text: str, *, bos: bool, maximum: int) -> tuple[Tensor, int]:

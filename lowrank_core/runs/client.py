@@ -8,18 +8,20 @@ import subprocess
 import threading
 import time
 from pathlib import Path
+from typing import Protocol
 
 import psutil
 
 from lowrank_core.allocation import with_current_names
+from lowrank_core.config import to_mapping
 from lowrank_core.errors import RunError
 from lowrank_core.runs import JsonMapping, Run, RunStatus, read_json, write_json
 from lowrank_core.runs.processes import python_command, python_environment
 
 __all__ = [
     "BACKGROUND",
+    "Request",
     "add_worker",
-    "results_of",
     "results",
     "submit",
     "pending_requests",
@@ -37,6 +39,13 @@ BACKGROUND = ("sensitivity",)
 """Kinds of requests that wait for everything else, trials included, and yield for it at each step."""
 WARM_SECONDS = 300
 """Seconds that an idle worker keeps its model loaded."""
+
+
+class Request(Protocol):
+    """A dataclass whose fields are what it asks; ``studies.requests`` has them all."""
+
+    @property
+    def kind(self) -> str: ...
 
 
 def start_worker(run: Run) -> None:
@@ -102,23 +111,18 @@ def terminate(run: Run) -> None:
                 psutil.Process(worker.pid).kill()
 
 
-def submit(run: Run, kind: str, *, launch: bool = True, **arguments: object) -> str:
+def submit(run: Run, asked: Request | str, *, launch: bool = True, **arguments: object) -> str:
     """Submit a request and return its id; starts a worker if none holds the run (unless ``launch`` is false).
 
     A search that was stopped or interrupted stays so: the worker only answers.
 
-    Kinds: ``compare`` (trial: as ``ModelRef.parse`` reads it; also in the next four),
-    ``other_text`` (trial, text: a text's reference), ``tokens`` (trial, and text or window: a test window's number), ``generate``
-    (trial, prompt, tokens, temperature, seed), ``speed`` (trial, memory, and fields of ``SpeedConfig``),
-    ``export`` (trial, or under ``healed`` the folder of a healed model, and fields of ``ExportConfig``),
-    ``verify`` (path: an export's name), ``heal`` (trial, and fields of ``HealingConfig`` under ``healing``),
-    ``directions`` (fields of ``DirectionsConfig``), ``measure`` (ranks, and an allocator's name under ``complete`` to complete a
-    partial choice): the allocation is queued, and becomes a trial of the study; ``sensitivity`` (fields of
-    ``SensitivityConfig``), in the background; ``curves`` (nothing): the error curves are written.
+    Args:
+        asked: one of ``studies.requests``; or the kind of one, whose ``arguments`` the worker checks.
 
     Raises:
         RunError: as ``start_worker``.
     """
+    kind, arguments = (asked, arguments) if isinstance(asked, str) else (asked.kind, to_mapping(asked))
     run.refuse_if_recorded()
     if not run.worker_alive() and run.status().state in ("interrupted", "failed"):
         run.pause_marker.touch()
@@ -164,12 +168,3 @@ def results(run: Run) -> list[JsonMapping]:
     folder = run.path / "results"
     paths = sorted(folder.glob("[0-9]*.json")) if folder.is_dir() else []
     return [with_current_names(body) for path in paths if (body := read_json(path)) is not None]
-
-
-def results_of(run: Run, kind: str) -> list[JsonMapping]:
-    """Return the successful results of one kind of request, the oldest first.
-
-    Raises:
-        RunError: an answer is damaged.
-    """
-    return [body for body in results(run) if body.get("kind") == kind and body.get("ok")]

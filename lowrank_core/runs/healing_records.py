@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from lowrank_core.errors import RunError
+from lowrank_core.config.mapping import build, to_mapping
 from lowrank_core.runs import read_json, write_json
 
 __all__ = ["HealingPoint", "HealingReport", "read_history", "read_report", "write_history", "write_report"]
 
 _HISTORY = "history.json"
 _REPORT = "report.json"
+_ADVICE = "Delete the folder, and heal again."
 
 
 @dataclass(frozen=True)
@@ -80,11 +78,16 @@ class HealingReport:
     @property
     def summary(self) -> dict[str, object]:
         """The report without its history, ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "history"}
+        return {name: value for name, value in to_mapping(self).items() if name != "history"}
+
+
+@dataclass(frozen=True)
+class _History:
+    points: tuple[HealingPoint, ...]
 
 
 def write_history(folder: Path, points: tuple[HealingPoint, ...]) -> None:
-    write_json(folder / _HISTORY, {"points": [asdict(point) for point in points]})
+    write_json(folder / _HISTORY, to_mapping(_History(points)))
 
 
 def read_history(folder: Path) -> tuple[HealingPoint, ...]:
@@ -94,12 +97,11 @@ def read_history(folder: Path) -> tuple[HealingPoint, ...]:
         RunError: the file is damaged.
     """
     body = read_json(folder / _HISTORY)
-    with _damage_told(folder / _HISTORY):
-        return () if body is None else _points(body["points"])
+    return () if body is None else build(_History, body, str(folder / _HISTORY), _ADVICE).points
 
 
 def write_report(folder: Path, report: HealingReport) -> None:
-    write_json(folder / _REPORT, asdict(report))
+    write_json(folder / _REPORT, to_mapping(report))
 
 
 def read_report(folder: Path) -> HealingReport | None:
@@ -109,18 +111,4 @@ def read_report(folder: Path) -> HealingReport | None:
         RunError: the file is damaged.
     """
     body = read_json(folder / _REPORT)
-    with _damage_told(folder / _REPORT):
-        return None if body is None else HealingReport(**{**body, "history": _points(body["history"])})
-
-
-def _points(result: Iterable[Mapping[str, Any]]) -> tuple[HealingPoint, ...]:
-    return tuple(HealingPoint(**point) for point in result)
-
-
-@contextmanager
-def _damage_told(path: Path) -> Iterator[None]:
-    """Convert errors in reading ``path`` to a RunError."""
-    try:
-        yield
-    except (TypeError, KeyError) as error:
-        raise RunError(f"{path} is damaged: {error}. Delete the folder, and heal again.") from error
+    return None if body is None else build(HealingReport, body, str(folder / _REPORT), _ADVICE)

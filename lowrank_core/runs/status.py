@@ -8,7 +8,7 @@ from pathlib import Path
 
 import psutil
 
-from lowrank_core.errors import RunError
+from lowrank_core.config.mapping import build
 from lowrank_core.runs.files import JsonMapping
 
 __all__ = ["ACTIVE_STATES", "RunStatus", "is_alive", "process_started", "status_from"]
@@ -74,10 +74,7 @@ def status_from(body: JsonMapping, path: Path) -> RunStatus:
     Raises:
         RunError: it is damaged.
     """
-    try:
-        return RunStatus(**{**body, **{name: tuple(body.get(name, ())) for name in ("warnings", "dense_warnings")}})
-    except TypeError as error:
-        raise RunError(f"{path} is damaged: {error}. Delete the file, or the run.") from error
+    return build(RunStatus, body, str(path), "Delete the file, or the run.")
 
 
 def is_alive(status: RunStatus) -> bool:

@@ -44,18 +44,6 @@ _BOUNDED = 5  # one in so many, the worst
 _STRIDE = 1_000_003  # a prime: seeds of one search don't meet those of the next
 
 
-def _gp(config: SearchConfig, seed: int) -> BaseSampler:
-    return GPSampler(seed=seed, n_startup_trials=config.startup_trials, deterministic_objective=True)
-
-
-def _tpe(config: SearchConfig, seed: int) -> BaseSampler:
-    return TPESampler(seed=seed, n_startup_trials=config.startup_trials, multivariate=True, constant_liar=True)
-
-
-def _cmaes(config: SearchConfig, seed: int) -> BaseSampler:
-    return SafeCmaEsSampler(seed=seed)  # from the middle of the space: weights of 1, in theirs
-
-
 class _Sequence(QMCSampler):
     """One sequence for the whole search, whose next point is known by how many were drawn; Optuna counts those that were lost, too."""
 
@@ -63,16 +51,14 @@ class _Sequence(QMCSampler):
         return cast(_Points, study).drawn
 
 
-def _qmc(config: SearchConfig, seed: int) -> BaseSampler:
-    return _Sequence(seed=config.seed, scramble=True)
-
-
-def _random(config: SearchConfig, seed: int) -> BaseSampler:
-    return RandomSampler(seed=seed)
-
-
 _SAMPLERS: Mapping[str, Callable[[SearchConfig, int], BaseSampler]] = MappingProxyType(
-    {"gp": _gp, "tpe": _tpe, "cmaes": _cmaes, "qmc": _qmc, "random": _random}
+    {
+        "gp": lambda config, seed: GPSampler(seed=seed, n_startup_trials=config.startup_trials, deterministic_objective=True),
+        "tpe": lambda config, seed: TPESampler(seed=seed, n_startup_trials=config.startup_trials, multivariate=True, constant_liar=True),
+        "cmaes": lambda config, seed: SafeCmaEsSampler(seed=seed),  # from the middle of the space: weights of 1, in theirs
+        "qmc": lambda config, seed: _Sequence(seed=config.seed, scramble=True),
+        "random": lambda config, seed: RandomSampler(seed=seed),
+    }
 )
 _WITH_A_MODEL = ("gp", "tpe")
 

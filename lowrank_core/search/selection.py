@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -47,18 +45,6 @@ class Selection:
     pool: int
     chosen: tuple[int, ...]
     wanted: int
-
-    @classmethod
-    def read(cls, body: Mapping[str, object] | str | None) -> Selection | None:
-        """Return the output of ``describe`` from a mapping or JSON; None if empty."""
-        if body is None:
-            return None
-        values: dict[str, Any] = json.loads(body) if isinstance(body, str) else dict(body)
-        return cls(**{**values, "chosen": tuple(values["chosen"])})
-
-    def describe(self) -> dict[str, object]:
-        """Return the selection ready for JSON."""
-        return asdict(self)
 
     def of(self, pool: WindowSet) -> WindowSet:
         """Return the chosen windows of ``pool``."""

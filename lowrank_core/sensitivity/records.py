@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar, get_args, get_type_hints
+from typing import TypeVar
 
-from lowrank_core.errors import RunError
+from lowrank_core.config import from_mapping, to_mapping
+from lowrank_core.errors import ConfigError, RunError
 from lowrank_core.runs import Run
 from lowrank_core.sensitivity.planning import CellKey
 
@@ -49,7 +49,7 @@ class SensitivitySetting:
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        return hashlib.sha256(json.dumps(to_mapping(self), sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -117,38 +117,17 @@ def read_record(path: Path) -> SensitivityRecord | None:
     first, *lines = content.split("\n")[:-1] or [""]  # what follows the last newline was never finished
     if not first:
         return None
-    cells = {cell.key: cell for cell in _parsed(path, lines)}
+    cells = {cell.key: cell for cell in (_built(SensitivityCell, line, path, number) for number, line in enumerate(lines, start=2))}
     return SensitivityRecord(_built(SensitivitySetting, first, path, 1), tuple(cells.values()), changed)
 
 
 _ADVICE = "Delete the file to measure again; other files of the run are not affected."
 
 
-def _parsed(path: Path, lines: list[str]) -> Iterator[SensitivityCell]:
-    for number, line in enumerate(lines, start=2):
-        yield _built(SensitivityCell, line, path, number)
-
-
-def _types(kind: type[object]) -> Mapping[str, tuple[type, ...]]:
-    """Return the types of each field of a record."""
-    options = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(kind).items()}
-    return {name: (*result, int) if float in result else result for name, result in options.items()}
-
-
-_TYPES: Mapping[type, Mapping[str, tuple[type, ...]]] = {kind: _types(kind) for kind in (SensitivitySetting, SensitivityCell)}
-"""Looked up once: a file may have thousands of lines."""
-
-
 def _built(kind: type[T], line: str, path: Path, number: int) -> T:
     try:
-        body, known = json.loads(line), _TYPES[kind]
-        if not isinstance(body, dict):
-            raise TypeError("it holds no JSON object.")
-        wrong = [name for name, value in body.items() if not isinstance(value, known.get(name, ()))]
-        if wrong:
-            raise TypeError(f"{wrong[0]} can't be {body[wrong[0]]!r}.")
-        return kind(**body)
-    except (ValueError, TypeError) as error:
+        return from_mapping(kind, json.loads(line))
+    except (ValueError, ConfigError) as error:
         raise RunError(f"{path} is damaged in line {number}: {error} {_ADVICE}") from error
 
 
@@ -174,7 +153,7 @@ def append_cell(path: Path, setting: SensitivitySetting, cell: SensitivityCell) 
             whole = _whole_bytes(path)
             stream.truncate(whole)
             lines: list[SensitivitySetting | SensitivityCell] = [setting, cell] if whole == 0 else [cell]
-            stream.write("".join(json.dumps(asdict(line), allow_nan=False) + "\n" for line in lines).encode())
+            stream.write("".join(json.dumps(to_mapping(line), allow_nan=False) + "\n" for line in lines).encode())
     except OSError as error:
         raise RunError(f"can't write {path}: {error.strerror}. Free some space, then measure again: what is complete is kept.") from error
 

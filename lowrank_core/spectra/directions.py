@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
-
-from lowrank_core.config.mapping import build
+from dataclasses import dataclass
 
 __all__ = ["Direction", "Directions", "TokenHit"]
 
@@ -38,19 +34,6 @@ class Directions:
     side: str
     protocol: str
     directions: tuple[Direction, ...]
-
-    @classmethod
-    def from_mapping(cls, body: Mapping[str, Any]) -> Directions:
-        """Return what an answer of the worker says.
-
-        Raises:
-            RunError: it is damaged.
-        """
-        return build(cls, body, "an answer")
-
-    def to_mapping(self) -> dict[str, object]:
-        """Return the same, ready for JSON."""
-        return asdict(self)
 
     def to_text(self) -> str:
         """Return the same for a terminal: a line for each direction."""

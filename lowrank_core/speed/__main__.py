@@ -8,11 +8,12 @@ import sys
 
 import torch
 
-from lowrank_core.config import ModelSource, from_mapping
+from lowrank_core.config import ModelSource, from_mapping, to_mapping
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.speed.memory import MemoryReport, Meter
+from lowrank_core.runs.measurements import MemoryReport
+from lowrank_core.speed.memory import Meter
 from lowrank_core.speed.timing import prompt_for, timed_generation
 
 __all__: list[str] = []
@@ -45,7 +46,7 @@ def main() -> int:
     except LowRankError as error:
         print(error, file=sys.stderr)
         return 1
-    print(json.dumps(report.to_mapping()))
+    print(json.dumps(to_mapping(report)))
     return 0
 
 

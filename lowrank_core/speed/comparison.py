@@ -3,52 +3,16 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 
 from lowrank_core.config import ModelSource
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
-from lowrank_core.speed.memory import MemoryReport, measure_memory
-from lowrank_core.speed.timing import Clock, SpeedReport, report_of, timed_in_turns
-from lowrank_core.speed.turns import Spread
+from lowrank_core.runs.measurements import MemoryReport, SpeedComparison, Spread
+from lowrank_core.speed.memory import measure_memory
+from lowrank_core.speed.timing import Clock, report_of, timed_in_turns
 from lowrank_core.types import Progress
 
-__all__ = ["SpeedComparison", "compare_speed"]
-
-
-@dataclass(frozen=True)
-class SpeedComparison:
-    """A dense and a compressed model, round by round.
-
-    Attributes:
-        dense, compressed: each by itself.
-        prefill_speedup, decode_speedup, first_token_speedup: time of the dense model over that of the compressed one in the same round;
-            above 1 the compressed one is faster.
-    """
-
-    dense: SpeedReport
-    compressed: SpeedReport
-    prefill_speedup: Spread
-    decode_speedup: Spread
-    first_token_speedup: Spread
-
-    @property
-    def memory_ratio(self) -> float | None:
-        """Peak memory while running, compressed over dense; None where it was not measured."""
-        ours, theirs = self.compressed.memory, self.dense.memory
-        if ours is None or theirs is None or ours.running is None or not theirs.running:
-            return None
-        return ours.running / theirs.running
-
-    def to_mapping(self) -> dict[str, object]:
-        return {
-            "dense": self.dense.to_mapping(),
-            "compressed": self.compressed.to_mapping(),
-            "prefill_speedup": self.prefill_speedup.to_mapping(),
-            "decode_speedup": self.decode_speedup.to_mapping(),
-            "first_token_speedup": self.first_token_speedup.to_mapping(),
-            "memory_ratio": self.memory_ratio,
-        }
+__all__ = ["compare_speed"]
 
 
 def _memories(dense: ModelHandle, sources: tuple[ModelSource, ModelSource], config: SpeedConfig) -> tuple[MemoryReport, MemoryReport]:

@@ -7,7 +7,7 @@ import gc
 import json
 import os
 import subprocess
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -15,9 +15,10 @@ import torch
 from lowrank_core.config import ModelSource, to_mapping
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import ModelError
+from lowrank_core.runs.measurements import MemoryReport
 from lowrank_core.runs.processes import python_command, python_environment
 
-__all__ = ["MemoryReport", "Meter", "measure_memory"]
+__all__ = ["Meter", "measure_memory"]
 
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -27,24 +28,6 @@ _RESIDENT = (
 )
 _ALLOCATED = "peak of torch's allocator on the GPU in a fresh process: weights, key-value cache and activations, without the CUDA context"
 _NOT_AVAILABLE = "not available: only Linux tells a process the peak of its resident memory since a given moment"
-
-
-@dataclass(frozen=True)
-class MemoryReport:
-    """Peaks in bytes, None where the system does not tell them.
-
-    Attributes:
-        loading: while the model was loaded.
-        running: afterwards, while prompts were read and continued.
-        measured: what the peaks include.
-    """
-
-    loading: int | None
-    running: int | None
-    measured: str
-
-    def to_mapping(self) -> dict[str, object]:
-        return asdict(self)
 
 
 class Meter:

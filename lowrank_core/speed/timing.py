@@ -15,13 +15,13 @@ from lowrank_core.config import ModelSource
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import own_code
-from lowrank_core.speed.memory import MemoryReport, measure_memory
-from lowrank_core.speed.turns import Spread, in_turns
+from lowrank_core.runs.measurements import MemoryReport, SpeedReport, Spread
+from lowrank_core.speed.memory import measure_memory
+from lowrank_core.speed.turns import in_turns
 from lowrank_core.types import Progress
 
 __all__ = [
     "Clock",
-    "SpeedReport",
     "Timing",
     "measure_speed",
     "prompt_for",
@@ -52,41 +52,6 @@ class Timing:
     prefill: float
     first_token: float
     decode: float
-
-
-@dataclass(frozen=True)
-class SpeedReport:
-    """Measurements of one model.
-
-    Attributes:
-        prefill_tokens_per_second: prompt tokens of all prompts over the time that reading them took.
-        decode_tokens_per_second: tokens after the first of all prompts over the time that writing them took.
-        first_token_seconds: from the prompt to the first new token.
-        memory: None where it was not measured.
-        parameters, bytes: of the model, stored.
-        protocol: how all this was measured.
-    """
-
-    model: str
-    prefill_tokens_per_second: Spread
-    decode_tokens_per_second: Spread
-    first_token_seconds: Spread
-    memory: MemoryReport | None
-    parameters: int
-    bytes: int
-    protocol: str
-
-    def to_mapping(self) -> dict[str, object]:
-        return {
-            "model": self.model,
-            "prefill_tokens_per_second": self.prefill_tokens_per_second.to_mapping(),
-            "decode_tokens_per_second": self.decode_tokens_per_second.to_mapping(),
-            "first_token_seconds": self.first_token_seconds.to_mapping(),
-            "memory": None if self.memory is None else self.memory.to_mapping(),
-            "parameters": self.parameters,
-            "bytes": self.bytes,
-            "protocol": self.protocol,
-        }
 
 
 def measure_speed(

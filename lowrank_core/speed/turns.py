@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-__all__ = ["Spread", "in_turns"]
+__all__ = ["in_turns"]
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Spread:
-    """The median of some rounds, with the smallest and the largest."""
-
-    median: float
-    low: float
-    high: float
-
-    @classmethod
-    def of(cls, values: Iterable[float]) -> Spread:
-        result = list(values)
-        return cls(statistics.median(result), min(result), max(result))
-
-    def to_mapping(self) -> dict[str, float]:
-        return {"median": self.median, "low": self.low, "high": self.high}
 
 
 def in_turns(actions: Sequence[Callable[[], T]], rounds: int) -> list[tuple[T, ...]]:

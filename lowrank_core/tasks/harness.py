@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from lowrank_core.config.evaluation import TasksConfig
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.models import ModelHandle
-from lowrank_core.tasks.records import TasksConfig
 
 __all__ = ["Answers", "Harness"]
 
@@ -57,7 +57,7 @@ class Harness:
             raise ConfigError(f'tasks need lm-eval, which is not installed ({error}): pip install "lowrank-studio[tasks]".') from error
         self.config = config
         self.version = str(__version__)
-        folder = None if config.include_path is None else str(config.include_path)
+        folder = config.include_path
         self._manager: Any = TaskManager(include_path=folder, include_defaults=False) if folder is not None else None
         if self._manager is None or not all(self._matching(name) for name in config.tasks):
             self._manager = TaskManager(include_path=folder)

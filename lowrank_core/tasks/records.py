@@ -1,49 +1,10 @@
-"""Settings and results of tasks."""
+"""Results of tasks."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
-from lowrank_core.errors import ConfigError
-
-__all__ = ["TaskScore", "TasksConfig", "TasksReport"]
-
-
-@dataclass(frozen=True)
-class TasksConfig:
-    """Tasks and number of documents.
-
-    Attributes:
-        tasks: names of tasks, groups or tags of lm-eval, or patterns of them (``mmlu_*``).
-        include_path: folder with task files (.yaml) of one's own, which come before those of lm-eval. A task file can name Python
-            functions of its folder, and these are run: give only folders that you trust.
-        limit: documents of each task, the first ones; None takes all.
-        batch_size: sequences in a forward pass.
-        few_shot: few-shot examples; None leaves it to the task.
-        seed: of the draw of these examples, and of generation where a task samples.
-    """
-
-    tasks: tuple[str, ...]
-    include_path: Path | None = None
-    limit: int | None = None
-    batch_size: int = 8
-    few_shot: int | None = None
-    seed: int = 1234
-
-    def __post_init__(self) -> None:
-        if not self.tasks:
-            raise ConfigError("tasks: name at least one, such as arc_easy, or one of a folder given with --include-path.")
-        for name, value, minimum in (
-            ("limit", self.limit, 1),
-            ("batch size", self.batch_size, 1),
-            ("few-shot", self.few_shot, 0),
-            ("seed", self.seed, 0),
-        ):
-            if value is not None and value < minimum:
-                raise ConfigError(f"{name} must be at least {minimum}, got {value}.")
-        if self.include_path is not None and not self.include_path.is_dir():
-            raise ConfigError(f"--include-path: there is no folder {self.include_path}. Give the folder that holds the task's .yaml file.")
+__all__ = ["TaskScore", "TasksReport"]
 
 
 @dataclass(frozen=True)
@@ -93,6 +54,3 @@ class TasksReport:
     scores: tuple[TaskScore, ...]
     warnings: tuple[str, ...]
     protocol: str
-
-    def to_mapping(self) -> dict[str, object]:
-        return {**asdict(self), "scores": [asdict(score) for score in self.scores], "warnings": list(self.warnings)}

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from lowrank_core.config.evaluation import TasksConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.models import ModelHandle
 from lowrank_core.tasks.harness import Answers, Harness
-from lowrank_core.tasks.records import TasksConfig, TaskScore, TasksReport
+from lowrank_core.tasks.records import TaskScore, TasksReport
 
 __all__ = ["run_tasks"]
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import fields
-from types import MappingProxyType
 
-from lowrank_core.config import from_mapping
 from lowrank_core.runs.client import BACKGROUND, pending_requests
 from lowrank_core.search.study import completed_trials, waiting_trials
-from lowrank_core.sensitivity.config import SensitivityConfig
+from lowrank_core.studies.requests import SensitivityAnswer, SensitivityRequest
 from lowrank_core.worker.context import WorkerContext
-from lowrank_core.worker.handlers import Kind, answer
+from lowrank_core.worker.handlers import answer
 
 __all__ = ["answer_in_background"]
 
@@ -27,22 +23,17 @@ def answer_in_background(worker: WorkerContext) -> bool:
     if request is None:
         return False
     with suppress(_PutOff):
-        answer(worker, request, _KINDS)
+        answer(worker, request, {SensitivityRequest: _sensitivity})
     return True
 
 
-def _sensitivity(worker: WorkerContext, arguments: Mapping[str, object]) -> dict[str, object]:
-    config = from_mapping(SensitivityConfig, {f.name: arguments[f.name] for f in fields(SensitivityConfig) if f.name in arguments})
-
+def _sensitivity(worker: WorkerContext, request: SensitivityRequest) -> SensitivityAnswer:
     def go_on() -> None:
         if worker.reporter.cancelled or _is_urgent(worker):
             raise _PutOff
 
-    result = worker.sensitivity.measure(config, go_on)
-    return {"file": result.file, "cells": len(result.cells), "measured": result.measured}
-
-
-_KINDS: Mapping[str, Kind] = MappingProxyType({"sensitivity": _sensitivity})
+    result = worker.sensitivity.measure(request.config, go_on)
+    return SensitivityAnswer(file=result.file, cells=len(result.cells), measured=result.measured)
 
 
 def _is_urgent(worker: WorkerContext) -> bool:

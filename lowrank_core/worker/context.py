@@ -11,11 +11,13 @@ from lowrank_core.allocation import ALLOCATORS, RankAllocation, Ranks, allocatio
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import ConfigError
-from lowrank_core.evaluation import EvaluationReport
+from lowrank_core.evaluation import EvaluationReport, evaluate
+from lowrank_core.models import ModelHandle
 from lowrank_core.runs import Run
 from lowrank_core.search.study import TrialBench
 from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import TrialRecord, best_trial, pareto_front, read_trials
+from lowrank_core.text import WindowSet
 from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.sensitivity import SensitivityBench
 from lowrank_core.worker.session import RunContext
@@ -76,6 +78,12 @@ class WorkerContext:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sensitivity", SensitivityBench(self.run, self.session, self.reporter, self.bench))
+
+    def measured(self, handle: ModelHandle, windows: WindowSet, stage: str) -> EvaluationReport:
+        """Measure a model on ``windows``, next to the dense model."""
+        bench, _, _ = self.search
+        with self.reporter.stage(stage, windows.windows) as progress:
+            return evaluate(handle, windows, against=self.session.handle, batch_size=bench.batch_size, progress=progress)
 
     @property
     def search(self) -> tuple[TrialBench, optuna.Study, SearchConfig]:

@@ -3,73 +3,67 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.config import ModelSource, from_mapping
+from lowrank_core.config import ModelSource
 from lowrank_core.errors import ConfigError
-from lowrank_core.evaluation import evaluate
-from lowrank_core.evaluation.generation import continue_prompt
+from lowrank_core.evaluation.generation import side_by_side
 from lowrank_core.evaluation.texts import losses_of, tokens_of_text
 from lowrank_core.export import export
-from lowrank_core.runs.client import TEMPERATURE, results_of
-from lowrank_core.speed import SpeedConfig, compare_speed
-from lowrank_core.studies.model_ref import ModelRef
+from lowrank_core.speed import compare_speed
+from lowrank_core.studies import requests
 from lowrank_core.text import WindowSet, load_windows
 from lowrank_core.worker.context import WorkerContext
 from lowrank_core.worker.models import BuiltModel, built_model
 
-__all__ = ["KINDS"]
-
-Answer = dict[str, object]
+__all__ = ["compare", "compare_on_other_text", "compare_speeds", "compare_tokens", "generate"]
 
 _DECIMALS = 6
 _MAX_TOKENS = 512
 """Of a text that is shown token by token."""
 
 
-def _compare(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def compare(worker: WorkerContext, request: requests.CompareRequest) -> requests.CompareAnswer:
     """Measure a model on the run's test text, next to the dense model on the same windows."""
-    return _measured(worker, arguments, worker.session.windows.test, "test text")
+    test = worker.session.windows.test
+    model, report = _measured(worker, request, test, "test text")
+    return requests.CompareAnswer(trial=request.trial, label=model.label, ranks=dict(model.ranks), report=report)
 
 
-def _other_text(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def compare_on_other_text(worker: WorkerContext, request: requests.OtherTextRequest) -> requests.OtherTextAnswer:
     """Measure a model on the test split of another text, next to the dense model on the same windows."""
-    reference, config = str(arguments.get("text") or ""), worker.run.config.text
-    if not reference:
-        raise ConfigError("no second text is given. Name one, such as file:notes.txt.")
-    with worker.reporter.stage(f"Reading {reference}"):
-        other = replace(config, reference=reference)
+    config = worker.run.config.text
+    with worker.reporter.stage(f"Reading {request.text}"):
+        other = replace(config, reference=request.text)
         windows = load_windows(other, worker.session.handle.tokenizer, "test", count=config.test_windows)
-    _check_unchanged(worker, reference, windows)
-    return {"text": reference, "sha256": windows.sha256, **_measured(worker, arguments, windows, windows.dataset)}
+    _check_unchanged(worker, request.text, windows)
+    model, report = _measured(worker, request, windows, windows.dataset)
+    return requests.OtherTextAnswer(
+        trial=request.trial, label=model.label, ranks=dict(model.ranks), report=report, text=request.text, sha256=windows.sha256
+    )
 
 
 def _check_unchanged(worker: WorkerContext, reference: str, windows: WindowSet) -> None:
     """Raise unless earlier results on this text used the same tokens; older results do not record them."""
-    known = {body.get("sha256") for body in results_of(worker.run, "other_text") if body.get("text") == reference}
-    if known - {None, windows.sha256}:
+    known = {answer.sha256 for answer in requests.answers_of(worker.run, requests.OtherTextAnswer) if answer.text == reference}
+    if known - {"", windows.sha256}:
         raise ConfigError(
             f"{reference} has changed since models of this run were measured on it: its test split has other tokens. "
             "Put the old text back, or give the new one under another name."
         )
 
 
-def _measured(worker: WorkerContext, arguments: Mapping[str, object], windows: WindowSet, where: str) -> Answer:
-    bench, _, _ = worker.search
-    model = built_model(worker, ModelRef.parse(arguments.get("trial")))
-    with worker.reporter.stage(f"Measuring {model.label} on {where}", windows.windows) as progress:
-        report = evaluate(model.handle, windows, against=worker.session.handle, batch_size=bench.batch_size, progress=progress)
+def _measured(
+    worker: WorkerContext, request: requests.ModelRequest, windows: WindowSet, where: str
+) -> tuple[BuiltModel, dict[str, object]]:
+    model = built_model(worker, request.ref)
+    report = worker.measured(model.handle, windows, f"Measuring {model.label} on {where}")
     if model.of_search and windows is worker.session.windows.test:
         worker.evaluations.keep(model.ranks, report)
-    return {
-        "trial": arguments.get("trial"),
-        "label": model.label,
-        "ranks": dict(model.ranks),
-        "report": _rounded(report.to_mapping()) | _flops(model),
-    }
+    return model, _rounded(report.to_mapping()) | _flops(model)
 
 
 def _rounded(report: Mapping[str, object]) -> dict[str, object]:
@@ -87,71 +81,56 @@ def _rounded(report: Mapping[str, object]) -> dict[str, object]:
     return result
 
 
-def _flops(model: BuiltModel) -> dict[str, object]:
+def _flops(model: BuiltModel) -> dict[str, int]:
     report = model.report
     return {} if report is None else {"flops": report.model_flops_after, "dense_flops": report.model_flops_before}
 
 
-def _tokens(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def compare_tokens(worker: WorkerContext, request: requests.TokensRequest) -> requests.TokensAnswer:
     """Compare both models token by token, on a given text or a test window."""
-    session, given, window = worker.session, arguments.get("text"), arguments.get("window")
-    test = session.windows.test
+    session, window, test = worker.session, request.window, worker.session.windows.test
     left_out, source = 0, "the text that was given"
-    if given is not None:
+    if request.text is not None:
         maximum = min(session.handle.max_context or _MAX_TOKENS, _MAX_TOKENS)
-        ids, left_out = tokens_of_text(session.handle, str(given), bos=test.bos, maximum=maximum)
-    elif type(window) is int and 0 <= window < test.windows:
+        ids, left_out = tokens_of_text(session.handle, request.text, bos=test.bos, maximum=maximum)
+    elif window is not None and 0 <= window < test.windows:
         source = f"{test.dataset}, {test.split} split, window {window}"
         ids = test.ids[window][:_MAX_TOKENS]
         left_out = test.context - len(ids)
     else:
         raise ConfigError(f"window must be a number from 0 to {test.windows - 1}; got {window!r}. Or give a text.")
-    model = built_model(worker, ModelRef.parse(arguments.get("trial")))
+    model = built_model(worker, request.ref)
     with worker.reporter.stage(f"Reading a text with {model.label}"):
-        result = losses_of(model.handle, session.handle, ids)
-    protocol = f"{source}: {len(result.nll)} tokens predicted, {'BOS first' if test.bos else 'no BOS'}"
-    return {
-        "trial": arguments.get("trial"),
-        "label": model.label,
-        "window": window if given is None else None,
-        "left_out": left_out,
-        "protocol": protocol + (f", {left_out} more tokens left out" if left_out else ""),
-        **asdict(result),
-    }
+        losses = losses_of(model.handle, session.handle, ids)
+    protocol = f"{source}: {len(losses.nll)} tokens predicted, {'BOS first' if test.bos else 'no BOS'}"
+    protocol += f", {left_out} more tokens left out" if left_out else ""
+    of_test = window if request.text is None else None
+    return requests.TokensAnswer(
+        trial=request.trial, label=model.label, window=of_test, left_out=left_out, protocol=protocol, losses=losses
+    )
 
 
-def _generate(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def generate(worker: WorkerContext, request: requests.GenerateRequest) -> requests.GenerateAnswer:
     """Continue a prompt with both models, with one seed."""
-    prompt = str(arguments.get("prompt", ""))
-    tokens, seed = int(str(arguments.get("tokens", 64))), int(str(arguments.get("seed", 0)))
-    temperature = float(str(arguments.get("temperature", TEMPERATURE)))
-    model = built_model(worker, ModelRef.parse(arguments.get("trial")))
+    model, prompt, sampling = built_model(worker, request.ref), request.prompt, request.sampling
     with worker.reporter.stage(f"Continuing the prompt with {model.label}"):
-        texts = {
-            name: continue_prompt(handle, prompt, tokens=tokens, seed=seed, temperature=temperature)
-            for name, handle in (("dense_text", worker.session.handle), ("compressed_text", model.handle))
-        }
-    chosen = {"prompt": prompt, "tokens": tokens, "seed": seed, "temperature": temperature}
-    return {"trial": arguments.get("trial"), "label": model.label, **chosen, **texts}
+        dense, ours = (each.text for each in side_by_side([worker.session.handle, model.handle], prompt, sampling))
+    return requests.GenerateAnswer(
+        trial=request.trial, label=model.label, prompt=prompt, sampling=sampling, dense_text=dense, compressed_text=ours
+    )
 
 
-def _speed(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def compare_speeds(worker: WorkerContext, request: requests.SpeedRequest) -> requests.SpeedAnswer:
     """Time both models in alternation; peak memory, if requested, in a fresh process for each."""
-    config = from_mapping(SpeedConfig, {f.name: arguments[f.name] for f in fields(SpeedConfig) if f.name in arguments})
-    config.check_fits(worker.session.handle)
-    model, source = built_model(worker, ModelRef.parse(arguments.get("trial"))), worker.run.config.model
+    config, dense = request.config, worker.session.handle
+    config.check_fits(dense)
+    model, source = built_model(worker, request.ref), worker.run.config.model
     rounds = 2 * (config.rounds + config.warmup)
     with tempfile.TemporaryDirectory(dir=worker.run.path, prefix="speed-") as folder:
-        sources = (source, _on_disk(worker, model, Path(folder))) if arguments.get("memory", True) else None
+        sources = (source, _on_disk(worker, model, Path(folder))) if request.memory else None
         with worker.reporter.stage(f"Timing {model.label} and the dense model in turns", rounds) as progress:
-            result = compare_speed(worker.session.handle, model.handle, config, sources=sources, progress=progress)
-    return {
-        "trial": arguments.get("trial"),
-        "label": model.label,
-        "config": asdict(config),
-        **result.to_mapping(),
-        **_flops(model),
-    }
+            result = compare_speed(dense, model.handle, config, sources=sources, progress=progress)
+    return requests.SpeedAnswer(trial=request.trial, label=model.label, config=asdict(config), result=result, **_flops(model))
 
 
 def _on_disk(worker: WorkerContext, model: BuiltModel, folder: Path) -> ModelSource:
@@ -163,13 +142,3 @@ def _on_disk(worker: WorkerContext, model: BuiltModel, folder: Path) -> ModelSou
     with worker.reporter.stage(f"Writing {model.label} to measure its memory"):
         export(CompressedModel(model.handle, model.report), folder / "model", provenance={"allocation": model.label})
     return replace(source, reference=str(folder / "model"))
-
-
-KINDS: Mapping[str, Callable[[WorkerContext, Mapping[str, object]], Answer]] = {
-    "compare": _compare,
-    "other_text": _other_text,
-    "tokens": _tokens,
-    "generate": _generate,
-    "speed": _speed,
-}
-"""Kind of a request -> what answers it."""

@@ -4,57 +4,50 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
 from pathlib import Path
-from types import MappingProxyType
+from typing import Any
 
 import torch
 
 from lowrank_core.allocation import RankAllocation, allocation_from_ranks, unspent_words
-from lowrank_core.config import ExportConfig, SearchConfig, from_mapping
-from lowrank_core.config.directions import DirectionsConfig
+from lowrank_core.config import ExportConfig, SearchConfig, to_mapping
 from lowrank_core.config.flags import command_line, flags_of
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.export import HeldOut, export, metrics_of, verify
 from lowrank_core.parameters import budget_of
 from lowrank_core.runs import Run, write_json
-from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path, result_path, results_of
+from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path, result_path
 from lowrank_core.search.study import TrialBench, check_rules, enqueue_allocation
 from lowrank_core.statistics.directions import top_directions
+from lowrank_core.studies import requests
 from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
-from lowrank_core.types import Progress
+from lowrank_core.studies.requests import Answer, CompareAnswer, Request, answers_of, request_of
+from lowrank_core.types import Stage, silent
 from lowrank_core.worker import evaluations
 from lowrank_core.worker.context import WorkerContext, chosen_allocation, chosen_model, complete_trial
-from lowrank_core.worker.healing import export_healed, heal_allocation, healing_config
-from lowrank_core.worker.reporter import Reporter
+from lowrank_core.worker.healing import export_healed, heal_allocation
 from lowrank_core.worker.session import RunContext, record_curves
 
-__all__ = ["Kind", "answer", "answer_requests", "confirm", "export_trial", "metrics_of_trial", "provenance_of", "unspent_of"]
-
-Answer = dict[str, object]
+__all__ = ["Handler", "answer", "answer_requests", "confirm", "export_trial", "metrics_of_trial", "provenance_of", "unspent_of"]
 
 
-def _measure(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def _measure(worker: WorkerContext, request: requests.MeasureRequest) -> requests.MeasureAnswer:
     """Queue a manual allocation; an allocator completes a partial one within the budget."""
     bench, study, config = worker.search
     check_rules(study, config)
-    ranks, allocator = arguments.get("ranks"), arguments.get("complete")
-    if not isinstance(ranks, Mapping) or not all(rank is None or type(rank) is int for rank in ranks.values()):
-        raise ConfigError("an allocation maps unit names to whole ranks, or to null for dense.")
-    if allocator:
-        result = bench.space.by_allocator(
-            str(allocator), config.compression_ratio, fixed=dict(ranks), influence=bench.decomposed.statistics.influence
-        )
+    if request.complete:
+        influence = bench.decomposed.statistics.influence
+        result = bench.space.by_allocator(request.complete, config.compression_ratio, fixed=request.ranks, influence=influence)
     else:
-        result = allocation_from_ranks(MANUAL, bench.space.units, dict(ranks))
-    enqueue_allocation(study, result.ranks, request=str(arguments.get("id", "")))
-    return {"ranks": dict(result.ranks), "compression_ratio": result.compression_ratio}
+        result = allocation_from_ranks(MANUAL, bench.space.units, request.ranks)
+    enqueue_allocation(study, result.ranks, request=worker.reporter.request)
+    return requests.MeasureAnswer(ranks=dict(result.ranks), compression_ratio=result.compression_ratio)
 
 
 def export_trial(
-    run: Run, session: RunContext, bench: TrialBench, trial: object, config: ExportConfig | None = None, reporter: Reporter | None = None
+    run: Run, session: RunContext, bench: TrialBench, trial: object, config: ExportConfig | None = None, stage: Stage = silent
 ) -> str:
     """Write the compressed model of ``trial`` under the run's exports, and return its folder; an existing one is kept."""
     config = config or ExportConfig()
@@ -62,23 +55,16 @@ def export_trial(
     allocation = chosen_allocation(run, bench, ref)
     folder = run.path / "exports" / config.folder_name(allocation.label)
     if not folder.exists():
-        with _told(reporter, "Building the compressed model") as progress:
+        with stage("Building the compressed model", 0) as progress:
             model = bench.decomposed.compress(allocation, session.windows.calibration, progress=progress)
         number = None if ref.kind == "allocator" else complete_trial(run, ref.number).number
-        provenance = provenance_of(run, allocation) | ({} if number is None else {"command": _command(run, number, folder.name, config)})
-        figures = {} if number is None else metrics_of_trial(run, number)
+        provenance, figures = provenance_of(run, allocation), {} if number is None else metrics_of_trial(run, number)
+        if number is not None:
+            provenance["command"] = command_line("export", {"run": run.path, "trial": number, "out": folder.name, **flags_of(config)})
         test = HeldOut(run.config.text, session.windows.test)
-        with _told(reporter, "Writing it, and measuring what was written") as progress:
+        with stage("Writing it, and measuring what was written", 0) as progress:
             export(model, folder, provenance=provenance, config=config, figures=figures, test=test, progress=progress)
     return str(folder)
-
-
-def _told(reporter: Reporter | None, stage: str) -> AbstractContextManager[Progress | None]:
-    return nullcontext() if reporter is None else reporter.stage(stage)
-
-
-def _command(run: Run, number: int, out: str, config: ExportConfig) -> str:
-    return command_line("export", {"run": run.path, "trial": number, "out": out, **flags_of(config)})
 
 
 def provenance_of(run: Run, allocation: RankAllocation) -> dict[str, object]:
@@ -99,69 +85,67 @@ def unspent_of(search: SearchConfig, allocation: RankAllocation) -> tuple[str, .
 
 def metrics_of_trial(run: Run, number: int) -> dict[str, object]:
     """Return a trial's test measurements, if any, for its model card."""
-    result = [body["report"] for body in results_of(run, "compare") if body.get("trial") == number]
+    result = [answer.report for answer in answers_of(run, CompareAnswer) if answer.trial == number]
     return metrics_of(result[-1]) if result else {}
 
 
-def _export(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def _export(worker: WorkerContext, request: requests.ExportRequest) -> requests.ExportAnswer:
     bench, _, _ = worker.search
-    config = from_mapping(ExportConfig, {f.name: arguments[f.name] for f in fields(ExportConfig) if f.name in arguments})
-    healed, trial = arguments.get("healed"), arguments.get("trial")
-    if healed is not None:
-        return {"healed": healed, "trial": trial, "path": export_healed(worker, str(healed), config)}
-    return {"trial": trial, "path": export_trial(worker.run, worker.session, bench, trial, config, worker.reporter)}
+    if request.healed is not None:
+        path = export_healed(worker, request.healed, request.config)
+    else:
+        path = export_trial(worker.run, worker.session, bench, request.ref, request.config, worker.reporter.stage)
+    return requests.ExportAnswer(trial=request.trial, healed=request.healed, path=path)
 
 
-def _heal(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def _heal(worker: WorkerContext, request: requests.HealRequest) -> requests.HealAnswer:
     bench, _, _ = worker.search
-    config, trial = healing_config(arguments), arguments.get("trial")
-    allocated = chosen_model(worker.run, worker.session, bench, trial)
-    how = provenance_of(worker.run, allocated[0])
-    return {"trial": trial, **heal_allocation(worker, allocated, config, how)}
+    allocated = chosen_model(worker.run, worker.session, bench, request.ref)
+    return heal_allocation(worker, request, allocated, provenance_of(worker.run, allocated[0]))
 
 
-def _directions(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
-    """Find the tokens that lie furthest along a module's top directions."""
-    session, calibration = worker.session, worker.run.config.calibration
-    chosen = {f.name: arguments[f.name] for f in fields(DirectionsConfig) if f.name in arguments}
-    config = from_mapping(DirectionsConfig, {"batch_size": calibration.batch_size, **chosen})
+def _directions(worker: WorkerContext, request: requests.DirectionsRequest) -> requests.DirectionsAnswer:
+    """Find the tokens that lie furthest along a module's top directions, in passes as large as the run's calibration takes them."""
+    session = worker.session
+    config = replace(request.config, batch_size=worker.run.config.calibration.batch_size)
     windows = session.windows.calibration
     with worker.reporter.stage("Reading the top directions", windows.first(config.windows).windows) as progress:
-        result = top_directions(session.handle, windows, session.statistics, config, progress=progress)
-    return result.to_mapping()
+        return requests.DirectionsAnswer(result=top_directions(session.handle, windows, session.statistics, config, progress=progress))
 
 
-def _verify(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def _verify(worker: WorkerContext, request: requests.VerifyRequest) -> requests.VerifyAnswer:
     """Check an export of this run and measure it again in a fresh process."""
     exports = worker.run.path / "exports"
-    folder = exports / Path(str(arguments.get("path", ""))).name
+    folder = exports / Path(request.path).name
     if folder == exports or not folder.is_dir():
         raise ConfigError(f"this run has no export {folder.name!r}. Export a trial first.")
     with worker.reporter.stage("Measuring the exported folder again"):
         result = verify(folder, device=worker.run.config.model.device, waiting=worker.reporter.check_stop)
-    return {"path": str(folder), "verification": asdict(result)}
+    return requests.VerifyAnswer(path=str(folder), verification=asdict(result))
 
 
-def _curves(worker: WorkerContext, arguments: Mapping[str, object]) -> Answer:
+def _curves(worker: WorkerContext, request: requests.CurvesRequest) -> requests.CurvesAnswer:
     """Write the error curves of a run of an older version."""
     bench, _, config = worker.search
-    return {"estimate": record_curves(worker.run, config, bench)}
+    return requests.CurvesAnswer(estimate=record_curves(worker.run, config, bench))
 
 
-Kind = Callable[[WorkerContext, Mapping[str, object]], Answer]
-"""Kind of a request -> handler."""
+Handler = Callable[[WorkerContext, Any], Answer]
+"""Takes one class of ``studies.requests``, and returns its answer."""
 
-_KINDS: Mapping[str, Kind] = MappingProxyType(
-    {
-        **evaluations.KINDS,
-        "curves": _curves,
-        "directions": _directions,
-        "export": _export,
-        "heal": _heal,
-        "measure": _measure,
-        "verify": _verify,
-    }
-)
+HANDLERS: Mapping[type[Request], Handler] = {
+    requests.CompareRequest: evaluations.compare,
+    requests.OtherTextRequest: evaluations.compare_on_other_text,
+    requests.TokensRequest: evaluations.compare_tokens,
+    requests.GenerateRequest: evaluations.generate,
+    requests.SpeedRequest: evaluations.compare_speeds,
+    requests.CurvesRequest: _curves,
+    requests.DirectionsRequest: _directions,
+    requests.ExportRequest: _export,
+    requests.HealRequest: _heal,
+    requests.MeasureRequest: _measure,
+    requests.VerifyRequest: _verify,
+}
 
 
 def answer_requests(worker: WorkerContext) -> bool:
@@ -175,44 +159,41 @@ def answer_requests(worker: WorkerContext) -> bool:
     return bool(waiting)
 
 
-def answer(worker: WorkerContext, request: Mapping[str, object], kinds: Mapping[str, Kind] | None = None) -> None:
-    """Handle a request and write its result or error; a cancelled one gets none."""
+def answer(worker: WorkerContext, request: Mapping[str, object], handlers: Mapping[type[Request], Handler] = HANDLERS) -> None:
+    """Handle a request of ``pending_requests`` and write its result or error; a cancelled one gets none."""
     name, arguments = str(request["id"]), request.get("arguments")
     path = request_path(worker.run, name)
     if not path.exists():
         return
     worker.reporter.respect(path)
     try:
-        _answer(worker, name, str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {}, kinds)
+        _answer(worker, name, str(request.get("kind")), arguments if isinstance(arguments, Mapping) else {}, handlers)
     finally:
         worker.reporter.respect(None)
 
 
 def _answer(
-    worker: WorkerContext, request: str, kind: str, arguments: Mapping[str, object], kinds: Mapping[str, Kind] | None = None
+    worker: WorkerContext, name: str, kind: str, arguments: Mapping[str, object], handlers: Mapping[type[Request], Handler] = HANDLERS
 ) -> None:
     """Write the result of a request unless it was cancelled."""
-    kinds = _KINDS if kinds is None else kinds
     try:
-        if kind not in kinds:
-            raise ConfigError(f"no request is called {kind!r}; there are {', '.join(kinds)}.")
-        body: Answer = {"ok": True, **kinds[kind](worker, {**arguments, "id": request})}
+        request = request_of(kind, arguments)
+        body: dict[str, object] = {"ok": True, **to_mapping(handlers[type(request)](worker, request))}
     except Cancelled:
         if worker.reporter.cancelled:
             return
         body = {"ok": False, "error": "Stopped before it was done. Ask again."}
     except (LowRankError, torch.OutOfMemoryError, ValueError) as error:
         body = {"ok": False, "error": str(error) or type(error).__name__}
-    body |= {"kind": kind, "arguments": dict(arguments), "time": time.time()}
-    write_json(result_path(worker.run, request), body)
+    write_json(result_path(worker.run, name), body | {"kind": kind, "arguments": dict(arguments), "time": time.time()})
 
 
 def confirm(worker: WorkerContext) -> None:
     """Measure the best complete trials of a finished search on test text, each once."""
     _, _, config = worker.search
     for trial in _worth_confirming(read_trials(worker.run), config):
-        if trial.number not in _compared(worker.run) and not worker.reporter.paused:
-            _answer(worker, f"{time.time_ns()}-best", "compare", {"trial": trial.number})
+        if trial.number not in {answer.trial for answer in answers_of(worker.run, CompareAnswer)} and not worker.reporter.paused:
+            _answer(worker, f"{time.time_ns()}-best", CompareAnswer.kind, {"trial": trial.number})
 
 
 def _worth_confirming(trials: list[TrialRecord], config: SearchConfig) -> list[TrialRecord]:
@@ -224,7 +205,3 @@ def _worth_confirming(trials: list[TrialRecord], config: SearchConfig) -> list[T
     front = pareto_front(trials)
     count = min(config.confirmed, len(front))
     return [front[round(index * (len(front) - 1) / max(1, count - 1))] for index in range(count)]
-
-
-def _compared(run: Run) -> set[object]:
-    return {body.get("trial") for body in results_of(run, "compare")}

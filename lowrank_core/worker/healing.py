@@ -10,30 +10,18 @@ from pathlib import Path
 
 from lowrank_core.allocation import RankAllocation
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.config import ExportConfig, from_mapping, to_mapping
+from lowrank_core.config import ExportConfig, to_mapping
 from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
 from lowrank_core.errors import ConfigError
-from lowrank_core.evaluation import EvaluationReport, evaluate
 from lowrank_core.export import HeldOut, export, healed_model, read_manifest, write_healed
 from lowrank_core.export.manifest import report_of
-from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.models import load_model
 from lowrank_core.runs import Run, write_json
 from lowrank_core.runs.healing_records import read_report, write_report
+from lowrank_core.studies.requests import HealAnswer, HealRequest
 from lowrank_core.worker.context import WorkerContext
 
-__all__ = ["export_healed", "heal_allocation", "healing_config"]
-
-
-def healing_config(arguments: Mapping[str, object]) -> HealingConfig:
-    """Return the settings of a request.
-
-    Raises:
-        ConfigError: they are no mapping of settings, or out of range.
-    """
-    given = arguments.get("healing", {})
-    if not isinstance(given, Mapping):
-        raise ConfigError("healing takes settings by name, such as method and steps.")
-    return from_mapping(HealingConfig, dict(given))
+__all__ = ["export_healed", "heal_allocation"]
 
 
 def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path:
@@ -44,9 +32,9 @@ def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path
 
 
 def heal_allocation(
-    worker: WorkerContext, allocated: tuple[RankAllocation, CompressedModel], config: HealingConfig, how: Mapping[str, object]
-) -> dict[str, object]:
-    """Heal a compressed model, write it, and measure it on test text before and after; return the result.
+    worker: WorkerContext, request: HealRequest, allocated: tuple[RankAllocation, CompressedModel], how: Mapping[str, object]
+) -> HealAnswer:
+    """Heal a compressed model, write it, and measure it on test text before and after.
 
     What is done already is not done again, and a healing that was stopped or killed goes on from its last validation.
 
@@ -58,13 +46,15 @@ def heal_allocation(
         LowRankError: as ``healed_model`` and ``write_healed``.
         Cancelled: stopped; what was trained so far stays.
     """
-    allocation, model = allocated
+    config, (allocation, model), test = request.healing, allocated, worker.session.windows.test
     folder = _folder(worker.run, allocation, config)
     label = f"{allocation.label}, healed by {config.method}"
     write_json(folder / "request.json", {"label": label, "allocation": allocation.label, "healing": to_mapping(config)})
     before = worker.evaluations.of(allocation.ranks)
     if before is None:
-        before = worker.evaluations.keep(allocation.ranks, _measured(worker, model.handle, f"Measuring {allocation.label} on test text"))
+        before = worker.evaluations.keep(
+            allocation.ranks, worker.measured(model.handle, test, f"Measuring {allocation.label} on test text")
+        )
     report, written = read_report(folder), worker.run.path / "exports" / folder.name
     if report is None or not written.is_dir():
         stage = f"Healing {allocation.label}: {HEALER_LABELS[config.method]}"
@@ -72,21 +62,22 @@ def heal_allocation(
         with worker.reporter.stage(stage, config.steps) as progress:
             healed = healed_model(model, worker.session.handle, texts, config, folder=folder, progress=progress)
         smaller, report = healed
-        after = _measured(worker, smaller.handle, f"Measuring {label}, on test text")
+        after = worker.measured(smaller.handle, test, f"Measuring {label}, on test text")
         with worker.reporter.stage("Writing the healed model"):
             write_healed(healed, written, (before, after), provenance=how, test=_held_out(worker))
         write_report(folder, report)
     else:
         loaded = load_model(replace(worker.run.config.model, reference=str(written)))
-        after = _measured(worker, loaded, f"Measuring {label}, on test text")
-    return {
-        "label": label,
-        "path": str(written),
-        "healing": report.summary,
-        "report": after.to_mapping(),
-        "one_shot": before.to_mapping(),
-        "folder": folder.name,
-    }
+        after = worker.measured(loaded, test, f"Measuring {label}, on test text")
+    return HealAnswer(
+        trial=request.trial,
+        label=label,
+        path=str(written),
+        healing=report.summary,
+        report=after.to_mapping(),
+        one_shot=before.to_mapping(),
+        folder=folder.name,
+    )
 
 
 def export_healed(worker: WorkerContext, name: str, config: ExportConfig) -> str:
@@ -116,10 +107,3 @@ def export_healed(worker: WorkerContext, name: str, config: ExportConfig) -> str
 
 def _held_out(worker: WorkerContext) -> HeldOut:
     return HeldOut(worker.run.config.text, worker.session.windows.test)
-
-
-def _measured(worker: WorkerContext, handle: ModelHandle, stage: str) -> EvaluationReport:
-    bench, _, _ = worker.search
-    test = worker.session.windows.test
-    with worker.reporter.stage(stage, test.windows) as progress:
-        return evaluate(handle, test, against=worker.session.handle, batch_size=bench.batch_size, progress=progress)

@@ -14,14 +14,15 @@ from dataclasses import replace
 import optuna
 
 from lowrank_core.config import RunConfig, SearchConfig, from_mapping, to_mapping
+from lowrank_core.config.mapping import build
 from lowrank_core.errors import ConfigError, RunError
 from lowrank_core.runs import Run, home, write_json
 from lowrank_core.search.samplers import phase
 from lowrank_core.search.selection import Selection
-from lowrank_core.search.study import TrialBench, completed_trials, equip, run_trial, running_trials, waiting_trials
+from lowrank_core.search.study import TrialBench, completed_trials, equip, running_trials, waiting_trials
 from lowrank_core.studies.storage import open_database, open_storage, redacted
 from lowrank_core.worker.identity import JOIN, RunIdentity
-from lowrank_core.worker.main import Failures, log_trial
+from lowrank_core.worker.main import TrialRunner
 from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.session import fingerprint, prepare, search_bench
 
@@ -72,7 +73,8 @@ def join_run(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> in
     try:
         study = _begun(run, reporter)
         session = prepare(run, reporter, leads=False)
-        known = Selection.read(study.user_attrs.get("selection"))
+        body = json.loads(study.user_attrs.get("selection", "null"))
+        known = None if body is None else build(Selection, body, "the selection of the study")
         bench = search_bench(session, _wanted(study), run.config.calibration.batch_size, reporter, selection=known)
         RunIdentity.of(run, JOIN).check(fingerprint(session, bench))
         return _take_trials(run, study, bench, reporter, warm_seconds)
@@ -102,7 +104,7 @@ def _wanted(study: optuna.Study) -> SearchConfig:
 
 
 def _take_trials(run: Run, study: optuna.Study, bench: TrialBench, reporter: Reporter, warm_seconds: float) -> int:
-    measured, failures, last = 0, Failures(), time.monotonic()
+    measured, runner, last = 0, TrialRunner(study, bench), time.monotonic()
     config: SearchConfig | None = None
     while True:
         wanted, paused = _wanted(study), bool(study.user_attrs.get("paused")) or reporter.paused
@@ -113,9 +115,7 @@ def _take_trials(run: Run, study: optuna.Study, bench: TrialBench, reporter: Rep
         free = done + running_trials(study) < config.trials or waiting_trials(study) > 0
         if free and not paused:
             reporter.say(state="running", stage=f"Searching ({phase(config, done)})", done=measured, total=0)
-            trial = run_trial(study, bench, config)
-            log_trial(study, trial)
-            failures.count(trial)
+            runner.run(config)
             measured, last = measured + 1, time.monotonic()
             continue
         if done >= config.trials and time.monotonic() - last > warm_seconds:

@@ -15,6 +15,7 @@ import optuna
 from filelock import FileLock, Timeout
 
 from lowrank_core.config import SearchConfig, to_mapping
+from lowrank_core.config.mapping import build
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError, RunError
 from lowrank_core.runs import Run, client, write_json
 from lowrank_core.search.samplers import phase
@@ -38,7 +39,7 @@ from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.sensitivity import SensitivityBench, SensitivityOutcome
 from lowrank_core.worker.session import RunContext, fingerprint, prepare, record_curves, search_bench
 
-__all__ = ["Failures", "log_trial", "measure_alone", "run_worker"]
+__all__ = ["TrialRunner", "measure_alone", "run_worker"]
 
 _POLL_SECONDS = 0.3
 _MAX_FAILURES = 5
@@ -83,11 +84,12 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
             _serve(WorkerContext(run, session, reporter), warm_seconds)
             reporter.close("finished")
             return session, None
-        known = Selection.read(run.part("selection"))
+        body = run.part("selection")
+        known = None if body is None else build(Selection, body, "selection.json")
         bench = search_bench(session, search, run.config.calibration.batch_size, reporter, selection=known)
         RunIdentity.of(run).keep(result := fingerprint(session, bench))
         if bench.selection is not None:
-            write_json(run.path / "selection.json", bench.selection.describe())
+            write_json(run.path / "selection.json", to_mapping(bench.selection))
         record_curves(run, search, bench)
         study = open_study(run, search, bench.space)
         _sign(run, study, bench, result)
@@ -143,7 +145,7 @@ def _sign(run: Run, study: optuna.Study, bench: TrialBench, result: Mapping[str,
     study.set_user_attr("run", json.dumps(to_mapping(run.config)))
     study.set_user_attr("fingerprint", json.dumps({**result, **signed_in(study)}))
     if bench.selection is not None:
-        study.set_user_attr("selection", json.dumps(bench.selection.describe()))
+        study.set_user_attr("selection", json.dumps(to_mapping(bench.selection)))
 
 
 class _Orders:
@@ -179,28 +181,36 @@ def _search(worker: WorkerContext, warm_seconds: float) -> bool:
             return complete
 
 
-class Failures:
-    """Counter of consecutive failed trials."""
+class TrialRunner:
+    """Trials in this process, one after the other."""
 
-    def __init__(self) -> None:
-        self._count = 0
+    def __init__(self, study: optuna.Study, bench: TrialBench) -> None:
+        self._study, self._bench, self._failures = study, bench, 0
+        self._seconds: list[float] = []
 
-    def count(self, trial: optuna.trial.FrozenTrial) -> None:
-        """Count a trial.
+    def run(self, config: SearchConfig) -> None:
+        """Measure the next trial, and log it.
 
         Raises:
-            NumericalError: it was one failure too many.
+            NumericalError: it was one failure in a row too many.
         """
-        self._count = self._count + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
-        if self._count == _MAX_FAILURES:
+        began = time.perf_counter()
+        trial = run_trial(self._study, self._bench, config)
+        self._seconds.append(time.perf_counter() - began)
+        _log_trial(self._study, trial)
+        self._failures = self._failures + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
+        if self._failures == _MAX_FAILURES:
             reason = trial.user_attrs.get("error", "")
-            raise NumericalError(f"{self._count} trials in a row failed. {reason} Lower the compression ratio.")
+            raise NumericalError(f"{self._failures} trials in a row failed. {reason} Lower the compression ratio.")
+
+    def remaining(self, trials: int, *, workers: int) -> float | None:
+        """Return the seconds that ``trials`` take ``workers``, by the trials so far; None before the first."""
+        return _remaining(self._seconds, trials, workers=workers)
 
 
 def _run_trials(worker: WorkerContext, orders: _Orders) -> None:
     bench, study, _ = worker.search
-    failures = Failures()
-    seconds: list[float] = []
+    runner = TrialRunner(study, bench)
     while not worker.reporter.paused:
         done, config = completed_trials(study), orders.read()
         if done >= config.trials and not running_trials(study):
@@ -208,17 +218,13 @@ def _run_trials(worker: WorkerContext, orders: _Orders) -> None:
         answer_requests(worker)
         requeue_lost(worker.run, study)
         helpers = len(worker.run.further_workers())
-        eta = _remaining(seconds, config.trials - done, workers=1 + helpers)
+        eta = runner.remaining(config.trials - done, workers=1 + helpers)
         stage = f"Searching ({phase(config, done)})"
         worker.reporter.say(state="running", stage=stage, done=done, total=config.trials, eta_seconds=eta)
         if done + running_trials(study) >= config.trials and not waiting_trials(study):
             time.sleep(_POLL_SECONDS)  # the last ones are with other workers
             continue
-        began = time.perf_counter()
-        trial = run_trial(study, bench, config)
-        seconds.append(time.perf_counter() - began)
-        log_trial(study, trial)
-        failures.count(trial)
+        runner.run(config)
 
 
 def _remaining(seconds: Sequence[float], trials: int, *, workers: int) -> float | None:
@@ -226,7 +232,7 @@ def _remaining(seconds: Sequence[float], trials: int, *, workers: int) -> float 
     return sum(seconds) / len(seconds) * max(0, trials) / workers if seconds else None
 
 
-def log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+def _log_trial(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
     """Write a line for a finished trial to stderr."""
     complete = trial.state == optuna.trial.TrialState.COMPLETE
     result = " ".join(f"{value:.6g}" for value in trial.values) if complete else trial.state.name.lower()
@@ -266,5 +272,5 @@ def _measure_waiting(worker: WorkerContext) -> bool:
         return False
     bench, study, config = worker.search
     worker.reporter.say(state="running", stage="Measuring a manual allocation", done=0, total=0, eta_seconds=None)
-    log_trial(study, run_trial(study, bench, config))
+    _log_trial(study, run_trial(study, bench, config))
     return True

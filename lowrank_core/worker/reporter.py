@@ -73,6 +73,11 @@ class Reporter:
         self._request = request
 
     @property
+    def request(self) -> str:
+        """Id of the current request; empty without one."""
+        return "" if self._request is None else self._request.stem
+
+    @property
     def cancelled(self) -> bool:
         """Whether the current request is cancelled."""
         return self._request is not None and not self._request.exists()

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,7 +55,7 @@ class LoadRow:
 
     def to_mapping(self) -> dict[str, object]:
         sizes = {name: getattr(self.sizes, name) for name in ("bytes", "messages", "charts", "largest_message", "largest_figure", "figure")}
-        times = {name: getattr(self, name).to_mapping() for name in ("first_content", "complete", "against_empty")}
+        times = {name: asdict(getattr(self, name)) for name in ("first_content", "complete", "against_empty")}
         return {"page": self.sizes.title, "path": self.path, **sizes, **times}
 
 
@@ -76,8 +76,8 @@ class TickRow:
     seconds: Spread | None
 
     def to_mapping(self) -> dict[str, object]:
-        spreads = {"bytes": self.bytes.to_mapping(), "redraws": self.redraws.to_mapping()}
-        return {"page": self.page, "path": self.path, **spreads, "seconds": self.seconds.to_mapping() if self.seconds else None}
+        spreads = {"bytes": asdict(self.bytes), "redraws": asdict(self.redraws)}
+        return {"page": self.page, "path": self.path, **spreads, "seconds": asdict(self.seconds) if self.seconds else None}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from lowrank_core.parameters import allocated_parameters, budget_for_ratio
 from lowrank_core.runs import RunStatus, write_json
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
+from lowrank_core.studies.requests import ExportAnswer, answers_in
 from lowrank_core.studio.compare import comparison as compare
 from lowrank_core.studio.compare import continuations, loss_details
 from lowrank_core.studio.search import history, search_plan
@@ -124,7 +125,7 @@ def test_the_comparison_table_begins_with_the_original():
     assert table["removed"][0] == 0.0
     assert table["low"][0] < table["perplexity"][0] < table["high"][0]
     assert [prompt.texts for prompt in continuations.prompts(bodies)] == [(("Trial 3", "self):"),)]
-    assert compare.exports(bodies)[0].path.endswith("trial-3")
+    assert [answer.path.endswith("trial-3") for answer in answers_in(bodies, ExportAnswer)] == [True]
     assert compare.last_failure(bodies) is None
 
 

@@ -10,7 +10,8 @@ import torch
 
 from lowrank_core.cli import main
 from lowrank_core.commands.benchmarks import allocation, layer_speed, quality, search, speed
-from lowrank_core.config import ModelSource, TextConfig
+from lowrank_core.config import ModelSource, TextConfig, to_mapping
+from lowrank_core.config.benchmarks import AllocationBenchmark, QualityBenchmark, SearchBenchmark
 from lowrank_core.errors import ConfigError
 from lowrank_core.presets.recipes import PRESETS, VARIANTS
 from lowrank_core.speed import Spread
@@ -23,7 +24,7 @@ def text(text_file: Path) -> TextConfig:
 
 
 def test_the_allocation_table_measures_each_allocation_at_equal_parameters(llama_checkpoint: Path, text: TextConfig) -> None:
-    rows = allocation.allocation_table(ModelSource(str(llama_checkpoint)), text, [0.3], seeds=2, trials=3)
+    rows = allocation.allocation_table(ModelSource(str(llama_checkpoint)), text, AllocationBenchmark((0.3,), 2, 3))
     names = ("uniform", "lord_manual", "lagrangian", "search's best")
     assert [(row.seed, row.allocation) for row in rows] == [(seed, name) for seed in (0, 1) for name in names]
     for seed in (0, 1):
@@ -37,7 +38,7 @@ def test_the_allocation_table_measures_each_allocation_at_equal_parameters(llama
 
 def test_the_allocation_s_markdown_carries_the_figures_and_their_protocol() -> None:
     row = allocation.AllocationRow(0.2, 1, "uniform", 1234, 0.01234, 10.5, 10.0, (0.4, 0.6), 0.02, "text, test split: 8 windows")
-    table = allocation.as_markdown([row])
+    table = allocation.markdown_of([row])
     assert "| 20% | 1 | uniform | 1,234 | 0.0123 | 10.500 | +0.500 (0.400 to 0.600) | 0.0200 |" in table
     assert table.endswith("Dense perplexity 10.000; text, test split: 8 windows.")
 
@@ -46,7 +47,7 @@ def test_the_allocation_s_markdown_carries_the_figures_and_their_protocol() -> N
 def rows(llama_checkpoint: Path, text: TextConfig, tmp_path_factory: pytest.TempPathFactory) -> list[quality.QualityRow]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_HOME", str(tmp_path_factory.mktemp("home")))
-        return quality.quality_table(ModelSource(str(llama_checkpoint)), text, [0.4, 0.97], variants=True, int8=True)
+        return quality.quality_table(ModelSource(str(llama_checkpoint)), text, QualityBenchmark((0.4, 0.97), variants=True, int8=True))
 
 
 def test_every_preset_and_variant_has_a_row_for_each_ratio(rows: list[quality.QualityRow]) -> None:
@@ -76,10 +77,10 @@ def test_int8_has_columns_of_its_own_and_fewer_bytes(rows: list[quality.QualityR
             assert row.int8_bytes is not None
             assert row.int8_bytes < row.bytes
             assert row.int8_kl != row.kl
-    table = quality.as_markdown(rows).split("\n\n")[1].splitlines()
+    table = quality.markdown_of(rows).split("\n\n")[1].splitlines()
     assert "| bytes | int8: bytes | above dense | KL | s |" in table[0]
     assert len({line.count("|") for line in table}) == 1
-    plain = quality.as_markdown([replace(row, int8_bytes=None) for row in rows]).split("\n\n")[1].splitlines()
+    plain = quality.markdown_of([replace(row, int8_bytes=None) for row in rows]).split("\n\n")[1].splitlines()
     assert "int8" not in plain[0]
     assert len({line.count("|") for line in plain}) == 1
 
@@ -91,11 +92,11 @@ def test_a_ratio_out_of_reach_is_told_in_its_row_and_the_others_go_on(rows: list
 
 
 def test_the_table_and_the_figure_show_losers_and_failures(rows: list[quality.QualityRow]) -> None:
-    table = quality.as_markdown(rows)
+    table = quality.markdown_of(rows)
     assert all(row.label in table for row in rows)
     assert "test split" in table
     assert "can't be met" in table
-    figure = quality_figure([row.to_mapping() for row in rows])
+    figure = quality_figure([to_mapping(row) for row in rows])
     drawn = {name for trace in figure.data for name in trace.y}
     assert {row.label for row in rows if not row.error} == drawn
     assert "Not measured" in figure.layout.annotations[-1].text
@@ -128,7 +129,7 @@ def test_speed_is_a_ratio_of_two_things_measured_in_turns(monkeypatch: pytest.Mo
     row = speed.compared("more", slow, "less", fast, "sums")
     assert timed[3:] == [slow, fast, fast, slow, slow, fast]
     assert (row.ratio, row.low, row.high) == (0.5, 0.25, 0.75)
-    table = speed.as_markdown([row])
+    table = speed.markdown_of([row])
     assert "| more | less | sums | 0.50 (0.25 to 0.75) | – | – |" in table
     assert "1 thread, torch" in table
 
@@ -186,7 +187,7 @@ def test_a_verdict_says_how_much_and_why() -> None:
 def curves(llama_checkpoint: Path, text: TextConfig, tmp_path_factory: pytest.TempPathFactory) -> list[search.Curve]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LOWRANK_HOME", str(tmp_path_factory.mktemp("home")))
-        return search.search_curves(ModelSource(str(llama_checkpoint)), text, [0.3], seeds=2, trials=6)
+        return search.search_curves(ModelSource(str(llama_checkpoint)), text, SearchBenchmark((0.3,), 2, 6))
 
 
 def test_every_scheme_is_run_with_every_seed(curves: list[search.Curve]) -> None:
@@ -209,8 +210,8 @@ def test_a_curve_never_rises_and_seeds_share_their_baselines(curves: list[search
 
 
 def test_the_table_and_the_curves_show_every_scheme(curves: list[search.Curve]) -> None:
-    table = search.as_markdown(curves, [], "protocol")
-    figure = convergence_figure([curve.to_mapping() for curve in curves], "protocol")
+    table = search.markdown_of(curves, [], "protocol")
+    figure = convergence_figure([to_mapping(curve) for curve in curves], "protocol")
     for curve in curves:
         assert f"| {curve.label} |" in table
         drawn = [trace for trace in figure.data if trace.name == curve.label]
@@ -221,12 +222,12 @@ def test_the_table_and_the_curves_show_every_scheme(curves: list[search.Curve]) 
 
 def test_unknown_schemes_are_told(text: TextConfig) -> None:
     with pytest.raises(ConfigError, match=r"schemes must be among published, .*got 'best'"):
-        search.search_curves(ModelSource(), text, [0.3], seeds=1, trials=1, schemes=["best"])
+        search.search_curves(ModelSource(), text, SearchBenchmark((0.3,), 1, 1, ("best",)))
 
 
 def test_missing_values_are_told() -> None:
     curve = search.Curve("a", "A", 0.3, 0, (None, 0.5, 0.25), 3.0, 1)
-    table = search.as_markdown([curve, replace(curve, seed=1, best=(0.125, 0.125, 0.125))], [], "")
+    table = search.markdown_of([curve, replace(curve, seed=1, best=(0.125, 0.125, 0.125))], [], "")
     assert "| A | – in 1 of 2 | 0.1875 (0.125 to 0.25) | 1.00 | 1 |" in table
 
 
@@ -236,5 +237,5 @@ def test_cheaper_trials_are_compared_with_whole_ones(llama_checkpoint: Path, tex
     for row in rows:
         assert row.time_ratio > 0
         assert -1 <= row.agreement <= 1
-        assert f"| {row.what} | 30% |" in search.as_markdown([], rows, "")
+        assert f"| {row.what} | 30% |" in search.markdown_of([], rows, "")
     assert rows[1].largest_change < rows[0].largest_change

@@ -542,7 +542,10 @@ BAD_INPUT: dict[str, tuple[Callable[[Places], list[object]], str]] = {
     "a negative seed": (lambda p: [*_evaluate(p), "--seed", -1], "seed must be at least 0"),
     "an unknown device": (lambda p: [*_evaluate(p), "--device", "abacus"], "is no device"),
     "an unknown dtype": (lambda p: [*_evaluate(p), "--dtype", "int8"], "dtype must be one of"),
-    "an unknown split": (lambda p: [*_evaluate(p), "--split", "train"], "invalid choice: 'train'"),
+    "an unknown split": (
+        lambda p: [*_evaluate(p), "--split", "train"],
+        "split must be one of calibration, validation, test, all; got 'train'",
+    ),
     "a run that is none": (lambda p: ["worker", "--run", p.folder / "nowhere"], "is no run"),
     "an export of no run": (lambda p: ["export", "--run", p.folder / "nowhere", "--out", p.out], "is no run"),
     "no command": (lambda p: [], "required: COMMAND"),

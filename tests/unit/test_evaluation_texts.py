@@ -13,10 +13,11 @@ import torch
 
 from lowrank_core.cli import main
 from lowrank_core.commands import evaluate
-from lowrank_core.commands.evaluate import EvaluationRequest, continue_with, evaluate_on, evaluate_on_texts
+from lowrank_core.commands.evaluate import continue_with, evaluate_on, evaluate_on_texts
 from lowrank_core.config import ModelSource, TextConfig
+from lowrank_core.config.evaluation import EvaluationConfig, Sampling
 from lowrank_core.errors import ConfigError, TextError
-from lowrank_core.evaluation.generation import Sampling, continue_prompt
+from lowrank_core.evaluation.generation import continue_prompt
 from lowrank_core.models import ModelHandle
 
 
@@ -92,7 +93,7 @@ def test_models_are_loaded_once_for_all_texts(texts: list[str], llama_checkpoint
     loaded, load = [], evaluate.load_model
     monkeypatch.setattr(evaluate, "load_model", lambda source: loaded.append(source) or load(source))
     source = ModelSource(str(llama_checkpoint))
-    evaluate_on_texts(source, [TextConfig(text, context=32) for text in texts], EvaluationRequest(windows=4, against=source.reference))
+    evaluate_on_texts(source, [TextConfig(text, context=32) for text in texts], EvaluationConfig(windows=4), source.reference)
     assert len(loaded) == 2
 
 
@@ -102,7 +103,7 @@ def test_a_text_that_is_not_there_is_told_before_anything_is_loaded(
     monkeypatch.setattr(evaluate, "load_model", lambda source: pytest.fail("loaded"))
     chosen = [TextConfig(text, context=32) for text in (texts[0], "gutenberg")]
     with pytest.raises(TextError, match="'gutenberg' is none of python-stdlib"):
-        evaluate_on_texts(ModelSource(str(llama_checkpoint)), chosen, EvaluationRequest())
+        evaluate_on_texts(ModelSource(str(llama_checkpoint)), chosen, EvaluationConfig())
 
 
 def test_a_text_too_short_is_told_before_anything_is_measured(
@@ -112,14 +113,14 @@ def test_a_text_too_short_is_told_before_anything_is_measured(
     monkeypatch.setattr(evaluate, "evaluate", lambda *_, **__: pytest.fail("measured"))
     chosen = [TextConfig(text, context=32) for text in (texts[0], f"file:{tmp_path / 'short.txt'}")]
     with pytest.raises(TextError, match=r"file:short\.txt has .* fewer than one window of 32"):
-        evaluate_on_texts(ModelSource(str(llama_checkpoint)), chosen, EvaluationRequest())
+        evaluate_on_texts(ModelSource(str(llama_checkpoint)), chosen, EvaluationConfig())
 
 
 def test_requests_out_of_range_are_refused() -> None:
     with pytest.raises(ConfigError, match="split must be one of calibration, validation, test, all; got 'train'"):
-        EvaluationRequest("train")
+        EvaluationConfig("train")
     with pytest.raises(ConfigError, match="windows must be at least 1, got 0"):
-        EvaluationRequest(windows=0)
+        EvaluationConfig(windows=0)
 
 
 def test_a_stride_out_of_range_is_one_line(options: list[object], texts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +131,7 @@ def test_a_stride_out_of_range_is_one_line(options: list[object], texts: list[st
 
 
 def test_all_windows_of_a_whole_text_are_taken(texts: list[str], llama_checkpoint: Path) -> None:
-    body = evaluate_on(ModelSource(str(llama_checkpoint)), TextConfig(texts[0], context=32, test_windows=3), EvaluationRequest("all"))
+    body = evaluate_on(ModelSource(str(llama_checkpoint)), TextConfig(texts[0], context=32, test_windows=3), EvaluationConfig("all"))
     assert int(str(body["windows"])) > 128
 
 

@@ -278,7 +278,7 @@ def test_a_stop_from_before_does_not_end_what_a_worker_was_started_for(run: Run)
         reporter.close("stopped")
 
 
-@pytest.mark.parametrize("content", ['{"colour": "blue"}', '{"warnings": null}', "{"])
+@pytest.mark.parametrize("content", ['{"done": "blue"}', '{"warnings": null}', "{"])
 def test_a_damaged_status_is_told(run: Run, content: str):
     (run.path / "status.json").write_text(content)
     with pytest.raises(RunError, match=r"status\.json"):

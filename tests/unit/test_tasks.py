@@ -119,7 +119,7 @@ def _right(handle: ModelHandle, *, normalised: bool) -> list[bool]:
 
 
 def _asked(handle: ModelHandle, folder: Path, *tasks: str, against: ModelHandle | None = None, **settings: int) -> TasksReport:
-    return run_tasks(handle, TasksConfig(tasks, folder, **settings), against=against)
+    return run_tasks(handle, TasksConfig(tasks, str(folder), **settings), against=against)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5])
@@ -198,7 +198,7 @@ def test_nothing_of_the_model_changes(llama: ModelHandle, folder: Path):
 def test_the_missing_extra_is_told(monkeypatch: pytest.MonkeyPatch, folder: Path):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ConfigError, match=r'not installed .*pip install "lowrank-studio\[tasks\]"'):
-        Harness(TasksConfig(("colours",), folder))
+        Harness(TasksConfig(("colours",), str(folder)))
 
 
 def test_an_unknown_task_is_told_with_similar_names(folder: Path, monkeypatch: pytest.MonkeyPatch):
@@ -207,9 +207,9 @@ def test_an_unknown_task_is_told_with_similar_names(folder: Path, monkeypatch: p
     real = lm_eval.tasks.TaskManager
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_path, **_: real(include_path=include_path, include_defaults=False))
     with pytest.raises(ConfigError, match=r"'colour' is not known to lm-eval .* Did you mean colours\?"):
-        Harness(TasksConfig(("colour",), folder))
+        Harness(TasksConfig(("colour",), str(folder)))
     with pytest.raises(ConfigError, match="lm-eval ls tasks"):
-        Harness(TasksConfig(("zzzzzz",), folder))
+        Harness(TasksConfig(("zzzzzz",), str(folder)))
 
 
 def test_a_hub_out_of_reach_is_told_at_once(llama: ModelHandle, tmp_path: Path):
@@ -239,8 +239,8 @@ def test_tasks_that_run_code_of_the_model_are_refused(llama: ModelHandle, folder
     [
         ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"batch_size": 0}, "batch size must be at least 1"),
-        ({"few_shot": -1}, "few-shot must be at least 0"),
-        ({"include_path": Path("/nowhere/at/all")}, "there is no folder /nowhere/at/all"),
+        ({"few_shot": -1}, "few shot must be at least 0"),
+        ({"include_path": "/nowhere/at/all"}, "there is no folder /nowhere/at/all"),
     ],
 )
 def test_settings_out_of_range_are_told(settings: dict[str, object], message: str):

@@ -7,24 +7,27 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowrank_core.catalogue import as_markdown
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.compression.quantization import quantized
-from lowrank_core.config import ModelSource, RunConfig, TextConfig
+from lowrank_core.config import ModelSource, RunConfig, TextConfig, to_mapping
+from lowrank_core.config.benchmarks import QualityBenchmark
 from lowrank_core.errors import LowRankError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.metrics import metric_named
-from lowrank_core.presets.recipes import PRESETS, VARIANTS, Preset, search_by
+from lowrank_core.presets.recipes import PRESETS, VARIANTS, Preset, preset_named, search_by
 from lowrank_core.runs import create_run
 from lowrank_core.studies.records import best_trial, read_trials
+from lowrank_core.types import Result
 from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
 from lowrank_core.worker.context import chosen_model
 from lowrank_core.worker.main import run_worker
 
-__all__ = ["QualityRow", "as_markdown", "quality_table"]
+__all__ = ["QualityRow", "benchmark", "markdown_of", "quality_table"]
 
 
 @dataclass(frozen=True)
@@ -58,9 +61,6 @@ class QualityRow:
     seconds: float | None = None
     protocol: str = ""
     error: str = ""
-
-    def to_mapping(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -114,38 +114,30 @@ def _named(preset: Preset, ratio: float) -> QualityRow:
     return QualityRow(preset.name, preset.label, preset.reference, ratio)
 
 
-def quality_table(
-    source: ModelSource,
-    text: TextConfig,
-    ratios: Sequence[float],
-    *,
-    presets: Sequence[Preset] = tuple(PRESETS.values()),
-    variants: bool = False,
-    search: bool = False,
-    int8: bool = False,
-) -> list[QualityRow]:
+def benchmark(source: ModelSource, text: TextConfig, config: QualityBenchmark) -> Result:
+    """Measure every preset, or those named, at equal parameters on test text."""
+    rows = quality_table(source, text, config)
+    return {"model": source.reference, "rows": [to_mapping(row) for row in rows], "text": markdown_of(rows)}
+
+
+def quality_table(source: ModelSource, text: TextConfig, config: QualityBenchmark) -> list[QualityRow]:
     """Compress by every preset at every ratio, and measure on test text.
 
-    Args:
-        presets: those to measure.
-        variants: also our default with one of its parts left out or changed.
-        search: also the paper's search, as published, at each ratio.
-        int8: also each of them with its factors in 8 bits.
-
     Raises:
-        LowRankError: model or text can't be used.
+        LowRankError: model or text can't be used, or there is no such preset.
     """
-    recipes = [*presets, *(VARIANTS.values() if variants else ())]
+    presets = [preset_named(name) for name in config.presets or PRESETS]
+    recipes = [*presets, *(VARIANTS.values() if config.variants else ())]
     weighed = [recipe for recipe in recipes if metric_named(recipe.compression.basis).needs_gradients]
     pipeline = Pipeline(source, text, compression=(weighed or recipes)[0])
     _ = pipeline.windows, pipeline.statistics  # measured before the first clock is started
-    table = _Table(pipeline, int8)
+    table = _Table(pipeline, config.int8)
     rows: list[QualityRow] = []
     for recipe in recipes:
-        rows += table.rows(recipe, ratios)
+        rows += table.rows(recipe, config.ratios)
         print(f"{recipe.label}: done", file=sys.stderr, flush=True)
-    if search:
-        rows += [_searched(table, source, text, ratio) for ratio in ratios]
+    if config.search:
+        rows += [_searched(table, source, text, ratio) for ratio in config.ratios]
     return rows
 
 
@@ -168,7 +160,7 @@ def _searched(table: _Table, source: ModelSource, text: TextConfig, ratio: float
     return table.measured(row, model, time.perf_counter() - began)
 
 
-def as_markdown(rows: Sequence[QualityRow]) -> str:
+def markdown_of(rows: Sequence[QualityRow]) -> str:
     """Return Markdown tables of recipes: by ratio, with all metrics by ratio and KL, and the protocol."""
     measured = [row for row in rows if row.dense_perplexity is not None]
     protocols = sorted({f"Dense perplexity {row.dense_perplexity:.3f}; {row.protocol}." for row in measured})
@@ -181,13 +173,10 @@ def _overview(rows: Sequence[QualityRow]) -> str:
     recipes: dict[str, dict[float, QualityRow]] = {}
     for row in rows:
         recipes.setdefault(row.label, {})[row.compression_ratio] = row
-    lines = [
-        f"| perplexity above dense, KL | {' | '.join(f'{ratio:.0%} removed' for ratio in ratios)} |",
-        "| --- " * (len(ratios) + 1) + "|",
-    ]
-    for label, result in sorted(recipes.items(), key=lambda item: _distance(item[1])):
-        lines.append(f"| {label} | {' | '.join(_cell(result.get(ratio)) for ratio in ratios)} |")
-    return "\n".join(lines)
+    return as_markdown(
+        {"perplexity above dense, KL": label, **{f"{ratio:.0%} removed": _cell(result.get(ratio)) for ratio in ratios}}
+        for label, result in sorted(recipes.items(), key=lambda item: _distance(item[1]))
+    )
 
 
 def _distance(result: Mapping[float, QualityRow]) -> tuple[int, float]:
@@ -211,23 +200,26 @@ def _kl_words(row: QualityRow) -> str:
 
 
 def _details(rows: Sequence[QualityRow]) -> str:
-    columns = ["removed", "recipe", "parameters", "test perplexity", "above dense (95 % interval)", "KL to dense (95 % interval)", "top-1"]
-    columns += ["bytes", "int8: bytes", "above dense", "KL"] if any(row.int8_bytes is not None for row in rows) else []
-    lines = [f"| {' | '.join([*columns, 's'])} |", "| --- " * (len(columns) + 1) + "|"]
-    for row in sorted(rows, key=lambda row: (row.compression_ratio, row.kl is None, row.kl or 0.0)):
-        cells = _cells(row)
-        lines.append(f"| {' | '.join([*cells[:-1], *[''] * (len(columns) + 1 - len(cells)), cells[-1]])} |")
-    return "\n".join(lines)
+    int8 = any(row.int8_bytes is not None for row in rows)
+    ordered = sorted(rows, key=lambda row: (row.compression_ratio, row.kl is None, row.kl or 0.0))
+    return as_markdown([_cells(row, int8=int8) for row in ordered])
 
 
-def _cells(row: QualityRow) -> list[str]:
-    head = [f"{row.compression_ratio:.0%}", row.label]
-    if row.error:
-        return [*head, "–", row.error, ""]
+def _cells(row: QualityRow, *, int8: bool) -> dict[str, str]:
     perplexity, dense, kl = row.perplexity or math.nan, row.dense_perplexity or math.nan, row.kl or 0.0
-    cells = [*head, f"{row.parameters:,}", f"{perplexity:.3f}", _above(row, perplexity - dense)]
-    cells += [f"{kl:.3g} ({_kl_words(row)})", f"{row.top1_agreement or 0.0:.1%}"]
-    if row.int8_bytes is not None:
+    cells = {
+        "removed": f"{row.compression_ratio:.0%}",
+        "recipe": row.label,
+        "parameters": f"{row.parameters or 0:,}",
+        "test perplexity": f"{perplexity:.3f}",
+        "above dense (95 % interval)": _above(row, perplexity - dense),
+        "KL to dense (95 % interval)": f"{kl:.3g} ({_kl_words(row)})",
+        "top-1": f"{row.top1_agreement or 0.0:.1%}",
+    }
+    if int8:
         small = (row.int8_perplexity or math.nan) - dense
-        cells += [f"{row.bytes:,}", f"{row.int8_bytes:,}", fixed(small, 3, signed=True), f"{row.int8_kl or 0.0:.3g}"]
-    return [*cells, f"{row.seconds or 0.0:.0f}"]
+        sizes = {"bytes": f"{row.bytes or 0:,}", "int8: bytes": f"{row.int8_bytes or 0:,}"}
+        cells |= {**sizes, "above dense": fixed(small, 3, signed=True), "KL": f"{row.int8_kl or 0.0:.3g}"}
+    cells["s"] = f"{row.seconds or 0.0:.0f}"
+    said = {"removed": cells["removed"], "recipe": row.label, "parameters": "–", "test perplexity": row.error}
+    return {**dict.fromkeys(cells, ""), **said} if row.error else cells

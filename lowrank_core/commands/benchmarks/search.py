@@ -9,25 +9,30 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scipy.stats import kendalltau
 
 from lowrank_core.allocation import RankAllocation, allocation_from_ranks
+from lowrank_core.catalogue import as_markdown
 from lowrank_core.compression.build import low_rank_layers, swap_layers
-from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig, to_mapping
+from lowrank_core.config.benchmarks import SearchBenchmark
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import DenseReference, score_windows
+from lowrank_core.models import load_model
 from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import create_run
 from lowrank_core.search.study import TrialBench, run_trial, study_in_memory
 from lowrank_core.studies.records import TrialRecord, best_trial, records_of
+from lowrank_core.text import load_windows
+from lowrank_core.types import Result
 from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.session import RunContext, prepare, search_bench
 
-__all__ = ["SCHEMES", "CheaperTrial", "Curve", "as_markdown", "cheaper_trials", "search_curves"]
+__all__ = ["SCHEMES", "CheaperTrial", "Curve", "benchmark", "cheaper_trials", "markdown_of", "search_curves"]
 
 _MARKS = (1, 3, 5, 10, 20, 50, 100)
 _POINTS = 24  # at which cheaper trials are compared with whole ones
@@ -53,9 +58,6 @@ class Curve:
     seconds: float
     pruned: int
 
-    def to_mapping(self) -> dict[str, object]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class CheaperTrial:
@@ -74,9 +76,6 @@ class CheaperTrial:
     agreement: float
     same_best: bool
     largest_change: float
-
-    def to_mapping(self) -> dict[str, object]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -124,27 +123,39 @@ def _prepared(source: ModelSource, text: TextConfig) -> Iterator[tuple[RunContex
             reporter.close("finished")
 
 
-def search_curves(
-    source: ModelSource, text: TextConfig, ratios: Sequence[float], *, seeds: int, trials: int, schemes: Sequence[str] = SCHEMES
-) -> list[Curve]:
-    """Run ``schemes`` at every ratio with seeds 0 to ``seeds`` - 1, on validation text.
+def benchmark(source: ModelSource, text: TextConfig, config: SearchBenchmark) -> Result:
+    """Run searches side by side, and measure what a cheaper trial changes."""
+    curves, cheaper = search_curves(source, text, config), cheaper_trials(source, text, config.ratios)
+    windows = load_windows(text, load_model(source).tokenizer, "validation", count=text.validation_windows)
+    protocol = f"KL to the dense model, nats per token, seeds 0 to {config.seeds - 1}; {windows.protocol}."
+    return {
+        "model": source.reference,
+        "curves": [to_mapping(curve) for curve in curves],
+        "cheaper": [to_mapping(row) for row in cheaper],
+        "protocol": protocol,
+        "text": markdown_of(curves, cheaper, protocol),
+    }
+
+
+def search_curves(source: ModelSource, text: TextConfig, config: SearchBenchmark) -> list[Curve]:
+    """Run the schemes at every ratio with seeds from 0, on validation text.
 
     Raises:
         ConfigError: no such scheme.
         LowRankError: model or text can't be used, or a ratio can't be met.
     """
-    unknown = sorted(set(schemes) - set(SCHEMES))
+    unknown = sorted(set(config.schemes) - set(SCHEMES))
     if unknown:
         raise ConfigError(f"schemes must be among {', '.join(SCHEMES)}; got {unknown[0]!r}.")
     curves = []
     with _prepared(source, text) as (session, reporter):
-        for ratio in ratios:
-            for scheme in (scheme for scheme in _schemes(ratio, trials) if scheme.name in schemes):
+        for ratio in config.ratios:
+            for scheme in (scheme for scheme in _schemes(ratio, config.trials) if scheme.name in (config.schemes or SCHEMES)):
                 bench = search_bench(session, _with_windows(scheme.config, text), 8, reporter)
                 judge = _judge(session, bench, scheme.config)
-                for seed in range(seeds):
+                for seed in range(config.seeds):
                     curves.append(_searched(scheme, bench, seed, judge))
-                    print(json.dumps(curves[-1].to_mapping()), file=sys.stderr, flush=True)  # a line each: hours may be behind it
+                    print(json.dumps(to_mapping(curves[-1])), file=sys.stderr, flush=True)  # a line each: hours may be behind it
                 print(f"{scheme.label} at {ratio:.0%}: done", file=sys.stderr, flush=True)
     return curves
 
@@ -255,7 +266,7 @@ def _compared(
     )
 
 
-def as_markdown(curves: Sequence[Curve], cheaper: Sequence[CheaperTrial], protocol: str) -> str:
+def markdown_of(curves: Sequence[Curve], cheaper: Sequence[CheaperTrial], protocol: str) -> str:
     """Return a table of schemes for each ratio, one of cheaper trials, and the protocol."""
     parts = [_table(ratio, [c for c in curves if c.compression_ratio == ratio]) for ratio in sorted({c.compression_ratio for c in curves})]
     if cheaper:
@@ -266,17 +277,15 @@ def as_markdown(curves: Sequence[Curve], cheaper: Sequence[CheaperTrial], protoc
 def _table(ratio: float, curves: Sequence[Curve]) -> str:
     trials = max(len(curve.best) for curve in curves)
     marks = [mark for mark in _MARKS if mark <= trials]
-    lines = [
-        f"| {ratio:.0%} removed: KL of the best after | {' | '.join(map(str, marks))} trials | seconds a trial | stopped early |",
-        "| --- " * (len(marks) + 3) + "|",
-    ]
+    rows = []
     for label in dict.fromkeys(curve.label for curve in curves):
         own = [curve for curve in curves if curve.label == label]
-        cells = [_spread([curve.best[mark - 1] for curve in own]) for mark in marks]
+        best = {f"{mark}{' trials' * (mark == marks[-1])}": _spread([curve.best[mark - 1] for curve in own]) for mark in marks}
         seconds = statistics.median(curve.seconds / len(curve.best) for curve in own)
         stopped = statistics.median(curve.pruned for curve in own)
-        lines.append(f"| {label} | {' | '.join(cells)} | {seconds:.2f} | {stopped:g} |")
-    return "\n".join(lines)
+        named = {f"{ratio:.0%} removed: KL of the best after": label}
+        rows.append({**named, **best, "seconds a trial": f"{seconds:.2f}", "stopped early": f"{stopped:g}"})
+    return as_markdown(rows)
 
 
 def _spread(values: Sequence[float | None]) -> str:
@@ -289,13 +298,14 @@ def _spread(values: Sequence[float | None]) -> str:
 
 
 def _cheaper_table(rows: Sequence[CheaperTrial]) -> str:
-    lines = [
-        "| cheaper trial | removed | time ratio | Kendall's τ | same best point | largest change |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [
-        f"| {row.what} | {row.compression_ratio:.0%} | {row.time_ratio:.2f} | {row.agreement:.3f} | {'yes' if row.same_best else 'no'} "
-        f"| {row.largest_change:.2%} |"
+    return as_markdown(
+        {
+            "cheaper trial": row.what,
+            "removed": f"{row.compression_ratio:.0%}",
+            "time ratio": f"{row.time_ratio:.2f}",
+            "Kendall's τ": f"{row.agreement:.3f}",
+            "same best point": "yes" if row.same_best else "no",
+            "largest change": f"{row.largest_change:.2%}",
+        }
         for row in rows
-    ]
-    return "\n".join(lines)
+    )

@@ -10,17 +10,26 @@ import torch
 from torch import nn
 
 from lowrank_core.allocation import Ranks
+from lowrank_core.catalogue import as_markdown
 from lowrank_core.commands.benchmarks.layer_speed import layer_rows
 from lowrank_core.commands.benchmarks.speed_rows import TURNS, SpeedRow, compared
 from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed, decompose
-from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
+from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig, to_mapping
+from lowrank_core.config.benchmarks import SpeedBenchmark
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet, load_windows
+from lowrank_core.types import Result
 
-__all__ = ["SpeedRow", "as_markdown", "compared", "speed_table"]
+__all__ = ["SpeedRow", "benchmark", "compared", "markdown_of", "speed_table"]
+
+
+def benchmark(source: ModelSource, text: TextConfig, config: SpeedBenchmark) -> Result:
+    """Compare calibration, a trial and the layers with forward passes and dense layers."""
+    rows = speed_table(source, text)
+    return {"model": source.reference, "rows": [to_mapping(row) for row in rows], "text": markdown_of(rows)}
 
 
 def speed_table(source: ModelSource, text: TextConfig) -> list[SpeedRow]:
@@ -85,20 +94,20 @@ def _forward_with(handle: ModelHandle, layers: dict[str, nn.Module], windows: Wi
         _forward(handle, windows)
 
 
-def as_markdown(rows: Sequence[SpeedRow]) -> str:
+def markdown_of(rows: Sequence[SpeedRow]) -> str:
     """Return the rows as a Markdown table."""
-    lines = [
-        "| what | against | detail | time ratio (smallest to largest of the turns) | FLOPs ratio | verdict |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    lines += [_line(row) for row in rows]
     threads = torch.get_num_threads()
     place = f"{threads} thread{'s' * (threads != 1)}, torch {torch.__version__}"
     cached = "A layer that is called alone may stay in the processor's caches; in a model its weights come from memory."
-    return "\n".join([*lines, "", f"Below 1 is faster. {TURNS} turns each, who goes first alternates; {place}. {cached}"])
-
-
-def _line(row: SpeedRow) -> str:
-    expected = "–" if row.expected is None else f"{row.expected:.2f}"
-    ratio = f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})"
-    return f"| {row.what} | {row.against} | {row.detail} | {ratio} | {expected} | {row.verdict or '–'} |"
+    table = as_markdown(
+        {
+            "what": row.what,
+            "against": row.against,
+            "detail": row.detail,
+            "time ratio (smallest to largest of the turns)": f"{row.ratio:.2f} ({row.low:.2f} to {row.high:.2f})",
+            "FLOPs ratio": "–" if row.expected is None else f"{row.expected:.2f}",
+            "verdict": row.verdict or "–",
+        }
+        for row in rows
+    )
+    return f"{table}\n\nBelow 1 is faster. {TURNS} turns each, who goes first alternates; {place}. {cached}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 
@@ -37,9 +37,6 @@ class SpeedRow:
     expected: float | None = None
     products: float | None = None
     verdict: str = ""
-
-    def to_mapping(self) -> dict[str, object]:
-        return asdict(self)
 
 
 def _seconds(action: Callable[[], object], repeats: int) -> float:

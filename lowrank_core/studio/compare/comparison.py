@@ -15,24 +15,21 @@ from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import JsonMapping
 from lowrank_core.runs.client import BACKGROUND
 from lowrank_core.studies.model_ref import ModelRef
-from lowrank_core.studies.records import MANUAL, TrialRecord
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studies.requests import CompareAnswer, HealAnswer, OtherTextAnswer, answers_in
 from lowrank_core.studio.shared.table import Column, Table, intervals
 from lowrank_core.studio.shared.trial_names import model_name, trial_label
 
 __all__ = [
     "Comparison",
     "Confirmed",
-    "Export",
     "Failure",
     "argument_of",
     "comparisons",
     "confirmed",
     "confirmed_spec",
-    "exports",
-    "filed_as",
     "label_of",
     "last_failure",
-    "of_kind",
     "other_texts",
     "refusals",
     "unspent_notes",
@@ -128,15 +125,6 @@ def _unspent(shown: Comparison, search: SearchConfig) -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Export:
-    """A compressed model on disk."""
-
-    path: str
-    trial: object
-    time: float = 0.0
-
-
-@dataclass(frozen=True)
 class Failure:
     """A failed request."""
 
@@ -155,26 +143,10 @@ def label_of(trial: int | str, trials: Sequence[TrialRecord]) -> str:
     return record.label if record is not None and record.label in ALLOCATORS else ModelRef.parse(trial).label
 
 
-def of_kind(bodies: Sequence[JsonMapping], kind: str) -> list[JsonMapping]:
-    """Return the successful results of one kind of request."""
-    return [body for body in bodies if body.get("ok") and body.get("kind") == kind]
-
-
 def argument_of(request: Mapping[str, object], name: str) -> object:
     """Return an argument of a request, or of the request that a result answers; None without it."""
     arguments = request.get("arguments")
     return arguments.get(name) if isinstance(arguments, Mapping) else None
-
-
-def filed_as(body: JsonMapping) -> str:
-    """Return the key of a result; manual trials share a label, so theirs is the number."""
-    label, trial = str(body.get("label")), body.get("trial")
-    return f"trial {trial}" if label == MANUAL and type(trial) is int else label
-
-
-def _key(body: JsonMapping) -> str:
-    ref = ModelRef.find(body.get("trial"))
-    return str(ref) if ref is not None and ref.kind == "healed" else filed_as(body)
 
 
 def comparisons(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Comparison]:
@@ -183,37 +155,32 @@ def comparisons(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = (
     Models are called what they are called among ``trials``, those of the run.
     """
     newest: dict[str, Comparison] = {}
-    for body in bodies:
-        if not body.get("ok"):
-            continue
-        if body.get("kind") == "compare":
-            key = _key(body)
-            newest[key] = _comparison(body, key)
-        elif body.get("kind") == "heal":
-            key = str(ModelRef("healed", str(body.get("folder") or body.get("label"))))
-            newest[key] = _comparison(body, key)
-            before = str(body.get("label")).partition(", healed")[0]
-            newest.setdefault(before, _comparison(body, before, "one_shot"))
+    known: tuple[type[CompareAnswer | HealAnswer], ...] = (CompareAnswer, HealAnswer)
+    for answer in answers_in(bodies, *known):
+        if isinstance(answer, HealAnswer):
+            key = str(ModelRef("healed", answer.folder or answer.label))
+            before = answer.label.partition(", healed")[0]
+            newest[key] = _comparison(answer, key)
+            newest.setdefault(before, _comparison(replace(answer, report=answer.one_shot), before))
+        else:
+            newest[_key(answer)] = _comparison(answer, _key(answer))
     return sorted(_named(_with_flops(_told_apart(list(newest.values()))), trials), key=lambda comparison: comparison.perplexity)
 
 
-def _comparison(body: JsonMapping, key: str, report: str = "report") -> Comparison:
+def _key(answer: CompareAnswer) -> str:
+    ref = ModelRef.find(answer.trial)
+    return str(ref) if ref is not None and ref.kind == "healed" else answer.filed_as
+
+
+def _comparison(answer: CompareAnswer | HealAnswer, key: str) -> Comparison:
     healed = (ref := ModelRef.find(key)) is not None and ref.kind == "healed"
-    return build(
-        Comparison,
-        _measured_body(body, report),
-        "a comparison",
-        label=str(body.get("label")) if healed else key,
-        form="healed" if healed else "one-shot",
-        time=float(body.get("time", 0)),
-        key=key,
-    )
+    label, form = (answer.label, "healed") if healed else (key, "one-shot")
+    return build(Comparison, _with_width(answer.report), "a comparison", label=label, form=form, time=answer.time, key=key)
 
 
-def _measured_body(body: JsonMapping, report: str = "report") -> JsonMapping:
-    """Return the measurement of a result, without zero-width intervals: older versions computed them from one window."""
-    result: JsonMapping = body.get(report, {})
-    return {name: value for name, value in result.items() if not (name.endswith("_interval") and _has_no_width(value))}
+def _with_width(report: JsonMapping) -> JsonMapping:
+    """Return a measurement without zero-width intervals: older versions computed them from one window."""
+    return {name: value for name, value in report.items() if not (name.endswith("_interval") and _has_no_width(value))}
 
 
 def _has_no_width(value: object) -> bool:
@@ -252,16 +219,11 @@ def _with_flops(result: list[Comparison]) -> list[Comparison]:
 def other_texts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> dict[str, list[Comparison]]:
     """Return the newest measurement of each model on each second text, by the text's reference; the newest text first."""
     newest: dict[str, dict[str, Comparison]] = {}
-    for body in of_kind(bodies, "other_text"):
-        result = newest.pop(str(body.get("text")), {})
-        result[_key(body)] = _comparison(body, _key(body))
-        newest[str(body.get("text"))] = result
+    for answer in answers_in(bodies, OtherTextAnswer):
+        result = newest.pop(answer.text, {})
+        result[_key(answer)] = _comparison(answer, _key(answer))
+        newest[answer.text] = result
     return {text: _named(_told_apart(list(result.values())), trials) for text, result in reversed(newest.items())}
-
-
-def exports(bodies: Sequence[JsonMapping]) -> list[Export]:
-    """Return the exports, the newest first."""
-    return [build(Export, body, "an export") for body in reversed(of_kind(bodies, "export"))]
 
 
 @dataclass(frozen=True)
@@ -283,10 +245,10 @@ class Confirmed:
 def confirmed(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> Confirmed | None:
     """Return the newest test measurement of each trial; None without any."""
     known = {trial.number: trial for trial in trials}
-    newest = {body["trial"]: body for body in of_kind(bodies, "compare") if type(body.get("trial")) is int and body["trial"] in known}
+    newest = {a.trial: a for a in answers_in(bodies, CompareAnswer) if type(a.trial) is int and a.trial in known}
     if not newest:
         return None
-    result = {number: _comparison(body, filed_as(body)) for number, body in newest.items()}
+    result = {number: _comparison(answer, answer.label) for number, answer in newest.items()}
     first = next(iter(result.values()))
     ordered = sorted(result, key=lambda number: (known[number].value is None, known[number].value or 0.0, number))
     rows = [_ends({"name": "Dense", "perplexity": first.dense_perplexity}, first.dense_perplexity_interval, ())]

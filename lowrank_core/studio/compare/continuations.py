@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lowrank_core.config.mapping import build
 from lowrank_core.runs import JsonMapping
-from lowrank_core.studies.records import MANUAL, TrialRecord
-from lowrank_core.studio.compare.comparison import of_kind
+from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studies.requests import GenerateAnswer, answers_in
 from lowrank_core.studio.shared.trial_names import model_name
 
 __all__ = ["Prompt", "prompts"]
@@ -37,37 +36,21 @@ class Prompt:
         return f"{head[:60]}  ({self.tokens} tokens, temperature {self.temperature:g}, seed {self.seed})"
 
 
-@dataclass(frozen=True)
-class _Answer:
-    prompt: str
-    tokens: int
-    dense_text: str
-    compressed_text: str
-    trial: object
-    label: str = ""
-    temperature: float = 0.0
-    seed: int = 0
-
-    def name(self, trials: Sequence[TrialRecord]) -> str:
-        filed = f"trial {self.trial}" if isinstance(self.trial, int) else str(self.trial)
-        return model_name(filed if self.label in ("", MANUAL) else self.label, trials)
-
-
 def prompts(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[Prompt]:
     """Return the prompts with their continuations, the newest first.
 
     Raises:
         RunError: an answer is damaged.
     """
-    result: dict[tuple[object, ...], dict[str, _Answer]] = {}
-    for body in of_kind(bodies, "generate"):
-        answer = build(_Answer, body, "a continuation")
-        key = answer.prompt, answer.tokens, answer.temperature, answer.seed
-        result[key] = {**result.pop(key, {}), answer.name(trials): answer}
+    result: dict[tuple[object, ...], dict[str, GenerateAnswer]] = {}
+    for answer in answers_in(bodies, GenerateAnswer):
+        key = answer.prompt, answer.sampling
+        result[key] = {**result.pop(key, {}), model_name(answer.filed_as, trials): answer}
     return [_prompt(alike) for alike in reversed(result.values())]
 
 
-def _prompt(alike: Mapping[str, _Answer]) -> Prompt:
+def _prompt(alike: Mapping[str, GenerateAnswer]) -> Prompt:
     last = list(alike.values())[-1]
+    drawn = last.sampling
     texts = tuple((name, answer.compressed_text) for name, answer in alike.items())
-    return Prompt(last.prompt, last.tokens, last.temperature, last.seed, last.dense_text, texts)
+    return Prompt(last.prompt, drawn.tokens, drawn.temperature, drawn.seed, last.dense_text, texts)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from lowrank_core.config.mapping import build
 from lowrank_core.runs import JsonMapping
+from lowrank_core.runs.measurements import SpeedReport, Spread
 from lowrank_core.studies.records import TrialRecord
-from lowrank_core.studio.compare.comparison import filed_as, of_kind
+from lowrank_core.studies.requests import SpeedAnswer, answers_in
 from lowrank_core.studio.shared.formatting import DASH, size
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import model_name
@@ -21,30 +21,6 @@ _MEASURES = {"prefill_speedup": "Prefill", "decode_speedup": "Decode", "first_to
 
 
 @dataclass(frozen=True)
-class _Spread:
-    median: float
-    low: float
-    high: float
-
-    def words(self, factor: float = 1.0, digits: int = 0) -> str:
-        return f"{factor * self.median:,.{digits}f} ({factor * self.low:,.{digits}f} to {factor * self.high:,.{digits}f})"
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One of the two models."""
-
-    prefill: _Spread
-    decode: _Spread
-    first_token: _Spread
-    running: int | None
-    loading: int | None
-    parameters: int | None
-    stored: int | None
-    flops: int | None
-
-
-@dataclass(frozen=True)
 class Speed:
     """Timing of a compressed model in alternation with the dense model.
 
@@ -52,15 +28,17 @@ class Speed:
         name: of the compressed model.
         protocol: batch, lengths, rounds, dtype, device; memory: what its peaks are, empty if they were not measured.
         setup: batch, lengths and rounds in short: what tells two timings of one model apart.
-        dense, compressed: each by itself; speedups: time of the dense model over that of the compressed model in the same round.
+        dense, compressed: each by itself; flops: of both for one token, where they were counted.
+        speedups: time of the dense model over that of the compressed model in the same round.
     """
 
     name: str
     protocol: str
     memory: str
-    dense: _Side
-    compressed: _Side
-    speedups: Mapping[str, _Spread]
+    dense: SpeedReport
+    compressed: SpeedReport
+    flops: tuple[int | None, int | None]
+    speedups: Mapping[str, Spread]
     setup: str = ""
 
 
@@ -71,32 +49,24 @@ def speeds(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) ->
         RunError: an answer is damaged.
     """
     newest: dict[tuple[str, str], Speed] = {}
-    for body in of_kind(bodies, "speed"):
-        key = str(body.get("trial")), str(body.get("config"))
+    for answer in answers_in(bodies, SpeedAnswer):
+        key = str(answer.trial), str(answer.config)
         newest.pop(key, None)
-        newest[key] = _speed(body, trials)
+        newest[key] = _speed(answer, trials)
     return list(reversed(newest.values()))
 
 
-def _part(body: Mapping[str, object], name: str) -> Mapping[str, object]:
-    result = body.get(name)
-    return result if isinstance(result, Mapping) else {}
-
-
-def _spread(body: Mapping[str, object], name: str) -> _Spread:
-    return build(_Spread, _part(body, name), f"a timing: {name}")
-
-
-def _speed(body: JsonMapping, trials: Sequence[TrialRecord]) -> Speed:
-    compressed = _part(body, "compressed")
+def _speed(answer: SpeedAnswer, trials: Sequence[TrialRecord]) -> Speed:
+    compressed = answer.result.compressed
     return Speed(
-        name=model_name(filed_as(body), trials),
-        protocol=str(compressed.get("protocol", "")),
-        memory=str(_part(compressed, "memory").get("measured", "")),
-        dense=_side(_part(body, "dense"), body.get("dense_flops")),
-        compressed=_side(compressed, body.get("flops")),
-        speedups={name: _spread(body, name) for name in _MEASURES},
-        setup=_setup(_part(body, "config")),
+        name=model_name(answer.filed_as, trials),
+        protocol=compressed.protocol,
+        memory="" if compressed.memory is None else compressed.memory.measured,
+        dense=answer.result.dense,
+        compressed=compressed,
+        flops=(answer.dense_flops, answer.flops),
+        speedups={name: getattr(answer.result, name) for name in _MEASURES},
+        setup=_setup(answer.config),
     )
 
 
@@ -106,37 +76,25 @@ def _setup(config: Mapping[str, object]) -> str:
     return "batch {}, {} + {} tokens, {} rounds".format(*sizes) if None not in sizes else ""
 
 
-def _side(body: Mapping[str, object], flops: object) -> _Side:
-    memory = _part(body, "memory")
-    counts = (memory.get("running"), memory.get("loading"), body.get("parameters"), body.get("bytes"), flops)
-    return _Side(
-        _spread(body, "prefill_tokens_per_second"),
-        _spread(body, "decode_tokens_per_second"),
-        _spread(body, "first_token_seconds"),
-        *(count if isinstance(count, int) else None for count in counts),
-    )
-
-
 def speed_table(speed: Speed) -> pd.DataFrame:
     """Return measurements as text, median (min to max): columns measure, dense, compressed, faster (times, or share of memory)."""
     dense, ours = speed.dense, speed.compressed
     times = {name: spread.words(digits=2) for name, spread in speed.speedups.items()}
     rows = [
-        ("Prefill, tokens/s", dense.prefill.words(), ours.prefill.words(), times["prefill_speedup"]),
-        ("Decode, tokens/s", dense.decode.words(), ours.decode.words(), times["decode_speedup"]),
-        ("TTFT, ms", dense.first_token.words(1e3, 1), ours.first_token.words(1e3, 1), times["first_token_speedup"]),
+        ("Prefill, tokens/s", *(each.prefill_tokens_per_second.words() for each in (dense, ours)), times["prefill_speedup"]),
+        ("Decode, tokens/s", *(each.decode_tokens_per_second.words() for each in (dense, ours)), times["decode_speedup"]),
+        ("TTFT, ms", *(each.first_token_seconds.words(1e3, 1) for each in (dense, ours)), times["first_token_speedup"]),
     ]
     if speed.memory:
-        rows += [
-            ("Peak memory, running", size(dense.running), size(ours.running), _share(ours.running, dense.running)),
-            ("Peak memory, loading", size(dense.loading), size(ours.loading), _share(ours.loading, dense.loading)),
-        ]
+        for when in ("running", "loading"):
+            peaks = [getattr(each.memory, when, None) for each in (dense, ours)]
+            rows.append((f"Peak memory, {when}", *map(size, peaks), _share(peaks[1], peaks[0])))
     counts = (
         ("Parameters", dense.parameters, ours.parameters, "{:,}".format),
-        ("Stored", dense.stored, ours.stored, size),
-        ("FLOPs per token, linears and head", dense.flops, ours.flops, "{:,}".format),
+        ("Stored", dense.bytes, ours.bytes, size),
+        ("FLOPs per token, linears and head", *speed.flops, "{:,}".format),
     )
-    rows += [(name, words(a), words(b), _share(b, a)) for name, a, b, words in counts if a is not None and b is not None]
+    rows += [(name, words(a), words(b), _share(b, a)) for name, a, b, words in counts if a and b]
     return pd.DataFrame(rows, columns=["measure", "dense", "compressed", "faster"])
 
 
@@ -181,11 +139,9 @@ def speed_numbers(result: Sequence[Speed]) -> pd.DataFrame:
     for speed in result:
         for side, figures in (("dense", speed.dense), ("compressed", speed.compressed)):
             row: dict[str, object] = {"name": speed.name, "side": side}
-            for name, spread in (
-                ("prefill_tokens_per_second", figures.prefill),
-                ("decode_tokens_per_second", figures.decode),
-                ("first_token_seconds", figures.first_token),
-            ):
+            for name in ("prefill_tokens_per_second", "decode_tokens_per_second", "first_token_seconds"):
+                spread: Spread = getattr(figures, name)
                 row |= {name: spread.median, f"{name}_low": spread.low, f"{name}_high": spread.high}
-            rows.append(row | {"running_bytes": figures.running, "loading_bytes": figures.loading, "protocol": speed.protocol})
+            peaks = {f"{when}_bytes": getattr(figures.memory, when, None) for when in ("running", "loading")}
+            rows.append(row | peaks | {"protocol": speed.protocol})
     return pd.DataFrame(rows)

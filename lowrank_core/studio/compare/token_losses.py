@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from lowrank_core.config.mapping import build
 from lowrank_core.errors import RunError
 from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import TrialRecord
-from lowrank_core.studio.compare.comparison import filed_as, of_kind
+from lowrank_core.studies.requests import TokensAnswer, answers_in
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import model_name
@@ -66,18 +65,6 @@ def _few(extra: pd.Series) -> int:
     return int(np.searchsorted(np.cumsum(losses), total / 2) + 1) if total > 0 else 0
 
 
-@dataclass(frozen=True)
-class _Answer:
-    label: str
-    protocol: str
-    pieces: tuple[object, ...]
-    nll: tuple[float, ...]
-    dense_nll: tuple[float, ...]
-    kl: tuple[float, ...]
-    likeliest: tuple[object, ...]
-    dense_likeliest: tuple[object, ...]
-
-
 def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) -> list[TokenStrip]:
     """Return the evaluated texts, the newest first; each text and model once.
 
@@ -85,27 +72,24 @@ def strips(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord] = ()) ->
         RunError: an answer is damaged.
     """
     result: dict[tuple[str, tuple[object, ...]], TokenStrip] = {}
-    for body in of_kind(bodies, "tokens"):
-        answer = build(_Answer, body, "a token strip")
-        key = filed_as(body), answer.pieces
+    for answer in answers_in(bodies, TokensAnswer):
+        key = answer.filed_as, answer.losses.pieces
         result.pop(key, None)
         result[key] = _strip(answer, model_name(key[0], trials))
     return list(reversed(result.values()))
 
 
-def _strip(answer: _Answer, name: str) -> TokenStrip:
-    columns = (answer.nll, answer.dense_nll, answer.kl, answer.likeliest, answer.dense_likeliest)
-    if not answer.nll or any(len(column) != len(answer.pieces) - 1 for column in columns):
+def _strip(answer: TokensAnswer, name: str) -> TokenStrip:
+    losses = answer.losses
+    columns = (losses.nll, losses.dense_nll, losses.kl, losses.likeliest, losses.dense_likeliest)
+    if not losses.nll or any(len(column) != len(losses.pieces) - 1 for column in columns):
         raise RunError("a token strip does not have one value for each token. Measure it again.")
-    beginning, *pieces = map(str, answer.pieces)
-    frame = pd.DataFrame({"position": range(1, len(pieces) + 1), "piece": pieces, "nll": answer.nll, "dense_nll": answer.dense_nll})
+    beginning, *pieces = map(str, losses.pieces)
+    frame = pd.DataFrame({"position": range(1, len(pieces) + 1), "piece": pieces, "nll": losses.nll, "dense_nll": losses.dense_nll})
     frame = frame.astype({"nll": float, "dense_nll": float})
     frame["extra"] = frame["nll"] - frame["dense_nll"]
-    frame["kl"], frame["likeliest"], frame["dense_likeliest"] = (
-        answer.kl,
-        list(map(str, answer.likeliest)),
-        list(map(str, answer.dense_likeliest)),
-    )
+    frame["kl"] = losses.kl
+    frame["likeliest"], frame["dense_likeliest"] = (list(map(str, words)) for words in (losses.likeliest, losses.dense_likeliest))
     scale = max(_MIN_SCALE, float(frame["extra"].abs().quantile(_QUANTILE)))
     return TokenStrip(name, answer.protocol, beginning, frame, scale)
 

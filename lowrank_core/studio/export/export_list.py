@@ -16,7 +16,8 @@ from lowrank_core.config.mapping import build
 from lowrank_core.errors import ModelError, RunError
 from lowrank_core.files.weights import REGISTERING, weight_files
 from lowrank_core.runs import JsonMapping, Run, read_json
-from lowrank_core.studio.compare.comparison import Export, argument_of, exports
+from lowrank_core.studies.requests import ExportAnswer, answers_in
+from lowrank_core.studio.compare.comparison import argument_of
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.trial_names import unit_label
 
@@ -144,7 +145,7 @@ def written_models(run: Run, bodies: Sequence[JsonMapping]) -> list[Written]:
     folder = run.path / "exports"
     inside = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if folder.is_dir() else []
     known = {path.resolve() for path in inside}
-    reported = {Path(entry.path): entry for entry in reversed(exports(bodies))}
+    reported = {Path(entry.path): entry for entry in answers_in(bodies, ExportAnswer)}
     elsewhere = [path for path in reported if path.resolve() not in known]
     proofs = _proofs(bodies, folder)
     return [_written(path, reported.get(path), proofs.get(path)) for path in (*inside, *elsewhere)]
@@ -163,7 +164,7 @@ def _proofs(bodies: Sequence[JsonMapping], folder: Path) -> dict[Path, Proof]:
     return result
 
 
-def _written(path: Path, reported: Export | None, proof: Proof | None) -> Written:
+def _written(path: Path, reported: ExportAnswer | None, proof: Proof | None) -> Written:
     trial = "" if reported is None else f"trial {reported.trial}" if isinstance(reported.trial, int) else str(reported.trial)
     source = path / "lowrank.json"
     try:

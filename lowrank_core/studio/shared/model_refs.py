@@ -10,6 +10,7 @@ from lowrank_core.presets.differences import COMMON
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.studies.model_ref import ModelKey, ModelRef
 from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studies.requests import REQUESTS
 from lowrank_core.studies.space import BASELINES
 from lowrank_core.studio.compare.comparison import Comparison, argument_of, label_of
 from lowrank_core.studio.compare.healing_runs import Healing
@@ -19,20 +20,6 @@ from lowrank_core.studio.shared.trial_names import answers_of, model_name, trial
 __all__ = ["PRESET_KEYS", "candidates", "healable", "preset_notes", "request_words", "unmeasured", "usual_choice"]
 
 PRESET_KEYS: tuple[ModelKey, ...] = tuple(ModelRef("preset", name).key for name in PRESETS)
-
-_KINDS = {
-    "compare": "measuring on test text",
-    "other_text": "measuring on a second text",
-    "tokens": "reading a text token by token",
-    "generate": "continuing a prompt",
-    "speed": "timing",
-    "directions": "reading the top directions",
-    "export": "writing the model",
-    "measure": "queueing an allocation",
-    "heal": "healing",
-    "sensitivity": "measuring sensitivities",
-    "verify": "measuring an exported folder again",
-}
 
 
 def candidates(
@@ -102,5 +89,5 @@ def request_words(request: Mapping[str, object]) -> str:
     ref = None if trial is None else ModelRef.find(trial)
     name = "" if ref is None else model_name(ref.name if ref.kind == "healed" else ref.label)
     text = argument_of(request, "text") if kind == "other_text" else None
-    words = _KINDS.get(kind, kind) + (f" ({text})" if text else "")
+    words = (REQUESTS[kind].words if kind in REQUESTS else kind) + (f" ({text})" if text else "")
     return f"{name}: {words}" if name else words

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from lowrank_core.config.mapping import build
 from lowrank_core.runs import JsonMapping
 from lowrank_core.spectra.directions import Direction, Directions
 from lowrank_core.studio.compare.comparison import argument_of
@@ -40,7 +41,7 @@ def direction_facts(bodies: Sequence[JsonMapping], module: str, side: str) -> Di
     mine = [body for body in _told(bodies, module, side) if body.get("ok")]
     if not mine:
         return None
-    result = Directions.from_mapping(mine[-1])
+    result = build(Directions, mine[-1], "an answer")
     rows = [row for direction in result.directions for row in _rows(direction)]
     return DirectionFacts(result.protocol, pd.DataFrame(rows, columns=["direction", "share", "token", "context", "projection"]))
 

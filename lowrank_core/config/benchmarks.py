@@ -1,0 +1,63 @@
+"""Settings of the benchmarks of ``lowrank benchmark``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lowrank_core.config.checks import check_ratio
+from lowrank_core.config.options import check_options, option
+
+__all__ = ["AllocationBenchmark", "QualityBenchmark", "SearchBenchmark", "SpeedBenchmark"]
+
+_RATIOS, _SEEDS, _TRIALS = "fractions of parameters to remove", "seeds 0 to N-1", "of each search"
+
+
+def _check_ratios(ratios: tuple[float, ...]) -> None:
+    for ratio in ratios:
+        check_ratio(ratio)
+
+
+@dataclass(frozen=True)
+class QualityBenchmark:
+    """Perplexity and KL of every preset on test text, at equal parameters."""
+
+    ratios: tuple[float, ...] = option((0.2, 0.4, 0.6), _RATIOS, flag="compression-ratio")
+    presets: tuple[str, ...] = option((), "some of the presets", fallback="all")
+    variants: bool = option(False, "also our default with one part left out or changed")
+    search: bool = option(False, "also the paper's search, as published (50 trials for each ratio)")
+    int8: bool = option(False, "also with int8 factors, in separate columns")
+
+    def __post_init__(self) -> None:
+        _check_ratios(self.ratios)
+
+
+@dataclass(frozen=True)
+class SpeedBenchmark:
+    """Time ratios: calibration and a trial against forward passes, factored and pivoted layers against dense ones."""
+
+
+@dataclass(frozen=True)
+class SearchBenchmark:
+    """Convergence of searches (Bolaco as published, random, Studio) over seeds, and the effect of cheaper trials."""
+
+    ratios: tuple[float, ...] = option((0.4,), _RATIOS, flag="compression-ratio")
+    seeds: int = option(5, _SEEDS, minimum=1)
+    trials: int = option(50, _TRIALS, minimum=1)
+    schemes: tuple[str, ...] = option((), "some of what is compared", fallback="all")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        _check_ratios(self.ratios)
+
+
+@dataclass(frozen=True)
+class AllocationBenchmark:
+    """Bolaco's metric with uniform, fixed and searched ranks on test text."""
+
+    ratios: tuple[float, ...] = option((0.2, 0.3), _RATIOS, flag="compression-ratio")
+    seeds: int = option(3, _SEEDS, minimum=1)
+    trials: int = option(30, _TRIALS, minimum=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        _check_ratios(self.ratios)
