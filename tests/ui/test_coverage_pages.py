@@ -66,8 +66,8 @@ def test_the_module_table_has_a_row_for_what_is_left_alone(run):
     assert facts is not None
     table = module_table(facts).set_index("type")
     assert table["parameters"].sum() == COVERAGE.total
-    assert table.loc["experts", "parameters"] == COVERAGE.parameters["experts"]
-    assert "routed" in table.loc["experts", "shape"]
+    assert table.loc["other experts", "parameters"] == COVERAGE.parameters["experts"]
+    assert "taken apart" in table.loc["other experts", "shape"]
 
 
 def test_an_older_record_says_how_much_and_no_more(app):
@@ -93,7 +93,7 @@ def test_the_report_says_it_too(run):
     assert "of the compressible linears = " in page
 
 
-def test_a_checkpoint_of_experts_is_warned_of_before_anything_is_loaded(app, tmp_path):
+def test_experts_of_a_checkpoint_are_counted_before_anything_is_loaded(app, tmp_path):
     tensors = {f"{m.name}.weight": np.zeros((m.d_out, m.d_in), np.float16) for m in matrices() if "self_attn" in m.name}
     for depth in range(3):
         for expert in range(8):
@@ -103,10 +103,16 @@ def test_a_checkpoint_of_experts_is_warned_of_before_anything_is_loaded(app, tmp
         tensors[f"model.layers.{depth}.mlp.gate.weight"] = np.zeros((8, 24), np.float16)
     tensors["model.embed_tokens.weight"] = np.zeros((128, 24), np.float16)
     save_file(tensors, tmp_path / "model.safetensors")
-    config = {"architectures": ["MixtralForCausalLM"], "hidden_size": 24, "vocab_size": 128, "tie_word_embeddings": True}
+    config = {
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 24,
+        "vocab_size": 128,
+        "tie_word_embeddings": True,
+        "num_experts_per_tok": 2,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     table = read_model(tmp_path).facts.coverage
-    assert table.parameters["experts"] == 3 * 8 * 2 * 48 * 24
+    assert table.parameters["expert"] == 3 * 8 * 2 * 48 * 24
     assert table.parameters["router"] == 3 * 8 * 24
     test = app("overview")
     test.segmented_control(key="model_choice").set_value("other").run()
@@ -114,4 +120,9 @@ def test_a_checkpoint_of_experts_is_warned_of_before_anything_is_loaded(app, tmp
     assert sound(test)
     assert table.statement() in words(test)
     assert "is known once the model is loaded" in words(test)
-    assert any("experts" in warning.value for warning in test.warning)
+    assert not any("can be compressed" in warning.value for warning in test.warning)
+    shapes = [shape for shape in read_model(tmp_path).facts.matrices if shape.expert is not None]
+    assert {(shape.kind, shape.d_out, shape.d_in, shape.active) for shape in shapes} == {
+        ("experts.gate", 48, 24, 0.25),
+        ("experts.up", 48, 24, 0.25),
+    }

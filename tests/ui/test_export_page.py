@@ -100,7 +100,7 @@ def test_writing_is_asked_for_with_every_choice(app):
     assert sound(test)
     (request,) = pending_requests(run)
     assert request["kind"] == "export"
-    assert request["arguments"] == {"trial": 3, **asdict(ExportConfig("compressed", True, "bfloat16", "2GB", "int8"))}
+    assert request["arguments"] == {"trial": 3, **asdict(ExportConfig("compressed", True, "bfloat16", "2GB", quantization="int8"))}
 
 
 def test_a_dense_merge_is_asked_for_without_what_it_can_not_have(app):
@@ -347,6 +347,7 @@ def test_labels_and_helps_of_the_form_are_those_of_the_options(app):
     drawn = {
         "form": test.segmented_control(key="export_form"),
         "with_code": test.toggle(key="export_with_code"),
+        "drop_biases": test.toggle(key="export_drop_biases"),
         "dtype": test.selectbox(key="export_dtype"),
         "max_shard_size": test.text_input(key="export_shard"),
         "quantization": test.selectbox(key="export_quantization"),

@@ -10,8 +10,9 @@ from test_pages import charts, sound, words
 
 from lowrank_core.runs import write_json
 from lowrank_core.runs.client import pending_requests
-from lowrank_core.spectra.spectrum import save_spectra
+from lowrank_core.spectra.spectrum import load_spectra, save_spectra
 from lowrank_core.studio.spectra.map_metrics import METRICS
+from lowrank_core.studio.spectra.spectrum_table import atlas
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -143,3 +144,45 @@ def test_the_calibration_panel_tells_damping_and_thin_inputs(app):
     test = app("energy")
     assert "Damping in use none" in words(test)
     assert "Condition number after damping" not in test.selectbox(key="quality").options
+
+
+# --- experts ---------------------------------------------------------------------------------------------------------
+
+
+def with_experts(run):
+    """Give the run's second block a mixture: four experts in place of its feed-forward layer, one of which no token reached."""
+    known = load_spectra(run.path / "spectra.npz")
+    model = next(entry for entry in known if entry.shape.kind == "up_proj" and entry.shape.depth == 1)
+    experts = []
+    for number in range(4):
+        shape = replace(model.shape, name=f"model.layers.1.mlp.experts.{number}.up", kind="experts.up", expert=number)
+        experts.append(replace(model, shape=shape))
+    save_spectra(run.path / "spectra.npz", [*known, *experts])
+    body = run.part("calibration")
+    entry = next(entry for entry in body["inputs"] if model.shape.name in entry["layers"])
+    added = [{**entry, "input_group": s.shape.name, "layers": [s.shape.name], "group_tokens": [100.0 * s.shape.expert]} for s in experts]
+    write_json(run.path / "calibration.json", {**body, "inputs": [*body["inputs"], *added]})
+    return run
+
+
+def test_a_mixture_is_one_cell_and_one_entry_and_its_experts_are_next_to_each_other(app):
+    run = with_experts(make_run())
+    view = atlas(load_spectra(run.path / "spectra.npz"), "effective_rank", "features", relative=True)
+    cells = view.cells[view.cells["kind"] == "experts.up"]
+    assert len(cells) == 1
+    assert cells.iloc[0]["label"].startswith("4 experts: ")
+    test = app("spectra", run=run.id)
+    test.selectbox(key="module_picker").set_value("model.layers.1.mlp.experts.0.up").run()
+    assert sound(test)
+    assert any("calibration routed 0 to 300 tokens to each, 1 of them none at all" in entry.value for entry in test.markdown)
+    pick = next(box for box in test.selectbox if box.label == "Expert")
+    assert len(pick.options) == 4
+    pick.set_value("model.layers.1.mlp.experts.3.up").run()
+    assert sound(test)
+    assert test.query_params["module"] == "model.layers.1.mlp.experts.3.up"
+
+
+def test_no_experts_are_shown_outside_a_mixture(app):
+    test = app("spectra", run=make_run().id)
+    assert not any(box.label == "Expert" for box in test.selectbox)
+    assert not any("experts" in entry.value for entry in test.markdown)
