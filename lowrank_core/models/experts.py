@@ -67,6 +67,8 @@ class UnrolledExperts(nn.Module):
         native: the module of the architecture, without its matrices; what else it computes is still asked of it.
         matrices: names of the 3-D parameters that the linear layers stand for, biases left out.
         tells_rows: whether it is known which tokens the rows of an expert are, so that two models can be compared row by row.
+
+    A state dict has the names and tensors of the architecture while all experts are dense, so that what a user saves is an ordinary folder.
         call_all: whether experts that no token reaches are called as well, with no rows.
         rows: rows that the experts computed in the last pass.
     """
@@ -82,6 +84,8 @@ class UnrolledExperts(nn.Module):
         native._is_hf_initialized = True  # type: ignore[assignment]  # its matrices are gone: nothing is left to initialise
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
+        self.register_state_dict_post_hook(_rolled_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_unrolled_state)  # type: ignore[no-untyped-call]
 
     @classmethod
     @abstractmethod
@@ -110,15 +114,20 @@ class UnrolledExperts(nn.Module):
         return self.matrices[0]
 
     @property
+    def dense(self) -> bool:
+        """Whether no layer of an expert is replaced."""
+        return all(type(layer) is nn.Linear for expert in self.experts for layer in expert.children())
+
+    @property
     def experts(self) -> list[Expert]:
         return [child for child in self.children() if isinstance(child, Expert)]
 
     def inputs(self, number: int, routed: Routed, *arguments: Tensor) -> Tensor:
-        """Return what expert ``number`` reads of a call's arguments at the tokens of ``routed`` (n, H), where rows are told."""
+        """Return what expert ``number`` reads of a call's arguments at the tokens of ``routed`` (n, H), if ``tells_rows``."""
         raise NotImplementedError
 
     def intermediate(self, expert: Expert, inputs: Tensor) -> Tensor:
-        """Return what the last layer of an expert reads (n, I), given what the first ones read (n, H), where rows are told."""
+        """Return what the last layer of an expert reads (n, I), given what the first ones read (n, H), if ``tells_rows``."""
         raise NotImplementedError
 
     def bound(self, arguments: tuple[Any, ...], options: Mapping[str, Any]) -> tuple[Tensor, ...]:
@@ -305,6 +314,26 @@ class SortedExperts(UnrolledExperts):
 
 
 _CARRIERS: tuple[type[UnrolledExperts], ...] = (BatchedExperts, RoutedExperts, SortedExperts)
+
+
+def _rolled_state(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """Put the tensors of the architecture into a state dict in place of those of dense experts."""
+    assert isinstance(module, UnrolledExperts)
+    if module.dense:
+        for name in [name for name in state if name.startswith(prefix)]:
+            del state[name]
+        state.update({f"{prefix}{name}": tensor for name, tensor in module.rolled().state_dict().items()})
+
+
+def _unrolled_state(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: object) -> None:
+    """Put the tensors of dense experts into a state dict that has those of the architecture."""
+    assert isinstance(module, UnrolledExperts)
+    if any(f"{prefix}{name}" in state for name in module.matrices):
+        native = module.rolled()
+        names = list(native.state_dict())
+        native.load_state_dict({name: state.pop(f"{prefix}{name}") for name in names})
+        again = type(module).of(native)
+        state.update({f"{prefix}{name}": parameter.detach() for name, parameter in again.named_parameters()})
 
 
 def unroll_experts(model: nn.Module, holding: Collection[str] | None = None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -268,6 +269,8 @@ def _refusal(config: PretrainedConfig) -> str:
     name = ", ".join(architectures) or config.model_type
     if any(entry in _CAUSAL_CLASSES for entry in architectures):
         return ""
+    if any(re.search(r"Classification$|QuestionAnswering$|MultipleChoice$", entry) for entry in architectures):
+        return f"is not a causal language model ({name}). Give one with a language head, such as the checkpoint that it was trained from."
     if config.is_encoder_decoder:
         return f"is not a causal language model ({name}): an encoder-decoder. Give a decoder-only one, such as a Llama or a GPT-2."
     if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):

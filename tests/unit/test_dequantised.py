@@ -125,7 +125,8 @@ def test_headers_tell_what_the_worker_finds(method: str, quantised: dict[str, Pa
 def test_what_is_saved_of_it_is_an_ordinary_folder(method: str, quantised: dict[str, Path], tmp_path: Path):
     handle = _load(quantised[method])
     handle.module.save_pretrained(tmp_path / "dense")
-    assert torch.equal(_logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)), _logits(handle.module))
+    again = _logits(AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32))
+    torch.testing.assert_close(again, _logits(handle.module), rtol=0, atol=1e-5)  # experts are multiplied in another order
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
 
 

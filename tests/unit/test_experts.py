@@ -80,6 +80,18 @@ def test_rolling_gives_every_parameter_back(mixture: ModelHandle):
     assert all(torch.equal(result[name], expected[name]) for name in expected)
 
 
+def test_what_a_user_saves_of_a_dense_model_is_an_ordinary_folder(mixture: ModelHandle, windows: WindowSet, tmp_path: Path):
+    mixture.module.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert not list(experts_of(again))
+    assert close(logits(again, windows.ids[:2]), logits(mixture.module, windows.ids[:2]))
+    other = copy.deepcopy(mixture.module)
+    for parameter in other.parameters():
+        parameter.data.zero_()
+    other.load_state_dict(mixture.module.state_dict())
+    assert torch.equal(logits(other, windows.ids[:2]), logits(mixture.module, windows.ids[:2]))
+
+
 def test_a_class_that_linear_layers_do_not_reproduce_is_left_alone(windows: WindowSet):
     module = built("mixtral")
     experts = module.model.layers[0].mlp.experts

@@ -35,7 +35,8 @@ def profile_figure(view: LayerMap) -> go.Figure:
         last = rows["value"].dropna()
         if len(last):
             ends.append((name, end, _place(float(last.iloc[-1]), view), look["color"]))
-    finished(figure, height=360, x="Block (depth, from the embedding to the head)", y=view.measure, right=72)
+    longest = max((len(kind_label(kind)) for kind in view.kinds), default=0)
+    finished(figure, height=360, x="Block (depth, from the embedding to the head)", y=view.measure, right=max(72, 9 * longest))
     low, high = _range(view)
     figure.update_yaxes(range=[low, high], tickformat=".0%" if view.percent else "", type="log" if view.log else "linear")
     step = max(1, len(view.depths) // 16)

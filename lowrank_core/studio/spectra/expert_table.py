@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from lowrank_core.spectra.spectrum import LayerSpectrum, effective_rank, rank_for_energy, retained_energy
 from lowrank_core.studio.overview.calibration_quality import CalibrationFacts
-from lowrank_core.studio.shared.chart_style import BLUE, SEQUENTIAL, finished
 from lowrank_core.studio.shared.module_choices import RunFacts
 from lowrank_core.studio.shared.table import Column, Table
 
-__all__ = ["expert_figure", "expert_statement", "expert_table", "experts_spec"]
+__all__ = ["expert_statement", "expert_table", "experts_spec"]
 
 
 def expert_table(spectra: Sequence[LayerSpectrum], module: str, calibration: CalibrationFacts | None, facts: RunFacts) -> pd.DataFrame:
@@ -79,28 +77,3 @@ def expert_statement(table: pd.DataFrame) -> str:
     never = int((tokens == 0).sum())
     unseen = f", {never} of them none at all" if never else ""
     return f"{words}; calibration routed {tokens.min():,} to {tokens.max():,} tokens to each{unseen}."
-
-
-def expert_figure(table: pd.DataFrame, chosen: int) -> go.Figure:
-    """Draw the tokens of each expert, coloured by the effective rank of its features; without tokens, the effective ranks alone."""
-    counted = bool(table["tokens"].notna().any())
-    line = [{True: 2, False: 0}[expert == chosen] for expert in table["expert"]]
-    figure = go.Figure(
-        go.Bar(
-            x=table["expert"].to_numpy(),
-            y=(table["tokens"].astype(float) if counted else table["effective_rank"]).to_numpy(),
-            marker={
-                "color": table["effective_rank"].to_numpy() if counted else BLUE,
-                "colorscale": SEQUENTIAL,
-                "colorbar": {"title": {"text": "Effective rank, features", "side": "right"}, "thickness": 10, "outlinewidth": 0},
-                "showscale": counted,
-                "line": {"width": line, "color": "#D55E00"},
-            },
-            customdata=table[["module", "effective_rank"]].to_numpy(),
-            hovertemplate="expert %{x}: %{y:,.0f} tokens<br>effective rank %{customdata[1]:.1f}<extra></extra>",
-        )
-    )
-    finished(figure, height=260, x="Expert", y="Tokens routed to it" if counted else "Effective rank, features", right=8)
-    figure.update_xaxes(dtick=1 if len(table) <= 32 else None, showgrid=False)
-    figure.update_layout(bargap=0.15, clickmode="event+select", dragmode=False)
-    return figure

@@ -10,7 +10,8 @@ from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studio.overview.calibration_quality import calibration_facts
 from lowrank_core.studio.shared.module_choices import RunFacts
-from lowrank_core.studio.spectra.expert_table import expert_figure, expert_statement, expert_table, experts_spec
+from lowrank_core.studio.spectra.expert_chart import expert_figure
+from lowrank_core.studio.spectra.expert_table import expert_statement, expert_table, experts_spec
 from lowrank_core.studio.spectra.spectrum_table import spectrum_named
 from pages.components import state, tables
 from pages.components.charts import chart
