@@ -94,6 +94,7 @@ _BESIDES: Mapping[str, Mapping[str, object]] = {
     "codegen": {"tie_word_embeddings": False},
     "recurrent_gemma": {"num_hidden_layers": 3, "num_key_value_heads": 1},
     "opt": {"do_layer_norm_before": True},
+    "deepseek_v4": {"head_dim": 16, "o_lora_rank": 8},
 }
 
 
