@@ -65,7 +65,11 @@ def outcome_of(model_type: str, folder: Path) -> Outcome:
     """
     module = built_type(model_type)
     try:
-        handle = load_model(ModelSource(str(save_checkpoint(folder / "dense", module, TEXT))))
+        save_checkpoint(folder / "dense", module, TEXT)
+    except Exception as error:  # of transformers, before anything of ours
+        raise NotBuilt(f"not saved: {error}") from error
+    try:
+        handle = load_model(ModelSource(str(folder / "dense")))
     except LowRankError as error:
         return Outcome(model_type, problem=str(error).replace(str(folder / "dense"), "the model"))
     share, left = handle.coverage.inner_share, ""

@@ -153,7 +153,7 @@ def test_a_click_in_the_map_picks_the_module_everywhere(finished, address, page)
     page.wait_for_url(re.compile(re.escape(f"module={module}")))
     page.get_by_text(f"Spectra of {module}").wait_for()
     open_page(page, "Feature energy")
-    page.get_by_label(f"Cumulative energy of features and weights of {module} against rank").first.wait_for(state="attached")
+    page.get_by_label(f"Cumulative energy kept of features and weights of {module} against rank").first.wait_for(state="attached")
     assert module in page.url
 
 
