@@ -5,6 +5,7 @@ A config is the type's default with sizes made small: whatever size it names is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -111,9 +112,10 @@ def built_type(model_type: str) -> PreTrainedModel:
     try:
         config = _config(model_type)
         with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-        if size > 20_000_000:
-            raise ValueError(f"its sizes have other names: {size:,} parameters")
+            shapes = [parameter.shape for parameter in AutoModelForCausalLM.from_config(config).parameters()]
+        size, widest = sum(map(math.prod, shapes)), max(max(shape, default=1) for shape in shapes)
+        if size > 20_000_000 or widest > 2048:
+            raise ValueError(f"its sizes have other names: {size:,} parameters, {widest:,} wide")
         module = AutoModelForCausalLM.from_config(config).float().eval()
         torch.manual_seed(0)
         with torch.no_grad():
