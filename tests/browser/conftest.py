@@ -96,7 +96,7 @@ def _chromium() -> Iterator[Browser]:
 
 
 def _noting_errors(opened: Page) -> Page:
-    opened.set_default_timeout(60_000)
+    opened.set_default_timeout(120_000)
     opened.errors = []
     opened.on(
         "console",

@@ -86,7 +86,7 @@ def show(site, visitor):
     def shown(view: str, **window):
         page = visitor(**window)
         page.frames_seen = watched(page)
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(120_000)
         load(page, page.frames_seen, site.address + view)
         return page
 
