@@ -99,9 +99,17 @@ def _compressed(handle: ModelHandle, folder: Path) -> float:
     export(smaller, folder)
     again = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert torch.equal(_logits(again, ids[:2]), _logits(smaller.handle.module, ids[:2])), "reading gives another model"
-    tokens = [again.generate(ids[:1, :8], max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)]
-    assert torch.equal(*tokens), "generation differs with a cache"
+    if _cached_as_without(handle.module, ids[:1, :8]):
+        assert _cached_as_without(again, ids[:1, :8]), "generation differs with a cache, and that of the dense model does not"
     return deviation
+
+
+def _cached_as_without(module: nn.Module, prompt: Tensor) -> bool:
+    """Whether greedy tokens are the same with a cache; some classes' own are not, or raise."""
+    try:
+        return torch.equal(*(module.generate(prompt, max_new_tokens=4, do_sample=False, use_cache=cached) for cached in (True, False)))
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        return False
 
 
 @torch.no_grad()

@@ -77,7 +77,7 @@ def find_heads(handle: ModelHandle) -> Heads:
         elif read[output] > 1:
             dropped.append(DroppedHeads(value, output, f"{read[output]} layers give the same value"))
         else:
-            plain.append(_unit(shapes[value], shapes[output], _head_dim(handle) or 1))
+            plain.append(_unit(shapes[value], shapes[output], _head_dim(handle, shapes[value].depth) or 1))
     kept, failed = _verified(handle, plain)
     return Heads(kept, (*dropped, *failed))
 
@@ -88,9 +88,6 @@ def _unit(value: MatrixShape, output: MatrixShape, head_dim: int) -> HeadUnit:
 
 def _reads(handle: ModelHandle) -> list[tuple[str, str]]:
     """Return (reader, value) of all linears, compressible or not, that read a compressible one's output at the first token, by heads."""
-    head_dim = _head_dim(handle)
-    if head_dim is None:
-        return []
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     prefix, blocks = blocks_of(handle.module)
@@ -104,13 +101,16 @@ def _reads(handle: ModelHandle) -> list[tuple[str, str]]:
         if depth == value.depth
         and reader != value.name
         and {reader, value.name} <= set(inputs)
+        and (head_dim := _head_dim(handle, depth)) is not None
         and _repeats(inputs[reader], outputs[value.name], head_dim)
     ]
 
 
-def _head_dim(handle: ModelHandle) -> int | None:
-    """Return the width of a head; None for a model that has no attention."""
+def _head_dim(handle: ModelHandle, depth: int) -> int | None:
+    """Return the width of a head of a block, which blocks may differ in (Gemma 4); None for a model that has no attention."""
     config = text_config_of(handle.module.config)
+    if getattr(config, "is_heterogeneous", False):
+        config = config.per_layer_config[depth]
     head_dim, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
     if head_dim:
         return int(head_dim)

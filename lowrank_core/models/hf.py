@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import (
@@ -31,7 +33,7 @@ from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import unguarded_note
 from lowrank_core.layers.base import CompressedModule, Entry
 from lowrank_core.layers.forms import FORMS
-from lowrank_core.models.experts import UnrolledExperts, experts_of, roll_experts, unroll_experts
+from lowrank_core.models.experts import UnrolledExperts, roll_experts, unroll_experts
 from lowrank_core.models.guard import guard_name, guard_pattern, guards, unguarded
 from lowrank_core.models.handle import weight_of
 from lowrank_core.models.integrity import check_weights
@@ -57,18 +59,26 @@ CODE = "modeling_lowrank"
 class LowRankQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Layer name -> the ``spec`` of the module that replaces it, and how they came about (free text).
 
+    ``module_names`` says that tensors are stored under the names that they have in the model: transformers stores some architectures in
+    another form, joining or splitting matrices, of which the replaced ones are no longer there.
+
     Raises:
         ModelError: the layers are no mapping of names to mappings.
     """
 
     def __init__(
-        self, layers: Mapping[str, Mapping[str, Any]] | None = None, provenance: Mapping[str, Any] | None = None, **unused: Any
+        self,
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+        module_names: bool = False,
+        **unused: Any,
     ) -> None:
         if not isinstance(layers, Mapping) or not all(isinstance(entry, Mapping) for entry in layers.values()):
             raise ModelError("model: config.json doesn't say which layers are compressed. Export the model again.")
         self.quant_method = METHOD
         self.layers = {name: dict(entry) for name, entry in layers.items()}
         self.provenance = dict(provenance) if isinstance(provenance, Mapping) else {}
+        self.module_names = module_names is True
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -115,8 +125,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return {**model.state_dict(), **guards(names, model.dtype)}, {}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Return how names in the files become names of the model: as they are, where experts are stored as linear layers."""
-        return [] if any(True for _ in experts_of(model)) else weight_conversions
+        """Return how names in the files become names of the model."""
+        return [] if self.quantization_config.module_names else weight_conversions
 
     @property
     def is_trainable(self) -> bool:
@@ -136,7 +146,7 @@ def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> No
     """Write into the model's config which of its layers are compressed, and how, so that ``save_pretrained`` keeps it.
 
     A mixture whose experts are all dense becomes the architecture's own module again; where one is compressed, all layers of its
-    experts are stored, and tensors have the names that they have in the model.
+    experts are stored.
 
     Raises:
         ModelError: a layer belongs to a stack whose leader is not part of the model.
@@ -144,9 +154,10 @@ def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> No
     roll_experts(model, keep=lambda mixture: any(True for _ in compressed_modules(mixture)))
     names = {child: name for name, child in model.named_modules()}
     layers = {name: {**child.spec(names), **_guard_entry(model, name)} for name, child in compressed_modules(model)}
-    config = LowRankQuantizationConfig(layers, provenance)
+    converted = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model, add_legacy=False))
+    config = LowRankQuantizationConfig(layers, provenance, module_names=converted)
     model.config.quantization_config = config
-    if any(True for _ in experts_of(model)):
+    if converted:
         model._weight_conversions = []
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)
 
