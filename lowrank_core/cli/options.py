@@ -156,7 +156,9 @@ def recorded(arguments: argparse.Namespace, kind: type[T]) -> T | None:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ConfigError(f"--config: {path} can't be read as JSON ({error}). Give a run's run.json, or sections of one.") from error
-    body = body.get("config", body) if isinstance(body, dict) else body
+    if not isinstance(body, dict):
+        raise ConfigError(f"--config: {path} holds no JSON object. Give a run's run.json, or sections of one.")
+    body = body.get("config", body)
     for name in SECTIONS[kind]:
         body = body.get(name) if isinstance(body, dict) else None
     return None if body is None else from_mapping(kind, body)
@@ -185,7 +187,7 @@ def source_of(arguments: argparse.Namespace, *, required: bool = True) -> ModelS
         ConfigError: there is none, and it is required. ModelError: it is recognised as no plain language model.
     """
     if required and "reference" not in given_options(arguments, ModelSource) and recorded(arguments, ModelSource) is None:
-        raise ConfigError("which model? Give --model demo, a folder or a hub id, or --config FILE.")
+        raise ConfigError("which model? Give --model demo, a folder, a GGUF file or a hub id, or --config FILE.")
     source = config_of(arguments, ModelSource)
     check_reference(source.reference)
     return source

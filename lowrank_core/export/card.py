@@ -87,7 +87,7 @@ def _dropped_biases(manifest: ExportManifest) -> str:
     cost = (
         "what that costs was not measured"
         if before is None or after is None
-        else f"perplexity {after.perplexity:.4g} in place of {before:.4g}"
+        else f"perplexity {after.perplexity:.6g} in place of {before:.6g}"
     )
     return f" The architecture has no place for the biases that the metric gave {dropped['layers']} layers, so they were left out: {cost}."
 
@@ -102,8 +102,9 @@ def rank_rows(report: CompressionReport) -> list[tuple[str, int, int, float, int
 
 
 def _kind(unit: str) -> str:
-    """Return the type of a unit's modules: their paths within a block."""
-    return " + ".join(dict.fromkeys(re.sub(r"^.*?\.\d+\.", "", member) for member in unit.split("+")))
+    """Return the type of a unit's modules: their paths within a block, of experts without their numbers."""
+    paths = (re.sub(r"^.*?\.\d+\.", "", member) for member in unit.split("+"))
+    return " + ".join(dict.fromkeys(re.sub(r"\.\d+\.", ".", path) for path in paths))
 
 
 def _ranks(report: CompressionReport) -> str:

@@ -279,7 +279,7 @@ class ModelHandle:
 
 
 def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Return path and list of the text decoder's blocks: of its lists that lie in no other, the one with most parameters.
+    """Return path and list of the text decoder's blocks: of its lists of modules with parts, in no other list, the one with most numbers.
 
     Raises:
         ModelError: it has none.
@@ -288,15 +288,23 @@ def blocks_of(module: nn.Module) -> tuple[str, nn.ModuleList]:
     lists = _outermost_lists(decoder) or _outermost_lists(module)
     if not lists:
         raise ModelError("the model has no list of decoder blocks; only decoder-only transformers can be analysed.")
-    blocks = max(lists, key=lambda entry: (sum(p.numel() for p in entry.parameters()), len(entry)))
+    blocks = max(lists, key=lambda entry: (_size(entry), len(entry)))
     return next(name for name, child in module.named_modules() if child is blocks), blocks
 
 
 def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
     result: list[nn.ModuleList] = []
     for child in module.children():
-        result += [child] if isinstance(child, nn.ModuleList) else _outermost_lists(child)
+        if not isinstance(child, nn.ModuleList):
+            result += _outermost_lists(child)
+        elif any(True for entry in child for _ in entry.children()):  # not a list of single layers, as Gemma 3n has outside its blocks
+            result.append(child)
     return result
+
+
+def _size(module: nn.Module) -> int:
+    """Return the numbers that a module holds: factors in 8 bits are buffers, no parameters."""
+    return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:

@@ -95,12 +95,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_model(source: ModelSource) -> ModelHandle:
+def load_model(source: ModelSource | str) -> ModelHandle:
     """Load the model and tokenizer of ``source``, in eval mode, from safetensors or a GGUF file only.
 
     Raises:
         ModelError: it is not there, is not a causal language model, or its files are damaged.
     """
+    source = ModelSource(source) if isinstance(source, str) else source
     place = resolve_reference(source.reference)
     device = _device(source.device)
     config = _checked_config(place, source.reference)

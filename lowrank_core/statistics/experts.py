@@ -57,7 +57,7 @@ def _union(parts: list[tuple[InputStatistics, float]]) -> InputStatistics:
         first,
         mean=mean,
         absolute_mean=_sum([(entry.absolute_mean, weight) for entry, weight in parts]),
-        pooled=_sum([(entry.pooled, weight) for entry, weight in parts]),
+        pooled=_sum([(entry.pooled, weight) for entry, weight in parts]) + between,
         sample=_sum([(entry.sample, weight) for entry, weight in parts]) + between,
     )
 

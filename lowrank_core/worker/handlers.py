@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -185,6 +186,7 @@ def _answer(
         body = {"ok": False, "error": "Stopped before it was done. Ask again."}
     except (LowRankError, torch.OutOfMemoryError, ValueError) as error:
         body = {"ok": False, "error": str(error) or type(error).__name__}
+        print(f"warning: the request to {kind} failed: {body['error']}", file=sys.stderr, flush=True)
     write_json(result_path(worker.run, name), body | {"kind": kind, "arguments": dict(arguments), "time": time.time()})
 
 

@@ -99,8 +99,8 @@ def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
     by_heads = search is not None and search.compression.heads
     homeless = biases_without_place(handle) if search is not None and metric_named(search.compression.basis).centred else ()
     biases = (
-        f"{type(handle.module).__name__} has no place for the biases that this metric gives {len(homeless)} layers: "
-        "an export in the dense form leaves them out, and measures what that costs (--drop-biases)."
+        f"{type(handle.module).__name__} has no place for the biases that this metric gives up to {len(homeless)} layers: "
+        "an export in the dense form has to leave them out (--drop-biases), and measures what that costs."
     )
     return _told((*filter(None, [warning]), *([biases] if homeless else []), *(str(entry) for entry in heads.dropped if by_heads)))
 

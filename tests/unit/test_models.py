@@ -29,7 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_core.config import CalibrationConfig, ModelSource
 from lowrank_core.errors import ModelError
 from lowrank_core.models import LowRankLinear, ModelHandle, describe, load_model
-from lowrank_core.models.handle import bias_of, find_layers, weight_of
+from lowrank_core.models.handle import bias_of, blocks_of, find_layers, weight_of
 from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.text import WindowSet
 
@@ -403,3 +403,19 @@ def test_a_loaded_model_is_ready_to_measure(llama: ModelHandle):
 def test_dtype_is_as_asked(llama_checkpoint: Path):
     handle = load_model(ModelSource(str(llama_checkpoint), dtype="bfloat16"))
     assert {parameter.dtype for parameter in handle.module.parameters()} == {torch.bfloat16}
+
+
+def test_blocks_are_the_list_of_modules_with_parts_also_where_their_factors_are_in_8_bits():
+    """Gemma 3n has lists of single layers outside its blocks, and int8 factors are no parameters."""
+
+    class Decoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.projections = nn.ModuleList([nn.Linear(64, 64) for _ in range(4)])
+            self.extras = nn.ModuleList([nn.Sequential(nn.Linear(16, 16)) for _ in range(3)])
+            self.layers = nn.ModuleList([nn.Sequential(nn.Linear(32, 32)) for _ in range(2)])
+            for block in self.layers:
+                block[0].register_buffer("values", torch.zeros(32, 32, dtype=torch.int8))
+                block[0].weight = None
+
+    assert blocks_of(Decoder())[0] == "layers"

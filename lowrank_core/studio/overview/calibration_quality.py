@@ -177,7 +177,7 @@ def quality_metrics(facts: CalibrationFacts) -> Metrics:
             "Largest over smallest eigenvalue of a covariance, the largest over all inputs.",
         ),
         "Groups × windows": (
-            f"{facts.groups} × {facts.group_size}",
+            f"{facts.groups} × {min(facts.group_size, facts.windows)}",
             f"Weights: {facts.group_weights}. Pooled within groups.",
         ),
     }

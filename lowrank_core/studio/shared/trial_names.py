@@ -83,7 +83,7 @@ def ratio_words(search: SearchConfig) -> str:
 
 
 def unit_label(name: str) -> str:
-    """Return a short unit name: ``3 · q+k`` for the stack of q and k in block 3."""
+    """Return a short unit name: ``3 · q+k`` for the stack of q and k in block 3, ``3 · up e5`` for a matrix of expert 5."""
     parts = [_block_and_kind(member) for member in name.split("+")]
     blocks = list(dict.fromkeys(block for block, _ in parts))
     kinds = "+".join(dict.fromkeys(kind for _, kind in parts))
@@ -93,4 +93,4 @@ def unit_label(name: str) -> str:
 def _block_and_kind(name: str) -> tuple[str, str]:
     result, expert = re.search(r"\.(\d+)\.", name), _EXPERT.search(name)
     kind = kind_label(name.rsplit(".", 1)[-1])
-    return (result[1] if result else ""), f"{kind} of expert {expert[1]}" if expert else kind
+    return (result[1] if result else ""), f"{kind} e{expert[1]}" if expert else kind

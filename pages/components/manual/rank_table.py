@@ -73,7 +73,7 @@ def table(editor: DraftState, draft: Draft) -> None:
         frame = frame.drop(index=experts)
     columns: dict[str, Any] = {
         "module": st.column_config.TextColumn(
-            "Module", width=90, help="Block and module type; a stack, or a value and an output by heads, share one rank."
+            "Module", width=90, help="Block and module type, e3 for expert 3; a stack, or a value and an output by heads, share one rank."
         ),
         "kind": st.column_config.TextColumn("Type", width=72),
         "block": st.column_config.NumberColumn("Block", width=48),
