@@ -74,8 +74,8 @@ def _refuse(module: PreTrainedModel, homeless: Sequence[str]) -> None:
         plain = ", ".join(name for name, basis in METRICS.items() if not basis.centred)
         raise ModelError(
             f"dense: {type(module).__name__} has no place for the biases that a centred metric gives {len(homeless)} layers "
-            f"(the first: {homeless[0]}). Drop biases without a place (--drop-biases), and have that cost measured, export the compressed form, "
-            f"or compress with a metric that adds none: {plain}."
+            f"(the first: {homeless[0]}). Drop biases without a place (--drop-biases), and have that cost measured, "
+            f"export the compressed form, or compress with a metric that adds none: {plain}."
         )
 
 
