@@ -11,6 +11,7 @@ from test_pages import charts, sound, words
 from lowrank_core.runs import write_json
 from lowrank_core.runs.client import pending_requests
 from lowrank_core.spectra.spectrum import load_spectra, save_spectra
+from lowrank_core.studio.shared.layer_map import LayerMap
 from lowrank_core.studio.spectra.map_metrics import METRICS
 from lowrank_core.studio.spectra.spectrum_table import atlas
 
@@ -171,6 +172,10 @@ def test_a_mixture_is_one_cell_and_one_entry_and_its_experts_are_next_to_each_ot
     cells = view.cells[view.cells["kind"] == "experts.up"]
     assert len(cells) == 1
     assert cells.iloc[0]["label"].startswith("4 experts: ")
+    assert view.title == "Share of full rank (mean of experts)"
+    assert replace(view, frame=view.frame[view.frame["kind"] != "experts.up"]).title == "Share of full rank"
+    tokens = LayerMap("Tokens", view.frame.assign(value=range(len(view.frame))), of_experts="min")
+    assert tokens.cells.set_index("kind").loc["experts.up", "value"] == len(view.frame) - 4
     test = app("spectra", run=run.id)
     test.selectbox(key="module_picker").set_value("model.layers.1.mlp.experts.0.up").run()
     assert sound(test)

@@ -266,7 +266,8 @@ def quality_map(facts: CalibrationFacts, table: pd.DataFrame, name: str, chosen:
         for group, kind, depth, width in zip(table["input"], table["kind"], table["depth"], table["width"], strict=True)
     ]
     view = layer_map(shapes, values, labels, quality.measure)
-    return replace(view, low=min([0.0, *(value for value in values if math.isfinite(value))]))
+    low = min([0.0, *(value for value in values if math.isfinite(value))])
+    return replace(view, low=low, of_experts="min" if name == "tokens_per_dimension" else "mean")
 
 
 def _shown(value: float, *, logarithm: bool) -> float:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 import pandas as pd
 
@@ -25,6 +26,7 @@ class LayerMap:
         percent: whether values are fractions in [0, 1], to be shown as percent.
         low, high: ends of the colour scale.
         log: whether colours follow the logarithm; then a value that is not positive has no colour.
+        of_experts: what stands in the one cell of a mixture's experts, their mean or their min.
     """
 
     measure: str
@@ -33,14 +35,20 @@ class LayerMap:
     low: float = 0.0
     high: float = 1.0
     log: bool = False
+    of_experts: Literal["mean", "min"] = "mean"
+
+    @property
+    def title(self) -> str:
+        """``measure``, and what the experts of a mixture are shown by."""
+        return f"{self.measure} ({self.of_experts} of experts)" if len(self.cells) < len(self.frame) else self.measure
 
     @cached_property
     def cells(self) -> pd.DataFrame:
-        """``frame`` with one row for each type in a block: the mean of a mixture's experts, which stands for the first of them."""
+        """``frame`` with one row for each type in a block: ``of_experts`` of a mixture, which stands for the first of them."""
         alike = self.frame.groupby(["kind", "depth"], sort=False)
         if len(alike) == len(self.frame):
             return self.frame
-        cells = alike.agg(module=("module", "first"), value=("value", "mean"), label=("label", "first")).reset_index()
+        cells = alike.agg(module=("module", "first"), value=("value", self.of_experts), label=("label", "first")).reset_index()
         spread = [self._spread(group["value"]) if len(group) > 1 else "" for _, group in alike]
         return cells.assign(label=[words or label for words, label in zip(spread, cells["label"], strict=True)])
 

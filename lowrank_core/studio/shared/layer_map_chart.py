@@ -51,7 +51,7 @@ def allocation_chart(view: LayerMap, who: str, removed: float, chosen: str | Non
 
 def _grid(view: LayerMap) -> np.ndarray:
     """Return values by (module type, depth), NaN where a block has no such module."""
-    cells = view.frame.pivot_table(index="kind", columns="depth", values="value", dropna=False)
+    cells = view.cells.pivot_table(index="kind", columns="depth", values="value", dropna=False)
     return cells.reindex(index=view.kinds, columns=view.depths).to_numpy(dtype=float)
 
 
@@ -98,7 +98,7 @@ def _cells(view: LayerMap) -> go.Heatmap:
         texttemplate="%{text}",
         textfont={"size": 11},
         colorbar={
-            "title": {"text": view.measure, "side": "right"},
+            "title": {"text": view.title, "side": "right"},
             "thickness": 10,
             "outlinewidth": 0,
             "tickformat": ".0%" if view.percent else "",

@@ -75,7 +75,7 @@ def table(editor: DraftState, draft: Draft) -> None:
         "module": st.column_config.TextColumn(
             "Module", width=90, help="Block and module type, e3 for expert 3; a stack, or a value and an output by heads, share one rank."
         ),
-        "kind": st.column_config.TextColumn("Type", width=72),
+        "kind": st.column_config.TextColumn("Type", width=92),
         "block": st.column_config.NumberColumn("Block", width=48),
         "shape": st.column_config.TextColumn("Shape", width=92),
         "rank": st.column_config.NumberColumn("Rank", min_value=1, step=1, width=68, help="Empty: the row stays dense."),
