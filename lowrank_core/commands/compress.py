@@ -27,6 +27,7 @@ from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource,
 from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_dense_form, check_free, check_precision, export, held_out
+from lowrank_core.export.card import written_words
 from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, notes_of
@@ -113,11 +114,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],
         "seconds": time.perf_counter() - began,
     }
-    result["text"] = (
-        f"Wrote {request.out}: {report.compression_ratio:.1%} of the compressible linears' parameters removed "
-        f"({report.linear_parameters_before:,} to {report.linear_parameters_after:,}), "
-        f"{report.model_compression_ratio:.1%} of the whole model. {report.dense_coverage.statement()}."
-    )
+    result["text"] = f"Wrote {request.out}: {written_words(written)}"
     return result
 
 

@@ -15,6 +15,8 @@ from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, Ru
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.export import check_dense_form, check_free, check_precision, export, held_out
+from lowrank_core.export.card import written_words
+from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
 from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.studies.naming import model_name, trial_label
@@ -289,15 +291,15 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
     provenance = {**provenance_of(run, allocation), "command": command}
     figures = metrics_of_trial(run, record.number)
     written = export(model, out, provenance=provenance, config=config, figures=figures, test=test)
+    report = report_of(written)  # of what was written: int8 factors have scales
     return {
         "out": str(out),
         "trial": record.number,
-        "compression_ratio": model.report.compression_ratio,
-        "model_compression_ratio": model.report.model_compression_ratio,
-        "coverage": model.report.dense_coverage.to_mapping(),
+        "compression_ratio": report.compression_ratio,
+        "model_compression_ratio": report.model_compression_ratio,
+        "coverage": report.dense_coverage.to_mapping(),
         "ranks": dict(allocation.ranks),
         "form": written.form,
         "perplexity": None if written.measured is None else written.measured.perplexity,
-        "text": f"Wrote trial {record.number} to {out}: {model.report.compression_ratio:.1%} of the compressible linears' parameters "
-        f"removed, {model.report.model_compression_ratio:.1%} of the whole model. {model.report.dense_coverage.statement()}.",
+        "text": f"Wrote trial {record.number} to {out}: {written_words(written)}",
     }

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from lowrank_core.compression.build import CompressionReport
 from lowrank_core.export.base_model import BaseModel
-from lowrank_core.export.manifest import ExportManifest
+from lowrank_core.export.manifest import ExportManifest, report_of
 from lowrank_core.files.weights import REGISTERING
 from lowrank_core.wording import NO_INTERVAL, fixed_interval
 
@@ -75,11 +75,26 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
         files += f" {manifest.guards} empty tensors guard the compressed layers (see Loading): they hold no numbers and no bytes of data."
     if manifest.form == "dense":
         files += f" Stored as factors they would be {report.parameters_after:,}: the dense form is for runtimes that read no other."
-    files += _dropped_biases(manifest)
+    files += dropped_biases(manifest)
     return f"## Size\n\n{table}\n\n{files}"
 
 
-def _dropped_biases(manifest: ExportManifest) -> str:
+def written_words(manifest: ExportManifest) -> str:
+    """Return what a folder holds, for a terminal: what was removed as it was written, and where that makes nothing smaller."""
+    report = report_of(manifest)
+    words = (
+        f"{report.compression_ratio:.1%} of the compressible linears' parameters removed "
+        f"({report.linear_parameters_before:,} to {report.linear_parameters_after:,}), "
+        f"{report.model_compression_ratio:.1%} of the whole model. {report.dense_coverage.statement()}."
+    )
+    if manifest.form == "dense":
+        size = f"{manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes"
+        words += f" Multiplied out into the plain architecture it is not smaller: {size}.{dropped_biases(manifest)}"
+    return words
+
+
+def dropped_biases(manifest: ExportManifest) -> str:
+    """Return a sentence on the biases that a dense form left out, and what that costs; empty where there are none."""
     dropped = manifest.details.get("dropped_biases")
     if not isinstance(dropped, dict):
         return ""

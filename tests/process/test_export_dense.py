@@ -18,7 +18,9 @@ from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import HeldOut, biases_without_place, check_dense_form, export, read_manifest
+from lowrank_core.export.card import written_words
 from lowrank_core.export.dense import merged
+from lowrank_core.export.manifest import report_of
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model
@@ -115,6 +117,18 @@ def test_biases_without_a_place_can_be_left_out_and_what_that_costs_is_measured(
     assert manifest.measured.perplexity == pytest.approx(without, rel=1e-5)
     assert with_them != pytest.approx(without, rel=1e-3)
     assert f"the metric gave {dropped['layers']} layers, so they were left out" in (tmp_path / "out" / "README.md").read_text()
+    words = written_words(manifest)
+    assert f"it is not smaller: {manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes" in words
+    assert f"left out: perplexity {without:.6g} in place of {with_them:.6g}" in words
+
+
+def test_what_is_printed_of_a_folder_counts_what_was_written(request: pytest.FixtureRequest, tmp_path: Path):
+    model = all_forms(_dense(request, "llama"))
+    floats = export(model, tmp_path / "floats")
+    int8 = export(model, tmp_path / "int8", config=ExportConfig(quantization="int8"))
+    assert f"{model.report.compression_ratio:.1%} of the compressible" in written_words(floats)
+    assert f"to {report_of(int8).linear_parameters_after:,})" in written_words(int8)  # each row of a factor has a scale
+    assert report_of(int8).linear_parameters_after > model.report.linear_parameters_after
 
 
 def test_what_can_not_be_merged_is_known_before_anything_is_calibrated(request: pytest.FixtureRequest):
