@@ -37,6 +37,6 @@ with boundary():
         if text is not None:
             facts.text_section(text)
         if calibration is not None:
-            facts.calibration_section(calibration)
+            facts.calibration_section(run, calibration)
         facts.next_steps(run)
     runs_section.show(all_runs(), run)

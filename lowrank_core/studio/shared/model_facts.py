@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 import pandas as pd
 
@@ -162,9 +162,9 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
 def modules_spec(facts: ModelFacts) -> Table:
     """Return ``module_table`` as it is shown."""
     columns = (
-        Column.text("type", "Module type (or not compressed)", width="medium"),
+        Column.text("type", "Type", "Of modules that can be compressed; then what is left alone.", width=190),
         Column.whole("count", "Count"),
-        Column.short("shape", "Shape (out × in), or why"),
+        replace(Column.short("shape", "Shape (out × in), or why it is left alone"), width=260),
         Column.text("break_even", "Break-even rank", "The largest rank whose two factors cost less than the matrix."),
         Column.whole("parameters", "Parameters"),
         Column.share("share", "Share of the model"),

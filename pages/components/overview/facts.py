@@ -67,10 +67,12 @@ def text_section(text: TextFacts) -> None:
         right.code(text.preview, language=None, height=142)
 
 
-def calibration_section(calibration: CalibrationFacts) -> None:
+def calibration_section(run: Run, calibration: CalibrationFacts) -> None:
     st.subheader("Calibration quality", anchor=False)
+    said = run.status().warnings  # at the top of the page
     for warning in quality_warnings(calibration):
-        st.warning(warning, icon=":material/warning:")
+        if warning not in said:
+            st.warning(warning, icon=":material/warning:")
     metrics_row(quality_metrics(calibration))
     with st.expander(f"All {len(calibration.inputs)} distinct inputs"):
         tables.show(inputs_spec(quality_table(calibration)), key="quality_table")
