@@ -63,12 +63,12 @@ class Expert(nn.Module):
 class UnrolledExperts(nn.Module):
     """Stands for a module with 3-D parameters; its children ``0`` … ``E-1`` are the experts.
 
+    A state dict has the names and tensors of the architecture while all experts are dense, so that what a user saves is an ordinary folder.
+
     Attributes:
         native: the module of the architecture, without its matrices; what else it computes is still asked of it.
         matrices: names of the 3-D parameters that the linear layers stand for, biases left out.
         tells_rows: whether it is known which tokens the rows of an expert are, so that two models can be compared row by row.
-
-    A state dict has the names and tensors of the architecture while all experts are dense, so that what a user saves is an ordinary folder.
         call_all: whether experts that no token reaches are called as well, with no rows.
         rows: rows that the experts computed in the last pass.
     """
