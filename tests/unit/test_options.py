@@ -213,3 +213,11 @@ def test_flags_and_values_of_earlier_versions_are_taken_and_not_shown(capsys: py
 
 def test_the_docs_have_every_option():
     assert (ROOT / "docs" / "options.md").read_text(encoding="utf-8") == options_reference() + "\n"
+
+
+@pytest.mark.parametrize("text", ["[1]", "3", '"demo"', "null"])
+def test_a_config_file_without_an_object_is_refused(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "options.json"
+    path.write_text(text)
+    assert main(["analyze", "--model", "demo", "--text", "python-stdlib", "--config", str(path)]) == 2
+    assert "holds no JSON object" in capsys.readouterr().err
