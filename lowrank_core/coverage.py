@@ -65,7 +65,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "head": Kind("the head", "outside the blocks"),
         "vector": Kind("norms, biases and other vectors", "no matrix"),
         "outside": Kind("outside the blocks", "only the decoder's blocks are compressed"),
-        "quantised": Kind("quantised weights", "give the dense model model"),
+        "quantised": Kind("quantised weights", "give the dense model"),
         "other": Kind("other weights", "not the matrix of a linear layer"),
         "unrecorded": Kind("the rest", "this record is of an earlier version, which did not say what it is made of"),
     }

@@ -77,9 +77,7 @@ class CrossMoments:
     def with_tokens_of(self, dense: InputStatistics) -> CrossMoments:
         """Return the moments with n tokens of the dense model's distribution added, whose x' are their x: an expert may see few."""
         added = dense.width / (self.count + dense.width)
-        square = dense.sample * (max(dense.count - 1, 1) / max(dense.count, 1)) + torch.outer(
-            dense.mean - self.shift, dense.mean - self.shift
-        )
+        square = dense.moment_about(self.shift)
 
         def mixed(own: Tensor, prior: Tensor) -> Tensor:
             return torch.lerp(own, prior, added)

@@ -151,7 +151,7 @@ def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> No
     Raises:
         ModelError: a layer belongs to a stack whose leader is not part of the model.
     """
-    roll_experts(model, keep=lambda mixture: any(True for _ in compressed_modules(mixture)))
+    roll_experts(model, keep=lambda mixture: not mixture.dense)
     names = {child: name for name, child in model.named_modules()}
     layers = {name: {**child.spec(names), **_guard_entry(model, name)} for name, child in compressed_modules(model)}
     converted = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model, add_legacy=False))

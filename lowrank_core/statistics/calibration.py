@@ -205,7 +205,7 @@ class _Calibration:
 
     def __init__(self, handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, folder: Path | None = None) -> None:
         if not handle.layers:
-            raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the dense model model.")
+            raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the dense model.")
         handle.check_tokens(windows.ids)
         check_groups(config.robust, windows.windows, config.group_size)
         self.handle, self.windows, self.config, self.folder = handle, windows, config, folder

@@ -130,7 +130,7 @@ class _Measurement:
 
     def __init__(self, handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> None:
         if not handle.layers:
-            raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the dense model model.")
+            raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the dense model.")
         handle.check_tokens(windows.ids)
         self.handle, self.seed = handle, config.gradient_seed
         self.windows = windows.first(config.gradient_windows)

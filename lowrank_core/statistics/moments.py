@@ -153,7 +153,12 @@ class InputStatistics:
     @property
     def second_moment(self) -> Tensor:
         """S = E[x xᵀ] (n, n), uncentred, normalised by N."""
-        return self.sample * (max(self.count - 1, 1) / max(self.count, 1)) + torch.outer(self.mean, self.mean)
+        return self.moment_about(torch.zeros_like(self.mean))
+
+    def moment_about(self, point: Tensor) -> Tensor:
+        """Return E[(x - c)(x - c)ᵀ] (n, n) about ``point`` c (n,), normalised by N."""
+        shift = self.mean - point
+        return self.sample * (max(self.count - 1, 1) / max(self.count, 1)) + torch.outer(shift, shift)
 
     @property
     def pooled_to_sample(self) -> float:
