@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from lowrank_core.errors import NumericalError
 
-__all__ = ["Root", "damped_root", "eigenvalues", "invertible", "principal_directions", "square_root", "svd"]
+__all__ = ["Damped", "eigenvalues", "principal_directions", "square_root", "svd", "times"]
 
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
@@ -44,59 +45,94 @@ def _eigh(symmetric: Tensor, name: str) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class Root:
-    """Roots of a positive semi-definite metric A + δI, δ = damping · mean eigenvalue (1 where A is zero).
+class Damped:
+    """(A + δI)^γ of a positive semi-definite A, δ = damping · mean eigenvalue (1 where A is zero).
+
+    What needs no eigenvalues is computed without them; the rest when it is first asked for. Eigenvalues below rounding count as rounding.
 
     Attributes:
-        damped: (A + δI)^(γ/2), (n, n), or its diagonal (n,).
-        inverse: (A + δI)^(-γ/2), in the same form.
-        plain: A^(γ/2), in the same form.
+        plain: A (n, n), or its diagonal (n,), float64.
         added: δ.
-        condition: largest over smallest eigenvalue of A; infinite where A is singular up to rounding.
+        power: γ.
+        name: of the layer, for messages.
     """
 
-    damped: Tensor
-    inverse: Tensor
     plain: Tensor
     added: float
-    condition: float
+    power: float
+    name: str
+
+    @classmethod
+    def of(cls, metric: Tensor, damping: float, name: str, power: float = 1.0) -> Damped:
+        """Damp ``metric`` (n, n), or a diagonal (n,).
+
+        Raises:
+            NumericalError: it isn't finite; names the layer.
+        """
+        checked = _checked(metric, name)
+        if checked.ndim == 1:
+            checked = checked.clamp(min=0)
+        mean = float((checked if checked.ndim == 1 else checked.diagonal()).mean())
+        return cls(checked, damping * mean if mean > 0 else 1.0, power, name)
+
+    @cached_property
+    def matrix(self) -> Tensor:
+        """(A + δI)^γ, in the form of A.
+
+        Raises:
+            NumericalError: the eigendecomposition did not converge, as in all that follows; names the layer.
+        """
+        if self.power != 1:
+            return self._raised(self.power)
+        return self.plain + self.added if self.plain.ndim == 1 else self.plain + torch.diag(torch.full_like(self.plain[0], self.added))
+
+    @cached_property
+    def root(self) -> Tensor:
+        """(A + δI)^(γ/2), in the form of A."""
+        return self._raised(self.power / 2)
+
+    @cached_property
+    def inverse_root(self) -> Tensor:
+        """(A + δI)^(-γ/2), in the form of A."""
+        return self._raised(-self.power / 2)
+
+    @cached_property
+    def condition(self) -> float:
+        """Largest over smallest eigenvalue of A; infinite where A is singular up to rounding."""
+        values = self._eigen[0] if self.plain.ndim == 1 or "_eigen" in self.__dict__ else eigenvalues(self.plain, self.name)
+        minimum, maximum = float(values.min()), float(values.max())
+        return maximum / minimum if minimum > _rounding(values) else float("inf")
+
+    def invertible(self) -> Damped:
+        """Return itself if its inverse means something.
+
+        Raises:
+            NumericalError: the metric is singular and was not damped; names the layer.
+        """
+        if self.added == 0 and self.condition == float("inf"):
+            raise NumericalError(
+                f"{self.name}: its metric is singular, and the damping is 0. Set the damping to 1e-6 or more, or calibrate on more text."
+            )
+        return self
+
+    @cached_property
+    def _eigen(self) -> tuple[Tensor, Tensor | None]:
+        return (self.plain, None) if self.plain.ndim == 1 else _eigh(self.plain, self.name)
+
+    def _raised(self, power: float) -> Tensor:
+        values, vectors = self._eigen
+        raised = (values.clamp(min=_rounding(values)) + self.added) ** power
+        return raised if vectors is None else (vectors * raised) @ vectors.T
 
 
-def damped_root(metric: Tensor, damping: float, name: str, power: float = 1.0) -> Root:
-    """Return the roots of ``metric`` (n, n), or of a diagonal (n,), to the power γ/2; rounding below zero counts as zero.
-
-    Raises:
-        NumericalError: it isn't finite, or the eigendecomposition did not converge; names the layer.
-    """
-    values, vectors = (_checked(metric, name).clamp(min=0), None) if metric.ndim == 1 else _eigh(metric, name)
-    mean = float(values.mean())
-    added = damping * mean if mean > 0 else 1.0
-    minimum, maximum = float(values.min()), float(values.max())
-    raised = (values + added) ** (power / 2)
-
-    def build_model(diagonal: Tensor) -> Tensor:
-        return diagonal if vectors is None else (vectors * diagonal) @ vectors.T
-
-    return Root(
-        damped=build_model(raised),
-        inverse=build_model(1 / raised),
-        plain=build_model(values ** (power / 2)),
-        added=added,
-        condition=maximum / minimum if minimum > len(values) * torch.finfo(torch.float64).eps * maximum else float("inf"),
-    )
+def _rounding(values: Tensor) -> float:
+    """Return the size that eigenvalues ``values`` (n,) have by rounding alone."""
+    return len(values) * torch.finfo(torch.float64).eps * float(values.max())
 
 
-def invertible(root: Root, name: str) -> Root:
-    """Return ``root`` if its inverse means something.
-
-    Raises:
-        NumericalError: the metric is singular and was not damped; names the layer.
-    """
-    if root.added == 0 and root.condition == float("inf"):
-        raise NumericalError(
-            f"{name}: its metric is singular, and the damping is 0. Set the damping to 1e-6 or more, or calibrate on more text."
-        )
-    return root
+def times(factor: Tensor, matrix: Tensor) -> Tensor:
+    """Return factor · matrix; a vector stands for a diagonal."""
+    return factor[:, None] * matrix if factor.ndim == 1 else factor @ matrix
 
 
 def square_root(covariance: Tensor, name: str) -> Tensor:

@@ -2,19 +2,22 @@
 
 Notation (metrics.base has the rest)::
 
-    L_i      (P_i + δI)^(γ/2) of member i,  R = (C + δI)^½  with C the mean of the members' C_i (the directions are those of their sum)
-    T_i      W_i, or W_i + W_i (K_i - C_i)(C + δI)⁻¹ = W_i (K_i + δI)(C + δI)⁻¹ for a basis that corrects drift
-    U Σ Vᵀ   of the stacked [L_1 T_1; L_2 T_2; …] R
-    B, A     B_i = L_i⁻¹ U_i (m_i, k),  A = Uᵀ [L_1 T_1; …] (k, n):  W_r = B[:, :r] A[:r]
-    e_r      Σ_i ‖L_i (T_i - W_{i,r}) C_i^½‖², each member in its own metric and without the damping of C;  e_k = 0
-             (with one C: Σ_{j>r} ‖row j of Uᵀ [L_1 T_1; …] C^½‖²)
+    P_i      (P_i + δI)^γ of member i, damped;  P their block diagonal;  L = P^½
+    C        mean of the members' C_i (the directions are those of their sum);  R = (C + δI)^½
+    T        stacked T_i (M, n): W_i, or for a basis that corrects drift W_i + W_i (K_i - C_i)(C + δI)⁻¹ = W_i (K_i + δI)(C + δI)⁻¹
+    U Σ Vᵀ   of L T R; only the smaller of its two Gram matrices is decomposed, and only that side's root is taken
+    B, A     M < n:  B = L⁻¹ U,  A = Uᵀ L T, U the eigenvectors of L T R² Tᵀ L
+             else:   B = T R V,  A = Vᵀ R⁻¹, V the eigenvectors of R Tᵀ P T R;      T_r = B[:, :r] A[:r]
+    e_r      Σ_i tr(P_i (T_i - T_{i,r}) C_i (T_i - T_{i,r})ᵀ), each member in its own metric and without the damping of C;  e_k = 0
+             (with one C: Σ_{j>r} (Bᵀ P B)_jj (A C Aᵀ)_jj, since Bᵀ P B is diagonal)
 
-A comes from the projection Uᵀ, not from Σ Vᵀ R⁻¹: no inverse of C is needed, and full rank is lossless whatever C is.
+A Gram matrix squares the singular values: those below 1e-8 of the largest are rounding, as are the errors that they leave (1e-16 of all).
+Full rank is lossless whatever C is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,7 +26,7 @@ from torch import Tensor
 from lowrank_core.decomposition.refitting import refitted
 from lowrank_core.errors import ConfigError, NumericalError, RankError
 from lowrank_core.layers.forms import Factors
-from lowrank_core.linalg import Root, damped_root, invertible, svd
+from lowrank_core.linalg import Damped, principal_directions, times
 from lowrank_core.metrics import ErrorMetric, LayerData
 from lowrank_core.metrics.base import Metric
 from lowrank_core.parameters import Unit
@@ -114,32 +117,24 @@ def check_finite(layer_data: LayerData) -> None:
             raise NumericalError(f"{layer_data.shape.name}: its weight or bias holds NaN or Inf. Load another checkpoint.")
 
 
-def left(root: Root | None, matrix: Tensor, *, inverse: bool = False) -> Tensor:
-    """Return L · matrix (or L⁻¹ · matrix); no root is the identity."""
-    if root is None:
-        return matrix
-    factor = root.inverse if inverse else root.damped
-    return factor[:, None] * matrix if factor.ndim == 1 else factor @ matrix
+def row_metric(metric: Metric, damping: Damping, name: str) -> Damped | None:
+    """Return (P + δI)^γ, or None for the identity.
+
+    Raises:
+        NumericalError: it is singular and not damped; names the layer.
+    """
+    return None if metric.rows is None else Damped.of(metric.rows, damping.rows, name, metric.row_power).invertible()
 
 
-def _right(matrix: Tensor, factor: Tensor | None) -> Tensor:
-    if factor is None:
-        return matrix
-    return matrix * factor if factor.ndim == 1 else matrix @ factor
-
-
-def row_root(metric: Metric, damping: Damping, name: str) -> Root | None:
-    return None if metric.rows is None else invertible(damped_root(metric.rows, damping.rows, name, metric.row_power), name)
-
-
-def _column_root(metrics: Sequence[Metric], damping: Damping, name: str) -> Root | None:
+def column_metric(metrics: Sequence[Metric], damping: Damping, name: str) -> Damped | None:
+    """Return the mean of the C_i of a unit's members with δI, or None for the identity."""
     columns = [metric.columns for metric in metrics if metric.columns is not None]
     if not columns:
         return None
-    return damped_root(torch.stack(columns).mean(0), damping.columns, name)
+    return Damped.of(columns[0] if len(columns) == 1 else torch.stack(columns).mean(0), damping.columns, name)
 
 
-def _target(layer_data: LayerData, basis: ErrorMetric, metric: Metric, columns: Root | None) -> Tensor:
+def _target(layer_data: LayerData, basis: ErrorMetric, metric: Metric, columns: Damped | None) -> Tensor:
     """Return T_i; the damping draws towards W, so that without drift it is W itself."""
     moment = basis.target_moment(layer_data)
     if moment is None:
@@ -148,46 +143,39 @@ def _target(layer_data: LayerData, basis: ErrorMetric, metric: Metric, columns: 
         raise ConfigError(
             f"{basis.label}: drift is corrected in the moments of the inputs. Wrap whitened, pooled_feature or two_sided instead."
         )
-    inverse = invertible(columns, layer_data.shape.name).inverse
-    return layer_data.weight + layer_data.weight @ (moment - metric.columns) @ inverse @ inverse
+    drifted = layer_data.weight @ (moment - metric.columns)
+    if not torch.isfinite(drifted).all():
+        raise NumericalError(f"{layer_data.shape.name}: NaN or Inf before a decomposition. Calibrate again.")
+    return layer_data.weight + torch.linalg.solve(columns.invertible().matrix, drifted, left=False)
 
 
-def _errors(parts: Sequence[Tensor], down: Tensor, metrics: Sequence[Metric], columns: Root | None) -> Tensor:
-    """Return e_0 … e_k (k + 1,) of U_i (m_i, k) and A (k, n)."""
-    own = [metric.columns for metric in metrics if metric.columns is not None]
-    if columns is None or all(torch.equal(own[0], other) for other in own[1:]):
-        return tail_sums(_right(down, None if columns is None else columns.plain).square().sum(1)) * metrics[0].scale
-    products = sum((_right(down, c) @ down.T) * (part.T @ part) for part, c in zip(parts, own, strict=True))
-    assert isinstance(products, Tensor)
-    corners = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)  # Σ_{j,k>r}
-    return isotonic_upper_bound(torch.cat([corners, corners.new_zeros(1)])) * metrics[0].scale
-
-
-def factorize_unit(unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping) -> FactorBasis:
+def factorize_unit(
+    unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping, columns: Damped | None = None
+) -> FactorBasis:
     """Decompose the members of ``unit`` together; all float64.
+
+    Args:
+        columns: the damped column metric of these operands, where another unit of the same inputs had it before.
 
     Raises:
         ConfigError: the basis corrects drift in a metric that is no moment of the inputs.
         NumericalError: NaN, Inf, or no convergence; names the layer.
     """
-    weighing = _Weighing.of(unit, operands, basis, damping)
-    weighed = weighing.left(weighing.target)
-    directions, _, _ = svd(weighing.right(weighed), unit.name)
-    down = directions.T @ weighed
-    parts = torch.split(directions, weighing.sizes)
-    up = weighing.left(directions, inverse=True)
-    return _as_basis(unit, operands, basis, weighing, up, down, _errors(parts, down, weighing.metrics, weighing.columns))
+    weighing = _Weighing.of(unit, operands, basis, damping, columns)
+    up, down = weighing.from_rows() if weighing.target.shape[0] < weighing.target.shape[1] else weighing.from_columns()
+    return _as_basis(unit, operands, basis, weighing, up, down, weighing.errors(up, down))
 
 
-def refit_unit(unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping, start: Factors) -> FactorBasis:
+def refit_unit(
+    unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping, start: Factors, columns: Damped | None = None
+) -> FactorBasis:
     """Return ``start`` after the least-squares turns of the metric: factors of one rank, whose slices are not optimal.
 
-    Raises:
-        as ``factorize_unit``.
+    Args and errors are those of ``factorize_unit``.
     """
-    weighing = _Weighing.of(unit, operands, basis, damping)
+    weighing = _Weighing.of(unit, operands, basis, damping, columns)
     up, down = refitted(weighing.target, torch.cat(start.ups), start.down, weighing.left, weighing.right, basis.refit_steps)
-    return _as_basis(unit, operands, basis, weighing, up, down, weighing.errors_of(up, down))
+    return _as_basis(unit, operands, basis, weighing, up, down, weighing.errors_of_one_rank(up, down))
 
 
 @dataclass(frozen=True)
@@ -195,43 +183,78 @@ class _Weighing:
     """Targets of a unit's members, and their metric.
 
     Attributes:
+        unit: name, for messages.
         sizes: rows of each member.
         metrics, rows: of each member; columns: of all.
-        target: [T_1; T_2; …] (M, n).
+        target: T (M, n).
     """
 
+    unit: str
     sizes: list[int]
     metrics: Sequence[Metric]
-    rows: Sequence[Root | None]
-    columns: Root | None
+    rows: Sequence[Damped | None]
+    columns: Damped | None
     target: Tensor
 
     @classmethod
-    def of(cls, unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping) -> _Weighing:
+    def of(
+        cls, unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping, columns: Damped | None
+    ) -> _Weighing:
         for layer_data in operands:
             check_finite(layer_data)
         metrics = [basis.metric(layer_data) for layer_data in operands]
-        rows = [row_root(metric, damping, layer_data.shape.name) for metric, layer_data in zip(metrics, operands, strict=True)]
-        columns = _column_root(metrics, damping, unit.name)
+        rows = [row_metric(metric, damping, layer_data.shape.name) for metric, layer_data in zip(metrics, operands, strict=True)]
+        columns = columns or column_metric(metrics, damping, unit.name)
         targets = [_target(layer_data, basis, metric, columns) for layer_data, metric in zip(operands, metrics, strict=True)]
-        return cls([layer_data.shape.d_out for layer_data in operands], metrics, rows, columns, torch.cat(targets))
+        return cls(unit.name, [layer_data.shape.d_out for layer_data in operands], metrics, rows, columns, torch.cat(targets))
 
-    def left(self, matrix: Tensor, *, inverse: bool = False) -> Tensor:
-        """Return [L_1 ·; L_2 ·; …] of an (M, k) matrix."""
-        parts = torch.split(matrix, self.sizes)
-        return torch.cat([left(root, part, inverse=inverse) for root, part in zip(self.rows, parts, strict=True)])
+    def from_rows(self) -> tuple[Tensor, Tensor]:
+        """Return B (M, M) and A (M, n) by the Gram matrix of the rows."""
+        weighed = self.left(self.target)
+        inputs = weighed if self.columns is None else times(self.columns.matrix, weighed.T).T
+        _, directions = principal_directions(inputs @ weighed.T, self.unit)
+        return self._by_rows(directions, lambda metric: metric.inverse_root), directions.T @ weighed
+
+    def from_columns(self) -> tuple[Tensor, Tensor]:
+        """Return B (M, n) and A (n, n) by the Gram matrix of the columns."""
+        spread = self.right(self.target)
+        _, directions = principal_directions(spread.T @ self._by_rows(spread, lambda metric: metric.matrix), self.unit)
+        return spread @ directions, directions.T if self.columns is None else times(self.columns.inverse_root, directions).T
+
+    def left(self, matrix: Tensor) -> Tensor:
+        """Return L · of an (M, k) matrix."""
+        return self._by_rows(matrix, lambda metric: metric.root)
 
     def right(self, matrix: Tensor) -> Tensor:
-        return _right(matrix, None if self.columns is None else self.columns.damped)
+        """Return · R of a (k, n) matrix."""
+        return matrix if self.columns is None else times(self.columns.root, matrix.T).T
 
-    def errors_of(self, up: Tensor, down: Tensor) -> Tensor:
-        """Return the weighed errors (r + 1,) of the first 0, 1, …, r columns of ``up`` and rows of ``down``; damping is left out."""
-        plain = None if self.columns is None else self.columns.plain
-        target, own, inputs = _right(self.left(self.target), plain), self.left(up), _right(down, plain)
-        matched = ((own.T @ target) * inputs).sum(1)
-        products = (own.T @ own) * (inputs @ inputs.T)
+    def _by_rows(self, matrix: Tensor, factor: Callable[[Damped], Tensor]) -> Tensor:
+        """Return [f(P_1) ·; f(P_2) ·; …] of an (M, k) matrix."""
+        parts = torch.split(matrix, self.sizes)
+        return torch.cat([part if metric is None else times(factor(metric), part) for metric, part in zip(self.rows, parts, strict=True)])
+
+    def errors(self, up: Tensor, down: Tensor) -> Tensor:
+        """Return e_0 … e_k (k + 1,) of nested factors."""
+        weighed = self._by_rows(up, lambda metric: metric.matrix)
+        own = [metric.columns for metric in self.metrics if metric.columns is not None]
+        if all(torch.equal(own[0], other) for other in own[1:]):
+            inputs = down if not own else times(own[0], down.T).T
+            return tail_sums((up * weighed).sum(0) * (inputs * down).sum(1)) * self.metrics[0].scale
+        parts = zip(torch.split(up, self.sizes), torch.split(weighed, self.sizes), own, strict=True)
+        products = sum((times(columns, down.T).T @ down.T) * (part.T @ heavy) for part, heavy, columns in parts)
+        assert isinstance(products, Tensor)
+        corners = products.flip(0, 1).cumsum(0).cumsum(1).diagonal().flip(0)  # Σ_{j,k>r}
+        return isotonic_upper_bound(torch.cat([corners, corners.new_zeros(1)])) * self.metrics[0].scale
+
+    def errors_of_one_rank(self, up: Tensor, down: Tensor) -> Tensor:
+        """Return the weighed errors (r + 1,) of the first 0, 1, …, r columns of ``up`` and rows of ``down``."""
+        weighed = self._by_rows(up, lambda metric: metric.matrix)
+        target, inputs = (part if self.columns is None else times(self.columns.plain, part.T).T for part in (self.target, down))
+        matched = (weighed * (target @ down.T)).sum(0)
+        products = (up.T @ weighed) * (inputs @ down.T)
         kept = 2 * matched.cumsum(0) - products.cumsum(0).cumsum(1).diagonal()
-        total = target.square().sum()
+        total = (self._by_rows(self.target, lambda metric: metric.matrix) * target).sum()
         return torch.cat([total.reshape(1), (total - kept).clamp(min=0)]) * self.metrics[0].scale
 
 

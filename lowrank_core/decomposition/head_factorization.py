@@ -4,8 +4,9 @@ Notation::
 
     V_g (d, n)   value rows of group g, d = head_dim;   O_h (m, d)   output columns of head h, which reads group g
     K_h (d, d)   column metric of the output projection's input, the block of head h;  K_g their mean over the heads of g
-    L (m, m)     row metric of the output projection, to the power ½
-    U Σ Qᵀ       of [L O_h]_h∈g K_g^½, stacked over the heads of the group
+    P (m, m)     damped row metric of the output projection
+    F_h (d, d)   O_hᵀ P O_h
+    Q Σ² Qᵀ      of K_g^½ Σ_h∈g F_h K_g^½
     V'_g = Q_rᵀ K_g^-½ V_g,   O'_h = O_h K_g^½ Q_r
 
 docs/methods.md §4 takes V_g S V_gᵀ for K; measured behind the attention, K_h also knows what averaging over tokens did to the values.
@@ -18,9 +19,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowrank_core.decomposition.factorization import Damping, check_finite, check_rank, isotonic_upper_bound, left, row_root
+from lowrank_core.decomposition.factorization import Damping, check_finite, check_rank, isotonic_upper_bound, row_metric
 from lowrank_core.layers.forms import HeadFactors
-from lowrank_core.linalg import damped_root, invertible, svd
+from lowrank_core.linalg import Damped, principal_directions, times
 from lowrank_core.metrics import ErrorMetric, LayerData
 from lowrank_core.parameters import HeadUnit
 
@@ -86,21 +87,21 @@ def factorize_heads(unit: HeadUnit, value: LayerData, output: LayerData, basis: 
     heads, groups, dim = unit.heads, unit.groups, unit.head_dim
     per_group = heads // groups
     metric = basis.metric(output)
-    rows = row_root(metric, damping, output.shape.name)
+    rows = row_metric(metric, damping, output.shape.name)
     moments = _head_moments(metric.columns, value, unit)  # (heads, d, d)
     projections = output.weight.reshape(-1, heads, dim).transpose(0, 1)  # (heads, m, d)
-    weighed = torch.stack([left(rows, projection) for projection in projections])
-    values, outputs, biases, mixes, roots = [], [], [], [], []
+    grams = torch.stack([part.T @ (part if rows is None else times(rows.matrix, part)) for part in projections])  # (heads, d, d)
+    values, outputs, biases, mixes, metrics = [], [], [], [], []
     for group in range(groups):
         own = slice(group * per_group, (group + 1) * per_group)
-        root = invertible(damped_root(moments[own].mean(0), damping.columns, unit.name), unit.name)
-        _, _, right = svd(weighed[own].reshape(-1, dim) @ root.damped, unit.name)
-        reduce, restore = right @ root.inverse, root.damped @ right.T  # (d, d): the first r rows, the first r columns
+        inner = Damped.of(moments[own].mean(0), damping.columns, unit.name).invertible()
+        _, directions = principal_directions(inner.root @ grams[own].sum(0) @ inner.root, unit.name)
+        reduce, restore = directions.T @ inner.inverse_root, inner.root @ directions  # (d, d): the first r rows, the first r columns
         values.append(reduce @ value.weight[group * dim : (group + 1) * dim])
         outputs.append(projections[own] @ restore)
         biases.append(None if value.bias is None else reduce @ value.bias[group * dim : (group + 1) * dim])
         mixes += [(reduce, restore)] * per_group
-        roots.append(root)
+        metrics.append(inner)
     return HeadBasis(
         unit=unit,
         values=torch.stack(values),
@@ -109,9 +110,9 @@ def factorize_heads(unit: HeadUnit, value: LayerData, output: LayerData, basis: 
         output_bias=output.bias,
         output_mean=output.weight @ output.inputs.mean if basis.centred else None,
         reduced_mean=_reduced_means(output.inputs.mean, mixes) if basis.centred else None,
-        errors=_errors(weighed, moments, mixes) * metric.scale,
-        damping=max(root.added for root in roots),
-        condition=max(root.condition for root in roots),
+        errors=_errors(grams, moments, mixes) * metric.scale,
+        damping=max(inner.added for inner in metrics),
+        condition=max(inner.condition for inner in metrics),
     )
 
 
@@ -130,12 +131,11 @@ def _reduced_means(mean: Tensor, mixes: list[tuple[Tensor, Tensor]]) -> Tensor:
     return torch.stack([reduce @ part for (reduce, _), part in zip(mixes, mean.reshape(len(mixes), -1), strict=True)])
 
 
-def _errors(weighed: Tensor, moments: Tensor, mixes: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return Σ_h ‖L O_h (I - D_r) K_h^½‖² for r = 0 … d, D_r the projection that r dimensions leave."""
+def _errors(grams: Tensor, moments: Tensor, mixes: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return Σ_h tr(F_h (I - D_r) K_h (I - D_r)ᵀ) for r = 0 … d, D_r the projection that r dimensions leave."""
     dim = moments.shape[-1]
     curves = moments.new_zeros(dim + 1)
-    for projection, moment, (reduce, restore) in zip(weighed, moments, mixes, strict=True):
-        gram = projection.T @ projection
+    for gram, moment, (reduce, restore) in zip(grams, moments, mixes, strict=True):
         for rank in range(dim + 1):
             gone = torch.eye(dim, dtype=gram.dtype) - restore[:, :rank] @ reduce[:rank]
             curves[rank] += ((gram @ gone) * (gone @ moment)).sum()

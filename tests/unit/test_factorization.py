@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, isotonic_upper_bound, tail_sums
 from lowrank_core.errors import NumericalError, RankError
-from lowrank_core.linalg import damped_root, eigenvalues, square_root, svd
+from lowrank_core.linalg import Damped, eigenvalues, square_root, svd
 from lowrank_core.metrics import METRICS, LayerData, metric_named
 
 EPSILON = torch.finfo(torch.float64).eps
@@ -437,32 +437,40 @@ def test_tails_are_what_is_left_after_each_direction():
 
 @pytest.mark.parametrize("power", [1.0, 0.5])
 @pytest.mark.parametrize("damping", [0.0, 1e-3, 1.0])
-def test_a_damped_root_is_a_root_of_the_damped_metric(power: float, damping: float):
+def test_roots_are_those_of_the_damped_metric(power: float, damping: float):
     metric = second_moment(rows(12))
-    root = damped_root(metric, damping, "layer", power)
+    damped = Damped.of(metric, damping, "layer", power)
     eye = torch.eye(12, dtype=torch.float64)
-    assert root.added == pytest.approx(damping * float(metric.trace()) / 12)
-    whole = root.damped
-    for _ in range(round(1 / power)):
-        whole = whole @ whole
-    torch.testing.assert_close(whole, metric + root.added * eye, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(root.damped @ root.inverse, eye, rtol=1e-8, atol=1e-8)
-    plain = damped_root(metric, 0.0, "layer", power)
-    torch.testing.assert_close(root.plain, plain.damped, rtol=1e-9, atol=1e-9)
+    assert damped.added == pytest.approx(damping * float(metric.trace()) / 12)
+    torch.testing.assert_close(damped.root @ damped.root, damped.matrix, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(damped.root @ damped.inverse_root, eye, rtol=1e-8, atol=1e-8)
+    whole = damped.matrix if power == 1 else damped.matrix @ damped.matrix
+    torch.testing.assert_close(whole, metric + damped.added * eye, rtol=1e-9, atol=1e-9)
 
 
-def test_the_root_of_a_diagonal_is_the_root_of_its_matrix():
+@pytest.mark.parametrize("power", [1.0, 0.5])
+def test_a_diagonal_metric_is_that_of_its_matrix(power: float):
     values = torch.linspace(0, 3, 7, dtype=torch.float64)
-    one, all_of_it = damped_root(values, 0.1, "layer", 0.5), damped_root(torch.diag(values), 0.1, "layer", 0.5)
-    for part in ("damped", "inverse", "plain"):
-        torch.testing.assert_close(torch.diag(getattr(one, part)), getattr(all_of_it, part), rtol=1e-9, atol=1e-9)
-    assert one.added == pytest.approx(all_of_it.added)
-    assert one.condition == all_of_it.condition == math.inf
+    one, whole = Damped.of(values, 0.1, "layer", power), Damped.of(torch.diag(values), 0.1, "layer", power)
+    for part in ("matrix", "root", "inverse_root"):
+        torch.testing.assert_close(torch.diag(getattr(one, part)), getattr(whole, part), rtol=1e-9, atol=1e-9)
+    assert one.added == pytest.approx(whole.added)
+    assert one.condition == whole.condition == math.inf
 
 
-def test_rounding_below_zero_counts_as_zero():
+def test_the_condition_is_the_same_with_and_without_eigenvectors():
+    metric = second_moment(rows(12))
+    before, after = Damped.of(metric, 0.1, "layer"), Damped.of(metric, 0.1, "layer")
+    assert after.root.shape == (12, 12)
+    assert before.condition == pytest.approx(after.condition, rel=1e-6)
+    assert before.condition == pytest.approx(float(torch.linalg.cond(metric)), rel=1e-6)
+
+
+def test_rounding_below_zero_counts_as_rounding():
     metric = torch.diag(torch.tensor([1.0, -1e-18], dtype=torch.float64))
-    assert damped_root(metric, 0.0, "layer").plain[1, 1] == 0
+    damped = Damped.of(metric, 0.0, "layer")
+    assert 0 < damped.root[1, 1] < 1e-7
+    assert damped.condition == math.inf
     assert eigenvalues(metric, "layer").tolist() == [1.0, 0.0]
 
 
