@@ -10,27 +10,27 @@ Ranks are fixed before: a sequential basis decides directions, not budgets.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from lowrank_core.allocation import RankAllocation
-from lowrank_core.compression.build import CompressedModel, build_model, low_rank_layers
-from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit, refit_unit
+from lowrank_core.allocation import RankAllocation, Ranks
+from lowrank_core.compression.build import CompressedModel, build_model, low_rank_layers, swap_layers
+from lowrank_core.decomposition.factorization import Damping, FactorBasis, column_metric, factorize_unit, refit_unit
+from lowrank_core.decomposition.head_factorization import HeadBasis
 from lowrank_core.decomposition.units import Bases, operand_of
 from lowrank_core.errors import ConfigError, ModelError, NumericalError
-from lowrank_core.metrics import ErrorMetric
+from lowrank_core.linalg import Damped
+from lowrank_core.metrics import ErrorMetric, LayerData
 from lowrank_core.models.blocks import BlockRunner
-from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
+from lowrank_core.models.experts import FIRST_LAYERS, Routed, UnrolledExperts
 from lowrank_core.models.handle import ModelHandle
-from lowrank_core.models.hf import replace_module
 from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import LayerStatistics
-from lowrank_core.statistics.moments import InputStatistics
+from lowrank_core.statistics.moments import BLOCK_ROWS, InputStatistics, add_gram, mirrored
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 
@@ -114,91 +114,97 @@ class _CrossAccumulator:
         """Add rows (..., n) of both models; those of an expert are weighed by ``weights`` (N,)."""
         rows, own = dense.flatten(0, -2).to(torch.float32), compressed.flatten(0, -2).to(torch.float32)
         scale = None if weights is None else weights.to(torch.float32)[:, None]
-        shift = self._shift.to(torch.float32)
         self._count += len(rows)
         self._weight += len(rows) if scale is None else float(scale.sum(dtype=torch.float64))
         for total, part in zip(self._sums, (rows, own, own.abs()), strict=True):
             total += (part if scale is None else part * scale).sum(0, dtype=torch.float64)
-        rows, own = rows - shift, own - shift
-        weighed = own if scale is None else own * scale
-        for start in range(0, len(rows), 1024):
-            part = weighed[start : start + 1024]
-            self._own += own[start : start + 1024].T @ part
-            self._cross += rows[start : start + 1024].T @ part
+        shift = self._shift.to(torch.float32)
+        root = 1.0 if scale is None else scale.sqrt()
+        for start in range(0, len(rows), BLOCK_ROWS):
+            span = slice(start, start + BLOCK_ROWS)
+            left, right = ((part[span] - shift) * (root if scale is None else root[span]) for part in (rows, own))
+            add_gram(self._own, right)
+            self._cross += left.T @ right
 
     def finish(self) -> CrossMoments:
         weight = self._weight or 1.0  # no token reached the expert: all sums are zero
         means = [total.cpu() / weight for total in self._sums]
-        shift, own, cross = self._shift.cpu(), self._own.cpu() / weight, self._cross.cpu() / weight
+        shift, own, cross = self._shift.cpu(), mirrored(self._own).cpu() / weight, self._cross.cpu() / weight
         return CrossMoments(self._count, shift, means[0], means[1], means[2], own, cross)
 
 
 class _Read(Exception):
-    """Carries what a module is given out of a forward pass that need go no further."""
-
-    def __init__(self, arguments: tuple[Tensor, ...]) -> None:
-        super().__init__()
-        self.arguments = arguments
+    """Ends a forward pass that need go no further."""
 
 
 @contextmanager
-def _stopping_at(module: nn.Module) -> Iterator[None]:
-    def stop(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
-        raise _Read(module.bound(arguments, options) if isinstance(module, UnrolledExperts) else arguments)
+def _reading(module: nn.Module, *, stop: bool) -> Iterator[list[tuple[Tensor, ...]]]:
+    """Collect what ``module`` is given; ``stop``: the pass ends there."""
+    read: list[tuple[Tensor, ...]] = []
 
-    hook = module.register_forward_pre_hook(stop, with_kwargs=True)
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...], options: dict[str, Tensor]) -> None:
+        read.append(module.bound(arguments, options) if isinstance(module, UnrolledExperts) else arguments)
+        if stop:
+            raise _Read
+
+    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:
-        yield
+        yield read
     finally:
-        hook.remove()
-
-
-def _read(runner: BlockRunner, block: int, ids: Tensor, hidden: Tensor | None) -> tuple[Tensor, ...]:
-    """Return what the module is given at which the pass is stopped."""
-    try:
-        runner.run(block, ids, hidden)
-    except _Read as read:
-        return read.arguments
-    raise ModelError(f"block {block} is run without the layer whose input was asked for, so the model can't be compressed block by block.")
+        handle.remove()
 
 
 class _Pair:
-    """The dense model and its copy that is being compressed, both at the same block."""
+    """The dense model, and the same with the layers that are compressed so far: both at the same block, one module for the two.
 
-    def __init__(self, dense: ModelHandle, windows: WindowSet, batch_size: int) -> None:
-        module = copy.deepcopy(dense.module)
-        self.working = ModelHandle(dense.reference, module, dense.tokenizer, dense.layers, dense.stored_dtype)
-        self.dense = dense
-        self._runners = (BlockRunner(dense), BlockRunner(self.working))
-        self._batches = [ids.to(dense.device) for ids in torch.split(windows.ids, batch_size)]
-        self._states: tuple[list[Tensor | None], list[Tensor | None]] = ([None] * len(self._batches), [None] * len(self._batches))
+    Attributes:
+        layers: compressed so far, by name.
+    """
+
+    def __init__(self, handle: ModelHandle, windows: WindowSet, batch_size: int) -> None:
+        self._handle, self._runner = handle, BlockRunner(handle)
+        self._batches = [ids.to(handle.device) for ids in torch.split(windows.ids, batch_size)]
+        self._dense: list[Tensor | None] = [None] * len(self._batches)
+        self._working: list[Tensor | None] = [None] * len(self._batches)
+        self.layers: dict[str, nn.Module] = {}
+        self._in_place: dict[str, nn.Module] = {}
+        self._dense_past = -1
 
     @property
     def batches(self) -> int:
         return len(self._batches)
 
-    def moments(self, step: _Step, inputs: Mapping[str, InputStatistics], tick: Callable[[], None]) -> dict[str, CrossMoments]:
+    def add(self, layers: Mapping[str, nn.Module]) -> None:
+        """Count ``layers`` of the block under way as compressed."""
+        self.layers |= layers
+        self._in_place |= layers
+
+    def moments(
+        self, step: _Step, inputs: Mapping[str, InputStatistics], tick: Callable[[], None], *, last: bool
+    ) -> dict[str, CrossMoments]:
         """Return the moments of the inputs of a step, by input group, in both models; none where they can't be compared row by row.
+
+        At the ``last`` step of a chained block the dense model goes on to its end.
 
         Args:
             inputs: of the dense model, whose means are the points that moments are counted from; few tokens reach an expert, so its
                 moments are mixed with these.
         """
         path = step.mixture or next(iter(step.groups))
-        modules = [handle.module.get_submodule(path) for handle in (self.dense, self.working)]
-        if isinstance(modules[0], UnrolledExperts) and not modules[0].tells_rows:
+        module = self._handle.module.get_submodule(path)
+        if isinstance(module, UnrolledExperts) and not module.tells_rows:
             return {}
-        accumulators = {group: _CrossAccumulator(entry.mean, self.dense.device) for group, entry in inputs.items()}
-        with ExitStack() as stack, torch.inference_mode():
-            for module in modules:
-                stack.enter_context(_stopping_at(module))
-            for index, ids in enumerate(self._batches):
-                reads = [_read(runner, step.depth, ids, states[index]) for runner, states in zip(self._runners, self._states, strict=True)]
-                if step.mixture:
-                    _update_experts(step, modules, reads, accumulators)
+        accumulators = {group: _CrossAccumulator(entry.mean, self._handle.device) for group, entry in inputs.items()}
+        with torch.inference_mode():
+            for index in range(self.batches):
+                dense = self._read(module, step, index, advance=last and self._runner.chained)
+                if isinstance(module, UnrolledExperts):
+                    self._update_experts(module, step, dense, index, accumulators)
                 else:
-                    accumulators[path].update(reads[0][0], reads[1][0])
+                    with swap_layers(self._handle, self._in_place):
+                        accumulators[path].update(dense[0], self._read(module, step, index, compressed=True)[0])
                 tick()
+        self._dense_past = step.depth if last else self._dense_past
         results = {group: accumulators.pop(group).finish() for group in step.groups}
         for group, result in results.items():
             if not torch.isfinite(result.own).all() or not torch.isfinite(result.cross).all():
@@ -207,14 +213,70 @@ class _Pair:
                 )
         return {group: result.with_tokens_of(inputs[group]) for group, result in results.items()} if step.mixture else results
 
+    def _update_experts(
+        self,
+        mixture: UnrolledExperts,
+        step: _Step,
+        given: tuple[Tensor, ...],
+        index: int,
+        accumulators: Mapping[str, _CrossAccumulator],
+    ) -> None:
+        """Add what the experts of a step read in both models, at the tokens that the dense model routes to each."""
+        routing = mixture.routing(*given)
+        dense = _inputs_of_experts(mixture, step, routing, given)
+        with swap_layers(self._handle, self._in_place):
+            compressed = _inputs_of_experts(mixture, step, routing, self._read(mixture, step, index, compressed=True))
+            for (group, number, rows), (_, _, drifted) in zip(dense, compressed, strict=True):
+                accumulators[group].update(rows, drifted, routing[number].weights.square())
+
+    def _read(self, module: nn.Module, step: _Step, index: int, *, compressed: bool = False, advance: bool = False) -> tuple[Tensor, ...]:
+        """Return what ``module`` is given in a batch of the dense model, or of the compressed one whose layers are in place.
+
+        Args:
+            advance: the pass goes on to the end of the block, whose hidden states are kept.
+        """
+        states = self._working if compressed else self._dense
+        with _reading(module, stop=not advance) as read, suppress(_Read):
+            hidden = self._runner.run(step.depth, self._batches[index], states[index])
+            states[index] = hidden if advance else states[index]
+        if not read:
+            raise ModelError(
+                f"block {step.depth} is run without the layer whose input was asked for, so the model can't be compressed block by block."
+            )
+        return read[0]
+
     def advance(self, block: int, tick: Callable[[], None]) -> None:
         """Take both models past ``block``, where blocks can be chained; else every pass begins with the tokens."""
-        for index, ids in enumerate(self._batches):
-            with torch.inference_mode():
-                for runner, states in zip(self._runners, self._states, strict=True):
-                    if runner.chained:
-                        states[index] = runner.run(block, ids, states[index])
+        for index in range(self.batches):
+            if self._runner.chained:
+                self._advance(block, index)
             tick()
+        self._in_place = {} if self._runner.chained else self._in_place
+
+    @torch.inference_mode()
+    def _advance(self, block: int, index: int) -> None:
+        ids = self._batches[index]
+        if self._dense_past < block:
+            self._dense[index] = self._runner.run(block, ids, self._dense[index])
+        if not self.layers:
+            self._working[index] = self._dense[index]
+            return
+        with swap_layers(self._handle, self._in_place):
+            self._working[index] = self._runner.run(block, ids, self._working[index])
+
+
+def _inputs_of_experts(
+    mixture: UnrolledExperts, step: _Step, routing: Sequence[Routed], given: tuple[Tensor, ...]
+) -> list[tuple[str, int, Tensor]]:
+    """Return input group, number of the expert and rows of each input of a step."""
+    result = []
+    for group, units in step.groups.items():
+        number = units[0].members[0].expert
+        assert number is not None
+        rows = mixture.inputs(number, routing[number], *given)
+        inner = group.rpartition(".")[2] not in FIRST_LAYERS
+        result.append((group, number, mixture.intermediate(mixture.experts[number], rows) if inner else rows))
+    return result
 
 
 @dataclass(frozen=True)
@@ -242,23 +304,6 @@ def _steps(units: Sequence[Unit], allocation: RankAllocation) -> list[_Step]:
             key = (mixture, layer in FIRST_LAYERS) if mixture else first.input_group
             result.setdefault(key, _Step(first.depth, mixture, {})).groups.setdefault(first.input_group, []).append(unit)
     return list(result.values())
-
-
-def _update_experts(
-    step: _Step, modules: Sequence[nn.Module], reads: Sequence[tuple[Tensor, ...]], accumulators: Mapping[str, _CrossAccumulator]
-) -> None:
-    """Add what the experts of a step read in both models, at the tokens that the dense model routes to each."""
-    dense, working = modules
-    assert isinstance(dense, UnrolledExperts)
-    assert isinstance(working, UnrolledExperts)
-    routing = dense.routing(*reads[0])
-    for group, units in step.groups.items():
-        number = units[0].members[0].expert
-        assert number is not None
-        own, drifted = (mixture.inputs(number, routing[number], *read) for mixture, read in zip((dense, working), reads, strict=True))
-        if group.rpartition(".")[2] not in FIRST_LAYERS:
-            own, drifted = dense.intermediate(dense.experts[number], own), working.intermediate(working.experts[number], drifted)
-        accumulators[group].update(own, drifted, routing[number].weights.square())
 
 
 def compress_sequentially(
@@ -302,41 +347,45 @@ def compress_sequentially(
         if progress is not None:
             progress(done, total)
 
-    layers: dict[str, nn.Module] = {}
     for block in range(depth):
-        for step in (step for step in steps if step.depth == block):
-            moments = pair.moments(step, {group: statistics.inputs[group] for group in step.groups}, tick)
-            fitted = {}
-            for unit in (unit for members in step.groups.values() for unit in members):
-                measured, rank = moments.get(unit.members[0].input_group), allocation.ranks[unit.name]
-                fitted[unit.name] = (
-                    bases[unit.name] if measured is None else _fitted(unit, handle, statistics, measured, bases, basis, damping, rank)
-                )
-            built = low_rank_layers(handle, fitted, {name: allocation.ranks[name] for name in fitted})
-            layers |= built
-            for name, layer in built.items():
-                replace_module(pair.working.module, name, layer)
+        here = [step for step in steps if step.depth == block]
+        for step in here:
+            moments = pair.moments(step, {group: statistics.inputs[group] for group in step.groups}, tick, last=step is here[-1])
+            fitted = _fitted_step(step, handle, statistics, moments, bases, basis, damping, allocation.ranks)
+            pair.add(low_rank_layers(handle, fitted, {name: allocation.ranks[name] for name in fitted}))
         pair.advance(block, tick)
-    return build_model(handle, layers, bases, allocation.ranks)
+    return build_model(handle, pair.layers, bases, allocation.ranks)
 
 
-def _fitted(
-    unit: Unit,
+def _fitted_step(
+    step: _Step,
     handle: ModelHandle,
     statistics: LayerStatistics,
-    moments: CrossMoments,
+    moments: Mapping[str, CrossMoments],
     bases: Bases,
     basis: ErrorMetric,
     damping: Damping,
-    rank: int | None,
-) -> FactorBasis:
-    given = bases[unit.name]
-    if not isinstance(given, FactorBasis):
-        return given  # type: ignore[return-value]
+    ranks: Ranks,
+) -> dict[str, FactorBasis | HeadBasis]:
+    """Return the factors of the units of a step; units that read one input share its damped metric."""
+    result: dict[str, FactorBasis | HeadBasis] = {}
+    for group, units in step.groups.items():
+        columns: Damped | None = None
+        for unit in units:
+            given, rank = bases[unit.name], ranks[unit.name]
+            result[unit.name] = given
+            if group in moments and isinstance(given, FactorBasis) and rank is not None:
+                operands = _operands(unit, handle, statistics, moments[group], basis)
+                columns = columns or column_metric([basis.metric(operands[0])], damping, unit.name)
+                result[unit.name] = (
+                    refit_unit(unit, operands, basis, damping, given.slice(rank), columns)
+                    if basis.refit_steps
+                    else factorize_unit(unit, operands, basis, damping, columns)
+                )
+    return result
+
+
+def _operands(unit: Unit, handle: ModelHandle, statistics: LayerStatistics, moments: CrossMoments, basis: ErrorMetric) -> list[LayerData]:
+    """Return the members of a unit with the inputs of the compressed model."""
     own, cross = moments.statistics(), moments.between(centred=basis.centred)
-    operands = [
-        replace(operand_of(handle, statistics, member), inputs=own, cross=cross, dense_mean=moments.mean) for member in unit.members
-    ]
-    if basis.refit_steps and rank is not None:
-        return refit_unit(unit, operands, basis, damping, given.slice(rank))
-    return factorize_unit(unit, operands, basis, damping)
+    return [replace(operand_of(handle, statistics, member), inputs=own, cross=cross, dense_mean=moments.mean) for member in unit.members]

@@ -197,9 +197,7 @@ class _Weighing:
     target: Tensor
 
     @classmethod
-    def of(
-        cls, unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping, columns: Damped | None
-    ) -> _Weighing:
+    def of(cls, unit: Unit, operands: Sequence[LayerData], basis: ErrorMetric, damping: Damping, columns: Damped | None) -> _Weighing:
         for layer_data in operands:
             check_finite(layer_data)
         metrics = [basis.metric(layer_data) for layer_data in operands]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,17 +10,18 @@ import torch
 from lowrank_core.allocation import ErrorCurves
 from lowrank_core.allocation.units import plan_units
 from lowrank_core.config import CompressionConfig
-from lowrank_core.decomposition.factorization import Damping, FactorBasis, factorize_unit
+from lowrank_core.decomposition.factorization import Damping, FactorBasis, column_metric, factorize_unit
 from lowrank_core.decomposition.head_factorization import HeadBasis, factorize_heads
 from lowrank_core.errors import ConfigError
-from lowrank_core.metrics import LayerData, metric_named
+from lowrank_core.linalg import Damped
+from lowrank_core.metrics import ErrorMetric, LayerData, metric_named
 from lowrank_core.models.attention import head_units
 from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.types import Progress
 
-__all__ = ["Bases", "damping_of", "error_curves", "factorize", "operand_of", "units_of"]
+__all__ = ["Bases", "damping_of", "error_curves", "factorize", "operand_of", "units_by_block", "units_of"]
 
 Bases = Mapping[str, FactorBasis | HeadBasis]
 """Unit name -> its nested factors."""
@@ -72,15 +73,40 @@ def factorize(
             f"{basis.label} weighs outputs by their gradients, which were not collected. Collect them with `collect_gradients`."
         )
     result: dict[str, FactorBasis | HeadBasis] = {}
-    for done, unit in enumerate(units, start=1):
+    done = 0
+    for block in units_by_block(units).values():
+        for unit, factors in _factorized(handle, statistics, block, basis, damping):
+            result[unit.name] = factors
+            done += 1
+            if progress is not None:
+                progress(done, len(units))
+    return {unit.name: result[unit.name] for unit in units}
+
+
+def units_by_block(units: Sequence[Unit]) -> dict[int, list[Unit]]:
+    """Return the units by the depth of their first member, ascending."""
+    result: dict[int, list[Unit]] = {}
+    for unit in sorted(units, key=lambda unit: unit.members[0].depth):
+        result.setdefault(unit.members[0].depth, []).append(unit)
+    return result
+
+
+def _factorized(
+    handle: ModelHandle, statistics: LayerStatistics, units: Sequence[Unit], basis: ErrorMetric, damping: Damping
+) -> Iterator[tuple[Unit, FactorBasis | HeadBasis]]:
+    """Yield the factors of each unit; those that read the same inputs share the damped metric of these."""
+    shared: dict[tuple[str, ...], Damped | None] = {}
+    for unit in units:
         operands = [operand_of(handle, statistics, member) for member in unit.members]
         if isinstance(unit, HeadUnit):
-            result[unit.name] = factorize_heads(unit, operands[0], operands[1], basis, damping)
-        else:
-            result[unit.name] = factorize_unit(unit, operands, basis, damping)
-        if progress is not None:
-            progress(done, len(units))
-    return result
+            yield unit, factorize_heads(unit, operands[0], operands[1], basis, damping)
+            continue
+        inputs = [member.input_group for member in unit.members]
+        key = tuple(inputs if len(set(inputs)) > 1 else inputs[:1])
+        if key not in shared:
+            members = operands if len(key) > 1 else operands[:1]
+            shared[key] = column_metric([basis.metric(operand) for operand in members], damping, unit.name)
+        yield unit, factorize_unit(unit, operands, basis, damping, shared[key])
 
 
 def error_curves(bases: Bases) -> ErrorCurves:

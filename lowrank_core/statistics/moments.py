@@ -23,9 +23,9 @@ from torch import Tensor
 
 from lowrank_core.errors import NumericalError
 
-__all__ = ["GradientAccumulator", "InputStatistics", "MomentAccumulator", "OutputStatistics"]
+__all__ = ["BLOCK_ROWS", "GradientAccumulator", "InputStatistics", "MomentAccumulator", "OutputStatistics", "add_gram", "mirrored"]
 
-BLOCK_ROWS = 1024
+BLOCK_ROWS = 2048
 """Rows in a product of one precision: its rounding error, about 1e-6 relative, is far below that of sampling."""
 
 _PANELS, _PANEL_WIDTH = 4, 64
@@ -39,7 +39,7 @@ def _blocks(rows: Tensor) -> Iterator[Tensor]:
         yield block.to(dtype)
 
 
-def _add_gram(total: Tensor, rows: Tensor) -> None:
+def add_gram(total: Tensor, rows: Tensor) -> None:
     """Add the upper triangle of rowsᵀ rows (n, n) to ``total``; below its diagonal anything may be left."""
     width = rows.shape[1]
     panel = max(_PANEL_WIDTH, -(-width // _PANELS))
@@ -48,7 +48,7 @@ def _add_gram(total: Tensor, rows: Tensor) -> None:
         total[start:stop, start:].add_(rows[:, start:stop].T @ rows[:, start:])
 
 
-def _mirrored(upper: Tensor) -> Tensor:
+def mirrored(upper: Tensor) -> Tensor:
     """Return the symmetric matrix (n, n) that has this upper triangle."""
     return torch.triu(upper).add_(torch.triu(upper, 1).T)
 
@@ -80,7 +80,7 @@ class MomentAccumulator:
         shift = total(block) / weight
         centred = block - shift
         rounding = total(centred).to(torch.float64) / weight  # of the float32 mean: a correction, not a formality, for large means
-        _add_gram(self._upper, centred if weights is None else centred * weights.sqrt())
+        add_gram(self._upper, centred if weights is None else centred * weights.sqrt())
         self._upper.addr_(rounding, rounding, alpha=-weight)
         self._magnitudes += total(block.abs())
         self._merge_means(weight, shift.to(torch.float64) + rounding)
@@ -103,7 +103,7 @@ class MomentAccumulator:
     @property
     def scatter(self) -> Tensor:
         """M (n, n), exactly symmetric."""
-        return _mirrored(self._upper)
+        return mirrored(self._upper)
 
     @property
     def covariance(self) -> Tensor:
@@ -207,7 +207,7 @@ class GradientAccumulator:
         """
         for block, norms in zip(_blocks(gradients), torch.split(input_norms, BLOCK_ROWS), strict=True):
             self._count += len(block)
-            _add_gram(self._upper, block)
+            add_gram(self._upper, block)
             self._rows += norms.to(block.dtype) @ block.square()
         if not torch.isfinite(self._rows).all():
             raise NumericalError(
@@ -224,7 +224,7 @@ class GradientAccumulator:
             NumericalError: no gradient was seen, outside a mixture.
         """
         if tokens is not None:
-            return OutputStatistics(self._count, (_mirrored(self._upper) / tokens).cpu(), (self._rows / tokens).cpu())
+            return OutputStatistics(self._count, (mirrored(self._upper) / tokens).cpu(), (self._rows / tokens).cpu())
         if not self._count:
             raise NumericalError(f"{self._name}: no gradient reached its output. Leave the layer out, or calibrate on more text.")
-        return OutputStatistics(self._count, (_mirrored(self._upper) / self._count).cpu(), (self._rows / self._count).cpu())
+        return OutputStatistics(self._count, (mirrored(self._upper) / self._count).cpu(), (self._rows / self._count).cpu())
