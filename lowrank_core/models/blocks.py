@@ -129,6 +129,17 @@ class BlockRunner:
         with self._skipping(index, hidden.to(self._handle.device, copy=True)):
             yield
 
+    def ends_in_logits(self, ids: Tensor) -> bool:
+        """Whether the logits of tokens (B, T) follow from what the last block gives, and from the tokens, alone."""
+        last = len(self._blocks) - 1
+        hidden = None
+        for index in range(last + 1):
+            hidden = self.run(index, ids, hidden)
+        expected = self._handle.module(input_ids=ids.to(self._handle.device), use_cache=False).logits
+        with self.beginning_at(last + 1, hidden):
+            result = self._handle.module(input_ids=ids.to(self._handle.device), use_cache=False).logits
+        return _close(result, expected, self._tolerance)
+
     def _try_chain(self) -> str:
         """Return why the blocks are no chain, after learning their forms; empty if they are one."""
         windows = torch.split(random_tokens(self._handle.module, 2)[:, :_PROBE_TOKENS], 1)

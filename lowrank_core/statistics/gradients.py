@@ -7,6 +7,10 @@ Notation::
     g        ∂ℓ/∂y at one token
     G        E[g gᵀ] over tokens: ½ tr(G ΔW S ΔWᵀ) estimates the KL divergence per token, in nats, that ΔW causes
 
+Where blocks can be chained, hidden states before each block are kept on disk, and the gradient goes back through one block after the
+other: memory holds the graph of one block for one batch, and the moments of that block. Elsewhere passes through the whole model measure
+as many blocks as memory holds.
+
 The labels of a window depend on the seed and the window's index alone: neither on the batch nor on the pass that draws them.
 """
 
@@ -17,7 +21,9 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +31,13 @@ from torch.nn import functional
 
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import ModelError
+from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.experts import calling_every_expert
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.statistics.experts import mixed_outputs
 from lowrank_core.statistics.moments import GradientAccumulator, OutputStatistics
 from lowrank_core.statistics.store import (
+    HiddenStates,
     StoredStatistics,
     block_path,
     exclusive,
@@ -44,19 +52,19 @@ from lowrank_core.statistics.store import (
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 
-__all__ = ["cached_gradients", "collect_gradients", "gradients_key", "sampled_labels"]
+__all__ = ["cached_gradients", "collect_gradients", "gradients_key", "loss_gradient", "sampled_labels"]
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when the meaning of a stored gradient moment changes: old caches are then ignored."""
 
 _MEMORY_SHARE = 4
 """Gradient matrices of one pass take at most this part of the free memory."""
 
-_LOGITS = 2**27
-"""Maximum number of logits in a batch: half a GiB in float32, and as much again for each of their gradient and softmax."""
+_LOGITS = 2**25
+"""Maximum number of logits in a batch: an eighth of a GiB in float32, and as much again for each of their softmax and its gradient."""
 
-_LABEL_ROWS = 256
-"""Tokens whose distribution is summed in float64 at a time."""
+_CLASSES = 256
+"""Classes whose probabilities are summed before a label is looked for among them."""
 
 
 def _uniform(seed: int, window: int, tokens: int) -> Tensor:
@@ -70,15 +78,39 @@ def sampled_labels(logits: Tensor, seed: int, first_window: int) -> Tensor:
 
     Window ``first_window`` + b has a generator of its own, so equal logits give equal labels whatever the batch.
     """
-    labels = torch.empty(logits.shape[:2], dtype=torch.int64, device=logits.device)
-    for index, window in enumerate(logits):
-        draws = _uniform(seed, first_window + index, len(window)).to(logits.device)
-        for start in range(0, len(window), _LABEL_ROWS):
-            span = slice(start, start + _LABEL_ROWS)
-            sums = window[span].to(torch.float64).softmax(-1).cumsum(-1)
-            targets = (draws[span] * sums[:, -1])[:, None]
-            labels[index, span] = torch.searchsorted(sums, targets, right=True)[:, 0].clamp(max=sums.shape[1] - 1)
-    return labels
+    return _labels(_exponentials(logits), seed, first_window)
+
+
+def loss_gradient(logits: Tensor, seed: int, first_window: int) -> Tensor:
+    """Return ∂ℓ/∂logits (B, T, V) = softmax - indicator of the label that ``sampled_labels`` draws, in the dtype of ``logits``."""
+    weights = _exponentials(logits)
+    labels = _labels(weights, seed, first_window)[..., None]
+    result = weights.div_(weights.sum(-1, keepdim=True))
+    return result.scatter_add_(-1, labels, torch.full_like(labels, -1, dtype=result.dtype)).to(logits.dtype)
+
+
+def _exponentials(logits: Tensor) -> Tensor:
+    """Return exp(logits - max) (B, T, V), in float32 at least."""
+    precise = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    return (precise - precise.amax(-1, keepdim=True)).exp_()
+
+
+def _labels(weights: Tensor, seed: int, first_window: int) -> Tensor:
+    windows, context, _ = weights.shape
+    draws = torch.stack([_uniform(seed, first_window + index, context) for index in range(windows)]).to(weights.device)
+    return _drawn(weights.flatten(0, 1), draws.flatten()).reshape(windows, context)
+
+
+def _drawn(weights: Tensor, draws: Tensor) -> Tensor:
+    """Return the class (N,) in which each of ``draws`` (N,), in [0, 1), falls by ``weights`` (N, V): its group first."""
+    groups = functional.pad(weights, (0, -weights.shape[1] % _CLASSES)).unflatten(1, (-1, _CLASSES))
+    sums = groups.sum(-1, dtype=torch.float64).cumsum(-1)
+    targets = (draws * sums[:, -1])[:, None]
+    group = torch.searchsorted(sums, targets, right=True).clamp(max=sums.shape[1] - 1)
+    before = functional.pad(sums, (1, 0)).gather(1, group)
+    inner = groups[torch.arange(len(groups), device=groups.device), group[:, 0]].to(torch.float64).cumsum(-1)
+    place = torch.searchsorted(inner, targets - before, right=True).clamp(max=_CLASSES - 1)
+    return (group * _CLASSES + place)[:, 0].clamp(max=weights.shape[1] - 1)
 
 
 @contextmanager
@@ -128,35 +160,119 @@ def _recording(handle: ModelHandle, layers: Sequence[LayerSpec]) -> Iterator[dic
 class _Measurement:
     """One measurement of gradients: which blocks go into one pass, and the pass itself."""
 
-    def __init__(self, handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> None:
+    def __init__(self, handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, folder: Path) -> None:
         if not handle.layers:
             raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the dense model.")
         handle.check_tokens(windows.ids)
-        self.handle, self.seed = handle, config.gradient_seed
+        self.handle, self.seed, self.folder = handle, config.gradient_seed, folder
         self.windows = windows.first(config.gradient_windows)
-        logits = windows.context * int(handle.module.get_input_embeddings().weight.shape[0])
-        self._batch_size = max(1, min(config.batch_size, _LOGITS // logits))
         self.blocks: dict[int, list[LayerSpec]] = {}
         for layer in handle.layers:
             self.blocks.setdefault(layer.shape.depth, []).append(layer)
-        self.batches = -(-self.windows.windows // self._batch_size)
+        logits = windows.context * int(handle.module.get_input_embeddings().weight.shape[0])
+        self._spans = self._cut(config.batch_size)
+        self._narrow = self._cut(max(1, min(config.batch_size, _LOGITS // logits)))
 
-    def passes(self, pending: Sequence[int]) -> list[list[int]]:
+    def _cut(self, size: int) -> list[slice]:
+        return [slice(start, start + size) for start in range(0, self.windows.windows, size)]
+
+    @cached_property
+    def _runner(self) -> BlockRunner:
+        """Runner of the model, which tries the chain: not while another measurement of the same model is waited for."""
+        return BlockRunner(self.handle)
+
+    @cached_property
+    def chained(self) -> bool:
+        """Whether blocks can be chained, and the model's end reads nothing but what the last of them gives."""
+        with torch.no_grad():
+            return self._runner.chained and self._runner.ends_in_logits(self.windows.ids[:1])
+
+    def _ids(self, span: slice) -> Tensor:
+        return self.windows.ids[span].to(self.handle.device)
+
+    def by_pass(self, pending: Sequence[int], progress: Progress | None) -> Iterator[dict[int, dict[str, OutputStatistics]]]:
+        """Yield the moments of the pending blocks, pass by pass: a chain from the last block to the first."""
+        if not pending:
+            return
+        passes = [] if self.chained else self._passes(pending)
+        depth = len(self._runner.names)
+        steps = len(self._spans) * (2 * depth - min(pending)) + len(self._narrow) if self.chained else len(passes) * len(self._narrow)
+        done = 0
+
+        def tick() -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress(done, steps)
+
+        with _without_parameter_gradients(self.handle.module):
+            yield from self._chain(set(pending), tick) if self.chained else (self._run(blocks, tick) for blocks in passes)
+
+    # --- block by block ---
+
+    def _chain(self, pending: set[int], tick: Callable[[], None]) -> Iterator[dict[int, dict[str, OutputStatistics]]]:
+        depth, hidden = len(self._runner.names), HiddenStates(self.windows.windows, self.folder)
+        self._forward(hidden, depth, tick)
+        gradient = self._gradient_at_the_end(hidden, depth, tick)
+        for block in range(depth - 1, min(pending) - 1, -1):
+            layers = self.blocks[block] if block in pending else []
+            if block:
+                hidden.resume(block - 1)
+            with _recording(self.handle, layers) as accumulators:
+                for span in self._spans:
+                    self._back_through(block, span, hidden.read(span) if block else None, gradient)
+                    tick()
+            if layers:
+                yield {block: self._finished(layers, accumulators)}
+
+    @torch.no_grad()
+    def _forward(self, hidden: HiddenStates, depth: int, tick: Callable[[], None]) -> None:
+        for block in range(depth):
+            for span in self._spans:
+                hidden.write(span, self._runner.run(block, self._ids(span), hidden.read(span)))
+                tick()
+            hidden.advance(block)
+
+    def _gradient_at_the_end(self, hidden: HiddenStates, depth: int, tick: Callable[[], None]) -> Tensor:
+        """Return the gradient (windows, T, d) with respect to what the last block gives."""
+        result: Tensor | None = None
+        for span in self._narrow:
+            read = hidden.read(span)
+            assert read is not None
+            state = read.clone().requires_grad_()
+            with self._runner.beginning_at(depth, state):
+                logits = self.handle.module(input_ids=self._ids(span), use_cache=False).logits
+            logits.backward(loss_gradient(logits, self.seed, span.start))
+            assert state.grad is not None
+            result = torch.empty(self.windows.windows, *state.shape[1:], dtype=state.dtype) if result is None else result
+            result[span] = state.grad
+            tick()
+        assert result is not None
+        return result
+
+    def _back_through(self, block: int, span: slice, given: Tensor | None, gradient: Tensor) -> None:
+        """Turn the gradient with respect to what ``block`` gives into that with respect to what it is ``given``, in place."""
+        state = None if given is None else given.clone().requires_grad_()
+        output = self._runner.run(block, self._ids(span), state)
+        if output.requires_grad:
+            output.backward(gradient[span].to(output.device))  # type: ignore[no-untyped-call]
+        if state is not None and state.grad is not None:
+            gradient[span] = state.grad
+
+    # --- whole passes ---
+
+    def _passes(self, pending: Sequence[int]) -> list[list[int]]:
         """Return the pending blocks in runs whose matrices fit in a part of the free memory; a block that doesn't has a pass alone."""
         room = free_memory(self.handle.device) // _MEMORY_SHARE
         return in_passes(pending, lambda block: 8 * sum(layer.shape.d_out**2 for layer in self.blocks[block]), room)
 
-    def run(self, blocks: Sequence[int], tick: Callable[[], None]) -> dict[int, dict[str, OutputStatistics]]:
+    def _run(self, blocks: Sequence[int], tick: Callable[[], None]) -> dict[int, dict[str, OutputStatistics]]:
         """Return the moments of every layer of ``blocks``, from one pass over all windows."""
         layers = [layer for block in blocks for layer in self.blocks[block]]
-        with _without_parameter_gradients(self.handle.module), _recording(self.handle, layers) as accumulators:
-            for start in range(0, self.windows.windows, self._batch_size):
-                ids = self.windows.ids[start : start + self._batch_size].to(self.handle.device)
-                logits = self.handle.module(input_ids=ids, use_cache=False).logits
-                labels = sampled_labels(logits.detach(), self.seed, start)
-                precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                loss = functional.cross_entropy(precise.flatten(0, 1), labels.flatten(), reduction="sum")
-                loss.backward()  # type: ignore[no-untyped-call]
+        with _recording(self.handle, layers) as accumulators:
+            for span in self._narrow:
+                logits = self.handle.module(input_ids=self._ids(span), use_cache=False).logits
+                logits.backward(loss_gradient(logits, self.seed, span.start))
                 tick()
         return {block: self._finished(self.blocks[block], accumulators) for block in blocks}
 
@@ -169,39 +285,27 @@ class _Measurement:
             result |= mixed_outputs(members, tokens)
         return result
 
-    def by_pass(self, pending: Sequence[int], progress: Progress | None) -> Iterator[dict[int, dict[str, OutputStatistics]]]:
-        """Yield the moments of the pending blocks, pass by pass."""
-        passes = self.passes(pending)
-        total, done = len(passes) * self.batches, 0
-
-        def tick() -> None:
-            nonlocal done
-            done += 1
-            if progress is not None:
-                progress(done, total)
-
-        for blocks in passes:
-            yield self.run(blocks, tick)
-
 
 def collect_gradients(
     handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, progress: Progress | None = None
 ) -> Mapping[str, OutputStatistics]:
     """Return the moments of the output gradients of every compressible layer, by its name, in memory.
 
-    They are measured on the first ``config.gradient_windows`` windows, in as many passes as memory asks for: the passes draw the same
-    labels, so their number changes nothing. The backward pass is in the model's dtype. ``progress`` counts batches over all passes.
+    They are measured on the first ``config.gradient_windows`` windows, block by block or in as many passes as memory asks for: the passes
+    draw the same labels, so their number changes nothing. The backward pass is in the model's dtype. ``progress`` counts batches over all
+    blocks or passes.
 
     Raises:
         NumericalError: a gradient is NaN or Inf, or none reaches a layer; names the layer.
         ModelError: the model has nothing to compress, or the windows do not fit it.
     """
-    measurement = _Measurement(handle, windows, config)
     result: dict[str, OutputStatistics] = {}
-    for blocks in measurement.by_pass(list(measurement.blocks), progress):
-        for statistics in blocks.values():
-            result |= statistics
-    return result
+    with TemporaryDirectory() as folder:
+        measurement = _Measurement(handle, windows, config, Path(folder))
+        for blocks in measurement.by_pass(list(measurement.blocks), progress):
+            for statistics in blocks.values():
+                result |= statistics
+    return {layer.name: result[layer.name] for layer in handle.layers}
 
 
 def gradients_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
@@ -222,11 +326,11 @@ def cached_gradients(
     """
     folder = statistics_folder(store, gradients_key(handle, windows, config), windows.context)
     if not is_finished(folder):
-        measurement = _Measurement(handle, windows, config)
+        measurement = _Measurement(handle, windows, config, folder)
 
         def waiting() -> None:
             if progress is not None:
-                progress(0, measurement.batches)
+                progress(0, measurement.windows.windows)
 
         with exclusive(folder, waiting):
             if not is_finished(folder):

@@ -1,5 +1,6 @@
 """Output gradients: against autograd token by token, against measured KL, and whatever the batches and passes."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,10 +13,11 @@ from torch.nn import functional
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import Cancelled, ConfigError, ModelError, NumericalError
 from lowrank_core.models import ModelHandle
+from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import weight_of
 from lowrank_core.statistics import gradients
 from lowrank_core.statistics.calibration import collect_statistics
-from lowrank_core.statistics.gradients import cached_gradients, collect_gradients, gradients_key, sampled_labels
+from lowrank_core.statistics.gradients import cached_gradients, collect_gradients, gradients_key, loss_gradient, sampled_labels
 from lowrank_core.statistics.moments import OutputStatistics
 from lowrank_core.text import WindowSet
 
@@ -95,6 +97,19 @@ def test_labels_follow_the_model_s_distribution():
     assert shares[2] == 0
 
 
+def test_labels_of_many_classes_are_those_of_one_sum_over_all():
+    logits = 3 * torch.randn(2, 300, 1000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    draws = torch.stack([gradients._uniform(5, 4 + window, 300) for window in range(2)])[..., None]
+    expected = torch.searchsorted(logits.softmax(-1).cumsum(-1), draws, right=True)[..., 0]
+    assert torch.equal(sampled_labels(logits, 5, 4), expected)
+
+
+def test_the_gradient_of_the_loss_is_that_of_the_cross_entropy():
+    logits = torch.randn(2, 30, 300, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()
+    functional.cross_entropy(logits.flatten(0, 1), sampled_labels(logits, 0, 0).flatten(), reduction="sum").backward()
+    torch.testing.assert_close(loss_gradient(logits, 0, 0), logits.grad, rtol=1e-10, atol=1e-12)
+
+
 def test_labels_depend_on_seed_and_window_alone():
     logits = torch.randn(6, 300, 20, generator=torch.Generator().manual_seed(0))
     whole = sampled_labels(logits, 3, 0)
@@ -125,17 +140,43 @@ def test_the_same_inputs_give_equal_bits(any_handle: ModelHandle, few: WindowSet
     assert not same(first, collect_gradients(any_handle, few, replace(CONFIG, gradient_seed=1)))
 
 
-def one_block_per_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gradients, "free_memory", lambda device: 0)
+def without_chain(monkeypatch: pytest.MonkeyPatch, *, free: int) -> None:
+    monkeypatch.setattr(gradients._Measurement, "chained", False)
+    monkeypatch.setattr(gradients, "free_memory", lambda device: free)
 
 
-def test_the_number_of_passes_changes_nothing(any_handle: ModelHandle, few: WindowSet, monkeypatch: pytest.MonkeyPatch):
+def test_block_by_block_and_whole_passes_of_any_number_are_one(any_handle: ModelHandle, few: WindowSet, monkeypatch: pytest.MonkeyPatch):
     steps: list[tuple[int, int]] = []
+    chained = collect_gradients(any_handle, few, CONFIG, progress=lambda *step: steps.append(step))
+    depth = any_handle.module.config.num_hidden_layers
+    assert steps == [(step, 4 * depth + 2) for step in range(1, 4 * depth + 3)]  # two batches: forward, the end, and back
+    steps.clear()
+    without_chain(monkeypatch, free=2**40)
     whole = collect_gradients(any_handle, few, CONFIG, progress=lambda *step: steps.append(step))
     assert steps == [(1, 2), (2, 2)]
-    one_block_per_pass(monkeypatch)
+    for name, statistics in chained.items():
+        scale = float(statistics.gradient.diagonal().mean())
+        torch.testing.assert_close(whole[name].gradient, statistics.gradient, rtol=1e-5, atol=1e-6 * scale)
+    without_chain(monkeypatch, free=0)
     assert same(whole, collect_gradients(any_handle, few, CONFIG, progress=lambda *step: steps.append(step)))
     assert steps[2:] == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_a_model_whose_end_reads_more_than_its_last_block_is_not_chained(llama: ModelHandle, few: WindowSet):
+    class Doubled(torch.nn.Module):  # the head also reads what the first block gave
+        def __init__(self, head: torch.nn.Module) -> None:
+            super().__init__()
+            self.head, self.kept = head, torch.zeros(())
+
+        def forward(self, hidden: Tensor) -> Tensor:
+            return self.head(hidden + self.kept)
+
+    module = copy.deepcopy(llama.module)
+    module.lm_head = Doubled(module.lm_head)
+    module.model.layers[0].register_forward_hook(lambda _, arguments, output: setattr(module.lm_head, "kept", output))
+    reading = replace(llama, module=module)
+    assert not BlockRunner(reading).ends_in_logits(few.ids[:1])
+    assert BlockRunner(llama).ends_in_logits(few.ids[:1])
 
 
 def test_only_the_first_windows_are_used(llama: ModelHandle, windows: WindowSet, few: WindowSet):
@@ -214,19 +255,30 @@ def test_a_second_run_finds_them(llama: ModelHandle, few: WindowSet, tmp_path: P
     assert same(first, {name: first[name] for name in first})
 
 
-def after(passes: int, batches: int) -> Callable[[int, int], None]:
+def stopping_after(steps: int) -> Callable[[int, int], None]:
     def progress(done: int, total: int) -> None:
-        if done > passes * batches:
+        if done > steps:
             raise Cancelled
 
     return progress
 
 
-def test_an_interrupted_measurement_goes_on(llama: ModelHandle, few: WindowSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    whole = collect_gradients(llama, few, CONFIG)
-    one_block_per_pass(monkeypatch)
+def test_an_interrupted_measurement_goes_on(llama: ModelHandle, few: WindowSet, tmp_path: Path):
+    whole, depth = collect_gradients(llama, few, CONFIG), llama.module.config.num_hidden_layers
+    last_block_is_done = 2 * depth + 2 + 2
     with pytest.raises(Cancelled):
-        cached_gradients(llama, few, CONFIG, tmp_path, progress=after(1, 2))
+        cached_gradients(llama, few, CONFIG, tmp_path, progress=stopping_after(last_block_is_done))
+    (folder,) = tmp_path.iterdir()
+    assert [path.name for path in (folder / "outputs").iterdir()] == [f"block-{depth - 1:03d}.safetensors"]
+    assert same(whole, cached_gradients(llama, few, CONFIG, tmp_path))
+    assert not list(folder.glob("hidden-*"))
+
+
+def test_interrupted_whole_passes_go_on(llama: ModelHandle, few: WindowSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    without_chain(monkeypatch, free=0)
+    whole = collect_gradients(llama, few, CONFIG)
+    with pytest.raises(Cancelled):
+        cached_gradients(llama, few, CONFIG, tmp_path, progress=stopping_after(2))
     (folder,) = tmp_path.iterdir()
     assert [path.name for path in (folder / "outputs").iterdir()] == ["block-000.safetensors"]
     steps: list[tuple[int, int]] = []
