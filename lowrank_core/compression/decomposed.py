@@ -5,12 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
-from lowrank_core.allocation import ALLOCATORS, AllocationProblem, Perplexities, RankAllocation, Ranks, allocate, round_ranks_down
+from lowrank_core.allocation import (
+    ALLOCATORS,
+    AllocationProblem,
+    ErrorCurves,
+    Perplexities,
+    RankAllocation,
+    Ranks,
+    allocate,
+    round_ranks_down,
+)
 from lowrank_core.allocation.units import value_layers
 from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.sequential import compress_sequentially
 from lowrank_core.config import CompressionConfig
+from lowrank_core.decomposition.store import cached_bases
 from lowrank_core.decomposition.units import Bases, damping_of, error_curves, factorize, units_of
 from lowrank_core.metrics import ErrorMetric, metric_named, with_beta
 from lowrank_core.models.experts import experts_of
@@ -45,6 +57,11 @@ class Decomposed:
     def basis(self) -> ErrorMetric:
         return with_beta(metric_named(self.config.basis), self.config.drift_beta)
 
+    @cached_property
+    def curves(self) -> ErrorCurves:
+        """e_0 … e_k of every unit."""
+        return error_curves(self.bases)
+
     @property
     def keep_dense(self) -> tuple[str, ...]:
         return value_layers(self.handle.shapes) if self.config.value_dense else ()
@@ -59,7 +76,7 @@ class Decomposed:
             self.units,
             compression_ratio,
             frozenset(self.keep_dense),
-            error_curves(self.bases),
+            self.curves,
             fixed or {},
             influence=self.statistics.influence,
         )
@@ -92,7 +109,7 @@ class Decomposed:
             self.units,
             compression_ratio,
             keep_dense=self.keep_dense,
-            curves=error_curves(self.bases),
+            curves=self.curves,
             fixed=fixed,
             weights=weights,
             influence=self.statistics.influence,
@@ -143,13 +160,23 @@ class Decomposed:
 
 
 def decompose(
-    handle: ModelHandle, statistics: LayerStatistics, config: CompressionConfig, *, progress: Progress | None = None
+    handle: ModelHandle,
+    statistics: LayerStatistics,
+    config: CompressionConfig,
+    *,
+    store: Path | None = None,
+    progress: Progress | None = None,
 ) -> Decomposed:
     """Decompose every unit of ``handle`` under ``config``.
+
+    Args:
+        store: folder that keeps the factors of stored statistics on disk (``cached_bases``); in memory without one.
 
     Raises:
         ConfigError: no such basis, or it needs gradients that were not collected.
         NumericalError: NaN, Inf or no convergence; names the layer.
     """
     units = units_of(handle, config)
-    return Decomposed(handle, statistics, config, units, factorize(handle, statistics, units, config, progress=progress))
+    if store is None:
+        return Decomposed(handle, statistics, config, units, factorize(handle, statistics, units, config, progress=progress))
+    return Decomposed(handle, statistics, config, units, cached_bases(handle, statistics, units, config, store, progress=progress))

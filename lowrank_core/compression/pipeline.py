@@ -142,7 +142,7 @@ class Pipeline:
         """Nested factors of every unit, for any ratio."""
         statistics, by = self.statistics, f" by {self.preset.label}" if self.preset else ""
         with self.progress(f"Factorising{by}", len(self.units)) as progress:
-            return decompose(self.handle, statistics, self.compression, progress=progress)
+            return decompose(self.handle, statistics, self.compression, store=statistics_home(), progress=progress)
 
     def allocate(
         self, allocator: str, compression_ratio: float, *, fixed: Ranks | None = None, weights: Mapping[str, float] | None = None

@@ -48,8 +48,8 @@ class FactorBasis:
 
     Attributes:
         unit: its matrices and prices.
-        ups: B_i (m_i, k) of each member, float64.
-        down: A (k, n), float64.
+        ups: B_i (m_i, k) of each member, float64, or float32 where they were stored (``slice`` gives float64).
+        down: A (k, n), likewise.
         biases: b_i (m_i,) of the dense members, or None.
         means: of each member, mean of the dense output without bias (m_i,) and mean of the input (n,); empty unless centred.
         errors: e_0 … e_k (k + 1,), float64, descending.
@@ -77,8 +77,8 @@ class FactorBasis:
             RankError: rank outside [1, max_rank].
         """
         check_rank(self.unit, rank, self.max_rank)
-        ups = tuple(up[:, :rank] for up in self.ups)
-        return Factors(ups, self.down[:rank], tuple(self._bias_at(index, up, self.down[:rank]) for index, up in enumerate(ups)))
+        ups, down = tuple(up[:, :rank].to(torch.float64) for up in self.ups), self.down[:rank].to(torch.float64)
+        return Factors(ups, down, tuple(self._bias_at(index, up, down) for index, up in enumerate(ups)))
 
     def _bias_at(self, index: int, up: Tensor, down: Tensor) -> Tensor | None:
         """Return b + E[W x] - B_r A_r μ: the mean output stays exact (docs/methods.md §1, Centring)."""

@@ -34,7 +34,7 @@ class HeadBasis:
 
     Attributes:
         unit: the value and the output projection, and their prices.
-        values: V'_g (groups, d, n), float64.
+        values: V'_g (groups, d, n), float64, or float32 where they were stored, as are the outputs (``slice`` gives float64).
         value_biases: of the reduced values (groups, d), or None.
         outputs: O'_h (heads, m, d).
         output_bias: b (m,) of the dense output projection, or None.
@@ -66,8 +66,8 @@ class HeadBasis:
         """
         check_rank(self.unit, rank, self.max_rank)
         biases = None if self.value_biases is None else self.value_biases[:, :rank]
-        outputs = self.outputs[:, :, :rank]
-        return HeadFactors(self.values[:, :rank], biases, outputs, self._bias_at(outputs, rank), self.unit.head_dim)
+        outputs = self.outputs[:, :, :rank].to(torch.float64)
+        return HeadFactors(self.values[:, :rank].to(torch.float64), biases, outputs, self._bias_at(outputs, rank), self.unit.head_dim)
 
     def _bias_at(self, outputs: Tensor, rank: int) -> Tensor | None:
         if self.output_mean is None or self.reduced_mean is None:

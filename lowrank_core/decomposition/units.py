@@ -14,14 +14,14 @@ from lowrank_core.decomposition.factorization import Damping, FactorBasis, colum
 from lowrank_core.decomposition.head_factorization import HeadBasis, factorize_heads
 from lowrank_core.errors import ConfigError
 from lowrank_core.linalg import Damped
-from lowrank_core.metrics import ErrorMetric, LayerData, metric_named
+from lowrank_core.metrics import LayerData, metric_named
 from lowrank_core.models.attention import head_units
 from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.types import Progress
 
-__all__ = ["Bases", "damping_of", "error_curves", "factorize", "operand_of", "units_by_block", "units_of"]
+__all__ = ["Bases", "damping_of", "error_curves", "factorize", "factorized", "operand_of", "units_by_block", "units_of"]
 
 Bases = Mapping[str, FactorBasis | HeadBasis]
 """Unit name -> its nested factors."""
@@ -67,19 +67,12 @@ def factorize(
         ConfigError: no such basis, or it needs gradients and the statistics have none.
         NumericalError: NaN, Inf or no convergence; names the layer.
     """
-    basis, damping = metric_named(config.basis), damping_of(config)
-    if basis.needs_gradients and not statistics.outputs:
-        raise ConfigError(
-            f"{basis.label} weighs outputs by their gradients, which were not collected. Collect them with `collect_gradients`."
-        )
     result: dict[str, FactorBasis | HeadBasis] = {}
-    done = 0
     for block in units_by_block(units).values():
-        for unit, factors in _factorized(handle, statistics, block, basis, damping):
+        for unit, factors in factorized(handle, statistics, block, config):
             result[unit.name] = factors
-            done += 1
             if progress is not None:
-                progress(done, len(units))
+                progress(len(result), len(units))
     return {unit.name: result[unit.name] for unit in units}
 
 
@@ -91,10 +84,19 @@ def units_by_block(units: Sequence[Unit]) -> dict[int, list[Unit]]:
     return result
 
 
-def _factorized(
-    handle: ModelHandle, statistics: LayerStatistics, units: Sequence[Unit], basis: ErrorMetric, damping: Damping
+def factorized(
+    handle: ModelHandle, statistics: LayerStatistics, units: Sequence[Unit], config: CompressionConfig
 ) -> Iterator[tuple[Unit, FactorBasis | HeadBasis]]:
-    """Yield the factors of each unit; those that read the same inputs share the damped metric of these."""
+    """Yield the factors of each unit of a block; those that read the same inputs share the damped metric of these.
+
+    Raises:
+        as ``factorize``.
+    """
+    basis, damping = metric_named(config.basis), damping_of(config)
+    if basis.needs_gradients and not statistics.outputs:
+        raise ConfigError(
+            f"{basis.label} weighs outputs by their gradients, which were not collected. Collect them with `collect_gradients`."
+        )
     shared: dict[tuple[str, ...], Damped | None] = {}
     for unit in units:
         operands = [operand_of(handle, statistics, member) for member in unit.members]

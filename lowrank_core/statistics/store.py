@@ -1,7 +1,8 @@
 """Statistics on disk: a safetensors file for each finished block, read one entry at a time.
 
-A folder, named by the content that the statistics come from, holds ``inputs/block-000.safetensors`` … (or ``outputs/…``), each written
-whole or not at all, and ``done.json`` once all are there. While it grows it also holds the hidden states after the last finished block.
+A folder, named by the content that the statistics come from, holds ``inputs/block-000.safetensors`` … (or ``outputs/…``, ``factors/…``),
+each written whole or not at all, and ``done.json`` once all are there. While it grows it also holds the hidden states after finished
+blocks.
 
 ``checksums.json`` has the size and the SHA-256 of each of these files, entered before a file gets its name. They are compared whenever a
 folder is opened, and before an interrupted calibration goes on: a damaged, swapped or foreign block is never believed.
@@ -33,6 +34,7 @@ __all__ = [
     "HiddenStates",
     "StoredStatistics",
     "block_path",
+    "damage_told",
     "exclusive",
     "finish",
     "finished_blocks",
@@ -41,6 +43,7 @@ __all__ = [
     "is_finished",
     "statistics_folder",
     "write_block",
+    "write_tensors",
 ]
 
 S = TypeVar("S", InputStatistics, OutputStatistics)
@@ -54,11 +57,16 @@ _POLL_SECONDS = 0.5
 
 
 @contextmanager
-def _damage_told(folder: Path) -> Iterator[None]:
+def damage_told(folder: Path) -> Iterator[None]:
+    """Name the folder where what is read in it is not what was written.
+
+    Raises:
+        NumericalError: it is not.
+    """
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise NumericalError(f"the stored statistics in {folder} are damaged ({error}). Delete that folder and calibrate again.") from error
+        raise NumericalError(f"the stored statistics in {folder} are damaged ({error}). Delete that folder and try again.") from error
 
 
 def statistics_folder(store: Path, key: str, context: int) -> Path:
@@ -106,7 +114,7 @@ def finished_blocks(folder: Path, part: str) -> set[int]:
         NumericalError: one is damaged.
     """
     paths = sorted((folder / part).glob("block-*.safetensors"))
-    with _damage_told(folder):
+    with damage_told(folder):
         for path in paths:
             _check(folder, f"{part}/{path.name}")
         return {int(path.stem.removeprefix("block-")) for path in paths}
@@ -124,10 +132,15 @@ def write_block(path: Path, statistics: Mapping[str, S], seconds: float, *, infl
         for field in fields(entry):
             value = getattr(entry, field.name)
             tensors[f"{name}/{field.name}"] = value.contiguous().clone() if isinstance(value, Tensor) else torch.tensor(value)
+    metadata = {"names": json.dumps(list(statistics)), "seconds": repr(seconds), "note": note}
+    write_tensors(path, tensors, metadata if influence is None else {**metadata, "influence": repr(influence)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the file of a finished block, and enter its checksum: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    metadata = {"names": json.dumps(list(statistics)), "seconds": repr(seconds), "note": note}
-    save_file(tensors, partial, metadata=metadata if influence is None else {**metadata, "influence": repr(influence)})
+    save_file(dict(tensors), partial, metadata=dict(metadata))
     _enter(path.parents[1], f"{path.parent.name}/{path.name}", partial)
     partial.replace(path)
 
@@ -148,7 +161,7 @@ def is_finished(folder: Path) -> bool:
     Raises:
         NumericalError: it should, and blocks are missing.
     """
-    with _damage_told(folder):
+    with damage_told(folder):
         try:
             expected = int(json.loads((folder / _DONE).read_text(encoding="utf-8"))["blocks"])
         except FileNotFoundError:
@@ -181,6 +194,7 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
     """Statistics by name, each read from its block's file when it is asked for, and not kept. All files are checked at the start.
 
     Attributes:
+        name: of the folder, which is that of their content.
         sizes: (tokens, width) of each entry, without reading it.
         seconds: that measuring took, over all blocks.
         influence: of each block, in their order; None of one that has none.
@@ -190,13 +204,14 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
     def __init__(self, folder: Path, part: str, kind: type[S]) -> None:
         """Raises NumericalError: a file is damaged."""
         self._folder = folder
+        self.name = folder.name
         self._kind: type[S] = kind
         self._places: dict[str, Path] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
         self.seconds = 0.0
         self.influence: list[float | None] = []
         self.notes: list[str] = []
-        with _damage_told(folder):
+        with damage_told(folder):
             for block in sorted(finished_blocks(folder, part)):
                 self._index(block_path(folder, part, block))
 
@@ -214,7 +229,7 @@ class StoredStatistics(Mapping[str, S], Generic[S]):
     def __getitem__(self, name: str) -> S:
         """Raises NumericalError: a value is not finite, or the file has been damaged since."""
         path = self._places[name]
-        with _damage_told(self._folder), safe_open(path, framework="pt") as file:
+        with damage_told(self._folder), safe_open(path, framework="pt") as file:
             values: dict[str, Any] = {field.name: file.get_tensor(f"{name}/{field.name}") for field in fields(self._kind)}
             for part, value in values.items():
                 if not torch.isfinite(value.sum()):  # as good as looking at each, and ten times as fast
@@ -281,7 +296,7 @@ class HiddenStates:
             NumericalError: they are not there, or damaged.
         """
         assert self._folder is not None
-        with _damage_told(self._folder):
+        with damage_told(self._folder):
             paths = list(self._folder.glob(f"hidden-{block:03d}.*"))
             if len(paths) != 1:
                 raise ValueError(f"the hidden states after block {block} are missing")

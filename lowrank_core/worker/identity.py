@@ -20,7 +20,6 @@ from transformers import PreTrainedTokenizerBase
 
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import CalibrationConfig
-from lowrank_core.decomposition.units import error_curves
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle
 from lowrank_core.runs import Run, read_json, write_json
@@ -82,7 +81,7 @@ def identity_of_texts(handle: ModelHandle, config: CalibrationConfig, *texts: Wi
 
 def identity_of_factors(decomposed: Decomposed) -> dict[str, object]:
     """Return the total energy of the factors: the sum of errors at rank 0."""
-    return {"energy": float(sum(curve[0] for curve in error_curves(decomposed.bases).values()))}
+    return {"energy": float(sum(curve[0] for curve in decomposed.curves.values()))}
 
 
 def signed_in(study: optuna.Study) -> dict[str, object]:

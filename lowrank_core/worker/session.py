@@ -13,7 +13,6 @@ from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CompressionConfig, SearchConfig
-from lowrank_core.decomposition.units import error_curves
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import biases_without_place
 from lowrank_core.metrics import metric_named
@@ -154,7 +153,7 @@ def search_bench(
         reverse = config.objective == "bolaco"
         reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
     reporter.say(dense_warnings=reference.warnings)
-    curves = error_curves(decomposed.bases)
+    curves = decomposed.curves
     if config.error_weights:
         with reporter.stage("Measuring error weights", len(units)) as progress:
             ratio = config.compression_ratio
