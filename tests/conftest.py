@@ -15,6 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, Qwen2Con
 
 from lowrank_core.config import ModelSource
 from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.statistics import precision
 from lowrank_core.text import WindowSet
 
 # Tiny matrices: with several threads, and anything else on the machine, they mostly wait for each other. Workers inherit it.
@@ -42,6 +43,12 @@ def lowrank_home(homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path
     folder.mkdir()
     monkeypatch.setenv("LOWRANK_HOME", str(folder))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Laws are held to the digits of float32, whatever this processor has instructions for."""
+    monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
 
 
 @pytest.fixture(scope="session")

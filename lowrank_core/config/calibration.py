@@ -10,6 +10,7 @@ __all__ = ["GROUP_WEIGHTS", "ROBUST_RULES", "TOKENS_PER_DIMENSION", "Calibration
 
 GROUP_WEIGHTS = ("equal", "dof")
 ROBUST_RULES = ("none", "trimmed", "downweighted")
+_PRECISIONS = ("auto", "float32", "bfloat16")
 
 TOKENS_PER_DIMENSION = 8
 """Below this many tokens per input dimension a covariance says little about small eigenvalues."""
@@ -40,6 +41,14 @@ class CalibrationConfig:
         256, "windows that output gradients are measured on, from the first; all if there are fewer", label="Gradient windows", minimum=1
     )
     gradient_seed: int = option(0, "of the labels that are drawn from the model for the gradients", label="Gradient seed", minimum=0)
+
+    precision: str = option(
+        "auto",
+        "of matrix products in passes of calibration, gradients and fit of a float32 model on a CPU; auto: bfloat16 where the processor "
+        "has instructions for it; sums, moments and all that is evaluated stay in float32",
+        label="Precision of products",
+        choices=_PRECISIONS,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -28,6 +28,7 @@ from lowrank_core.statistics.experts import mixed_inputs
 from lowrank_core.statistics.influence import InfluenceAccumulator
 from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
 from lowrank_core.statistics.pooling import PooledAccumulator, check_groups, trimmed
+from lowrank_core.statistics.precision import precision_key, products_in, resolved_precision
 from lowrank_core.statistics.store import (
     HiddenStates,
     StoredStatistics,
@@ -153,10 +154,11 @@ def _recording(
         expert = handle.module.get_submodule(name.rpartition(".")[0])
 
         def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if isinstance(expert, Expert):
-                accumulator.update_routed(arguments[0], *_owners(expert, context, batch()))
-            else:
-                accumulator.update(_by_window(name, arguments[0], context))
+            with products_in("float32"):
+                if isinstance(expert, Expert):
+                    accumulator.update_routed(arguments[0], *_owners(expert, context, batch()))
+                else:
+                    accumulator.update(_by_window(name, arguments[0], context))
 
         return hook
 
@@ -209,6 +211,7 @@ class _Calibration:
         handle.check_tokens(windows.ids)
         check_groups(config.robust, windows.windows, config.group_size)
         self.handle, self.windows, self.config, self.folder = handle, windows, config, folder
+        self.precision = resolved_precision(config, handle)
         self.blocks = 1 + max(layer.shape.depth for layer in handle.layers)
         self.widths: list[dict[str, int]] = [{} for _ in range(self.blocks)]
         self.mixtures: dict[str, str] = {}
@@ -275,6 +278,7 @@ class _Calibration:
         with ExitStack() as stack:
             recorded = {g: a for parts in accumulators.values() for g, a in parts.items()}
             span = slice(0)
+            stack.enter_context(products_in(self.precision))
             stack.enter_context(_recording(self.handle, recorded, self.windows.context, lambda: len(self.windows.ids[span])))
             for influence in influences.values():
                 stack.enter_context(influence.watching(self.handle.module.get_submodule(influence.name)))
@@ -377,6 +381,7 @@ def statistics_key(handle: ModelHandle, windows: WindowSet, config: CalibrationC
     """
     layers = sorted((layer.name, layer.input_group) for layer in handle.layers)
     parts = [_FORMAT, handle.fingerprint, windows.sha256, config.group_size, config.group_weights, config.robust, layers]
+    parts += precision_key(config, handle)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

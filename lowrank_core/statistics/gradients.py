@@ -36,6 +36,7 @@ from lowrank_core.models.experts import calling_every_expert
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.statistics.experts import mixed_outputs
 from lowrank_core.statistics.moments import GradientAccumulator, OutputStatistics
+from lowrank_core.statistics.precision import precision_key, products_in, resolved_precision
 from lowrank_core.statistics.store import (
     HiddenStates,
     StoredStatistics,
@@ -165,6 +166,7 @@ class _Measurement:
             raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the dense model.")
         handle.check_tokens(windows.ids)
         self.handle, self.seed, self.folder = handle, config.gradient_seed, folder
+        self.precision = resolved_precision(config, handle)
         self.windows = windows.first(config.gradient_windows)
         self.blocks: dict[int, list[LayerSpec]] = {}
         for layer in handle.layers:
@@ -205,7 +207,7 @@ class _Measurement:
             if progress is not None:
                 progress(done, steps)
 
-        with _without_parameter_gradients(self.handle.module):
+        with _without_parameter_gradients(self.handle.module), products_in(self.precision):
             yield from self._chain(set(pending), tick) if self.chained else (self._run(blocks, tick) for blocks in passes)
 
     # --- block by block ---
@@ -311,6 +313,7 @@ def collect_gradients(
 def gradients_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
     """Return the name of these moments: a hash of model, tokens and seed."""
     parts = ["gradients", _FORMAT, handle.fingerprint, windows.first(config.gradient_windows).sha256, config.gradient_seed]
+    parts += precision_key(config, handle)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

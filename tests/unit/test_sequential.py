@@ -175,9 +175,8 @@ def test_the_dense_model_is_left_alone_and_the_new_one_can_be_trained(llama: Mod
 def test_the_batch_size_changes_nothing_but_rounding(llama: ModelHandle, windows: WindowSet, statistics: LayerStatistics):
     """In what the model computes; weights in directions that no input has (the values have a low rank) may differ."""
     allocation = uniform(llama, WHITENED)
-    one, other = (
-        hidden_states(compressed(llama, windows, statistics, WHITENED, allocation, batch_size=size).handle, windows) for size in (7, 40)
-    )
+    batched = (replace(statistics, config=replace(statistics.config, batch_size=size)) for size in (7, 40))
+    one, other = (hidden_states(compressed(llama, windows, by, WHITENED, allocation).handle, windows) for by in batched)
     torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(one.abs().max()))
 
 

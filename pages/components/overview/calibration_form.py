@@ -89,7 +89,7 @@ def _sizes() -> tuple[int, int]:
 
 
 _ADVANCED: Mapping[type, Sequence[str]] = {
-    CalibrationConfig: ("group_size", "group_weights", "batch_size", "robust", "gradient_windows", "gradient_seed"),
+    CalibrationConfig: ("group_size", "group_weights", "batch_size", "robust", "gradient_windows", "gradient_seed", "precision"),
     TextConfig: ("validation_windows", "test_windows", "bos", "seed"),
     ModelSource: ("dtype",),
 }

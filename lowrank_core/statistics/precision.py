@@ -1,0 +1,58 @@
+"""Products of calibration passes in bfloat16: twice as fast on processors that have the instructions, sums in float32.
+
+Only the operands of matrix products are rounded, to 8 bits: hidden states stay in float32, and the moments of inputs, whose small
+eigenvalues count, are multiplied in float32. docs/results.md has what it costs in KL, which is less than the interval of the measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from lowrank_core.config import CalibrationConfig
+from lowrank_core.errors import ConfigError
+from lowrank_core.models.handle import ModelHandle
+
+__all__ = ["has_bfloat16", "precision_key", "products_in", "resolved_precision"]
+
+_FLAGS = {"float32": "ieee", "bfloat16": "bf16"}
+
+
+def has_bfloat16() -> bool:
+    """Return whether this processor has instructions for products in bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+
+
+def resolved_precision(config: CalibrationConfig, handle: ModelHandle) -> str:
+    """Return float32 or bfloat16, the precision of products in passes of ``handle``; models in another dtype than float32 keep theirs.
+
+    Raises:
+        ConfigError: bfloat16 is asked for where the processor has no instructions for it.
+    """
+    plain = handle.device.type != "cpu" or handle.module.dtype != torch.float32
+    if config.precision == "float32" or (config.precision == "auto" and (plain or not has_bfloat16())):
+        return "float32"
+    if plain or not has_bfloat16():
+        raise ConfigError(
+            "products in bfloat16 need a float32 model on a processor with AVX-512 BF16 or AMX. Choose the precision auto or float32."
+        )
+    return "bfloat16"
+
+
+def precision_key(config: CalibrationConfig, handle: ModelHandle) -> list[str]:
+    """Return what the key of a statistic says of the precision: nothing for float32, as before there was a choice."""
+    return [precision] if (precision := resolved_precision(config, handle)) != "float32" else []
+
+
+@contextmanager
+def products_in(precision: str) -> Iterator[None]:
+    """Take matrix products of float32 tensors on the CPU in ``precision``: float32 or bfloat16."""
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision  # type: ignore[attr-defined]
+    matmul.fp32_precision = _FLAGS[precision]  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before  # type: ignore[attr-defined]
