@@ -121,10 +121,12 @@ class _CrossAccumulator:
         for total, part in zip(self._sums, (rows, own, own.abs()), strict=True):
             total += (part if scale is None else part * scale).sum(0, dtype=torch.float64)
         shift = self._shift.to(torch.float32)
-        root = 1.0 if scale is None else scale.sqrt()
+        if scale is not None:
+            rows, own, shift = rows * scale.sqrt(), own * scale.sqrt(), shift * scale.sqrt()
         for start in range(0, len(rows), BLOCK_ROWS):
             span = slice(start, start + BLOCK_ROWS)
-            left, right = ((part[span] - shift) * (root if scale is None else root[span]) for part in (rows, own))
+            about = shift if scale is None else shift[span]
+            left, right = rows[span] - about, own[span] - about
             add_gram(self._own, right)
             self._cross += left.T @ right
 

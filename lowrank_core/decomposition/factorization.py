@@ -146,7 +146,8 @@ def _target(layer_data: LayerData, basis: ErrorMetric, metric: Metric, columns: 
     drifted = layer_data.weight @ (moment - metric.columns)
     if not torch.isfinite(drifted).all():
         raise NumericalError(f"{layer_data.shape.name}: NaN or Inf before a decomposition. Calibrate again.")
-    return layer_data.weight + torch.linalg.solve(columns.invertible().matrix, drifted, left=False)
+    correction: Tensor = torch.linalg.solve(columns.invertible().matrix, drifted, left=False)
+    return layer_data.weight + correction
 
 
 def factorize_unit(

@@ -104,7 +104,7 @@ def _labels(weights: Tensor, seed: int, first_window: int) -> Tensor:
 
 def _drawn(weights: Tensor, draws: Tensor) -> Tensor:
     """Return the class (N,) in which each of ``draws`` (N,), in [0, 1), falls by ``weights`` (N, V): its group first."""
-    groups = functional.pad(weights, (0, -weights.shape[1] % _CLASSES)).unflatten(1, (-1, _CLASSES))
+    groups = functional.pad(weights, (0, -weights.shape[1] % _CLASSES)).reshape(len(weights), -1, _CLASSES)
     sums = groups.sum(-1, dtype=torch.float64).cumsum(-1)
     targets = (draws * sums[:, -1])[:, None]
     group = torch.searchsorted(sums, targets, right=True).clamp(max=sums.shape[1] - 1)

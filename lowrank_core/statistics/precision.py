@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -22,7 +23,7 @@ _FLAGS = {"float32": "ieee", "bfloat16": "bf16"}
 
 def has_bfloat16() -> bool:
     """Return whether this processor has instructions for products in bfloat16."""
-    return torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return bool(torch.backends.mkldnn.is_available()) and torch.cpu._is_avx512_bf16_supported()  # type: ignore[no-untyped-call]
 
 
 def resolved_precision(config: CalibrationConfig, handle: ModelHandle) -> str:
@@ -49,10 +50,10 @@ def precision_key(config: CalibrationConfig, handle: ModelHandle) -> list[str]:
 @contextmanager
 def products_in(precision: str) -> Iterator[None]:
     """Take matrix products of float32 tensors on the CPU in ``precision``: float32 or bfloat16."""
-    matmul = torch.backends.mkldnn.matmul
-    before = matmul.fp32_precision  # type: ignore[attr-defined]
-    matmul.fp32_precision = _FLAGS[precision]  # type: ignore[attr-defined]
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = matmul.fp32_precision
+    matmul.fp32_precision = _FLAGS[precision]
     try:
         yield
     finally:
-        matmul.fp32_precision = before  # type: ignore[attr-defined]
+        matmul.fp32_precision = before
