@@ -28,7 +28,7 @@ PAGES = {
 COUNT = re.compile(r"(\d+) of (\d+) trials complete")
 # Opened below the root, Streamlit's own front end asks there first for two files that are at the root.
 PROBES = ("/_stcore/health", "/_stcore/host-config")
-CALIBRATION_SECONDS, TRIAL_SECONDS = 420, 180  # upper bounds for a busy machine
+CALIBRATION_SECONDS, TRIAL_SECONDS, QUEUE_SECONDS = 900, 400, 1200  # upper bounds for a busy machine
 
 
 def console_errors(page) -> list[tuple[str, str]]:
@@ -101,7 +101,7 @@ def test_a_search_streams_in_survives_a_reload_stops_resumes_and_is_compared(add
     page.get_by_text("Perplexity, compressed").wait_for(timeout=TRIAL_SECONDS * 1000)
     page.get_by_role("radio", name="Same prompt").or_(page.get_by_text("Same prompt", exact=True)).first.click()
     page.get_by_role("button", name="Continue with all chosen").click()
-    page.get_by_text("Compressed, ").wait_for(timeout=TRIAL_SECONDS * 1000)
+    page.get_by_text("Compressed, ").wait_for(timeout=QUEUE_SECONDS * 1000)  # behind the models being measured
 
     for name in PAGES:
         open_page(page, name)
@@ -109,7 +109,7 @@ def test_a_search_streams_in_survives_a_reload_stops_resumes_and_is_compared(add
         assert_sound(page)
     assert console_errors(page) == []
     (run,) = list_runs()
-    wait_for(lambda: run.status().state == "stopped", TRIAL_SECONDS, "all requests are answered, and the search is as it was left")
+    wait_for(lambda: run.status().state == "stopped", QUEUE_SECONDS, "all requests are answered, and the search is as it was left")
 
 
 @pytest.fixture

@@ -70,9 +70,8 @@ def test_the_recorded_run_is_of_the_bundled_model(demo: ModelHandle) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ratio", ["0.2", "0.3"])
-def test_the_whole_pipeline_on_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], ratio: str) -> None:
-    run = str(tmp_path / "run")
+def test_the_whole_pipeline_on_the_bundled_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, ratio = str(tmp_path / "run"), "0.3"
     command = [
         "search",
         "--model",
