@@ -65,6 +65,8 @@ def test_fractions_and_sizes_are_words():
     assert formatting.percent(0.3) == "30.0 %"
     assert formatting.percent(math.nan) == "–"
     assert formatting.size(27_400_000) == "26.1 MiB"
+    assert formatting.sizes([3 * 2**30, 2**29, None]) == ["3.00 GiB", "0.500 GiB", "–"]
+    assert formatting.sizes([12, 900]) == ["12 B", "900 B"]
     assert formatting.interval(1.0, None) == "–"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -9,7 +10,7 @@ from typing import ClassVar, Literal, TypeVar
 
 import pandas as pd
 
-from lowrank_core.studio.shared.formatting import DASH, interval_words, number, percent, size
+from lowrank_core.studio.shared.formatting import DASH, interval_words, number, percent, sizes
 
 __all__ = ["Column", "Metrics", "Table", "frame_of", "intervals"]
 
@@ -70,18 +71,23 @@ class Column:
         """Layout in a report: a ``number`` stands to the right, a ``short`` text is not broken into lines."""
         return {"text": "", "short": "short"}.get(self.kind, "number")
 
-    def words(self, entry: object) -> str:
-        """Return ``entry`` as a report writes it."""
+    def cells(self, entries: Iterable[object]) -> list[str]:
+        """Return ``entries`` as a report writes them: sizes in one unit."""
+        return sizes(map(_float, entries)) if self.kind == "bytes" else list(map(self._words, entries))
+
+    def _words(self, entry: object) -> str:
         if pd.isna(entry) or entry == "":  # type: ignore[call-overload]
             return DASH
         if self.kind in _WORDS:
             return str(entry)
-        value = float(entry)  # type: ignore[arg-type]
+        value = _float(entry)
         if self.kind == "whole":
             return f"{value:,.0f}"
-        if self.kind == "share":
-            return percent(value, self.digits)
-        return size(value) if self.kind == "bytes" else number(value, self.digits)
+        return percent(value, self.digits) if self.kind == "share" else number(value, self.digits)
+
+
+def _float(entry: object) -> float:
+    return math.nan if pd.isna(entry) else float(entry)  # type: ignore[arg-type, call-overload]
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,7 @@ class Table:
     @property
     def rows(self) -> list[tuple[str, ...]]:
         """The cells as a report writes them."""
-        return list(zip(*([column.words(entry) for entry in self.frame[column.name]] for column in self.shown), strict=True))
+        return list(zip(*(column.cells(self.frame[column.name]) for column in self.shown), strict=True))
 
 
 def frame_of(records: Iterable[T], **columns: str | Callable[[T], object]) -> pd.DataFrame:
