@@ -125,6 +125,12 @@ def test_variables_are_headed_by_what_they_mean(rich, ranged):
     assert [v.label for v in history.search_variables(ranged, RANGE)] == ["Kept of q, k", "Target ratio"]
     layer = replace(rich[3], params={"model.layers.1.mlp.up_proj": 0.5, "gate 0-3": 0.4})
     assert [v.label for v in history.search_variables([layer], SEARCH)] == ["Kept of 1 · up", "Kept of gate 0-3"]
+    types = replace(
+        layer, params={"experts.gate+experts.up": 1.0, "experts.down_proj 0-3": 1.0, "shared_expert.up_proj": 1.0, "attn.c_proj": 1}
+    )
+    labels = [v.label for v in history.search_variables([types], replace(SEARCH, variables="error_weight"))]
+    roles = ["experts.gate+experts.up", "experts.down 0-3", "shared_expert.up", "attn.c"]
+    assert labels == [f"Weight of {role}" for role in roles]
 
 
 def test_units_are_called_by_block_and_type():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,6 +32,9 @@ __all__ = [
     "value_columns",
 ]
 
+
+_UNIT = re.compile(r"\.\d+\.")
+"""In the name of a variable: the block of its unit; other variables are of a module type, such as ``experts.up``."""
 
 _COLUMNS = ("trial", "state", "kind", "value", "perplexity", "kl", "removed", "seconds", "worker", "started")
 
@@ -212,7 +216,7 @@ def search_variables(trials: Sequence[TrialRecord], search: SearchConfig) -> lis
 def _variable(name: str, search: SearchConfig) -> Variable:
     if name == RATIO:
         return Variable(name, "Target ratio", "Fraction of parameters to remove, as proposed by the sampler.")
-    group = unit_label(name) if "." in name else {"qk": "q, k"}.get(name, name)
+    group = unit_label(name) if _UNIT.search(name) else {"qk": "q, k"}.get(name, name.replace("_proj", ""))
     if search.variables == "error_weight":
         return Variable(
             name, f"Weight of {group}", "On the errors of these matrices when they are traded; 1 is the allocation `lagrangian`."
