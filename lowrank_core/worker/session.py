@@ -78,7 +78,8 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     repeats = overlap_warnings(windows.calibration, windows.validation, windows.test)
     notes = (*notes, *_told(repeats))
     if leads:
-        write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
+        places = {"biases_without_place": _biases_without_place(run, handle)}
+        write_json(run.path / "model.json", {**describe(handle), **heads.describe(), **places})
         write_json(run.path / "text.json", {**windows.describe(config.text.seed), "warnings": list(repeats)})
     statistics = pipeline.moments
     session = RunContext(pipeline, notes)
@@ -97,12 +98,12 @@ def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
     search = run.config.search
     warning = handle.coverage.warning(None if search is None else search.compression_ratio)
     by_heads = search is not None and search.compression.heads
-    homeless = biases_without_place(handle) if search is not None and metric_named(search.compression.basis).centred else ()
-    biases = (
-        f"{type(handle.module).__name__} has no place for the biases that this metric gives up to {len(homeless)} layers: "
-        "an export in the dense form has to leave them out (--drop-biases), and measures what that costs."
-    )
-    return _told((*filter(None, [warning]), *([biases] if homeless else []), *(str(entry) for entry in heads.dropped if by_heads)))
+    return _told((*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads)))
+
+
+def _biases_without_place(run: Run, handle: ModelHandle) -> int:
+    """Return to how many layers the metric of the search may give a bias that a dense merge can't hold."""
+    return len(biases_without_place(handle)) if metric_named(compression_of(run).basis).centred and run.config.search is not None else 0
 
 
 def _told(notes: tuple[str, ...]) -> tuple[str, ...]:

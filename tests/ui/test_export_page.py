@@ -115,6 +115,20 @@ def test_a_dense_merge_is_asked_for_without_what_it_can_not_have(app):
     assert request["arguments"] == {"trial": 3, **asdict(ExportConfig("dense"))}
 
 
+def test_a_dense_merge_without_a_place_for_biases_is_refused_before_the_button_is_pressed(app):
+    run = make_run()
+    write_json(run.path / "model.json", {**run.part("model"), "biases_without_place": 14})
+    test = app("export", run=run.id)
+    assert "has no place for the biases that this metric gives up to 14 layers" in words(test)
+    assert not test.button(key="export").disabled
+    test.segmented_control(key="export_form").set_value("dense").run()
+    assert test.button(key="export").disabled
+    assert "turn on “Drop biases without a place”" in words(test)
+    test.toggle(key="export_drop_biases").set_value(True).run()
+    assert sound(test)
+    assert not test.button(key="export").disabled
+
+
 def test_a_healed_model_is_asked_for_by_its_folder_and_is_written_as_it_is_already(app):
     run = make_run()
     write_healing(run)

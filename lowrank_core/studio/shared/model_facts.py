@@ -31,6 +31,8 @@ class ModelFacts:
         coverage: what every parameter is: compressible, or left alone and why; of an older record only how much is compressible.
         head_flops: of the output head for one token; None in an older record.
         auto_class: of transformers, which loads it.
+        biases_without_place: layers to which the metric of the search may give a bias that the architecture has no place for, so that a
+            dense merge has to leave it out; 0 in an older record.
         dtype: in which it is held; stored_dtype: of the checkpoint, in which it is written. Empty in an older record.
     """
 
@@ -55,6 +57,7 @@ class ModelFacts:
     coverage: Coverage = field(default_factory=lambda: Coverage({}))
     head_flops: int | None = None
     auto_class: str = "AutoModelForCausalLM"
+    biases_without_place: int = 0
 
     def __post_init__(self) -> None:
         if not self.coverage.parameters:
@@ -69,6 +72,16 @@ class ModelFacts:
     def compressible_share(self) -> float:
         """Fraction of all parameters that lies in compressible linears."""
         return self.compressible_parameters / self.parameters if self.parameters else 0.0
+
+    @property
+    def dense_merge_note(self) -> str:
+        """Why a dense merge is refused unless biases are dropped; empty where it is not."""
+        if not self.biases_without_place:
+            return ""
+        return (
+            f"{self.architecture} has no place for the biases that this metric gives up to {self.biases_without_place} layers: a dense "
+            "merge has to leave them out (“Drop biases without a place”, --drop-biases), and then measures what that costs."
+        )
 
     def matrix(self, name: str) -> MatrixShape:
         return next(matrix for matrix in self.matrices if matrix.name == name)

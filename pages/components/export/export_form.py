@@ -44,6 +44,7 @@ __all__ = ["show"]
 _RECORDED = (
     "A recorded run has no worker: use the line under “Command” in a terminal, or start a search of your own. All downloads are below."
 )
+_NO_PLACE = "A dense merge has no place for the biases of this metric: turn on “Drop biases without a place”, or choose the form Factors."
 
 
 def show(run: Run) -> Source | None:
@@ -65,12 +66,12 @@ def show(run: Run) -> Source | None:
         st.error(f"The last export failed: {failure.error}", icon=":material/error:")
     left, right = st.columns([1, 1.6], gap="large")
     with left:
-        source, config = _choice(run, result)
+        source, config = _choice(run, result, facts)
     if facts is not None:
         with right:
             _plan(run, source, config, (search, facts, units))
     with left:
-        _write_button(run, source, config)
+        _write_button(run, source, config, facts)
     return source
 
 
@@ -81,7 +82,7 @@ def _sources(run: Run, search: SearchConfig, units: Sequence[Unit]) -> dict[str,
     return {str(source.healed or source.trial): source for source in [*chosen, *healed_sources(run, trials)]}
 
 
-def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
+def _choice(run: Run, result: dict[str, Source], facts: ModelFacts | None) -> tuple[Source, ExportConfig]:
     """Raises: ConfigError: a size that is none."""
     picked = state.selection().trial
     key = pick(
@@ -95,6 +96,8 @@ def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
     dense = form == "dense"
     code = draw(ExportConfig, "with_code", key="export_with_code", disabled=dense)
     drop = draw(ExportConfig, "drop_biases", key="export_drop_biases", disabled=not dense)
+    if facts is not None and facts.dense_merge_note:
+        st.caption(facts.dense_merge_note)
     with st.container(horizontal=True):
         dtype = draw(ExportConfig, "dtype", key="export_dtype")
         factors = draw(ExportConfig, "quantization", key="export_quantization", disabled=dense)
@@ -189,10 +192,11 @@ def _loading(folder: Path, source: Source, config: ExportConfig, auto_class: str
         st.code(way.code, language=way.language, wrap_lines=True)
 
 
-def _write_button(run: Run, source: Source, config: ExportConfig) -> None:
-    """Draw the export button."""
+def _write_button(run: Run, source: Source, config: ExportConfig, facts: ModelFacts | None) -> None:
+    """Draw the export button, disabled where it is known that the export would be refused."""
+    refused = facts is not None and facts.biases_without_place > 0 and config.form == "dense" and not config.drop_biases
     there = "Already written: see below." if folder_of(run, source, config).exists() else None
-    reason = why_not(run, _RECORDED) or there
+    reason = why_not(run, _RECORDED) or there or (_NO_PLACE if refused else None)
     write = pressed("Write it", key="export", type="primary", icon=":material/save:", why_not=reason)
     if reason is not None:
         st.caption(reason)
