@@ -18,6 +18,7 @@ from synthetic import (
     write_answers,
 )
 
+from lowrank_core.allocation.units import plan_units
 from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.errors import BudgetError
 from lowrank_core.parameters import allocated_parameters, budget_for_ratio
@@ -76,7 +77,7 @@ def test_the_trial_table_marks_the_best_and_has_a_column_for_each_variable():
 
 def test_the_allocation_map_spends_what_the_allocation_counts():
     trial = read_trials(make_run())[3]
-    units = allocation_map.search_units(matrices(), CompressionConfig())
+    units = plan_units(matrices(), CompressionConfig())
     assert list(units) == priced_units()
     result = allocation_map.allocation_of(trial, units)
     view = allocation_map.allocation_map(result, units)

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, field, replace
 
 import pandas as pd
 
+from lowrank_core.allocation.units import plan_units
+from lowrank_core.config import CompressionConfig
 from lowrank_core.config.mapping import build
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import RunError
-from lowrank_core.parameters import HeadUnit, MatrixShape
+from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.studio.shared.formatting import DASH, count, kind_label, percent, size
 from lowrank_core.studio.shared.table import Column, Metrics, Table
 
-__all__ = ["ModelFacts", "model_facts", "model_metrics", "model_words", "module_table", "modules_spec"]
+__all__ = ["ModelFacts", "model_facts", "model_metrics", "model_words", "module_table", "modules_spec", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -83,6 +85,10 @@ class ModelFacts:
             "merge has to leave them out (“Drop biases without a place”, --drop-biases), and then measures what that costs."
         )
 
+    def units(self, compression: CompressionConfig) -> tuple[Unit, ...]:
+        """Return the units of a search with ``compression``, alternatives included."""
+        return plan_units(self.matrices, compression, self.head_units)
+
     def matrix(self, name: str) -> MatrixShape:
         return next(matrix for matrix in self.matrices if matrix.name == name)
 
@@ -117,6 +123,16 @@ def model_facts(run: Run) -> ModelFacts | None:
     """
     body = run.part("model")
     return None if body is None else _facts(body)
+
+
+def units_of(run: Run) -> tuple[Unit, ...]:
+    """Return the units of the search of ``run``; none before the model is loaded, or without a search.
+
+    Raises:
+        RunError: model.json is damaged.
+    """
+    search, facts = run.config.search, model_facts(run)
+    return () if search is None or facts is None else facts.units(search.compression)
 
 
 def _facts(body: JsonMapping) -> ModelFacts:

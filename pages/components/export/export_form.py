@@ -29,7 +29,6 @@ from lowrank_core.studio.export.export_plan import (
     runtimes,
     trial_source,
 )
-from lowrank_core.studio.shared.allocation_map import search_units
 from lowrank_core.studio.shared.formatting import count, percent, size
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 from lowrank_core.studio.shared.model_refs import candidates, healable
@@ -54,7 +53,7 @@ def show(run: Run) -> Source | None:
         LowRankError: a file of the run is damaged, or the choice can't be written.
     """
     search, facts = run.config.search, model_facts(run)
-    units = search_units(facts.matrices, search.compression, facts.head_units) if search is not None and facts is not None else ()
+    units = facts.units(search.compression) if search is not None and facts is not None else ()
     result = _sources(run, search, units) if search is not None else {}
     if search is None or not result:
         text = "This run only analyses the model." if search is None else "This run has no complete trial."

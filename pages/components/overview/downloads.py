@@ -19,7 +19,6 @@ from lowrank_core.studio.overview.calibration_quality import calibration_facts
 from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.report import charts_html, report_html
 from lowrank_core.studio.search.history import trial_table
-from lowrank_core.studio.shared.allocation_map import search_units
 from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.reproduce import reproduction
 from lowrank_core.studio.shared.spreadsheet import csv_of
@@ -87,7 +86,7 @@ def _allocation(run: Run, source: Source | None) -> str:
     assert source.ranks is not None
     assert search is not None
     assert facts is not None
-    units = search_units(facts.matrices, search.compression, facts.head_units)
+    units = facts.units(search.compression)
     return allocation_from_ranks(source.name, units, source.ranks).to_json()
 
 

@@ -24,7 +24,7 @@ from lowrank_core.studio.search.pareto_chart import front_chart
 from lowrank_core.studio.search.static_chart import front_declared, history_declared
 from lowrank_core.studio.search.timeline_chart import living_workers, timeline, timeline_chart
 from lowrank_core.studio.search.trial_windows_chart import window_chart, window_losses
-from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.layer_map_chart import allocation_chart
 from lowrank_core.studio.shared.model_facts import model_facts
@@ -90,7 +90,7 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
     facts = model_facts(run)
     if facts is None:
         return
-    units = search_units(facts.matrices, search.compression, facts.head_units)
+    units = facts.units(search.compression)
     result = allocation_of(trial, units)
     if trial.state not in ("complete", "running"):
         st.caption(f"{trial_label(trial)}: {state_words(trial)}.")
