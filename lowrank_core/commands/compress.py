@@ -109,6 +109,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "compressible_parameters_before": report.linear_parameters_before,
         "compressible_parameters_after": report.linear_parameters_after,
         "ranks": dict(report.ranks),
+        "written_parameters": written.written_parameters,
+        "written_bytes": written.written_bytes,
         "perplexity": None if written.measured is None else written.measured.perplexity,
         "coverage": report.dense_coverage.to_mapping(),
         "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],

@@ -309,6 +309,8 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
         "coverage": report.dense_coverage.to_mapping(),
         "ranks": dict(allocation.ranks),
         "form": written.form,
+        "written_parameters": written.written_parameters,
+        "written_bytes": written.written_bytes,
         "perplexity": None if written.measured is None else written.measured.perplexity,
         "text": f"Wrote trial {record.number} to {out}: {written_words(written)}",
     }
