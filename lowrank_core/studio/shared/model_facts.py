@@ -25,7 +25,7 @@ class ModelFacts:
     """A model, without its weights.
 
     Attributes:
-        bytes: of the checkpoint as held.
+        bytes: of a plain checkpoint in ``stored_dtype``; a quantised file that it was read from may be smaller.
         matrices: the compressible linears in the order of the model.
         input_widths: width of each distinct input (q, k and v share theirs).
         head_units: value and output projections that can be compressed by heads.
@@ -35,7 +35,7 @@ class ModelFacts:
         auto_class: of transformers, which loads it.
         biases_without_place: layers to which the metric of the search may give a bias that the architecture has no place for, so that a
             dense merge has to leave it out; 0 in an older record.
-        dtype: in which it is held; stored_dtype: of the checkpoint, in which it is written. Empty in an older record.
+        dtype: in which it is held; stored_dtype: in which it is written. Empty in an older record.
     """
 
     reference: str
@@ -191,7 +191,7 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
 def modules_spec(facts: ModelFacts) -> Table:
     """Return ``module_table`` as it is shown."""
     columns = (
-        Column.text("type", "Type", "Of modules that can be compressed; then what is left alone.", width=190),
+        Column.text("type", "Type", "Of modules that can be compressed; then what is left alone.", width=225),
         Column.whole("count", "Count"),
         replace(Column.short("shape", "Shape (out × in), or why it is left alone"), width=260),
         Column.text("break_even", "Break-even rank", "The largest rank whose two factors cost less than the matrix."),
@@ -211,7 +211,10 @@ def model_metrics(facts: ModelFacts) -> Metrics:
             percent(facts.compressible_share),
             "Of all parameters; the table lists the rest, and why it is not compressed.",
         ),
-        "Size": (size(facts.bytes), f"Of the checkpoint; held as {facts.dtype} on {facts.device or 'cpu'}."),
+        "Size": (
+            size(facts.bytes),
+            f"As written in {facts.stored_dtype or facts.dtype}; held as {facts.dtype} on {facts.device or 'cpu'}.",
+        ),
         "Blocks × hidden": (f"{facts.blocks} × {facts.hidden:,}", "Number of blocks, and the width of the residual stream."),
         "Vocabulary": (f"{facts.vocabulary:,}", f"Embeddings are {tied}."),
     }

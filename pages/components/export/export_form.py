@@ -113,7 +113,10 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
     layout.metrics_row(
         {
             "Weights": (_bounded(size(result.bytes), result), f"{result.bytes:,} bytes of {result.dtype}; without the file's header."),
-            "Of the dense model": (percent(result.bytes / max(1, facts.bytes)), f"The checkpoint has {size(facts.bytes)}."),
+            "Of the dense model": (
+                percent(result.bytes / max(1, facts.bytes)),
+                f"That has {size(facts.bytes)} in {facts.stored_dtype or facts.dtype}.",
+            ),
             "Parameters": (_bounded(count(result.parameters), result), f"{result.parameters:,}: biases, indices and scales counted."),
         }
     )
@@ -144,14 +147,16 @@ def _bounded(words: str, result: Planned) -> str:
 def _sizes(frame: pd.DataFrame) -> None:
     columns = (
         Column.text("chosen", "", "The chosen form.", 30),
-        Column.text("form", "Form", "“At most” where the exact count is known only after building.", 150),
+        Column.text("form", "Form", "“At most” where the exact count is known only after building.", 165),
         Column.text("dtype", "Floats", width=75),
         Column.whole("parameters", "Parameters", "Numbers in the files: biases, indices and scales counted."),
         Column.whole("bytes", "Bytes", "Of the tensors; without a header of some kilobytes."),
         Column.share("share", "Share", "Of the dense model's bytes."),
     )
     tables.show(Table(frame, columns, "Bytes of each form"), key="export_sizes")
-    st.caption("Counted from the ranks, not measured. The dense model is the checkpoint as it is stored.")
+    st.caption(
+        "Counted from the ranks, not measured. The dense model is that of a plain checkpoint, also where it was read from a quantised file."
+    )
 
 
 def _command(run: Run, source: Source, config: ExportConfig) -> None:

@@ -37,7 +37,7 @@ def meter(editor: DraftState, history: DraftHistory) -> None:
         {
             "Removed, linears": (percent(cost.removed, 2), f"{cost.kept:,} of {cost.dense:,} parameters are kept, index tables counted."),
             "Removed, whole model": (percent(cost.model_removed, 2), f"{cost.model:,} of {cost.dense_model:,} parameters are kept."),
-            "Model on disk": (stored, f"{dense_stored} before, in the checkpoint's dtype, without headers."),
+            "Model on disk": (stored, f"{dense_stored} before, in the dtype that is written, without headers."),
             "FLOPs per token": (
                 count(cost.flops),
                 f"{count(cost.dense_flops)} before. {FLOPS_MEANING}",
