@@ -10,11 +10,9 @@ from lowrank_core.allocation import unspent_warning
 from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.allocation.units import check_reachable, value_layers
 from lowrank_core.compression.decomposed import Decomposed
-from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.decomposition.units import error_curves
-from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import biases_without_place
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, describe
@@ -124,9 +122,7 @@ def _describe(run: Run, session: RunContext, reporter: Reporter) -> None:
     write_json(run.path / "calibration.json", {**figures, "windows": windows, "cached": cached})
 
 
-def search_bench(
-    session: RunContext, config: SearchConfig, batch_size: int, reporter: Reporter, *, selection: Selection | None = None
-) -> TrialBench:
+def search_bench(session: RunContext, config: SearchConfig, reporter: Reporter, *, selection: Selection | None = None) -> TrialBench:
     """Factorise every layer and evaluate the dense model, once for all trials.
 
     ``selection`` is that of an earlier worker: windows are not selected again.
@@ -148,24 +144,19 @@ def search_bench(
     reporter.say(warnings=reported)
     windows = session.windows.validation
     if config.selected_windows:
-        windows, selection = _selected(session, decomposed, plain, config, batch_size, reporter, selection)
+        windows, selection = _selected(session, decomposed, plain, config, reporter, selection)
         reported = (*reported, *filter(None, [selection.warning()]))
         reporter.say(warnings=reported)
-    with reporter.stage("Measuring the dense model", windows.windows) as progress:
-        reverse = config.objective == "bolaco"
-        reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
+    reference = pipeline.dense_reference(windows, reverse=config.objective == "bolaco", top_k=config.top_k)
     reporter.say(dense_warnings=reference.warnings)
     curves = error_curves(decomposed.bases)
     if config.error_weights:
-        with reporter.stage("Measuring error weights", len(units)) as progress:
-            ratio = config.compression_ratio
-            error_weights = measure_error_weights(
-                decomposed, windows, reference, compression_ratio=ratio, batch_size=batch_size, progress=progress
-            )
+        error_weights = pipeline.error_weights(config.compression_ratio, windows, reference)
         curves = {name: curve * error_weights.get(name, 1.0) for name, curve in curves.items()}
     space = SearchSpace.of(units, config, dense, curves)
     reporter.say(warnings=(*reported, *_unspent(space)))
-    return TrialBench(decomposed, windows, reference, space, batch_size, selection if config.selected_windows else None)
+    size = pipeline.calibration.batch_size
+    return TrialBench(decomposed, windows, reference, space, size, selection if config.selected_windows else None)
 
 
 def _selected(
@@ -173,14 +164,14 @@ def _selected(
     decomposed: Decomposed,
     space: SearchSpace,
     config: SearchConfig,
-    batch_size: int,
     reporter: Reporter,
     known: Selection | None,
 ) -> tuple[WindowSet, Selection]:
     """Return the windows of trials of a published search, and how they were selected."""
+    size = session.pipeline.calibration.batch_size
     pool = load_windows(session.pipeline.text, session.handle.tokenizer, "validation", count=round(POOL_RATIO * config.selected_windows))
     with reporter.stage(f"Selecting {config.selected_windows} of {pool.windows} validation windows", ALLOCATIONS) as progress:
-        result = select_windows(decomposed, pool, space, config, batch_size=batch_size, known=known, progress=progress)
+        result = select_windows(decomposed, pool, space, config, batch_size=size, known=known, progress=progress)
     return result.of(pool), result
 
 
