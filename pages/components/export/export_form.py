@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +13,7 @@ from lowrank_core.parameters import Unit
 from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
+from lowrank_core.studies.requests import ExportRequest
 from lowrank_core.studio.compare.comparison import last_failure
 from lowrank_core.studio.compare.healing_commands import HealingCommands, healing_commands
 from lowrank_core.studio.export.export_list import loading_of
@@ -205,4 +205,4 @@ def _write_button(run: Run, source: Source, config: ExportConfig, facts: ModelFa
     if reason is not None:
         st.caption(reason)
     if write:
-        ask(run, "export", **source.request, **asdict(config))
+        ask(run, [ExportRequest(source.trial, source.healed or None, config)])
