@@ -91,7 +91,7 @@ def test_tables_have_the_time_that_labels_have(in_tokyo: None):
     label, (created,) = formatting.timestamp(float(run.record["created"])), run_list.run_table([run])["created"]
     assert f"{created:%H:%M}" == label.rpartition(" ")[2]
     trial = next(trial for trial in read_trials(run) if trial.started is not None)
-    started = history.trial_table([trial], run.config.search)["started"].iloc[0]
+    started = history.trials_spec([trial], run.config.search).frame["started"].iloc[0]
     assert f"{started:%H:%M}" == formatting.timestamp(trial.started).rpartition(" ")[2]
 
 

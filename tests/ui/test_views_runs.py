@@ -67,12 +67,12 @@ def test_progress_is_told_against_uniform():
 
 def test_the_trial_table_marks_the_best_and_has_a_column_for_each_variable():
     trials = read_trials(make_run())
-    table = history.trial_table(trials, SearchConfig())
+    table = history.trials_spec(trials, SearchConfig()).frame
     assert list(table["trial"]) == list(range(6))
     assert table["kind"][3] == "sampled ★ best"
     assert table["kind"][0] == "Uniform"
     assert {result.name for result in history.search_variables(trials, SearchConfig())} <= set(table.columns)
-    assert history.trial_table([], SearchConfig()).empty
+    assert history.trials_spec([], SearchConfig()).frame.empty
 
 
 def test_the_allocation_map_spends_what_the_allocation_counts():

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pandas as pd
 
 from lowrank_core.studio.shared.formatting import DASH, interval_words, number, percent, sizes
 
-__all__ = ["Column", "Metrics", "Table", "frame_of", "intervals"]
+__all__ = ["Column", "Getter", "Metrics", "Table", "filled", "frame_of", "intervals"]
 
 T = TypeVar("T")
 
 Metrics = Mapping[str, tuple[str, str]]
 """Label -> value in words, and what it means: cards of a page and of a report."""
 
+Getter = str | Callable[[Any], object]
 Kind = Literal["text", "short", "flag", "moment", "ago", "whole", "number", "scientific", "share", "bytes"]
+_TYPES = {"whole": "Int64", "bytes": "Int64", "number": "float64", "share": "float64", "scientific": "float64"}
 _WORDS = ("text", "short", "flag", "moment", "ago")
 
 
@@ -33,6 +35,7 @@ class Column:
         digits: significant ones in a report, of ``share`` those behind the point.
         decimals: on a page; None shows four significant digits.
         width: pixels on a page, or a word of Streamlit's.
+        getter: what a record has for it (``filled``): an attribute, or a function of the record; the attribute ``name`` where None.
     """
 
     name: str
@@ -42,6 +45,11 @@ class Column:
     digits: int = 4
     decimals: int | None = None
     width: int | Literal["small", "medium", "large"] | None = None
+    getter: Getter | None = None
+
+    def of(self, getter: Getter) -> Column:
+        """Return the column with its getter."""
+        return replace(self, getter=getter)
 
     @classmethod
     def text(cls, name: str, label: str, help: str = "", width: int | Literal["medium", "large"] | None = None) -> Column:
@@ -122,6 +130,12 @@ def frame_of(records: Iterable[T], **columns: str | Callable[[T], object]) -> pd
     rows = list(records)
     getters = {name: attrgetter(of) if isinstance(of, str) else of for name, of in columns.items()}
     return pd.DataFrame({name: [get(row) for row in rows] for name, get in getters.items()})
+
+
+def filled(records: Iterable[object], columns: Sequence[Column]) -> pd.DataFrame:
+    """Return a row for each record with what the columns' getters find, numbers as such; also without any record."""
+    frame = frame_of(records, **{column.name: column.getter or column.name for column in columns})
+    return frame.astype({column.name: _TYPES[column.kind] for column in columns if column.kind in _TYPES})
 
 
 def intervals(frame: pd.DataFrame, measured: str, low: str, high: str, digits: int = 3) -> list[str]:
