@@ -16,7 +16,7 @@ from pages.components.widgets import choose
 
 __all__ = ["headline", "show_all", "show_refusals", "show_unspent"]
 
-_WIDTHS = [1.15, 1.2, 1.05, 1.05, 1.15]  # of the cards: the longest labels fit at 1280 pixels
+_WIDTHS = [1.05, 1.25, 0.95, 1.25, 1.15]  # of the cards: the longest labels fit at 1280 pixels
 _TABLES = {"lost": "Quality", "saved": "Size"}
 
 
