@@ -199,23 +199,35 @@ def test_marked_ranks_are_named_on_heights_of_their_own():
     assert "Trial 7: rank 5" in words(figure)
 
 
-def crossed(figure, width: float, height: float) -> list[str]:
-    """Return the labels that a dotted line runs through, on a plot of so many pixels."""
+def boxes(figure, width: float, height: float) -> dict[str, tuple[float, float, float, float]]:
+    """Return label -> left, right, bottom and top on a plot of so many pixels, as fractions of it."""
     (low, high), (bottom, top) = figure.layout.xaxis.range, figure.layout.yaxis.range
-    logarithmic = figure.layout.xaxis.type == "log"
-    result = []
+    result = {}
     for text in figure.layout.annotations:
         at = text.x if text.xref == "paper" else (text.x - low) / (high - low)
         y = text.y if text.yref == "paper" else (text.y - bottom) / (top - bottom)
         lines = re.sub(r"</?b>", "", text.text).split("<br>")
         wide, tall = 6.2 * max(map(len, lines)) / width, 14 * len(lines) / height
-        left = at - wide if text.xanchor == "right" else at
-        under = y - tall if text.yanchor == "top" else y
-        for line in figure.layout.shapes:
-            x = ((math.log10(line.x0) if logarithmic else line.x0) - low) / (high - low)
-            if left < x - 1e-3 and x + 1e-3 < left + wide and line.y0 < under + tall - 1e-6 and line.y1 > under + 1e-6:
-                result.append(text.text)
+        left, under = at - wide if text.xanchor == "right" else at, y - tall if text.yanchor == "top" else y
+        result[text.text] = (left, left + wide, under, under + tall)
     return result
+
+
+def crossed(figure, width: float, height: float) -> list[str]:
+    """Return the labels that a dotted line runs through, or that stand on others."""
+    low, high = figure.layout.xaxis.range
+    found = boxes(figure, width, height)
+    places = dict(found)
+    for number, line in enumerate(figure.layout.shapes):
+        x = ((math.log10(line.x0) if figure.layout.xaxis.type == "log" else line.x0) - low) / (high - low)
+        places[f"line {number}"] = (x, x, line.y0, line.y1)
+    slack = 2e-3
+    return [
+        name
+        for name, (left, right, under, over) in found.items()
+        for other, (start, end, foot, head) in places.items()
+        if other != name and left < end - slack and start + slack < right and foot < over - slack and head > under + slack
+    ]
 
 
 @pytest.mark.parametrize("width", [270, 1000])

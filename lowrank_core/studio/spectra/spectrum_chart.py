@@ -35,7 +35,7 @@ _UPPER, _LOWER = 0.1, (0.5, 0.4, 0.6, 0.3)
 the lower one's at the first where no marked rank is."""
 
 _DEEPEST = -9.0  # decades
-_ABOVE, _BELOW = 0.13, 0.28  # of the height of the curves: room for the names of chance, and for those of marked ranks
+_ABOVE, _BELOW = 0.2, 0.28  # of the height of the curves: room for the names of chance, and for those of marked ranks
 _STEP = 0.065  # of the height, between the labels of marked ranks
 _MIDDLE = 0.45  # of the rank axis
 _NAME_ROOM = 0.17  # of the rank axis, which the name of a curve takes
