@@ -37,7 +37,7 @@ class Kind:
     """Kind of a parameter.
 
     Attributes:
-        label: plural, as in "experts 93.1 %".
+        label: plural, as in "routers 0.1 %".
         why: in words, why it is left alone; empty where it is not.
     """
 
@@ -49,7 +49,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "linear": Kind("compressible linears"),
         "lowrank": Kind("low-rank layers", "low-rank already"),
-        "expert": Kind("experts"),
+        "expert": Kind("compressible linears of experts"),
         "experts": Kind("other experts", "their class can't be taken apart into linear layers"),
         "router": Kind("routers", "a router chooses the experts"),
         "narrow": Kind("narrow maps", f"fewer than {MIN_OUTPUTS} outputs: two factors save nothing that counts"),
@@ -65,7 +65,6 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "head": Kind("the head", "outside the blocks"),
         "vector": Kind("norms, biases and other vectors", "no matrix"),
         "outside": Kind("outside the blocks", "only the decoder's blocks are compressed"),
-        "quantised": Kind("quantised weights", "give the dense model"),
         "other": Kind("other weights", "not the matrix of a linear layer"),
         "unrecorded": Kind("the rest", "this record is of an earlier version, which did not say what it is made of"),
     }

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["NO_INTERVAL", "amount", "fixed", "fixed_interval", "given_percent", "has_interval"]
+__all__ = ["BINARY_UNITS", "NO_INTERVAL", "amount", "fixed", "fixed_interval", "given_percent", "has_interval"]
 
 NO_INTERVAL = "no interval"
 """Shown for an interval of zero width: one window, or identical ones."""
+
+BINARY_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
+"""Bytes and symbol of the units of all sizes, the largest first."""
 
 
 def fixed(value: float, digits: int, *, signed: bool = False) -> str:
@@ -35,7 +38,7 @@ def given_percent(fraction: float) -> str:
 
 def amount(size: int) -> str:
     """Return bytes in the binary unit that fits them: what is a few MiB is not 0.0 GiB."""
-    for unit, suffix in ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+    for unit, suffix in BINARY_UNITS:
         if size >= unit:
             return f"{size / unit:.1f} {suffix}"
     return f"{size} bytes"

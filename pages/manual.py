@@ -7,7 +7,6 @@ import streamlit as st
 from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.manual.expected_kl import trial_predictions
 from lowrank_core.studio.manual.starting_points import Recipe
-from lowrank_core.studio.shared.allocation_map import search_units
 from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.run_list import is_busy, is_working
 from pages.components import layout, navigation
@@ -72,5 +71,5 @@ with boundary():
         text = f"This run ended before its model was read. {run.status().message}"
         layout.empty("No modules in this run", text, icon=":material/warning:", page=navigation.SEARCH, label="Start another search")
     else:
-        units = search_units(facts.matrices, search.compression, facts.head_units)
+        units = facts.units(search.compression)
         bench(draft_state.DraftState(run, search, facts, Recipe(units, search, curves_of(run))))

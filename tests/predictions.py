@@ -166,7 +166,7 @@ class Bench:
             run = create_run(self.config, path=Path(folder) / "run")
             reporter = Reporter(run, verbose=True)
             session = prepare(run, reporter)
-            self.bench = search_bench(session, self.config.search, self.config.calibration.batch_size, reporter)
+            self.bench = search_bench(session, self.config.search, reporter)
             record_curves(run, self.config.search, self.bench)
             record = load_curves(run.path / "curves.npz")
             reporter.close("finished")
@@ -180,11 +180,10 @@ class Bench:
 
     def kl(self, ranks: Ranks) -> float:
         """Return the KL divergence that a trial would measure."""
-        from lowrank_core.compression.build import low_rank_layers, swap_layers
         from lowrank_core.evaluation import score_windows
 
         bench = self.bench
-        with swap_layers(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, ranks, storage="factored")):
+        with bench.decomposed.swapped(ranks):
             scores, _ = score_windows(bench.handle, bench.windows, batch_size=bench.batch_size, dense=bench.dense)
         assert scores.kl is not None
         return float(scores.kl.mean())

@@ -30,7 +30,7 @@ from lowrank_core.cli import (
     tasks,
     verify,
 )
-from lowrank_core.cli.options import Parser, json_option
+from lowrank_core.cli.options import Parser, check_file, json_option
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError
 from lowrank_core.types import Result
 
@@ -72,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.line = shlex.join(["lowrank", *(sys.argv[1:] if argv is None else argv)])  # for the card of what is made
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints: stdout carries the result alone
+            check_file(arguments)
             result = arguments.run(arguments)
     except Cancelled:
         print(f"lowrank: stopped.{_how_to_go_on(arguments)}", file=sys.stderr)

@@ -17,6 +17,7 @@ def add(command: Command) -> None:
     text_options(parser)
     add_options(parser, CalibrationConfig)
     parser.add_argument("--directions", metavar="MODULE", help="also the extreme tokens along the top directions of MODULE")
+    parser.add_argument("--experts", action="store_true", help="a line for each expert, in place of a range for each mixture")
     parser.add_argument("--side", default="input", help="of its input or its output (default: %(default)s)")
 
 
@@ -25,4 +26,4 @@ def run(arguments: argparse.Namespace) -> Result:
 
     calibration = config_of(arguments, CalibrationConfig)
     wanted = (arguments.directions, arguments.side) if arguments.directions else None
-    return analyze(source_of(arguments), text_of(arguments), calibration, directions=wanted)
+    return analyze(source_of(arguments), text_of(arguments), calibration, directions=wanted, each_expert=arguments.experts)

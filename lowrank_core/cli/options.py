@@ -30,6 +30,7 @@ __all__ = [
     "Command",
     "Parser",
     "add_options",
+    "check_file",
     "chosen_preset",
     "compression_options",
     "config_of",
@@ -98,20 +99,19 @@ def add_options(
     only: Collection[str] = (),
     without: Collection[str] = (),
     aliases: Mapping[str, str] | None = None,
-    usual: object | None = None,
+    defaults: Mapping[str, str] | None = None,
 ) -> None:
     """Add a flag for each option that ``kind`` declares.
 
     Args:
         only, without: names of fields to take, or to leave.
         aliases: field -> a second flag of this command.
-        usual: config whose values ``--help`` names as defaults.
+        defaults: field -> words that ``--help`` has for the default of this command.
     """
     for declared in options_of(kind):
         if declared.name not in without and (not only or declared.name in only):
             flags = [*filter(None, [(aliases or {}).get(declared.name)]), declared.flag]
-            default = declared.default if usual is None else getattr(usual, declared.name)
-            about = {"dest": _dest(kind, declared.name), "default": None, **_about(declared, default)}
+            about = {"dest": _dest(kind, declared.name), "default": None, **_about(declared, (defaults or {}).get(declared.name, ""))}
             parser.add_argument(*flags, **about)
             for old in declared.option.formerly:
                 parser.add_argument(f"--{old.replace('_', '-')}", **{**about, "help": argparse.SUPPRESS})
@@ -121,9 +121,9 @@ def _dest(kind: type, name: str) -> str:
     return f"{kind.__name__}.{name}"
 
 
-def _about(declared: Declared, default: object) -> dict[str, Any]:
-    about = declared.option
-    text = f"{sentence_of(declared)} (default: {about.fallback or declared.typed(default)})".replace("%", "%%")
+def _about(declared: Declared, words: str) -> dict[str, Any]:
+    about, default = declared.option, declared.default
+    text = f"{sentence_of(declared)} (default: {words or about.fallback or declared.typed(default)})".replace("%", "%%")
     if declared.type is bool:
         return {"action": argparse.BooleanOptionalAction, "help": text}
     metavar = {int: "N", float: "X"}.get(declared.type, declared.name.split("_")[-1].upper())
@@ -164,6 +164,17 @@ def recorded(arguments: argparse.Namespace, kind: type[T]) -> T | None:
     return None if body is None else from_mapping(kind, body)
 
 
+def check_file(arguments: argparse.Namespace) -> None:
+    """Take the file of ``--config`` if every section that the command reads is a valid config, before anything else is asked for.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    for kind in SECTIONS:
+        if any(name.startswith(f"{kind.__name__}.") for name in vars(arguments)):
+            recorded(arguments, kind)
+
+
 def config_of(arguments: argparse.Namespace, kind: type[T], *, usual: T | None = None, **known: object) -> T:
     """Return the config that flags, the file of ``--config`` and ``usual`` make, in this order of precedence.
 
@@ -180,25 +191,34 @@ def model_options(parser: argparse.ArgumentParser) -> None:
     file_option(parser)
 
 
-def source_of(arguments: argparse.Namespace, *, required: bool = True) -> ModelSource:
+def source_of(arguments: argparse.Namespace) -> ModelSource:
     """Return the model that is asked for.
 
     Raises:
-        ConfigError: there is none, and it is required. ModelError: it is recognised as no plain language model.
+        ConfigError: there is none. ModelError: it is recognised as no plain language model.
     """
-    if required and "reference" not in given_options(arguments, ModelSource) and recorded(arguments, ModelSource) is None:
+    if "reference" not in given_options(arguments, ModelSource) and recorded(arguments, ModelSource) is None:
         raise ConfigError("which model? Give --model demo, a folder, a GGUF file or a hub id, or --config FILE.")
     source = config_of(arguments, ModelSource)
     check_reference(source.reference)
     return source
 
 
-def text_options(parser: argparse.ArgumentParser, windows: str = "calibration_windows", *, several: bool = False) -> None:
-    """Add the options of a text, or of ``several`` cut alike; ``windows`` is the field that ``--windows`` stands for."""
+def text_options(
+    parser: argparse.ArgumentParser, windows: str = "calibration_windows", *, several: bool = False, without: str = ""
+) -> None:
+    """Add the options of a text, or of ``several`` cut alike.
+
+    Args:
+        windows: the field that ``--windows`` stands for.
+        without: windows that are measured where no text is given, in words; empty where one has to be.
+    """
     if several:
         about = next(declared.option for declared in options_of(TextConfig) if declared.name == "reference")
         parser.add_argument("--text", metavar="T", nargs="+", action="extend", help=about.help)
-    add_options(parser, TextConfig, without=("reference",) if several else (), aliases={windows: "--windows"})
+    add_options(
+        parser, TextConfig, without=("reference",) if several else (), aliases={windows: "--windows"}, defaults={"reference": without}
+    )
 
 
 def text_of(arguments: argparse.Namespace, *, reference: str | None = None) -> TextConfig:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from lowrank_core.cli.options import Command
 from lowrank_core.types import Result
+from lowrank_core.wording import amount
 
 __all__ = ["add"]
 
@@ -30,4 +31,4 @@ def run(arguments: argparse.Namespace) -> Result:
     folder = Path.cwd() if result.recorded else result.path  # what ships with the package is only looked at
     out: Path = (arguments.out or folder / "report.html").absolute()
     size = write_report(result, out)
-    return {"out": str(out), "bytes": size, "run": str(result.path), "text": f"Wrote {out} ({size / 1e6:.1f} MB): open it in any browser."}
+    return {"out": str(out), "bytes": size, "run": str(result.path), "text": f"Wrote {out} ({amount(size)}): open it in any browser."}

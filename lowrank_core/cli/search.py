@@ -107,5 +107,6 @@ def run_worker(arguments: argparse.Namespace) -> Result:
 
 def run_enqueue(arguments: argparse.Namespace) -> Result:
     from lowrank_core.commands.search import enqueue
+    from lowrank_core.studio.shared.model_facts import units_of
 
-    return enqueue(arguments.folder, arguments.ranks, arguments.complete)
+    return enqueue(arguments.folder, arguments.ranks, arguments.complete, units_of)

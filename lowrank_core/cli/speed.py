@@ -10,7 +10,7 @@ from lowrank_core.cli.tables import aligned
 from lowrank_core.config import to_mapping
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.runs.measurements import SpeedComparison, SpeedReport
-from lowrank_core.studio.shared.formatting import DASH, size
+from lowrank_core.studio.shared.formatting import DASH, sizes
 from lowrank_core.types import Result
 
 __all__ = ["add"]
@@ -40,25 +40,18 @@ def run(arguments: argparse.Namespace) -> Result:
     return {**comparison.to_mapping(), "text": _beside(comparison)}
 
 
-def _cells(report: SpeedReport) -> list[str]:
-    memory = report.memory
+def _rows(*reports: SpeedReport) -> list[tuple[str, ...]]:
+    """Return a row for each measure: its name, and a cell for each report; sizes of a row are in one unit."""
+    memories = [report.memory for report in reports]
     return [
-        report.prefill_tokens_per_second.words(digits=1),
-        report.decode_tokens_per_second.words(digits=1),
-        report.first_token_seconds.words(1e3, 1),
-        size(memory.running if memory else None),
-        size(memory.loading if memory else None),
-        f"{report.parameters:,}",
-        size(report.bytes),
+        ("prefill, tokens/s", *(report.prefill_tokens_per_second.words(digits=1) for report in reports)),
+        ("decode, tokens/s", *(report.decode_tokens_per_second.words(digits=1) for report in reports)),
+        ("TTFT, ms", *(report.first_token_seconds.words(1e3, 1) for report in reports)),
+        ("peak memory, running", *sizes(memory.running if memory else None for memory in memories)),
+        ("peak memory, loading", *sizes(memory.loading if memory else None for memory in memories)),
+        ("parameters", *(f"{report.parameters:,}" for report in reports)),
+        ("stored", *sizes(report.bytes for report in reports)),
     ]
-
-
-_ROWS = ("prefill, tokens/s", "decode, tokens/s", "TTFT, ms", "peak memory, running", "peak memory, loading", "parameters", "stored")
-
-
-def _table(columns: list[list[str]]) -> str:
-    """Return columns, each with its heading first, as lines of text."""
-    return aligned(list(zip(["", *_ROWS], *columns, strict=True)))
 
 
 def _notes(report: SpeedReport) -> str:
@@ -66,16 +59,17 @@ def _notes(report: SpeedReport) -> str:
 
 
 def _alone(report: SpeedReport) -> str:
-    return f"{_table([[report.model, *_cells(report)]])}\n{_notes(report)}"
+    return f"{aligned([('', report.model), *_rows(report)])}\n{_notes(report)}"
 
 
 def _beside(comparison: SpeedComparison) -> str:
     dense, compressed = comparison.dense, comparison.compressed
     spreads = (comparison.prefill_speedup, comparison.decode_speedup, comparison.first_token_speedup)
     memory = DASH if comparison.memory_ratio is None else f"{comparison.memory_ratio:.2f}"
-    sizes = [f"{compressed.parameters / dense.parameters:.2f}", f"{compressed.bytes / dense.bytes:.2f}"]
-    ratios = ["times faster; size ratio", *(spread.words(digits=2) for spread in spreads), memory, _loading(comparison), *sizes]
-    table = _table([["dense", *_cells(dense)], ["compressed", *_cells(compressed)], ratios])
+    counts = (f"{compressed.parameters / dense.parameters:.2f}", f"{compressed.bytes / dense.bytes:.2f}")
+    ratios = (*(spread.words(digits=2) for spread in spreads), memory, _loading(comparison), *counts)
+    rows = [(*row, ratio) for row, ratio in zip(_rows(dense, compressed), ratios, strict=True)]
+    table = aligned([("", "dense", "compressed", "times faster; size ratio"), *rows])
     return f"{table}\nTimed in alternation; above 1 the compressed model is faster. {_notes(compressed)}"
 
 

@@ -21,7 +21,7 @@ def add(command: Command) -> None:
     parser = command("verify", "Check the files of an export, and measure its perplexity again in a fresh process.", run)
     add_options(parser, ModelSource, only=("reference", "device"))
     file_option(parser)
-    text_options(parser, "test_windows")
+    text_options(parser, "test_windows", without="those that are recorded in the folder")
     parser.add_argument("--split", choices=("validation", "test"), default="test", help="part of --text (default: %(default)s)")
 
 

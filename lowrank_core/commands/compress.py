@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from lowrank_core.allocation import (
     RankAllocation,
-    Ranks,
     allocation_from_ranks,
     allocator_named,
     read_allocation,
@@ -18,14 +17,11 @@ from lowrank_core.allocation import (
 )
 from lowrank_core.allocation.units import check_reachable
 from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported, warn
-from lowrank_core.compression.decomposed import Decomposed
-from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.compression.truncations import cost_in_words
 from lowrank_core.compression.tuning import TuningPoint, tune
 from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
 from lowrank_core.errors import BudgetError, TextError
-from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_dense_form, check_free, check_precision, export, held_out
 from lowrank_core.export.card import written_words
 from lowrank_core.export.manifest import report_of
@@ -72,7 +68,10 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     decomposed = pipeline.decomposed
     if allocation is None:
         assert request.compression_ratio is not None
-        weights = _slopes(decomposed, text, request, fixed) if request.error_weights else None
+        weights = None
+        if request.error_weights:
+            validation = load_windows(text, handle.tokenizer, "validation", count=text.validation_windows)
+            weights = pipeline.error_weights(request.compression_ratio, validation, pipeline.dense_reference(validation), fixed=fixed)
         rule = request.complete or request.allocation
         if allocator_named(rule).needs_perplexities:
             cost = cost_in_words(decomposed, pipeline.calibration_windows)
@@ -109,6 +108,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "compressible_parameters_before": report.linear_parameters_before,
         "compressible_parameters_after": report.linear_parameters_after,
         "ranks": dict(report.ranks),
+        "written_parameters": written.written_parameters,
+        "written_bytes": written.written_bytes,
         "perplexity": None if written.measured is None else written.measured.perplexity,
         "coverage": report.dense_coverage.to_mapping(),
         "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],
@@ -155,23 +156,6 @@ def _tuned(pipeline: Pipeline, request: CompressRequest) -> tuple[CompressionCon
         kl = "diverged" if point.kl is None else f"KL {point.kl:.6f} on validation text"
         print(f"gradient damping {point.gradient_damping:g}, beta {point.drift_beta:g}: {kl}", file=sys.stderr)
     return config, points
-
-
-def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, fixed: Ranks) -> dict[str, float]:
-    """Measure what the error of every unit costs, on validation text."""
-    assert request.compression_ratio is not None
-    handle = decomposed.handle
-    windows = load_windows(text, handle.tokenizer, "validation", count=text.validation_windows)
-    dense = DenseReference.compute(handle, windows, batch_size=request.calibration.batch_size)
-    return measure_error_weights(
-        decomposed,
-        windows,
-        dense,
-        compression_ratio=request.compression_ratio,
-        batch_size=request.calibration.batch_size,
-        fixed=fixed,
-        progress=progress_line("Measuring error weights"),
-    )
 
 
 def _test_text(handle: ModelHandle, text: TextConfig) -> tuple[HeldOut | None, tuple[str, ...]]:

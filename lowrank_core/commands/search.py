@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from lowrank_core.export import check_dense_form, check_free, check_precision, e
 from lowrank_core.export.card import written_words
 from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
+from lowrank_core.parameters import Unit
 from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.studies.naming import model_name, trial_label
-from lowrank_core.studies.records import TrialRecord, best_trial, counts_of, pareto_front, read_trials
+from lowrank_core.studies.records import MANUAL, TrialRecord, best_trial, counts_of, pareto_front, read_trials
 from lowrank_core.studies.requests import CompareAnswer, MeasureRequest, answers_of
 from lowrank_core.studies.storage import open_database
 from lowrank_core.types import Result
@@ -215,14 +216,22 @@ def _read_given(ranks: Path | None, complete: str | None) -> MeasureRequest | No
     return MeasureRequest(dict(file.ranks if complete is None else file.fixed), complete)
 
 
-def enqueue(folder: Path, ranks: Path, complete: str | None) -> Result:
-    """Leave an allocation for a run's worker, which measures it next; without a worker it waits for one."""
+def enqueue(folder: Path, ranks: Path, complete: str | None, units_of: Callable[[Run], Sequence[Unit]]) -> Result:
+    """Leave an allocation for a run's worker, which measures it next; without a worker it waits for one.
+
+    Args:
+        units_of: of the search of a run; none before its model was loaded, and then its worker checks the ranks.
+
+    Raises:
+        ConfigError, RankError: the ranks do not fit the model, or the run measures none.
+    """
     run = open_run(folder)
     given = _read_given(ranks, complete)
     assert given is not None
-    config = run.config
-    if config.search is None:
+    if run.config.search is None:
         raise ConfigError(f"{run.path} only analyses a model; it measures no allocations. Run `lowrank search`.")
+    if units := units_of(run):
+        allocation_from_ranks(MANUAL, units, given.ranks)
     request = client.submit(run, given, launch=False)
     next_step = "its worker measures it next" if run.status().active else f"`lowrank worker --run {run.path}` will measure it"
     return {"run": str(run.path), "request": request, "text": f"{ranks} is queued: {next_step}."}
@@ -300,6 +309,8 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
         "coverage": report.dense_coverage.to_mapping(),
         "ranks": dict(allocation.ranks),
         "form": written.form,
+        "written_parameters": written.written_parameters,
+        "written_bytes": written.written_bytes,
         "perplexity": None if written.measured is None else written.measured.perplexity,
         "text": f"Wrote trial {record.number} to {out}: {written_words(written)}",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from lowrank_core.allocation import (
     round_ranks_down,
 )
 from lowrank_core.allocation.units import value_layers
-from lowrank_core.compression.build import CompressedModel, compress
+from lowrank_core.compression.build import CompressedModel, compress, low_rank_layers, swap_layers
 from lowrank_core.compression.sequential import compress_sequentially
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.store import cached_bases
@@ -138,6 +139,14 @@ class Decomposed:
                 f"dimensions; the first: {singular[0].unit.name}). Damped by {self.config.input_damping:g} of the mean eigenvalue."
             )
         return tuple(result)
+
+    def swapped(self, ranks: Ranks) -> AbstractContextManager[None]:
+        """Put plain factors at ``ranks`` into the model, everything else dense; afterwards the very same dense layers are back.
+
+        Raises:
+            ConfigError, RankError: they are not ranks of these units.
+        """
+        return swap_layers(self.handle, low_rank_layers(self.handle, self.bases, ranks, storage="factored"))
 
     def compress(self, allocation: RankAllocation, calibration: WindowSet, *, progress: Progress | None = None) -> CompressedModel:
         """Return the smaller model; a sequential basis is fitted block by block on ``calibration``.

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.allocation import Ranks
-from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
@@ -78,11 +77,9 @@ def _measured_rank(unit: Unit, errors: npt.NDArray[np.float64], kept: float) -> 
 
 
 def _kl(decomposed: Decomposed, unit: Unit, rank: int, windows: WindowSet, dense: DenseReference, batch_size: int) -> float:
-    handle = decomposed.handle
-    layers = low_rank_layers(handle, decomposed.bases, {unit.name: rank}, storage="factored")
     try:
-        with swap_layers(handle, layers):
-            scores, _ = score_windows(handle, windows, batch_size=batch_size, dense=dense)
+        with decomposed.swapped({unit.name: rank}):
+            scores, _ = score_windows(decomposed.handle, windows, batch_size=batch_size, dense=dense)
     except NumericalError as error:
         raise NumericalError(f"{unit.name} at rank {rank}, everything else dense: {error}") from error
     assert scores.kl is not None

@@ -9,9 +9,11 @@ from functools import cached_property
 from lowrank_core.allocation import RankAllocation, Ranks, allocator_named
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.decomposed import Decomposed, decompose
+from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.decomposition.units import units_of
+from lowrank_core.evaluation import DenseReference
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.parameters import Unit
@@ -157,6 +159,22 @@ class Pipeline:
             with self.progress(f"Cutting each matrix alone: {cost_in_words(decomposed, windows)}", 0) as progress:
                 perplexities = measured_perplexities(decomposed, windows, statistics_home(), progress=progress)
         return decomposed.allocate(allocator, compression_ratio, fixed=fixed, weights=weights, perplexities=perplexities)
+
+    def dense_reference(self, windows: WindowSet, *, reverse: bool = False, top_k: int = 0) -> DenseReference:
+        """Return the dense model's probabilities on ``windows``, for comparisons with it in batches of the calibration's size."""
+        size = self.calibration.batch_size
+        with self.progress("Measuring the dense model", windows.windows) as progress:
+            return DenseReference.compute(self.handle, windows, batch_size=size, reverse=reverse, top_k=top_k, progress=progress)
+
+    def error_weights(
+        self, compression_ratio: float, windows: WindowSet, reference: DenseReference, *, fixed: Ranks | None = None
+    ) -> dict[str, float]:
+        """Return what the error of every unit costs on ``windows``; args and errors are those of ``measure_error_weights``."""
+        decomposed, size = self.decomposed, self.calibration.batch_size
+        with self.progress("Measuring error weights", len(self.units)) as progress:
+            return measure_error_weights(
+                decomposed, windows, reference, compression_ratio=compression_ratio, batch_size=size, fixed=fixed, progress=progress
+            )
 
     def compress(self, ranks: float | RankAllocation, *, allocator: str | None = None) -> CompressedModel:
         """Return a smaller model.

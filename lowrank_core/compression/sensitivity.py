@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import torch
 
-from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
@@ -72,9 +71,8 @@ def _divergence(
     Raises:
         NumericalError: a factor or a loss is not finite.
     """
-    handle = decomposed.handle
-    with swap_layers(handle, low_rank_layers(handle, decomposed.bases, planned.ranks, storage="factored")):
-        scores, _ = score_windows(handle, windows, batch_size=batch_size, dense=dense)
+    with decomposed.swapped(planned.ranks):
+        scores, _ = score_windows(decomposed.handle, windows, batch_size=batch_size, dense=dense)
     assert scores.kl is not None
     losses = scores.kl.double()
     kl = float(losses.mean())

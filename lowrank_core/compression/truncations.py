@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from lowrank_core.allocation import AllocationProblem, Perplexities, allocator_named
-from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.errors import NumericalError, RunError
 from lowrank_core.evaluation import score_windows
@@ -141,9 +140,8 @@ class _Bench:
     def perplexity(self, cut: Truncation) -> float | None:
         """Return the perplexity of the model with ``cut``; None where it diverges."""
         self._advance(self._depths[cut.unit])
-        handle, bases = self._decomposed.handle, self._decomposed.bases
         try:
-            with swap_layers(handle, low_rank_layers(handle, bases, {cut.unit: cut.rank}, storage="factored")):
+            with self._decomposed.swapped({cut.unit: cut.rank}):
                 losses = torch.cat([self._losses(batch, state) for batch, state in zip(self._batches, self._states, strict=True)])
         except NumericalError:
             return None

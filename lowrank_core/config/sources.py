@@ -17,7 +17,13 @@ BOS_RULES = ("auto", "window", "none")
 class ModelSource:
     """Source of a causal language model, and its dtype and device."""
 
-    reference: str = option("demo", "demo (the bundled model), a local folder, a GGUF file, or a hub id", label="Model", flag="model")
+    reference: str = option(
+        "demo",
+        "demo (the bundled model), a local folder, a GGUF file, or a hub id",
+        label="Model",
+        flag="model",
+        fallback="none; give it here or in --config",
+    )
     device: str = option("auto", "auto, cpu, cuda or cuda:N", label="Device")
     dtype: str = option(
         "auto",
@@ -41,6 +47,7 @@ class TextConfig:
         "python-stdlib, file:PATH (.txt, .jsonl, .parquet), wikitext-2, c4, ptb, or NAME:FOLDER for a local copy of those",
         label="Text",
         flag="text",
+        fallback="none; give it here or in --config",
     )
     context: int = option(
         256, "tokens in a window, BOS included; at most what the model takes", label="Context (tokens in a window)", minimum=2, step=64

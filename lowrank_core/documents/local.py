@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from lowrank_core.documents.stdlib import stdlib_documents
 from lowrank_core.errors import TextError
 
-__all__ = ["FILE_CUTS", "SPLITS", "FileText", "StdlibText", "TextDocuments"]
+__all__ = ["FILE_CUTS", "SPLITS", "FileText", "StdlibText", "TextDocuments", "documents_of"]
 
 SPLITS = ("calibration", "validation", "test")
 FILE_CUTS = (0.6, 0.8)
 """A file's first 60 % calibrate, the next 20 % validate, the last 20 % test."""
+_ROWS = 256
+"""Of a .parquet file, read at once."""
 
 
 class TextDocuments(Protocol):
@@ -65,34 +69,52 @@ class FileText:
     def _whole(self) -> str:
         if not self.path.is_file():
             raise TextError(f"text: there is no file {self.path}. Check the path after `file:`.")
-        try:
-            text = "\n\n".join(self._documents())
-        except (OSError, ValueError, ImportError) as error:
-            raise TextError(
-                f"text: {self.path} can't be read: {error}. Give UTF-8 .txt, .jsonl or .parquet with a `text` column."
-            ) from error
+        text = "\n\n".join(documents_of(self.path))
         if not text.strip():
             raise TextError(f"text: {self.path} is empty. Give a file with some pages of text.")
         return text
 
-    def _documents(self) -> Sequence[str]:
-        suffix = self.path.suffix.lower()
+
+def documents_of(path: Path, column: str = "text", *, lines: bool = False, characters: int = -1) -> Iterator[str]:
+    """Yield the documents of a .parquet file, of JSON lines, or a plain text, no further than they are asked for.
+
+    Args:
+        lines: whether also .json and .gz are JSON lines, as in data sets of the hub.
+        characters: of a plain text, at most; all where negative.
+
+    Raises:
+        TextError: the file can't be read, or has no such column.
+    """
+    suffix = path.suffix.lower()
+    try:
         if suffix == ".parquet":
-            return _column(pd.read_parquet(self.path), self.path)
-        if suffix == ".jsonl":
-            with self.path.open(encoding="utf-8") as lines:
-                records = [json.loads(line) for line in lines if line.strip()]
-            if not all(isinstance(record, dict) and isinstance(record.get("text"), str) for record in records):
-                raise TextError(f"text: each line of {self.path} must be a JSON object with a string under `text`.")
-            return [record["text"] for record in records]
-        return [self.path.read_text(encoding="utf-8")]
+            yield from _rows(path, column)
+        elif lines or suffix == ".jsonl":
+            with gzip.open(path, "rt", encoding="utf-8") if suffix == ".gz" else path.open(encoding="utf-8") as stream:
+                yield from (_document(line, path, column) for line in stream if line.strip())
+        else:
+            with path.open(encoding="utf-8") as stream:
+                yield stream.read(characters)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise TextError(f"text: {path} can't be read: {reason}. Give UTF-8 .txt, .jsonl or .parquet with a `{column}` column.") from error
 
 
-def _column(table: pd.DataFrame, path: Path) -> list[str]:
-    if "text" not in table:
-        columns = ", ".join(map(str, table.columns)) or "none"
-        raise TextError(f"text: {path} has no column `text`; it has {columns}. Rename the column that holds the text.")
-    return [str(value) for value in table["text"].dropna()]
+def _rows(path: Path, column: str) -> Iterator[str]:
+    with pq.ParquetFile(path) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            columns = ", ".join(names) or "none"
+            raise TextError(f"text: {path} has no column `{column}`; it has {columns}. Rename the column that holds the text.")
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[column]):
+            yield from (str(value) for value in batch.column(0).to_pylist() if value is not None)
+
+
+def _document(line: str, path: Path, column: str) -> str:
+    record = json.loads(line)
+    if not isinstance(record, dict) or not isinstance(record.get(column), str):
+        raise TextError(f"text: each line of {path} must be a JSON object with a string under `{column}`.")
+    return str(record[column])
 
 
 def _line_break(text: str, position: int) -> int:

@@ -80,17 +80,19 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
 
 
 def written_words(manifest: ExportManifest) -> str:
-    """Return what a folder holds, for a terminal: what was removed as it was written, and where that makes nothing smaller."""
+    """Return what a folder holds, for a terminal: its counts as it was written, and where that makes nothing smaller."""
     report = report_of(manifest)
-    words = (
+    written = f"{manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes"
+    removed = (
         f"{report.compression_ratio:.1%} of the compressible linears' parameters removed "
         f"({report.linear_parameters_before:,} to {report.linear_parameters_after:,}), "
-        f"{report.model_compression_ratio:.1%} of the whole model. {report.dense_coverage.statement()}."
+        f"{report.model_compression_ratio:.1%} of the whole model"
     )
     if manifest.form == "dense":
-        size = f"{manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes"
-        words += f" Multiplied out into the plain architecture it is not smaller: {size}.{dropped_biases(manifest)}"
-    return words
+        plain = f"{written}, multiplied out into the plain architecture: no smaller than the dense model."
+        return f"{plain} As factors: {removed}. {report.dense_coverage.statement()}.{dropped_biases(manifest)}"
+    int8 = f", factors in {report.quantization}" if report.quantization else ""
+    return f"{written}{int8}; {removed}. {report.dense_coverage.statement()}."
 
 
 def dropped_biases(manifest: ExportManifest) -> str:

@@ -33,8 +33,6 @@ __all__ = [
     "cancel",
 ]
 
-TEMPERATURE = 0.5
-"""Of a prompt's continuation, unless a request says another."""
 BACKGROUND = ("sensitivity",)
 """Kinds of requests that wait for everything else, trials included, and yield for it at each step."""
 WARM_SECONDS = 300

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError
@@ -100,7 +99,7 @@ def select_windows(
     for done, point in enumerate(points, start=1):
         ranks = space.allocation(scheme.point(point)).ranks
         try:
-            with swap_layers(decomposed.handle, low_rank_layers(decomposed.handle, decomposed.bases, ranks, storage="factored")):
+            with decomposed.swapped(ranks):
                 scores, _ = score_windows(decomposed.handle, pool, batch_size=batch_size, autocast=config.autocast)
             rows.append(torch.exp(scores.nll.double()).numpy())
         except NumericalError:

@@ -18,7 +18,6 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, current_name
-from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import NumericalError, RunError
@@ -280,7 +279,7 @@ class _Measurement:
         for name, excess in self._constraints(allocation).items():
             trial.set_constraint(name, excess)
         try:
-            with swap_layers(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
+            with bench.decomposed.swapped(allocation.ranks):
                 scores, _ = score_windows(
                     bench.handle,
                     bench.windows,

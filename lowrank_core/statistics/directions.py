@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.linalg import principal_directions
+from lowrank_core.models.experts import Expert
 from lowrank_core.models.handle import LayerSpec, ModelHandle, weight_of
 from lowrank_core.spectra.directions import Direction, Directions, TokenHit
 from lowrank_core.statistics.calibration import LayerStatistics
@@ -39,12 +40,13 @@ def top_directions(
 ) -> Directions:
     """Return the top directions of one side of a module, each with the tokens of ``windows`` that lie furthest along it.
 
-    Tokens are ranked by abs(p_i); each different token counts once, where it lies furthest. Directions without variance are left out.
+    Tokens are ranked by abs(p_i); each different token counts once, where it lies furthest. Directions without variance are left out,
+    and of an expert the tokens that are not routed to it.
 
     Raises:
         ConfigError: there is no such module.
         NumericalError: the covariance isn't finite; names the layer.
-        ModelError: the model does not run the module.
+        ModelError: the model does not run the module, no token of the windows is routed to it, or its mixture does not say which are.
     """
     layer = next((layer for layer in handle.layers if layer.name == config.module), None)
     if layer is None:
@@ -52,18 +54,25 @@ def top_directions(
     inputs = statistics.inputs[layer.input_group]
     readout, shares = _readout(handle, layer, inputs.pooled, config)
     seen = windows.first(config.windows)
-    parts = []
-    for rows in _inputs(handle, layer, seen, config.batch_size):
-        parts.append((rows.to("cpu", torch.float64) - inputs.mean) @ readout)
+    parts, places = [], []
+    for begin, rows in _inputs(handle, layer, seen, config.batch_size):
+        parts.append((rows.inputs.to("cpu", torch.float64) - inputs.mean) @ readout)
+        places.append(begin * seen.context + rows.tokens.cpu())
         if progress is not None:
-            progress(min(len(parts) * config.batch_size, seen.windows), seen.windows)
-    projections, ids = torch.cat(parts), seen.ids.flatten()
+            progress(min(begin + config.batch_size, seen.windows), seen.windows)
+    projections, positions = torch.cat(parts), torch.cat(places)
+    if not len(positions):
+        raise ModelError(
+            f"none of the {seen.ids.numel():,} tokens of {seen.windows} windows is routed to the expert of {config.module}, so it has no "
+            "directions to show. Take more windows, or another expert."
+        )
     result = tuple(
-        Direction(number, share, _furthest(handle, seen, projections[:, number - 1], ids, config.tokens))
+        Direction(number, share, _furthest(handle, seen, projections[:, number - 1], positions, config.tokens))
         for number, share in enumerate(shares, start=1)
     )
-    dtype = handle.dtype
-    protocol = f"{seen.dataset}, {seen.split} split: {seen.windows} windows of {seen.context} tokens, {ids.numel():,} tokens, {dtype}"
+    routed = "" if len(positions) == seen.ids.numel() else f", {len(positions):,} of which are routed to the expert"
+    words = f"{seen.windows} windows of {seen.context} tokens, {seen.ids.numel():,} tokens{routed}, {handle.dtype}"
+    protocol = f"{seen.dataset}, {seen.split} split: {words}"
     return Directions(config.module, config.side, protocol, result)
 
 
@@ -81,45 +90,56 @@ def _readout(handle: ModelHandle, layer: LayerSpec, pooled: Tensor, config: Dire
 
 
 class _Seen(Exception):
-    """Ends a forward pass once the module's input is there."""
+    """Ends a forward pass once the module's ``inputs`` (rows, n) are there, those of ``tokens`` (rows,) of the pass."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, inputs: Tensor, tokens: Tensor) -> None:
         super().__init__()
-        self.rows = rows
+        self.inputs, self.tokens = inputs, tokens
 
 
 @torch.inference_mode()
-def _inputs(handle: ModelHandle, layer: LayerSpec, windows: WindowSet, batch_size: int) -> Iterator[Tensor]:
-    """Yield the layer's inputs (tokens, n), a batch of windows at a time."""
+def _inputs(handle: ModelHandle, layer: LayerSpec, windows: WindowSet, batch_size: int) -> Iterator[tuple[int, _Seen]]:
+    """Yield the first window of each batch, and the layer's inputs in it."""
+    owner = handle.module.get_submodule(layer.name.rpartition(".")[0])
 
     def stop(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        raise _Seen(arguments[0])
+        rows = arguments[0].reshape(-1, layer.shape.d_in)
+        routed = owner.routed if isinstance(owner, Expert) else None
+        tokens = torch.arange(len(rows)) if routed is None else routed.tokens
+        if len(tokens) != len(rows):
+            raise ModelError(f"the mixture of {layer.name} does not say which tokens reach its experts. Choose a layer outside of it.")
+        raise _Seen(rows, tokens)
 
     hook = handle.module.get_submodule(layer.name).register_forward_pre_hook(stop)
+    nothing = _Seen(torch.empty(0, layer.shape.d_in), torch.empty(0, dtype=torch.int64)) if isinstance(owner, Expert) else None
     try:
-        for ids in torch.split(windows.ids, batch_size):
-            yield _until_seen(handle, ids).reshape(-1, layer.shape.d_in)
+        for begin in range(0, windows.windows, batch_size):
+            yield begin, _until_seen(handle, windows.ids[begin : begin + batch_size], nothing)
     finally:
         hook.remove()
 
 
-def _until_seen(handle: ModelHandle, ids: Tensor) -> Tensor:
+def _until_seen(handle: ModelHandle, ids: Tensor, otherwise: _Seen | None) -> _Seen:
+    """Return what the module is given in a pass, or ``otherwise``, where it may be passed over."""
     try:
         handle.module.base_model(input_ids=ids.to(handle.device), use_cache=False)
     except _Seen as seen:
-        return seen.rows
-    raise ModelError(f"{handle.reference} did not run the module that was asked for. Choose another one.")
+        return seen
+    if otherwise is None:
+        raise ModelError(f"{handle.reference} did not run the module that was asked for. Choose another one.")
+    return otherwise
 
 
-def _furthest(handle: ModelHandle, windows: WindowSet, projections: Tensor, ids: Tensor, count: int) -> tuple[TokenHit, ...]:
-    """Return the ``count`` different tokens of largest magnitude along one direction (tokens,)."""
-    places: dict[int, int] = {}
-    for place in projections.abs().argsort(descending=True, stable=True).tolist():
-        places.setdefault(int(ids[place]), place)
-        if len(places) == count:
+def _furthest(handle: ModelHandle, windows: WindowSet, projections: Tensor, positions: Tensor, count: int) -> tuple[TokenHit, ...]:
+    """Return the ``count`` different tokens of largest magnitude along one direction (rows,), those at ``positions`` (rows,)."""
+    ids = windows.ids.flatten()[positions]
+    rows: dict[int, int] = {}
+    for row in projections.abs().argsort(descending=True, stable=True).tolist():
+        rows.setdefault(int(ids[row]), row)
+        if len(rows) == count:
             break
-    sign = 1.0 if float(projections[next(iter(places.values()))]) >= 0 else -1.0
-    return tuple(_hit(handle, windows, place, sign * float(projections[place])) for place in places.values())
+    sign = 1.0 if float(projections[next(iter(rows.values()))]) >= 0 else -1.0
+    return tuple(_hit(handle, windows, int(positions[row]), sign * float(projections[row])) for row in rows.values())
 
 
 def _hit(handle: ModelHandle, windows: WindowSet, place: int, projection: float) -> TokenHit:

@@ -60,7 +60,7 @@ def _measured(
     worker: WorkerContext, request: requests.ModelRequest, windows: WindowSet, where: str
 ) -> tuple[BuiltModel, dict[str, object]]:
     model = built_model(worker, request.ref)
-    report = worker.measured(model.handle, windows, f"Measuring {model.label} on {where}")
+    report = worker.measured(model.handle, windows, f"Measuring {model.name} on {where}")
     if model.of_search and windows is worker.session.windows.test:
         worker.evaluations.keep(model.ranks, report)
     return model, _rounded(report.to_mapping()) | _flops(model)
@@ -100,7 +100,7 @@ def compare_tokens(worker: WorkerContext, request: requests.TokensRequest) -> re
     else:
         raise ConfigError(f"window must be a number from 0 to {test.windows - 1}; got {window!r}. Or give a text.")
     model = built_model(worker, request.ref)
-    with worker.reporter.stage(f"Reading a text with {model.label}"):
+    with worker.reporter.stage(f"Reading a text with {model.name}"):
         losses = losses_of(model.handle, session.handle, ids)
     protocol = f"{source}: {len(losses.nll)} tokens predicted, {'BOS first' if test.bos else 'no BOS'}"
     protocol += f", {left_out} more tokens left out" if left_out else ""
@@ -113,7 +113,7 @@ def compare_tokens(worker: WorkerContext, request: requests.TokensRequest) -> re
 def generate(worker: WorkerContext, request: requests.GenerateRequest) -> requests.GenerateAnswer:
     """Continue a prompt with both models, with one seed."""
     model, prompt, sampling = built_model(worker, request.ref), request.prompt, request.sampling
-    with worker.reporter.stage(f"Continuing the prompt with {model.label}"):
+    with worker.reporter.stage(f"Continuing the prompt with {model.name}"):
         dense, ours = (each.text for each in side_by_side([worker.session.handle, model.handle], prompt, sampling))
     return requests.GenerateAnswer(
         trial=request.trial, label=model.label, prompt=prompt, sampling=sampling, dense_text=dense, compressed_text=ours
@@ -128,7 +128,7 @@ def compare_speeds(worker: WorkerContext, request: requests.SpeedRequest) -> req
     rounds = 2 * (config.rounds + config.warmup)
     with tempfile.TemporaryDirectory(dir=worker.run.path, prefix="speed-") as folder:
         sources = (source, _on_disk(worker, model, Path(folder))) if request.memory else None
-        with worker.reporter.stage(f"Timing {model.label} and the dense model in turns", rounds) as progress:
+        with worker.reporter.stage(f"Timing {model.name} and the dense model in turns", rounds) as progress:
             result = compare_speed(dense, model.handle, config, sources=sources, progress=progress)
     return requests.SpeedAnswer(trial=request.trial, label=model.label, config=asdict(config), result=result, **_flops(model))
 
@@ -139,6 +139,6 @@ def _on_disk(worker: WorkerContext, model: BuiltModel, folder: Path) -> ModelSou
     if model.folder is not None:
         return replace(source, reference=str(model.folder))
     assert model.report is not None
-    with worker.reporter.stage(f"Writing {model.label} to measure its memory"):
+    with worker.reporter.stage(f"Writing {model.name} to measure its memory"):
         export(CompressedModel(model.handle, model.report), folder / "model", provenance={"allocation": model.label})
     return replace(source, reference=str(folder / "model"))

@@ -18,6 +18,7 @@ from lowrank_core.export.manifest import report_of
 from lowrank_core.models import load_model
 from lowrank_core.runs import Run, write_json
 from lowrank_core.runs.healing_records import read_report, write_report
+from lowrank_core.studies.naming import model_name
 from lowrank_core.studies.requests import HealAnswer, HealRequest
 from lowrank_core.worker.context import WorkerContext
 
@@ -53,22 +54,22 @@ def heal_allocation(
     before = worker.evaluations.of(allocation.ranks)
     if before is None:
         before = worker.evaluations.keep(
-            allocation.ranks, worker.measured(model.handle, test, f"Measuring {allocation.label} on test text")
+            allocation.ranks, worker.measured(model.handle, test, f"Measuring {model_name(allocation.label)} on test text")
         )
     report, written = read_report(folder), worker.run.path / "exports" / folder.name
     if report is None or not written.is_dir():
-        stage = f"Healing {allocation.label}: {HEALER_LABELS[config.method]}"
+        stage = f"Healing {model_name(allocation.label)}: {HEALER_LABELS[config.method]}"
         texts = worker.run.config.text, worker.session.windows.validation
         with worker.reporter.stage(stage, config.steps) as progress:
             healed = healed_model(model, worker.session.handle, texts, config, folder=folder, progress=progress)
         smaller, report = healed
-        after = worker.measured(smaller.handle, test, f"Measuring {label}, on test text")
+        after = worker.measured(smaller.handle, test, f"Measuring {model_name(label)}, on test text")
         with worker.reporter.stage("Writing the healed model"):
             write_healed(healed, written, (before, after), provenance=how, test=_held_out(worker))
         write_report(folder, report)
     else:
         loaded = load_model(replace(worker.run.config.model, reference=str(written)))
-        after = worker.measured(loaded, test, f"Measuring {label}, on test text")
+        after = worker.measured(loaded, test, f"Measuring {model_name(label)}, on test text")
     return HealAnswer(
         trial=request.trial,
         label=label,

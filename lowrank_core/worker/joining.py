@@ -75,7 +75,7 @@ def join_run(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True) -> in
         session = prepare(run, reporter, leads=False)
         body = json.loads(study.user_attrs.get("selection", "null"))
         known = None if body is None else build(Selection, body, "the selection of the study")
-        bench = search_bench(session, _wanted(study), run.config.calibration.batch_size, reporter, selection=known)
+        bench = search_bench(session, _wanted(study), reporter, selection=known)
         RunIdentity.of(run, JOIN).check(fingerprint(session, bench))
         return _take_trials(run, study, bench, reporter, warm_seconds)
     finally:

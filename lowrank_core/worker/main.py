@@ -86,7 +86,7 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
             return session, None
         body = run.part("selection")
         known = None if body is None else build(Selection, body, "selection.json")
-        bench = search_bench(session, search, run.config.calibration.batch_size, reporter, selection=known)
+        bench = search_bench(session, search, reporter, selection=known)
         RunIdentity.of(run).keep(result := fingerprint(session, bench))
         if bench.selection is not None:
             write_json(run.path / "selection.json", to_mapping(bench.selection))

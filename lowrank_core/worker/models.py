@@ -14,6 +14,7 @@ from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.presets.recipes import Preset, preset_named
 from lowrank_core.runs import read_json
 from lowrank_core.studies.model_ref import ModelRef
+from lowrank_core.studies.naming import model_name
 from lowrank_core.worker.context import WorkerContext, chosen_allocation
 
 __all__ = ["BuiltModel", "built_model"]
@@ -38,6 +39,11 @@ class BuiltModel:
     report: CompressionReport | None = None
     folder: Path | None = None
     of_search: bool = False
+
+    @property
+    def name(self) -> str:
+        """Display name."""
+        return model_name(self.label)
 
 
 def built_model(worker: WorkerContext, ref: ModelRef) -> BuiltModel:
@@ -67,7 +73,7 @@ def _built(worker: WorkerContext, ref: ModelRef) -> BuiltModel:
 
 
 def _compressed(worker: WorkerContext, decomposed: Decomposed, allocation: RankAllocation, label: str) -> BuiltModel:
-    with worker.reporter.stage(f"Compressing by {label}") as progress:
+    with worker.reporter.stage(f"Compressing by {model_name(label)}") as progress:
         model: CompressedModel = decomposed.compress(allocation, worker.session.windows.calibration, progress=progress)
     bench, _, _ = worker.search
     return BuiltModel(label, model.handle, dict(allocation.ranks), model.report, of_search=decomposed is bench.decomposed)
@@ -86,6 +92,6 @@ def _healed(worker: WorkerContext, name: str) -> BuiltModel:
     request = read_json(worker.run.path / "healed" / Path(name).name / "request.json")
     if not name or request is None or not folder.is_dir():
         raise ConfigError(f"this run has no healed model {name!r}. Heal an allocation first.")
-    with worker.reporter.stage(f"Loading {request.get('label')}"):
+    with worker.reporter.stage(f"Loading {model_name(str(request.get('label')))}"):
         handle = load_model(replace(worker.run.config.model, reference=str(folder)))
     return BuiltModel(str(with_current_names(request).get("label")), handle, {}, folder=folder)

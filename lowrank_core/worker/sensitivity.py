@@ -128,8 +128,7 @@ class SensitivityBench:
         What trials compare with, Σ p log p + log Σ exp z - p·z, is off by some 1e-7 nats: nothing to a trial, all there is to a module
         that hardly matters.
         """
-        handle, top_k = self._session.handle, self._top_k
-        with self._reporter.stage("Measuring the dense model", windows.windows) as progress:
-            result = DenseReference.compute(handle, windows, batch_size=self._batch_size, reverse=not top_k, top_k=top_k, progress=progress)
+        top_k = self._top_k
+        result = self._session.pipeline.dense_reference(windows, reverse=not top_k, top_k=top_k)
         self._reporter.say(dense_warnings=result.warnings)
         return result

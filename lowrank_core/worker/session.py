@@ -10,10 +10,8 @@ from lowrank_core.allocation import unspent_warning
 from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, save_curves
 from lowrank_core.allocation.units import check_reachable, value_layers
 from lowrank_core.compression.decomposed import Decomposed
-from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CompressionConfig, SearchConfig
-from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import biases_without_place
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, describe
@@ -77,7 +75,8 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     repeats = overlap_warnings(windows.calibration, windows.validation, windows.test)
     notes = (*notes, *_told(repeats))
     if leads:
-        write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
+        places = {"biases_without_place": _biases_without_place(run, handle)}
+        write_json(run.path / "model.json", {**describe(handle), **heads.describe(), **places})
         write_json(run.path / "text.json", {**windows.describe(config.text.seed), "warnings": list(repeats)})
     statistics = pipeline.moments
     session = RunContext(pipeline, notes)
@@ -96,12 +95,12 @@ def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
     search = run.config.search
     warning = handle.coverage.warning(None if search is None else search.compression_ratio)
     by_heads = search is not None and search.compression.heads
-    homeless = biases_without_place(handle) if search is not None and metric_named(search.compression.basis).centred else ()
-    biases = (
-        f"{type(handle.module).__name__} has no place for the biases that this metric gives up to {len(homeless)} layers: "
-        "an export in the dense form has to leave them out (--drop-biases), and measures what that costs."
-    )
-    return _told((*filter(None, [warning]), *([biases] if homeless else []), *(str(entry) for entry in heads.dropped if by_heads)))
+    return _told((*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads)))
+
+
+def _biases_without_place(run: Run, handle: ModelHandle) -> int:
+    """Return to how many layers the metric of the search may give a bias that a dense merge can't hold."""
+    return len(biases_without_place(handle)) if metric_named(compression_of(run).basis).centred and run.config.search is not None else 0
 
 
 def _told(notes: tuple[str, ...]) -> tuple[str, ...]:
@@ -122,9 +121,7 @@ def _describe(run: Run, session: RunContext, reporter: Reporter) -> None:
     write_json(run.path / "calibration.json", {**figures, "windows": windows, "cached": cached})
 
 
-def search_bench(
-    session: RunContext, config: SearchConfig, batch_size: int, reporter: Reporter, *, selection: Selection | None = None
-) -> TrialBench:
+def search_bench(session: RunContext, config: SearchConfig, reporter: Reporter, *, selection: Selection | None = None) -> TrialBench:
     """Factorise every layer and evaluate the dense model, once for all trials.
 
     ``selection`` is that of an earlier worker: windows are not selected again.
@@ -146,24 +143,19 @@ def search_bench(
     reporter.say(warnings=reported)
     windows = session.windows.validation
     if config.selected_windows:
-        windows, selection = _selected(session, decomposed, plain, config, batch_size, reporter, selection)
+        windows, selection = _selected(session, decomposed, plain, config, reporter, selection)
         reported = (*reported, *filter(None, [selection.warning()]))
         reporter.say(warnings=reported)
-    with reporter.stage("Measuring the dense model", windows.windows) as progress:
-        reverse = config.objective == "bolaco"
-        reference = DenseReference.compute(handle, windows, batch_size=batch_size, reverse=reverse, top_k=config.top_k, progress=progress)
+    reference = pipeline.dense_reference(windows, reverse=config.objective == "bolaco", top_k=config.top_k)
     reporter.say(dense_warnings=reference.warnings)
     curves = decomposed.curves
     if config.error_weights:
-        with reporter.stage("Measuring error weights", len(units)) as progress:
-            ratio = config.compression_ratio
-            error_weights = measure_error_weights(
-                decomposed, windows, reference, compression_ratio=ratio, batch_size=batch_size, progress=progress
-            )
+        error_weights = pipeline.error_weights(config.compression_ratio, windows, reference)
         curves = {name: curve * error_weights.get(name, 1.0) for name, curve in curves.items()}
     space = SearchSpace.of(units, config, dense, curves)
     reporter.say(warnings=(*reported, *_unspent(space)))
-    return TrialBench(decomposed, windows, reference, space, batch_size, selection if config.selected_windows else None)
+    size = pipeline.calibration.batch_size
+    return TrialBench(decomposed, windows, reference, space, size, selection if config.selected_windows else None)
 
 
 def _selected(
@@ -171,14 +163,14 @@ def _selected(
     decomposed: Decomposed,
     space: SearchSpace,
     config: SearchConfig,
-    batch_size: int,
     reporter: Reporter,
     known: Selection | None,
 ) -> tuple[WindowSet, Selection]:
     """Return the windows of trials of a published search, and how they were selected."""
+    size = session.pipeline.calibration.batch_size
     pool = load_windows(session.pipeline.text, session.handle.tokenizer, "validation", count=round(POOL_RATIO * config.selected_windows))
     with reporter.stage(f"Selecting {config.selected_windows} of {pool.windows} validation windows", ALLOCATIONS) as progress:
-        result = select_windows(decomposed, pool, space, config, batch_size=batch_size, known=known, progress=progress)
+        result = select_windows(decomposed, pool, space, config, batch_size=size, known=known, progress=progress)
     return result.of(pool), result
 
 

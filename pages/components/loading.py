@@ -17,7 +17,7 @@ from lowrank_core.studies.variables import Importances, read_importances
 from lowrank_core.studio.overview.checkpoint import ModelOnDisk, read_model
 from lowrank_core.studio.overview.source_checks import local_model
 from lowrank_core.studio.overview.text_preview import TextPreview, text_preview
-from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of
 from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.thumbnail_chart import thumbnail
 
@@ -111,7 +111,7 @@ def pictures_of(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -
     facts = model_facts(run)
     if facts is None:
         return {}
-    units = search_units(facts.matrices, search.compression, facts.head_units)
+    units = facts.units(search.compression)
     return {trial.number: _picture(str(run.path), trial.number, trial.started, trial, units) for trial in trials if trial.ranks}
 
 

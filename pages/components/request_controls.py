@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import streamlit as st
 
 from lowrank_core.config import RunConfig
 from lowrank_core.runs import Run, client, create_run
-from lowrank_core.studies.model_ref import ModelKey
+from lowrank_core.studies.requests import Request
 from lowrank_core.studio.shared.model_refs import request_words
 from lowrank_core.studio.shared.run_list import is_working, status_words
 from pages.components import state
 from pages.components.boundary import boundary
 from pages.components.sidebar import resume_button
 
-__all__ = ["ask", "ask_all", "start", "submit", "waiting", "why_not"]
+__all__ = ["ask", "start", "waiting", "why_not"]
 
 _RECORDED = "A recorded run has no worker: start a search of your own to measure."
 
@@ -34,21 +34,11 @@ def why_not(run: Run, words: str = _RECORDED) -> str | None:
     return words if run.recorded else None
 
 
-def ask(run: Run, kind: str, **arguments: object) -> None:
-    """Submit a request, and redraw the page."""
-    ask_all(run, [(kind, arguments)])
-
-
-def submit(run: Run, kind: str, subjects: Sequence[ModelKey], **arguments: object) -> None:
-    """Submit a request of ``kind`` for each of ``subjects``, and redraw the page."""
-    ask_all(run, [(kind, {"trial": subject, **arguments}) for subject in subjects])
-
-
-def ask_all(run: Run, requests: Sequence[tuple[str, Mapping[str, object]]]) -> None:
-    """Submit requests (kind, arguments) in order, and redraw the page."""
+def ask(run: Run, requests: Iterable[Request]) -> None:
+    """Submit requests in order, and redraw the page; show why one is refused, also as it is made."""
     with boundary():
-        for kind, arguments in requests:
-            client.submit(run, kind, **arguments)  # type: ignore[arg-type]
+        for request in requests:
+            client.submit(run, request)
         st.rerun()
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
+import numpy as np
 import pandas as pd
 import streamlit as st
 
+from lowrank_core.studio.shared.formatting import size_unit
 from lowrank_core.studio.shared.table import Column, Table
 
-__all__ = ["config", "show"]
+__all__ = ["config", "in_one_unit", "show"]
 
-_FORMATS = {"whole": "localized", "moment": "D MMM, HH:mm:ss", "ago": "distance", "share": "percent"}
+_FORMATS = {"whole": "localized", "moment": "D MMM, HH:mm:ss", "ago": "distance", "share": "percent", "bytes": "%.4g"}
 """Streamlit's word for a kind, where it is not the same."""
 
 
@@ -31,6 +34,7 @@ def config(column: Column) -> object:
 def show(table: Table, *, key: str, height: int | str = "auto", on_pick: Callable[[], None] | None = None, several: bool = False) -> None:
     """Show ``table``; a missing value is a dash. ``several`` rows can be picked, or one."""
     picking = {"on_select": on_pick, "selection_mode": "multi-row" if several else "single-row"} if on_pick is not None else {}
+    table = in_one_unit(table)
     st.dataframe(
         _without_negative_zeros(table),
         column_order=[column.name for column in table.shown],
@@ -42,6 +46,17 @@ def show(table: Table, *, key: str, height: int | str = "auto", on_pick: Callabl
         alt=table.caption,
         **picking,
     )  # type: ignore[call-overload]
+
+
+def in_one_unit(table: Table) -> Table:
+    """Return the table with all sizes in one binary unit, which the head names: Streamlit's own format has decimal ones."""
+    columns = [column for column in table.shown if column.kind == "bytes"]
+    if not columns:
+        return table
+    unit, suffix = size_unit(float(np.nanmax([table.frame[column.name].max() for column in columns])))
+    frame = table.frame.assign(**{column.name: table.frame[column.name] / unit for column in columns})
+    shown = [replace(column, label=f"{column.label} ({suffix})") if column.kind == "bytes" else column for column in table.shown]
+    return replace(table, frame=frame, columns=shown)
 
 
 def _without_negative_zeros(table: Table) -> pd.DataFrame:

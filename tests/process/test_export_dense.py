@@ -118,7 +118,8 @@ def test_biases_without_a_place_can_be_left_out_and_what_that_costs_is_measured(
     assert with_them != pytest.approx(without, rel=1e-3)
     assert f"the metric gave {dropped['layers']} layers, so they were left out" in (tmp_path / "out" / "README.md").read_text()
     words = written_words(manifest)
-    assert f"it is not smaller: {manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes" in words
+    assert words.startswith(f"{manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes, multiplied out")
+    assert "no smaller than the dense model. As factors: " in words
     assert f"left out: perplexity {without:.6g} in place of {with_them:.6g}" in words
 
 
@@ -128,6 +129,8 @@ def test_what_is_printed_of_a_folder_counts_what_was_written(request: pytest.Fix
     int8 = export(model, tmp_path / "int8", config=ExportConfig(quantization="int8"))
     assert f"{model.report.compression_ratio:.1%} of the compressible" in written_words(floats)
     assert f"to {report_of(int8).linear_parameters_after:,})" in written_words(int8)  # each row of a factor has a scale
+    for manifest in (floats, int8):
+        assert written_words(manifest).startswith(f"{manifest.written_parameters:,} numbers in {manifest.written_bytes:,} bytes")
     assert report_of(int8).linear_parameters_after > model.report.linear_parameters_after
 
 

@@ -22,7 +22,6 @@ from lowrank_core.models.attention import head_units
 from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.studio.export.export_list import loading_of
 from lowrank_core.studio.export.export_plan import Source, files_of, planned, runtimes
-from lowrank_core.studio.shared.allocation_map import search_units
 from lowrank_core.studio.shared.model_facts import ModelFacts, _facts
 from lowrank_core.text import WindowSet
 
@@ -75,7 +74,7 @@ def test_the_planned_bytes_are_those_of_the_tensors_that_are_written(
     config: ExportConfig, made: tuple[CompressionConfig, CompressedModel], facts: ModelFacts, tmp_path: Path
 ):
     compression, model = made
-    units = search_units(facts.matrices, compression, facts.head_units)
+    units = facts.units(compression)
     reported = planned(
         facts,
         units,
@@ -101,7 +100,7 @@ def test_where_only_the_worker_knows_the_ranks_the_plan_is_an_upper_bound(
 ):
     compression, model = made
     units, search = (
-        search_units(facts.matrices, compression, facts.head_units),
+        facts.units(compression),
         SearchConfig(0.4, variables="error_weight", compression=compression),
     )
     for config in CONFIGS:

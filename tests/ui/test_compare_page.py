@@ -13,10 +13,12 @@ from synthetic import comparison, make_run, running_status, write_answers, write
 from synthetic_answers import detailed, on_other_text, speed_answer, tokens_answer
 from test_pages import charts, sound, words
 
+from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import client, write_json
 from lowrank_core.runs.client import pending_requests, results
 from lowrank_core.studies.records import MANUAL
+from lowrank_core.studies.requests import CompareRequest, OtherTextRequest, SpeedRequest, TokensRequest, request_of
 from lowrank_core.studies.storage import open_journal
 from lowrank_core.studio.compare.comparison import comparisons
 from lowrank_core.studio.compare.measured_speed import speeds
@@ -48,7 +50,7 @@ def open_study(run):
 
 
 def asked(run):
-    return [(request["kind"], request["arguments"]) for request in pending_requests(run)]
+    return [request_of(request["kind"], request["arguments"]) for request in pending_requests(run)]
 
 
 def look(app, name, **query):
@@ -111,7 +113,7 @@ def test_only_what_is_missing_is_asked_for(app, dead_worker):
     assert "2 of 4 measured or queued" in words(test)
     test.button(key="measure").click().run()
     assert sound(test)
-    assert asked(run) == [("compare", {"trial": "lord_manual"}), ("compare", {"trial": "lagrangian"})]
+    assert asked(run) == [CompareRequest("lord_manual"), CompareRequest("lagrangian")]
     assert test.button(key="measure").disabled
     assert "4 of 4 measured or queued" in words(test)
 
@@ -120,7 +122,7 @@ def test_one_press_asks_for_every_preset(app, dead_worker):
     run = make_run()
     test = app("compare")
     test.button(key="measure_presets").click().run()
-    assert [arguments["trial"] for _, arguments in asked(run)] == [f"preset:{name}" for name in PRESETS]
+    assert [request.trial for request in asked(run)] == [f"preset:{name}" for name in PRESETS]
     assert test.button(key="measure_presets").disabled
 
 
@@ -131,7 +133,7 @@ def test_requests_can_be_withdrawn_one_by_one_or_all(app, dead_worker):
     assert "3 requests are queued" in words(test)
     assert "Uniform: measuring on test text" in words(test)
     test.button(key=f"withdraw_{names[1]}").click().run()
-    assert [arguments["trial"] for _, arguments in asked(run)] == [3, "lagrangian"]
+    assert [request.trial for request in asked(run)] == [3, "lagrangian"]
     test.button(key="withdraw_all").click().run()
     assert asked(run) == []
     assert "are queued" not in words(test)
@@ -168,8 +170,7 @@ def test_a_second_text_is_asked_for_with_what_is_missing_on_the_first(app, dead_
     test.button(key="measure_second").click().run()
     assert sound(test)
     text = f"file:{notes}"
-    expected = [("other_text", {"trial": 3, "text": text}), ("compare", {"trial": "lagrangian"})]
-    assert asked(run) == [*expected, ("other_text", {"trial": "lagrangian", "text": text})]
+    assert asked(run) == [OtherTextRequest(3, text), CompareRequest("lagrangian"), OtherTextRequest("lagrangian", text)]
 
 
 def test_a_second_text_that_is_not_there_is_refused_before_it_is_asked_for(app, dead_worker):
@@ -191,7 +192,7 @@ def test_a_window_or_a_text_is_read_token_by_token(app, dead_worker):
     test.text_area(key="token_text").set_value("<b>mine</b>").run()
     test.button(key="read_tokens").click().run()
     assert sound(test)
-    assert asked(run) == [("tokens", {"trial": 3, "window": 3}), ("tokens", {"trial": 3, "text": "<b>mine</b>"})]
+    assert asked(run) == [TokensRequest(3, window=3), TokensRequest(3, "<b>mine</b>")]
     test.text_area(key="token_text").set_value("  ").run()
     test.button(key="read_tokens").click().run()
     assert "The text is empty" in test.warning[-1].value
@@ -215,8 +216,7 @@ def test_prompts_and_timings_are_asked_of_every_chosen_model(app, dead_worker):
     test.checkbox(key="speed_memory").set_value(False)
     test.button(key="time_models").click().run()
     assert sound(test)
-    sizes = {"batch_size": 1, "prompt_tokens": 128, "new_tokens": 64, "rounds": 3}
-    assert asked(run) == [("speed", {"trial": trial, "memory": False, **sizes}) for trial in (3, "preset:svd_llm")]
+    assert asked(run) == [SpeedRequest(trial, False, SpeedConfig(rounds=3)) for trial in (3, "preset:svd_llm")]
 
 
 def test_a_healed_model_can_be_chosen_like_any_other(app, dead_worker):
@@ -227,7 +227,7 @@ def test_a_healed_model_can_be_chosen_like_any_other(app, dead_worker):
     test.multiselect[0].set_value([key]).run()
     assert test.button(key="measure").disabled  # its healing measured it
     test.button(key="continue").click().run()
-    assert [(kind, arguments["trial"]) for kind, arguments in asked(run)] == [("generate", key)]
+    assert [(request.kind, request.trial) for request in asked(run)] == [("generate", key)]
 
 
 def test_the_choice_survives_a_better_trial_and_another_page(app):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import json
 import shlex
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,11 +13,12 @@ from test_pages import sound, words
 
 from lowrank_core.cli import parser
 from lowrank_core.cli.options import config_of, source_of, text_of
-from lowrank_core.config import ExportConfig
+from lowrank_core.config import ExportConfig, to_mapping
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import options_of
 from lowrank_core.runs import client, write_json
 from lowrank_core.runs.client import pending_requests
+from lowrank_core.studies.requests import ExportRequest
 
 REPORTED = {"Report (HTML)", "Charts (SVG, PNG, HTML)"}
 TABLES = {"Allocation (JSON)", "Trials (CSV)", "Comparison (CSV)"}
@@ -100,7 +100,9 @@ def test_writing_is_asked_for_with_every_choice(app):
     assert sound(test)
     (request,) = pending_requests(run)
     assert request["kind"] == "export"
-    assert request["arguments"] == {"trial": 3, **asdict(ExportConfig("compressed", True, "bfloat16", "2GB", quantization="int8"))}
+    assert request["arguments"] == to_mapping(
+        ExportRequest(3, None, ExportConfig("compressed", True, "bfloat16", "2GB", quantization="int8"))
+    )
 
 
 def test_a_dense_merge_is_asked_for_without_what_it_can_not_have(app):
@@ -112,7 +114,21 @@ def test_a_dense_merge_is_asked_for_without_what_it_can_not_have(app):
     test.button(key="export").click().run()
     assert sound(test)
     (request,) = pending_requests(run)
-    assert request["arguments"] == {"trial": 3, **asdict(ExportConfig("dense"))}
+    assert request["arguments"] == to_mapping(ExportRequest(3, None, ExportConfig("dense")))
+
+
+def test_a_dense_merge_without_a_place_for_biases_is_refused_before_the_button_is_pressed(app):
+    run = make_run()
+    write_json(run.path / "model.json", {**run.part("model"), "biases_without_place": 14})
+    test = app("export", run=run.id)
+    assert "has no place for the biases that this metric gives up to 14 layers" in words(test)
+    assert not test.button(key="export").disabled
+    test.segmented_control(key="export_form").set_value("dense").run()
+    assert test.button(key="export").disabled
+    assert "turn on “Drop biases without a place”" in words(test)
+    test.toggle(key="export_drop_biases").set_value(True).run()
+    assert sound(test)
+    assert not test.button(key="export").disabled
 
 
 def test_a_healed_model_is_asked_for_by_its_folder_and_is_written_as_it_is_already(app):
@@ -129,7 +145,7 @@ def test_a_healed_model_is_asked_for_by_its_folder_and_is_written_as_it_is_alrea
     test.button(key="export").click().run()
     assert sound(test)
     (request,) = pending_requests(run)
-    assert request["arguments"] == {"healed": name, **asdict(ExportConfig(quantization="int8"))}
+    assert request["arguments"] == to_mapping(ExportRequest(None, name, ExportConfig(quantization="int8")))
 
 
 def shown_healed(app, **changed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -182,7 +183,7 @@ def test_the_scree_is_on_log_axes_with_the_break_even_rank():
     layer = spectra()[0]
     figure = scree_figure(scree_curves(layer))
     assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
-    assert figure.layout.shapes[0].x0 == layer.shape.break_even_rank
+    assert layer.shape.break_even_rank in [line.x0 for line in figure.layout.shapes]
     assert f"break-even rank {layer.shape.break_even_rank}" in words(figure)
     assert "weights" in words(figure)
     assert "features" in words(figure)
@@ -196,6 +197,55 @@ def test_marked_ranks_are_named_on_heights_of_their_own():
     assert len(marks) == 3
     assert len({note.y for note in marks}) == 3
     assert "Trial 7: rank 5" in words(figure)
+
+
+def boxes(figure, width: float, height: float) -> dict[str, tuple[float, float, float, float]]:
+    """Return label -> left, right, bottom and top on a plot of so many pixels, as fractions of it."""
+    (low, high), (bottom, top) = figure.layout.xaxis.range, figure.layout.yaxis.range
+    result = {}
+    for text in figure.layout.annotations:
+        at = text.x if text.xref == "paper" else (text.x - low) / (high - low)
+        y = text.y if text.yref == "paper" else (text.y - bottom) / (top - bottom)
+        lines = re.sub(r"</?b>", "", text.text).split("<br>")
+        wide, tall = 6.2 * max(map(len, lines)) / width, 14 * len(lines) / height
+        left, under = at - wide if text.xanchor == "right" else at, y - tall if text.yanchor == "top" else y
+        result[text.text] = (left, left + wide, under, under + tall)
+    return result
+
+
+def crossed(figure, width: float, height: float) -> list[str]:
+    """Return the labels that a dotted line runs through, or that stand on others."""
+    low, high = figure.layout.xaxis.range
+    found = boxes(figure, width, height)
+    places = dict(found)
+    for number, line in enumerate(figure.layout.shapes):
+        x = ((math.log10(line.x0) if figure.layout.xaxis.type == "log" else line.x0) - low) / (high - low)
+        places[f"line {number}"] = (x, x, line.y0, line.y1)
+    slack = 2e-3
+    return [
+        name
+        for name, (left, right, under, over) in found.items()
+        for other, (start, end, foot, head) in places.items()
+        if other != name and left < end - slack and start + slack < right and foot < over - slack and head > under + slack
+    ]
+
+
+@pytest.mark.parametrize("width", [270, 1000])
+@pytest.mark.parametrize("rank", [2, 5, 9, 14])
+def test_no_dotted_line_runs_through_a_label(width: int, rank: int):
+    layer = spectra()[0]
+    facts = RunFacts("Trial 7", {layer.shape.name: Choice(0.4, rank, f"rank {rank}")})
+    assert crossed(scree_figure(scree_curves(layer, facts)), width, 360) == []
+    for source in ("weights", "features"):
+        assert crossed(density_figure(density(layer, source)), width, 270) == []
+    assert crossed(energy_figure(energy_curves(layer), "kept", rank), width, 300) == []
+
+
+def test_numbers_of_blocks_leave_room_for_each_other():
+    shapes = [replace(matrices()[0], name=f"model.layers.{depth}.self_attn.q_proj", depth=depth) for depth in range(30)]
+    view = layer_map(shapes, [0.5] * 30, [""] * 30, "share", percent=True)
+    for figure in (map_figure(view), profile_figure(view)):
+        assert list(figure.layout.xaxis.tickvals) == [0, 5, 10, 15, 20, 25]
 
 
 def test_old_spectra_have_no_shuffled_curve_and_nothing_is_said_of_it():

@@ -339,7 +339,7 @@ def test_a_draft_is_asked_for_and_waits(app, run):
     assert sound(test)
     (request,) = pending_requests(run)
     assert request["kind"] == "measure"
-    assert request["arguments"] == {"ranks": draft_on_disk(run)["ranks"]}
+    assert request["arguments"] == {"ranks": draft_on_disk(run)["ranks"], "complete": None}
     assert "Waits for the worker, which checks between two trials" in words(test)
     assert test.button(key="measure_hand").disabled
 

@@ -8,6 +8,8 @@ import pytest
 from synthetic import FFN, calibration_json, directions, make_run, spectra, write_sensitivity
 from test_pages import charts, sound, words
 
+from lowrank_core.config import to_mapping
+from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.runs import write_json
 from lowrank_core.runs.client import pending_requests
 from lowrank_core.spectra.spectrum import load_spectra, save_spectra
@@ -82,7 +84,7 @@ def test_directions_are_asked_for_and_shown(app, monkeypatch):
     assert sound(test)
     (request,) = pending_requests(run)
     assert request["kind"] == "directions"
-    assert request["arguments"] == {"module": NAME, "side": "input", "directions": 3, "windows": 32}
+    assert request["arguments"] == to_mapping(DirectionsConfig(NAME, directions=3))
     write_json(run.path / "results" / f"{request['id']}.json", directions(NAME))
     test.run()
     table = next(frame.value for frame in test.dataframe if "projection" in frame.value)

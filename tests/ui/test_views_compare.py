@@ -18,6 +18,19 @@ from lowrank_core.studies.records import read_trials
 from lowrank_core.studio.compare import comparison as compare
 from lowrank_core.studio.compare import continuations, healing_runs, loss_details, measured_speed, second_text, token_losses
 from lowrank_core.studio.shared import model_refs
+from lowrank_core.studio.shared.table import Column, Table
+from pages.components.tables import in_one_unit
+
+
+def test_the_sizes_of_a_table_are_in_one_unit_in_a_report_and_on_a_page():
+    frame = pd.DataFrame({"name": ["Dense", "a", "b"], "bytes": pd.Series([3 * 2**30, 2**29, None], dtype="Int64")})
+    table = Table(frame, (Column.text("name", "Model"), Column("bytes", "Size", "bytes")), "Sizes")
+    assert [row[1] for row in table.rows] == ["3.00 GiB", "0.500 GiB", "–"]
+    shown = in_one_unit(table)
+    assert [column.label for column in shown.shown] == ["Model", "Size (GiB)"]
+    assert list(shown.frame["bytes"][:2]) == [3.0, 0.5]
+    assert shown.frame["bytes"].isna().sum() == 1
+
 
 # which models
 

@@ -25,7 +25,7 @@ from lowrank_core.studio.manual.expected_kl_chart import prediction_figure
 from lowrank_core.studio.manual.outcome import alongside, picked
 from lowrank_core.studio.manual.rank_table import RowEdit, bill, dense_words, draft_rows, edited_draft, groupings, row_groups
 from lowrank_core.studio.manual.starting_points import Recipe, first_draft, missing_rules, rules, starts
-from lowrank_core.studio.shared.allocation_map import loss_map, search_units
+from lowrank_core.studio.shared.allocation_map import loss_map
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 from lowrank_core.studio.shared.reproduce import compress_command, enqueue_command
 
@@ -134,7 +134,7 @@ def test_a_stack_and_heads_are_told_in_words(facts):
     result = model_facts(run)
     assert result is not None
     config = CompressionConfig(basis="two_sided", storage="pivoted", value_dense=False, stacks=True, heads=True)
-    units = search_units(result.matrices, config, result.head_units)
+    units = result.units(config)
     stack = next(unit.name for unit in units if len(unit.members) == 3)
     draft = Draft.of(units, {stack: 5})
     assert draft_rows(draft, None).iloc[0]["kind"] == "q+k+v"

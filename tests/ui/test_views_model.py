@@ -65,6 +65,8 @@ def test_fractions_and_sizes_are_words():
     assert formatting.percent(0.3) == "30.0 %"
     assert formatting.percent(math.nan) == "–"
     assert formatting.size(27_400_000) == "26.1 MiB"
+    assert formatting.sizes([3 * 2**30, 2**29, None]) == ["3.00 GiB", "0.500 GiB", "–"]
+    assert formatting.sizes([12, 900]) == ["12 B", "900 B"]
     assert formatting.interval(1.0, None) == "–"
 
 
@@ -89,7 +91,7 @@ def test_tables_have_the_time_that_labels_have(in_tokyo: None):
     label, (created,) = formatting.timestamp(float(run.record["created"])), run_list.run_table([run])["created"]
     assert f"{created:%H:%M}" == label.rpartition(" ")[2]
     trial = next(trial for trial in read_trials(run) if trial.started is not None)
-    started = history.trial_table([trial], run.config.search)["started"].iloc[0]
+    started = history.trials_spec([trial], run.config.search).frame["started"].iloc[0]
     assert f"{started:%H:%M}" == formatting.timestamp(trial.started).rpartition(" ")[2]
 
 

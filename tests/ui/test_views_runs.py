@@ -18,6 +18,7 @@ from synthetic import (
     write_answers,
 )
 
+from lowrank_core.allocation.units import plan_units
 from lowrank_core.config import CompressionConfig, RunConfig, SearchConfig
 from lowrank_core.errors import BudgetError
 from lowrank_core.parameters import allocated_parameters, budget_for_ratio
@@ -66,17 +67,17 @@ def test_progress_is_told_against_uniform():
 
 def test_the_trial_table_marks_the_best_and_has_a_column_for_each_variable():
     trials = read_trials(make_run())
-    table = history.trial_table(trials, SearchConfig())
+    table = history.trials_spec(trials, SearchConfig()).frame
     assert list(table["trial"]) == list(range(6))
     assert table["kind"][3] == "sampled ★ best"
     assert table["kind"][0] == "Uniform"
     assert {result.name for result in history.search_variables(trials, SearchConfig())} <= set(table.columns)
-    assert history.trial_table([], SearchConfig()).empty
+    assert history.trials_spec([], SearchConfig()).frame.empty
 
 
 def test_the_allocation_map_spends_what_the_allocation_counts():
     trial = read_trials(make_run())[3]
-    units = allocation_map.search_units(matrices(), CompressionConfig())
+    units = plan_units(matrices(), CompressionConfig())
     assert list(units) == priced_units()
     result = allocation_map.allocation_of(trial, units)
     view = allocation_map.allocation_map(result, units)

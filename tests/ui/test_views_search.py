@@ -110,7 +110,7 @@ def test_a_stopped_trial_stands_at_the_loss_it_showed(rich):
 
 
 def test_the_trial_table_names_kind_worker_and_start(rich):
-    table = history.trial_table(rich, SEARCH)
+    table = history.trials_spec(rich, SEARCH).frame
     assert list(table["kind"][[2, 3, 5]]) == ["Lagrangian (equal slopes)", "sampled ★ best", "Manual"]
     assert list(table["state"][[4, 6]]) == ["stopped early", "outside budget"]
     assert table["worker"][0] == "elsewhere:77"
@@ -125,6 +125,12 @@ def test_variables_are_headed_by_what_they_mean(rich, ranged):
     assert [v.label for v in history.search_variables(ranged, RANGE)] == ["Kept of q, k", "Target ratio"]
     layer = replace(rich[3], params={"model.layers.1.mlp.up_proj": 0.5, "gate 0-3": 0.4})
     assert [v.label for v in history.search_variables([layer], SEARCH)] == ["Kept of 1 · up", "Kept of gate 0-3"]
+    types = replace(
+        layer, params={"experts.gate+experts.up": 1.0, "experts.down_proj 0-3": 1.0, "shared_expert.up_proj": 1.0, "attn.c_proj": 1}
+    )
+    labels = [v.label for v in history.search_variables([types], replace(SEARCH, variables="error_weight"))]
+    roles = ["experts.gate+experts.up", "experts.down 0-3", "shared_expert.up", "attn.c"]
+    assert labels == [f"Weight of {role}" for role in roles]
 
 
 def test_units_are_called_by_block_and_type():
@@ -224,7 +230,7 @@ def test_the_front_leaves_out_what_is_beaten(ranged):
 
 def test_a_range_has_no_best_trial(ranged):
     assert history.progress(ranged, RANGE).best is None
-    marks = history.trial_table(ranged, RANGE)["kind"]
+    marks = history.trials_spec(ranged, RANGE).frame["kind"]
     assert [number for number, kind in enumerate(marks) if kind.endswith("★ front")] == [0, 1, 3, 4]
     assert ratio_words(RANGE) == "20% to 60%"
     assert ratio_words(replace(RANGE, compression_ratio=0.125, max_ratio=0.996)) == "12.5% to 99.6%"

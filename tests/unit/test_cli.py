@@ -394,6 +394,21 @@ def test_a_hand_picked_allocation_waits_for_its_worker(searched: tuple[Places, P
     assert (mine.label, mine.state, mine.kl) == ("manual", "complete", pytest.approx(best["kl"]))
 
 
+@pytest.mark.parametrize(("rank", "words"), [(99999, "rank"), (None, "model.layers.99.up_proj")])
+def test_a_hand_picked_allocation_that_does_not_fit_is_refused_at_once(
+    searched: tuple[Places, Path, dict[str, Any]], tmp_path: Path, rank: int | None, words: str
+):
+    _, run, best = searched
+    ranks = tmp_path / "ranks.json"
+    ranks.write_text(json.dumps({next(iter(best["ranks"])) if rank else words: rank or 3}))
+    before = len(list((run / "requests").glob("*"))) if (run / "requests").exists() else 0
+    refused = _lowrank("enqueue", "--run", run, "--ranks", ranks)
+    assert refused.status == 2
+    assert words in refused.err
+    assert refused.err.count("\n") == 1
+    assert before == (len(list((run / "requests").glob("*"))) if (run / "requests").exists() else 0)
+
+
 def test_a_search_is_extended_with_another_sampler(searched: tuple[Places, Path, dict[str, Any]], tmp_path: Path):
     _, run, _ = searched
     copy = Path(shutil.copytree(run, tmp_path / "copy"))

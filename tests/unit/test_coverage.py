@@ -136,6 +136,11 @@ def test_a_ratio_is_told_for_the_whole_model():
     )
 
 
+def test_what_a_ratio_counts_is_called_the_same_inside_and_outside_experts():
+    rows = Coverage.of([("linear", 30), ("expert", 60)]).rows
+    assert [row.label for row in rows] == ["compressible linears", "compressible linears of experts"]
+
+
 def test_little_is_a_warning_and_much_is_none():
     warning = MAX_EXPERTS.warning(0.3)
     assert warning is not None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from families import load_family
 
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.config.directions import SIDES, DirectionsConfig
-from lowrank_core.errors import ConfigError
+from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.models import ModelHandle
+from lowrank_core.models.experts import Routed
 from lowrank_core.models.handle import weight_of
 from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
 from lowrank_core.statistics.directions import top_directions
@@ -62,6 +66,34 @@ def test_the_context_is_what_stands_around_the_token(llama: ModelHandle, windows
     texts = [llama.tokenizer.decode(row.tolist(), clean_up_tokenization_spaces=False) for row in windows.first(32).ids]
     assert any(hit.before + hit.token + hit.after in text for text in texts)
     assert "32 windows of 16 tokens, 512 tokens, float32" in result.protocol
+
+
+def test_the_tokens_of_an_expert_are_those_that_are_routed_to_it(tmp_path: Path, sample_text: str, windows: WindowSet) -> None:
+    handle = load_family(tmp_path, sample_text, "mixtral")
+    statistics = _statistics(handle, windows)
+    name = next(layer.name for layer in handle.layers if layer.shape.expert == 1)
+    result = top_directions(handle, windows, statistics, DirectionsConfig(name, directions=1, tokens=5, windows=windows.windows))
+    reached: list[torch.Tensor] = []
+    owner = handle.module.get_submodule(name.rpartition(".")[0])
+    hook = handle.module.get_submodule(name).register_forward_pre_hook(lambda *_: reached.append(owner.routed.tokens))
+    with torch.no_grad():
+        handle.module(input_ids=windows.ids, use_cache=False)
+    hook.remove()
+    texts = {handle.tokenizer.decode([token]) for token in windows.ids.flatten()[reached[0]].tolist()}
+    assert 0 < len(reached[0]) < windows.ids.numel()
+    assert {hit.token for hit in result.directions[0].tokens} <= texts
+    assert f"{len(reached[0]):,} of which are routed to the expert" in result.protocol
+
+
+def test_an_expert_that_no_token_reaches_says_why_and_what_to_do(tmp_path: Path, sample_text: str, windows: WindowSet) -> None:
+    handle = load_family(tmp_path, sample_text, "mixtral")
+    statistics = _statistics(handle, windows)
+    name = next(layer.name for layer in handle.layers if layer.shape.expert == 0)
+    mixture = handle.module.get_submodule(name.rsplit(".", 2)[0])
+    routing, nothing = mixture.routing, Routed(torch.empty(0), torch.empty(0, dtype=torch.int64))
+    mixture.routing = lambda *arguments: [nothing, *routing(*arguments)[1:]]
+    with pytest.raises(ModelError, match=r"none of the 32 tokens of 2 windows is routed to the expert of .* Take more windows, or another"):
+        top_directions(handle, windows, statistics, DirectionsConfig(name, windows=2))
 
 
 def test_the_model_is_left_as_it_was(llama: ModelHandle, windows: WindowSet) -> None:

@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from lowrank_core.compression import error_weights
-from lowrank_core.compression.build import low_rank_layers, swap_layers
+from lowrank_core.compression.build import low_rank_layers
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.config import CalibrationConfig, CompressionConfig
@@ -55,7 +54,7 @@ def scaled(decomposed: Decomposed, factors: dict[str, float]) -> Decomposed:
 
 
 def kl_of(decomposed: Decomposed, windows: WindowSet, dense: DenseReference, ranks: dict[str, int | None]) -> float:
-    with swap_layers(decomposed.handle, low_rank_layers(decomposed.handle, decomposed.bases, ranks, storage="factored")):
+    with decomposed.swapped(ranks):
         scores, _ = score_windows(decomposed.handle, windows, batch_size=8, dense=dense)
     assert scores.kl is not None
     return float(scores.kl.mean())
@@ -135,7 +134,7 @@ def test_what_loses_nothing_is_measured_where_it_loses_something(raw: Decomposed
 def test_a_slope_is_positive_where_rounding_says_it_is_not(
     raw: Decomposed, few: WindowSet, dense: DenseReference, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(error_weights, "low_rank_layers", lambda *_, **__: {})  # nothing is swapped: KL is rounding
+    monkeypatch.setattr("lowrank_core.compression.decomposed.low_rank_layers", lambda *_, **__: {})  # nothing is swapped: KL is rounding
     assert all(slope > 0 for slope in measure_error_weights(raw, few, dense, compression_ratio=RATIO).values())
 
 
@@ -149,7 +148,7 @@ def test_a_unit_that_makes_the_model_diverge_is_named(
                 parameter.data.fill_(torch.nan)
         return layers
 
-    monkeypatch.setattr(error_weights, "low_rank_layers", broken)
+    monkeypatch.setattr("lowrank_core.compression.decomposed.low_rank_layers", broken)
     with pytest.raises(NumericalError, match=r"model\.layers\.0\.self_attn\.q_proj at rank \d+, everything else dense: .*diverged"):
         measure_error_weights(raw, few, dense, compression_ratio=RATIO)
     assert torch.isfinite(weight_of(raw.handle.module.get_submodule("model.layers.0.self_attn.q_proj"))).all()

@@ -14,7 +14,6 @@ from lowrank_core.parameters import Unit
 from lowrank_core.runs import Run
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.manual.expectation import LEVEL, KlRegression, expectation_help, expectation_words
-from lowrank_core.studio.shared.allocation_map import search_units
 from lowrank_core.studio.shared.model_facts import model_facts
 
 RECORDED = Path(__file__).resolve().parents[2] / "assets" / "recorded-run"
@@ -28,7 +27,7 @@ def units() -> tuple[Unit, ...]:
     facts, search = model_facts(run), run.config.search
     assert facts is not None
     assert search is not None
-    return search_units(facts.matrices, search.compression, facts.head_units)
+    return facts.units(search.compression)
 
 
 @pytest.fixture(scope="module")

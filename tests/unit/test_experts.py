@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from lowrank_core.cli import main
 from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource
@@ -259,3 +261,18 @@ def test_merged_experts_are_a_plain_checkpoint(mixture: ModelHandle, windows: Wi
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert not list(experts_of(plain))
     assert close(logits(plain, windows.ids[:1]), logits(smaller.handle.module, windows.ids[:1]))
+
+
+def test_analyze_has_a_line_for_each_matrix_of_a_mixture(mixtral: ModelHandle, text_file: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["analyze", "--model", mixtral.reference, "--text", f"file:{text_file}", "--context", "16", "--windows", "16"]
+    assert main(words) == 0
+    mixtures = {shape.mixture for shape in mixtral.shapes if shape.mixture}
+    experts = sum(bool(shape.mixture) for shape in mixtral.shapes)
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".experts." in line]
+    assert len(lines) == len(mixtures) < experts
+    assert all(" experts) " in line and " to " in line for line in lines)
+    assert main([*words, "--experts"]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ".experts." in line]
+    assert len(lines) == experts
+    assert main([*words, "--json"]) == 0
+    assert sum(".experts." in layer["name"] for layer in json.loads(capsys.readouterr().out)["layers"]) == experts

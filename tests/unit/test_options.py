@@ -180,9 +180,14 @@ def test_every_command_with_options_takes_the_file_of_a_run(command: str):
         (("compress", *MODEL, *TEXT, "--out", "x"), "--compression-ratio"),
         (("compress", *MODEL, *TEXT), "required: --out"),
         (("analyze", "--config", "missing.json"), "can't be read"),
+        (("compress", "--config", "damaged.json", "--out", "x"), "temper"),
     ],
 )
-def test_what_is_missing_is_said_in_one_line(words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+def test_what_is_missing_is_said_in_one_line(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "damaged.json").write_text(json.dumps({"calibration": {"temper": 3}}))
+    monkeypatch.chdir(tmp_path)
     try:
         status: object = main(list(words))
     except SystemExit as stop:
@@ -191,6 +196,15 @@ def test_what_is_missing_is_said_in_one_line(words: tuple[str, ...], message: st
     assert status == 2
     assert message in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", ["analyze", "compress", "evaluate", "search", "speed", "heal", "sensitivity", "verify"])
+def test_help_names_no_default_for_a_model_that_has_to_be_given(command: str, capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "(default: none; give it here or in --config)" in shown
+    assert not [default for default in ("demo", "python-stdlib") if f"(default: {default})" in shown]
 
 
 # --- earlier versions --------------------------------------------------------------------------------------------------

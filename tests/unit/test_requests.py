@@ -193,7 +193,7 @@ def test_a_healed_model_is_measured_like_any_other(run: Run):
 def test_a_healing_takes_the_one_shot_figures_that_the_session_has_measured(run: Run):
     def measured() -> int:
         lines = (run.path / "events.jsonl").read_text(encoding="utf-8").splitlines()
-        return sum(json.loads(line).get("name") == "Measuring uniform on test text" for line in lines)
+        return sum(json.loads(line).get("name") == "Measuring Uniform on test text" for line in lines)
 
     first, second = ({"trial": "uniform", "healing": {"method": "diagonal", "steps": steps, "validate_every": 1}} for steps in (1, 2))
     other, compared, healing = results_of(run, ("compare", {"trial": "preset:bolaco"}), ("compare", {"trial": "uniform"}), ("heal", first))
@@ -219,7 +219,7 @@ def test_the_request_in_hand_ends_when_it_is_withdrawn_and_the_next_is_answered(
     stage = Reporter.stage
 
     def withdraw_first(self: Reporter, name: str, total: int = 0) -> object:
-        if name == "Measuring uniform on test text":
+        if name == "Measuring Uniform on test text":
             client.cancel(run, asked[0])
         return stage(self, name, total)
 

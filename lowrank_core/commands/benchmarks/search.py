@@ -17,7 +17,6 @@ from scipy.stats import kendalltau
 
 from lowrank_core.allocation import RankAllocation, allocation_from_ranks
 from lowrank_core.catalogue import as_markdown
-from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig, to_mapping
 from lowrank_core.config.benchmarks import SearchBenchmark
 from lowrank_core.errors import ConfigError
@@ -151,7 +150,7 @@ def search_curves(source: ModelSource, text: TextConfig, config: SearchBenchmark
     with _prepared(source, text) as (session, reporter):
         for ratio in config.ratios:
             for scheme in (scheme for scheme in _schemes(ratio, config.trials) if scheme.name in (config.schemes or SCHEMES)):
-                bench = search_bench(session, _with_windows(scheme.config, text), 8, reporter)
+                bench = search_bench(session, _with_windows(scheme.config, text), reporter)
                 judge = _judge(session, bench, scheme.config)
                 for seed in range(config.seeds):
                     curves.append(_searched(scheme, bench, seed, judge))
@@ -215,7 +214,7 @@ def cheaper_trials(source: ModelSource, text: TextConfig, ratios: Sequence[float
     with _prepared(source, text) as (session, reporter):
         for ratio in ratios:
             config = SearchConfig(compression_ratio=ratio, variables="error_weight", compression=_factors())
-            bench = search_bench(session, config, 8, reporter)
+            bench = search_bench(session, config, reporter)
             points = _points(bench, config)
             for what, dense, autocast in _ways(bench):
                 rows.append(_compared(what, ratio, bench, points, dense, autocast))
@@ -243,7 +242,7 @@ def _points(bench: TrialBench, config: SearchConfig) -> list[RankAllocation]:
 def _kl(bench: TrialBench, allocation: RankAllocation, dense: DenseReference, autocast: bool) -> tuple[float, float]:
     """Return value and seconds."""
     began = time.perf_counter()
-    with swap_layers(bench.handle, low_rank_layers(bench.handle, bench.decomposed.bases, allocation.ranks, storage="factored")):
+    with bench.decomposed.swapped(allocation.ranks):
         scores, _ = score_windows(bench.handle, bench.windows, batch_size=bench.batch_size, dense=dense, autocast=autocast)
     assert scores.kl is not None
     return float(scores.kl.mean()), time.perf_counter() - began

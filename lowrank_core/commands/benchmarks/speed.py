@@ -7,13 +7,11 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
-from torch import nn
 
 from lowrank_core.allocation import Ranks
 from lowrank_core.catalogue import as_markdown
 from lowrank_core.commands.benchmarks.layer_speed import layer_rows
 from lowrank_core.commands.benchmarks.speed_rows import TURNS, SpeedRow, compared
-from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig, to_mapping
 from lowrank_core.config.benchmarks import SpeedBenchmark
@@ -75,23 +73,19 @@ def _trial(handle: ModelHandle, calibration: WindowSet, validation: WindowSet) -
             "a search trial",
             partial(_one_trial, decomposed, ranks, validation, dense),
             "a forward pass of the same compressed model",
-            partial(_forward_with, handle, _layers_at(decomposed, ranks), validation),
+            partial(_forward_at, decomposed, ranks, validation),
             detail,
         )
 
 
-def _layers_at(decomposed: Decomposed, ranks: Ranks) -> dict[str, nn.Module]:
-    return low_rank_layers(decomposed.handle, decomposed.bases, ranks, storage="factored")
-
-
 def _one_trial(decomposed: Decomposed, ranks: Ranks, validation: WindowSet, dense: DenseReference) -> None:
-    with swap_layers(decomposed.handle, _layers_at(decomposed, ranks)):
+    with decomposed.swapped(ranks):
         score_windows(decomposed.handle, validation, batch_size=8, dense=dense)
 
 
-def _forward_with(handle: ModelHandle, layers: dict[str, nn.Module], windows: WindowSet) -> None:
-    with swap_layers(handle, layers):
-        _forward(handle, windows)
+def _forward_at(decomposed: Decomposed, ranks: Ranks, windows: WindowSet) -> None:
+    with decomposed.swapped(ranks):
+        _forward(decomposed.handle, windows)
 
 
 def markdown_of(rows: Sequence[SpeedRow]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pandas as pd
 
@@ -102,6 +104,17 @@ class Comparison:
     def name(self) -> str:
         """Display name."""
         return self.shown or model_name(self.label)
+
+    @property
+    def dense(self) -> Comparison:
+        """The dense model, as a row of its own: nothing is compared."""
+        nothing: dict[str, Any] = {
+            **dict.fromkeys(("perplexity_difference_interval", "kl_interval"), ()),
+            **dict.fromkeys(("kl", "top1_agreement", "reverse_kl", "top5_agreement"), math.nan),
+            **dict.fromkeys(("compression_ratio", "model_compression_ratio"), 0.0),
+        }
+        own = ("perplexity", "perplexity_interval", "nll", "window_nll", "parameters", "compressible_parameters", "bytes", "flops")
+        return replace(self, shown="Dense", form="dense", **nothing, **{name: getattr(self, f"dense_{name}") for name in own})
 
     @property
     def given(self) -> bool:

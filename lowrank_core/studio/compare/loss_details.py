@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -12,8 +12,8 @@ from lowrank_core.config.mapping import build
 from lowrank_core.errors import RunError
 from lowrank_core.parameters import FLOPS_MEANING
 from lowrank_core.studio.compare.comparison import Comparison
-from lowrank_core.studio.shared.formatting import number
-from lowrank_core.studio.shared.table import Column, Table, frame_of, intervals
+from lowrank_core.studio.shared.formatting import DASH, interval_words, number
+from lowrank_core.studio.shared.table import Column, Getter, Table, filled, frame_of
 
 __all__ = [
     "LOST",
@@ -27,23 +27,41 @@ __all__ = [
     "window_table",
 ]
 
+
+def _end(name: str, index: int) -> Getter:
+    """Return a getter of an end of the interval ``name``."""
+    return lambda each: getattr(each, name)[index] if len(getattr(each, name)) == 2 else None
+
+
+def _in_words(name: str) -> Getter:
+    """Return a getter of the interval ``name`` in words: a dash where the dense model has none."""
+    return lambda each: DASH if each.form == "dense" and not getattr(each, name) else interval_words(getattr(each, name))
+
+
+def _difference(each: Comparison) -> float | None:
+    return None if each.form == "dense" else each.perplexity - each.dense_perplexity
+
+
+_INTERVALS = {"": "perplexity_interval", "difference_": "perplexity_difference_interval", "kl_": "kl_interval"}
 _COLUMNS = {
     column.name: column
     for column in (
-        Column.text("allocation", "Model", width="medium"),
+        Column.text("allocation", "Model", width="medium").of("name"),
         Column.short("form", "Form"),
         Column.number("perplexity", "Perplexity", 3, digits=5),
-        Column.short("interval", "95 %", "Of each perplexity on its own."),
-        Column.number("difference", "Difference", help="Perplexity above the dense model's.", digits=3),
-        Column.short("difference_interval", "95 %, paired", "Of the difference, paired by window."),
+        Column.short("interval", "95 %", "Of each perplexity on its own.").of(_in_words("perplexity_interval")),
+        Column.number("difference", "Difference", help="Perplexity above the dense model's.", digits=3).of(_difference),
+        Column.short("difference_interval", "95 %, paired", "Of the difference, paired by window.").of(
+            _in_words("perplexity_difference_interval")
+        ),
         Column.number("kl", "KL (nats/token)", help="KL(dense ‖ compressed), nats per token."),
         Column.number("reverse_kl", "Reverse KL", help="KL(compressed ‖ dense), nats per token."),
-        Column.share("agreement", "Top-1 agreement", "Tokens where both models rank the same one first."),
-        Column.share("top5", "Top-5", "Overlap of the five most likely tokens of both models."),
-        Column.short("kl_interval", "KL, 95 %"),
-        Column.share("removed", "Removed, linears", digits=2),
-        Column.share("model_removed", "Removed, model", digits=2),
-        Column.whole("linears", "Parameters, linears"),
+        Column.share("agreement", "Top-1 agreement", "Tokens where both models rank the same one first.").of("top1_agreement"),
+        Column.share("top5", "Top-5", "Overlap of the five most likely tokens of both models.").of("top5_agreement"),
+        Column.short("kl_interval", "KL, 95 %").of(_in_words("kl_interval")),
+        Column.share("removed", "Removed, linears", digits=2).of("compression_ratio"),
+        Column.share("model_removed", "Removed, model", digits=2).of("model_compression_ratio"),
+        Column.whole("linears", "Parameters, linears").of("compressible_parameters"),
         Column.whole("parameters", "Parameters, model"),
         Column("bytes", "Size", "bytes"),
         Column.whole("flops", "FLOPs per token", FLOPS_MEANING),
@@ -53,8 +71,11 @@ SAVED = ("allocation", "form", "removed", "model_removed", "linears", "parameter
 LOST = ("allocation", "form", *(name for name in _COLUMNS if name not in SAVED))
 """Columns of ``comparison_table`` that say what was lost, and what was saved."""
 
-_ENDS = ("low", "high", "difference_low", "difference_high", "kl_low", "kl_high")
-_WHOLE = ("linears", "parameters", "bytes", "flops")
+_ENDS = [
+    Column.number(f"{prefix}{end}", "").of(_end(name, index))
+    for prefix, name in _INTERVALS.items()
+    for index, end in enumerate(("low", "high"))
+]
 
 
 def comparison_table(result: Sequence[Comparison]) -> pd.DataFrame:
@@ -65,18 +86,8 @@ def comparison_table(result: Sequence[Comparison]) -> pd.DataFrame:
     """
     if not result:
         return pd.DataFrame()
-    first = result[0]
-    low, high = _ends(first.dense_perplexity_interval)
-    dense = {"allocation": "Dense", "form": "dense", "perplexity": first.dense_perplexity, "low": low, "high": high}
-    dense |= {"removed": 0.0, "model_removed": 0.0, "parameters": first.dense_parameters, "linears": first.dense_compressible_parameters}
-    dense |= {"bytes": first.dense_bytes, "flops": next((each.dense_flops for each in result if each.dense_flops is not None), None)}
-    columns = [name for name in dict.fromkeys([*LOST, *SAVED, *_ENDS]) if "interval" not in name]
-    frame = pd.DataFrame([dense, *(_row(comparison) for comparison in result)], columns=columns)
-    numbers = [name for name in columns if name not in ("allocation", "form", *_WHOLE)]
-    frame = frame.astype({**dict.fromkeys(numbers, float), **dict.fromkeys(_WHOLE, "Int64")})
-    for name, prefix in (("perplexity", ""), ("difference", "difference_"), ("kl", "kl_")):
-        frame[f"{prefix}interval"] = intervals(frame, name, f"{prefix}low", f"{prefix}high")
-    return frame
+    flops = next((each.dense_flops for each in result if each.dense_flops is not None), None)
+    return filled([replace(result[0], dense_flops=flops).dense, *result], [*_COLUMNS.values(), *_ENDS])
 
 
 def lost_spec(result: Sequence[Comparison], protocol: str) -> Table:
@@ -94,41 +105,15 @@ def saved_spec(result: Sequence[Comparison]) -> Table:
     return Table(comparison_table(result), [_COLUMNS[name] for name in SAVED], caption, file)
 
 
-def _ends(result: Sequence[float]) -> tuple[float | None, float | None]:
-    return (result[0], result[1]) if len(result) == 2 else (None, None)
-
-
-def _row(comparison: Comparison) -> dict[str, object]:
-    row: dict[str, object] = {"allocation": comparison.name, "form": comparison.form}
-    row |= {"perplexity": comparison.perplexity, "difference": comparison.perplexity - comparison.dense_perplexity}
-    row |= {"kl": comparison.kl, "reverse_kl": comparison.reverse_kl}
-    row |= {"agreement": comparison.top1_agreement, "top5": comparison.top5_agreement}
-    intervals = {
-        "": comparison.perplexity_interval,
-        "difference_": comparison.perplexity_difference_interval,
-        "kl_": comparison.kl_interval,
-    }
-    for prefix, result in intervals.items():
-        row[f"{prefix}low"], row[f"{prefix}high"] = _ends(result)
-    return row | {
-        "removed": comparison.compression_ratio,
-        "model_removed": comparison.model_compression_ratio,
-        "parameters": comparison.parameters,
-        "linears": comparison.compressible_parameters,
-        "bytes": comparison.bytes,
-        "flops": comparison.flops,
-    }
-
-
 def difference_table(result: Sequence[Comparison]) -> pd.DataFrame:
     """Return perplexity above the dense model's: columns name, kind, difference, low, high (95 %, paired by window), removed; ascending."""
     frame = frame_of(
         result,
         name="name",
         kind=_kind,
-        difference=lambda each: each.perplexity - each.dense_perplexity,
-        low=lambda each: _ends(each.perplexity_difference_interval)[0],
-        high=lambda each: _ends(each.perplexity_difference_interval)[1],
+        difference=_difference,
+        low=_end("perplexity_difference_interval", 0),
+        high=_end("perplexity_difference_interval", 1),
         removed="compression_ratio",
     )
     return frame.astype({"low": float, "high": float}).sort_values("difference", ignore_index=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -11,7 +11,7 @@ from lowrank_core.runs import JsonMapping
 from lowrank_core.runs.measurements import SpeedReport, Spread
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studies.requests import SpeedAnswer, answers_in
-from lowrank_core.studio.shared.formatting import DASH, size
+from lowrank_core.studio.shared.formatting import DASH, sizes
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.shared.trial_names import model_name
 
@@ -88,14 +88,18 @@ def speed_table(speed: Speed) -> pd.DataFrame:
     if speed.memory:
         for when in ("running", "loading"):
             peaks = [getattr(each.memory, when, None) for each in (dense, ours)]
-            rows.append((f"Peak memory, {when}", *map(size, peaks), _share(peaks[1], peaks[0])))
+            rows.append((f"Peak memory, {when}", *sizes(peaks), _share(peaks[1], peaks[0])))
     counts = (
-        ("Parameters", dense.parameters, ours.parameters, "{:,}".format),
-        ("Stored", dense.bytes, ours.bytes, size),
-        ("FLOPs per token, linears and head", *speed.flops, "{:,}".format),
+        ("Parameters", (dense.parameters, ours.parameters), _whole),
+        ("Stored", (dense.bytes, ours.bytes), sizes),
+        ("FLOPs per token, linears and head", speed.flops, _whole),
     )
-    rows += [(name, words(a), words(b), _share(b, a)) for name, a, b, words in counts if a and b]
+    rows += [(name, *words((a, b)), _share(b, a)) for name, (a, b), words in counts if a and b]
     return pd.DataFrame(rows, columns=["measure", "dense", "compressed", "faster"])
+
+
+def _whole(counts: Iterable[float]) -> list[str]:
+    return [f"{count:,}" for count in counts]
 
 
 def speed_spec(speed: Speed, number: int = 1) -> Table:

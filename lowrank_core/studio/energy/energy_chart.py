@@ -25,13 +25,16 @@ __all__ = ["band_figure", "energy_figure", "groups_figure", "pooling_figure"]
 _COLOURS = {"features": VERMILLION, "weights": BLUE}
 _BANDS = {"features": "rgba(213,94,0,0.22)", "weights": "rgba(0,114,178,0.22)"}
 _FLOOR = 1e-9  # energies below are rounding of the stored float32
-_NAMED_AT = {"kept": 0.4, "removed": 0.55}  # of full rank
+_NAMED_AT = {"kept": (0.4, 0.75, 0.3), "removed": (0.55, 0.25, 0.8)}
+"""Where the curves are named, as shares of full rank: the first that is far enough from the marked rank for its line to pass by."""
+_NAME_ROOM = 0.25
+_TOP = 1.12  # of the axis of retained energy, with the upper name
 
 
 def energy_figure(curves: pd.DataFrame, what: str, rank: int) -> go.Figure:
     """Draw the energy of features and weights at each rank (``energy_curves``); ``what`` is ``kept`` or ``removed``."""
     figure, full = go.Figure(), int(curves["rank"].iloc[-1])
-    at = int(np.searchsorted(curves["rank"], full * _NAMED_AT[what]))
+    at = int(np.searchsorted(curves["rank"], full * _named_at(what, rank / full)))
     names = {}
     for source, colour in _COLOURS.items():
         values = _drawn(curves[f"{source}_{what}"].to_numpy(), what)
@@ -53,13 +56,18 @@ def band_figure(band: pd.DataFrame, what: str, rank_share: float) -> go.Figure:
     for source, colour in _COLOURS.items():
         rows = band[band["source"] == source]
         _band(figure, rows, what, source, colour)
-        at = rows.iloc[len(rows) * 2 // 5]
+        at = rows.iloc[round((len(rows) - 1) * _named_at(what, rank_share))]
         names[source] = (max(float(at[f"{what}_median"]), _FLOOR), float(at["rank_share"]))
     _names(figure, names, what)
     _axes(figure, what, "Rank, as a share of full rank")
     figure.update_xaxes(range=[0, 1.01], tickformat=".0%")
     _mark(figure, what, rank_share, f"{rank_share:.0%} of full rank", left=rank_share < 0.8)
     return figure
+
+
+def _named_at(what: str, marked: float) -> float:
+    places = _NAMED_AT[what]
+    return next((place for place in places if abs(place - marked) >= _NAME_ROOM), max(places, key=lambda place: abs(place - marked)))
 
 
 def _drawn(values: Vector, what: str) -> Vector:
@@ -81,14 +89,15 @@ def _names(figure: go.Figure, places: dict[str, tuple[float, float]], what: str)
 def _axes(figure: go.Figure, what: str, x: str) -> None:
     finished(figure, height=360, x=x, y="Retained energy" if what == "kept" else "Discarded energy (log scale)")
     if what == "kept":
-        figure.update_yaxes(tickformat=".0%", range=[0, 1.12], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
+        figure.update_yaxes(tickformat=".0%", range=[0, _TOP], tickvals=[0, 0.2, 0.4, 0.6, 0.8, 1])
     else:
         log_value_axis(figure)
 
 
 def _mark(figure: go.Figure, what: str, x: float, words: str, *, left: bool) -> None:
     """Mark the chosen rank."""
-    axis_note(figure, words, x=x, position=x, colour=GREEN, anchor="left" if left else "right", bottom=what == "kept")
+    end = 1 / _TOP if what == "kept" else 1.0
+    axis_note(figure, words, x=x, position=x, colour=GREEN, anchor="left" if left else "right", bottom=what == "kept", end=end)
 
 
 def _band(figure: go.Figure, rows: pd.DataFrame, what: str, source: str, colour: str) -> None:

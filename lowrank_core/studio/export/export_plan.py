@@ -61,11 +61,6 @@ class Source:
     number: int | None = None
     healing: HealingConfig | None = None
 
-    @property
-    def request(self) -> dict[str, object]:
-        """Key of the source in a request."""
-        return {"healed": self.healed} if self.healed else {"trial": self.trial}
-
     def removed(self, units: Sequence[Unit]) -> float | None:
         """Return the fraction of compressible parameters removed by its ranks; None if only the worker knows them."""
         return (

@@ -163,7 +163,7 @@ class Bill:
         kept, dense: parameters of the compressible linears.
         allowed: the budget for them.
         run_allowed: the budget that the run's trials must meet; None for a search over a range of ratios.
-        bytes, dense_bytes: of the whole model in the checkpoint's dtype.
+        bytes, dense_bytes: of the whole model in the dtype that is written.
         flops, dense_flops: for one token, as ``FLOPS_MEANING`` says.
         model, dense_model: parameters of the whole model.
         step: the lowest cost of one more rank of an unlocked row; None where nothing may.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -19,7 +19,7 @@ from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.shared.formatting import DASH, interval_words
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 from lowrank_core.studio.shared.summary import protocol_of
-from lowrank_core.studio.shared.table import frame_of
+from lowrank_core.studio.shared.table import Column, Table, filled
 from lowrank_core.studio.shared.trial_names import ratio_words, trial_label
 
 __all__ = ["RunComparison", "compare_runs", "option_differences"]
@@ -30,8 +30,8 @@ class RunComparison:
     """Runs as rows.
 
     Attributes:
-        frame: columns id, run, model, text, removed, trials, best, value, value_group, perplexity, interval, dense, test_group. Groups
-            are letters: numbers with one letter were measured alike. Values and perplexities are missing where they were not measured.
+        frame: of ``_COLUMNS``. Groups are letters: numbers with one letter were measured alike. Values and perplexities are missing where
+            they were not measured.
         options: columns option, and one for each run's id: the options in which the runs differ, in words.
         notes: what can't be compared and why, and the protocols by letter; in sentences.
     """
@@ -39,6 +39,12 @@ class RunComparison:
     frame: pd.DataFrame
     options: pd.DataFrame
     notes: tuple[str, ...]
+
+    @property
+    def table(self) -> Table:
+        """The frame as it is shown, without letters where all are alike."""
+        alike = [group for group in ("value_group", "test_group") if self.frame[group].nunique() < 2]
+        return Table(self.frame, [column for column in _COLUMNS if column.name not in alike], "The picked runs side by side")
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,30 @@ class _Row:
     value_key: Hashable | None
     measured: Comparison | None
     test_key: Hashable | None
+    value_group: str | None = None
+    test_group: str | None = None
+
+
+_COLUMNS = (
+    Column.text("run", "Run", width=180).of("name"),
+    Column.text("model", "Model"),
+    Column.text("text", "Text"),
+    Column.text("removed", "Removed").of("ratio"),
+    Column.whole("trials", "Trials"),
+    Column.text("best", "Best trial").of(lambda row: row.best and trial_label(row.best)),
+    Column.number("value", "Best value", help="The objective, on search-validation text.").of(lambda row: row.best and row.best.value),
+    Column.text("value_group", "Comparable", "Best values with the same letter are comparable."),
+    Column.number("perplexity", "Perplexity (test)", 3, "Of the best trial, as measured on test text.").of(
+        lambda row: row.measured and row.measured.perplexity
+    ),
+    Column.text("interval", "95 % interval", "Bootstrap over test windows.").of(
+        lambda row: row.measured and interval_words(row.measured.perplexity_interval)
+    ),
+    Column.number("dense", "Dense", 3, "Perplexity of the dense model on the same windows.").of(
+        lambda row: row.measured and row.measured.dense_perplexity
+    ),
+    Column.text("test_group", "Comparable (test)", "Perplexities with the same letter are comparable."),
+)
 
 
 def compare_runs(runs: Sequence[Run]) -> RunComparison:
@@ -63,22 +93,7 @@ def compare_runs(runs: Sequence[Run]) -> RunComparison:
     rows = [_row(run) for run in runs]
     values = _letters([row.value_key for row in rows])
     tests = _letters([row.test_key for row in rows])
-    frame = frame_of(
-        rows,
-        id="run.id",
-        run="name",
-        model="model",
-        text="text",
-        removed="ratio",
-        trials="trials",
-        best=lambda row: trial_label(row.best) if row.best else None,
-        value=lambda row: row.best.value if row.best else None,
-        perplexity=lambda row: row.measured.perplexity if row.measured else None,
-        interval=lambda row: interval_words(row.measured.perplexity_interval) if row.measured else None,
-        dense=lambda row: row.measured.dense_perplexity if row.measured else None,
-    ).astype({"trials": "Int64", **dict.fromkeys(("value", "perplexity", "dense"), float)})
-    frame.insert(8, "value_group", values)
-    frame["test_group"] = tests
+    frame = filled((replace(row, value_group=v, test_group=t) for row, v, t in zip(rows, values, tests, strict=True)), _COLUMNS)
     options = pd.DataFrame(_differing({run.id: run.config for run in runs}), columns=["option", *(run.id for run in runs)])
     return RunComparison(frame, options, (*_value_notes(rows, values), *_test_notes(rows, tests)))
 

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import pandas as pd
-
 from lowrank_core.config.mapping import build
 from lowrank_core.runs import Run
 from lowrank_core.studies.published import ALLOCATIONS
-from lowrank_core.studio.shared.table import Column, Table, frame_of
+from lowrank_core.studio.shared.table import Column, Table, filled
 
-__all__ = ["SplitFacts", "TextFacts", "TrialWindows", "bos_words", "split_table", "splits_spec", "text_facts", "trial_windows"]
+__all__ = ["SplitFacts", "TextFacts", "TrialWindows", "bos_words", "splits_spec", "text_facts", "trial_windows"]
 
 
 @dataclass(frozen=True)
@@ -92,26 +90,14 @@ def trial_windows(run: Run) -> TrialWindows | None:
     return None if selection is None else TrialWindows(len(selection["chosen"]), facts.context, int(selection["pool"]))
 
 
-def split_table(facts: TextFacts) -> pd.DataFrame:
-    """Return a row for each split: windows, tokens, share of the split's tokens that was used, hash."""
-    return frame_of(
-        facts.splits,
-        split="name",
-        windows="windows",
-        tokens="tokens",
-        available="available_tokens",
-        sha256=lambda split: split.sha256[:12],
-    )
-
-
 def splits_spec(facts: TextFacts) -> Table:
-    """Return ``split_table`` as it is shown."""
+    """Return a row for each split: windows, tokens, those of the split in all, hash."""
     columns = (
-        Column.text("split", "Split"),
+        Column.text("split", "Split").of("name"),
         Column.whole("windows", "Windows"),
         Column.whole("tokens", "Tokens"),
-        Column.whole("available", "Available tokens"),
-        Column.text("sha256", "SHA-256 (first 12)", "Of the tokens: equal hashes mean equal text."),
+        Column.whole("available", "Available tokens").of("available_tokens"),
+        Column.text("sha256", "SHA-256 (first 12)", "Of the tokens: equal hashes mean equal text.").of(lambda split: split.sha256[:12]),
     )
     caption = "Three disjoint splits: calibration (statistics), validation (what a search sees), test (what is reported)"
-    return Table(split_table(facts), columns, caption, "splits")
+    return Table(filled(facts.splits, columns), columns, caption, "splits")

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import gzip
 import importlib.util
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lowrank_core.config import TextConfig
-from lowrank_core.documents import FILE_CUTS, HUB_TEXTS, SPLITS, FileText, HubDataset, StdlibText, TextDocuments, files_of_split
+from lowrank_core.documents import (
+    FILE_CUTS,
+    HUB_TEXTS,
+    SPLITS,
+    FileText,
+    HubDataset,
+    StdlibText,
+    TextDocuments,
+    documents_of,
+    files_of_split,
+)
 from lowrank_core.errors import TextError
 from lowrank_core.studio.overview.source_checks import check_text
 from lowrank_core.studio.shared.formatting import size
@@ -85,13 +91,9 @@ def _whole(reference: str, source: TextDocuments) -> TextPreview:
 
 def _large(reference: str, path: Path) -> TextPreview:
     """Preview a large file by its first documents and its size in bytes."""
-    total = path.stat().st_size
-    try:
-        first = list(islice(_documents_of(path, "text"), _FIRST_DOCUMENTS))
-        if path.suffix.lower() == ".parquet":
-            total = pq.ParquetFile(path).metadata.num_rows * sum(map(len, first)) // max(1, len(first))
-    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-        raise _unreadable(path, error) from error
+    total, first = path.stat().st_size, list(islice(documents_of(path, characters=_BEGINNING), _FIRST_DOCUMENTS))
+    if path.suffix.lower() == ".parquet":
+        total = pq.ParquetFile(path).metadata.num_rows * sum(map(len, first)) // max(1, len(first))
     ends = [0, *(int(share * total) for share in FILE_CUTS), total]
     beginning = "\n\n".join(first)[:_BEGINNING]
     splits = tuple(SplitPreview(split, ends[i + 1] - ends[i], beginning if i == 0 else "") for i, split in enumerate(SPLITS))
@@ -106,10 +108,7 @@ def _copy(reference: str, dataset: HubDataset, folder: Path) -> TextPreview:
     for split in SPLITS:
         files = files_of_split(dataset, folder, dataset.splits[split][0])
         total += sum(file.stat().st_size for file in files)
-        try:
-            first = list(islice(_documents_of(files[0], dataset.column), _FIRST_DOCUMENTS))
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise _unreadable(files[0], error) from error
+        first = list(islice(documents_of(files[0], dataset.column, lines=True), _FIRST_DOCUMENTS))
         splits.append(SplitPreview(split, None, dataset.joiner.join(first)[:_BEGINNING]))
     return TextPreview(reference, tuple(splits), counted=False, note=f"A local copy: {size(total)} are read when a run starts.")
 
@@ -127,26 +126,6 @@ def _remote(reference: str, dataset: HubDataset) -> TextPreview:
 def _check_datasets(name: str) -> None:
     if importlib.util.find_spec("datasets") is None:
         raise TextError(f'{name} needs the `datasets` library: python -m pip install ".[data]". Or give a file of your own.')
-
-
-def _documents_of(path: Path, column: str) -> Iterator[str]:
-    """Yield the documents of a file lazily."""
-    suffix = path.suffix.lower()
-    if suffix == ".parquet":
-        for batch in pq.ParquetFile(path).iter_batches(batch_size=_FIRST_DOCUMENTS, columns=[column]):
-            yield from (str(value) for value in batch.column(0).to_pylist() if value is not None)
-        return
-    if suffix == ".txt":
-        with path.open(encoding="utf-8") as stream:
-            yield stream.read(_BEGINNING)
-        return
-    with gzip.open(path, "rt", encoding="utf-8") if suffix == ".gz" else path.open(encoding="utf-8") as lines:
-        yield from (str(json.loads(line)[column]) for line in lines if line.strip())
-
-
-def _unreadable(path: Path, error: Exception) -> TextError:
-    reason = f"it has no {error}" if isinstance(error, KeyError) else str(error).splitlines()[0] if str(error) else type(error).__name__
-    return TextError(f"text: {path} can't be read: {reason}. Give UTF-8 .txt, .jsonl or .parquet with a `text` column.")
 
 
 def preview_table(preview: TextPreview, text: TextConfig) -> pd.DataFrame:

@@ -19,7 +19,7 @@ from lowrank_core.studio.report.blocks import Block, Code, Folded, Note, Prose, 
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.reproduce import export_command, reproduction, test_command
 from lowrank_core.studio.shared.summary import by_protocol, failures, flat_table, measured_table, protocol_of, seed_table
-from lowrank_core.studio.shared.table import Column, Table, frame_of
+from lowrank_core.studio.shared.table import Column, Table, filled
 from lowrank_core.studio.shared.trial_names import answers_of, model_name, trial_label
 
 __all__ = ["configuration_section", "exports_section", "measured_section", "reproduction_section"]
@@ -109,28 +109,17 @@ def exports_section(run: Run) -> Section:
     blocks: tuple[Block, ...] = (Note("missing", "No compressed model was written from this run yet."),)
     if result:
         trials = trials_of(run)
-        frame = frame_of(
-            result,
-            folder=lambda entry: str(entry.path),
-            allocation=lambda entry: model_name(entry.allocation, trials),
-            removed="compression_ratio",
-            model_removed="model_compression_ratio",
-            bytes="bytes",
-            state=_state,
-            perplexity="perplexity",
-            proof="proof_words",
-        )
         columns = (
-            Column.text("folder", "Folder"),
-            Column.text("allocation", "Allocation"),
-            Column.share("removed", "Removed, linears", digits=2),
-            Column.share("model_removed", "Removed, model", digits=2),
+            Column.text("folder", "Folder").of(lambda entry: str(entry.path)),
+            Column.text("allocation", "Allocation").of(lambda entry: model_name(entry.allocation, trials)),
+            Column.share("removed", "Removed, linears", digits=2).of("compression_ratio"),
+            Column.share("model_removed", "Removed, model", digits=2).of("model_compression_ratio"),
             Column("bytes", "Weight files", "bytes"),
-            Column.text("state", "At the time of this report"),
+            Column.text("state", "At the time of this report").of(_state),
             Column.number("perplexity", "Perplexity as written", help="On test windows, measured when it was written.", digits=5),
-            Column.text("proof", "Read again in a fresh process", "Result of `lowrank verify`."),
+            Column.text("proof", "Read again in a fresh process", "Result of `lowrank verify`.").of("proof_words"),
         )
-        blocks = (Table(frame, columns, "Compressed models on disk, each a valid --model", "exports"),)
+        blocks = (Table(filled(result, columns), columns, "Compressed models on disk, each a valid --model", "exports"),)
     return Section("exports", "Exports", "Compressed models on disk.", blocks)
 
 

@@ -11,7 +11,7 @@ from lowrank_core.studio.report.blocks import Block, Facts, Folded, Note, Sectio
 from lowrank_core.studio.search.history import Progress, headline, history, progress, search_variables, trials_spec
 from lowrank_core.studio.search.pareto_chart import front, front_spec
 from lowrank_core.studio.search.static_chart import front_declared, history_declared
-from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, rank_table, search_units
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, rank_table
 from lowrank_core.studio.shared.formatting import short_duration
 from lowrank_core.studio.shared.layer_map_chart import allocation_chart
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
@@ -105,7 +105,7 @@ def _allocations(run: Run, trials: Sequence[TrialRecord], search: SearchConfig, 
 
 
 def _allocation(run: Run, trial: TrialRecord, search: SearchConfig, facts: ModelFacts, protocol: str) -> tuple[Block, ...]:
-    units = search_units(facts.matrices, search.compression, facts.head_units)
+    units = facts.units(search.compression)
     result = allocation_of(trial, units)
     ranks, name = rank_table(result, units), f"trial-{trial.number}"
     view, ratio = allocation_map(result, units), result.compression_ratio

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pandas as pd
 
@@ -13,10 +15,11 @@ from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
 from lowrank_core.studies.space import RATIO
 from lowrank_core.studio.shared.formatting import DASH, local_time, number, percent
-from lowrank_core.studio.shared.table import Column, Metrics, Table, frame_of
+from lowrank_core.studio.shared.table import Column, Metrics, Table, filled, frame_of
 from lowrank_core.studio.shared.trial_names import answers_of, kind_of, partial_value, trial_label, trial_note, unit_label
 
 __all__ = [
+    "WORK",
     "History",
     "Progress",
     "Variable",
@@ -26,13 +29,20 @@ __all__ = [
     "history",
     "progress",
     "search_variables",
-    "trial_table",
     "trials_spec",
     "value_columns",
 ]
 
 
-_COLUMNS = ("trial", "state", "kind", "value", "perplexity", "kl", "removed", "seconds", "worker", "started")
+_UNIT = re.compile(r"\.\d+\.")
+"""In the name of a variable: the block of its unit; other variables are of a module type, such as ``experts.up``."""
+
+_VALUES = tuple(Column.number(name, "") for name in ("value", "perplexity", "kl"))
+WORK = (
+    Column.text("worker", "Worker", "Machine and process that measured it.").of(lambda trial: trial.worker or None),
+    Column("started", "Started", "moment").of(lambda trial: None if trial.started is None else local_time(trial.started)),
+)
+"""Columns of trials on who measured them and when: in the file, and on a page."""
 
 
 @dataclass(frozen=True)
@@ -143,29 +153,6 @@ def headline(now: Progress, search: SearchConfig) -> Metrics:
     }
 
 
-def trial_table(trials: Sequence[TrialRecord], search: SearchConfig) -> pd.DataFrame:
-    """Return a row for each trial, by number, with a column for each variable of the space."""
-    chosen = {trial.number for trial in answers_of(trials, search)}
-    mark = " ★ best" if search.max_ratio is None else " ★ front"
-    rows = [
-        {
-            "trial": trial.number,
-            "state": kind_of(trial) if trial.state in ("pruned", "infeasible") else trial.state,
-            "kind": _kind(trial) + (mark if trial.number in chosen else ""),
-            "value": trial.value,
-            "perplexity": trial.perplexity,
-            "kl": trial.kl,
-            "removed": trial.compression_ratio,
-            "seconds": trial.seconds,
-            "worker": trial.worker or None,
-            "started": None if trial.started is None else local_time(trial.started),
-            **trial.params,
-        }
-        for trial in trials
-    ]
-    return pd.DataFrame(rows, columns=None if rows else list(_COLUMNS))
-
-
 def value_columns(search: SearchConfig) -> list[Column]:
     """Return the value columns of trials; the objective appears once."""
     columns = [
@@ -177,17 +164,26 @@ def value_columns(search: SearchConfig) -> list[Column]:
 
 
 def trials_spec(trials: Sequence[TrialRecord], search: SearchConfig, variables: int | None = None) -> Table:
-    """Return ``trial_table`` as it is shown, with so many of the space's variables: all unless it is said."""
-    columns = [
-        Column.whole("trial", "Trial"),
-        Column.text("state", "State"),
-        Column.text("kind", "Kind", width=220),
-        *value_columns(search),
-        Column.share("removed", "Removed, linears", digits=2),
-        Column.number("seconds", "Seconds", 1, digits=3),
-        *(Column.number(each.name, each.label, 3, each.meaning, 3) for each in search_variables(trials, search)[:variables]),
-    ]
-    return Table(trial_table(trials, search), columns, "Every trial, on search-validation text", "trials")
+    """Return a row for each trial, by number, with so many of the space's variables: all unless it is said; the file has them all."""
+    chosen = {trial.number for trial in answers_of(trials, search)}
+    mark = " ★ best" if search.max_ratio is None else " ★ front"
+    variable = [Column.number(each.name, each.label, 3, each.meaning, 3) for each in search_variables(trials, search)]
+    known = [column.of(partial(_variable_of, name=column.name)) for column in variable]
+    first = (
+        Column.whole("trial", "Trial").of("number"),
+        Column.text("state", "State").of(lambda trial: kind_of(trial) if trial.state in ("pruned", "infeasible") else trial.state),
+        Column.text("kind", "Kind", width=220).of(lambda trial: _kind(trial) + (mark if trial.number in chosen else "")),
+    )
+    removed = Column.share("removed", "Removed, linears", digits=2).of("compression_ratio")
+    seconds = Column.number("seconds", "Seconds", 1, digits=3)
+    columns = [*first, *value_columns(search), removed, seconds, *known[:variables]]
+    return Table(
+        filled(trials, [*first, *_VALUES, removed, seconds, *WORK, *known]), columns, "Every trial, on search-validation text", "trials"
+    )
+
+
+def _variable_of(trial: TrialRecord, name: str) -> float | None:
+    return trial.params.get(name)
 
 
 def _kind(trial: TrialRecord) -> str:
@@ -212,7 +208,7 @@ def search_variables(trials: Sequence[TrialRecord], search: SearchConfig) -> lis
 def _variable(name: str, search: SearchConfig) -> Variable:
     if name == RATIO:
         return Variable(name, "Target ratio", "Fraction of parameters to remove, as proposed by the sampler.")
-    group = unit_label(name) if "." in name else {"qk": "q, k"}.get(name, name)
+    group = unit_label(name) if _UNIT.search(name) else {"qk": "q, k"}.get(name, name.replace("_proj", ""))
     if search.variables == "error_weight":
         return Variable(
             name, f"Weight of {group}", "On the errors of these matrices when they are traded; 1 is the allocation `lagrangian`."

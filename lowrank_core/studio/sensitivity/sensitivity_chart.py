@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.studio.sensitivity.sensitivity_table import Estimate
-from lowrank_core.studio.shared.chart_style import GREY, VERMILLION, axis_note, end_labels, finished, type_style
+from lowrank_core.studio.shared.chart_style import GREY, VERMILLION, axis_note, block_axis, end_labels, finished, type_style
 from lowrank_core.studio.shared.formatting import kind_label
 from lowrank_core.wording import given_percent
 
@@ -120,7 +120,7 @@ def depth_figure(curves: pd.DataFrame, kinds: Sequence[str], chosen: MatrixShape
     finished(figure, height=420, x="Block (depth, from the embedding to the head)", y="KL, nats per token (log scale)", right=84)
     low, high = _log_range(curves["shown"].to_numpy(float))
     figure.update_yaxes(**_log_axis(low, high))
-    figure.update_xaxes(dtick=max(1, blocks // 12), range=[-0.3, blocks - 0.7])
+    block_axis(figure, range(blocks), -0.3, blocks - 0.7)
     depth = chosen.depth
     axis_note(figure, f"block {depth}", x=depth, position=depth, anchor="left" if depth < blocks / 2 else "right", bottom=True)
     end_labels(figure, ends, low, high)

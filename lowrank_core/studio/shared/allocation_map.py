@@ -8,8 +8,6 @@ import pandas as pd
 
 from lowrank_core.allocation import RankAllocation, allocation_from_ranks
 from lowrank_core.allocation.curves import CurveRecord
-from lowrank_core.allocation.units import plan_units
-from lowrank_core.config import CompressionConfig
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.manual.expected_kl import predicted_kl
@@ -17,12 +15,7 @@ from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.layer_map import LayerMap, layer_map
 from lowrank_core.studio.shared.trial_names import unit_label
 
-__all__ = ["allocation_map", "allocation_of", "loss_map", "rank_table", "search_units"]
-
-
-def search_units(matrices: Sequence[MatrixShape], compression: CompressionConfig, heads: Sequence[HeadUnit] = ()) -> tuple[Unit, ...]:
-    """Return the units of a search with ``compression``, alternatives included; ``heads`` are those of the model."""
-    return plan_units(matrices, compression, heads)
+__all__ = ["allocation_map", "allocation_of", "loss_map", "rank_table"]
 
 
 def allocation_of(trial: TrialRecord, units: Sequence[Unit]) -> RankAllocation:

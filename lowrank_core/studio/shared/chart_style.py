@@ -29,6 +29,7 @@ __all__ = [
     "VERMILLION",
     "VegaChart",
     "axis_note",
+    "block_axis",
     "direct_label",
     "dotted",
     "end_labels",
@@ -120,8 +121,8 @@ def finished(figure: go.Figure, *, height: int, x: str, y: str, right: int = 16,
     return figure
 
 
-_TITLE, _NAME = 46, 24
-"""Letters of an axis title, and of a name next to the axis, that fit next to each other at 400 pixels."""
+_TITLE, _NAME, _BLOCKS = 46, 24, 12
+"""Letters of an axis title, letters of a name next to the axis, and numbers of blocks, that fit next to each other at 400 pixels."""
 
 
 def word_colour(colour: str) -> str:
@@ -143,6 +144,12 @@ def _in_lines(words: str, maximum: int) -> str:
     """Return ``words`` in balanced lines of about ``most`` characters."""
     lines = -(-len(words) // maximum)
     return words if lines == 1 or "<br>" in words else "<br>".join(textwrap.wrap(words, len(words) // lines + 4))
+
+
+def block_axis(figure: go.Figure, depths: Sequence[int], low: float, high: float) -> None:
+    """Number as many blocks on an axis from ``low`` to ``high`` as stand next to each other at 400 pixels."""
+    step = next(step * 10**power for power in range(6) for step in (1, 2, 5) if len(depths) <= _BLOCKS * step * 10**power)
+    figure.update_xaxes(tickvals=list(depths[::step]), range=[low, high])
 
 
 def log_rank_axis(figure: go.Figure, full: int) -> None:
@@ -172,9 +179,9 @@ def direct_label(figure: go.Figure, text: str, *, x: float, y: float, colour: st
     )
 
 
-def dotted(figure: go.Figure, x: float, colour: str = GREY) -> None:
-    """Draw a dotted line over the whole height at ``x``, in data units."""
-    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
+def dotted(figure: go.Figure, x: float, colour: str = GREY, *, start: float = 0.0, end: float = 1.0) -> None:
+    """Draw a dotted line at ``x``, in data units, over the height from ``start`` to ``end``, so that it leaves out labels of others."""
+    figure.add_shape(type="line", x0=x, x1=x, y0=start, y1=end, yref="paper", line={"color": colour, "width": 1.5, "dash": "dot"})
 
 
 def note(figure: go.Figure, text: str, *, x: float, y: float = 1, colour: str = GREY, anchor: str = "left", **about: object) -> None:
@@ -185,10 +192,18 @@ def note(figure: go.Figure, text: str, *, x: float, y: float = 1, colour: str = 
 
 
 def axis_note(
-    figure: go.Figure, text: str, *, x: float, position: float, colour: str = GREY, anchor: str = "left", bottom: bool = False
+    figure: go.Figure,
+    text: str,
+    *,
+    x: float,
+    position: float,
+    colour: str = GREY,
+    anchor: str = "left",
+    bottom: bool = False,
+    end: float = 1.0,
 ) -> None:
     """Draw a dotted line at ``x`` (data units) with ``text`` at its top or bottom; ``position`` is ``x`` in axis coordinates."""
-    dotted(figure, x, colour)
+    dotted(figure, x, colour, end=end)
     note(figure, text, x=position, y=0 if bottom else 1, colour=colour, anchor=anchor, yanchor="bottom" if bottom else "top")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 
-from lowrank_core.wording import NO_INTERVAL, fixed, has_interval
+from lowrank_core.wording import BINARY_UNITS, NO_INTERVAL, fixed, has_interval
 
 __all__ = [
     "DASH",
@@ -27,13 +27,14 @@ __all__ = [
     "short_duration",
     "shortened",
     "size",
+    "size_unit",
+    "sizes",
     "timestamp",
 ]
 
 DASH = "–"
 _MARKS = re.compile(r"[\\`*_{}\[\]()#+\-.!|<>~$:&^=@/]")  # the signs that Markdown and Streamlit's own directives begin or end with
 _COUNTS = ((1e9, 1e9, "B"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from, unit, suffix
-_SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))
 
 
 def _missing(value: float | None) -> bool:
@@ -71,10 +72,20 @@ def size(value: float | None) -> str:
     """Return bytes in binary units."""
     if value is None or _missing(value):
         return DASH
-    for unit, suffix in _SIZES:
-        if value >= unit:
-            return f"{number(value / unit)} {suffix}"
-    return f"{value:,.0f} B"
+    unit, suffix = size_unit(value)
+    return f"{number(value / unit)} {suffix}" if unit > 1 else f"{value:,.0f} {suffix}"
+
+
+def size_unit(largest: float) -> tuple[int, str]:
+    """Return the binary unit, in bytes, for sizes up to ``largest``, and its symbol."""
+    return next((entry for entry in BINARY_UNITS if largest >= entry[0]), (1, "B"))
+
+
+def sizes(bytes_of: Iterable[float | None]) -> list[str]:
+    """Return bytes that are compared with each other in one unit, that of the largest; a dash for a missing one."""
+    values = [math.nan if value is None else value for value in bytes_of]
+    unit, suffix = size_unit(max((value for value in values if not _missing(value)), default=0))
+    return [DASH if _missing(value) else f"{number(value / unit)} {suffix}" if unit > 1 else f"{value:,.0f} {suffix}" for value in values]
 
 
 def duration(seconds: float | None) -> str:

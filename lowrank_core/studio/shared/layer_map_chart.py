@@ -7,7 +7,7 @@ import math
 import numpy as np
 import plotly.graph_objects as go
 
-from lowrank_core.studio.shared.chart_style import SEQUENTIAL, VERMILLION, Chart, finished
+from lowrank_core.studio.shared.chart_style import SEQUENTIAL, VERMILLION, Chart, block_axis, finished
 from lowrank_core.studio.shared.formatting import DASH, kind_label, number, percent
 from lowrank_core.studio.shared.layer_map import LayerMap
 
@@ -27,8 +27,8 @@ def map_figure(view: LayerMap, chosen: str | None = None) -> go.Figure:
     if chosen is not None:
         _outline(figure, view, chosen)
     finished(figure, height=_FRAME + _ROW * len(view.kinds), x="Block (depth, from the embedding to the head)", y="", right=8)
-    step = max(1, len(view.depths) // 16)
-    figure.update_xaxes(tickvals=view.depths[::step], showgrid=False, range=[-0.5, len(view.depths) - 0.5], ticks="")
+    block_axis(figure, view.depths, -0.5, len(view.depths) - 0.5)
+    figure.update_xaxes(showgrid=False, ticks="")
     labels = [kind_label(kind) for kind in view.kinds]
     figure.update_yaxes(tickvals=list(range(len(labels))), ticktext=labels, range=[len(labels) - 0.5, -0.5], showgrid=False, title=None)
     figure.update_layout(hoverdistance=60, dragmode=False, clickmode="event+select")

@@ -7,15 +7,17 @@ from dataclasses import asdict, dataclass, field, replace
 
 import pandas as pd
 
+from lowrank_core.allocation.units import plan_units
+from lowrank_core.config import CompressionConfig
 from lowrank_core.config.mapping import build
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import RunError
-from lowrank_core.parameters import HeadUnit, MatrixShape
+from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.studio.shared.formatting import DASH, count, kind_label, percent, size
 from lowrank_core.studio.shared.table import Column, Metrics, Table
 
-__all__ = ["ModelFacts", "model_facts", "model_metrics", "model_words", "module_table", "modules_spec"]
+__all__ = ["ModelFacts", "model_facts", "model_metrics", "model_words", "module_table", "modules_spec", "units_of"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class ModelFacts:
     """A model, without its weights.
 
     Attributes:
-        bytes: of the checkpoint as held.
+        bytes: of a plain checkpoint in ``stored_dtype``; a quantised file that it was read from may be smaller.
         matrices: the compressible linears in the order of the model.
         input_widths: width of each distinct input (q, k and v share theirs).
         head_units: value and output projections that can be compressed by heads.
@@ -31,7 +33,9 @@ class ModelFacts:
         coverage: what every parameter is: compressible, or left alone and why; of an older record only how much is compressible.
         head_flops: of the output head for one token; None in an older record.
         auto_class: of transformers, which loads it.
-        dtype: in which it is held; stored_dtype: of the checkpoint, in which it is written. Empty in an older record.
+        biases_without_place: layers to which the metric of the search may give a bias that the architecture has no place for, so that a
+            dense merge has to leave it out; 0 in an older record.
+        dtype: in which it is held; stored_dtype: in which it is written. Empty in an older record.
     """
 
     reference: str
@@ -55,6 +59,7 @@ class ModelFacts:
     coverage: Coverage = field(default_factory=lambda: Coverage({}))
     head_flops: int | None = None
     auto_class: str = "AutoModelForCausalLM"
+    biases_without_place: int = 0
 
     def __post_init__(self) -> None:
         if not self.coverage.parameters:
@@ -69,6 +74,20 @@ class ModelFacts:
     def compressible_share(self) -> float:
         """Fraction of all parameters that lies in compressible linears."""
         return self.compressible_parameters / self.parameters if self.parameters else 0.0
+
+    @property
+    def dense_merge_note(self) -> str:
+        """Why a dense merge is refused unless biases are dropped; empty where it is not."""
+        if not self.biases_without_place:
+            return ""
+        return (
+            f"{self.architecture} has no place for the biases that this metric gives up to {self.biases_without_place} layers: a dense "
+            "merge has to leave them out (“Drop biases without a place”, --drop-biases), and then measures what that costs."
+        )
+
+    def units(self, compression: CompressionConfig) -> tuple[Unit, ...]:
+        """Return the units of a search with ``compression``, alternatives included."""
+        return plan_units(self.matrices, compression, self.head_units)
 
     def matrix(self, name: str) -> MatrixShape:
         return next(matrix for matrix in self.matrices if matrix.name == name)
@@ -104,6 +123,16 @@ def model_facts(run: Run) -> ModelFacts | None:
     """
     body = run.part("model")
     return None if body is None else _facts(body)
+
+
+def units_of(run: Run) -> tuple[Unit, ...]:
+    """Return the units of the search of ``run``; none before the model is loaded, or without a search.
+
+    Raises:
+        RunError: model.json is damaged.
+    """
+    search, facts = run.config.search, model_facts(run)
+    return () if search is None or facts is None else facts.units(search.compression)
 
 
 def _facts(body: JsonMapping) -> ModelFacts:
@@ -162,7 +191,7 @@ def module_table(facts: ModelFacts) -> pd.DataFrame:
 def modules_spec(facts: ModelFacts) -> Table:
     """Return ``module_table`` as it is shown."""
     columns = (
-        Column.text("type", "Type", "Of modules that can be compressed; then what is left alone.", width=190),
+        Column.text("type", "Type", "Of modules that can be compressed; then what is left alone.", width=225),
         Column.whole("count", "Count"),
         replace(Column.short("shape", "Shape (out × in), or why it is left alone"), width=260),
         Column.text("break_even", "Break-even rank", "The largest rank whose two factors cost less than the matrix."),
@@ -182,7 +211,10 @@ def model_metrics(facts: ModelFacts) -> Metrics:
             percent(facts.compressible_share),
             "Of all parameters; the table lists the rest, and why it is not compressed.",
         ),
-        "Size": (size(facts.bytes), f"Of the checkpoint; held as {facts.dtype} on {facts.device or 'cpu'}."),
+        "Size": (
+            size(facts.bytes),
+            f"As written in {facts.stored_dtype or facts.dtype}; held as {facts.dtype} on {facts.device or 'cpu'}.",
+        ),
         "Blocks × hidden": (f"{facts.blocks} × {facts.hidden:,}", "Number of blocks, and the width of the residual stream."),
         "Vocabulary": (f"{facts.vocabulary:,}", f"Embeddings are {tied}."),
     }

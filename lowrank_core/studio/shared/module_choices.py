@@ -10,7 +10,7 @@ from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 from lowrank_core.runs import Run
 from lowrank_core.studies.records import TrialRecord, best_trial, read_trials
 from lowrank_core.studio.sensitivity.sensitivity_table import fullest, measured_costs
-from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of
 from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.trial_names import trial_label
 
@@ -59,7 +59,7 @@ def run_facts(run: Run, picked: int | None) -> RunFacts:
     trial = chosen_trial(read_trials(run), search, picked) if search is not None and model is not None else None
     if search is None or model is None or trial is None:
         return RunFacts(costs=costs, kept=fullest(costs))
-    units = search_units(model.matrices, search.compression, model.head_units)
+    units = model.units(search.compression)
     return replace(facts_of_trial(trial, units), costs=costs, kept=fullest(costs))
 
 

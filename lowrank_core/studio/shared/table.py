@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import attrgetter
-from typing import ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pandas as pd
 
-from lowrank_core.studio.shared.formatting import DASH, interval_words, number, percent, size
+from lowrank_core.studio.shared.formatting import DASH, interval_words, number, percent, sizes
 
-__all__ = ["Column", "Metrics", "Table", "frame_of", "intervals"]
+__all__ = ["Column", "Getter", "Metrics", "Table", "filled", "frame_of", "intervals"]
 
 T = TypeVar("T")
 
 Metrics = Mapping[str, tuple[str, str]]
 """Label -> value in words, and what it means: cards of a page and of a report."""
 
+Getter = str | Callable[[Any], object]
 Kind = Literal["text", "short", "flag", "moment", "ago", "whole", "number", "scientific", "share", "bytes"]
+_TYPES = {"whole": "Int64", "bytes": "Int64", "number": "float64", "share": "float64", "scientific": "float64"}
 _WORDS = ("text", "short", "flag", "moment", "ago")
 
 
@@ -32,6 +35,7 @@ class Column:
         digits: significant ones in a report, of ``share`` those behind the point.
         decimals: on a page; None shows four significant digits.
         width: pixels on a page, or a word of Streamlit's.
+        getter: what a record has for it (``filled``): an attribute, or a function of the record; the attribute ``name`` where None.
     """
 
     name: str
@@ -41,6 +45,11 @@ class Column:
     digits: int = 4
     decimals: int | None = None
     width: int | Literal["small", "medium", "large"] | None = None
+    getter: Getter | None = None
+
+    def of(self, getter: Getter) -> Column:
+        """Return the column with its getter."""
+        return replace(self, getter=getter)
 
     @classmethod
     def text(cls, name: str, label: str, help: str = "", width: int | Literal["medium", "large"] | None = None) -> Column:
@@ -70,18 +79,23 @@ class Column:
         """Layout in a report: a ``number`` stands to the right, a ``short`` text is not broken into lines."""
         return {"text": "", "short": "short"}.get(self.kind, "number")
 
-    def words(self, entry: object) -> str:
-        """Return ``entry`` as a report writes it."""
+    def cells(self, entries: Iterable[object]) -> list[str]:
+        """Return ``entries`` as a report writes them: sizes in one unit."""
+        return sizes(map(_float, entries)) if self.kind == "bytes" else list(map(self._words, entries))
+
+    def _words(self, entry: object) -> str:
         if pd.isna(entry) or entry == "":  # type: ignore[call-overload]
             return DASH
         if self.kind in _WORDS:
             return str(entry)
-        value = float(entry)  # type: ignore[arg-type]
+        value = _float(entry)
         if self.kind == "whole":
             return f"{value:,.0f}"
-        if self.kind == "share":
-            return percent(value, self.digits)
-        return size(value) if self.kind == "bytes" else number(value, self.digits)
+        return percent(value, self.digits) if self.kind == "share" else number(value, self.digits)
+
+
+def _float(entry: object) -> float:
+    return math.nan if pd.isna(entry) else float(entry)  # type: ignore[arg-type, call-overload]
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class Table:
     @property
     def rows(self) -> list[tuple[str, ...]]:
         """The cells as a report writes them."""
-        return list(zip(*([column.words(entry) for entry in self.frame[column.name]] for column in self.shown), strict=True))
+        return list(zip(*(column.cells(self.frame[column.name]) for column in self.shown), strict=True))
 
 
 def frame_of(records: Iterable[T], **columns: str | Callable[[T], object]) -> pd.DataFrame:
@@ -116,6 +130,12 @@ def frame_of(records: Iterable[T], **columns: str | Callable[[T], object]) -> pd
     rows = list(records)
     getters = {name: attrgetter(of) if isinstance(of, str) else of for name, of in columns.items()}
     return pd.DataFrame({name: [get(row) for row in rows] for name, get in getters.items()})
+
+
+def filled(records: Iterable[object], columns: Sequence[Column]) -> pd.DataFrame:
+    """Return a row for each record with what the columns' getters find, numbers as such; also without any record."""
+    frame = frame_of(records, **{column.name: column.getter or column.name for column in columns})
+    return frame.astype({column.name: _TYPES[column.kind] for column in columns if column.kind in _TYPES})
 
 
 def intervals(frame: pd.DataFrame, measured: str, low: str, high: str, digits: int = 3) -> list[str]:

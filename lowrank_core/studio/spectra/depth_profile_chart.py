@@ -6,7 +6,7 @@ import math
 
 import plotly.graph_objects as go
 
-from lowrank_core.studio.shared.chart_style import end_labels, finished, type_style
+from lowrank_core.studio.shared.chart_style import block_axis, end_labels, finished, type_style
 from lowrank_core.studio.shared.formatting import kind_label
 from lowrank_core.studio.shared.layer_map import LayerMap
 
@@ -39,8 +39,7 @@ def profile_figure(view: LayerMap) -> go.Figure:
     finished(figure, height=360, x="Block (depth, from the embedding to the head)", y=view.measure, right=max(72, 9 * longest))
     low, high = _range(view)
     figure.update_yaxes(range=[low, high], tickformat=".0%" if view.percent else "", type="log" if view.log else "linear")
-    step = max(1, len(view.depths) // 16)
-    figure.update_xaxes(range=[first - 0.02 * span, end], tickvals=view.depths[::step])
+    block_axis(figure, view.depths, first - 0.02 * span, end)
     end_labels(figure, ends, low, high)
     return figure
 

@@ -25,17 +25,22 @@ from lowrank_core.studio.shared.layer_map import LayerMap
 from lowrank_core.studio.shared.layer_map_chart import map_figure
 from lowrank_core.studio.spectra.density import Density
 from lowrank_core.studio.spectra.map_metrics import METRICS, SOURCES
-from lowrank_core.studio.spectra.spectrum_table import RankMark, ScreeCurves, scree_table
+from lowrank_core.studio.spectra.spectrum_table import ScreeCurves, scree_table
 from lowrank_core.types import Vector
 
 __all__ = ["density_figure", "metric_chart", "scree_chart", "scree_figure"]
 
-_LABELLED = (0.1, 0.5)
-"""Names are written at full rank to these powers: further right the curves fall too steeply."""
+_UPPER, _LOWER = 0.1, (0.5, 0.4, 0.6, 0.3)
+"""The names of the upper and of the lower curve are written at full rank to these powers, further right the curves fall too steeply;
+the lower one's at the first where no marked rank is."""
 
-_HEADROOM, _DEEPEST = 0.35, -9.0  # decades
-_ROOM = 0.25  # of the height of the curves
+_DEEPEST = -9.0  # decades
+_ABOVE, _BELOW = 0.2, 0.28  # of the height of the curves: room for the names of chance, and for those of marked ranks
 _STEP = 0.065  # of the height, between the labels of marked ranks
+_MIDDLE = 0.45  # of the rank axis
+_NAME_ROOM = 0.17  # of the rank axis, which the name of a curve takes
+_DECADES = 5  # that can each have a number at 400 pixels
+_NOTE_STEP = 0.08  # of the height, between the notes of a density
 _FILLS = {BLUE: "rgba(0,114,178,0.25)", VERMILLION: "rgba(213,94,0,0.25)"}
 
 
@@ -79,21 +84,21 @@ def scree_figure(curves: ScreeCurves) -> go.Figure:
         figure.add_scatter(x=curves.ranks, y=values, name=name, mode="lines", line={"color": colour, "width": 2.5}, hovertemplate=hover)
     _chance(figure, curves)
     _label_curves(figure, curves)
-    for position, mark in enumerate(curves.marks):
-        _mark(figure, mark, position, curves.shape.max_rank)
+    _mark_ranks(figure, curves)
     finished(figure, height=420, x="Rank (log scale)", y="Value relative to the first (log scale)")
     log_rank_axis(figure, curves.shape.max_rank)
     log_value_axis(figure)
-    figure.update_yaxes(range=[_least(curves), _HEADROOM])
+    figure.update_yaxes(range=list(_value_range(curves)))
     return figure
 
 
-def _least(curves: ScreeCurves) -> float:
-    """Return log₁₀ of where the value axis begins: below the curves there is room for the names of ranks."""
+def _value_range(curves: ScreeCurves) -> tuple[float, float]:
+    """Return log₁₀ of where the value axis begins and ends."""
     drawn = np.concatenate([curves.weights, curves.features])
     positive = drawn[np.isfinite(drawn)]
     minimum = max(_DEEPEST, float(np.log10(positive.min()))) if positive.size else -1.0
-    return minimum - _ROOM * (_HEADROOM - minimum)
+    depth = max(1.0, -minimum)
+    return minimum - _BELOW * depth, _ABOVE * depth
 
 
 def _curves(curves: ScreeCurves) -> tuple[tuple[str, str, Vector], ...]:
@@ -113,24 +118,38 @@ def _chance(figure: go.Figure, curves: ScreeCurves) -> None:
     names.append("Marchenko-Pastur (dashes)")
     line, edge = {"color": GREY, "width": 1.5, "dash": "dash"}, [curves.bulk_edge] * 2
     figure.add_scatter(x=[1, full], y=edge, mode="lines", line=line, hovertemplate="%{y:.3g} of the first σ of W<extra></extra>")
-    x, y = math.log10(full), math.log10(curves.bulk_edge)
-    direct_label(figure, "<br>".join(names), x=x, y=y, colour=GREY, xanchor="right", yanchor="bottom")
+    direct_label(figure, "<br>".join(names), x=math.log10(full), y=_value_range(curves)[1], colour=GREY, xanchor="right", yanchor="top")
 
 
-def _mark(figure: go.Figure, mark: RankMark, position: int, full: int) -> None:
-    """Draw a marked rank; its label stands left of the line, each on a height of its own."""
-    colour = GREEN if "trial" in mark.label.lower() else GREY
-    left = math.log(mark.rank) > 0.45 * math.log(max(2, full))
-    dotted(figure, mark.rank, colour)
-    place = {"x": math.log10(mark.rank), "y": 0.01 + _STEP * position, "anchor": "right" if left else "left"}
-    note(figure, f"{mark.label} {mark.rank}", colour=colour, yanchor="bottom", **place)  # type: ignore[arg-type]
+def _mark_ranks(figure: go.Figure, curves: ScreeCurves) -> None:
+    """Draw the marked ranks; no line runs through the label of another.
+
+    A large rank has its label left of its line, a small one right of it. A line begins at its own label, below which are those of the
+    ranks further out, and ends at the curves, above which their names stand.
+    """
+    full = max(2, curves.shape.max_rank)
+    large = [mark for mark in curves.marks if math.log(mark.rank) > _MIDDLE * math.log(full)]
+    small = [mark for mark in curves.marks if mark not in large]
+    for position, mark in enumerate([*small, *reversed(large)]):
+        colour, y = GREEN if "trial" in mark.label.lower() else GREY, 0.01 + _STEP * position
+        dotted(figure, mark.rank, colour, start=y, end=max(y + _STEP, _height(curves, mark.rank)))
+        anchor = "right" if mark in large else "left"
+        note(figure, f"{mark.label} {mark.rank}", x=math.log10(mark.rank), y=y, colour=colour, anchor=anchor, yanchor="bottom")
+
+
+def _height(curves: ScreeCurves, rank: int) -> float:
+    """Return how high the upper curve is at ``rank``, as a fraction of the axis."""
+    at = min(int(np.searchsorted(curves.ranks, rank)), len(curves.ranks) - 1)
+    values = [float(values[at]) for _, _, values in _curves(curves) if values[at] > 0]
+    low, high = _value_range(curves)
+    return min(1.0, (math.log10(max(values)) - low) / (high - low)) if values else 1.0
 
 
 def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
     """Write each name on the outer side of its curve, the upper one further left; nothing where one of them is all gaps."""
     if np.isnan(curves.weights).all() or np.isnan(curves.features).all():
         return
-    low, high = (int(np.searchsorted(curves.ranks, curves.shape.max_rank**power)) for power in _LABELLED)
+    low, high = (int(np.searchsorted(curves.ranks, curves.shape.max_rank**power)) for power in (_UPPER, _lower(curves)))
     above = curves.weights[high] >= curves.features[high]
     for name, colour, values in _curves(curves):
         upper = above == (colour == BLUE)
@@ -138,6 +157,13 @@ def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
         if values[at] > 0:
             x, y = float(np.log10(curves.ranks[at])), float(np.log10(values[at]))
             direct_label(figure, name, x=x, y=y, colour=colour, xanchor=xanchor, yanchor=yanchor)
+
+
+def _lower(curves: ScreeCurves) -> float:
+    full = math.log(max(2, curves.shape.max_rank))
+    marks = [math.log(mark.rank) / full for mark in curves.marks]
+    free = (power for power in _LOWER if not any(power - _NAME_ROOM < mark < power + 0.02 for mark in marks))
+    return next(free, _LOWER[0])
 
 
 def density_figure(result: Density) -> go.Figure:
@@ -167,7 +193,13 @@ def density_figure(result: Density) -> go.Figure:
     _density_notes(figure, result)
     finished(figure, height=340, x=f"{name}, over their mean (log scale)", y="Share of all, per decade")
     ends = math.log10(result.edges[0]), math.log10(max(result.edges[-1], result.bulk_edge or 0.0))
-    figure.update_xaxes(type="log", exponentformat="power", dtick=1, title={"standoff": 16}, range=[ends[0] - 0.1, ends[1] + 0.1])
+    figure.update_xaxes(
+        type="log",
+        exponentformat="power",
+        dtick=1 if ends[1] - ends[0] < _DECADES else 2,
+        title={"standoff": 16},
+        range=[ends[0] - 0.1, ends[1] + 0.1],
+    )
     figure.update_yaxes(range=[0, 1.32 * top], tickformat=".0%")
     return figure
 
@@ -180,5 +212,5 @@ def _density_notes(figure: go.Figure, result: Density) -> None:
     if result.tail_from is not None:
         notes.append((result.tail_from, result.tail.partition(",")[0] + " from here on", ORANGE))
     for position, (x, text, colour) in enumerate(notes):
-        dotted(figure, x, colour)
-        note(figure, text, x=1, y=1 - 0.08 * position, colour=colour, anchor="right", xref="paper", xshift=0)
+        dotted(figure, x, colour, end=1 - _NOTE_STEP * len(notes))
+        note(figure, text, x=1, y=1 - _NOTE_STEP * position, colour=colour, anchor="right", xref="paper", xshift=0)

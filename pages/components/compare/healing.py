@@ -7,16 +7,15 @@ from typing import Any
 
 import streamlit as st
 
-from lowrank_core.config import to_mapping
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import options_of
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
+from lowrank_core.studies.requests import HealRequest
 from lowrank_core.studio.compare.healing_chart import healing_chart
 from lowrank_core.studio.compare.healing_runs import healings
 from pages.components import charts
-from pages.components.boundary import boundary
-from pages.components.request_controls import submit, why_not
+from pages.components.request_controls import ask, why_not
 from pages.components.widgets import draw, draw_all, pick
 
 __all__ = ["form", "show"]
@@ -32,8 +31,7 @@ def form(run: Run, result: Mapping[ModelKey, str], first: ModelKey) -> None:
         settings = _settings()
         pressed = st.form_submit_button("Start", key="heal", icon=":material/healing:", disabled=run.recorded, help=why_not(run))
     if pressed:
-        with boundary():
-            submit(run, "heal", [trial], healing=to_mapping(HealingConfig(**settings)))
+        ask(run, (HealRequest(key, HealingConfig(**settings)) for key in [trial]))
 
 
 def _settings() -> dict[str, Any]:

@@ -9,14 +9,14 @@ import streamlit as st
 from lowrank_core.studio.compare.comparison import Comparison, warnings_of
 from lowrank_core.studio.compare.comparison_chart import difference_chart
 from lowrank_core.studio.compare.loss_details import lost_spec, saved_spec
-from lowrank_core.studio.shared.formatting import count, interval_words, number, percent, size
+from lowrank_core.studio.shared.formatting import count, interval_words, number, percent, sizes
 from lowrank_core.studio.shared.summary import protocol_of
 from pages.components import charts, tables
 from pages.components.widgets import choose
 
 __all__ = ["headline", "show_all", "show_refusals", "show_unspent"]
 
-_WIDTHS = [1.15, 1.2, 1.05, 1.05, 1.15]  # of the cards: the longest labels fit at 1280 pixels
+_WIDTHS = [1.05, 1.25, 0.95, 1.25, 1.15]  # of the cards: the longest labels fit at 1280 pixels
 _TABLES = {"lost": "Quality", "saved": "Size"}
 
 
@@ -76,7 +76,7 @@ def _card(label: str, value: str, below: str, meaning: str | None) -> None:
 def _sizes(shown: Comparison) -> None:
     linears = f"{count(shown.dense_compressible_parameters)} → {count(shown.compressible_parameters)}"
     model = f"{count(shown.dense_parameters)} → {count(shown.parameters)}"
-    stored = f"{size(shown.dense_bytes)} → {size(shown.bytes)}"
+    stored = " → ".join(sizes((shown.dense_bytes, shown.bytes)))
     cards = (
         ("Compressible linears, parameters", linears, f"{percent(shown.compression_ratio)} removed", None),
         ("Whole model, parameters", model, f"{percent(shown.model_compression_ratio)} removed", None),

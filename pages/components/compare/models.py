@@ -9,11 +9,12 @@ import streamlit as st
 from lowrank_core.runs import Run, client
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studies.requests import CompareRequest
 from lowrank_core.studio.compare.comparison import Comparison
 from lowrank_core.studio.shared.formatting import percent
 from lowrank_core.studio.shared.model_refs import PRESET_KEYS, preset_notes, unmeasured, usual_choice
 from pages.components import state
-from pages.components.request_controls import submit, why_not
+from pages.components.request_controls import ask, why_not
 from pages.components.widgets import pressed
 
 __all__ = ["choose"]
@@ -53,7 +54,7 @@ def choose(run: Run, options: Mapping[ModelKey, str], trials: Sequence[TrialReco
             why_not=why_not(run) or done,
             help="Each on the same windows as the dense model.",
         ):
-            submit(run, "compare", missing)
+            ask(run, map(CompareRequest, missing))
         if pressed(
             f"Every preset at {ratio} removed",
             key="measure_presets",
@@ -61,7 +62,7 @@ def choose(run: Run, options: Mapping[ModelKey, str], trials: Sequence[TrialReco
             why_not=why_not(run) or (None if presets else f"All presets are measured or queued. {_PRESETS}"),
             help=_PRESETS,
         ):
-            submit(run, "compare", presets)
+            ask(run, map(CompareRequest, presets))
         st.caption(f"{len(chosen) - len(missing)} of {len(chosen)} measured or queued", width="content")
     notes = preset_notes(chosen)
     if notes:

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import streamlit as st
 
+from lowrank_core.config.evaluation import Sampling
 from lowrank_core.runs import Run
-from lowrank_core.runs.client import TEMPERATURE
 from lowrank_core.studies.model_ref import ModelKey
+from lowrank_core.studies.requests import GenerateRequest
 from lowrank_core.studio.compare.continuations import Prompt
-from pages.components.request_controls import submit, why_not
+from pages.components.request_controls import ask, why_not
+from pages.components.widgets import draw
 
 __all__ = ["show"]
 
 _PROMPT = "def mean(values):\n    "
+_SAMPLING: Mapping[str, dict[str, Any]] = {
+    "tokens": {"label": "New tokens, at most", "max_value": 512, "width": 180},
+    "temperature": {"usual": 0.5, "min_value": 0.0, "max_value": 2.0, "step": 0.1, "width": 160},
+    "seed": {"min_value": 0, "width": 140},
+}
+"""Field -> what its widget has otherwise than the option declares."""
 
 
 def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Prompt]) -> None:
@@ -34,11 +43,7 @@ def _form(run: Run, chosen: Sequence[ModelKey]) -> None:
     with st.form("prompt_form"):
         prompt = st.text_area("Prompt", _PROMPT, key="prompt", height=110)
         with st.container(horizontal=True, vertical_alignment="bottom"):
-            tokens = st.number_input("New tokens, at most", 1, 512, 64, key="prompt_tokens", width=180)
-            temperature = st.number_input(
-                "Temperature", 0.0, 2.0, TEMPERATURE, 0.1, key="prompt_temperature", width=160, help="0 always takes the likeliest token."
-            )
-            seed = st.number_input("Seed", 0, 2**31 - 1, 0, key="prompt_seed", width=140, help="Used for all models.")
+            sampling = {name: draw(Sampling, name, key=f"prompt_{name}", **about) for name, about in _SAMPLING.items()}
             pressed = st.form_submit_button(
                 "Continue with all chosen", key="continue", icon=":material/edit_note:", disabled=run.recorded, help=why_not(run)
             )
@@ -47,4 +52,4 @@ def _form(run: Run, chosen: Sequence[ModelKey]) -> None:
     elif pressed and not chosen:
         st.warning("No model is chosen above.")
     elif pressed:
-        submit(run, "generate", chosen, prompt=prompt, tokens=int(tokens), temperature=float(temperature), seed=int(seed))
+        ask(run, (GenerateRequest(key, prompt, Sampling(**sampling)) for key in chosen))

@@ -9,6 +9,7 @@ import streamlit as st
 from lowrank_core.runs import Run, client
 from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studies.records import TrialRecord
+from lowrank_core.studies.requests import CompareRequest, ModelRequest, OtherTextRequest
 from lowrank_core.studio.compare.comparison import Comparison, warnings_of
 from lowrank_core.studio.compare.comparison_chart import ratio_chart
 from lowrank_core.studio.compare.second_text import other_text, other_text_spec
@@ -17,7 +18,7 @@ from lowrank_core.studio.shared.model_refs import unmeasured
 from pages.components import charts, tables
 from pages.components.boundary import boundary
 from pages.components.pickers import own_file
-from pages.components.request_controls import ask_all, why_not
+from pages.components.request_controls import ask, why_not
 from pages.components.widgets import pick, pressed
 
 __all__ = ["say", "show"]
@@ -79,12 +80,8 @@ def _form(
         pending = client.pending_requests(run)
         missing = unmeasured(chosen, trials, own, [request for request in pending if request.get("kind") == "compare"])
         wanted = unmeasured(chosen, trials, others.get(reference, ()))
-        requests = [
-            (kind, {"trial": subject, **more})
-            for subject in chosen
-            for kind, more, needed in (("compare", {}, missing), ("other_text", {"text": reference}, wanted))
-            if subject in needed
-        ]
+        requests: list[ModelRequest] = [*map(CompareRequest, missing), *(OtherTextRequest(key, reference) for key in wanted)]
         if requests:
-            ask_all(run, requests)
+            requests.sort(key=lambda request: chosen.index(request.trial))  # those of one model in a row: it is built once
+            ask(run, requests)
         st.info("All chosen models are measured on this text.", icon=":material/check:")

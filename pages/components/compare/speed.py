@@ -9,10 +9,11 @@ import streamlit as st
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
+from lowrank_core.studies.requests import SpeedRequest
 from lowrank_core.studio.compare.comparison_chart import speedup_chart
 from lowrank_core.studio.compare.measured_speed import Speed, speed_spec
 from pages.components import charts, tables
-from pages.components.request_controls import submit, why_not
+from pages.components.request_controls import ask, why_not
 from pages.components.widgets import draw
 
 __all__ = ["show"]
@@ -44,4 +45,4 @@ def _form(run: Run, chosen: Sequence[ModelKey]) -> None:
     if start and not chosen:
         st.warning("No model is chosen above.")
     elif start:
-        submit(run, "speed", chosen, memory=memory, **sizes)
+        ask(run, (SpeedRequest(key, memory, SpeedConfig(**sizes)) for key in chosen))

@@ -8,11 +8,12 @@ import streamlit as st
 
 from lowrank_core.runs import Run
 from lowrank_core.studies.model_ref import ModelKey
+from lowrank_core.studies.requests import TokensRequest
 from lowrank_core.studio.compare.loss_details import WindowTable
 from lowrank_core.studio.compare.token_losses import TokenStrip, strip_html, worst_spec
 from lowrank_core.studio.overview.text_facts import text_facts
 from pages.components import tables
-from pages.components.request_controls import submit, why_not
+from pages.components.request_controls import ask, why_not
 from pages.components.widgets import choose, offer, pick, pressed
 
 __all__ = ["show"]
@@ -62,8 +63,8 @@ def _form(run: Run, chosen: Mapping[ModelKey, str], windows: WindowTable | None)
     text = st.text_area("Text", _TEXT, key="token_text", height=110, persist_state="session") if source == "text" else ""
     if pressed("Evaluate both models", key="read_tokens", icon=":material/format_color_text:", why_not=why_not(run)):
         if source == "window":
-            submit(run, "tokens", [subject], window=int(window))
+            ask(run, [TokensRequest(subject, window=int(window))])
         elif text.strip():
-            submit(run, "tokens", [subject], text=text)
+            ask(run, [TokensRequest(subject, text)])
         else:
             st.warning("The text is empty: write a sentence or more.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +13,7 @@ from lowrank_core.parameters import Unit
 from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
+from lowrank_core.studies.requests import ExportRequest
 from lowrank_core.studio.compare.comparison import last_failure
 from lowrank_core.studio.compare.healing_commands import HealingCommands, healing_commands
 from lowrank_core.studio.export.export_list import loading_of
@@ -29,7 +29,6 @@ from lowrank_core.studio.export.export_plan import (
     runtimes,
     trial_source,
 )
-from lowrank_core.studio.shared.allocation_map import search_units
 from lowrank_core.studio.shared.formatting import count, percent, size
 from lowrank_core.studio.shared.model_facts import ModelFacts, model_facts
 from lowrank_core.studio.shared.model_refs import candidates, healable
@@ -44,6 +43,7 @@ __all__ = ["show"]
 _RECORDED = (
     "A recorded run has no worker: use the line under “Command” in a terminal, or start a search of your own. All downloads are below."
 )
+_NO_PLACE = "A dense merge has no place for the biases of this metric: turn on “Drop biases without a place”, or choose the form Factors."
 
 
 def show(run: Run) -> Source | None:
@@ -53,7 +53,7 @@ def show(run: Run) -> Source | None:
         LowRankError: a file of the run is damaged, or the choice can't be written.
     """
     search, facts = run.config.search, model_facts(run)
-    units = search_units(facts.matrices, search.compression, facts.head_units) if search is not None and facts is not None else ()
+    units = facts.units(search.compression) if search is not None and facts is not None else ()
     result = _sources(run, search, units) if search is not None else {}
     if search is None or not result:
         text = "This run only analyses the model." if search is None else "This run has no complete trial."
@@ -65,12 +65,12 @@ def show(run: Run) -> Source | None:
         st.error(f"The last export failed: {failure.error}", icon=":material/error:")
     left, right = st.columns([1, 1.6], gap="large")
     with left:
-        source, config = _choice(run, result)
+        source, config = _choice(run, result, facts)
     if facts is not None:
         with right:
             _plan(run, source, config, (search, facts, units))
     with left:
-        _write_button(run, source, config)
+        _write_button(run, source, config, facts)
     return source
 
 
@@ -81,7 +81,7 @@ def _sources(run: Run, search: SearchConfig, units: Sequence[Unit]) -> dict[str,
     return {str(source.healed or source.trial): source for source in [*chosen, *healed_sources(run, trials)]}
 
 
-def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
+def _choice(run: Run, result: dict[str, Source], facts: ModelFacts | None) -> tuple[Source, ExportConfig]:
     """Raises: ConfigError: a size that is none."""
     picked = state.selection().trial
     key = pick(
@@ -95,6 +95,8 @@ def _choice(run: Run, result: dict[str, Source]) -> tuple[Source, ExportConfig]:
     dense = form == "dense"
     code = draw(ExportConfig, "with_code", key="export_with_code", disabled=dense)
     drop = draw(ExportConfig, "drop_biases", key="export_drop_biases", disabled=not dense)
+    if facts is not None and facts.dense_merge_note:
+        st.caption(facts.dense_merge_note)
     with st.container(horizontal=True):
         dtype = draw(ExportConfig, "dtype", key="export_dtype")
         factors = draw(ExportConfig, "quantization", key="export_quantization", disabled=dense)
@@ -111,7 +113,10 @@ def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchCon
     layout.metrics_row(
         {
             "Weights": (_bounded(size(result.bytes), result), f"{result.bytes:,} bytes of {result.dtype}; without the file's header."),
-            "Of the dense model": (percent(result.bytes / max(1, facts.bytes)), f"The checkpoint has {size(facts.bytes)}."),
+            "Of the dense model": (
+                percent(result.bytes / max(1, facts.bytes)),
+                f"That has {size(facts.bytes)} in {facts.stored_dtype or facts.dtype}.",
+            ),
             "Parameters": (_bounded(count(result.parameters), result), f"{result.parameters:,}: biases, indices and scales counted."),
         }
     )
@@ -142,14 +147,16 @@ def _bounded(words: str, result: Planned) -> str:
 def _sizes(frame: pd.DataFrame) -> None:
     columns = (
         Column.text("chosen", "", "The chosen form.", 30),
-        Column.text("form", "Form", "“At most” where the exact count is known only after building.", 150),
+        Column.text("form", "Form", "“At most” where the exact count is known only after building.", 165),
         Column.text("dtype", "Floats", width=75),
         Column.whole("parameters", "Parameters", "Numbers in the files: biases, indices and scales counted."),
         Column.whole("bytes", "Bytes", "Of the tensors; without a header of some kilobytes."),
         Column.share("share", "Share", "Of the dense model's bytes."),
     )
     tables.show(Table(frame, columns, "Bytes of each form"), key="export_sizes")
-    st.caption("Counted from the ranks, not measured. The dense model is the checkpoint as it is stored.")
+    st.caption(
+        "Counted from the ranks, not measured. The dense model is that of a plain checkpoint, also where it was read from a quantised file."
+    )
 
 
 def _command(run: Run, source: Source, config: ExportConfig) -> None:
@@ -189,12 +196,13 @@ def _loading(folder: Path, source: Source, config: ExportConfig, auto_class: str
         st.code(way.code, language=way.language, wrap_lines=True)
 
 
-def _write_button(run: Run, source: Source, config: ExportConfig) -> None:
-    """Draw the export button."""
+def _write_button(run: Run, source: Source, config: ExportConfig, facts: ModelFacts | None) -> None:
+    """Draw the export button, disabled where it is known that the export would be refused."""
+    refused = facts is not None and facts.biases_without_place > 0 and config.form == "dense" and not config.drop_biases
     there = "Already written: see below." if folder_of(run, source, config).exists() else None
-    reason = why_not(run, _RECORDED) or there
+    reason = why_not(run, _RECORDED) or there or (_NO_PLACE if refused else None)
     write = pressed("Write it", key="export", type="primary", icon=":material/save:", why_not=reason)
     if reason is not None:
         st.caption(reason)
     if write:
-        ask(run, "export", **source.request, **asdict(config))
+        ask(run, [ExportRequest(source.trial, source.healed or None, config)])

@@ -8,6 +8,7 @@ import streamlit as st
 
 from lowrank_core.runs import Run, client
 from lowrank_core.runs.client import results
+from lowrank_core.studies.requests import VerifyRequest
 from lowrank_core.studio.compare.comparison import argument_of
 from lowrank_core.studio.export.export_list import (
     MAX_BYTES,
@@ -127,7 +128,7 @@ def _verify_button(run: Run, name: str, *, waits: bool) -> None:
     """Draw the button that verifies an export in a fresh process."""
     reason = why_not(run, "A recorded run has no worker.") or ("Already queued." if waits else None)
     if pressed("Reload and measure again", key=f"verify_{name}", icon=":material/verified:", why_not=reason):
-        ask(run, "verify", path=name)
+        ask(run, [VerifyRequest(name)])
 
 
 def _folder_button(entry: Written) -> None:

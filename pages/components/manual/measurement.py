@@ -11,6 +11,7 @@ from lowrank_core.allocation import Draft
 from lowrank_core.runs import client
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import TrialRecord, read_trials
+from lowrank_core.studies.requests import MeasureRequest
 from lowrank_core.studio.manual.expectation import expectation_help, expectation_words
 from lowrank_core.studio.manual.expected_kl import estimate_words, measured_as, predicted_kl, trust
 from lowrank_core.studio.manual.expected_kl_chart import prediction_figure
@@ -36,7 +37,7 @@ def button(editor: DraftState, draft: Draft) -> None:
     help = "The run's worker measures it as its next trial, on search-validation text."
     reason = why_not(editor.run) or ("Measured: see below." if known else "Queued." if now.open else None)
     if pressed("Measure it now", key="measure_hand", type="primary", icon=":material/straighten:", why_not=reason, help=help):
-        ask(editor.run, "measure", ranks=dict(draft.ranks))
+        ask(editor.run, [MeasureRequest(dict(draft.ranks))])
 
 
 def _now(editor: DraftState, draft: Draft, trials: Sequence[TrialRecord]) -> Picked:

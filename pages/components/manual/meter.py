@@ -9,7 +9,7 @@ from lowrank_core.parameters import FLOPS_MEANING
 from lowrank_core.studio.manual.expected_kl import predicted_kl
 from lowrank_core.studio.manual.rank_table import Bill, bill
 from lowrank_core.studio.manual.starting_points import rules
-from lowrank_core.studio.shared.formatting import count, number, percent, size
+from lowrank_core.studio.shared.formatting import count, number, percent, sizes
 from pages.components import coverage, state
 from pages.components.layout import metrics_row
 from pages.components.manual.draft_state import DraftState, edit, hint, note, step
@@ -31,12 +31,13 @@ def meter(editor: DraftState, history: DraftHistory) -> None:
         if hint(editor):
             st.info(hint(editor), icon=":material/info:")
     st.progress(cost.share, text=_budget_words(cost))
+    stored, dense_stored = sizes((cost.bytes, cost.dense_bytes))
     predicted = predicted_kl(editor.recipe.record, draft.ranks)
     metrics_row(
         {
             "Removed, linears": (percent(cost.removed, 2), f"{cost.kept:,} of {cost.dense:,} parameters are kept, index tables counted."),
             "Removed, whole model": (percent(cost.model_removed, 2), f"{cost.model:,} of {cost.dense_model:,} parameters are kept."),
-            "Model on disk": (size(cost.bytes), f"{size(cost.dense_bytes)} before, in the checkpoint's dtype, without headers."),
+            "Model on disk": (stored, f"{dense_stored} before, in the dtype that is written, without headers."),
             "FLOPs per token": (
                 count(cost.flops),
                 f"{count(cost.dense_flops)} before. {FLOPS_MEANING}",

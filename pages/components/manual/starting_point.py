@@ -9,6 +9,7 @@ import streamlit as st
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.runs import client
 from lowrank_core.studies.records import read_trials
+from lowrank_core.studies.requests import CurvesRequest
 from lowrank_core.studio.manual.starting_points import missing_rules, starts
 from lowrank_core.studio.shared.trial_names import ratio_words
 from pages.components import state
@@ -104,7 +105,7 @@ def _without_curves(editor: DraftState) -> None:
             icon=":material/show_chart:",
         )
         if not editor.run.recorded and st.button("Compute error curves", key="hand_curves", disabled=_asked(editor)):
-            ask(editor.run, "curves")
+            ask(editor.run, [CurvesRequest()])
 
 
 def _asked(editor: DraftState) -> bool:

@@ -18,8 +18,7 @@ from lowrank_core.studio.export.export_plan import Source
 from lowrank_core.studio.overview.calibration_quality import calibration_facts
 from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.report import charts_html, report_html
-from lowrank_core.studio.search.history import trial_table
-from lowrank_core.studio.shared.allocation_map import search_units
+from lowrank_core.studio.search.history import trials_spec
 from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.reproduce import reproduction
 from lowrank_core.studio.shared.spreadsheet import csv_of
@@ -75,7 +74,7 @@ def _tables(run: Run, source: Source | None) -> None:
     name = source.name.replace(" ", "-") if source is not None else "allocation"
     _offer("Allocation (JSON)", f"{name}.json", partial(_allocation, run, source), meaning, why_not)
     rows, reason = "Every trial: state, value, perplexity, KL, ratio, seconds, variables.", "" if trials else "No trial yet."
-    _offer("Trials (CSV)", "trials.csv", lambda: csv_of(trial_table(trials, search)), rows, reason)
+    _offer("Trials (CSV)", "trials.csv", lambda: csv_of(trials_spec(trials, search).frame), rows, reason)
     rows = "Dense and everything measured on test text, with intervals, sizes and protocol."
     reason, table = "" if result else "Nothing was measured on test text yet.", comparisons_table(result)
     _offer("Comparison (CSV)", "comparison.csv", lambda: csv_of(table), rows, reason)
@@ -87,7 +86,7 @@ def _allocation(run: Run, source: Source | None) -> str:
     assert source.ranks is not None
     assert search is not None
     assert facts is not None
-    units = search_units(facts.matrices, search.compression, facts.head_units)
+    units = facts.units(search.compression)
     return allocation_from_ranks(source.name, units, source.ranks).to_json()
 
 

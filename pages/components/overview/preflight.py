@@ -46,7 +46,7 @@ def show(reference: str, model: ModelOnDisk | None, preview: TextPreview | None,
 def notes(model: ModelOnDisk | None) -> None:
     """Show notes on a folder, such as the set of weights that is loaded."""
     for note in model.notes if model is not None else ():
-        st.warning(note, icon=":material/info:")
+        st.info(note, icon=":material/info:")
 
 
 def tree(model: ModelOnDisk, *, key: str) -> None:

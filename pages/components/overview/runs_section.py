@@ -66,26 +66,8 @@ def _table(runs: Sequence[Run]) -> list[Run]:
 
 def _comparison(runs: Sequence[Run]) -> None:
     result = compare_runs(runs)
-    columns = (
-        Column.text("run", "Run", width=180),
-        Column.text("model", "Model"),
-        Column.text("text", "Text"),
-        Column.text("removed", "Removed"),
-        Column.whole("trials", "Trials"),
-        Column.text("best", "Best trial"),
-        Column.number("value", "Best value", help="The objective, on search-validation text."),
-        Column.text("value_group", "Comparable", "Best values with the same letter are comparable."),
-        Column.number("perplexity", "Perplexity (test)", 3, "Of the best trial, as measured on test text."),
-        Column.text("interval", "95 % interval", "Bootstrap over test windows."),
-        Column.number("dense", "Dense", 3, "Perplexity of the dense model on the same windows."),
-        Column.text("test_group", "Comparable (test)", "Perplexities with the same letter are comparable."),
-    )
-    alike = [group for group in ("value_group", "test_group") if result.frame[group].nunique() < 2]
     st.markdown("**Side by side**")
-    tables.show(
-        Table(result.frame, [column for column in columns if column.name not in alike], "The picked runs side by side"),
-        key="run_comparison",
-    )
+    tables.show(result.table, key="run_comparison")
     for note in result.notes:
         st.caption(note)
     if result.options.empty:

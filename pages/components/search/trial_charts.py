@@ -15,7 +15,7 @@ from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studies.variables import read_ranges
 from lowrank_core.studio.compare import comparison
 from lowrank_core.studio.search import pareto_chart as fronts
-from lowrank_core.studio.search.history import better_half, trials_spec
+from lowrank_core.studio.search.history import WORK, better_half, trials_spec
 from lowrank_core.studio.search.history import history as history_of
 from lowrank_core.studio.search.history_chart import history_chart
 from lowrank_core.studio.search.parallel_coordinates_chart import fingerprint as fingerprint_of
@@ -24,11 +24,10 @@ from lowrank_core.studio.search.pareto_chart import front_chart
 from lowrank_core.studio.search.static_chart import front_declared, history_declared
 from lowrank_core.studio.search.timeline_chart import living_workers, timeline, timeline_chart
 from lowrank_core.studio.search.trial_windows_chart import window_chart, window_losses
-from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of, search_units
+from lowrank_core.studio.shared.allocation_map import allocation_map, allocation_of
 from lowrank_core.studio.shared.formatting import number
 from lowrank_core.studio.shared.layer_map_chart import allocation_chart
 from lowrank_core.studio.shared.model_facts import model_facts
-from lowrank_core.studio.shared.table import Column
 from lowrank_core.studio.shared.trial_names import state_words, trial_label
 from lowrank_core.studio.shared.vega import PICKED
 from pages.components import charts, navigation, state, tables
@@ -90,7 +89,7 @@ def allocation(run: Run, trial: TrialRecord, search: SearchConfig) -> None:
     facts = model_facts(run)
     if facts is None:
         return
-    units = search_units(facts.matrices, search.compression, facts.head_units)
+    units = facts.units(search.compression)
     result = allocation_of(trial, units)
     if trial.state not in ("complete", "running"):
         st.caption(f"{trial_label(trial)}: {state_words(trial)}.")
@@ -166,14 +165,9 @@ def times(run: Run, trials: Sequence[TrialRecord], chosen: TrialRecord | None) -
 def table(run: Run, trials: Sequence[TrialRecord], search: SearchConfig) -> None:
     """Draw the table of trials, and offer it as a file."""
     result = trials_spec(trials, search)
-    columns = (
-        *result.columns,
-        Column.text("worker", "Worker", "Machine and process that measured it."),
-        Column("started", "Started", "moment"),
-    )
     st.markdown("**Trials**")
     pick = state.pick_from_table("trial", "trial_table", list(result.frame["trial"]))
-    tables.show(replace(result, columns=columns), key="trial_table", height=300, on_pick=pick)
+    tables.show(replace(result, columns=[*result.columns, *WORK]), key="trial_table", height=300, on_pick=pick)
     offer("Trials (CSV)", f"{run.id}-trials.csv", result.frame, key="download_trials")
 
 

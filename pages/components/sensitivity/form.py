@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import streamlit as st
 
-from lowrank_core.config import to_mapping
 from lowrank_core.metrics import METRICS
 from lowrank_core.metrics.stacks import Wrapper
 from lowrank_core.parameters import STORAGES
 from lowrank_core.runs import Run, client
 from lowrank_core.sensitivity.config import MODULE, TYPE, SensitivityConfig
+from lowrank_core.studies.requests import SensitivityRequest
 from lowrank_core.studio.sensitivity.sensitivity_plan import SensitivityPlan, last_answer, plan_of, usual_compression, waiting_request
 from lowrank_core.studio.shared.formatting import count, duration, kind_label
 from lowrank_core.studio.shared.model_facts import ModelFacts
@@ -53,7 +53,7 @@ def form(run: Run, facts: ModelFacts) -> None:
         if plan is not None:
             st.caption(_plan_words(plan), width="content")
     if start and config is not None:
-        ask(run, "sensitivity", launch=True, **to_mapping(config))
+        ask(run, [SensitivityRequest(config)])
 
 
 def _inputs(run: Run, facts: ModelFacts) -> SensitivityConfig:

@@ -7,6 +7,7 @@ import streamlit as st
 from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.runs import Run
 from lowrank_core.runs.client import results
+from lowrank_core.studies.requests import DirectionsRequest
 from lowrank_core.studio.shared.run_list import is_busy
 from lowrank_core.studio.shared.table import Column, Table
 from lowrank_core.studio.spectra.top_directions import direction_facts, direction_failure
@@ -56,5 +57,5 @@ def _form(run: Run, module: str) -> str:
         windows = draw(DirectionsConfig, "windows", key="direction_windows", width=130)
         find = pressed("Show tokens", key="find_directions", icon=":material/explore:", why_not=request_controls.why_not(run, _RECORDED))
     if find:
-        request_controls.ask(run, "directions", module=module, side=side, directions=count, windows=windows)
+        request_controls.ask(run, [DirectionsRequest(DirectionsConfig(module, side, directions=count, windows=windows))])
     return side
