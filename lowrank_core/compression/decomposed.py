@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from torch import nn
+
 from lowrank_core.allocation import (
     ALLOCATORS,
     AllocationProblem,
@@ -143,10 +145,23 @@ class Decomposed:
     def swapped(self, ranks: Ranks) -> AbstractContextManager[None]:
         """Put plain factors at ``ranks`` into the model, everything else dense; afterwards the very same dense layers are back.
 
+        Layers of units whose rank was the same the time before are used again.
+
         Raises:
             ConfigError, RankError: they are not ranks of these units.
         """
-        return swap_layers(self.handle, low_rank_layers(self.handle, self.bases, ranks, storage="factored"))
+        built = {name: self._built[name] for name, rank in ranks.items() if name in self._built and self._built[name][0] == rank}
+        for name, rank in ranks.items():
+            if rank is not None and name not in built:
+                built[name] = rank, low_rank_layers(self.handle, self.bases, {name: rank}, storage="factored")
+        self._built.clear()
+        self._built.update(built)
+        return swap_layers(self.handle, {name: layer for _, layers in built.values() for name, layer in layers.items()})
+
+    @cached_property
+    def _built(self) -> dict[str, tuple[int, Mapping[str, nn.Module]]]:
+        """Rank and layers of the units that were put in last."""
+        return {}
 
     def compress(self, allocation: RankAllocation, calibration: WindowSet, *, progress: Progress | None = None) -> CompressedModel:
         """Return the smaller model; a sequential basis is fitted block by block on ``calibration``.

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lowrank_core.allocation import Draft, RankAllocation, allocate, allocation_from_ranks
+from lowrank_core.allocation import Draft, RankAllocation, Ranks, allocate, allocation_from_ranks
 from lowrank_core.compression.build import CompressedModel, compress, low_rank_layers, swap_layers
+from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.config import CalibrationConfig, CompressionConfig
 from lowrank_core.decomposition.units import Bases, error_curves, factorize, operand_of, units_of
 from lowrank_core.errors import ConfigError, NumericalError, RankError
@@ -235,6 +236,30 @@ def test_swapped_layers_come_back_after_a_failure(case: Case):
     with pytest.raises(ValueError, match="in the middle"):
         fail()
     assert dict(case.handle.module.named_modules()) == before
+
+
+@pytest.mark.parametrize(("any_handle", "case"), [("llama", "alternatives")], indirect=True, scope="module")
+def test_a_trial_builds_the_layers_whose_rank_changed(case: Case, statistics: LayerStatistics):
+    decomposed = Decomposed(case.handle, statistics, case.config, case.units, case.bases)
+    ranks = dict(case.allocation(0.3).ranks)
+    changed = next(name for name, rank in ranks.items() if rank is not None and rank > 1)
+
+    def layers(of: Ranks) -> dict[str, nn.Module]:
+        expected = swapped_at(case, of)
+        with decomposed.swapped(of):
+            assert torch.equal(logits(case.handle), expected)
+            return {member.name: case.handle.module.get_submodule(member.name) for unit in case.units for member in unit.members}
+
+    first, same, other = layers(ranks), layers(ranks), layers({**ranks, changed: ranks[changed] - 1})
+    assert all(first[name] is same[name] for name in first)
+    members = {member.name for unit in case.units if unit.name == changed for member in unit.members}
+    assert {name for name in first if first[name] is not other[name]} == members
+
+
+def swapped_at(case: Case, ranks: Ranks) -> Tensor:
+    """Return the logits of the model with layers that were all built anew."""
+    with swap_layers(case.handle, low_rank_layers(case.handle, case.bases, ranks, storage="factored")):
+        return logits(case.handle)
 
 
 # --- one architecture is enough --------------------------------------------------------------------------------------
