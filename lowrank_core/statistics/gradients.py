@@ -139,7 +139,8 @@ def _recording(handle: ModelHandle, layers: Sequence[LayerSpec]) -> Iterator[dic
     def hook_for(accumulator: GradientAccumulator) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inputs = arguments[0].detach()
-            norms = inputs.to(torch.promote_types(inputs.dtype, torch.float32)).square().sum(-1).flatten()
+            precise = torch.promote_types(inputs.dtype, torch.float32)
+            norms = torch.linalg.vector_norm(inputs, dim=-1, dtype=precise).square().flatten()
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
             output.register_hook(  # type: ignore[no-untyped-call]
