@@ -87,14 +87,31 @@ class Damped:
         return self.plain + self.added if self.plain.ndim == 1 else self.plain + torch.diag(torch.full_like(self.plain[0], self.added))
 
     @cached_property
-    def root(self) -> Tensor:
-        """(A + δI)^(γ/2), in the form of A."""
-        return self._raised(self.power / 2)
+    def factor(self) -> Tensor:
+        """F with F Fᵀ = (A + δI)^γ, in the form of A: lower triangular where γ = 1 and δ is above rounding, else symmetric."""
+        if not self._triangular:
+            return self._raised(self.power / 2)
+        try:
+            result: Tensor = torch.linalg.cholesky(self.matrix)
+        except LinAlgError as error:
+            raise NumericalError(f"{self.name}: its metric is no covariance ({error}). Calibrate again.") from error
+        return result
 
-    @cached_property
-    def inverse_root(self) -> Tensor:
-        """(A + δI)^(-γ/2), in the form of A."""
-        return self._raised(-self.power / 2)
+    def transposed_times(self, matrix: Tensor) -> Tensor:
+        """Return Fᵀ · matrix."""
+        return times(self.factor if self.factor.ndim == 1 else self.factor.T, matrix)
+
+    def inverse_transposed_times(self, matrix: Tensor) -> Tensor:
+        """Return F⁻ᵀ · matrix."""
+        if not self._triangular:
+            return times(self._raised(-self.power / 2), matrix)
+        result: Tensor = torch.linalg.solve_triangular(self.factor.T, matrix, upper=True)
+        return result
+
+    @property
+    def _triangular(self) -> bool:
+        eps = torch.finfo(torch.float64).eps
+        return self.plain.ndim == 2 and self.power == 1 and self.added > len(self.plain) * eps * float(self.plain.trace())
 
     @cached_property
     def condition(self) -> float:

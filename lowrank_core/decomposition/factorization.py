@@ -2,12 +2,13 @@
 
 Notation (metrics.base has the rest)::
 
-    P_i      (P_i + δI)^γ of member i, damped;  P their block diagonal;  L = P^½
-    C        mean of the members' C_i (the directions are those of their sum);  R = (C + δI)^½
+    P_i      (P_i + δI)^γ of member i, damped;  P their block diagonal
+    C        mean of the members' C_i (the directions are those of their sum)
+    L, R     L Lᵀ = P and R Rᵀ = C + δI: triangular where that is sound, else symmetric roots
     T        stacked T_i (M, n): W_i, or for a basis that corrects drift W_i + W_i (K_i - C_i)(C + δI)⁻¹ = W_i (K_i + δI)(C + δI)⁻¹
-    U Σ Vᵀ   of L T R; only the smaller of its two Gram matrices is decomposed, and only that side's root is taken
-    B, A     M < n:  B = L⁻¹ U,  A = Uᵀ L T, U the eigenvectors of L T R² Tᵀ L
-             else:   B = T R V,  A = Vᵀ R⁻¹, V the eigenvectors of R Tᵀ P T R;      T_r = B[:, :r] A[:r]
+    U Σ Vᵀ   of Lᵀ T R; only the smaller of its two Gram matrices is decomposed, and only the factor of that side is taken
+    B, A     M < n:  B = L⁻ᵀ U,  A = Uᵀ Lᵀ T, U the eigenvectors of Lᵀ T (C + δI) Tᵀ L
+             else:   B = T R V,  A = Vᵀ R⁻¹, V the eigenvectors of Rᵀ Tᵀ P T R;      T_r = B[:, :r] A[:r]
     e_r      Σ_i tr(P_i (T_i - T_{i,r}) C_i (T_i - T_{i,r})ᵀ), each member in its own metric and without the damping of C;  e_k = 0
              (with one C: Σ_{j>r} (Bᵀ P B)_jj (A C Aᵀ)_jj, since Bᵀ P B is diagonal)
 
@@ -212,30 +213,34 @@ class _Weighing:
         weighed = self.left(self.target)
         inputs = weighed if self.columns is None else times(self.columns.matrix, weighed.T).T
         _, directions = principal_directions(inputs @ weighed.T, self.unit)
-        return self._by_rows(directions, lambda metric: metric.inverse_root), directions.T @ weighed
+        return self._by_rows(directions, Damped.inverse_transposed_times), directions.T @ weighed
 
     def from_columns(self) -> tuple[Tensor, Tensor]:
         """Return B (M, n) and A (n, n) by the Gram matrix of the columns."""
         spread = self.right(self.target)
-        _, directions = principal_directions(spread.T @ self._by_rows(spread, lambda metric: metric.matrix), self.unit)
-        return spread @ directions, directions.T if self.columns is None else times(self.columns.inverse_root, directions).T
+        _, directions = principal_directions(spread.T @ self._weighed(spread), self.unit)
+        return spread @ directions, directions.T if self.columns is None else self.columns.inverse_transposed_times(directions).T
 
     def left(self, matrix: Tensor) -> Tensor:
-        """Return L · of an (M, k) matrix."""
-        return self._by_rows(matrix, lambda metric: metric.root)
+        """Return Lᵀ · of an (M, k) matrix."""
+        return self._by_rows(matrix, Damped.transposed_times)
 
     def right(self, matrix: Tensor) -> Tensor:
         """Return · R of a (k, n) matrix."""
-        return matrix if self.columns is None else times(self.columns.root, matrix.T).T
+        return matrix if self.columns is None else self.columns.transposed_times(matrix.T).T
 
-    def _by_rows(self, matrix: Tensor, factor: Callable[[Damped], Tensor]) -> Tensor:
-        """Return [f(P_1) ·; f(P_2) ·; …] of an (M, k) matrix."""
+    def _weighed(self, matrix: Tensor) -> Tensor:
+        """Return P · of an (M, k) matrix."""
+        return self._by_rows(matrix, lambda metric, part: times(metric.matrix, part))
+
+    def _by_rows(self, matrix: Tensor, product: Callable[[Damped, Tensor], Tensor]) -> Tensor:
+        """Return what each member's row metric makes of its rows of an (M, k) matrix."""
         parts = torch.split(matrix, self.sizes)
-        return torch.cat([part if metric is None else times(factor(metric), part) for metric, part in zip(self.rows, parts, strict=True)])
+        return torch.cat([part if metric is None else product(metric, part) for metric, part in zip(self.rows, parts, strict=True)])
 
     def errors(self, up: Tensor, down: Tensor) -> Tensor:
         """Return e_0 … e_k (k + 1,) of nested factors."""
-        weighed = self._by_rows(up, lambda metric: metric.matrix)
+        weighed = self._weighed(up)
         own = [metric.columns for metric in self.metrics if metric.columns is not None]
         if all(torch.equal(own[0], other) for other in own[1:]):
             inputs = down if not own else times(own[0], down.T).T
@@ -248,12 +253,12 @@ class _Weighing:
 
     def errors_of_one_rank(self, up: Tensor, down: Tensor) -> Tensor:
         """Return the weighed errors (r + 1,) of the first 0, 1, …, r columns of ``up`` and rows of ``down``."""
-        weighed = self._by_rows(up, lambda metric: metric.matrix)
+        weighed = self._weighed(up)
         target, inputs = (part if self.columns is None else times(self.columns.plain, part.T).T for part in (self.target, down))
         matched = (weighed * (target @ down.T)).sum(0)
         products = (up.T @ weighed) * (inputs @ down.T)
         kept = 2 * matched.cumsum(0) - products.cumsum(0).cumsum(1).diagonal()
-        total = (self._by_rows(self.target, lambda metric: metric.matrix) * target).sum()
+        total = (self._weighed(self.target) * target).sum()
         return torch.cat([total.reshape(1), (total - kept).clamp(min=0)]) * self.metrics[0].scale
 
 

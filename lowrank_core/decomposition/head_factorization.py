@@ -6,8 +6,9 @@ Notation::
     K_h (d, d)   column metric of the output projection's input, the block of head h;  K_g their mean over the heads of g
     P (m, m)     damped row metric of the output projection
     F_h (d, d)   O_hᵀ P O_h
-    Q Σ² Qᵀ      of K_g^½ Σ_h∈g F_h K_g^½
-    V'_g = Q_rᵀ K_g^-½ V_g,   O'_h = O_h K_g^½ Q_r
+    R Rᵀ         K_g, damped
+    Q Σ² Qᵀ      of Rᵀ Σ_h∈g F_h R
+    V'_g = Q_rᵀ R⁻¹ V_g,   O'_h = O_h R Q_r
 
 docs/methods.md §4 takes V_g S V_gᵀ for K; measured behind the attention, K_h also knows what averaging over tokens did to the values.
 """
@@ -95,8 +96,10 @@ def factorize_heads(unit: HeadUnit, value: LayerData, output: LayerData, basis: 
     for group in range(groups):
         own = slice(group * per_group, (group + 1) * per_group)
         inner = Damped.of(moments[own].mean(0), damping.columns, unit.name).invertible()
-        _, directions = principal_directions(inner.root @ grams[own].sum(0) @ inner.root, unit.name)
-        reduce, restore = directions.T @ inner.inverse_root, inner.root @ directions  # (d, d): the first r rows, the first r columns
+        half = inner.transposed_times(inner.transposed_times(grams[own].sum(0)).T)
+        _, directions = principal_directions(half, unit.name)
+        reduce = inner.inverse_transposed_times(directions).T  # (d, d): the first r rows; of restore the first r columns
+        restore = times(inner.factor, directions)
         values.append(reduce @ value.weight[group * dim : (group + 1) * dim])
         outputs.append(projections[own] @ restore)
         biases.append(None if value.bias is None else reduce @ value.bias[group * dim : (group + 1) * dim])

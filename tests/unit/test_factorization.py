@@ -442,8 +442,9 @@ def test_roots_are_those_of_the_damped_metric(power: float, damping: float):
     damped = Damped.of(metric, damping, "layer", power)
     eye = torch.eye(12, dtype=torch.float64)
     assert damped.added == pytest.approx(damping * float(metric.trace()) / 12)
-    torch.testing.assert_close(damped.root @ damped.root, damped.matrix, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(damped.root @ damped.inverse_root, eye, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(damped.factor @ damped.factor.T, damped.matrix, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(damped.transposed_times(eye), damped.factor.T)
+    torch.testing.assert_close(damped.transposed_times(damped.inverse_transposed_times(eye)), eye, rtol=1e-8, atol=1e-8)
     whole = damped.matrix if power == 1 else damped.matrix @ damped.matrix
     torch.testing.assert_close(whole, metric + damped.added * eye, rtol=1e-9, atol=1e-9)
 
@@ -452,16 +453,34 @@ def test_roots_are_those_of_the_damped_metric(power: float, damping: float):
 def test_a_diagonal_metric_is_that_of_its_matrix(power: float):
     values = torch.linspace(0, 3, 7, dtype=torch.float64)
     one, whole = Damped.of(values, 0.1, "layer", power), Damped.of(torch.diag(values), 0.1, "layer", power)
-    for part in ("matrix", "root", "inverse_root"):
-        torch.testing.assert_close(torch.diag(getattr(one, part)), getattr(whole, part), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(torch.diag(one.matrix), whole.matrix, rtol=1e-9, atol=1e-9)
+    matrix = random(7, 3)
+    for product in (Damped.transposed_times, Damped.inverse_transposed_times):
+        torch.testing.assert_close(product(one, matrix), product(whole, matrix), rtol=1e-9, atol=1e-9)
     assert one.added == pytest.approx(whole.added)
     assert one.condition == whole.condition == math.inf
+
+
+def test_triangular_and_symmetric_factors_give_the_same_matrices(monkeypatch: pytest.MonkeyPatch):
+    given = layer_data(24, rows(16))
+    triangular = factorized("two_sided", given)
+    monkeypatch.setattr(Damped, "_triangular", False)
+    symmetric = factorized("two_sided", given)
+    torch.testing.assert_close(triangular.errors, symmetric.errors, rtol=1e-9, atol=1e-12 * float(symmetric.errors[0]))
+    one, other = triangular.slice(5), symmetric.slice(5)
+    torch.testing.assert_close(one.ups[0] @ one.down, other.ups[0] @ other.down, rtol=1e-8, atol=1e-8)
+
+
+def test_a_metric_that_is_no_covariance_names_the_layer():
+    metric = torch.diag(torch.tensor([1.0, -0.5], dtype=torch.float64))
+    with pytest.raises(NumericalError, match=r"mlp\.up: its metric is no covariance"):
+        _ = Damped.of(metric, 1e-2, "mlp.up").factor
 
 
 def test_the_condition_is_the_same_with_and_without_eigenvectors():
     metric = second_moment(rows(12))
     before, after = Damped.of(metric, 0.1, "layer"), Damped.of(metric, 0.1, "layer")
-    assert after.root.shape == (12, 12)
+    assert after._eigen[1] is not None
     assert before.condition == pytest.approx(after.condition, rel=1e-6)
     assert before.condition == pytest.approx(float(torch.linalg.cond(metric)), rel=1e-6)
 
@@ -469,7 +488,7 @@ def test_the_condition_is_the_same_with_and_without_eigenvectors():
 def test_rounding_below_zero_counts_as_rounding():
     metric = torch.diag(torch.tensor([1.0, -1e-18], dtype=torch.float64))
     damped = Damped.of(metric, 0.0, "layer")
-    assert 0 < damped.root[1, 1] < 1e-7
+    assert 0 < damped.factor[1, 1] < 1e-7
     assert damped.condition == math.inf
     assert eigenvalues(metric, "layer").tolist() == [1.0, 0.0]
 
