@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from lowrank_core.allocation import RankAllocation, Ranks
 from lowrank_core.compression.build import CompressedModel, build_model, low_rank_layers, swap_layers
-from lowrank_core.config import CalibrationConfig
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, column_metric, factorize_unit, refit_unit
 from lowrank_core.decomposition.head_factorization import HeadBasis
 from lowrank_core.decomposition.units import Bases, operand_of
@@ -32,7 +31,6 @@ from lowrank_core.models.handle import ModelHandle
 from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.moments import BLOCK_ROWS, InputStatistics, add_gram, mirrored
-from lowrank_core.statistics.precision import products_in, resolved_precision
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 
@@ -165,10 +163,9 @@ class _Pair:
         layers: compressed so far, by name.
     """
 
-    def __init__(self, handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> None:
+    def __init__(self, handle: ModelHandle, windows: WindowSet, batch_size: int) -> None:
         self._handle, self._runner = handle, BlockRunner(handle)
-        self._precision = resolved_precision(config, handle)
-        self._batches = [ids.to(handle.device) for ids in torch.split(windows.ids, config.batch_size)]
+        self._batches = [ids.to(handle.device) for ids in torch.split(windows.ids, batch_size)]
         self._dense: list[Tensor | None] = [None] * len(self._batches)
         self._working: list[Tensor | None] = [None] * len(self._batches)
         self.layers: dict[str, nn.Module] = {}
@@ -242,17 +239,13 @@ class _Pair:
         """
         states = self._working if compressed else self._dense
         with _reading(module, stop=not advance) as read, suppress(_Read):
-            hidden = self._run(step.depth, index, states)
+            hidden = self._runner.run(step.depth, self._batches[index], states[index])
             states[index] = hidden if advance else states[index]
         if not read:
             raise ModelError(
                 f"block {step.depth} is run without the layer whose input was asked for, so the model can't be compressed block by block."
             )
         return read[0]
-
-    def _run(self, block: int, index: int, states: Sequence[Tensor | None]) -> Tensor:
-        with products_in(self._precision):
-            return self._runner.run(block, self._batches[index], states[index])
 
     def advance(self, block: int, tick: Callable[[], None]) -> None:
         """Take both models past ``block``, where blocks can be chained; else every pass begins with the tokens."""
@@ -264,13 +257,14 @@ class _Pair:
 
     @torch.inference_mode()
     def _advance(self, block: int, index: int) -> None:
+        ids = self._batches[index]
         if self._dense_past < block:
-            self._dense[index] = self._run(block, index, self._dense)
+            self._dense[index] = self._runner.run(block, ids, self._dense[index])
         if not self.layers:
             self._working[index] = self._dense[index]
             return
         with swap_layers(self._handle, self._in_place):
-            self._working[index] = self._run(block, index, self._working)
+            self._working[index] = self._runner.run(block, ids, self._working[index])
 
 
 def _inputs_of_experts(
@@ -343,7 +337,7 @@ def compress_sequentially(
             raise ConfigError(
                 f"{unit.name}: a stack over several inputs can't be drift-aware. Use a stack of one input, or drop drift_aware."
             )
-    pair = _Pair(handle, windows, statistics.config)
+    pair = _Pair(handle, windows, statistics.config.batch_size)
     steps = _steps(units, allocation)
     depth = max(shape.depth for shape in handle.shapes) + 1
     total, done = (len(steps) + depth) * pair.batches, 0

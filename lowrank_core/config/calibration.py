@@ -44,8 +44,8 @@ class CalibrationConfig:
 
     precision: str = option(
         "auto",
-        "of matrix products in passes of calibration, gradients and fit of a float32 model on a CPU; auto: bfloat16 where the processor "
-        "has instructions for it; sums, moments and all that is evaluated stay in float32",
+        "of matrix products in passes of calibration and gradients of a float32 model on a CPU; auto: bfloat16 where the processor "
+        "has instructions for it; sums, moments, the fit and all that is evaluated stay in float32",
         label="Precision of products",
         choices=_PRECISIONS,
     )
