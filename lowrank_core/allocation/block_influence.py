@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.problem import AllocationProblem, Rule
+from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import Unit
@@ -25,7 +25,7 @@ _MIN_KEPT = 0.01
 
 
 @dataclass(frozen=True)
-class BlockInfluence(Rule):
+class BlockInfluence(Allocator):
     """Influence of ShortGPT, arXiv 2403.03853; sparsity of MoDeGPT, arXiv 2408.09632, §3.3. All units of a block keep the same fraction.
 
     A stack across blocks keeps the mean of theirs. What is kept is clipped to (0, 1] and scaled onto the budget.

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lowrank_core.allocation.base import Ranks
 from lowrank_core.allocation.ordered import spend_in_order
-from lowrank_core.allocation.problem import AllocationProblem, Rule
+from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.parameters import Unit
 from lowrank_core.types import Vector
 
@@ -14,7 +14,7 @@ __all__ = ["Energy"]
 
 
 @dataclass(frozen=True)
-class Energy(Rule):
+class Energy(Allocator):
     """Give every unit the smallest rank that retains 1 - e_r/e_0 of its energy, for one threshold that spends the budget.
 
     A unit that would need more than its break-even rank stays dense. Each error is compared with its own unit's e_0 alone, so the unit

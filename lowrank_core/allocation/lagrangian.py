@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.problem import AllocationProblem, Rule, unreachable
+from lowrank_core.allocation.problem import AllocationProblem, Allocator, unreachable
 from lowrank_core.parameters import Unit
 
 __all__ = ["Lagrangian"]
@@ -33,7 +33,7 @@ _BISECTION_STEPS = 80  # of the logarithm of λ, over 60 decades: to the last bi
 
 
 @dataclass(frozen=True)
-class Lagrangian(Rule):
+class Lagrangian(Allocator):
     """Minimise Σ w_i e_i(r_i) subject to Σ cost_i(r_i) <= budget (docs/methods.md §5); equal slopes, as in reverse water-filling."""
 
     name: str = "lagrangian"

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
 
 from lowrank_core.allocation.base import ErrorCurves, Perplexities, Ranks, units_by_name
 from lowrank_core.errors import BudgetError, ConfigError
 from lowrank_core.parameters import Unit, budget_for_ratio, compression_ratio, dense_parameters
 
-__all__ = ["AllocationProblem", "Allocator", "Rule", "unreachable"]
+__all__ = ["AllocationProblem", "Allocator", "unreachable"]
 
 _LOCKS_SHOWN = 3
 
@@ -122,39 +122,28 @@ class AllocationProblem:
         return result
 
 
-class Allocator(Protocol):
-    """A rule that spends a budget: never over it, and under it by less than the cheapest step that is left."""
+class Allocator(ABC):
+    """A rule that spends a budget: never over it, and under it by less than the cheapest step that is left. It needs nothing by default.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def reference(self) -> str: ...
-    @property
-    def needs_curves(self) -> bool:
-        """Whether it needs error curves."""
+    Attributes:
+        needs_curves, needs_influence: whether it needs error curves, or the influence of blocks.
+        needs_perplexities: whether it needs the perplexity with each unit cut alone, which takes minutes.
+        trades_errors: whether it gives up error in one matrix for error in another: they must then be in one unit, or weighted.
+        takes_alternatives: whether it chooses between units that share matrices; the others get single matrices.
+        neutral: whether it prefers no type of matrix: as a point of a search it is the middle, at every ratio.
+    """
 
-    @property
-    def needs_influence(self) -> bool:
-        """Whether it needs the influence of blocks."""
+    name: str
+    label: str
+    reference: str
+    needs_curves = False
+    needs_influence = False
+    needs_perplexities = False
+    trades_errors = False
+    takes_alternatives = False
+    neutral = False
 
-    @property
-    def needs_perplexities(self) -> bool:
-        """Whether it needs the perplexity with each unit cut alone, which takes minutes."""
-
-    @property
-    def trades_errors(self) -> bool:
-        """Whether it gives up error in one matrix for error in another: they must then be in one unit, or weighted."""
-
-    @property
-    def takes_alternatives(self) -> bool:
-        """Whether it chooses between units that share matrices; the others get single matrices."""
-
-    @property
-    def neutral(self) -> bool:
-        """Whether it prefers no type of matrix: as a point of a search it is the middle, at every ratio."""
-
+    @abstractmethod
     def ranks(self, problem: AllocationProblem) -> Ranks:
         """Return the rank of each free unit that is used, None where it stays dense; ``problem.completed`` adds the rest.
 
@@ -162,17 +151,6 @@ class Allocator(Protocol):
             BudgetError: the ratio can't be met.
             ConfigError: it needs errors, influences or perplexities and there are none, or it can't choose between alternatives.
         """
-
-
-class Rule:
-    """Defaults of an allocator: it needs nothing and measures nothing."""
-
-    needs_curves = False
-    needs_influence = False
-    needs_perplexities = False
-    trades_errors = False
-    takes_alternatives = False
-    neutral = False
 
 
 def unreachable(problem: AllocationProblem, minimum: int) -> BudgetError:

@@ -10,11 +10,11 @@ Notation::
 from __future__ import annotations
 
 import heapq
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 
 from lowrank_core.allocation.base import Ranks
-from lowrank_core.allocation.problem import AllocationProblem, Rule, unreachable
+from lowrank_core.allocation.problem import AllocationProblem, Allocator, unreachable
 from lowrank_core.parameters import Unit
 
 __all__ = ["ByMultipliers", "kept_fractions", "project"]
@@ -22,7 +22,7 @@ __all__ = ["ByMultipliers", "kept_fractions", "project"]
 _BISECTION_STEPS = 100  # halves the bracket to below one part in 2^100: exact in float64
 
 
-class ByMultipliers(Rule, ABC):
+class ByMultipliers(Allocator):
     """An allocator that needs no errors: it says how much each unit keeps, in proportion."""
 
     @abstractmethod

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lowrank_core.allocation.base import ErrorCurves, Ranks
-from lowrank_core.allocation.problem import AllocationProblem, Rule
+from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import project
 from lowrank_core.parameters import Unit
 
@@ -30,7 +30,7 @@ _TOKENS = 256 * 2048
 
 
 @dataclass(frozen=True)
-class SvdLlmV2(Rule):
+class SvdLlmV2(Allocator):
     """Within a type, the fraction removed from a matrix is in proportion to 1 / log of its truncation loss. arXiv 2503.12340, §3.2.
 
     The paper's log L_u depends on the unit of L, and has no use at L <= 1: a loss below e counts as e. What is kept is clipped to (0, 1]

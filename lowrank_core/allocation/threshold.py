@@ -8,7 +8,7 @@ import numpy as np
 
 from lowrank_core.allocation.base import Ranks
 from lowrank_core.allocation.ordered import spend_in_order
-from lowrank_core.allocation.problem import AllocationProblem, Rule
+from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.parameters import Unit
 from lowrank_core.types import Vector
 
@@ -16,7 +16,7 @@ __all__ = ["Threshold"]
 
 
 @dataclass(frozen=True)
-class Threshold(Rule):
+class Threshold(Allocator):
     """Every unit keeps the singular values with σ_j/σ_1 above one threshold, which spends the budget.
 
     The singular values are those of the basis, in its metric: σ_j² = e_(j-1) - e_j. A unit that would need more than its break-even rank

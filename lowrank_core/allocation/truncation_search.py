@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lowrank_core.allocation.base import Perplexities, Ranks
-from lowrank_core.allocation.problem import AllocationProblem, Rule
+from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import project
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import Unit
@@ -29,7 +29,7 @@ Cut = tuple[str, float]
 
 
 @dataclass(frozen=True)
-class TruncationSearch(Rule):
+class TruncationSearch(Allocator):
     """Sensitivity-based truncation rank search (STRS) of ASVD, arXiv 2312.05821, §3.4.
 
     The published code stops at a whole cut, at the last one that its bisection looked at: just below the nominal ratio or just above. Here

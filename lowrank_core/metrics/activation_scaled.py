@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
+from lowrank_core.metrics.base import ErrorMetric, LayerData, Metric
 
 __all__ = ["ACTIVATION_SCALED", "ActivationScaled"]
 
 
 @dataclass(frozen=True)
-class ActivationScaled(SingleMatrix):
+class ActivationScaled(ErrorMetric):
     """e = ‖ΔW diag(s)‖_F², s_j = (mean |x_j|)^α. ASVD, arXiv 2312.05821, with its α = ½."""
 
     alpha: float = 0.5

@@ -11,9 +11,10 @@ Nothing here imports torch at run time, so that pages can list the methods.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from lowrank_core.parameters import MatrixShape
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
 
-__all__ = ["ErrorMetric", "Grouping", "Metric", "LayerData", "SingleMatrix", "one_by_one"]
+__all__ = ["ErrorMetric", "Grouping", "Metric", "LayerData"]
 
 Grouping = tuple[tuple[MatrixShape, ...], ...]
 
@@ -68,56 +69,20 @@ class Metric:
     scale: float = 1.0
 
 
-class ErrorMetric(Protocol):
-    """A metric of docs/methods.md §3."""
+class ErrorMetric(ABC):
+    """A metric of docs/methods.md §3; by default without gradients, sequence and bias, one matrix at a time.
 
-    @property
-    def name(self) -> str: ...
-    @property
-    def label(self) -> str: ...
-    @property
-    def reference(self) -> str: ...
-    @property
-    def needs_data(self) -> bool:
-        """Whether it needs statistics of the inputs."""
+    Attributes:
+        needs_data: whether it needs statistics of the inputs; needs_gradients: moments of the output gradients.
+        sequential: whether it compresses block by block, with statistics of the blocks compressed before.
+        refit_steps: least-squares turns that refit the dense model's factors to the drifted input; 0 where they are decomposed again.
+        centred: whether C is a covariance: a compressed matrix then has a bias, which keeps the mean output exact.
+        comparable: whether errors of different matrices are in one unit (estimated KL), so that ranks can be traded between them.
+    """
 
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether it needs moments of the output gradients."""
-
-    @property
-    def sequential(self) -> bool:
-        """Whether it compresses block by block, with statistics of the blocks compressed before."""
-
-    @property
-    def refit_steps(self) -> int:
-        """Least-squares turns that refit the dense model's factors to the drifted input; 0 where they are decomposed again."""
-
-    @property
-    def centred(self) -> bool:
-        """Whether C is a covariance: a compressed matrix then has a bias, which keeps the mean output exact."""
-
-    @property
-    def comparable(self) -> bool:
-        """Whether errors of different matrices are in one unit (estimated KL), so that ranks can be traded between them."""
-
-    def grouping(self, shapes: Sequence[MatrixShape]) -> Grouping:
-        """Return which matrices share one rank and one factor on their input side."""
-
-    def metric(self, layer_data: LayerData) -> Metric:
-        """Return how an error of this matrix is weighed."""
-
-    def target_moment(self, layer_data: LayerData) -> Tensor | None:
-        """Return K (n, n) where the matrix to approximate is W K C⁻¹ instead of W (a basis that corrects drift), else None."""
-
-
-def one_by_one(shapes: Sequence[MatrixShape]) -> Grouping:
-    return tuple((shape,) for shape in shapes)
-
-
-class SingleMatrix:
-    """Defaults: no gradients, no sequence, no bias, one matrix at a time."""
-
+    name: str
+    label: str
+    reference: str
     needs_data: bool = True
     needs_gradients: bool = False
     sequential: bool = False
@@ -126,7 +91,13 @@ class SingleMatrix:
     comparable: bool = False
 
     def grouping(self, shapes: Sequence[MatrixShape]) -> Grouping:
-        return one_by_one(shapes)
+        """Return which matrices share one rank and one factor on their input side."""
+        return tuple((shape,) for shape in shapes)
+
+    @abstractmethod
+    def metric(self, layer_data: LayerData) -> Metric:
+        """Return how an error of this matrix is weighed."""
 
     def target_moment(self, layer_data: LayerData) -> Tensor | None:
+        """Return K (n, n) where the matrix to approximate is W K C⁻¹ instead of W (a basis that corrects drift), else None."""
         return None

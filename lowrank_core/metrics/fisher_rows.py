@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
+from lowrank_core.metrics.base import ErrorMetric, LayerData, Metric
 
 __all__ = ["FISHER_ROWS", "FisherRows"]
 
 
 @dataclass(frozen=True)
-class FisherRows(SingleMatrix):
+class FisherRows(ErrorMetric):
     """e = Σ_i f_i ‖ΔW_i‖², f_i = Σ_j F_ij with the diagonal F of the weight's Fisher information. FWSVD, arXiv 2207.00112.
 
     The paper takes F from the gradients of a task's labels; ours are sampled from the model (the true Fisher of its predictions).

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
+from lowrank_core.metrics.base import ErrorMetric, LayerData, Metric
 
 __all__ = ["POOLED_FEATURE", "PooledFeature"]
 
 
 @dataclass(frozen=True)
-class PooledFeature(SingleMatrix):
+class PooledFeature(ErrorMetric):
     """e = tr(ΔW C ΔWᵀ) with the pooled covariance C: W_r = U_r U_rᵀ W for W C Wᵀ = U Λ Uᵀ. Bolaco, arXiv 2405.10616, §3.1.
 
     The bias b' = b + (I - U_r U_rᵀ) W μ keeps the mean output exact.

@@ -6,7 +6,7 @@ The rows of the members, each weighed as its own basis says, are decomposed toge
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, ClassVar
 
 from lowrank_core.metrics.base import ErrorMetric, Grouping, LayerData, Metric
@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 
 __all__ = ["CROSS_LAYER", "DATA_FREE_JOINT", "SHARED_INPUT", "CrossLayer", "DataFreeJoint", "SharedInput", "Wrapper", "by_input"]
 
+_TRAITS = ("needs_data", "needs_gradients", "sequential", "refit_steps", "centred", "comparable")
+
 
 @dataclass(frozen=True)
-class Wrapper:
-    """A basis that changes one thing about another; its name is ``title``, and ``title:other`` around another than its ``usual`` one."""
+class Wrapper(ErrorMetric):
+    """A basis that changes one thing about another; its name is ``title``, and ``title:other`` around another than its ``usual`` one.
+
+    It has the traits of the other, but for those that are fields of its own.
+    """
 
     inner: ErrorMetric
     title: str
@@ -30,37 +35,12 @@ class Wrapper:
     reference: str
     usual: ClassVar[str] = "whitened"
 
-    @property
-    def name(self) -> str:
-        return self.title if self.inner.name == self.usual else f"{self.title}:{self.inner.name}"
-
-    @property
-    def label(self) -> str:
-        return f"{self.words}, {self.inner.label}"
-
-    @property
-    def needs_data(self) -> bool:
-        return self.inner.needs_data
-
-    @property
-    def needs_gradients(self) -> bool:
-        return self.inner.needs_gradients
-
-    @property
-    def sequential(self) -> bool:
-        return self.inner.sequential
-
-    @property
-    def refit_steps(self) -> int:
-        return self.inner.refit_steps
-
-    @property
-    def centred(self) -> bool:
-        return self.inner.centred
-
-    @property
-    def comparable(self) -> bool:
-        return self.inner.comparable
+    def __post_init__(self) -> None:
+        name = self.title if self.inner.name == self.usual else f"{self.title}:{self.inner.name}"
+        own = {field.name for field in fields(self)}
+        inherited = {trait: getattr(self.inner, trait) for trait in _TRAITS if trait not in own}
+        for trait, value in {"name": name, "label": f"{self.words}, {self.inner.label}", **inherited}.items():
+            object.__setattr__(self, trait, value)
 
     def grouping(self, shapes: Sequence[MatrixShape]) -> Grouping:
         return self.inner.grouping(shapes)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
+from lowrank_core.metrics.base import ErrorMetric, LayerData, Metric
 
 __all__ = ["TWO_SIDED", "TWO_SIDED_HALF", "TwoSided"]
 
 
 @dataclass(frozen=True)
-class TwoSided(SingleMatrix):
+class TwoSided(ErrorMetric):
     """e = ½ tr(G^γ ΔW C ΔWᵀ), with G = E[g gᵀ] of the gradients g at the output. IO-SVD, arXiv 2605.15626; K-FAC, 1503.05671.
 
     With γ = 1 it is K-FAC's second-order estimate of the KL divergence to the dense model, in nats per token: comparable across

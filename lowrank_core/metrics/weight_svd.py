@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
+from lowrank_core.metrics.base import ErrorMetric, LayerData, Metric
 
 __all__ = ["WEIGHT_SVD", "WeightSvd"]
 
 
 @dataclass(frozen=True)
-class WeightSvd(SingleMatrix):
+class WeightSvd(ErrorMetric):
     """e = ‖ΔW‖_F². Eckart & Young 1936."""
 
     name: str = "weight_svd"

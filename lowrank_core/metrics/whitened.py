@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lowrank_core.metrics.base import LayerData, Metric, SingleMatrix
+from lowrank_core.metrics.base import ErrorMetric, LayerData, Metric
 
 __all__ = ["WHITENED", "Whitened"]
 
 
 @dataclass(frozen=True)
-class Whitened(SingleMatrix):
+class Whitened(ErrorMetric):
     """e = E‖ΔW x‖² = tr(ΔW S ΔWᵀ): W_r = [W S^½]_r S^-½. SVD-LLM, arXiv 2403.07378."""
 
     name: str = "whitened"

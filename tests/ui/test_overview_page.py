@@ -59,7 +59,7 @@ def test_a_folder_with_several_sets_of_weights_is_told_which_is_shown(app, tmp_p
     test = other_model(app("overview"), str(folder))
     assert sound(test)
     assert "Block 2" in tree_of(test)
-    (reported,) = [warning.value for warning in test.warning if "several sets" in warning.value]
+    (reported,) = [note.value for note in test.info if "several sets" in note.value]
     assert "transformers loads model.safetensors; not loaded: model-*-of-00001.safetensors" in reported
 
 
@@ -71,7 +71,7 @@ def test_the_note_stands_beside_a_run_too(app, tmp_path):
     write_json(run.path / "run.json", {**run.record, "config": to_mapping(elsewhere)})
     test = app("overview", run=run.id)
     assert sound(test)
-    assert any("not loaded: consolidated.safetensors" in warning.value for warning in test.warning)
+    assert any("not loaded: consolidated.safetensors" in note.value for note in test.info)
 
 
 def test_a_hub_id_that_is_not_here_says_what_will_be_downloaded(app, tmp_path, monkeypatch):

@@ -34,8 +34,8 @@ def _end(name: str, index: int) -> Getter:
 
 
 def _in_words(name: str) -> Getter:
-    """Return a getter of the interval ``name`` in words: a dash where the dense model has none."""
-    return lambda each: DASH if each.form == "dense" and not getattr(each, name) else interval_words(getattr(each, name))
+    """Return a getter of the interval ``name`` in words: a dash for the dense model, of which only the perplexity is measured."""
+    return lambda each: DASH if each.form == "dense" and name != _INTERVALS[""] else interval_words(getattr(each, name))
 
 
 def _difference(each: Comparison) -> float | None:

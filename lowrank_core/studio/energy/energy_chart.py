@@ -26,7 +26,7 @@ _COLOURS = {"features": VERMILLION, "weights": BLUE}
 _BANDS = {"features": "rgba(213,94,0,0.22)", "weights": "rgba(0,114,178,0.22)"}
 _FLOOR = 1e-9  # energies below are rounding of the stored float32
 _NAMED_AT = {"kept": (0.4, 0.75, 0.3), "removed": (0.55, 0.25, 0.8)}
-"""Where the curves are named, as shares of full rank: the first that is far enough from the marked rank for its line to pass by."""
+"""Places where curves are named, as shares of full rank: the first that is far enough from the marked rank for its line to pass by."""
 _NAME_ROOM = 0.25
 _TOP = 1.12  # of the axis of retained energy, with the upper name
 

@@ -77,7 +77,7 @@ class ModelFacts:
 
     @property
     def dense_merge_note(self) -> str:
-        """Why a dense merge is refused unless biases are dropped; empty where it is not."""
+        """Reason for refusing a dense merge unless biases are dropped; empty where there is none."""
         if not self.biases_without_place:
             return ""
         return (
