@@ -1,7 +1,8 @@
 """Products of calibration passes in bfloat16: twice as fast on processors that have the instructions, sums in float32.
 
 Only the operands of matrix products are rounded, to 8 bits: hidden states stay in float32, and the moments of inputs, whose small
-eigenvalues count, are multiplied in float32. So is the drift-aware fit: the drift is no larger than that rounding. docs/results.md has what it costs in KL, which is less than the interval of the measurement.
+eigenvalues count, are multiplied in float32. So is the drift-aware fit: the drift is no larger than that rounding. docs/results.md has
+what it costs in KL, which is less than the interval of the measurement.
 """
 
 from __future__ import annotations
