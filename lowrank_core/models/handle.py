@@ -22,6 +22,7 @@ from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.layers.base import CompressedModule, PivotIndex
 from lowrank_core.layers.quantized import Int8Matrix
 from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
+from lowrank_core.models.values import value_reads
 from lowrank_core.models.walk import LinearMap, coverage_of, linear_maps
 from lowrank_core.parameters import INDEX_BYTES, MatrixShape, module_type
 
@@ -325,7 +326,7 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
     for linear in linears:
         paths.setdefault(linear.depth, {})[linear.shared_path] = None
     groups: dict[object, str] = {}
-    layers = []
+    shapes = []
     for linear in linears:
         if linear.kind == "linear" and id(linear.module) not in readers:
             continue
@@ -336,12 +337,10 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
             kind = ".".join(linear.shared_path.split(".")[-2:])
         d_out, d_in = weight_of(linear.module).shape
         shape = MatrixShape(name, kind, linear.depth, d_out, d_in, bias_of(linear.module) is not None, group)
-        layers.append(
-            LayerSpec(
-                shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel()))
-            )
-        )
-    return tuple(layers)
+        shapes.append(shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel())))
+    reads = value_reads(module, prefix, blocks, {shape.name: shape.depth for shape in shapes if shape.expert is None})
+    values = {read.value for read in reads if read.mixed}
+    return tuple(LayerSpec(replace(shape, role="v") if shape.name in values else shape) for shape in shapes)
 
 
 def _expert_input(linear: LinearMap) -> object:
@@ -454,6 +453,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
                 "parameters": layer.shape.dense_parameters,
                 "input_group": layer.input_group,
                 **({} if layer.shape.expert is None else {"expert": layer.shape.expert, "active": layer.shape.active}),
+                **({"role": layer.shape.role} if layer.shape.role else {}),
             }
             for layer in handle.layers
         ],

@@ -85,6 +85,7 @@ class _Layer:
     input_group: str
     expert: int | None = None
     active: float = 1.0
+    role: str = ""
 
 
 @dataclass(frozen=True)
