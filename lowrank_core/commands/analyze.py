@@ -35,7 +35,7 @@ def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfi
         )
     summary = {**describe(handle), **heads.describe()}
     del summary["layers"]
-    lines += ["", *coverage_lines(handle.coverage), *map(str, heads.dropped)]
+    lines += ["", *coverage_lines(handle.coverage), *handle.left_fused, *map(str, heads.dropped)]
     figures = statistics.describe(spectra, handle.layers)
     result: Result = {
         "model": summary,

@@ -16,7 +16,7 @@ import copy
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, cast
@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lowrank_core.models.unrolled import Unrolled, as_native, linear_layer, put, stripped, unrolled_in
+from lowrank_core.models.unrolled import Unrolled, as_native, linear_layer, put, replace_module, stripped, unrolled_in
 
 __all__ = ["FIRST_LAYERS", "Expert", "Routed", "UnrolledExperts", "calling_every_expert", "experts_of", "unroll_experts"]
 
@@ -319,8 +319,7 @@ def unroll_experts(model: nn.Module, holding: Collection[str] | None = None) -> 
             continue
         unrolled = carrier.of(native)
         if _reproduces(unrolled, native):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, unrolled)
+            replace_module(model, name, unrolled)
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, UnrolledExperts]]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_core.errors import ModelError
-from lowrank_core.models.unrolled import Unrolled, as_native, linear_layer, put, stripped
+from lowrank_core.models.unrolled import Unrolled, as_native, linear_layer, put, replace_module, stripped
 
 __all__ = ["Layout", "SplitProjection", "layouts_of", "split_fused"]
 
@@ -44,7 +44,9 @@ class Layout:
         """
         parts, chunks = (entry.get("parts"), entry.get("chunks", 1)) if isinstance(entry, Mapping) else (None, 1)
         whole = isinstance(parts, Mapping) and parts and type(chunks) is int and chunks > 0
-        if not whole or not all(str(name).isidentifier() and type(rows) is int and rows > 0 and rows % chunks == 0 for name, rows in parts.items()):
+        if not whole or not all(
+            str(name).isidentifier() and type(rows) is int and rows > 0 and rows % chunks == 0 for name, rows in parts.items()
+        ):
             raise ModelError(f"model: config.json doesn't say how the rows of {layer!r} are divided. Export the model again.")
         return cls(tuple(parts.items()), chunks)
 
@@ -63,14 +65,14 @@ class Layout:
 
     def divided(self, fused: Tensor) -> dict[str, Tensor]:
         """Return name -> rows of each part (rows, …) of ``fused`` (M, …)."""
-        by_chunk = fused.unflatten(0, (self.chunks, -1)).split([rows // self.chunks for _, rows in self.parts], dim=1)
+        by_chunk = torch.unflatten(fused, 0, (self.chunks, -1)).split([rows // self.chunks for _, rows in self.parts], dim=1)
         return {name: part.flatten(0, 1) for name, part in zip(self.names, by_chunk, strict=True)}
 
     def joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:
         """Return the parts as one, the inverse of ``divided`` along ``dim`` (negative)."""
         if self.chunks == 1:
             return torch.cat(list(parts), dim)
-        return torch.cat([part.unflatten(dim, (self.chunks, -1)) for part in parts], dim).flatten(dim - 1, dim)
+        return torch.cat([torch.unflatten(part, dim, (self.chunks, -1)) for part in parts], dim).flatten(dim - 1, dim)
 
 
 class SplitProjection(Unrolled):
@@ -128,14 +130,15 @@ def split_fused(model: nn.Module, layouts: Mapping[str, Layout]) -> None:
         ModelError: the architecture has no linear layer of that name, or not with so many outputs.
     """
     for name, layout in layouts.items():
-        parent, _, leaf = name.rpartition(".")
         try:
-            owner, native = model.get_submodule(parent), model.get_submodule(name)
+            native = model.get_submodule(name)
         except AttributeError as error:
             raise ModelError(f"model: config.json divides the layer {name!r}, which this architecture has not.") from error
         if not isinstance(native, nn.Linear | Conv1D) or native.weight.shape[isinstance(native, Conv1D)] != layout.rows:
-            raise ModelError(f"model: config.json divides {name!r}, which is no linear layer of {layout.rows:,} outputs in this architecture.")
-        setattr(owner, leaf, SplitProjection(native, layout))
+            raise ModelError(
+                f"model: config.json divides {name!r}, which is no linear layer of {layout.rows:,} outputs in this architecture."
+            )
+        replace_module(model, name, SplitProjection(native, layout))
 
 
 def layouts_of(model: nn.Module) -> dict[str, Layout]:

@@ -113,6 +113,7 @@ class ModelHandle:
         tokenizer: its tokenizer.
         layers: compressible layers in the order of the model.
         stored_dtype: of the checkpoint's weights; what is measured runs in the module's dtype, what is written is written in this.
+        left_fused: sentences on layers that look like several projections in one matrix, and stay so.
     """
 
     reference: str
@@ -120,6 +121,7 @@ class ModelHandle:
     tokenizer: PreTrainedTokenizerBase
     layers: tuple[LayerSpec, ...]
     stored_dtype: torch.dtype
+    left_fused: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -337,7 +339,9 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
             kind = ".".join(linear.shared_path.split(".")[-2:])
         d_out, d_in = weight_of(linear.module).shape
         shape = MatrixShape(name, kind, linear.depth, d_out, d_in, bias_of(linear.module) is not None, group)
-        shapes.append(shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel())))
+        shapes.append(
+            shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel()))
+        )
     reads = value_reads(module, prefix, blocks, {shape.name: shape.depth for shape in shapes if shape.expert is None})
     values = {read.value for read in reads if read.mixed}
     return tuple(LayerSpec(replace(shape, role="v") if shape.name in values else shape) for shape in shapes)
@@ -435,6 +439,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "parameters": handle.parameters,
         "compressible_parameters": handle.linear_parameters,
         "coverage": handle.coverage.to_mapping(),
+        "left_fused": list(handle.left_fused),
         "bytes": handle.bytes,
         "vocabulary": handle.vocabulary,
         "max_context": handle.max_context,

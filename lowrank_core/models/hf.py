@@ -38,7 +38,7 @@ from lowrank_core.models.fused import Layout, layouts_of, split_fused
 from lowrank_core.models.guard import guard_name, guard_pattern, guards, unguarded
 from lowrank_core.models.handle import weight_of
 from lowrank_core.models.integrity import check_weights
-from lowrank_core.models.unrolled import roll_back, stands_for
+from lowrank_core.models.unrolled import replace_module, roll_back, stands_for
 
 __all__ = [
     "CODE",
@@ -141,12 +141,6 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def is_serializable(self) -> bool:
         return True
-
-
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` at the dotted path ``name``."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
 
 
 def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> None:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Unrolled", "as_native", "linear_layer", "put", "roll_back", "stands_for", "stripped", "unrolled_in"]
+__all__ = ["Unrolled", "as_native", "linear_layer", "put", "replace_module", "roll_back", "stands_for", "stripped", "unrolled_in"]
 
 
 class Unrolled(nn.Module):
@@ -25,7 +25,7 @@ class Unrolled(nn.Module):
     """
 
     native: nn.Module
-    matrices: Sequence[str]
+    matrices: ClassVar[Sequence[str]]
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,12 +82,17 @@ def unrolled_in(model: nn.Module) -> Iterator[tuple[str, Unrolled]]:
             yield name, child
 
 
+def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` at the dotted path ``name``."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, new)
+
+
 def roll_back(model: nn.Module, *, keep: Callable[[Unrolled], bool] = lambda _: False) -> None:
     """Put the architecture's own modules back, in place, but for those that ``keep`` says stay linear layers."""
     for name, child in list(unrolled_in(model)):
         if not keep(child):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, child.rolled())
+            replace_module(model, name, child.rolled())
 
 
 def stands_for(model: nn.Module, layer: str) -> str | None:

@@ -6,7 +6,7 @@ layer that reads the value at other tokens, too, is no output projection, and wh
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -67,7 +67,7 @@ def head_dim_of(module: PreTrainedModel, depth: int) -> int | None:
 def _recorded(module: nn.Module, names: Collection[str], inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Iterator[None]:
     """Keep the rows (tokens, …) of what each layer reads and gives; one not called, or not as a linear layer is, is left out."""
 
-    def hook_for(name: str) -> object:
+    def hook_for(name: str) -> Callable[[nn.Module, tuple[object, ...], object], None]:
         def hook(_: nn.Module, arguments: tuple[object, ...], result: object) -> None:
             read = arguments[0] if arguments else None
             if isinstance(read, Tensor) and isinstance(result, Tensor) and read.numel() and result.numel():

@@ -101,6 +101,11 @@ class Run:
         return read_json(self.path / f"{name}.json")
 
     @property
+    def layers(self) -> frozenset[str]:
+        """Names of the compressible layers in model.json; empty before the model is loaded."""
+        return frozenset(str(layer["name"]) for layer in (self.part("model") or {}).get("layers", []))
+
+    @property
     def pause_marker(self) -> Path:
         """Marker file that keeps the worker from starting trials."""
         return self.path / "paused"

@@ -33,7 +33,7 @@ def model_section(run: Run) -> Section:
     if facts is not None:
         warning = facts.coverage.warning()
         notes = [Note("warning", f"{warning[0].upper()}{warning[1:]}")] if warning else []
-        notes += [Note("info", reason) for reason in facts.heads_dropped]
+        notes += [Note("info", reason) for reason in (*facts.left_fused, *facts.heads_dropped)]
         blocks = (
             *notes,
             Prose(f"{facts.reference} · {model_words(facts)}"),
