@@ -23,6 +23,7 @@ RANK, HEAD_RANK, HEAD_DIM = 12, 6, 8
 _ATTENTION = "model.layers.{}.self_attn.{}_proj".format
 _MLP = "model.layers.{}.mlp.{}_proj".format
 _BLOCK = "transformer.h.{}.{}".format
+_QKV = "transformer.h.{}.attn.c_attn.{}_proj".format
 
 Units = Mapping[str, Sequence[tuple[str, ...]]]
 _LLAMA: Units = {
@@ -31,7 +32,7 @@ _LLAMA: Units = {
     "heads": [(_ATTENTION(1, "v"), _ATTENTION(1, "o"))],
 }
 _GPT2: Units = {
-    "factored": [(_BLOCK(0, "attn.c_attn"),), (_BLOCK(0, "mlp.c_fc"), _BLOCK(1, "mlp.c_fc"))],
+    "factored": [(_QKV(0, "v"),), tuple(_QKV(1, kind) for kind in "qk"), (_BLOCK(0, "mlp.c_fc"), _BLOCK(1, "mlp.c_fc"))],
     "pivoted": [(_BLOCK(1, "attn.c_proj"),), (_BLOCK(1, "mlp.c_proj"), _BLOCK(0, "mlp.c_proj"))],
 }
 _EXPERT = "model.layers.0.mlp.experts.{}.{}".format

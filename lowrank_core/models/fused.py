@@ -42,17 +42,20 @@ class Layout:
         Raises:
             ModelError: it is none.
         """
-        parts, chunks = (entry.get("parts"), entry.get("chunks", 1)) if isinstance(entry, Mapping) else (None, 1)
-        whole = isinstance(parts, Mapping) and parts and type(chunks) is int and chunks > 0
-        if not whole or not all(
-            str(name).isidentifier() and type(rows) is int and rows > 0 and rows % chunks == 0 for name, rows in parts.items()
-        ):
-            raise ModelError(f"model: config.json doesn't say how the rows of {layer!r} are divided. Export the model again.")
-        return cls(tuple(parts.items()), chunks)
+        try:
+            assert isinstance(entry, Mapping)
+            result = cls(tuple((str(name), rows) for name, rows in entry["parts"]), entry["chunks"])
+            names = set(result.names)
+            assert len(names) == len(result.parts) > 0 and all(map(str.isidentifier, names))
+            counts = (result.chunks, *(rows for _, rows in result.parts))
+            assert all(type(count) is int and count > 0 and count % result.chunks == 0 for count in counts)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise ModelError(f"model: config.json doesn't say how the rows of {layer!r} are divided. Export the model again.") from error
+        return result
 
     def to_mapping(self) -> dict[str, object]:
         """Return the layout ready for JSON."""
-        return {"parts": dict(self.parts), "chunks": self.chunks}
+        return {"parts": [list(part) for part in self.parts], "chunks": self.chunks}  # a mapping would be sorted by transformers
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,7 +68,7 @@ class Layout:
 
     def divided(self, fused: Tensor) -> dict[str, Tensor]:
         """Return name -> rows of each part (rows, …) of ``fused`` (M, …)."""
-        by_chunk = torch.unflatten(fused, 0, (self.chunks, -1)).split([rows // self.chunks for _, rows in self.parts], dim=1)
+        by_chunk = torch.split(torch.unflatten(fused, 0, (self.chunks, -1)), [rows // self.chunks for _, rows in self.parts], dim=1)
         return {name: part.flatten(0, 1) for name, part in zip(self.names, by_chunk, strict=True)}
 
     def joined(self, parts: Sequence[Tensor], dim: int) -> Tensor:
