@@ -13,7 +13,7 @@ from lowrank_core.compression.build import CompressedModel, CompressionReport
 from lowrank_core.layers.forms import Factors, HeadFactors, build_layers
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import bias_of, find_layers, weight_of
-from lowrank_core.models.hf import replace_module
+from lowrank_core.models.unrolled import replace_module
 
 __all__ = ["IDS", "all_forms", "logits_of"]
 

@@ -27,7 +27,7 @@ from lowrank_core.metrics import ErrorMetric
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
 from lowrank_core.models.handle import ModelHandle
-from lowrank_core.models.hf import replace_module
+from lowrank_core.models.unrolled import replace_module
 from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.moments import InputStatistics

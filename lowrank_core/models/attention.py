@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lowrank_core.models.handle import ModelHandle, bias_of, blocks_of, random_tokens, weight_of
-from lowrank_core.models.hf import replace_module
+from lowrank_core.models.unrolled import replace_module
 from lowrank_core.models.values import head_dim_of, value_reads
 from lowrank_core.parameters import HeadUnit, MatrixShape
 

@@ -46,7 +46,8 @@ class Layout:
             assert isinstance(entry, Mapping)
             result = cls(tuple((str(name), rows) for name, rows in entry["parts"]), entry["chunks"])
             names = set(result.names)
-            assert len(names) == len(result.parts) > 0 and all(map(str.isidentifier, names))
+            assert len(names) == len(result.parts) > 0
+            assert all(map(str.isidentifier, names))
             counts = (result.chunks, *(rows for _, rows in result.parts))
             assert all(type(count) is int and count > 0 and count % result.chunks == 0 for count in counts)
         except (AssertionError, KeyError, TypeError, ValueError) as error:

@@ -46,9 +46,9 @@ __all__ = [
     "LowRankQuantizationConfig",
     "LowRankQuantizer",
     "compressed_modules",
+    "guard_names",
     "mark_compressed",
     "register",
-    "replace_module",
 ]
 
 _LOGGER = logging.getLogger(__name__)
@@ -128,8 +128,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return what ``save_pretrained`` writes: with a guard for each compressed layer; adapters are saved without the model."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        names = [guard_name(name, _guard_entry(model, name)) for name, _ in compressed_modules(model)]
-        return {**model.state_dict(), **guards(names, model.dtype)}, {}
+        return {**model.state_dict(), **guards(guard_names(model), model.dtype)}, {}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Return how names in the files become names of the model."""
@@ -169,6 +168,11 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule
     for name, child in model.named_modules():
         if isinstance(child, CompressedModule):
             yield name, child
+
+
+def guard_names(model: nn.Module) -> set[str]:
+    """Return the names of the empty tensors that guard the compressed layers; layers that replace parts of one parameter share one."""
+    return {guard_name(name, _guard_entry(model, name)) for name, _ in compressed_modules(model)}
 
 
 def _guard_entry(model: nn.Module, layer: str) -> dict[str, str]:
