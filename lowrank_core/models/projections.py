@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.models.fused import Layout, SplitProjection
 from lowrank_core.models.handle import blocks_of, random_tokens, weight_of
-from lowrank_core.models.unrolled import replace_module
+from lowrank_core.models.unrolled import replace_module, roll_back
 from lowrank_core.models.values import head_dim_of, repeats
 from lowrank_core.models.walk import LinearMap, linear_maps
 
@@ -113,21 +113,38 @@ def split_projections(model: PreTrainedModel, *, whole: Collection[str] = ()) ->
     Args:
         whole: names of layers that stay one matrix each, whatever they hold.
     """
+    ids = random_tokens(model, 1)[:, :_TOKENS]
+    layouts, left, logits = _layouts(model, ids)
+    left |= dict.fromkeys(layouts.keys() & set(whole), _WHOLE)
+    split = [name for name, layout in layouts.items() if name not in left and _split(model, name, layout)]
+    left |= dict.fromkeys(layouts.keys() - left.keys() - set(split), _INEXACT)
+    if split and not _gives(model, ids, logits):
+        roll_back(model, keep=lambda unrolled: not isinstance(unrolled, SplitProjection) or not unrolled.dense)
+        left |= dict.fromkeys(split, _USED_OTHERWISE)
+    return _grouped(model, left)
+
+
+def _layouts(model: PreTrainedModel, ids: Tensor) -> tuple[dict[str, Layout], dict[str, str], Tensor]:
+    """Return the order of the rows of each fused projection, a reason for each layer that looks like one and is none, and the logits."""
     candidates = list(_candidates(model))
     if not candidates:
-        return ()
-    ids = random_tokens(model, 1)[:, :_TOKENS]
-    before = _undisturbed(model, candidates, ids)
+        return {}, {}, torch.empty(0)
+    logits = _undisturbed(model, candidates, ids)
     for each in candidates:
         each.layouts = [layout for layout in each.layouts if _reads_values(each, layout)]
     _disturb(model, [each for each in candidates if each.layouts], ids)
     layouts = {each.name: layout for each in candidates if (layout := _layout(each)) is not None}
-    left = {each.name: _UNKNOWN for each in candidates if each.first and each.name not in layouts}
-    left |= dict.fromkeys(layouts.keys() & set(whole), _WHOLE)
-    split = {name: SplitProjection(model.get_submodule(name), layout) for name, layout in layouts.items() if name not in left}
-    left |= {name: _INEXACT for name, each in split.items() if not _reproduces(each, model.get_submodule(name))}
-    left |= _put_in(model, {name: each for name, each in split.items() if name not in left}, ids, before)
-    return _grouped(model, left)
+    return layouts, {each.name: _UNKNOWN for each in candidates if each.first and each.name not in layouts}, logits
+
+
+def _split(model: PreTrainedModel, name: str, layout: Layout) -> bool:
+    """Replace one layer, if its parts give what it gives; one at a time, so that no two models are in memory."""
+    native = model.get_submodule(name)
+    split = SplitProjection(native, layout)
+    same = _reproduces(split, native)
+    if same:
+        replace_module(model, name, split)
+    return same
 
 
 def _candidates(model: PreTrainedModel) -> Iterator[_Candidate]:
@@ -307,21 +324,15 @@ def _reproduces(split: SplitProjection, native: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _put_in(model: PreTrainedModel, split: Mapping[str, SplitProjection], ids: Tensor, logits: Tensor) -> dict[str, str]:
-    """Put the split projections in; a model that no longer gives the same gets its own modules back, and then the reason is returned."""
-    native = {name: model.get_submodule(name) for name in split}
-    for name, module in split.items():
-        replace_module(model, name, module)
+def _gives(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
+    """Whether the model still gives these logits: a class may do more with a layer than to call it."""
     try:
         again: Tensor = model(input_ids=ids, use_cache=False).logits
-        same = float((again - logits).float().norm()) <= math.sqrt(torch.finfo(logits.dtype).eps) * float(logits.float().norm())
-    except (RuntimeError, AttributeError, TypeError):  # of a class that does more with the layer than to call it
-        same = False
-    if same:
-        return {}
-    for name, module in native.items():
-        replace_module(model, name, module)
-    return dict.fromkeys(native, _USED_OTHERWISE)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, AttributeError, TypeError):
+        return False
+    return float((again - logits).float().norm()) <= math.sqrt(torch.finfo(logits.dtype).eps) * float(logits.float().norm())
 
 
 def _grouped(model: PreTrainedModel, left: Mapping[str, str]) -> tuple[LeftFused, ...]:

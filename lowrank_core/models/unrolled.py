@@ -8,12 +8,24 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Unrolled", "as_native", "linear_layer", "put", "replace_module", "roll_back", "stands_for", "stripped", "unrolled_in"]
+__all__ = [
+    "Unrolled",
+    "as_native",
+    "linear_layer",
+    "natively",
+    "put",
+    "replace_module",
+    "roll_back",
+    "stands_for",
+    "stripped",
+    "unrolled_in",
+]
 
 
 class Unrolled(nn.Module):
@@ -93,6 +105,19 @@ def roll_back(model: nn.Module, *, keep: Callable[[Unrolled], bool] = lambda _: 
     for name, child in list(unrolled_in(model)):
         if not keep(child):
             replace_module(model, name, child.rolled())
+
+
+@contextmanager
+def natively(*models: nn.Module) -> Iterator[None]:
+    """Let models run on the architecture's own modules where all layers are dense, as they would be stored: one product, not several."""
+    dense = [(model, name, child) for model in models for name, child in unrolled_in(model) if child.dense]
+    try:
+        for model, name, child in dense:
+            replace_module(model, name, child.rolled())
+        yield
+    finally:
+        for model, name, child in dense:
+            replace_module(model, name, child)
 
 
 def stands_for(model: nn.Module, layer: str) -> str | None:
