@@ -63,7 +63,9 @@ def find_heads(handle: ModelHandle) -> Heads:
     A value that several layers read is none, nor is a pair whose gauge can't be turned: the model must stay what it is, on two windows.
     """
     shapes = {shape.name: shape for shape in handle.shapes}
-    reads = [(read.reader, read.value) for read in value_reads(handle.module, *blocks_of(handle.module), _depths(handle))]
+    depths = {shape.name: shape.depth for shape in handle.shapes if shape.expert is None}
+    ids = random_tokens(handle.module, 1)[:, :2]
+    reads = [(read.reader, read.value) for read in value_reads(handle.module, *blocks_of(handle.module), depths, ids)]
     values = Counter(value for _, value in reads)
     read = Counter(output for output, _ in reads)
     plain, dropped = [], []
@@ -78,10 +80,6 @@ def find_heads(handle: ModelHandle) -> Heads:
             plain.append(_unit(shapes[value], shapes[output], head_dim_of(handle.module, shapes[value].depth) or 1))
     kept, failed = _verified(handle, plain)
     return Heads(kept, (*dropped, *failed))
-
-
-def _depths(handle: ModelHandle) -> dict[str, int]:
-    return {shape.name: shape.depth for shape in handle.shapes if shape.expert is None}
 
 
 def _unit(value: MatrixShape, output: MatrixShape, head_dim: int) -> HeadUnit:

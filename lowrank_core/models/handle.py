@@ -342,7 +342,7 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
         shapes.append(
             shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel()))
         )
-    reads = value_reads(module, prefix, blocks, {shape.name: shape.depth for shape in shapes if shape.expert is None})
+    reads = value_reads(module, prefix, blocks, {shape.name: shape.depth for shape in shapes if shape.expert is None}, ids[:, :2])
     values = {read.value for read in reads if read.mixed}
     return tuple(LayerSpec(replace(shape, role="v") if shape.name in values else shape) for shape in shapes)
 

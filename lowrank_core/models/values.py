@@ -28,18 +28,19 @@ class ValueRead:
     mixed: bool
 
 
-def value_reads(module: PreTrainedModel, prefix: str, blocks: nn.ModuleList, values: Mapping[str, int]) -> list[ValueRead]:
+def value_reads(module: PreTrainedModel, prefix: str, blocks: nn.ModuleList, values: Mapping[str, int], ids: Tensor) -> list[ValueRead]:
     """Return who, of all linears of a block, reads what layers of it give.
 
     Args:
         prefix: dotted path of the blocks.
         values: names of the layers that may be a value projection -> depth of their block.
+        ids: random tokens (1, 2): token 0 may be padding, whose embedding is zero.
     """
     readers = {f"{prefix}.{linear.depth}.{linear.path}": linear.depth for linear in linear_maps(module, blocks)}
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
     with _recorded(module, readers, inputs, outputs), torch.no_grad():
-        module(input_ids=torch.tensor([[0, 1]], device=module.device), use_cache=False)
+        module(input_ids=ids, use_cache=False)
     return [
         ValueRead(reader, value, mixed=not repeats(inputs[reader][-1], outputs[value][-1], head_dim))
         for value, depth in values.items()
