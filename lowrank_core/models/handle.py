@@ -22,6 +22,7 @@ from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.layers.base import CompressedModule, PivotIndex
 from lowrank_core.layers.quantized import Int8Matrix
 from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
+from lowrank_core.models.unrolled import stored_tensors
 from lowrank_core.models.values import value_reads
 from lowrank_core.models.walk import LinearMap, coverage_of, linear_maps
 from lowrank_core.parameters import INDEX_BYTES, MatrixShape, module_type
@@ -141,7 +142,7 @@ class ModelHandle:
     def fingerprint(self) -> str:
         """sha256 over the architecture (config without paths and versions) and names, dtypes and contents of all weights."""
         digest = hashlib.sha256(self._configuration)
-        for name, tensor in sorted(self.module.state_dict().items()):
+        for name, tensor in stored_tensors(self.module):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()

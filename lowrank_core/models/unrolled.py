@@ -23,6 +23,7 @@ __all__ = [
     "replace_module",
     "roll_back",
     "stands_for",
+    "stored_tensors",
     "stripped",
     "unrolled_in",
 ]
@@ -118,6 +119,21 @@ def natively(*models: nn.Module) -> Iterator[None]:
     finally:
         for model, name, child in dense:
             replace_module(model, name, child)
+
+
+def stored_tensors(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield the state dict in the order of names; one module that is held as linear layers has its tensors joined at a time."""
+    if isinstance(module, Unrolled) or not any(True for _ in unrolled_in(module)):
+        yield from sorted(module.state_dict(prefix=prefix).items())
+        return
+    own: dict[str, Tensor] = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+    own |= {name: tensor for name, tensor in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set}
+    children = {f"{name}.": child for name, child in module._modules.items() if child is not None}
+    for name in sorted([*own, *children]):
+        if name in own:
+            yield f"{prefix}{name}", own[name]
+        else:
+            yield from stored_tensors(children[name], f"{prefix}{name}")
 
 
 def stands_for(model: nn.Module, layer: str) -> str | None:

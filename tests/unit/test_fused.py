@@ -26,7 +26,7 @@ from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.attention import head_units
 from lowrank_core.models.fused import Layout, SplitProjection, layouts_of
 from lowrank_core.models.projections import split_projections
-from lowrank_core.models.unrolled import roll_back
+from lowrank_core.models.unrolled import roll_back, stored_tensors
 from lowrank_core.presets.recipes import preset_named
 from lowrank_core.runs import Run, write_json
 from lowrank_core.speed import measure_speed
@@ -193,6 +193,9 @@ def test_counts_are_those_of_the_fused_model(fused: ModelHandle):
     assert fused.linear_parameters == whole.linear_parameters
     assert fused.coverage == whole.coverage
     assert fused.fingerprint == whole.fingerprint
+    stored = list(stored_tensors(fused.module))
+    assert [name for name, _ in stored] == sorted(native.state_dict())
+    assert all(torch.equal(tensor, native.state_dict()[name]) for name, tensor in stored)
 
 
 # --- roles -----------------------------------------------------------------------------------------------------------
