@@ -85,7 +85,7 @@ class _Candidate:
 
     @property
     def edits(self) -> list[Edit]:
-        """What two variants of the window for each layout do."""
+        """Edits of two variants of the window for each layout."""
         return [(layout, part, edit) for layout in self.layouts for part, edit in (_GATE_EDITS if _is_gated(layout) else _QUERY_EDITS)]
 
 

@@ -26,6 +26,7 @@ from torch.nn import functional
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.models.experts import calling_every_expert
+from lowrank_core.models.fused import layouts_of
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.statistics.experts import mixed_outputs
 from lowrank_core.statistics.moments import GradientAccumulator, OutputStatistics
@@ -205,9 +206,10 @@ def collect_gradients(
 
 
 def gradients_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
-    """Return the name of these moments: a hash of model, tokens and seed."""
+    """Return the name of these moments: a hash of model, tokens and seed, and of the fused projections that are held as linear layers."""
     parts = ["gradients", _FORMAT, handle.fingerprint, windows.first(config.gradient_windows).sha256, config.gradient_seed]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    split = sorted(layouts_of(handle.module))
+    return hashlib.sha256(json.dumps([*parts, *([split] if split else [])]).encode()).hexdigest()[:32]
 
 
 def cached_gradients(

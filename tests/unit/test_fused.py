@@ -31,7 +31,7 @@ from lowrank_core.presets.recipes import preset_named
 from lowrank_core.runs import Run, write_json
 from lowrank_core.speed import measure_speed
 from lowrank_core.statistics.calibration import collect_statistics
-from lowrank_core.statistics.gradients import collect_gradients
+from lowrank_core.statistics.gradients import collect_gradients, gradients_key
 from lowrank_core.text import WindowSet
 
 HIDDEN, HEADS, WIDE = 64, 4, 96
@@ -329,12 +329,14 @@ def test_a_model_that_looks_into_the_layer_gets_it_back():
     assert isinstance(attention.query_key_value, nn.Linear)
 
 
-def test_what_a_run_names_as_one_stays_one(gpt2: ModelHandle, tmp_path: Path):
+def test_what_a_run_names_as_one_stays_one(gpt2: ModelHandle, windows: WindowSet, tmp_path: Path):
     run = Run(tmp_path)
     assert run.layers == frozenset()
     write_json(tmp_path / "model.json", {"layers": [{"name": "transformer.h.0.attn.c_attn"}]})
     handle = load_model(gpt2.reference, whole=run.layers)
     assert list(layouts_of(handle.module)) == ["transformer.h.1.attn.c_attn"]
+    keys = {gradients_key(each, windows, CALIBRATION) for each in (gpt2, handle)}
+    assert len(keys) == 2  # the moments are of other layers
     assert handle.left_fused == (
         "transformer.h.0.attn.c_attn is compressed as one matrix: a run or an allocation file of an earlier version names it as one.",
     )
