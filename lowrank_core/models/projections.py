@@ -121,7 +121,7 @@ def split_projections(model: PreTrainedModel, *, whole: Collection[str] = ()) ->
     if split and not _gives(model, ids, logits):
         roll_back(model, keep=lambda unrolled: not isinstance(unrolled, SplitProjection) or not unrolled.dense)
         left |= dict.fromkeys(split, _USED_OTHERWISE)
-    return _grouped(model, left)
+    return _grouped(left)
 
 
 def _layouts(model: PreTrainedModel, ids: Tensor) -> tuple[dict[str, Layout], dict[str, str], Tensor]:
@@ -134,7 +134,25 @@ def _layouts(model: PreTrainedModel, ids: Tensor) -> tuple[dict[str, Layout], di
         each.layouts = [layout for layout in each.layouts if _reads_values(each, layout)]
     _disturb(model, [each for each in candidates if each.layouts], ids)
     layouts = {each.name: layout for each in candidates if (layout := _layout(each)) is not None}
+    layouts |= _agreed(candidates, layouts)
     return layouts, {each.name: _UNKNOWN for each in candidates if each.first and each.name not in layouts}, logits
+
+
+def _agreed(candidates: Sequence[_Candidate], layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Return the layout of layers that did not show one, if it is that of all others at their path and agrees with their own values.
+
+    Attention that hardly depends on its keys, as in a first block or in half precision, does not tell queries from keys.
+    """
+    known: dict[tuple[str, ...], set[Layout]] = {}
+    for name, layout in layouts.items():
+        known.setdefault(_kind(name), set()).add(layout)
+    unsure = [each for each in candidates if each.name not in layouts and len(known.get(_kind(each.name), ())) == 1]
+    return {each.name: layout for each in unsure for layout in known[_kind(each.name)] if layout in each.layouts}
+
+
+def _kind(name: str) -> tuple[str, ...]:
+    """Return a dotted path without its numbers, which blocks of one kind share."""
+    return tuple(part for part in name.split(".") if not part.isdigit())
 
 
 def _split(model: PreTrainedModel, name: str, layout: Layout) -> bool:
@@ -335,10 +353,9 @@ def _gives(model: PreTrainedModel, ids: Tensor, logits: Tensor) -> bool:
     return float((again - logits).float().norm()) <= math.sqrt(torch.finfo(logits.dtype).eps) * float(logits.float().norm())
 
 
-def _grouped(model: PreTrainedModel, left: Mapping[str, str]) -> tuple[LeftFused, ...]:
-    """Return an entry for each path within a block and reason."""
-    prefix, _ = blocks_of(model)
-    kinds: dict[tuple[str, str], list[str]] = {}
+def _grouped(left: Mapping[str, str]) -> tuple[LeftFused, ...]:
+    """Return an entry for each path but for the number of the block, and reason."""
+    kinds: dict[tuple[tuple[str, ...], str], list[str]] = {}
     for name, reason in left.items():
-        kinds.setdefault((name.removeprefix(f"{prefix}.").partition(".")[2], reason), []).append(name)
+        kinds.setdefault((_kind(name), reason), []).append(name)
     return tuple(LeftFused(names[0], len(names), reason) for (_, reason), names in kinds.items())

@@ -18,7 +18,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from lowrank_core.allocation.units import value_layers
 from lowrank_core.compression.build import CompressedModel, low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed, decompose
-from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig
+from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.export import export
@@ -464,3 +464,20 @@ def test_speed_is_that_of_the_architectures_own_modules(gpt2: ModelHandle):
     assert called
     assert SplitProjection not in called
     assert layouts_of(gpt2.module)
+
+
+def test_a_block_whose_attention_ignores_its_keys_follows_the_others():
+    module = built("gpt2")
+    with torch.no_grad():
+        module.transformer.h[0].attn.c_attn.weight[:, HIDDEN : 2 * HIDDEN] = 0
+        module.transformer.h[0].attn.c_attn.weight[:, :HIDDEN] = 0
+        module.transformer.h[0].attn.c_attn.bias[:HIDDEN] = 0
+    assert split_projections(module) == ()
+    assert len(set(layouts_of(module).values())) == 1
+    assert list(layouts_of(module)) == [f"transformer.h.{depth}.attn.c_attn" for depth in (0, 1)]
+
+
+def test_half_precision_shows_the_same_parts(fused: ModelHandle):
+    half = load_model(ModelSource(fused.reference, dtype="bfloat16"))
+    assert layouts_of(half.module) == layouts_of(fused.module)
+    assert half.left_fused == ()
