@@ -115,9 +115,9 @@ def split_projections(model: PreTrainedModel, *, whole: Collection[str] = ()) ->
     """
     ids = random_tokens(model, 1)[:, :_TOKENS]
     layouts, left, logits = _layouts(model, ids)
-    left |= dict.fromkeys(layouts.keys() & set(whole), _WHOLE)
+    left |= {name: _WHOLE for name in layouts if name in whole}
     split = [name for name, layout in layouts.items() if name not in left and _split(model, name, layout)]
-    left |= dict.fromkeys(layouts.keys() - left.keys() - set(split), _INEXACT)
+    left |= {name: _INEXACT for name in layouts if name not in left and name not in split}
     if split and not _gives(model, ids, logits):
         roll_back(model, keep=lambda unrolled: not isinstance(unrolled, SplitProjection) or not unrolled.dense)
         left |= dict.fromkeys(split, _USED_OTHERWISE)

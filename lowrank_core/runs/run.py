@@ -103,7 +103,8 @@ class Run:
     @property
     def layers(self) -> frozenset[str]:
         """Names of the compressible layers in model.json; empty before the model is loaded."""
-        return frozenset(str(layer["name"]) for layer in (self.part("model") or {}).get("layers", []))
+        layers = (self.part("model") or {}).get("layers", [])
+        return frozenset(str(layer.get("name")) for layer in layers if isinstance(layer, dict))
 
     @property
     def pause_marker(self) -> Path:
