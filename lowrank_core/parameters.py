@@ -17,7 +17,7 @@ import bisect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
 
@@ -75,6 +75,7 @@ class MatrixShape:
         input_group: the layer that stands for all those that read the same input; empty where only this one does.
         expert: number of the expert that it belongs to; None outside a mixture.
         active: share of the tokens that reach it; 1 outside a mixture, k/E for each of E experts of which k are chosen.
+        role: ``v`` for a value projection that a pass showed to be one; empty otherwise, and where no pass was made.
     """
 
     name: str
@@ -86,6 +87,7 @@ class MatrixShape:
     input_group: str = ""
     expert: int | None = None
     active: float = 1.0
+    role: str = field(default="", compare=False)
 
     @property
     def dense_parameters(self) -> int:

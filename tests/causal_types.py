@@ -88,6 +88,7 @@ _BESIDES: Mapping[str, Mapping[str, object]] = {
     "mamba2": {"num_heads": 8, "head_dim": 8},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "falcon": {"num_kv_heads": 2, "new_decoder_architecture": True},
+    "gpt_bigcode": {"n_head": 2},
     "qwen3_next": {"num_hidden_layers": 4, "decoder_sparse_step": 1},
     "llama4_text": {"interleave_moe_layer_step": 1, "num_experts_per_tok": 1},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "num_key_value_heads": 2},

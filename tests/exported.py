@@ -13,7 +13,7 @@ from lowrank_core.compression.build import CompressedModel, CompressionReport
 from lowrank_core.layers.forms import Factors, HeadFactors, build_layers
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import bias_of, find_layers, weight_of
-from lowrank_core.models.hf import replace_module
+from lowrank_core.models.unrolled import replace_module
 
 __all__ = ["IDS", "all_forms", "logits_of"]
 
@@ -23,6 +23,7 @@ RANK, HEAD_RANK, HEAD_DIM = 12, 6, 8
 _ATTENTION = "model.layers.{}.self_attn.{}_proj".format
 _MLP = "model.layers.{}.mlp.{}_proj".format
 _BLOCK = "transformer.h.{}.{}".format
+_QKV = "transformer.h.{}.attn.c_attn.{}_proj".format
 
 Units = Mapping[str, Sequence[tuple[str, ...]]]
 _LLAMA: Units = {
@@ -31,7 +32,7 @@ _LLAMA: Units = {
     "heads": [(_ATTENTION(1, "v"), _ATTENTION(1, "o"))],
 }
 _GPT2: Units = {
-    "factored": [(_BLOCK(0, "attn.c_attn"),), (_BLOCK(0, "mlp.c_fc"), _BLOCK(1, "mlp.c_fc"))],
+    "factored": [(_QKV(0, "v"),), tuple(_QKV(1, kind) for kind in "qk"), (_BLOCK(0, "mlp.c_fc"), _BLOCK(1, "mlp.c_fc"))],
     "pivoted": [(_BLOCK(1, "attn.c_proj"),), (_BLOCK(1, "mlp.c_proj"), _BLOCK(0, "mlp.c_proj"))],
 }
 _EXPERT = "model.layers.0.mlp.experts.{}.{}".format

@@ -14,8 +14,8 @@ __all__ = ["check_reachable", "plan_units", "value_layers"]
 
 
 def value_layers(shapes: Sequence[MatrixShape]) -> tuple[str, ...]:
-    """Return the names of the value projections."""
-    return tuple(shape.name for shape in shapes if module_group(shape.kind) == "v")
+    """Return the names of the value projections: what a pass showed to be one, or is called one."""
+    return tuple(shape.name for shape in shapes if shape.role == "v" or module_group(shape.kind) == "v")
 
 
 def plan_units(shapes: Sequence[MatrixShape], config: CompressionConfig, heads: Sequence[HeadUnit] = ()) -> tuple[Unit, ...]:

@@ -52,7 +52,7 @@ def analyze(
     lines = _lines(spectra, rows, each_expert=each_expert)
     summary = {**describe(handle), **heads.describe()}
     del summary["layers"]
-    lines += ["", *coverage_lines(handle.coverage), *map(str, heads.dropped)]
+    lines += ["", *coverage_lines(handle.coverage), *handle.left_fused, *map(str, heads.dropped)]
     figures = statistics.describe(spectra, handle.layers)
     result: Result = {
         "model": summary,

@@ -49,9 +49,10 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     fixed = read_allocation(request.ranks).fixed if request.ranks is not None and request.complete is not None else {}
     if request.complete is not None:
         allocator_named(request.complete)
-    if request.ranks is not None:
-        read_ranks(request.ranks)
-    pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression, progress=progress_stage)
+    named = {layer for unit in (read_ranks(request.ranks) if request.ranks is not None else ()) for layer in unit.split("+")}
+    pipeline = Pipeline(
+        source, text, calibration=request.calibration, compression=request.compression, progress=progress_stage, whole=named
+    )
     handle, units = pipeline.handle, pipeline.units
     allocation = _manual(request, units)  # bad ranks are reported before minutes of calibration
     if request.compression_ratio is not None:

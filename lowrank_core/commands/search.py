@@ -286,7 +286,14 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
         raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
     record = complete_trial(run, _trial_number(trial))
     identity, begun = RunIdentity.of(run, EXPORT), run.config
-    pipeline = Pipeline(begun.model, begun.text, calibration=begun.calibration, compression=search.compression, progress=progress_stage)
+    pipeline = Pipeline(
+        begun.model,
+        begun.text,
+        calibration=begun.calibration,
+        compression=search.compression,
+        progress=progress_stage,
+        whole=run.layers,
+    )
     handle = pipeline.handle
     identity.check(identity_of_model(handle))
     test = held_out(handle, begun.text)

@@ -19,7 +19,7 @@ from lowrank_core.errors import ConfigError
 from lowrank_core.layers.forms import build_layers
 from lowrank_core.layers.pivoted import PivotedLinear
 from lowrank_core.models.handle import ModelHandle, head_flops, weight_of
-from lowrank_core.models.hf import replace_module
+from lowrank_core.models.unrolled import replace_module
 from lowrank_core.parameters import compression_ratio
 
 __all__ = ["CompressedModel", "CompressionReport", "UnitCount", "build_model", "compress", "low_rank_layers", "swap_layers"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 from lowrank_core.allocation import RankAllocation, Ranks, allocator_named
@@ -51,6 +51,7 @@ class Pipeline:
         calibration: CalibrationConfig | None = None,
         compression: CompressionConfig | Preset | str = DEFAULT_PRESET,
         progress: Stage = silent,
+        whole: Collection[str] = (),
     ) -> None:
         """Compute nothing yet.
 
@@ -59,6 +60,7 @@ class Pipeline:
             text: the text and its windows, or its reference alone.
             compression: the settings, or a preset or its name, which brings its allocator along.
             progress: is entered for each stage.
+            whole: as in ``load_model``.
 
         Raises:
             ConfigError: a bad reference, or no such preset.
@@ -67,6 +69,7 @@ class Pipeline:
         self.text = TextConfig(text) if isinstance(text, str) else text
         self.calibration = calibration or CalibrationConfig()
         self.progress = progress
+        self.whole = whole
         self._compress_by(compression)
 
     def _compress_by(self, compression: CompressionConfig | Preset | str) -> None:
@@ -90,7 +93,7 @@ class Pipeline:
     def handle(self) -> ModelHandle:
         """The dense model."""
         with self.progress("Loading the model", 0):
-            return load_model(self.source)
+            return load_model(self.source, whole=self.whole)
 
     @cached_property
     def windows(self) -> TokenWindows:

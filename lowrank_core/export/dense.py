@@ -18,10 +18,12 @@ from lowrank_core.config import ExportConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.metrics import METRICS, ErrorMetric
-from lowrank_core.models.experts import roll_experts, unroll_experts
+from lowrank_core.models.experts import unroll_experts
+from lowrank_core.models.fused import layouts_of, split_fused
 from lowrank_core.models.gguf import become_plain
 from lowrank_core.models.handle import ModelHandle, bias_of
 from lowrank_core.models.hf import compressed_modules
+from lowrank_core.models.unrolled import roll_back
 
 __all__ = ["biases_without_place", "check_dense_form", "merged"]
 
@@ -61,7 +63,7 @@ def merged(module: PreTrainedModel, *, drop_biases: bool = False) -> tuple[PreTr
     dense = copy.deepcopy(module, memo)
     _add_zero_biases(dense, skeleton)
     for model in (dense, skeleton):
-        roll_experts(model)
+        roll_back(model)
     dense.config = config
     become_plain(dense)
     result, expected = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (dense, skeleton))
@@ -99,6 +101,7 @@ def _empty(module: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel
     with torch.device("meta"):
         skeleton = type(module)(copy.deepcopy(config))
     unroll_experts(skeleton)
+    split_fused(skeleton, layouts_of(module))
     return skeleton
 
 

@@ -20,7 +20,7 @@ from lowrank_core.export.code import is_ours, write_code
 from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, read_manifest, report_of, versions
 from lowrank_core.files.weights import WeightFiles, read_object, weight_files
-from lowrank_core.models.guard import guards, unguarded
+from lowrank_core.models.guard import guard_name, guards, unguarded
 from lowrank_core.models.hf import CODE, METHOD
 from lowrank_core.models.integrity import MANIFEST, check_weights
 
@@ -60,7 +60,7 @@ def rewrite(folder: Path, target: Path) -> Rewritten:
         _write_weights(folder, temporary, files, lacking)
         if _with_code(config):
             write_code(_architecture(config, folder), temporary)
-        manifest = _manifest(folder, temporary, len(layers), config)
+        manifest = _manifest(folder, temporary, len({guard_name(layer, entry) for layer, entry in layers.items()}), config)
         _write_card(folder, temporary, manifest)
     return Rewritten(len(lacking), manifest, files.ignored)
 

@@ -23,7 +23,7 @@ from lowrank_core.export.measuring import HeldOut, loaded_like, measured
 from lowrank_core.export.precision import check_finite, written_dtype
 from lowrank_core.files.weights import read_object
 from lowrank_core.models.handle import auto_class_of
-from lowrank_core.models.hf import compressed_modules, mark_compressed
+from lowrank_core.models.hf import guard_names, mark_compressed
 from lowrank_core.text import WindowSet
 from lowrank_core.types import Progress
 
@@ -71,7 +71,7 @@ def export(
             with_code=config.with_code,
             files=listed_files(temporary),
             written_parameters=parameters,
-            guards=0 if config.form == "dense" else len(list(compressed_modules(model.handle.module))),
+            guards=0 if config.form == "dense" else len(guard_names(model.handle.module)),
             auto_class=auto_class_of(model.handle.module.config),
             details={
                 **provenance,

@@ -20,7 +20,7 @@ from lowrank_core.layers.heads import OutputHeads
 from lowrank_core.layers.pivoted import PivotedLinear
 from lowrank_core.layers.pivoting import pivot
 from lowrank_core.layers.stacked import StackedLinear
-from lowrank_core.models.hf import replace_module
+from lowrank_core.models.unrolled import replace_module
 
 __all__ = ["DiagonalAdapter", "DiagonalPostTraining"]
 

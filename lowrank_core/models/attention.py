@@ -10,17 +10,16 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from lowrank_core.models.handle import ModelHandle, bias_of, blocks_of, random_tokens, text_config_of, weight_of
-from lowrank_core.models.hf import replace_module
-from lowrank_core.models.walk import linear_maps
+from lowrank_core.models.handle import ModelHandle, bias_of, blocks_of, random_tokens, weight_of
+from lowrank_core.models.unrolled import replace_module
+from lowrank_core.models.values import head_dim_of, value_reads
 from lowrank_core.parameters import HeadUnit, MatrixShape
 
 __all__ = ["DroppedHeads", "Heads", "find_heads", "head_units"]
@@ -61,11 +60,12 @@ def head_units(handle: ModelHandle) -> tuple[HeadUnit, ...]:
 def find_heads(handle: ModelHandle) -> Heads:
     """Return each block's value and output projection as one unit, where the architecture has them apart and joins them plainly.
 
-    The first token attends to itself alone: there, the input of the output projection is the value, repeated for the heads of a group.
     A value that several layers read is none, nor is a pair whose gauge can't be turned: the model must stay what it is, on two windows.
     """
     shapes = {shape.name: shape for shape in handle.shapes}
-    reads = _reads(handle)
+    depths = {shape.name: shape.depth for shape in handle.shapes if shape.expert is None}
+    ids = random_tokens(handle.module, 1)[:, :2]
+    reads = [(read.reader, read.value) for read in value_reads(handle.module, *blocks_of(handle.module), depths, ids)]
     values = Counter(value for _, value in reads)
     read = Counter(output for output, _ in reads)
     plain, dropped = [], []
@@ -77,74 +77,13 @@ def find_heads(handle: ModelHandle) -> Heads:
         elif read[output] > 1:
             dropped.append(DroppedHeads(value, output, f"{read[output]} layers give the same value"))
         else:
-            plain.append(_unit(shapes[value], shapes[output], _head_dim(handle, shapes[value].depth) or 1))
+            plain.append(_unit(shapes[value], shapes[output], head_dim_of(handle.module, shapes[value].depth) or 1))
     kept, failed = _verified(handle, plain)
     return Heads(kept, (*dropped, *failed))
 
 
 def _unit(value: MatrixShape, output: MatrixShape, head_dim: int) -> HeadUnit:
     return HeadUnit((value, output), heads=output.d_in // head_dim, groups=value.d_out // head_dim, head_dim=head_dim)
-
-
-def _reads(handle: ModelHandle) -> list[tuple[str, str]]:
-    """Return (reader, value) of all linears, compressible or not, that read a compressible one's output at the first token, by heads."""
-    inputs: dict[str, Tensor] = {}
-    outputs: dict[str, Tensor] = {}
-    prefix, blocks = blocks_of(handle.module)
-    depths = {f"{prefix}.{linear.depth}.{linear.path}": linear.depth for linear in linear_maps(handle.module, blocks)}
-    with _recorded(handle, depths, inputs, outputs), torch.no_grad():
-        handle.module(input_ids=torch.tensor([[0, 1]], device=handle.device), use_cache=False)
-    return [
-        (reader, value.name)
-        for value in handle.shapes
-        for reader, depth in depths.items()
-        if depth == value.depth
-        and reader != value.name
-        and {reader, value.name} <= set(inputs)
-        and (head_dim := _head_dim(handle, depth)) is not None
-        and _repeats(inputs[reader], outputs[value.name], head_dim)
-    ]
-
-
-def _head_dim(handle: ModelHandle, depth: int) -> int | None:
-    """Return the width of a head of a block, which blocks may differ in (Gemma 4); None for a model that has no attention."""
-    config = text_config_of(handle.module.config)
-    if getattr(config, "is_heterogeneous", False):
-        config = config.per_layer_config[depth]
-    head_dim, heads = getattr(config, "head_dim", None), getattr(config, "num_attention_heads", None)
-    if head_dim:
-        return int(head_dim)
-    return int(config.hidden_size) // int(heads) if heads else None
-
-
-@contextmanager
-def _recorded(handle: ModelHandle, names: Iterable[str], inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> Iterator[None]:
-    """Keep what each layer reads and gives at the first token; one that is not called, or not as a linear layer is, is left out."""
-
-    def hook_for(name: str) -> object:
-        def hook(_: nn.Module, arguments: tuple[object, ...], result: object) -> None:
-            read = arguments[0] if arguments else None
-            if isinstance(read, Tensor) and isinstance(result, Tensor) and read.numel() and result.numel():
-                inputs[name], outputs[name] = read.reshape(-1, read.shape[-1])[0], result.reshape(-1, result.shape[-1])[0]
-
-        return hook
-
-    hooks = [handle.module.get_submodule(name).register_forward_hook(hook_for(name)) for name in names]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _repeats(read: Tensor, written: Tensor, head_dim: int) -> bool:
-    """Return whether ``read`` (heads · head_dim,) is ``written`` (groups · head_dim,), each group's repeated for its heads."""
-    heads, groups = read.numel() // head_dim, written.numel() // head_dim
-    if read.numel() % head_dim or written.numel() % head_dim or groups == 0 or heads % groups:
-        return False
-    repeated = written.reshape(groups, head_dim).repeat_interleave(heads // groups, dim=0).flatten()
-    scale = float(repeated.abs().max())
-    return scale > 0 and bool((repeated - read).abs().max() <= 4 * torch.finfo(read.dtype).eps * scale)
 
 
 def _verified(handle: ModelHandle, units: Sequence[HeadUnit]) -> tuple[tuple[HeadUnit, ...], list[DroppedHeads]]:

@@ -16,7 +16,7 @@ import copy
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, cast
@@ -24,7 +24,9 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-__all__ = ["FIRST_LAYERS", "Expert", "Routed", "UnrolledExperts", "calling_every_expert", "experts_of", "roll_experts", "unroll_experts"]
+from lowrank_core.models.unrolled import Unrolled, as_native, linear_layer, put, replace_module, stripped, unrolled_in
+
+__all__ = ["FIRST_LAYERS", "Expert", "Routed", "UnrolledExperts", "calling_every_expert", "experts_of", "unroll_experts"]
 
 FIRST_LAYERS = ("gate", "up")
 """Layers of an expert that read what it is given."""
@@ -60,14 +62,11 @@ class Expert(nn.Module):
             self.add_module(name, layer)
 
 
-class UnrolledExperts(nn.Module):
+class UnrolledExperts(Unrolled):
     """Stands for a module with 3-D parameters; its children ``0`` … ``E-1`` are the experts.
 
-    A state dict has the names and tensors of the architecture while all experts are dense, so that what a user saves is an ordinary folder.
-
     Attributes:
-        native: the module of the architecture, without its matrices; what else it computes is still asked of it.
-        matrices: names of the 3-D parameters that the linear layers stand for, biases left out.
+        matrices: names of those parameters, biases left out.
         tells_rows: whether it is known which tokens the rows of an expert are, so that two models can be compared row by row.
         call_all: whether experts that no token reaches are called as well, with no rows.
         rows: rows that the experts computed in the last pass.
@@ -84,8 +83,6 @@ class UnrolledExperts(nn.Module):
         native._is_hf_initialized = True  # type: ignore[assignment]  # its matrices are gone: nothing is left to initialise
         for number, expert in enumerate(experts):
             self.add_module(str(number), expert)
-        self.register_state_dict_post_hook(_rolled_state)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_unrolled_state)  # type: ignore[no-untyped-call]
 
     @classmethod
     @abstractmethod
@@ -105,18 +102,12 @@ class UnrolledExperts(nn.Module):
     def routing(self, *arguments: Tensor) -> list[Routed]:
         """Return the tokens that reach each expert in a call with these arguments."""
 
-    @abstractmethod
-    def rolled(self) -> nn.Module:
-        """Return a module of the architecture with the matrices of the linear layers, all of them dense."""
-
-    def stored_as(self, layer: str) -> str:
-        """Return the name of the 3-D parameter of the architecture that holds this layer of all experts."""
-        return self.matrices[0]
+    def again(self, native: nn.Module) -> Self:
+        return self.of(native)
 
     @property
-    def dense(self) -> bool:
-        """Whether no layer of an expert is replaced."""
-        return all(type(layer) is nn.Linear for expert in self.experts for layer in expert.children())
+    def linears(self) -> tuple[nn.Module, ...]:
+        return tuple(layer for expert in self.experts for layer in expert.children())
 
     @property
     def experts(self) -> list[Expert]:
@@ -153,8 +144,8 @@ class RoutedExperts(UnrolledExperts):
     def of(cls, native: nn.Module) -> Self:
         last = native.down_proj
         assert isinstance(last, Tensor)
-        experts = [Expert({name: _linear(*part) for name, part in _parts(native, e).items()}) for e in range(len(last))]
-        return cls(_stripped(native, [*cls.matrices, *(f"{name}_bias" for name in cls.matrices)]), experts)
+        experts = [Expert({name: linear_layer(*part) for name, part in _parts(native, e).items()}) for e in range(len(last))]
+        return cls(stripped(native, [*cls.matrices, *(f"{name}_bias" for name in cls.matrices)]), experts)
 
     def probe(self) -> tuple[Tensor, ...]:
         expert = self.experts[0]
@@ -218,11 +209,11 @@ class RoutedExperts(UnrolledExperts):
             matrix = _joined(parts, native, dim=1)
             if name != "down_proj" and hasattr(native, "total_experts"):  # LongCat-Flash has unused matrices for those that hand on
                 matrix = torch.cat([matrix, matrix.new_zeros(native.total_experts - len(experts), *matrix.shape[1:])])
-            _put(native, name, matrix.transpose(1, 2) if _is_transposed(native) else matrix)
+            put(native, name, matrix.transpose(1, 2) if _is_transposed(native) else matrix)
             if getattr(native, "has_bias", False):
                 biases = [torch.stack([getattr(expert, layer).bias for expert in experts]) for layer in layers]
-                _put(native, f"{name}_bias", _joined(biases, native, dim=1))
-        return _as_native(native)
+                put(native, f"{name}_bias", _joined(biases, native, dim=1))
+        return as_native(native)
 
 
 class BatchedExperts(RoutedExperts):
@@ -282,7 +273,7 @@ class SortedExperts(UnrolledExperts):
     def of(cls, native: nn.Module) -> Self:
         weight = native.weight
         assert isinstance(weight, Tensor)
-        return cls(_stripped(native, cls.matrices), [Expert({"linear": _linear(matrix, None, weight)}) for matrix in weight])
+        return cls(stripped(native, cls.matrices), [Expert({"linear": linear_layer(matrix, None, weight)}) for matrix in weight])
 
     def probe(self) -> tuple[Tensor, ...]:
         expert: Any = self.experts[0]
@@ -309,31 +300,11 @@ class SortedExperts(UnrolledExperts):
     def rolled(self) -> nn.Module:
         native = copy.deepcopy(self.native)
         experts: list[Any] = self.experts
-        _put(native, "weight", torch.stack([expert.linear.weight for expert in experts]))
-        return _as_native(native)
+        put(native, "weight", torch.stack([expert.linear.weight for expert in experts]))
+        return as_native(native)
 
 
 _CARRIERS: tuple[type[UnrolledExperts], ...] = (BatchedExperts, RoutedExperts, SortedExperts)
-
-
-def _rolled_state(module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
-    """Put the tensors of the architecture into a state dict in place of those of dense experts."""
-    assert isinstance(module, UnrolledExperts)
-    if module.dense:
-        for name in [name for name in state if name.startswith(prefix)]:
-            del state[name]
-        state.update({f"{prefix}{name}": tensor for name, tensor in module.rolled().state_dict().items()})
-
-
-def _unrolled_state(module: nn.Module, state: dict[str, Tensor], prefix: str, *unused: object) -> None:
-    """Put the tensors of dense experts into a state dict that has those of the architecture."""
-    assert isinstance(module, UnrolledExperts)
-    if any(f"{prefix}{name}" in state for name in module.matrices):
-        native = module.rolled()
-        names = list(native.state_dict())
-        native.load_state_dict({name: state.pop(f"{prefix}{name}") for name in names})
-        again = type(module).of(native)
-        state.update({f"{prefix}{name}": parameter.detach() for name, parameter in again.named_parameters()})
 
 
 def unroll_experts(model: nn.Module, holding: Collection[str] | None = None) -> None:
@@ -348,21 +319,12 @@ def unroll_experts(model: nn.Module, holding: Collection[str] | None = None) -> 
             continue
         unrolled = carrier.of(native)
         if _reproduces(unrolled, native):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, unrolled)
-
-
-def roll_experts(model: nn.Module, *, keep: Callable[[UnrolledExperts], bool] = lambda _: False) -> None:
-    """Put the architecture's own modules back, in place, but for the mixtures that ``keep`` says stay unrolled."""
-    for name, child in list(experts_of(model)):
-        if not keep(child):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, child.rolled())
+            replace_module(model, name, unrolled)
 
 
 def experts_of(model: nn.Module) -> Iterator[tuple[str, UnrolledExperts]]:
     """Yield dotted path and module of each mixture that is held as linear layers."""
-    for name, child in model.named_modules():
+    for name, child in unrolled_in(model):
         if isinstance(child, UnrolledExperts):
             yield name, child
 
@@ -441,30 +403,3 @@ def _joined(parts: Sequence[Tensor], native: nn.Module, dim: int) -> Tensor:
     if len(parts) == 1:
         return parts[0]
     return torch.cat(list(parts), dim) if _is_concatenated(native) else torch.stack(list(parts), dim + 1).flatten(dim, dim + 1)
-
-
-def _linear(matrix: Tensor, bias: Tensor | None, like: Tensor) -> nn.Linear:
-    with torch.device("meta"):
-        layer = nn.Linear(matrix.shape[1], matrix.shape[0], bias=bias is not None)
-    layer.weight = nn.Parameter(matrix.detach().clone(memory_format=torch.contiguous_format), requires_grad=like.requires_grad)
-    if bias is not None:
-        layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=like.requires_grad)
-    return layer
-
-
-def _stripped(native: nn.Module, names: Collection[str]) -> nn.Module:
-    """Return a copy of the module without these parameters."""
-    gone = [name for name in names if getattr(native, name, None) is not None]
-    result = copy.deepcopy(native, {id(getattr(native, name)): None for name in gone})
-    for name in gone:
-        result.register_parameter(name, None)
-    return result
-
-
-def _put(native: nn.Module, name: str, value: Tensor) -> None:
-    native.register_parameter(name, nn.Parameter(value.detach().contiguous(), requires_grad=False))
-
-
-def _as_native(native: nn.Module) -> nn.Module:
-    native.__dict__.pop("_is_hf_initialized", None)
-    return native

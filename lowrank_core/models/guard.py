@@ -3,7 +3,7 @@
 transformers skips a format that it does not know, builds the plain class, and leaves its linear layers at random without an error. It
 does refuse a tensor of another shape than its parameter. So each compressed layer has an empty tensor in the file, under the name of
 the dense weight that it replaces: no numbers, no bytes of data. Our quantizer replaces that layer first, and passes over the name.
-The layers of experts replace a 3-D parameter that they share; their entries in ``config.json`` name it.
+The layers of experts, or of a fused projection, replace a parameter that they share; their entries in ``config.json`` name it.
 """
 
 from __future__ import annotations

@@ -22,6 +22,8 @@ from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.layers.base import CompressedModule, PivotIndex
 from lowrank_core.layers.quantized import Int8Matrix
 from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
+from lowrank_core.models.unrolled import stored_tensors
+from lowrank_core.models.values import value_reads
 from lowrank_core.models.walk import LinearMap, coverage_of, linear_maps
 from lowrank_core.parameters import INDEX_BYTES, MatrixShape, module_type
 
@@ -112,6 +114,7 @@ class ModelHandle:
         tokenizer: its tokenizer.
         layers: compressible layers in the order of the model.
         stored_dtype: of the checkpoint's weights; what is measured runs in the module's dtype, what is written is written in this.
+        left_fused: sentences on layers that look like several projections in one matrix, and stay so.
     """
 
     reference: str
@@ -119,6 +122,7 @@ class ModelHandle:
     tokenizer: PreTrainedTokenizerBase
     layers: tuple[LayerSpec, ...]
     stored_dtype: torch.dtype
+    left_fused: tuple[str, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -138,7 +142,7 @@ class ModelHandle:
     def fingerprint(self) -> str:
         """sha256 over the architecture (config without paths and versions) and names, dtypes and contents of all weights."""
         digest = hashlib.sha256(self._configuration)
-        for name, tensor in sorted(self.module.state_dict().items()):
+        for name, tensor in stored_tensors(self.module):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
@@ -325,7 +329,7 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
     for linear in linears:
         paths.setdefault(linear.depth, {})[linear.shared_path] = None
     groups: dict[object, str] = {}
-    layers = []
+    shapes = []
     for linear in linears:
         if linear.kind == "linear" and id(linear.module) not in readers:
             continue
@@ -336,12 +340,12 @@ def find_layers(module: PreTrainedModel) -> tuple[LayerSpec, ...]:
             kind = ".".join(linear.shared_path.split(".")[-2:])
         d_out, d_in = weight_of(linear.module).shape
         shape = MatrixShape(name, kind, linear.depth, d_out, d_in, bias_of(linear.module) is not None, group)
-        layers.append(
-            LayerSpec(
-                shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel()))
-            )
+        shapes.append(
+            shape if linear.mixture is None else replace(shape, expert=linear.expert, active=_active(linear.mixture, ids.numel()))
         )
-    return tuple(layers)
+    reads = value_reads(module, prefix, blocks, {shape.name: shape.depth for shape in shapes if shape.expert is None}, ids[:, :2])
+    values = {read.value for read in reads if read.mixed}
+    return tuple(LayerSpec(replace(shape, role="v") if shape.name in values else shape) for shape in shapes)
 
 
 def _expert_input(linear: LinearMap) -> object:
@@ -436,6 +440,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
         "parameters": handle.parameters,
         "compressible_parameters": handle.linear_parameters,
         "coverage": handle.coverage.to_mapping(),
+        "left_fused": list(handle.left_fused),
         "bytes": handle.bytes,
         "vocabulary": handle.vocabulary,
         "max_context": handle.max_context,
@@ -454,6 +459,7 @@ def describe(handle: ModelHandle) -> dict[str, object]:
                 "parameters": layer.shape.dense_parameters,
                 "input_group": layer.input_group,
                 **({} if layer.shape.expert is None else {"expert": layer.shape.expert, "active": layer.shape.active}),
+                **({"role": layer.shape.role} if layer.shape.role else {}),
             }
             for layer in handle.layers
         ],

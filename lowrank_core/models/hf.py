@@ -33,10 +33,12 @@ from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import unguarded_note
 from lowrank_core.layers.base import CompressedModule, Entry
 from lowrank_core.layers.forms import FORMS
-from lowrank_core.models.experts import UnrolledExperts, roll_experts, unroll_experts
+from lowrank_core.models.experts import unroll_experts
+from lowrank_core.models.fused import Layout, layouts_of, split_fused
 from lowrank_core.models.guard import guard_name, guard_pattern, guards, unguarded
 from lowrank_core.models.handle import weight_of
 from lowrank_core.models.integrity import check_weights
+from lowrank_core.models.unrolled import replace_module, roll_back, stands_for
 
 __all__ = [
     "CODE",
@@ -44,9 +46,9 @@ __all__ = [
     "LowRankQuantizationConfig",
     "LowRankQuantizer",
     "compressed_modules",
+    "guard_names",
     "mark_compressed",
     "register",
-    "replace_module",
 ]
 
 _LOGGER = logging.getLogger(__name__)
@@ -60,10 +62,11 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """Layer name -> the ``spec`` of the module that replaces it, and how they came about (free text).
 
     ``module_names`` says that tensors are stored under the names that they have in the model: transformers stores some architectures in
-    another form, joining or splitting matrices, of which the replaced ones are no longer there.
+    another form, joining or splitting matrices, of which the replaced ones are no longer there. ``fused`` says of projections that the
+    architecture holds in one matrix, and of which a part is compressed, how its rows are divided into layers of their own.
 
     Raises:
-        ModelError: the layers are no mapping of names to mappings.
+        ModelError: the layers are no mapping of names to mappings, or a division is none.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         layers: Mapping[str, Mapping[str, Any]] | None = None,
         provenance: Mapping[str, Any] | None = None,
         module_names: bool = False,
+        fused: Mapping[str, object] | None = None,
         **unused: Any,
     ) -> None:
         if not isinstance(layers, Mapping) or not all(isinstance(entry, Mapping) for entry in layers.values()):
@@ -79,6 +83,8 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.layers = {name: dict(entry) for name, entry in layers.items()}
         self.provenance = dict(provenance) if isinstance(provenance, Mapping) else {}
         self.module_names = module_names is True
+        divided = fused if isinstance(fused, Mapping) else {}
+        self.fused = {name: Layout.from_mapping(name, entry).to_mapping() for name, entry in divided.items()}
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
@@ -94,6 +100,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         layers: dict[str, dict[str, Any]] = self.quantization_config.layers
         _tell_of_missing_guards(layers, files)
         unroll_experts(model, holding=layers)
+        split_fused(model, {name: Layout.from_mapping(name, entry) for name, entry in self.quantization_config.fused.items()})
         shapes = {name: _dense_shape(model, name) for name in layers}
         stack_rows: Counter[str] = Counter()
         for name, (rows, _columns) in shapes.items():
@@ -121,8 +128,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return what ``save_pretrained`` writes: with a guard for each compressed layer; adapters are saved without the model."""
         if getattr(model, "_hf_peft_config_loaded", False):
             return None, {}
-        names = [guard_name(name, _guard_entry(model, name)) for name, _ in compressed_modules(model)]
-        return {**model.state_dict(), **guards(names, model.dtype)}, {}
+        return {**model.state_dict(), **guards(guard_names(model), model.dtype)}, {}
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         """Return how names in the files become names of the model."""
@@ -136,26 +142,21 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put ``new`` at the dotted path ``name``."""
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, new)
-
-
 def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> None:
     """Write into the model's config which of its layers are compressed, and how, so that ``save_pretrained`` keeps it.
 
-    A mixture whose experts are all dense becomes the architecture's own module again; where one is compressed, all layers of its
-    experts are stored.
+    A mixture whose experts are all dense, or a fused projection whose parts are, becomes the architecture's own module again; where one
+    is compressed, all of its layers are stored.
 
     Raises:
         ModelError: a layer belongs to a stack whose leader is not part of the model.
     """
-    roll_experts(model, keep=lambda mixture: not mixture.dense)
+    roll_back(model, keep=lambda unrolled: not unrolled.dense)
     names = {child: name for name, child in model.named_modules()}
     layers = {name: {**child.spec(names), **_guard_entry(model, name)} for name, child in compressed_modules(model)}
     converted = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model, add_legacy=False))
-    config = LowRankQuantizationConfig(layers, provenance, module_names=converted)
+    fused = {name: layout.to_mapping() for name, layout in layouts_of(model).items()}
+    config = LowRankQuantizationConfig(layers, provenance, module_names=converted, fused=fused)
     model.config.quantization_config = config
     if converted:
         model._weight_conversions = []
@@ -169,11 +170,15 @@ def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule
             yield name, child
 
 
+def guard_names(model: nn.Module) -> set[str]:
+    """Return the names of the empty tensors that guard the compressed layers; layers that replace parts of one parameter share one."""
+    return {guard_name(name, _guard_entry(model, name)) for name, _ in compressed_modules(model)}
+
+
 def _guard_entry(model: nn.Module, layer: str) -> dict[str, str]:
-    """Return what ``config.json`` says of the parameter that a layer of an expert replaces; nothing for others."""
-    path = layer.split(".")
-    mixture, name = (model.get_submodule(".".join(path[:-2])), ".".join(path[:-2])) if len(path) > 2 else (None, "")
-    return {"guard": f"{name}.{mixture.stored_as(path[-1])}"} if isinstance(mixture, UnrolledExperts) else {}
+    """Return what ``config.json`` says of the parameter that a layer of an expert or a fused projection replaces; nothing for others."""
+    guarded = stands_for(model, layer)
+    return {} if guarded is None else {"guard": guarded}
 
 
 def _tell_of_missing_guards(layers: Mapping[str, Mapping[str, object]], files: Sequence[Path]) -> None:

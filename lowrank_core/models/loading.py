@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
@@ -36,6 +36,7 @@ from lowrank_core.models.experts import unroll_experts
 from lowrank_core.models.gguf import become_plain, check_complete, check_readable, dequantizing, gguf_arguments
 from lowrank_core.models.handle import LayerSpec, ModelHandle, auto_class_of, find_layers, positions_of, random_tokens, text_config_of
 from lowrank_core.models.integrity import check_weights
+from lowrank_core.models.projections import split_projections
 from lowrank_core.runs import bundled_path
 
 __all__ = ["load_model", "max_context", "notes_of", "resolve_reference"]
@@ -95,8 +96,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_model(source: ModelSource | str) -> ModelHandle:
+def load_model(source: ModelSource | str, *, whole: Collection[str] = ()) -> ModelHandle:
     """Load the model and tokenizer of ``source``, in eval mode, from safetensors or a GGUF file only.
+
+    Args:
+        whole: names of layers that stay one matrix though they hold several projections, as an earlier version left them all.
 
     Raises:
         ModelError: it is not there, is not a causal language model, or its files are damaged.
@@ -116,11 +120,12 @@ def load_model(source: ModelSource | str) -> ModelHandle:
     _check_finite(module, source.reference)
     unroll_experts(module)
     dtype = _stored_dtype(place, config) or module.dtype
-    return ModelHandle(source.reference, module, tokenizer, _layers(module, source.reference), dtype)
+    layers, left = _layers(module, source.reference, whole)
+    return ModelHandle(source.reference, module, tokenizer, layers, dtype, left)
 
 
-def _layers(module: PreTrainedModel, reference: str) -> tuple[LayerSpec, ...]:
-    """Return the compressible layers of a model that runs on text, and is causal.
+def _layers(module: PreTrainedModel, reference: str, whole: Collection[str]) -> tuple[tuple[LayerSpec, ...], tuple[str, ...]]:
+    """Return the compressible layers of a model that runs on text, and is causal; and sentences on layers that stay fused.
 
     Raises:
         ModelError: it is not.
@@ -132,7 +137,8 @@ def _layers(module: PreTrainedModel, reference: str) -> tuple[LayerSpec, ...]:
                 f"model: {reference} ({type(module).__name__}) is not causal: its logits depend on later tokens. "
                 "Give a decoder-only model, such as a Llama or a GPT-2."
             )
-        return find_layers(module)
+        left = split_projections(module, whole=whole)
+        return find_layers(module), tuple(map(str, left))
     except ModelError:
         raise
     except Exception as error:  # of the model's own code

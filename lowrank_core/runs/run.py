@@ -101,6 +101,12 @@ class Run:
         return read_json(self.path / f"{name}.json")
 
     @property
+    def layers(self) -> frozenset[str]:
+        """Names of the compressible layers in model.json; empty before the model is loaded."""
+        layers = (self.part("model") or {}).get("layers", [])
+        return frozenset(str(layer.get("name")) for layer in layers if isinstance(layer, dict))
+
+    @property
     def pause_marker(self) -> Path:
         """Marker file that keeps the worker from starting trials."""
         return self.path / "paused"

@@ -12,6 +12,7 @@ from lowrank_core.config import ModelSource, from_mapping, to_mapping
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.models.unrolled import roll_back
 from lowrank_core.runs.measurements import MemoryReport
 from lowrank_core.speed.memory import Meter
 from lowrank_core.speed.timing import prompt_for, timed_generation
@@ -33,6 +34,7 @@ def _measured(source: ModelSource, config: SpeedConfig, fingerprint: str) -> Mem
 
 
 def _run(handle: ModelHandle, config: SpeedConfig) -> torch.device:
+    roll_back(handle.module, keep=lambda unrolled: not unrolled.dense)  # as it is stored
     timed_generation(handle, prompt_for(handle, config), config.new_tokens)
     return handle.device
 

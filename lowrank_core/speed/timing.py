@@ -15,6 +15,7 @@ from lowrank_core.config import ModelSource
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import own_code
+from lowrank_core.models.unrolled import natively
 from lowrank_core.runs.measurements import MemoryReport, SpeedReport, Spread
 from lowrank_core.speed.memory import measure_memory
 from lowrank_core.speed.turns import in_turns
@@ -89,8 +90,9 @@ def timed_in_turns(
         return result
 
     actions = [partial(timed, handle, prompt) for handle, prompt in zip(handles, prompts, strict=True)]
-    in_turns(actions, config.warmup)
-    rounds = in_turns(actions, config.rounds)
+    with natively(*(handle.module for handle in handles)):
+        in_turns(actions, config.warmup)
+        rounds = in_turns(actions, config.rounds)
     return [tuple(result[index][0] for result in rounds) for index in range(len(handles))]
 
 

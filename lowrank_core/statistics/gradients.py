@@ -33,6 +33,7 @@ from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.experts import calling_every_expert
+from lowrank_core.models.fused import layouts_of
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.statistics.experts import mixed_outputs
 from lowrank_core.statistics.moments import GradientAccumulator, OutputStatistics
@@ -312,9 +313,10 @@ def collect_gradients(
 
 
 def gradients_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
-    """Return the name of these moments: a hash of model, tokens and seed."""
+    """Return the name of these moments: a hash of model, tokens and seed, and of the fused projections that are held as linear layers."""
     parts = ["gradients", _FORMAT, handle.fingerprint, windows.first(config.gradient_windows).sha256, config.gradient_seed]
-    parts += precision_key(config, handle)
+    split = sorted(layouts_of(handle.module))
+    parts += [*precision_key(config, handle), *([split] if split else [])]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

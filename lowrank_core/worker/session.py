@@ -64,7 +64,14 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     config = run.config
     identity = RunIdentity.of(run, RESUME if leads else JOIN)
     meet = identity.keep if leads else identity.check
-    pipeline = Pipeline(config.model, config.text, calibration=config.calibration, compression=compression_of(run), progress=reporter.stage)
+    pipeline = Pipeline(
+        config.model,
+        config.text,
+        calibration=config.calibration,
+        compression=compression_of(run),
+        progress=reporter.stage,
+        whole=run.layers,
+    )
     handle = pipeline.handle
     meet(identity_of_model(handle))
     heads = find_heads(handle)

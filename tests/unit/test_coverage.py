@@ -95,7 +95,7 @@ def test_a_router_that_is_a_linear_layer_is_seen_by_what_it_stands_beside(tmp_pa
 
 def test_a_linear_with_a_forward_of_its_own_counts_where_it_is_linear(tmp_path: Path, sample_text: str):
     handle = load_family(tmp_path, sample_text, "falcon")
-    assert {layer.shape.kind for layer in handle.layers} == {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}
+    assert {layer.shape.kind for layer in handle.layers} == {"q_proj", "k_proj", "v_proj", "dense", "dense_h_to_4h", "dense_4h_to_h"}
 
     class Scaled(nn.Linear):
         def forward(self, inputs: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConf
 from lowrank_core.errors import NumericalError
 from lowrank_core.export import export
 from lowrank_core.models import ModelHandle, load_model
-from lowrank_core.models.experts import calling_every_expert, experts_of, roll_experts, unroll_experts
+from lowrank_core.models.experts import calling_every_expert, experts_of, unroll_experts
+from lowrank_core.models.unrolled import roll_back
 from lowrank_core.presets.recipes import preset_named
 from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
 from lowrank_core.statistics.experts import mixed_inputs, mixed_outputs
@@ -76,7 +77,7 @@ def test_unrolled_experts_are_the_same_model(mixture: ModelHandle, windows: Wind
 def test_rolling_gives_every_parameter_back(mixture: ModelHandle):
     native = AutoModelForCausalLM.from_pretrained(mixture.reference).eval()
     rolled = copy.deepcopy(mixture.module)
-    roll_experts(rolled)
+    roll_back(rolled)
     expected, result = native.state_dict(), rolled.state_dict()
     assert set(result) == set(expected)
     assert all(torch.equal(result[name], expected[name]) for name in expected)

@@ -245,8 +245,11 @@ def test_value_and_output_projections_are_found(handle: ModelHandle):
     assert {(unit.heads, unit.groups, unit.head_dim) for unit in result} == {(4, 2, 8)}
 
 
-def test_packed_projections_have_no_heads_to_find(gpt2_checkpoint: str):
-    assert head_units(load_model(ModelSource(str(gpt2_checkpoint)))) == ()
+def test_fused_projections_have_heads_unless_they_stay_fused(gpt2_checkpoint: str):
+    fused = [f"transformer.h.{depth}.attn.c_attn" for depth in range(2)]
+    pairs = [tuple(member.name for member in unit.members) for unit in head_units(load_model(str(gpt2_checkpoint)))]
+    assert pairs == [(f"{name}.v_proj", f"{name.removesuffix('c_attn')}c_proj") for name in fused]
+    assert head_units(load_model(str(gpt2_checkpoint), whole=fused)) == ()
 
 
 def test_finding_heads_leaves_no_hook(handle: ModelHandle):

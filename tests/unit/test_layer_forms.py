@@ -23,7 +23,8 @@ from lowrank_core.layers.base import CompressedModule
 from lowrank_core.layers.forms import Factors, HeadFactors, build_layers
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.handle import find_layers, weight_of
-from lowrank_core.models.hf import mark_compressed, replace_module
+from lowrank_core.models.hf import mark_compressed
+from lowrank_core.models.unrolled import replace_module
 
 IDS = torch.tensor([range(24)])
 ATTENTION = "model.layers.{}.self_attn.{}_proj".format

@@ -21,7 +21,7 @@ from lowrank_core.layers.heads import OutputHeads, ValueHeads
 from lowrank_core.layers.pivoted import PivotedLinear
 from lowrank_core.layers.stacked import StackedLinear
 from lowrank_core.models import LowRankLinear
-from lowrank_core.models.hf import replace_module
+from lowrank_core.models.unrolled import replace_module
 
 N = 12
 SIZES = {"single": (10,), "stack": (10, 4, 4), "uneven": (2, 11)}

@@ -77,8 +77,9 @@ def test_llama_layers_with_grouped_queries(llama: ModelHandle):
 
 def test_gpt2_layers_are_seen_as_d_out_by_d_in(gpt2: ModelHandle):
     shapes = {name.removeprefix("transformer.h.0."): shape for name, shape in _shapes(gpt2).items() if ".0." in name}
-    assert shapes == {"attn.c_attn": (96, 32), "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
-    assert {layer.shape.kind for layer in gpt2.layers} == {"c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"}
+    attention = {f"attn.c_attn.{kind}_proj": (32, 32) for kind in "qkv"}
+    assert shapes == {**attention, "attn.c_proj": (32, 32), "mlp.c_fc": (128, 32), "mlp.c_proj": (32, 128)}
+    assert {layer.shape.kind for layer in gpt2.layers} == {"q_proj", "k_proj", "v_proj", "attn.c_proj", "c_fc", "mlp.c_proj"}
     assert all(layer.shape.bias for layer in gpt2.layers)
 
 
@@ -113,7 +114,7 @@ def test_layers_that_read_one_input_share_a_group(llama: ModelHandle, qwen2: Mod
     }
     assert _groups(llama) == llama_form
     assert _groups(qwen2) == llama_form
-    assert _groups(gpt2) == {frozenset({"c_attn"}), frozenset({"c_proj"}), frozenset({"c_fc"})}
+    assert _groups(gpt2) == {frozenset({"q_proj", "k_proj", "v_proj"}), frozenset({"c_proj"}), frozenset({"c_fc"})}
     for handle in (llama, qwen2, gpt2):
         widths = {layer.input_group: layer.shape.d_in for layer in handle.layers}
         assert all(widths[layer.input_group] == layer.shape.d_in for layer in handle.layers)
@@ -155,7 +156,7 @@ def _neox() -> PreTrainedModel:
 
 OTHERS: dict[str, tuple[Callable[[], PreTrainedModel], set[str]]] = {
     "opt": (_opt, {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"}),
-    "gpt-neox": (_neox, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+    "gpt-neox": (_neox, {"q_proj", "k_proj", "v_proj", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
 }
 
 

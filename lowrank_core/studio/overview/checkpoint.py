@@ -177,10 +177,11 @@ def _inside(part: Part, checkpoint: Checkpoint, *, experts: bool) -> tuple[str, 
     """Return kind and reason of a tensor in a block; no reason for the matrix of a linear layer."""
     if part.name.endswith(_BUFFERS) and len(part.shape) != 1:
         return "other", "table computed from the config"
+    if not prod(part.shape):
+        return "other", "empty: makes transformers refuse the folder without our package"
     for layer, replaced in _replaced(checkpoint).items():
         if _in_block(part.name).startswith(layer):
-            empty = ("other", "empty: makes transformers refuse the folder without our package")
-            return replaced if prod(part.shape) else empty
+            return replaced
     if f"{part.module.rpartition('.')[0]}.A_log" in checkpoint.names and part.module.endswith(".dt_proj"):
         return "unreached", "read by its weight, not called as a layer"  # of Mamba, first version
     kind = kind_by_name(part.path, _mapped(part.shape, checkpoint), experts=experts)

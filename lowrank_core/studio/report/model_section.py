@@ -33,7 +33,8 @@ def model_section(run: Run) -> Section:
     if facts is not None:
         warning = facts.coverage.warning()
         notes = [Note("warning", f"{warning[0].upper()}{warning[1:]}")] if warning else []
-        notes += [Note("info", reason) for reason in (*facts.heads_dropped, *filter(None, [facts.dense_merge_note]))]
+        reasons = (*facts.left_fused, *facts.heads_dropped, *filter(None, [facts.dense_merge_note]))
+        notes += [Note("info", reason) for reason in reasons]
         blocks = (
             *notes,
             Prose(f"{facts.reference} · {model_words(facts)}"),

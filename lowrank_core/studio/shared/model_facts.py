@@ -30,6 +30,7 @@ class ModelFacts:
         input_widths: width of each distinct input (q, k and v share theirs).
         head_units: value and output projections that can be compressed by heads.
         heads_dropped: sentences on those that can't, though they look like it.
+        left_fused: sentences on layers that look like several projections in one matrix, and are compressed as one.
         coverage: what every parameter is: compressible, or left alone and why; of an older record only how much is compressible.
         head_flops: of the output head for one token; None in an older record.
         auto_class: of transformers, which loads it.
@@ -56,6 +57,7 @@ class ModelFacts:
     fingerprint: str = ""
     stored_dtype: str = ""
     heads_dropped: tuple[str, ...] = ()
+    left_fused: tuple[str, ...] = ()
     coverage: Coverage = field(default_factory=lambda: Coverage({}))
     head_flops: int | None = None
     auto_class: str = "AutoModelForCausalLM"
@@ -104,6 +106,7 @@ class _Layer:
     input_group: str
     expert: int | None = None
     active: float = 1.0
+    role: str = ""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def _facts(body: JsonMapping) -> ModelFacts:
         matrices=tuple(matrices.values()),
         coverage=_coverage(body),
         heads_dropped=tuple(str(reason) for reason in body.get("heads_dropped", [])),
+        left_fused=tuple(str(reason) for reason in body.get("left_fused", [])),
         input_widths={layer.input_group: layer.d_in for layer in layers},
         head_units=tuple(
             HeadUnit((matrices[h.value], matrices[h.output]), heads=h.heads, groups=h.groups, head_dim=h.head_dim) for h in heads

@@ -37,7 +37,7 @@ def model_section(model: ModelFacts, reference: str) -> None:
     metrics_row(model_metrics(model))
     st.caption(model_words(model))
     coverage.show(model)
-    for reason in (*model.heads_dropped, *filter(None, [model.dense_merge_note])):
+    for reason in (*model.left_fused, *model.heads_dropped, *filter(None, [model.dense_merge_note])):
         st.caption(reason)
     tables.show(modules_spec(model), key="module_table")
     _tree(reference)
