@@ -33,6 +33,7 @@ __all__ = [
     "chosen_preset",
     "compression_options",
     "config_of",
+    "estimate_option",
     "factors_of",
     "file_option",
     "given_options",
@@ -84,6 +85,11 @@ class Parser(argparse.ArgumentParser):
 def json_option(parser: argparse.ArgumentParser) -> None:
     """Add the option of every command: how the result is printed."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+
+
+def estimate_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of long commands that says how long they take."""
+    parser.add_argument("--estimate", action="store_true", help="time a piece of each stage, print the seconds of all, and stop")
 
 
 def file_option(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported
+from lowrank_core.commands.shared import Stages, coverage_warnings, progress_line, reported
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig, to_mapping
 from lowrank_core.config.directions import DirectionsConfig
@@ -20,7 +20,7 @@ __all__ = ["analyze"]
 def analyze(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, *, directions: tuple[str, str] | None = None) -> Result:
     """Calibrate, and return the metrics of every compressible layer, with the top ``directions`` (module, side) if given."""
     config = DirectionsConfig(*directions, batch_size=calibration.batch_size) if directions else None
-    pipeline = Pipeline(source, text, calibration=calibration, progress=progress_stage)
+    pipeline = Pipeline(source, text, calibration=calibration, progress=Stages().stage)
     handle = pipeline.handle
     doubts, heads = coverage_warnings(handle), find_heads(handle)
     statistics = reported(pipeline.moments)

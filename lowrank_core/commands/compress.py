@@ -17,13 +17,14 @@ from lowrank_core.allocation import (
     unspent_warning,
 )
 from lowrank_core.allocation.units import check_reachable
-from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported, warn
+from lowrank_core.commands.shared import Stages, coverage_warnings, estimate_result, reported, warn
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.compression.error_weights import measure_error_weights
+from lowrank_core.compression.estimate import TimedPieces
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.compression.truncations import cost_in_words
 from lowrank_core.compression.tuning import TuningPoint, tune
-from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
+from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, RunConfig, TextConfig, to_mapping
 from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_dense_form, check_free, check_precision, export, held_out
@@ -32,10 +33,12 @@ from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, notes_of
 from lowrank_core.parameters import Unit
+from lowrank_core.runs.stage_times import TimeEstimate, stages_of_compression
 from lowrank_core.text import load_text, load_windows, overlap_warnings
 from lowrank_core.types import Result
+from lowrank_core.wording import duration
 
-__all__ = ["compress_to"]
+__all__ = ["compress_to", "estimate"]
 
 _COUNTS = (
     *("compression_ratio", "model_compression_ratio", "parameters_before", "parameters_after", "bytes_before", "bytes_after"),
@@ -55,8 +58,9 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         allocator_named(request.complete)
     if request.ranks is not None:
         read_ranks(request.ranks)
-    pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression, progress=progress_stage)
+    pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression, progress=(stages := Stages()).stage)
     handle, units = pipeline.handle, pipeline.units
+    stages.plan(RunConfig(source, text, request.calibration), handle, _stages(request), request.compression)
     allocation = _manual(request, units)  # bad ranks are reported before minutes of calibration
     if request.compression_ratio is not None:
         check_reachable(units, request.compression_ratio, request.compression)
@@ -67,12 +71,12 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     check_dense_form(handle, metric_named(request.compression.basis), request.export)
     check_precision(handle, request.export, None if test is None else test.windows)
     statistics = reported(pipeline.statistics)
-    compression, tuning = _tuned(pipeline, request) if request.tune else (request.compression, ())
+    compression, tuning = _tuned(pipeline, request, stages) if request.tune else (request.compression, ())
     pipeline = pipeline.under(compression)
     decomposed = pipeline.decomposed
     if allocation is None:
         assert request.compression_ratio is not None
-        weights = _slopes(decomposed, text, request, fixed) if request.error_weights else None
+        weights = _slopes(decomposed, text, request, fixed, stages) if request.error_weights else None
         rule = request.complete or request.allocation
         if allocator_named(rule).needs_perplexities:
             cost = cost_in_words(decomposed, pipeline.calibration_windows)
@@ -93,7 +97,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "warnings": list(doubts),
         "command": request.command,
     }
-    written = export(model, request.out, provenance=provenance, config=request.export, test=test)
+    with stages.stage("Writing and measuring") as progress:
+        written = export(model, request.out, provenance=provenance, config=request.export, test=test, progress=progress)
     report = report_of(written)  # of what was written: int8 factors have scales
     result = {
         "out": str(request.out),
@@ -112,10 +117,32 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "perplexity": None if written.measured is None else written.measured.perplexity,
         "coverage": report.dense_coverage.to_mapping(),
         "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],
+        "stages": stages.seconds,
         "seconds": time.perf_counter() - began,
     }
-    result["text"] = f"Wrote {request.out}: {written_words(written)}"
+    took = ", ".join(f"{name} {duration(of['seconds'])}" for name, of in stages.seconds.items())
+    result["text"] = f"Wrote {request.out}: {written_words(written)}\nTime: {took}; {duration(time.perf_counter() - began)} in all."
     return result
+
+
+def _stages(request: CompressRequest) -> tuple[str, ...]:
+    rule = request.complete or (None if request.ranks is not None else request.allocation)
+    cut = rule is not None and allocator_named(rule).needs_perplexities
+    return stages_of_compression(request.compression, tune=request.tune, weights=request.error_weights, cut=cut)
+
+
+def estimate(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
+    """Time pieces of every stage of ``compress_to``; nothing is compressed, and nothing written but the machine's record.
+
+    Raises:
+        LowRankError: as ``compress_to``, as far as the pieces reach.
+    """
+    pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression)
+    needs_perplexities = allocator_named(request.allocation).needs_perplexities
+    rule = "uniform" if needs_perplexities else request.allocation
+    pieces = TimedPieces(pipeline, compression_ratio=request.compression_ratio or 0.0, allocator=rule)
+    result = TimeEstimate(tuple(map(pieces.stage, _stages(request))))
+    return estimate_result(result, pipeline.handle, RunConfig(source, text, request.calibration), request.compression)
 
 
 def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation | None:
@@ -140,38 +167,34 @@ def _unspent(request: CompressRequest, units: Sequence[Unit], allocation: RankAl
     return unspent_warning(units, request.compression_ratio, allocation, request.compression.rank_multiple)
 
 
-def _tuned(pipeline: Pipeline, request: CompressRequest) -> tuple[CompressionConfig, tuple[TuningPoint, ...]]:
+def _tuned(pipeline: Pipeline, request: CompressRequest, stages: Stages) -> tuple[CompressionConfig, tuple[TuningPoint, ...]]:
     assert request.compression_ratio is not None
-    config, points = tune(
-        pipeline.handle,
-        pipeline.statistics,
-        request.compression,
-        load_text(pipeline.text, pipeline.handle.tokenizer),
-        allocator=request.allocation,
-        compression_ratio=request.compression_ratio,
-        progress=progress_line("Tuning"),
-    )
+    with stages.stage("Tuning") as progress:
+        config, points = tune(
+            pipeline.handle,
+            pipeline.statistics,
+            request.compression,
+            load_text(pipeline.text, pipeline.handle.tokenizer),
+            allocator=request.allocation,
+            compression_ratio=request.compression_ratio,
+            progress=progress,
+        )
     for point in points:
         kl = "diverged" if point.kl is None else f"KL {point.kl:.6f} on validation text"
         print(f"gradient damping {point.gradient_damping:g}, beta {point.drift_beta:g}: {kl}", file=sys.stderr)
     return config, points
 
 
-def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, fixed: Ranks) -> dict[str, float]:
+def _slopes(decomposed: Decomposed, text: TextConfig, request: CompressRequest, fixed: Ranks, stages: Stages) -> dict[str, float]:
     """Measure what the error of every unit costs, on validation text."""
     assert request.compression_ratio is not None
     handle = decomposed.handle
     windows = load_windows(text, handle.tokenizer, "validation", count=text.validation_windows)
-    dense = DenseReference.compute(handle, windows, batch_size=request.calibration.batch_size)
-    return measure_error_weights(
-        decomposed,
-        windows,
-        dense,
-        compression_ratio=request.compression_ratio,
-        batch_size=request.calibration.batch_size,
-        fixed=fixed,
-        progress=progress_line("Measuring error weights"),
-    )
+    size = request.calibration.batch_size
+    with stages.stage("Measuring error weights") as progress:
+        dense = DenseReference.compute(handle, windows, batch_size=size)
+        ratio = request.compression_ratio
+        return measure_error_weights(decomposed, windows, dense, compression_ratio=ratio, batch_size=size, fixed=fixed, progress=progress)
 
 
 def _test_text(handle: ModelHandle, text: TextConfig) -> tuple[HeldOut | None, tuple[str, ...]]:

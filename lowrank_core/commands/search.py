@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lowrank_core.allocation import RULES, allocation_from_ranks, read_allocation, unspent_parameters
-from lowrank_core.commands.shared import progress_stage, reported
+from lowrank_core.commands.shared import Stages, reported
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig, check_choice
 from lowrank_core.coverage import Coverage
@@ -277,7 +277,7 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
         raise ConfigError(f"{run.path} only analyses a model; it has no trials to export. Run `lowrank search`.")
     record = complete_trial(run, _trial_number(trial))
     identity, begun = RunIdentity.of(run, EXPORT), run.config
-    pipeline = Pipeline(begun.model, begun.text, calibration=begun.calibration, compression=search.compression, progress=progress_stage)
+    pipeline = Pipeline(begun.model, begun.text, calibration=begun.calibration, compression=search.compression, progress=Stages().stage)
     handle = pipeline.handle
     identity.check(identity_of_model(handle))
     test = held_out(handle, begun.text)

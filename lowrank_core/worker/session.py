@@ -70,6 +70,7 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     pipeline = Pipeline(config.model, config.text, calibration=config.calibration, compression=compression_of(run), progress=reporter.stage)
     handle = pipeline.handle
     meet(identity_of_model(handle))
+    reporter.plan(handle.shapes, handle.width * handle.vocabulary)
     heads = find_heads(handle)
     notes = _notes(run, handle, heads)
     reporter.say(warnings=notes)  # before work is spent

@@ -156,7 +156,11 @@ WAYS = (ExportConfig(), ExportConfig(with_code=True), ExportConfig(form="dense")
 def test_the_lines_of_python_load_the_folder(config: ExportConfig, made: tuple[CompressionConfig, CompressedModel], tmp_path: Path):
     folder, root = tmp_path / "out", str(Path(__file__).parents[2])
     export(made[1], folder, provenance={}, config=config)
-    for way in (way for way in loading_of(Path("out"), config.form, with_code=config.with_code, auto_class="AutoModelForCausalLM") if way.language == "python"):
+    for way in (
+        way
+        for way in loading_of(Path("out"), config.form, with_code=config.with_code, auto_class="AutoModelForCausalLM")
+        if way.language == "python"
+    ):
         code = f"{way.code}\nassert len(tokenizer)\nassert model.num_parameters()\nprint(type(model).__name__)"
         places = {"PYTHONPATH": root if "import lowrank_core" in way.code else "", "HF_HOME": str(tmp_path)}
         command = [sys.executable, "-c", code]

@@ -1,0 +1,184 @@
+"""Seconds of every stage of a compression before it starts, from timed pieces of the stages themselves.
+
+Notation::
+
+    n, N     windows of a timed piece, and of the run;  b work of the first block's layers, B of all
+    a + c·n  seconds of a stage over n windows: two timed pieces tell a and c (``line_through``)
+
+The pieces run on the layers of the first block alone, so that the others cost nothing: a stage that goes block by block takes B / b as
+long. Gradients pass through the whole model, whichever layers are measured: their pieces are of all layers.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cached_property, partial
+
+from lowrank_core.compression.decomposed import Decomposed, decompose
+from lowrank_core.compression.pipeline import Pipeline
+from lowrank_core.config import CalibrationConfig
+from lowrank_core.evaluation import evaluate
+from lowrank_core.metrics import metric_named
+from lowrank_core.models.blocks import BlockRunner
+from lowrank_core.models.handle import ModelHandle
+from lowrank_core.runs import statistics_home
+from lowrank_core.runs.stage_times import StageTime, line_through
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics, statistics_key
+from lowrank_core.statistics.gradients import collect_gradients, gradients_key
+from lowrank_core.statistics.spectra import spectra_of
+from lowrank_core.statistics.store import is_finished, statistics_folder
+from lowrank_core.text import WindowSet
+
+__all__ = ["TimedPieces"]
+
+_PIECES, _OF_GRADIENTS, _OF_FIT = (2, 6), (1, 3), (2, 32)
+"""Windows of the two pieces of a stage. Those of gradients cost most; a fit's decompositions take longer than its first windows."""
+_ENOUGH, _TIMES = 0.4, 2
+"""Seconds that tell enough, and how often what is shorter is timed again: the first time may load or allocate."""
+_SAMPLE = 8
+"""Windows whose statistics are decomposed."""
+
+
+class TimedPieces:
+    """Pieces of the stages of ``pipeline``, each timed when its stage is first asked for."""
+
+    def __init__(
+        self, pipeline: Pipeline, *, compression_ratio: float, allocator: str = "uniform", clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self._pipeline, self._clock = pipeline, clock
+        self._ratio, self._allocator = compression_ratio, allocator
+        self._loading = self._time(lambda: pipeline.handle)
+
+    def _time(self, piece: Callable[[], object]) -> float:
+        began = self._clock()
+        piece()
+        return self._clock() - began
+
+    @property
+    def _handle(self) -> ModelHandle:
+        return self._pipeline.handle
+
+    @property
+    def _windows(self) -> WindowSet:
+        return self._pipeline.calibration_windows
+
+    @cached_property
+    def _runner(self) -> BlockRunner:
+        return BlockRunner(self._handle)
+
+    @cached_property
+    def _trying(self) -> float:
+        return self._seconds(lambda: BlockRunner(self._handle))
+
+    @cached_property
+    def _part(self) -> ModelHandle:
+        """The model with the layers of its first block alone, or all of them where blocks can't be run one by one."""
+        first = min(layer.shape.depth for layer in self._handle.layers)
+        layers = tuple(layer for layer in self._handle.layers if layer.shape.depth == first)
+        return replace(self._handle, layers=layers) if self._runner.chained else self._handle
+
+    @property
+    def _blocks(self) -> float:
+        """B / b."""
+        every, part = (sum(shape.dense_parameters for shape in handle.shapes) for handle in (self._handle, self._part))
+        return every / part
+
+    def stage(self, name: str) -> StageTime:
+        """Return the seconds of a stage (``runs.stage_times``); None for one of which no piece can be timed.
+
+        Raises:
+            LowRankError: bad input, or a numerical failure; as the stage itself.
+        """
+        text = self._pipeline.text
+        pieces: dict[str, Callable[[], float]] = {
+            "Loading the model": lambda: self._loading,
+            "Reading the text": lambda: self._time(lambda: self._pipeline.windows),
+            "Calibrating": self._calibrating,
+            "Measuring gradients": self._gradients,
+            "Computing spectra": lambda: self._blocks * self._seconds(partial(spectra_of, self._part, self._moments)),
+            "Factorising": lambda: self._blocks * self._seconds(self._decompose),
+            "Measuring the dense model": lambda: self._evaluating(text.validation_windows),
+            "Compressing": self._compressing,
+            "Writing and measuring": lambda: self._loading + self._evaluating(text.test_windows),
+        }
+        if name in self._keys and self._kept(self._keys[name]()):
+            return StageTime(name, 0.0, "on disk already")
+        return StageTime(name, pieces[name](), "timed pieces") if name in pieces else StageTime(name, None, "no piece of it can be timed")
+
+    def searching(self, trials: int) -> StageTime:
+        """Return the seconds of ``trials`` trials: each is an evaluation of a model on validation text."""
+        return StageTime("Searching", self._evaluating(trials * self._pipeline.text.validation_windows), "timed pieces")
+
+    @property
+    def _keys(self) -> dict[str, Callable[[], str]]:
+        """Return stage -> the key under which its statistics are kept."""
+        given = self._handle, self._windows, self._pipeline.calibration
+        return {"Calibrating": partial(statistics_key, *given), "Measuring gradients": partial(gradients_key, *given)}
+
+    def _kept(self, key: str) -> bool:
+        return is_finished(statistics_folder(statistics_home(), key, self._windows.context))
+
+    def _line(self, piece: Callable[[WindowSet], object], counts: tuple[int, int]) -> tuple[float, float]:
+        """Return (a, c) of ``piece``, run over two numbers of windows: more of them, where the second takes hardly longer."""
+        few, more = counts
+        every = self._windows.windows
+        begin = self._seconds(partial(piece, self._windows.first(few)))
+        while True:
+            more = min(more, every)
+            end = self._seconds(partial(piece, self._windows.first(more)))
+            if end - begin >= _ENOUGH or more == every:
+                break
+            more *= 4
+        return line_through((few, begin), (more, end)) if few < more else (0.0, end / more)
+
+    def _seconds(self, piece: Callable[[], object]) -> float:
+        """Return the seconds of ``piece``; the fewest of several times, where once tells little."""
+        first = self._time(piece)
+        again = [self._time(piece) for _ in range(_TIMES if first < _ENOUGH else 0)]
+        return min([first, *again])
+
+    @cached_property
+    def _config(self) -> CalibrationConfig:
+        return replace(self._pipeline.calibration, robust="none")  # what leaves groups out needs more of them than a piece has
+
+    def _calibrating(self) -> float:
+        fixed, each = self._line(lambda windows: collect_statistics(self._part, windows, self._config), _PIECES)
+        setup = self._trying
+        return setup + self._blocks * (max(0.0, fixed - setup) + each * self._windows.windows)
+
+    def _gradients(self) -> float:
+        fixed, each = self._line(lambda windows: collect_gradients(self._handle, windows, self._config), _OF_GRADIENTS)
+        return fixed + each * self._windows.first(self._config.gradient_windows).windows
+
+    def _evaluating(self, windows: int) -> float:
+        fixed, each = self._line(partial(evaluate, self._handle), _PIECES)
+        return fixed + each * windows
+
+    @cached_property
+    def _moments(self) -> LayerStatistics:
+        return collect_statistics(self._part, self._windows.first(_SAMPLE), self._config)
+
+    @cached_property
+    def _statistics(self) -> LayerStatistics:
+        if metric_named(self._pipeline.compression.basis).needs_gradients:
+            return self._moments.with_outputs(collect_gradients(self._part, self._windows.first(_OF_GRADIENTS[0]), self._config))
+        return self._moments
+
+    @property
+    def _decompose(self) -> Callable[[], Decomposed]:
+        return partial(decompose, self._part, self._statistics, self._pipeline.compression)
+
+    def _compressing(self) -> float:
+        """Compress the first block; a model that is compressed block by block is copied and tried before it is."""
+        decomposed = self._decompose()
+        allocation = decomposed.allocate(self._allocator, self._ratio)
+        fixed, each = self._line(partial(decomposed.compress, allocation), _OF_FIT)
+        if not decomposed.basis.sequential:
+            return fixed
+        setup = 2 * self._trying + 2 * self._seconds(partial(copy.deepcopy, self._handle.module))
+        fitted = self._windows.first(self._pipeline.compression.fit_windows).windows
+        reach = 1.0 if self._runner.chained else (1 + self._handle.shapes[-1].depth) / 2  # each pass begins with the tokens
+        return setup + self._blocks * (max(0.0, fixed - setup) + each * reach * fitted)
