@@ -46,7 +46,12 @@ class TimedPieces:
     """Pieces of the stages of ``pipeline``, each timed when its stage is first asked for."""
 
     def __init__(
-        self, pipeline: Pipeline, *, compression_ratio: float, allocator: str = "uniform", clock: Callable[[], float] = time.perf_counter
+        self,
+        pipeline: Pipeline,
+        *,
+        compression_ratio: float = 0.0,
+        allocator: str = "uniform",
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._pipeline, self._clock = pipeline, clock
         self._ratio, self._allocator = compression_ratio, allocator
@@ -108,9 +113,9 @@ class TimedPieces:
             return StageTime(name, 0.0, "on disk already")
         return StageTime(name, pieces[name](), "timed pieces") if name in pieces else StageTime(name, None, "no piece of it can be timed")
 
-    def searching(self, trials: int) -> StageTime:
-        """Return the seconds of ``trials`` trials: each is an evaluation of a model on validation text."""
-        return StageTime("Searching", self._evaluating(trials * self._pipeline.text.validation_windows), "timed pieces")
+    def evaluating(self, name: str, windows: int) -> StageTime:
+        """Return the seconds of a stage that evaluates models on so many windows, such as the trials of a search."""
+        return StageTime(name, self._evaluating(windows), "timed pieces")
 
     @property
     def _keys(self) -> dict[str, Callable[[], str]]:
