@@ -150,8 +150,8 @@ class TimedPieces:
         return replace(self._pipeline.calibration, robust="none")  # what leaves groups out needs more of them than a piece has
 
     def _calibrating(self) -> float:
-        fixed, each = self._line(lambda windows: collect_statistics(self._part, windows, self._config), _PIECES)
-        setup = self._trying
+        part, setup = self._part, self._trying  # before the clock starts
+        fixed, each = self._line(lambda windows: collect_statistics(part, windows, self._config), _PIECES)
         return setup + self._blocks * (max(0.0, fixed - setup) + each * self._windows.windows)
 
     def _gradients(self) -> float:
