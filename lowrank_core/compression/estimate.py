@@ -30,6 +30,7 @@ from lowrank_core.statistics.calibration import LayerStatistics, collect_statist
 from lowrank_core.statistics.gradients import collect_gradients, gradients_key
 from lowrank_core.statistics.spectra import spectra_of
 from lowrank_core.statistics.store import is_finished, statistics_folder
+from lowrank_core.statistics.weight_spectra import loaded_matrices, weight_spectra
 from lowrank_core.text import WindowSet
 
 __all__ = ["TimedPieces"]
@@ -103,7 +104,8 @@ class TimedPieces:
             "Reading the text": lambda: self._time(lambda: self._pipeline.windows),
             "Calibrating": self._calibrating,
             "Measuring gradients": self._gradients,
-            "Computing spectra": lambda: self._blocks * self._seconds(partial(spectra_of, self._part, self._moments)),
+            "Computing weight spectra": lambda: self._blocks * self._weights,
+            "Computing spectra": lambda: self._blocks * (self._seconds(partial(spectra_of, self._part, self._moments)) - self._weights),
             "Factorising": lambda: self._blocks * self._seconds(self._decompose),
             "Measuring the dense model": lambda: self._evaluating(text.validation_windows),
             "Compressing": self._compressing,
@@ -171,6 +173,11 @@ class TimedPieces:
         if metric_named(self._pipeline.compression.basis).needs_gradients:
             return self._moments.with_outputs(collect_gradients(self._part, self._windows.first(_OF_GRADIENTS[0]), self._config))
         return self._moments
+
+    @cached_property
+    def _weights(self) -> float:
+        layers = self._part.layers
+        return self._seconds(lambda: list(weight_spectra(loaded_matrices(self._part), total=len(layers))))
 
     @property
     def _decompose(self) -> Callable[[], Decomposed]:

@@ -35,11 +35,17 @@ __all__ = [
 ]
 
 _LOADING, _READING, _CALIBRATING, _GRADIENTS = "Loading the model", "Reading the text", "Calibrating", "Measuring gradients"
-_SPECTRA, _FACTORISING, _COMPRESSING, _WRITING = "Computing spectra", "Factorising", "Compressing", "Writing and measuring"
+_OF_WEIGHTS, _SPECTRA, _FACTORISING, _COMPRESSING, _WRITING = (
+    "Computing weight spectra",
+    "Computing spectra",
+    "Factorising",
+    "Compressing",
+    "Writing and measuring",
+)
 _DENSE, _WEIGHTS, _SEARCHING, _TUNING, _CUTTING = "Measuring the dense model", "Measuring error weights", "Searching", "Tuning", "Cutting"
 _SELECTING = "Selecting"
 
-_ANALYSIS = (_LOADING, _READING, _CALIBRATING, _SPECTRA)
+_ANALYSIS = (_LOADING, _OF_WEIGHTS, _READING, _CALIBRATING, _SPECTRA)
 _COMPRESSION = (_LOADING, _CALIBRATING, _GRADIENTS, _TUNING, _FACTORISING, _WEIGHTS, _CUTTING, _COMPRESSING, _WRITING)
 _SEARCH = (*_ANALYSIS, _GRADIENTS, _FACTORISING, _SELECTING, _DENSE, _WEIGHTS, _SEARCHING)
 """Stages in their order; the name of a stage begins with one of them (``stage_of``)."""
@@ -150,7 +156,7 @@ def work_of(
         _WRITING: text.test_windows * (linear + head),
     }
     result = {stage: float(text.context * work) for stage, work in per_window.items()}
-    result |= {_LOADING: float(linear + head), _SPECTRA: 4.0 * cubes, _FACTORISING: float(cubes)}
+    result |= {_LOADING: float(linear + head), _OF_WEIGHTS: 2.0 * cubes, _SPECTRA: 2.0 * cubes, _FACTORISING: float(cubes)}
     result[_COMPRESSING] += cubes if sequential else linear
     return result
 

@@ -127,9 +127,7 @@ def _mark(figure: go.Figure, mark: RankMark, position: int, full: int) -> None:
 
 
 def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
-    """Write each name on the outer side of its curve, the upper one further left; nothing where one of them is all gaps."""
-    if np.isnan(curves.weights).all() or np.isnan(curves.features).all():
-        return
+    """Write each name on the outer side of its curve, the upper one further left; none for one that is all gaps."""
     low, high = (int(np.searchsorted(curves.ranks, curves.shape.max_rank**power)) for power in _LABELLED)
     above = curves.weights[high] >= curves.features[high]
     for name, colour, values in _curves(curves):
