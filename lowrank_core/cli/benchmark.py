@@ -10,13 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_core.cli.options import Command, Parser, add_options, config_of, json_option, model_options, source_of, text_of, text_options
-from lowrank_core.config.benchmarks import AllocationBenchmark, QualityBenchmark, SearchBenchmark, SpeedBenchmark
+from lowrank_core.config.benchmarks import AllocationBenchmark, PaceBenchmark, QualityBenchmark, SearchBenchmark, SpeedBenchmark
 from lowrank_core.errors import ConfigError
 from lowrank_core.types import Result
 
 __all__ = ["add"]
 
-_KINDS = {"quality": QualityBenchmark, "speed": SpeedBenchmark, "search": SearchBenchmark, "allocation": AllocationBenchmark}
+_KINDS = {
+    "quality": QualityBenchmark,
+    "speed": SpeedBenchmark,
+    "search": SearchBenchmark,
+    "allocation": AllocationBenchmark,
+    "pace": PaceBenchmark,
+}
 _DRAWN = {"quality": "the figure", "search": "the curves"}
 
 

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from lowrank_core.catalogue import sentence_of
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig, TextConfig, from_mapping
-from lowrank_core.config.benchmarks import AllocationBenchmark, QualityBenchmark, SearchBenchmark, SpeedBenchmark
+from lowrank_core.config.benchmarks import AllocationBenchmark, PaceBenchmark, QualityBenchmark, SearchBenchmark, SpeedBenchmark
 from lowrank_core.config.evaluation import EvaluationConfig, Sampling, TasksConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import Declared, options_of
@@ -71,6 +71,7 @@ SECTIONS: Mapping[type, tuple[str, ...]] = {
     SearchBenchmark: ("benchmark", "search"),
     AllocationBenchmark: ("benchmark", "allocation"),
     SpeedBenchmark: ("benchmark", "speed"),
+    PaceBenchmark: ("benchmark", "pace"),
 }
 """Config class -> where it stands in the file of ``--config``; in the order of ``docs/options.md``."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lowrank_core.config.checks import check_ratio
 from lowrank_core.config.options import check_options, option
 
-__all__ = ["AllocationBenchmark", "QualityBenchmark", "SearchBenchmark", "SpeedBenchmark"]
+__all__ = ["AllocationBenchmark", "PaceBenchmark", "QualityBenchmark", "SearchBenchmark", "SpeedBenchmark"]
 
 _RATIOS, _SEEDS, _TRIALS = "fractions of parameters to remove", "seeds 0 to N-1", "of each search"
 
@@ -61,3 +61,17 @@ class AllocationBenchmark:
     def __post_init__(self) -> None:
         check_options(self)
         _check_ratios(self.ratios)
+
+
+@dataclass(frozen=True)
+class PaceBenchmark:
+    """CPU seconds of every stage of compress in units of a forward pass, its memory and disk; next to an earlier build."""
+
+    compression_ratio: float = option(0.2, "fraction of parameters to remove")
+    preset: str = option("", "recipe of the compression", fallback="that of compress")
+    against: str = option("", "git revision of an earlier build, run in turns from a checkout of its own", fallback="none")
+    turns: int = option(1, "runs of each build; medians are shown", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_ratio(self.compression_ratio)
