@@ -188,20 +188,20 @@ def _run(build: str, tree: Path, arguments: Sequence[str]) -> BuildPace:
         command = python_command("-m", "lowrank_core", *arguments, "--out", str(out))
         environment = python_environment(PYTHONPATH=str(tree), LOWRANK_HOME=str(home))
         began = time.perf_counter()
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, cwd=folder, text=True)
-        watch = _Watch(psutil.Process(process.pid))
-        watch.start()
-        assert process.stdout is not None
-        output = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, env=environment, cwd=folder, text=True) as process:
+            watch = _Watch(psutil.Process(process.pid))
+            watch.start()
+            assert process.stdout is not None
+            output = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - began
         watch.ended.set()
         watch.join()
         if process.returncode:
             log.seek(0)
             reason = (log.read().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
-            raise RunError(f"compress of {build} failed: {reason}. Run it by itself to see more.")
+            raise RunError(f"compress of {build} failed: {reason.rstrip('.')}. Run it by itself to see more.")
         kept = sum(path.stat().st_size for place in (home, out) for path in place.rglob("*") if path.is_file())
     body = json.loads(output.strip().splitlines()[-1])
     rows = _rows(body.get("stages") or {}, usage.ru_utime + usage.ru_stime, seconds)
