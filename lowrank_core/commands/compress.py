@@ -24,7 +24,7 @@ from lowrank_core.compression.estimate import TimedPieces
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.compression.truncations import cost_in_words
 from lowrank_core.compression.tuning import TuningPoint, tune
-from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, RunConfig, TextConfig, to_mapping
+from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
 from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.export import HeldOut, check_dense_form, check_free, check_precision, export, held_out
@@ -60,12 +60,12 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         read_ranks(request.ranks)
     pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression, progress=(stages := Stages()).stage)
     handle, units = pipeline.handle, pipeline.units
-    stages.plan(RunConfig(source, text, request.calibration), handle, _stages(request), request.compression)
     allocation = _manual(request, units)  # bad ranks are reported before minutes of calibration
     if request.compression_ratio is not None:
         check_reachable(units, request.compression_ratio, request.compression)
     narrow = coverage_warnings(handle, request.compression_ratio)
     _ = pipeline.calibration_windows  # a text that can't be read is reported as such
+    stages.plan(pipeline, _stages(request))
     test, lacks = _test_text(handle, text)
     repeats = () if test is None else overlap_warnings(pipeline.calibration_windows, test.windows)
     check_dense_form(handle, metric_named(request.compression.basis), request.export)
@@ -142,7 +142,7 @@ def estimate(source: ModelSource, text: TextConfig, request: CompressRequest) ->
     rule = "uniform" if needs_perplexities else request.allocation
     pieces = TimedPieces(pipeline, compression_ratio=request.compression_ratio or 0.0, allocator=rule)
     result = TimeEstimate(tuple(map(pieces.stage, _stages(request))))
-    return estimate_result(result, pipeline.handle, RunConfig(source, text, request.calibration), request.compression)
+    return estimate_result(result, pipeline)
 
 
 def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation | None:

@@ -123,7 +123,7 @@ def estimate(source: ModelSource, text: TextConfig, calibration: CalibrationConf
     pieces, windows = TimedPieces(pipeline), config.selected_windows or text.validation_windows
     searched = {"Searching": config.trials * windows, "Selecting": ALLOCATIONS * round(POOL_RATIO * config.selected_windows)}
     stages = [pieces.evaluating(name, searched[name]) if name in searched else pieces.stage(name) for name in stages_of(run)]
-    return estimate_result(TimeEstimate(tuple(stages)), pipeline.handle, run)
+    return estimate_result(TimeEstimate(tuple(stages)), pipeline, config)
 
 
 def _outcome(

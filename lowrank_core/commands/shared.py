@@ -8,13 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 
-from lowrank_core.config import CompressionConfig, ModelSource, RunConfig, TextConfig
+from lowrank_core.compression.pipeline import Pipeline
+from lowrank_core.config import ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.models import ModelHandle, max_context
 from lowrank_core.runs.stage_times import TimeEstimate, estimated, remember, work_of
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.types import Progress, Result
 from lowrank_core.wording import duration
-from lowrank_core.worker.pace import LogLines, StageClock
+from lowrank_core.worker.pace import FinishedStage, LogLines, StageClock
 
 __all__ = ["Stages", "coverage_warnings", "estimate_result", "fitting_context", "progress_line", "reported", "warn"]
 
@@ -48,10 +49,16 @@ class Stages:
         self._clock = StageClock()
         self._source, self._work = ModelSource(), dict[str, float]()
 
-    def plan(self, config: RunConfig, handle: ModelHandle, stages: Sequence[str], compression: CompressionConfig) -> None:
-        """Number ``stages`` from now on, and say what is left by the machine's record."""
-        self._source, self._work = config.model, _work(config, handle, compression)
-        self._clock.plan = estimated(config.model, self._work, stages)
+    def plan(self, pipeline: Pipeline, stages: Sequence[str]) -> None:
+        """Number the ``stages`` of ``pipeline`` from now on, and say what is left by the machine's record."""
+        self._source, self._work = pipeline.source, _work(pipeline)
+        self._clock.plan = estimated(pipeline.source, self._work, stages, kept=pipeline.kept_stages())
+        for took in self._clock.finished:
+            self._remember(took)
+
+    def _remember(self, took: FinishedStage) -> None:
+        if took.whole:
+            remember(self._source, self._work, took.name, took.seconds)
 
     @property
     def seconds(self) -> dict[str, dict[str, float]]:
@@ -72,21 +79,20 @@ class Stages:
             yield line
         finally:
             ended.set()
-        took = self._clock.end()
-        if took.whole:
-            remember(self._source, self._work, name, took.seconds)
+        self._remember(self._clock.end())
 
 
-def _work(config: RunConfig, handle: ModelHandle, compression: CompressionConfig | None) -> dict[str, float]:
-    return work_of(config, handle.shapes, handle.width * handle.vocabulary, compression=compression)
+def _work(pipeline: Pipeline, search: SearchConfig | None = None) -> dict[str, float]:
+    handle, config = pipeline.handle, RunConfig(pipeline.source, pipeline.text, pipeline.calibration, search)
+    return work_of(config, handle.shapes, handle.width * handle.vocabulary, compression=pipeline.compression)
 
 
-def estimate_result(estimate: TimeEstimate, handle: ModelHandle, config: RunConfig, compression: CompressionConfig | None = None) -> Result:
+def estimate_result(estimate: TimeEstimate, pipeline: Pipeline, search: SearchConfig | None = None) -> Result:
     """Return an estimate of timed pieces as a command prints it, after adding it to the machine's record."""
-    work, lines = _work(config, handle, compression), []
+    work, lines = _work(pipeline, search), []
     for stage in estimate.stages:
         if stage.seconds is not None:
-            remember(config.model, work, stage.name, stage.seconds)
+            remember(pipeline.source, work, stage.name, stage.seconds)
         lines.append(f"{stage.name:26} {'unknown' if stage.seconds is None else duration(stage.seconds):>12}   {stage.words}")
     total = estimate.total
     lines.append(f"{'In all':26} {'unknown' if total is None else duration(total):>12}")

@@ -24,12 +24,10 @@ from lowrank_core.evaluation import evaluate
 from lowrank_core.metrics import metric_named
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import ModelHandle
-from lowrank_core.runs import statistics_home
-from lowrank_core.runs.stage_times import StageTime, line_through
-from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics, statistics_key
-from lowrank_core.statistics.gradients import collect_gradients, gradients_key
+from lowrank_core.runs.stage_times import KEPT, StageTime, line_through
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
+from lowrank_core.statistics.gradients import collect_gradients
 from lowrank_core.statistics.spectra import spectra_of
-from lowrank_core.statistics.store import is_finished, statistics_folder
 from lowrank_core.statistics.weight_spectra import loaded_matrices, weight_spectra
 from lowrank_core.text import WindowSet
 
@@ -111,22 +109,13 @@ class TimedPieces:
             "Compressing": self._compressing,
             "Writing and measuring": lambda: self._loading + self._evaluating(text.test_windows),
         }
-        if name in self._keys and self._kept(self._keys[name]()):
-            return StageTime(name, 0.0, "on disk already")
+        if name in self._pipeline.kept_stages():
+            return StageTime(name, 0.0, KEPT)
         return StageTime(name, pieces[name](), "timed pieces") if name in pieces else StageTime(name, None, "no piece of it can be timed")
 
     def evaluating(self, name: str, windows: int) -> StageTime:
         """Return the seconds of a stage that evaluates models on so many windows, such as the trials of a search."""
         return StageTime(name, self._evaluating(windows), "timed pieces")
-
-    @property
-    def _keys(self) -> dict[str, Callable[[], str]]:
-        """Return stage -> the key under which its statistics are kept."""
-        given = self._handle, self._windows, self._pipeline.calibration
-        return {"Calibrating": partial(statistics_key, *given), "Measuring gradients": partial(gradients_key, *given)}
-
-    def _kept(self, key: str) -> bool:
-        return is_finished(statistics_folder(statistics_home(), key, self._windows.context))
 
     def _line(self, piece: Callable[[WindowSet], object], counts: tuple[int, int]) -> tuple[float, float]:
         """Return (a, c) of ``piece``, run over two numbers of windows: more of them, where the second takes hardly longer."""

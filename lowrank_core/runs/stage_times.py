@@ -23,6 +23,7 @@ from lowrank_core.runs.files import read_json, write_json
 from lowrank_core.runs.paths import home
 
 __all__ = [
+    "KEPT",
     "StageTime",
     "TimeEstimate",
     "estimated",
@@ -50,6 +51,7 @@ _COMPRESSION = (_LOADING, _CALIBRATING, _GRADIENTS, _TUNING, _FACTORISING, _WEIG
 _SEARCH = (*_ANALYSIS, _GRADIENTS, _FACTORISING, _SELECTING, _DENSE, _WEIGHTS, _SEARCHING)
 """Stages in their order; the name of a stage begins with one of them (``stage_of``)."""
 
+KEPT = "on disk already"
 _FILE = "stage_times.json"
 _KEPT = 200
 """Entries of the record: the newest."""
@@ -201,10 +203,12 @@ def remember(source: ModelSource, work: Mapping[str, float], name: str, seconds:
     write_json(home() / _FILE, {"stages": [asdict(e) for e in [entry, *others][:_KEPT]]})
 
 
-def estimated(source: ModelSource, work: Mapping[str, float], stages: Sequence[str]) -> TimeEstimate:
-    """Return what the machine's record says of ``stages`` of a run with ``work``."""
+def estimated(source: ModelSource, work: Mapping[str, float], stages: Sequence[str], *, kept: Sequence[str] = ()) -> TimeEstimate:
+    """Return what the machine's record says of ``stages`` of a run with ``work``; the results of those in ``kept`` are on disk."""
     entries = _entries()
-    return TimeEstimate(tuple(_known(stage, source, work.get(stage, 0.0), entries) for stage in stages))
+    return TimeEstimate(
+        tuple(StageTime(stage, 0.0, KEPT) if stage in kept else _known(stage, source, work.get(stage, 0.0), entries) for stage in stages)
+    )
 
 
 def _known(stage: str, source: ModelSource, work: float, entries: Sequence[_Entry]) -> StageTime:

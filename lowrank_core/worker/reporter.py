@@ -17,7 +17,7 @@ from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run, RunStatus, process_started
 from lowrank_core.runs.stage_times import estimated, remember, stages_of, work_of
 from lowrank_core.types import Progress
-from lowrank_core.worker.pace import LogLines, StageClock
+from lowrank_core.worker.pace import FinishedStage, LogLines, StageClock
 
 __all__ = ["IDLE", "Reporter"]
 
@@ -124,13 +124,23 @@ class Reporter:
         took = clock.end()
         self._timings[name] = took.seconds
         self._run.add_event("stage", name=name, seconds=took.seconds, cpu_seconds=took.cpu_seconds)
-        if took.whole:
-            remember(self._run.config.model, self._work, name, took.seconds)
+        self._remember(took)
 
-    def plan(self, shapes: Sequence[MatrixShape], head: int) -> None:
-        """Estimate the stages of the run from the machine's record, now that its model is known (``runs.stage_times.work_of``)."""
+    def plan(self, shapes: Sequence[MatrixShape], head: int, kept: Sequence[str]) -> None:
+        """Estimate the stages of the run from the machine's record, now that its model and text are known; record those so far.
+
+        Args:
+            shapes, head: as ``runs.stage_times.work_of`` takes them.
+            kept: stages whose results are on disk.
+        """
         self._work = work_of(self._run.config, shapes, head)
-        self._clock.plan = estimated(self._run.config.model, self._work, stages_of(self._run.config))
+        self._clock.plan = estimated(self._run.config.model, self._work, stages_of(self._run.config), kept=kept)
+        for took in self._clock.finished:
+            self._remember(took)
+
+    def _remember(self, took: FinishedStage) -> None:
+        if took.whole:
+            remember(self._run.config.model, self._work, took.name, took.seconds)
 
     def search(self, stage: str, done: int, total: int, left: float | None) -> None:
         """Announce the trials of a search: ``done`` of ``total``, and the seconds that are left."""

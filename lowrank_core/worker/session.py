@@ -71,7 +71,6 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     pipeline = Pipeline(config.model, config.text, calibration=config.calibration, compression=compression_of(run), progress=reporter.stage)
     handle = pipeline.handle
     meet(identity_of_model(handle))
-    reporter.plan(handle.shapes, handle.width * handle.vocabulary)
     heads = find_heads(handle)
     notes = _notes(run, handle, heads)
     reporter.say(warnings=notes)  # before work is spent
@@ -79,6 +78,7 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
         _weights(run, handle, heads, reporter)
     windows = pipeline.windows
     meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
+    reporter.plan(handle.shapes, handle.width * handle.vocabulary, pipeline.kept_stages())
     repeats = overlap_warnings(windows.calibration, windows.validation, windows.test)
     notes = (*notes, *_told(repeats))
     if leads:

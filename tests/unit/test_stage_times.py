@@ -94,7 +94,13 @@ def test_more_windows_are_never_less_work(one: int, other: int):
 
 
 def test_the_stages_of_a_run():
-    assert stages_of(RunConfig()) == ("Loading the model", "Reading the text", "Calibrating", "Computing spectra")
+    assert stages_of(RunConfig()) == (
+        "Loading the model",
+        "Computing weight spectra",
+        "Reading the text",
+        "Calibrating",
+        "Computing spectra",
+    )
     by_gradients = replace(SearchConfig(), compression=CompressionConfig(basis="two_sided"), error_weights=True)
     assert {"Measuring gradients", "Measuring error weights"} <= set(stages_of(RunConfig(search=by_gradients)))
     plain = replace(SearchConfig(), compression=CompressionConfig(basis="whitened"))
@@ -111,6 +117,8 @@ def test_the_record_scales_a_stage_by_its_work():
     assert estimated(OTHER, {"Calibrating": 200.0}, ["Calibrating"]).stages[0].words == "an earlier run of demo"
     remember(OTHER, {"Calibrating": 100.0}, "Calibrating", 1.0)
     assert estimated(DEMO, {"Calibrating": 100.0}, ["Calibrating"]).total == pytest.approx(8.0)  # its own comes first
+    kept = estimated(DEMO, {"Calibrating": 100.0}, ["Calibrating"], kept=["Calibrating"])
+    assert kept.stages == (StageTime("Calibrating", 0.0, "on disk already"),)
     assert estimated(replace(DEMO, device="cuda"), {"Calibrating": 100.0}, ["Calibrating"]).total is None
 
 
@@ -179,7 +187,7 @@ def test_compress_says_what_it_will_take_and_what_it_took(
     known = stage_estimate(RunConfig(ModelSource(str(llama_checkpoint))), facts)
     assert known.seconds("Calibrating") is not None
     assert known.total is None
-    assert "reading the text, computing spectra" in stage_estimate_words(known)
+    assert "computing weight spectra, reading the text, computing spectra" in stage_estimate_words(known)
 
 
 def test_search_says_what_it_will_take(llama_checkpoint: Path, text_file: Path, capsys: pytest.CaptureFixture[str]):
@@ -215,20 +223,21 @@ def test_a_log_has_a_line_every_half_minute(monkeypatch: pytest.MonkeyPatch, cap
 
 
 def test_a_stage_says_its_place_and_what_is_left_in_all(
-    llama: ModelHandle, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    config, clock = RunConfig(), Clock()
-    work = work_of(config, llama.shapes, llama.width * llama.vocabulary)
-    remember(config.model, work, "Calibrating", 100.0)
-    remember(config.model, work, "Computing spectra", 60.0)
+    clock, handle, source = Clock(), pipeline.handle, pipeline.source
+    config = RunConfig(source, pipeline.text, pipeline.calibration)
+    work = work_of(config, handle.shapes, handle.width * handle.vocabulary, compression=pipeline.compression)
+    remember(source, work, "Calibrating", 100.0)
+    remember(source, work, "Factorising", 60.0)
     for name in ("monotonic", "perf_counter"):
         monkeypatch.setattr(f"lowrank_core.worker.pace.{name}", clock)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
     stages = Stages()
-    stages.plan(config, llama, ("Calibrating", "Computing spectra"), CompressionConfig())
+    stages.plan(pipeline, ("Calibrating", "Factorising"))
     with stages.stage("Calibrating", 10) as progress:
         for step in range(1, 6):
             progress(step, 10)
             clock.now += 10
     assert "stage 1 of 2, about 1 min 00 s left, about 2 min 00 s left in all" in capsys.readouterr().err
-    assert estimated(config.model, work, ("Calibrating",)).total == 100.0  # half of a stage is not recorded
+    assert estimated(source, work, ("Calibrating",)).total == 100.0  # half of a stage is not recorded

@@ -23,6 +23,7 @@ from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.statistics.spectra import spectra_of
 from lowrank_core.statistics.weight_spectra import loaded_matrices, stored_matrices, weight_spectra
 from lowrank_core.studio.overview.checkpoint import read_model
+from lowrank_core.studio.shared.stage_estimate import stage_estimate
 from lowrank_core.text import WindowSet
 from lowrank_core.worker.reporter import Reporter
 from lowrank_core.worker.session import prepare
@@ -142,6 +143,8 @@ def test_a_run_has_them_before_its_calibration_and_goes_on_from_them(
     assert all(spectrum.calibrated for spectrum in spectra)
     for one, other in zip(spectra, weights, strict=True):
         _same(one, other)
+    facts = read_model(llama_checkpoint).facts
+    assert stage_estimate(run.config, facts).total is not None
 
 
 @pytest.mark.parametrize("form", ["folder", "gguf"])

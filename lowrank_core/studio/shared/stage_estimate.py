@@ -20,9 +20,7 @@ def stage_estimate_words(estimate: TimeEstimate) -> str:
     """Return the total, the longest stage and what they go by; what is missing where a stage is not known."""
     if estimate.total is None:
         unknown = ", ".join(stage.name.lower() for stage in estimate.stages if stage.seconds is None)
-        return (
-            f"Time not known before the first run on this machine ({unknown}); `lowrank compress --estimate` times a piece of each stage."
-        )
+        return f"Time not known before the first run on this machine ({unknown}); `lowrank search --estimate` times a piece of each stage."
     longest = max(estimate.stages, key=lambda stage: stage.seconds or 0.0)
     basis = " and ".join(dict.fromkeys(stage.words for stage in estimate.stages))
     return f"Time: about **{duration(estimate.total)}** ({longest.name.lower()} {duration(longest.seconds)}), going by {basis}."
