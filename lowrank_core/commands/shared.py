@@ -17,7 +17,7 @@ from lowrank_core.types import Progress, Result
 from lowrank_core.wording import duration
 from lowrank_core.worker.pace import FinishedStage, LogLines, StageClock
 
-__all__ = ["Stages", "coverage_warnings", "estimate_result", "fitting_context", "progress_line", "reported", "warn"]
+__all__ = ["Stages", "coverage_warnings", "estimate_result", "estimate_words", "fitting_context", "progress_line", "reported", "warn"]
 
 
 class _Line:
@@ -89,14 +89,20 @@ def _work(pipeline: Pipeline, search: SearchConfig | None = None) -> dict[str, f
 
 def estimate_result(estimate: TimeEstimate, pipeline: Pipeline, search: SearchConfig | None = None) -> Result:
     """Return an estimate of timed pieces as a command prints it, after adding it to the machine's record."""
-    work, lines = _work(pipeline, search), []
+    work = _work(pipeline, search)
     for stage in estimate.stages:
-        if stage.seconds is not None:
-            remember(pipeline.source, work, stage.name, stage.seconds)
-        lines.append(f"{stage.name:26} {'unknown' if stage.seconds is None else duration(stage.seconds):>12}   {stage.words}")
-    total = estimate.total
-    lines.append(f"{'In all':26} {'unknown' if total is None else duration(total):>12}")
-    return {"stages": [asdict(stage) for stage in estimate.stages], "seconds": total, "text": "\n".join(lines)}
+        remember(pipeline.source, work, stage.name, stage.seconds or 0.0)
+    return estimate_words(estimate)
+
+
+def estimate_words(estimate: TimeEstimate) -> Result:
+    """Return an estimate as a command prints it."""
+    rows = [(stage.name, stage.seconds, stage.words) for stage in estimate.stages]
+    lines = [
+        f"{name:26} {'unknown' if seconds is None else duration(seconds):>12}   {words}".rstrip()
+        for name, seconds, words in (*rows, ("In all", estimate.total, ""))
+    ]
+    return {"stages": [asdict(stage) for stage in estimate.stages], "seconds": estimate.total, "text": "\n".join(lines)}
 
 
 def fitting_context(source: ModelSource) -> int:

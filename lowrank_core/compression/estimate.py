@@ -24,7 +24,7 @@ from lowrank_core.evaluation import evaluate
 from lowrank_core.metrics import metric_named
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import ModelHandle
-from lowrank_core.runs.stage_times import KEPT, StageTime, line_through
+from lowrank_core.runs.stage_times import KEPT, PieceTimer, StageTime
 from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
 from lowrank_core.statistics.gradients import collect_gradients
 from lowrank_core.statistics.spectra import spectra_of
@@ -35,8 +35,6 @@ __all__ = ["TimedPieces"]
 
 _PIECES, _OF_GRADIENTS, _OF_FIT = (2, 6), (1, 3), (2, 32)
 """Windows of the two pieces of a stage. Those of gradients cost most; a fit's decompositions take longer than its first windows."""
-_ENOUGH, _TIMES = 0.4, 2
-"""Seconds that tell enough, and how often what is shorter is timed again: the first time may load or allocate."""
 _SAMPLE = 8
 """Windows whose statistics are decomposed."""
 
@@ -52,14 +50,9 @@ class TimedPieces:
         allocator: str = "uniform",
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._pipeline, self._clock = pipeline, clock
+        self._pipeline, self._timer = pipeline, PieceTimer(clock)
         self._ratio, self._allocator = compression_ratio, allocator
-        self._loading = self._time(lambda: pipeline.handle)
-
-    def _time(self, piece: Callable[[], object]) -> float:
-        began = self._clock()
-        piece()
-        return self._clock() - began
+        self._loading = self._timer.once(lambda: pipeline.handle)
 
     @property
     def _handle(self) -> ModelHandle:
@@ -75,7 +68,7 @@ class TimedPieces:
 
     @cached_property
     def _trying(self) -> float:
-        return self._seconds(lambda: BlockRunner(self._handle))
+        return self._timer.seconds(lambda: BlockRunner(self._handle))
 
     @cached_property
     def _part(self) -> ModelHandle:
@@ -99,12 +92,14 @@ class TimedPieces:
         text = self._pipeline.text
         pieces: dict[str, Callable[[], float]] = {
             "Loading the model": lambda: self._loading,
-            "Reading the text": lambda: self._time(lambda: self._pipeline.windows),
+            "Reading the text": lambda: self._timer.once(lambda: self._pipeline.windows),
             "Calibrating": self._calibrating,
             "Measuring gradients": self._gradients,
             "Computing weight spectra": lambda: self._blocks * self._weights,
-            "Computing spectra": lambda: self._blocks * (self._seconds(partial(spectra_of, self._part, self._moments)) - self._weights),
-            "Factorising": lambda: self._blocks * self._seconds(self._decompose),
+            "Computing spectra": lambda: (
+                self._blocks * (self._timer.seconds(partial(spectra_of, self._part, self._moments)) - self._weights)
+            ),
+            "Factorising": lambda: self._blocks * self._timer.seconds(self._decompose),
             "Measuring the dense model": lambda: self._evaluating(text.validation_windows),
             "Compressing": self._compressing,
             "Writing and measuring": lambda: self._loading + self._evaluating(text.test_windows),
@@ -118,23 +113,8 @@ class TimedPieces:
         return StageTime(name, self._evaluating(windows), "timed pieces")
 
     def _line(self, piece: Callable[[WindowSet], object], counts: tuple[int, int]) -> tuple[float, float]:
-        """Return (a, c) of ``piece``, run over two numbers of windows: more of them, where the second takes hardly longer."""
-        few, more = counts
-        every = self._windows.windows
-        begin = self._seconds(partial(piece, self._windows.first(few)))
-        while True:
-            more = min(more, every)
-            end = self._seconds(partial(piece, self._windows.first(more)))
-            if end - begin >= _ENOUGH or more == every:
-                break
-            more *= 4
-        return line_through((few, begin), (more, end)) if few < more else (0.0, end / more)
-
-    def _seconds(self, piece: Callable[[], object]) -> float:
-        """Return the seconds of ``piece``; the fewest of several times, where once tells little."""
-        first = self._time(piece)
-        again = [self._time(piece) for _ in range(_TIMES if first < _ENOUGH else 0)]
-        return min([first, *again])
+        """Return (a, c) of ``piece`` over windows."""
+        return self._timer.line(lambda count: piece(self._windows.first(count)), counts, self._windows.windows)
 
     @cached_property
     def _config(self) -> CalibrationConfig:
@@ -166,7 +146,7 @@ class TimedPieces:
     @cached_property
     def _weights(self) -> float:
         layers = self._part.layers
-        return self._seconds(lambda: list(weight_spectra(loaded_matrices(self._part), total=len(layers))))
+        return self._timer.seconds(lambda: list(weight_spectra(loaded_matrices(self._part), total=len(layers))))
 
     @property
     def _decompose(self) -> Callable[[], Decomposed]:
@@ -179,7 +159,7 @@ class TimedPieces:
         fixed, each = self._line(partial(decomposed.compress, allocation), _OF_FIT)
         if not decomposed.basis.sequential:
             return fixed
-        setup = 2 * self._trying + 2 * self._seconds(partial(copy.deepcopy, self._handle.module))
+        setup = 2 * self._trying + 2 * self._timer.seconds(partial(copy.deepcopy, self._handle.module))
         fitted = self._windows.first(self._pipeline.compression.fit_windows).windows
         reach = 1.0 if self._runner.chained else (1 + self._handle.shapes[-1].depth) / 2  # each pass begins with the tokens
         return setup + self._blocks * (max(0.0, fixed - setup) + each * reach * fitted)

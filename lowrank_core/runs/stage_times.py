@@ -11,8 +11,10 @@ then the newest of another model on the same device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 from lowrank_core.config import CompressionConfig, ModelSource, RunConfig
 from lowrank_core.config.mapping import build
@@ -24,6 +26,7 @@ from lowrank_core.runs.paths import home
 
 __all__ = [
     "KEPT",
+    "PieceTimer",
     "StageTime",
     "TimeEstimate",
     "estimated",
@@ -53,6 +56,8 @@ _SEARCH = (*_ANALYSIS, _GRADIENTS, _FACTORISING, _SELECTING, _DENSE, _WEIGHTS, _
 
 KEPT = "on disk already"
 _FILE = "stage_times.json"
+_ENOUGH, _TIMES = 0.4, 2
+"""Seconds that tell enough, and how often what is shorter is timed again: the first time may load or allocate."""
 _KEPT = 200
 """Entries of the record: the newest."""
 
@@ -225,3 +230,34 @@ def line_through(few: tuple[int, float], more: tuple[int, float]) -> tuple[float
     (n, t), (m, u) = few, more
     slope = max(0.0, (u - t) / (m - n))
     return max(0.0, u - slope * m), slope
+
+
+class PieceTimer:
+    """Times small pieces of work."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+
+    def once(self, piece: Callable[[], object]) -> float:
+        """Return the seconds that ``piece`` takes this time."""
+        began = self._clock()
+        piece()
+        return self._clock() - began
+
+    def seconds(self, piece: Callable[[], object]) -> float:
+        """Return the seconds of ``piece``; the fewest of several times, where once tells little."""
+        first = self.once(piece)
+        return min([first, *(self.once(piece) for _ in range(_TIMES if first < _ENOUGH else 0))])
+
+    def line(self, piece: Callable[[int], object], counts: tuple[int, int], every: int) -> tuple[float, float]:
+        """Return (seconds without a step, seconds of one) of ``piece``, which takes a number of steps, ``every`` at most.
+
+        The second of the two ``counts`` grows where it takes hardly longer than the first.
+        """
+        few, more = min(counts[0], every), min(counts[1], every)
+        begin = self.seconds(lambda: piece(few))
+        end = self.seconds(lambda: piece(more)) if more > few else begin
+        while end - begin < _ENOUGH and more < every:
+            more = min(4 * more, every)
+            end = self.seconds(partial(piece, more))
+        return line_through((few, begin), (more, end)) if few < more else (0.0, end / more)

@@ -18,6 +18,8 @@ from lowrank_core.compression import estimate as pieces_module
 from lowrank_core.compression.estimate import TimedPieces
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.config.healing import HealingConfig
+from lowrank_core.healing import estimate as healing
 from lowrank_core.models import ModelHandle
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import home
@@ -34,6 +36,7 @@ from lowrank_core.runs.stage_times import (
 )
 from lowrank_core.studio.overview.checkpoint import read_model
 from lowrank_core.studio.shared.stage_estimate import stage_estimate, stage_estimate_words
+from lowrank_core.text import WindowSet
 
 SHAPES = (MatrixShape("a.q", "q", 0, 32, 32, input_group="a.q"), MatrixShape("a.k", "k", 0, 16, 32, input_group="a.q"))
 DEMO, OTHER = ModelSource("demo"), ModelSource("other")
@@ -202,9 +205,36 @@ def test_search_says_what_it_will_take(llama_checkpoint: Path, text_file: Path, 
     assert "going by an earlier run." in stage_estimate_words(estimate)
 
 
-@pytest.mark.parametrize("command", ["compress", "search"])
+def test_heal_says_what_it_will_take(llama_checkpoint: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    small = tmp_path / "small"
+    assert main(_compress(llama_checkpoint, text_file, "--out", str(small))) == 0
+    capsys.readouterr()
+    sizes = ["--context", "32", "--validation-windows", "4", "--test-windows", "4", "--train-windows", "16"]
+    seconds = {}
+    for steps in ("20", "40"):
+        words = ["heal", "--model", str(small), "--text", f"file:{text_file}", *sizes, "--steps", steps, "--estimate", "--json"]
+        assert main(words) == 0
+        seconds[steps] = {stage["name"]: stage["seconds"] for stage in json.loads(capsys.readouterr().out)["stages"]}
+        assert all(value > 0 for value in seconds[steps].values())
+    assert list(tmp_path.iterdir()) == [small]
+
+
+def test_a_healing_takes_its_steps_and_its_validations(llama: ModelHandle, windows: WindowSet, monkeypatch: pytest.MonkeyPatch):
+    clock, validation = Clock(), replace(windows, ids=windows.ids[:5])
+    monkeypatch.setattr(healing, "heal", clock.takes(lambda compressed, dense, texts, config: 7 + 2.5 * config.steps))
+    monkeypatch.setattr(healing, "score_windows", clock.takes(lambda handle, windows: 0.25 * windows.windows))
+    given = HealingConfig(steps=100, validate_every=30, learning_rate=1e-3)
+    steps, validations = healing.healing_times((llama, llama), (windows, validation), given, clock=clock)
+    assert steps.seconds == pytest.approx(250)
+    assert validations.seconds == pytest.approx((3 + 4) * 1.25)
+    measured = healing.healing_times((llama, llama), (windows, validation), replace(given, learning_rate=None), clock=clock)
+    assert measured[1].seconds == pytest.approx((3 + 4 + 9) * 1.25)
+
+
+@pytest.mark.parametrize("command", ["compress", "search", "heal"])
 def test_a_place_is_needed_unless_time_is_asked_for(command: str, capsys: pytest.CaptureFixture[str]):
-    arguments = [command, "--model", "demo", "--text", "python-stdlib", "--compression-ratio", "0.2"]
+    ratio = [] if command == "heal" else ["--compression-ratio", "0.2"]
+    arguments = [command, "--model", "demo", "--text", "python-stdlib", *ratio]
     assert main(arguments) == 2
     assert "--estimate" in capsys.readouterr().err
 
