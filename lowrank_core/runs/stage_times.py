@@ -49,7 +49,7 @@ _OF_WEIGHTS, _SPECTRA, _FACTORISING, _COMPRESSING, _WRITING = (
 _DENSE, _WEIGHTS, _SEARCHING, _TUNING, _CUTTING = "Measuring the dense model", "Measuring error weights", "Searching", "Tuning", "Cutting"
 _SELECTING = "Selecting"
 
-_ANALYSIS = (_LOADING, _OF_WEIGHTS, _READING, _CALIBRATING, _SPECTRA)
+_ANALYSIS = (_LOADING, _READING, _OF_WEIGHTS, _CALIBRATING, _SPECTRA)
 _COMPRESSION = (_LOADING, _CALIBRATING, _GRADIENTS, _TUNING, _FACTORISING, _WEIGHTS, _CUTTING, _COMPRESSING, _WRITING)
 _SEARCH = (*_ANALYSIS, _GRADIENTS, _FACTORISING, _SELECTING, _DENSE, _WEIGHTS, _SEARCHING)
 """Stages in their order; the name of a stage begins with one of them (``stage_of``)."""
@@ -170,7 +170,7 @@ def work_of(
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a stage took on this machine."""
+    """Seconds of a stage on this machine."""
 
     stage: str
     model: str

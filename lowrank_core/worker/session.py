@@ -74,15 +74,15 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     heads = find_heads(handle)
     notes = _notes(run, handle, heads)
     reporter.say(warnings=notes)  # before work is spent
-    if leads:
-        _weights(run, handle, heads, reporter)
     windows = pipeline.windows
     meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
     reporter.plan(handle.shapes, handle.width * handle.vocabulary, pipeline.kept_stages())
     repeats = overlap_warnings(windows.calibration, windows.validation, windows.test)
     notes = (*notes, *_told(repeats))
     if leads:
+        write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
         write_json(run.path / "text.json", {**windows.describe(config.text.seed), "warnings": list(repeats)})
+        _weights(run, handle, reporter)
     statistics = pipeline.moments
     session = RunContext(pipeline, notes)
     if leads:
@@ -115,9 +115,8 @@ def _told(notes: tuple[str, ...]) -> tuple[str, ...]:
     return notes
 
 
-def _weights(run: Run, handle: ModelHandle, heads: Heads, reporter: Reporter) -> None:
-    """Describe the model, and write the spectra of its weights block by block, until those of the calibration take their place."""
-    write_json(run.path / "model.json", {**describe(handle), **heads.describe()})
+def _weights(run: Run, handle: ModelHandle, reporter: Reporter) -> None:
+    """Write the spectra of the weights block by block, until those of the calibration take their place."""
     path, total = run.path / WEIGHTS_FILE, len(handle.layers)
     if (run.path / SPECTRA_FILE).exists():
         return

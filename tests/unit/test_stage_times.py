@@ -190,7 +190,7 @@ def test_compress_says_what_it_will_take_and_what_it_took(
     known = stage_estimate(RunConfig(ModelSource(str(llama_checkpoint))), facts)
     assert known.seconds("Calibrating") is not None
     assert known.total is None
-    assert "computing weight spectra, reading the text, computing spectra" in stage_estimate_words(known)
+    assert "reading the text, computing weight spectra, computing spectra" in stage_estimate_words(known)
 
 
 def test_search_says_what_it_will_take(llama_checkpoint: Path, text_file: Path, capsys: pytest.CaptureFixture[str]):
