@@ -252,11 +252,12 @@ class PieceTimer:
     def line(self, piece: Callable[[int], object], counts: tuple[int, int], every: int) -> tuple[float, float]:
         """Return (seconds without a step, seconds of one) of ``piece``, which takes a number of steps, ``every`` at most.
 
-        The second of the two ``counts`` grows where it takes hardly longer than the first.
+        The second of the two ``counts`` grows where it takes hardly longer than the first, which is timed twice: the first call of all
+        loads code and touches memory for the others.
         """
         few, more = min(counts[0], every), min(counts[1], every)
-        begin = self.seconds(lambda: piece(few))
-        end = self.seconds(lambda: piece(more)) if more > few else begin
+        begin = min(self.seconds(partial(piece, few)), self.once(partial(piece, few)))
+        end = self.seconds(partial(piece, more)) if more > few else begin
         while end - begin < _ENOUGH and more < every:
             more = min(4 * more, every)
             end = self.seconds(partial(piece, more))

@@ -24,6 +24,7 @@ from lowrank_core.models import ModelHandle
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import home
 from lowrank_core.runs.stage_times import (
+    PieceTimer,
     StageTime,
     TimeEstimate,
     estimated,
@@ -96,13 +97,27 @@ def test_more_windows_are_never_less_work(one: int, other: int):
     assert few == more or works[0]["Calibrating"] < works[1]["Calibrating"]
 
 
+def test_a_slow_first_call_is_no_part_of_the_line():
+    clock, calls = Clock(), 0
+
+    def piece(steps: int) -> None:
+        nonlocal calls
+        calls += 1
+        clock.now += 1 + 2 * steps + (50 if calls == 1 else 0)
+
+    assert PieceTimer(clock).line(piece, (1, 3), 100) == pytest.approx((1, 2))
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 50])
+def test_pieces_grow_until_they_tell_something_or_all_was_timed(every: int):
+    clock = Clock()
+    fixed, each = PieceTimer(clock).line(clock.takes(lambda steps: 0.01 * steps), (2, 6), every)
+    assert fixed + each * every == pytest.approx(0.01 * every)
+
+
 def test_the_stages_of_a_run():
     assert stages_of(RunConfig()) == (
-        "Loading the model",
-        "Computing weight spectra",
-        "Reading the text",
-        "Calibrating",
-        "Computing spectra",
+        *("Loading the model", "Reading the text", "Computing weight spectra", "Calibrating", "Computing spectra"),
     )
     by_gradients = replace(SearchConfig(), compression=CompressionConfig(basis="two_sided"), error_weights=True)
     assert {"Measuring gradients", "Measuring error weights"} <= set(stages_of(RunConfig(search=by_gradients)))
