@@ -46,6 +46,9 @@ _COUNTS = (
 )
 """Of the report on what was written, those that are printed under their own names."""
 
+_USUAL_RATIO = 0.2
+"""At which pieces are timed where a file of ranks says what is removed."""
+
 
 def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
     """Calibrate, factorise, allocate, compress and write."""
@@ -140,7 +143,7 @@ def estimate(source: ModelSource, text: TextConfig, request: CompressRequest) ->
     pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression)
     needs_perplexities = allocator_named(request.allocation).needs_perplexities
     rule = "uniform" if needs_perplexities else request.allocation
-    pieces = TimedPieces(pipeline, compression_ratio=request.compression_ratio or 0.0, allocator=rule)
+    pieces = TimedPieces(pipeline, compression_ratio=request.compression_ratio or _USUAL_RATIO, allocator=rule)
     result = TimeEstimate(tuple(map(pieces.stage, _stages(request))))
     return estimate_result(result, pipeline)
 

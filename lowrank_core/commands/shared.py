@@ -63,7 +63,7 @@ class Stages:
     @property
     def seconds(self) -> dict[str, dict[str, float]]:
         """Name -> seconds and CPU seconds of each finished stage, in their order."""
-        return {time.name: {"seconds": time.seconds, "cpu_seconds": time.cpu_seconds} for time in self._clock.finished}
+        return {took.name: {"seconds": took.seconds, "cpu_seconds": took.cpu_seconds} for took in self._clock.finished}
 
     @contextmanager
     def stage(self, name: str, total: int = 0) -> Iterator[Progress]:

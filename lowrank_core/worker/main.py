@@ -113,6 +113,7 @@ def measure_alone(run: Run, config: SensitivityConfig, *, verbose: bool = True) 
         reporter = Reporter(run, verbose=verbose)
         with _reporting(run, reporter):
             session = prepare(run, reporter)
+        reporter.forget_plan()
         try:
             return SensitivityBench(run, session, reporter).measure(config)
         finally:

@@ -15,7 +15,7 @@ from typing import Any
 from lowrank_core.errors import Cancelled
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run, RunStatus, process_started
-from lowrank_core.runs.stage_times import estimated, remember, stages_of, work_of
+from lowrank_core.runs.stage_times import TimeEstimate, estimated, remember, stages_of, work_of
 from lowrank_core.types import Progress
 from lowrank_core.worker.pace import FinishedStage, LogLines, StageClock
 
@@ -138,8 +138,12 @@ class Reporter:
         for took in self._clock.finished:
             self._remember(took)
 
+    def forget_plan(self) -> None:
+        """Take what follows as no stages of the run: they have other windows and settings."""
+        self._work, self._clock.plan = {}, TimeEstimate()
+
     def _remember(self, took: FinishedStage) -> None:
-        if took.whole:
+        if took.whole and self._request is None:
             remember(self._run.config.model, self._work, took.name, took.seconds)
 
     def search(self, stage: str, done: int, total: int, left: float | None) -> None:
@@ -156,9 +160,9 @@ class Reporter:
 
     def _progress(self) -> dict[str, Any]:
         clock = self._clock
-        stages = len(clock.plan.stages) if clock.number else 0
-        left = {"eta_seconds": clock.steps_left, "all_left_seconds": clock.all_left}
-        return {"done": clock.done, "total": clock.total, "stage_number": clock.number, "stages": stages, **left}
+        number = clock.number if self._request is None else 0  # a request's stages are none of the run's
+        left = {"eta_seconds": clock.steps_left, "all_left_seconds": clock.all_left if number else None}
+        return {"done": clock.done, "total": clock.total, "stage_number": number, "stages": len(clock.plan.stages) if number else 0, **left}
 
     def close(self, state: str, message: str = "") -> None:
         """Write the final status."""
