@@ -13,9 +13,11 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.pipeline import Pipeline
@@ -24,10 +26,13 @@ from lowrank_core.evaluation import evaluate
 from lowrank_core.metrics import metric_named
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.handle import ModelHandle
+from lowrank_core.runs import home
 from lowrank_core.runs.stage_times import KEPT, PieceTimer, StageTime
 from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
 from lowrank_core.statistics.gradients import collect_gradients
+from lowrank_core.statistics.moments import OutputStatistics
 from lowrank_core.statistics.spectra import spectra_of
+from lowrank_core.statistics.store import block_path, write_block
 from lowrank_core.statistics.weight_spectra import loaded_matrices, weight_spectra
 from lowrank_core.text import WindowSet
 
@@ -123,11 +128,21 @@ class TimedPieces:
     def _calibrating(self) -> float:
         part, setup = self._part, self._trying  # before the clock starts
         fixed, each = self._line(lambda windows: collect_statistics(part, windows, self._config), _PIECES)
-        return setup + self._blocks * (max(0.0, fixed - setup) + each * self._windows.windows)
+        inputs = self._moments.inputs
+        stored = self._stored(lambda path: write_block(path, inputs, 0.0))
+        return setup + self._blocks * (max(0.0, fixed - setup) + each * self._windows.windows + stored)
+
+    def _stored(self, write: Callable[[Path], None]) -> float:
+        """Return the seconds in which the statistics of the first block are written."""
+        home().mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=home()) as folder:
+            return self._timer.seconds(lambda: write(block_path(Path(folder), "pieces", 0)))
 
     def _gradients(self) -> float:
         fixed, each = self._line(lambda windows: collect_gradients(self._handle, windows, self._config), _OF_GRADIENTS)
-        return fixed + each * self._windows.first(self._config.gradient_windows).windows
+        outputs = self._outputs
+        stored = self._stored(lambda path: write_block(path, outputs, 0.0))
+        return fixed + each * self._windows.first(self._config.gradient_windows).windows + self._blocks * stored
 
     def _evaluating(self, windows: int) -> float:
         fixed, each = self._line(partial(evaluate, self._handle), _PIECES)
@@ -139,9 +154,12 @@ class TimedPieces:
 
     @cached_property
     def _statistics(self) -> LayerStatistics:
-        if metric_named(self._pipeline.compression.basis).needs_gradients:
-            return self._moments.with_outputs(collect_gradients(self._part, self._windows.first(_OF_GRADIENTS[0]), self._config))
-        return self._moments
+        weighed = metric_named(self._pipeline.compression.basis).needs_gradients
+        return self._moments.with_outputs(self._outputs) if weighed else self._moments
+
+    @cached_property
+    def _outputs(self) -> Mapping[str, OutputStatistics]:
+        return collect_gradients(self._part, self._windows.first(_OF_GRADIENTS[0]), self._config)
 
     @cached_property
     def _weights(self) -> float:

@@ -35,6 +35,7 @@ from lowrank_core.runs.stage_times import (
     stages_of_compression,
     work_of,
 )
+from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.studio.overview.checkpoint import read_model
 from lowrank_core.studio.shared.stage_estimate import stage_estimate, stage_estimate_words
 from lowrank_core.text import WindowSet
@@ -168,10 +169,13 @@ def test_estimates_are_exact_where_stages_follow_their_law(pipeline: Pipeline, m
         pieces_module, "collect_statistics", clock.takes(lambda part, windows, _: 0.25 + blocks(part) * (3 + 0.5 * windows.windows))
     )
     monkeypatch.setattr(pieces_module, "collect_gradients", clock.takes(lambda handle, windows, _: 5 + 2 * windows.windows))
+    monkeypatch.setattr(pieces_module, "write_block", clock.takes(lambda path, statistics, _: 0.75))
+    monkeypatch.setattr(TimedPieces, "_moments", LayerStatistics({}, CalibrationConfig(), 0.0))
+    monkeypatch.setattr(TimedPieces, "_outputs", {})
     monkeypatch.setattr(pieces_module, "evaluate", clock.takes(lambda handle, windows: 1 + 0.125 * windows.windows))
     pieces = TimedPieces(pipeline, compression_ratio=0.2, clock=clock)
-    assert pieces.stage("Calibrating").seconds == pytest.approx(0.25 + two * (3 + 0.5 * 40))
-    assert pieces.stage("Measuring gradients").seconds == pytest.approx(5 + 2 * 30)
+    assert pieces.stage("Calibrating").seconds == pytest.approx(0.25 + two * (3 + 0.5 * 40 + 0.75))
+    assert pieces.stage("Measuring gradients").seconds == pytest.approx(5 + 2 * 30 + two * 0.75)
     assert pieces.evaluating("Searching", 1000).seconds == pytest.approx(1 + 0.125 * 1000)
     assert pieces.stage("Tuning").seconds is None
 
