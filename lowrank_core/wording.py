@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["BINARY_UNITS", "NO_INTERVAL", "amount", "fixed", "fixed_interval", "given_percent", "has_interval"]
+__all__ = ["BINARY_UNITS", "NO_INTERVAL", "amount", "duration", "fixed", "fixed_interval", "given_percent", "has_interval"]
 
 NO_INTERVAL = "no interval"
 """Shown for an interval of zero width: one window, or identical ones."""
@@ -42,3 +42,13 @@ def amount(size: int) -> str:
         if size >= unit:
             return f"{size / unit:.1f} {suffix}"
     return f"{size} bytes"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as ``42 s``, ``3 min 05 s`` or ``2 h 10 min``."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

@@ -14,13 +14,14 @@ from pages.components.spectra import directions, experts, layer_map, module_spec
 layout.header("Spectra", "Singular values of weights, eigenvalues of features.")
 
 with boundary():
-    run, spectra = layout.calibrated_run()
+    run, spectra = layout.analysed_run()
 
     facts = run_facts(run, state.selection().trial)
-    layer_map.show(spectra, facts, spectra_protocol(run))
+    layer_map.show(spectra, facts, spectra_protocol(run) if spectra[0].calibrated else "")
 
     st.subheader("One module", anchor=False)
     module = pickers.module_picker([spectrum.shape for spectrum in spectra])
     module_spectra.show(spectrum_named(spectra, module), facts)
-    experts.show(run, spectra, module, facts)
-    directions.show(run, module)
+    if spectra[0].calibrated:
+        experts.show(run, spectra, module, facts)
+        directions.show(run, module)

@@ -10,13 +10,26 @@ from pathlib import Path
 from typing import Any
 
 from lowrank_core.cli.options import Command, Parser, add_options, config_of, json_option, model_options, source_of, text_of, text_options
-from lowrank_core.config.benchmarks import AllocationBenchmark, QualityBenchmark, SearchBenchmark, SpeedBenchmark
+from lowrank_core.config.benchmarks import (
+    AllocationBenchmark,
+    DecompositionBenchmark,
+    PaceBenchmark,
+    QualityBenchmark,
+    SearchBenchmark,
+    SpeedBenchmark,
+)
 from lowrank_core.errors import ConfigError
 from lowrank_core.types import Result
 
 __all__ = ["add"]
 
-_KINDS = {"quality": QualityBenchmark, "speed": SpeedBenchmark, "search": SearchBenchmark, "allocation": AllocationBenchmark}
+_KINDS = {
+    "quality": QualityBenchmark,
+    "speed": SpeedBenchmark,
+    "search": SearchBenchmark,
+    "allocation": AllocationBenchmark,
+    "pace": PaceBenchmark,
+}
 _DRAWN = {"quality": "the figure", "search": "the curves"}
 
 
@@ -33,7 +46,16 @@ def add(command: Command) -> None:
             result.add_argument("--plot", type=Path, metavar="FILE", help=f"write {_DRAWN[name]} as a self-contained HTML file")
         json_option(result)
         result.set_defaults(run=partial(run, kind=kind))
+    _add_decomposition(kinds)
     _add_dashboard(kinds)
+
+
+def _add_decomposition(kinds: Any) -> None:
+    summary = (DecompositionBenchmark.__doc__ or "").strip()
+    result = kinds.add_parser("decomposition", help=summary, description=summary)
+    add_options(result, DecompositionBenchmark)
+    json_option(result)
+    result.set_defaults(run=run_decomposition)
 
 
 def _add_dashboard(kinds: Any) -> None:
@@ -57,6 +79,13 @@ def run(arguments: argparse.Namespace, kind: type) -> Result:
     if plot is not None:
         _drawn(arguments.benchmark, result).write_html(plot, include_plotlyjs=True)
     return result
+
+
+def run_decomposition(arguments: argparse.Namespace) -> Result:
+    """Decompose matrices that need no model."""
+    from lowrank_core.commands.benchmarks import decomposition
+
+    return decomposition.benchmark(config_of(arguments, DecompositionBenchmark))
 
 
 def run_dashboard(arguments: argparse.Namespace) -> Result:

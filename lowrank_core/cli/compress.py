@@ -9,6 +9,7 @@ from lowrank_core.allocation import ALLOCATORS, current_name
 from lowrank_core.cli import options
 from lowrank_core.cli.options import Command
 from lowrank_core.config import CalibrationConfig, CompressRequest, ExportConfig, SearchConfig
+from lowrank_core.errors import ConfigError
 from lowrank_core.presets.recipes import DEFAULT_PRESET
 from lowrank_core.types import Result
 
@@ -33,14 +34,17 @@ def add(command: Command) -> None:
     parser.add_argument(
         "--complete", metavar="A", type=current_name, help="keep the locked ranks of the file, and spend the rest of the budget by A"
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
+    options.estimate_option(parser)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="new folder for the compressed model")
     options.add_options(parser, ExportConfig)
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.commands.compress import compress_to
+    if arguments.out is None and not arguments.estimate:
+        raise ConfigError("where to? Give --out DIR, or --estimate to know beforehand how long it takes.")
+    from lowrank_core.commands.compress import compress_to, estimate
 
-    return compress_to(options.source_of(arguments), options.text_of(arguments), _request(arguments))
+    return (estimate if arguments.estimate else compress_to)(options.source_of(arguments), options.text_of(arguments), _request(arguments))
 
 
 def _request(arguments: argparse.Namespace) -> CompressRequest:
@@ -54,7 +58,7 @@ def _request(arguments: argparse.Namespace) -> CompressRequest:
         compression=options.factors_of(arguments, preset),
         allocation=arguments.allocation or (preset.allocation if preset else _searched(base)),
         ranks=arguments.ranks,
-        out=arguments.out,
+        out=arguments.out or Path(),
         complete=arguments.complete,
         error_weights=bool(given.get("error_weights", base.error_weights if base else False)),
         export=options.config_of(arguments, ExportConfig),

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 from lowrank_core.catalogue import sentence_of
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig, TextConfig, from_mapping
-from lowrank_core.config.benchmarks import AllocationBenchmark, QualityBenchmark, SearchBenchmark, SpeedBenchmark
+from lowrank_core.config.benchmarks import AllocationBenchmark, PaceBenchmark, QualityBenchmark, SearchBenchmark, SpeedBenchmark
 from lowrank_core.config.evaluation import EvaluationConfig, Sampling, TasksConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import Declared, options_of
@@ -34,6 +34,7 @@ __all__ = [
     "chosen_preset",
     "compression_options",
     "config_of",
+    "estimate_option",
     "factors_of",
     "file_option",
     "given_options",
@@ -71,6 +72,7 @@ SECTIONS: Mapping[type, tuple[str, ...]] = {
     SearchBenchmark: ("benchmark", "search"),
     AllocationBenchmark: ("benchmark", "allocation"),
     SpeedBenchmark: ("benchmark", "speed"),
+    PaceBenchmark: ("benchmark", "pace"),
 }
 """Config class -> where it stands in the file of ``--config``; in the order of ``docs/options.md``."""
 
@@ -85,6 +87,11 @@ class Parser(argparse.ArgumentParser):
 def json_option(parser: argparse.ArgumentParser) -> None:
     """Add the option of every command: how the result is printed."""
     parser.add_argument("--json", action="store_true", help="print one JSON object on stdout, and nothing else there")
+
+
+def estimate_option(parser: argparse.ArgumentParser) -> None:
+    """Add the option of long commands that says how long they take."""
+    parser.add_argument("--estimate", action="store_true", help="time a piece of each stage, print the seconds of all, and stop")
 
 
 def file_option(parser: argparse.ArgumentParser) -> None:

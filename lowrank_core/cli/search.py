@@ -37,7 +37,8 @@ def _place_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--complete", metavar="A", type=current_name, help="complete a partial --ranks within the budget by an allocation")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes on this machine (default: %(default)s)")
     parser.add_argument("--storage-url", metavar="URL", help="keep the study in a database, where workers of other machines join it")
-    _run_option(parser, required=True, meaning="new folder for the run")
+    _run_option(parser, required=False, meaning="new folder for the run")
+    options.estimate_option(parser)
 
 
 def _run_option(parser: argparse.ArgumentParser, *, required: bool, meaning: str = "folder of the run") -> None:
@@ -67,9 +68,14 @@ def _add_enqueue(parser: argparse.ArgumentParser) -> None:
 
 
 def run_search(arguments: argparse.Namespace) -> Result:
-    from lowrank_core.commands.search import SearchPlace, search_in
+    if arguments.folder is None and not arguments.estimate:
+        raise ConfigError("which run? Give --run DIR, a new folder, or --estimate to know beforehand how long it takes.")
+    from lowrank_core.commands.search import SearchPlace, estimate, search_in
     from lowrank_core.studio.shared.protocol import trial_protocol
 
+    if arguments.estimate:
+        calibration = options.config_of(arguments, CalibrationConfig)
+        return estimate(options.source_of(arguments), options.text_of(arguments), calibration, _config(arguments))
     place = SearchPlace(arguments.folder, arguments.storage_url, arguments.workers, arguments.ranks, arguments.complete)
     calibration = options.config_of(arguments, CalibrationConfig)
     return search_in(options.source_of(arguments), options.text_of(arguments), calibration, _config(arguments), place, trial_protocol)

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from lowrank_core.commands.shared import coverage_warnings, progress_line, progress_stage, reported
+from lowrank_core.commands.shared import Stages, coverage_warnings, progress_line, reported
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, ModelSource, TextConfig, to_mapping
 from lowrank_core.config.directions import DirectionsConfig
 from lowrank_core.coverage import coverage_lines
-from lowrank_core.models import describe, notes_of
+from lowrank_core.models import describe, load_model, notes_of
 from lowrank_core.models.attention import find_heads
+from lowrank_core.parameters import MatrixShape
 from lowrank_core.spectra.spectrum import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.statistics.directions import top_directions
 from lowrank_core.statistics.spectra import spectra_of
+from lowrank_core.statistics.weight_spectra import loaded_matrices, stored_matrices, weight_spectra
 from lowrank_core.types import Result
 
-__all__ = ["analyze"]
+__all__ = ["analyze", "analyze_weights"]
 
 
 _COLUMNS = {
@@ -43,7 +47,7 @@ def analyze(
     In words, the experts of a mixture are a line with a range for each of their matrices, unless ``each_expert`` is to have its own.
     """
     config = DirectionsConfig(*directions, batch_size=calibration.batch_size) if directions else None
-    pipeline = Pipeline(source, text, calibration=calibration, progress=progress_stage)
+    pipeline = Pipeline(source, text, calibration=calibration, progress=Stages().stage)
     handle = pipeline.handle
     doubts, heads = coverage_warnings(handle), find_heads(handle)
     statistics = reported(pipeline.moments)
@@ -87,8 +91,42 @@ def _cells(group: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         yield f"{' to '.join(ends):>{width}}"
 
 
-def _spectrum_row(spectrum: LayerSpectrum) -> Result:
-    shape, weight, feature = spectrum.shape, spectrum.weight_energy, spectrum.feature_eigenvalues
+def analyze_weights(source: ModelSource, place: Path | None, shapes: Sequence[MatrixShape]) -> Result:
+    """Return the metrics of every compressible weight; a line goes to stderr as soon as a block is done.
+
+    Args:
+        place: folder or file of the model, if it is on this machine; a folder's matrices are read one at a time, all others by loading it.
+        shapes: of its matrices, as its headers tell them.
+
+    Raises:
+        ModelError: the model can't be read. NumericalError: a weight isn't finite.
+    """
+    stored = stored_matrices(place, shapes) if place is not None and place.is_dir() else None
+    handle = None if stored is not None else load_model(source)
+    matrices, total = (loaded_matrices(handle), len(handle.layers)) if handle is not None else (stored, len(shapes))
+    spectra: tuple[LayerSpectrum, ...] = ()
+    assert matrices is not None
+    for spectra in weight_spectra(matrices, total=total):
+        print(_block_line(spectra, total), file=sys.stderr, flush=True)
+    rows = [_weight_row(spectrum) for spectrum in spectra]
+    lines = [f"{'layer':42} {'shape':>12} {'break-even':>10} {'eff. rank W':>12} {'stable rank':>12} {'90 % of W':>10} {'99 % of W':>10}"]
+    for row in rows:
+        shape = f"{row['d_out']} x {row['d_in']}"
+        lines.append(
+            f"{row['name']:42} {shape:>12} {row['break_even_rank']:>10} {row['weight_effective_rank']:>12.1f} "
+            f"{row['weight_stable_rank']:>12.1f} {row['weight_rank_for_90_percent']:>10} {row['weight_rank_for_99_percent']:>10}"
+        )
+    return {"model": source.reference, "read": "file" if handle is None else "loaded", "layers": rows, "text": "\n".join(lines)}
+
+
+def _block_line(spectra: Sequence[LayerSpectrum], total: int) -> str:
+    depth = spectra[-1].shape.depth
+    shares = [effective_rank(s.weight_energy) / s.shape.max_rank for s in spectra if s.shape.depth == depth]
+    return f"block {depth}: effective ranks {min(shares):.0%} to {max(shares):.0%} of full rank; {len(spectra)} of {total} matrices"
+
+
+def _weight_row(spectrum: LayerSpectrum) -> Result:
+    shape, weight = spectrum.shape, spectrum.weight_energy
     return {
         "name": shape.name,
         "kind": shape.kind,
@@ -97,12 +135,19 @@ def _spectrum_row(spectrum: LayerSpectrum) -> Result:
         "d_in": shape.d_in,
         "break_even_rank": shape.break_even_rank,
         "weight_effective_rank": effective_rank(weight),
-        "feature_effective_rank": effective_rank(feature),
         "weight_stable_rank": stable_rank(weight),
+        "weight_rank_for_90_percent": rank_for_energy(weight, 0.90),
+        "weight_rank_for_99_percent": rank_for_energy(weight, 0.99),
+    }
+
+
+def _spectrum_row(spectrum: LayerSpectrum) -> Result:
+    feature = spectrum.feature_eigenvalues
+    return {
+        **_weight_row(spectrum),
+        "feature_effective_rank": effective_rank(feature),
         "feature_stable_rank": stable_rank(feature),
         "feature_participation_ratio": participation_ratio(feature),
         "feature_rank_for_90_percent": rank_for_energy(feature, 0.90),
         "feature_rank_for_99_percent": rank_for_energy(feature, 0.99),
-        "weight_rank_for_90_percent": rank_for_energy(weight, 0.90),
-        "weight_rank_for_99_percent": rank_for_energy(weight, 0.99),
     }

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from lowrank_core.commands.shared import progress_line, warn
+from lowrank_core.commands.shared import estimate_words, progress_line, warn
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.config.healing import HealingConfig
@@ -15,14 +15,19 @@ from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import EvaluationReport, evaluate
 from lowrank_core.export import HeldOut, check_free, check_precision, healed_model, write_healed
 from lowrank_core.export.manifest import read_manifest, report_of
+from lowrank_core.healing.estimate import healing_times
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.loading import resolve_reference
 from lowrank_core.runs.healing_records import HealingReport, read_history
+from lowrank_core.runs.stage_times import PieceTimer, StageTime, TimeEstimate
 from lowrank_core.text import load_windows, overlap_warnings
 from lowrank_core.types import Result
 from lowrank_core.wording import fixed
 
-__all__ = ["HealedFolder", "heal_folder"]
+__all__ = ["HealedFolder", "estimate", "heal_folder"]
+
+_EVALUATED = (2, 6)
+"""Windows of the timed evaluations."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,30 @@ def heal_folder(source: ModelSource, text: TextConfig, config: HealingConfig, wa
         "warnings": list(doubts),
         "text": _told(report, replace(before, warnings=(*doubts, *before.warnings)), after, wanted.out),
     }
+
+
+def estimate(source: ModelSource, text: TextConfig, config: HealingConfig, against: str | None) -> Result:
+    """Time pieces of ``heal_folder``; nothing is written.
+
+    Raises:
+        LowRankError: as ``heal_folder``, as far as the pieces reach.
+    """
+    timer, text = PieceTimer(), replace(text, seed=config.seed)
+    manifest = read_manifest(Path(resolve_reference(source.reference)))
+    models: list[ModelHandle] = []
+    loading = timer.once(
+        lambda: models.extend(load_model(replace(source, reference=r)) for r in (source.reference, against or manifest.made_from))
+    )
+    compressed, dense = models
+    validation = load_windows(text, compressed.tokenizer, "validation", count=text.validation_windows)
+    training = load_windows(text, compressed.tokenizer, "calibration", count=config.train_windows)
+    fixed, each = timer.line(lambda n: evaluate(compressed, validation.first(n), against=dense), _EVALUATED, validation.windows)
+    stages = (
+        StageTime("Loading the models", loading, "measured: they are loaded"),
+        *healing_times((compressed, dense), (training, validation), config),
+        StageTime("Measuring before and after", 2 * (fixed + each * text.test_windows), "timed pieces"),
+    )
+    return estimate_words(TimeEstimate(stages))
 
 
 def _check_same(recorded: Mapping[str, str], dense: ModelHandle) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from lowrank_core.allocation import RULES, allocation_from_ranks, read_allocation, unspent_parameters
-from lowrank_core.commands.shared import progress_stage, reported
+from lowrank_core.commands.shared import Stages, estimate_result, reported
+from lowrank_core.compression.estimate import TimedPieces
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig, check_choice
 from lowrank_core.coverage import Coverage
@@ -20,7 +21,9 @@ from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
 from lowrank_core.parameters import Unit
 from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
+from lowrank_core.runs.stage_times import TimeEstimate, stages_of
 from lowrank_core.studies.naming import model_name, trial_label
+from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.records import MANUAL, TrialRecord, best_trial, counts_of, pareto_front, read_trials
 from lowrank_core.studies.requests import CompareAnswer, MeasureRequest, answers_of
 from lowrank_core.studies.storage import open_database
@@ -31,7 +34,7 @@ from lowrank_core.worker.identity import EXPORT, RunIdentity, identity_of_factor
 from lowrank_core.worker.joining import join_run
 from lowrank_core.worker.main import run_worker
 
-__all__ = ["SearchPlace", "enqueue", "export_from", "join", "search_in", "work"]
+__all__ = ["SearchPlace", "enqueue", "estimate", "export_from", "join", "search_in", "work"]
 
 _FRONT = "Pareto front, on validation text:"
 
@@ -108,6 +111,20 @@ def search_in(
     }
     around = [*lines, f"  {protocol_of(run)}", removed], [f"exported to {path}"]
     return result | _outcome(run, config, coverage, protocol_of(run), around, unspent_of(config, allocation))
+
+
+def estimate(source: ModelSource, text: TextConfig, calibration: CalibrationConfig, config: SearchConfig) -> Result:
+    """Time pieces of every stage of ``search_in``; nothing is searched, and nothing written but the machine's record.
+
+    Raises:
+        LowRankError: as ``search_in``, as far as the pieces reach.
+    """
+    run = RunConfig(source, text, calibration, config)
+    pipeline = Pipeline(source, text, calibration=calibration, compression=config.compression)
+    pieces, windows = TimedPieces(pipeline), config.selected_windows or text.validation_windows
+    searched = {"Searching": config.trials * windows, "Selecting": ALLOCATIONS * round(POOL_RATIO * config.selected_windows)}
+    stages = [pieces.evaluating(name, searched[name]) if name in searched else pieces.stage(name) for name in stages_of(run)]
+    return estimate_result(TimeEstimate(tuple(stages)), pipeline, config)
 
 
 def _outcome(
@@ -291,7 +308,7 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
         begun.text,
         calibration=begun.calibration,
         compression=search.compression,
-        progress=progress_stage,
+        progress=Stages().stage,
         whole=run.layers,
     )
     handle = pipeline.handle

@@ -19,9 +19,10 @@ from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.parameters import Unit
 from lowrank_core.presets.recipes import DEFAULT_PRESET, Preset, preset_named
 from lowrank_core.runs import statistics_home
-from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics
-from lowrank_core.statistics.gradients import cached_gradients
+from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics, statistics_key
+from lowrank_core.statistics.gradients import cached_gradients, gradients_key
 from lowrank_core.statistics.moments import OutputStatistics
+from lowrank_core.statistics.store import is_finished, statistics_folder
 from lowrank_core.text import TokenWindows, WindowSet, load_text, load_windows
 from lowrank_core.types import Stage, silent
 
@@ -130,6 +131,15 @@ class Pipeline:
         windows = self.calibration_windows
         with self.progress("Measuring gradients", windows.windows) as progress:
             return cached_gradients(self.handle, windows, self.calibration, statistics_home(), progress=progress)
+
+    def kept_stages(self) -> tuple[str, ...]:
+        """Return the stages whose statistics are on disk already."""
+        windows, context = self.calibration_windows, self.text.context
+        keys = {"Calibrating": statistics_key, "Measuring gradients": gradients_key}
+        folders = {
+            stage: statistics_folder(statistics_home(), key(self.handle, windows, self.calibration), context) for stage, key in keys.items()
+        }
+        return tuple(stage for stage, folder in folders.items() if is_finished(folder))
 
     @cached_property
     def statistics(self) -> LayerStatistics:

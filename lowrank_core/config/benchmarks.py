@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from lowrank_core.config.checks import check_ratio
 from lowrank_core.config.options import check_options, option
+from lowrank_core.errors import ConfigError
 
-__all__ = ["AllocationBenchmark", "QualityBenchmark", "SearchBenchmark", "SpeedBenchmark"]
+__all__ = ["AllocationBenchmark", "DecompositionBenchmark", "PaceBenchmark", "QualityBenchmark", "SearchBenchmark", "SpeedBenchmark"]
 
 _RATIOS, _SEEDS, _TRIALS = "fractions of parameters to remove", "seeds 0 to N-1", "of each search"
 
@@ -61,3 +62,44 @@ class AllocationBenchmark:
     def __post_init__(self) -> None:
         check_options(self)
         _check_ratios(self.ratios)
+
+
+@dataclass(frozen=True)
+class DecompositionBenchmark:
+    """Decomposition of one wide matrix in the two-sided metric, next to its singular value decomposition: CPU seconds and errors."""
+
+    shapes: tuple[str, ...] = option(("1024x2752", "2752x1024"), "matrices, d_out x d_in each; both metrics of one are held in float64")
+    turns: int = option(3, "of each way; medians are shown", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        _ = self.pairs
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """(d_out, d_in) of each matrix.
+
+        Raises:
+            ConfigError: one is not two positive numbers.
+        """
+        result = []
+        for shape in self.shapes:
+            d_out, _, d_in = shape.partition("x")
+            if not (d_out.isdecimal() and d_in.isdecimal() and int(d_out) and int(d_in)):
+                raise ConfigError(f"shapes: {shape!r} is no shape. Give d_out x d_in, such as 4096x11008.")
+            result.append((int(d_out), int(d_in)))
+        return tuple(result)
+
+
+@dataclass(frozen=True)
+class PaceBenchmark:
+    """CPU seconds of every stage of compress in units of a forward pass, its memory and disk; next to an earlier build."""
+
+    compression_ratio: float = option(0.2, "fraction of parameters to remove")
+    preset: str = option("", "recipe of the compression", fallback="that of compress")
+    against: str = option("", "git revision of an earlier build, run in turns from a checkout of its own", fallback="none")
+    turns: int = option(1, "runs of each build; medians are shown", minimum=1)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_ratio(self.compression_ratio)

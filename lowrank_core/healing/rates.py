@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-__all__ = ["measured_rate"]
+__all__ = ["VALIDATIONS", "measured_rate"]
 
 _FIRST = 1e-4
 _ROUNDS = 4
+VALIDATIONS = 1 + 2 * _ROUNDS
+"""Measurements of the divergence that a rate takes."""
 _SHARE = 0.1
 """Of the divergence, that a random step of the size ε adds."""
 _OF_RANDOM = 0.05

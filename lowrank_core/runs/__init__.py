@@ -12,6 +12,7 @@
     │   ├── text.json        splits, windows, tokens, hashes         │ written by the worker,
     │   ├── calibration.json summary of the statistics               │ each when its stage is done
     │   ├── selection.json   windows that a search as published took  │
+    │   ├── weight_spectra.npz  singular values alone, until then    │
     │   ├── spectra.npz      singular values and eigenvalues         │
     │   ├── curves.npz       errors by unit and rank                 │
     │   ├── study.journal    the Optuna study                       ─┘
@@ -24,6 +25,7 @@
     │   ├── exports/         compressed models
     │   ├── sensitivity/     what modules cost when they alone are compressed, cell by cell
     │   └── worker.log
+    ├── stage_times.json     what stages took on this machine, for estimates
     └── statistics/<key>/    calibration results by content, with checksums, shared by runs
 """
 

@@ -26,6 +26,8 @@ class RunStatus:
         stage: what it does now, in words.
         done, total: progress within the stage; total 0 where it can't be reported.
         eta_seconds: estimate for the rest of the stage; None where there is none.
+        stage_number, stages: place of the stage among those of the run, from 1 on; 0 where it is none of them.
+        all_left_seconds: estimate for the rest of all stages; None where there is none.
         message: an error or a hint for the user.
         warnings: what the user should know of the results.
         dense_warnings: why comparisons with the dense model may say nothing.
@@ -48,6 +50,9 @@ class RunStatus:
     timings: Mapping[str, float] | None = None
     earlier_stop: int | None = None
     dense_warnings: tuple[str, ...] = ()
+    stage_number: int = 0
+    stages: int = 0
+    all_left_seconds: float | None = None
 
     @property
     def active(self) -> bool:

@@ -30,6 +30,8 @@ from lowrank_core.spectra.heavy_tails import TailFit, fit_tail
 from lowrank_core.types import Vector
 
 __all__ = [
+    "SPECTRA_FILE",
+    "WEIGHTS_FILE",
     "LayerSpectrum",
     "condition_number",
     "effective_rank",
@@ -41,12 +43,15 @@ __all__ = [
     "stable_rank",
 ]
 
+SPECTRA_FILE, WEIGHTS_FILE = "spectra.npz", "weight_spectra.npz"
+"""Of a run: the spectra of a calibration, and those of weights alone, which are there until then."""
+
 Array = npt.NDArray[np.generic]
 
 
 @dataclass(frozen=True)
 class LayerSpectrum:
-    """Spectra of one matrix; each a descending vector of min(d_out, d_in) or d_in values.
+    """Spectra of one matrix; each a descending vector of min(d_out, d_in) or d_in values; those of features empty before a calibration.
 
     Attributes:
         shape: the matrix.
@@ -63,6 +68,11 @@ class LayerSpectrum:
     feature_eigenvalues_sample: Vector
     input_eigenvalues: Vector
     shuffled_singular_values: Vector | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether there are spectra of features, too."""
+        return self.feature_eigenvalues.size > 0
 
     @property
     def weight_energy(self) -> Vector:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 
@@ -16,13 +18,18 @@ __all__ = ["shuffled", "spectra_of"]
 _SHUFFLE_SEED = 0
 
 
-def spectra_of(handle: ModelHandle, statistics: LayerStatistics, *, progress: Progress | None = None) -> tuple[LayerSpectrum, ...]:
+def spectra_of(
+    handle: ModelHandle, statistics: LayerStatistics, *, known: Iterable[LayerSpectrum] = (), progress: Progress | None = None
+) -> tuple[LayerSpectrum, ...]:
     """Return the spectrum of every compressible layer, in the order of the model.
+
+    Args:
+        known: spectra whose weights were decomposed before (``weight_spectra``): their singular values are taken.
 
     Raises:
         NumericalError: a weight or covariance isn't finite; names the layer.
     """
-    result = []
+    result, weights = [], {spectrum.shape.name: spectrum for spectrum in known}
     roots: dict[str, tuple[torch.Tensor, torch.Tensor, Vector]] = {}
     for done, layer in enumerate(handle.layers, start=1):
         if layer.input_group not in roots:
@@ -33,14 +40,17 @@ def spectra_of(handle: ModelHandle, statistics: LayerStatistics, *, progress: Pr
             roots[layer.input_group] = (pooled, square_root(inputs.sample, layer.input_group), values)
         pooled_root, sample_root, input_eigenvalues = roots[layer.input_group]
         weight = weight_of(handle.module.get_submodule(layer.name)).detach().to("cpu", torch.float64)
+        before = weights.get(layer.name)
         result.append(
             LayerSpectrum(
                 shape=layer.shape,
-                weight_singular_values=_singular_values(weight),
+                weight_singular_values=_singular_values(weight) if before is None else before.weight_singular_values,
                 feature_eigenvalues=_singular_values(weight @ pooled_root) ** 2,
                 feature_eigenvalues_sample=_singular_values(weight @ sample_root) ** 2,
                 input_eigenvalues=input_eigenvalues,
-                shuffled_singular_values=_singular_values(shuffled(weight.float())).astype(np.float64),
+                shuffled_singular_values=(
+                    _singular_values(shuffled(weight.float())).astype(np.float64) if before is None else before.shuffled_singular_values
+                ),
             )
         )
         if progress is not None:

@@ -35,7 +35,7 @@ from lowrank_core.worker.background import answer_in_background
 from lowrank_core.worker.context import WorkerContext
 from lowrank_core.worker.handlers import answer_requests, confirm
 from lowrank_core.worker.identity import RunIdentity, signed_in
-from lowrank_core.worker.reporter import Reporter
+from lowrank_core.worker.reporter import IDLE, Reporter
 from lowrank_core.worker.sensitivity import SensitivityBench, SensitivityOutcome
 from lowrank_core.worker.session import RunContext, fingerprint, prepare, record_curves, search_bench
 
@@ -113,6 +113,7 @@ def measure_alone(run: Run, config: SensitivityConfig, *, verbose: bool = True) 
         reporter = Reporter(run, verbose=verbose)
         with _reporting(run, reporter):
             session = prepare(run, reporter)
+        reporter.forget_plan()
         try:
             return SensitivityBench(run, session, reporter).measure(config)
         finally:
@@ -186,7 +187,7 @@ class TrialRunner:
 
     def __init__(self, study: optuna.Study, bench: TrialBench) -> None:
         self._study, self._bench, self._failures = study, bench, 0
-        self._seconds: list[float] = []
+        self.seconds: list[float] = []
 
     def run(self, config: SearchConfig) -> None:
         """Measure the next trial, and log it.
@@ -196,7 +197,7 @@ class TrialRunner:
         """
         began = time.perf_counter()
         trial = run_trial(self._study, self._bench, config)
-        self._seconds.append(time.perf_counter() - began)
+        self.seconds.append(time.perf_counter() - began)
         _log_trial(self._study, trial)
         self._failures = self._failures + 1 if trial.state == optuna.trial.TrialState.FAIL else 0
         if self._failures == _MAX_FAILURES:
@@ -205,7 +206,7 @@ class TrialRunner:
 
     def remaining(self, trials: int, *, workers: int) -> float | None:
         """Return the seconds that ``trials`` take ``workers``, by the trials so far; None before the first."""
-        return _remaining(self._seconds, trials, workers=workers)
+        return _remaining(self.seconds, trials, workers=workers)
 
 
 def _run_trials(worker: WorkerContext, orders: _Orders) -> None:
@@ -219,12 +220,12 @@ def _run_trials(worker: WorkerContext, orders: _Orders) -> None:
         requeue_lost(worker.run, study)
         helpers = len(worker.run.further_workers())
         eta = runner.remaining(config.trials - done, workers=1 + helpers)
-        stage = f"Searching ({phase(config, done)})"
-        worker.reporter.say(state="running", stage=stage, done=done, total=config.trials, eta_seconds=eta)
+        worker.reporter.search(f"Searching ({phase(config, done)})", done, config.trials, eta)
         if done + running_trials(study) >= config.trials and not waiting_trials(study):
             time.sleep(_POLL_SECONDS)  # the last ones are with other workers
             continue
         runner.run(config)
+        worker.reporter.searched(len(runner.seconds), sum(runner.seconds))
 
 
 def _remaining(seconds: Sequence[float], trials: int, *, workers: int) -> float | None:
@@ -256,7 +257,7 @@ def _serve(worker: WorkerContext, warm_seconds: float, orders: _Orders | None = 
             return True
         if reported != wanted:
             reported = wanted
-            reporter.say(state="stopped" if wanted else "idle", stage="", done=0, total=0, eta_seconds=None)
+            reporter.say(state="stopped" if wanted else "idle", **IDLE)
         results_of = answer_requests(worker)
         if _measure_waiting(worker) or results_of or answer_in_background(worker):
             last, reported = time.monotonic(), None
@@ -271,6 +272,6 @@ def _measure_waiting(worker: WorkerContext) -> bool:
     if worker.study is None or not waiting_trials(worker.study):
         return False
     bench, study, config = worker.search
-    worker.reporter.say(state="running", stage="Measuring a manual allocation", done=0, total=0, eta_seconds=None)
+    worker.reporter.say(state="running", **{**IDLE, "stage": "Measuring a manual allocation"})
     _log_trial(study, run_trial(study, bench, config))
     return True

@@ -6,20 +6,25 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from lowrank_core.errors import Cancelled
+from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import Run, RunStatus, process_started
+from lowrank_core.runs.stage_times import TimeEstimate, estimated, remember, stages_of, work_of
 from lowrank_core.types import Progress
-from lowrank_core.worker.pace import Pace
+from lowrank_core.worker.pace import FinishedStage, LogLines, StageClock
 
-__all__ = ["Reporter"]
+__all__ = ["IDLE", "Reporter"]
 
 _WRITE_SECONDS = 0.5  # progress is written at most this often
 _HEARTBEAT_SECONDS = 2.0
+IDLE = {"stage": "", "done": 0, "total": 0, "eta_seconds": None, "all_left_seconds": None, "stage_number": 0, "stages": 0}
+"""Fields of a status between stages."""
 
 
 class Reporter:
@@ -35,6 +40,8 @@ class Reporter:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._timings: dict[str, float] = {}
+        self._clock, self._work = StageClock(), dict[str, float]()
+        self._clock.plan = estimated(run.config.model, {}, stages_of(run.config))
         self._request: Path | None = None
         self._earlier = run.stop_asked()  # started only to answer requests: the old stop is not for us
         pid = os.getpid()
@@ -45,8 +52,11 @@ class Reporter:
         self._thread.start()
 
     def _beat(self) -> None:
+        log = LogLines(self._clock)
         while not self._done.wait(_HEARTBEAT_SECONDS):
             self._write()
+            if self._status.state == "running":
+                log.tick()
 
     def _write(self) -> None:
         with self._lock:
@@ -96,22 +106,63 @@ class Reporter:
     def stage(self, name: str, total: int = 0) -> Iterator[Progress]:
         """Announce a stage and yield its progress callback; its time is recorded, and a line goes to the log of a detached worker."""
         self.check_stop()
-        began, pace = time.perf_counter(), Pace()
-        self.say(state="running", stage=name, done=0, total=total, eta_seconds=None)
+        clock = self._clock
+        clock.begin(name, total)
+        self.say(state="running", stage=name, **self._progress())
         if self._verbose:
             print(f"{time.strftime('%H:%M:%S')} {name}", file=sys.stderr, flush=True)
 
         def progress(done: int, total: int) -> None:
             self.check_stop()
-            eta = pace.remaining(done, total)
+            clock.step(done, total)
             with self._lock:
-                self._status = replace(self._status, done=done, total=total, eta_seconds=eta)
+                self._status = replace(self._status, **self._progress())
             if time.monotonic() - self._written > _WRITE_SECONDS:
                 self._write()
 
         yield progress
-        self._timings[name] = time.perf_counter() - began
-        self._run.add_event("stage", name=name, seconds=self._timings[name])
+        took = clock.end()
+        self._timings[name] = took.seconds
+        self._run.add_event("stage", name=name, seconds=took.seconds, cpu_seconds=took.cpu_seconds)
+        self._remember(took)
+
+    def plan(self, shapes: Sequence[MatrixShape], head: int, kept: Sequence[str]) -> None:
+        """Estimate the stages of the run from the machine's record, now that its model and text are known; record those so far.
+
+        Args:
+            shapes, head: as ``runs.stage_times.work_of`` takes them.
+            kept: stages whose results are on disk.
+        """
+        self._work = work_of(self._run.config, shapes, head)
+        self._clock.plan = estimated(self._run.config.model, self._work, stages_of(self._run.config), kept=kept)
+        for took in self._clock.finished:
+            self._remember(took)
+
+    def forget_plan(self) -> None:
+        """Take what follows as no stages of the run: they have other windows and settings."""
+        self._work, self._clock.plan = {}, TimeEstimate()
+
+    def _remember(self, took: FinishedStage) -> None:
+        if took.whole and self._request is None:
+            remember(self._run.config.model, self._work, took.name, took.seconds)
+
+    def search(self, stage: str, done: int, total: int, left: float | None) -> None:
+        """Announce the trials of a search: ``done`` of ``total``, and the seconds that are left."""
+        self._clock.begin(stage, total)
+        self._clock.step(done, total, left)
+        self.say(state="running", stage=stage, **self._progress())
+
+    def searched(self, trials: int, seconds: float) -> None:
+        """Add to the machine's record that this process took ``seconds`` for ``trials`` trials."""
+        search = self._run.config.search
+        if trials and search is not None:
+            remember(self._run.config.model, self._work, "Searching", seconds * search.trials / trials)
+
+    def _progress(self) -> dict[str, Any]:
+        clock = self._clock
+        number = clock.number if self._request is None else 0  # a request's stages are none of the run's
+        left = {"eta_seconds": clock.steps_left, "all_left_seconds": clock.all_left if number else None}
+        return {"done": clock.done, "total": clock.total, "stage_number": number, "stages": len(clock.plan.stages) if number else 0, **left}
 
     def close(self, state: str, message: str = "") -> None:
         """Write the final status."""
@@ -120,5 +171,5 @@ class Reporter:
         if self._own is not None:
             self._own.unlink(missing_ok=True)
             return
-        self.say(state=state, stage="", done=0, total=0, eta_seconds=None, message=message)
+        self.say(state=state, message=message, **IDLE)
         self._run.add_event(state, message=message)

@@ -19,9 +19,10 @@ from lowrank_core.models.attention import Heads, find_heads
 from lowrank_core.runs import Run, write_json
 from lowrank_core.search.selection import Selection, select_windows
 from lowrank_core.search.study import TrialBench
-from lowrank_core.spectra.spectrum import load_spectra, save_spectra
+from lowrank_core.spectra.spectrum import SPECTRA_FILE, WEIGHTS_FILE, load_spectra, save_spectra
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.spectra import spectra_of
+from lowrank_core.statistics.weight_spectra import loaded_matrices, weight_spectra
 from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.space import WEIGHTED, SearchSpace
 from lowrank_core.text import TokenWindows, WindowSet, load_windows, overlap_warnings
@@ -79,12 +80,14 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     reporter.say(warnings=notes)  # before work is spent
     windows = pipeline.windows
     meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
+    reporter.plan(handle.shapes, handle.width * handle.vocabulary, pipeline.kept_stages())
     repeats = overlap_warnings(windows.calibration, windows.validation, windows.test)
     notes = (*notes, *_told(repeats))
     if leads:
         places = {"biases_without_place": _biases_without_place(run, handle)}
         write_json(run.path / "model.json", {**describe(handle), **heads.describe(), **places})
         write_json(run.path / "text.json", {**windows.describe(config.text.seed), "warnings": list(repeats)})
+        _weights(run, handle, reporter)
     statistics = pipeline.moments
     session = RunContext(pipeline, notes)
     if leads:
@@ -117,12 +120,27 @@ def _told(notes: tuple[str, ...]) -> tuple[str, ...]:
     return notes
 
 
+def _weights(run: Run, handle: ModelHandle, reporter: Reporter) -> None:
+    """Write the spectra of the weights block by block, until those of the calibration take their place."""
+    path, total = run.path / WEIGHTS_FILE, len(handle.layers)
+    if (run.path / SPECTRA_FILE).exists():
+        return
+    known = load_spectra(path) if path.exists() else ()
+    if len(known) < total:
+        with reporter.stage("Computing weight spectra", total) as progress:
+            matrices = loaded_matrices(handle, without=[spectrum.shape.name for spectrum in known])
+            for spectra in weight_spectra(matrices, total=total, known=known, progress=progress):
+                save_spectra(path, spectra)
+
+
 def _describe(run: Run, session: RunContext, reporter: Reporter) -> None:
     """Write spectra and the summary of the calibration."""
-    path, handle = run.path / "spectra.npz", session.handle
+    path, handle = run.path / SPECTRA_FILE, session.handle
     if not path.exists():
         with reporter.stage("Computing spectra", len(handle.layers)) as progress:
-            save_spectra(path, spectra_of(handle, session.statistics, progress=progress))
+            known = load_spectra(run.path / WEIGHTS_FILE)
+            save_spectra(path, spectra_of(handle, session.statistics, known=known, progress=progress))
+    (run.path / WEIGHTS_FILE).unlink(missing_ok=True)
     figures = session.statistics.describe(load_spectra(path), handle.layers)
     windows, cached = session.windows.calibration.windows, session.pipeline.calibrated_before
     write_json(run.path / "calibration.json", {**figures, "windows": windows, "cached": cached})

@@ -8,13 +8,17 @@ from lowrank_core.runs import Run
 from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studio.overview.text_facts import text_facts
 from lowrank_core.studio.shared.formatting import count
+from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.run_list import is_working, status_words
 from lowrank_core.studio.shared.table import Metrics
 from lowrank_core.studio.shared.trial_names import ratio_words
 from pages.components import navigation, state
-from pages.components.loading import spectra_of
+from pages.components.boundary import live
+from pages.components.loading import spectra_of, weight_spectra_of
 
-__all__ = ["calibrated_run", "empty", "metrics_row", "header", "needs_calibration", "page_run"]
+__all__ = ["analysed_run", "calibrated_run", "empty", "metrics_row", "header", "needs_calibration", "page_run"]
+
+_TICK = 2.0  # seconds
 
 
 def header(title: str, question: str) -> None:
@@ -56,6 +60,33 @@ def calibrated_run() -> tuple[Run, tuple[LayerSpectrum, ...]]:
         needs_calibration(run)
         st.stop()
     return run, spectra
+
+
+def analysed_run() -> tuple[Run, tuple[LayerSpectrum, ...]]:
+    """Return the current run and its spectra, before its calibration those of the weights so far; without any, stop the page."""
+    run = state.run()
+    spectra = () if run is None or spectra_of(run) is not None else weight_spectra_of(run)
+    if run is None or not spectra:
+        return calibrated_run()
+    page_run()
+    _follow(run, spectra)
+    return run, spectra
+
+
+def _follow(run: Run, spectra: tuple[LayerSpectrum, ...]) -> None:
+    """Say what is shown before a calibration, and redraw the page when further blocks are done."""
+    facts, status = model_facts(run), run.status()
+    total = len(facts.matrices) if facts is not None else len(spectra)
+
+    def further() -> None:
+        if len(weight_spectra_of(run)) > len(spectra):
+            st.rerun()
+        now = run.status()
+        doing = f" **{now.stage}** {status_words(now)}" if is_working(now) else ""
+        words = "Spectra of features follow when the calibration is done."
+        st.info(f"Weights alone: {len(spectra)} of {total} matrices. {words}{doing}", icon=":material/hourglass_top:")
+
+    live(further, _TICK if is_working(status) else None)
 
 
 def empty(title: str, text: str, *, icon: str, page: str, label: str) -> None:

@@ -11,7 +11,7 @@ from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, load_curves
 from lowrank_core.config import SearchConfig
 from lowrank_core.parameters import Unit
 from lowrank_core.runs import Run
-from lowrank_core.spectra.spectrum import LayerSpectrum, load_spectra
+from lowrank_core.spectra.spectrum import SPECTRA_FILE, WEIGHTS_FILE, LayerSpectrum, load_spectra
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studies.variables import Importances, read_importances
 from lowrank_core.studio.overview.checkpoint import ModelOnDisk, read_model
@@ -21,7 +21,7 @@ from lowrank_core.studio.shared.allocation_map import allocation_map, allocation
 from lowrank_core.studio.shared.model_facts import model_facts
 from lowrank_core.studio.shared.thumbnail_chart import thumbnail
 
-__all__ = ["curves_of", "importances_of", "model_on_disk", "pictures_of", "preview_of", "spectra_of"]
+__all__ = ["curves_of", "importances_of", "model_on_disk", "pictures_of", "preview_of", "spectra_of", "weight_spectra_of"]
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
@@ -36,9 +36,20 @@ def spectra_of(run: Run) -> tuple[LayerSpectrum, ...] | None:
     Raises:
         RunError: the file is damaged.
     """
-    path = run.path / "spectra.npz"
+    path = run.path / SPECTRA_FILE
     changed = _changed(path)
     return None if changed is None else _spectra(str(path), changed)
+
+
+def weight_spectra_of(run: Run) -> tuple[LayerSpectrum, ...]:
+    """Return the spectra of weights of the blocks that are done, before the calibration of ``run`` is; none before the first.
+
+    Raises:
+        RunError: the file is damaged.
+    """
+    path = run.path / WEIGHTS_FILE
+    changed = _changed(path)
+    return () if changed is None else _spectra(str(path), changed)
 
 
 def _changed(path: Path) -> int | None:

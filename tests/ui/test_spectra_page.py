@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from synthetic import FFN, calibration_json, directions, make_run, spectra, write_sensitivity
+from synthetic import FFN, calibration_json, directions, make_run, model_json, spectra, write_sensitivity
 from test_pages import charts, sound, words
 
 from lowrank_core.config import to_mapping
@@ -18,6 +19,7 @@ from lowrank_core.studio.spectra.map_metrics import METRICS
 from lowrank_core.studio.spectra.spectrum_table import atlas
 
 NAME = "model.layers.1.mlp.up_proj"
+NONE = np.zeros(0)
 
 
 @pytest.mark.parametrize("metric", ["alpha", "outliers", "kept", "cost"])
@@ -193,3 +195,22 @@ def test_no_experts_are_shown_outside_a_mixture(app):
     test = app("spectra", run=make_run().id)
     assert not any(box.label == "Expert" for box in test.selectbox)
     assert not any("experts" in entry.value for entry in test.markdown)
+
+
+def test_weights_are_shown_block_by_block_before_the_calibration_is_done(app):
+    run = make_run(search=False, parts=False, state="running")
+    write_json(run.path / "model.json", model_json())
+    assert "This page fills in by itself" in words(app("spectra"))
+    alone = [replace(s, feature_eigenvalues=NONE, feature_eigenvalues_sample=NONE, input_eigenvalues=NONE) for s in spectra()]
+    save_spectra(run.path / "weight_spectra.npz", alone[:7])
+    test = app("spectra")
+    assert sound(test)
+    assert f"Weights alone: 7 of {len(alone)} matrices" in words(test)
+    assert "Effective rank of every module's weights" in words(test)
+    assert "Features (outputs)" not in str(test.get("button_group"))
+    assert "Known when the calibration is done." in words(test)
+    save_spectra(run.path / "weight_spectra.npz", alone)
+    assert f"Weights alone: {len(alone)} of {len(alone)} matrices" in words(app("spectra"))
+    save_spectra(run.path / "spectra.npz", spectra())
+    assert "Weights alone" not in words(app("spectra"))
+    assert sound(app("energy"))

@@ -178,7 +178,7 @@ def test_every_command_with_options_takes_the_file_of_a_run(command: str):
         (("analyze", *MODEL), "which text?"),
         (("search", *MODEL, *TEXT, "--run", "x"), "how much to remove?"),
         (("compress", *MODEL, *TEXT, "--out", "x"), "--compression-ratio"),
-        (("compress", *MODEL, *TEXT), "required: --out"),
+        (("compress", *MODEL, *TEXT), "Give --out DIR"),
         (("analyze", "--config", "missing.json"), "can't be read"),
         (("compress", "--config", "damaged.json", "--out", "x"), "temper"),
     ],

@@ -15,6 +15,7 @@ from lowrank_core.errors import Cancelled
 from lowrank_core.healing.trainer import heal
 from lowrank_core.models import ModelHandle
 from lowrank_core.runs import Run, create_run
+from lowrank_core.runs.stage_times import estimated
 from lowrank_core.statistics.calibration import cached_statistics, collect_statistics, statistics_key
 from lowrank_core.statistics.gradients import cached_gradients
 from lowrank_core.statistics.store import exclusive, statistics_folder
@@ -101,7 +102,20 @@ def test_a_resumed_stage_says_what_is_left(clock: Clock, run: Run, reporter: Rep
         clock.pass_(10.0)
         progress(201, 256)
         reporter.say()
-        assert status_words(run.status()) == "201 of 256 · about 9 min 10 s left"  # 55 steps of 10 s; elapsed / done gave 13 s
+        words = status_words(run.status())  # 55 steps of 10 s; elapsed / done gave 13 s
+        assert words == "201 of 256 · about 9 min 10 s left · stage 4 of 5"
+
+
+def test_a_request_has_no_place_among_the_stages_of_the_run(run: Run, reporter: Reporter):
+    reporter.plan((), 8, kept=())
+    reporter.respect(run.path / "run.json")
+    with reporter.stage("Reading the text"):
+        assert run.status().stage_number == 0
+    reporter.respect(None)
+    assert estimated(run.config.model, {"Reading the text": 1.0}, ["Reading the text"]).total is None
+    with reporter.stage("Reading the text"):
+        assert (run.status().stage_number, run.status().stages) == (2, 5)
+    assert estimated(run.config.model, {"Reading the text": 1.0}, ["Reading the text"]).total is not None
 
 
 class Watched:

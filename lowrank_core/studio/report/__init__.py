@@ -109,13 +109,17 @@ def _beginning(run: Run) -> Section:
     """Return the section on the run and its state."""
     record, config, status = run.record, run.config, run.status()
     state = "recorded" if run.recorded else STATE_WORDS.get(status.state, status.state)
-    search, took = config.search, [stage.seconds for stage in stages(status)]
+    search, took = config.search, stages(status)
+    each = "".join(f"; {stage.name} {duration(stage.seconds)}" for stage in took)
     facts = Facts(
         {
             "Run": (run.id, "search for ranks" if search else "analysis of a model"),
             "State": (state, status.stage if is_working(status) else ""),
             "Started": (_moment(float(record.get("created", 0.0))), ""),
-            "Time in stages": (duration(sum(took) if took else None), "of the last worker, without trials"),
+            "Time in stages": (
+                duration(sum(stage.seconds for stage in took) if took else None),
+                f"of the last worker, without trials{each}",
+            ),
         }
     )
     notes = [Note("warning", warning) for warning in (*status.warnings, *status.dense_warnings)]

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
+from lowrank_core import wording
 from lowrank_core.wording import BINARY_UNITS, NO_INTERVAL, fixed, has_interval
 
 __all__ = [
@@ -89,15 +90,8 @@ def sizes(bytes_of: Iterable[float | None]) -> list[str]:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as ``42 s``, ``3 min 05 s`` or ``2 h 10 min``."""
-    if seconds is None or _missing(seconds):
-        return DASH
-    whole = max(0, round(seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    """Return seconds as ``42 s``, ``3 min 05 s`` or ``2 h 10 min``; a dash where there are none."""
+    return DASH if seconds is None or _missing(seconds) else wording.duration(seconds)
 
 
 def short_duration(seconds: float | None) -> str:

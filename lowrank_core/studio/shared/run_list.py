@@ -116,10 +116,13 @@ def signature(run: Run) -> Signature:
 
 
 def status_words(status: RunStatus) -> str:
-    """Return the progress within the stage: ``24 of 256 · about 12 s left``."""
+    """Return the progress within the stage: ``24 of 256 · about 12 s left · stage 3 of 4, about 2 min 05 s left in all``."""
     words = [f"{status.done:,} of {status.total:,}"] if status.total else []
     if status.eta_seconds is not None and is_working(status):
         words.append(f"about {duration(status.eta_seconds)} left")
+    if status.stage_number and is_working(status):
+        rest = f", about {duration(status.all_left_seconds)} left in all" if status.all_left_seconds is not None else ""
+        words.append(f"stage {status.stage_number} of {status.stages}{rest}")
     return " · ".join(words)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -15,7 +15,7 @@ from lowrank_core.studio.shared.formatting import number, percent
 from lowrank_core.studio.shared.module_choices import RunFacts
 from lowrank_core.types import Vector
 
-__all__ = ["METRICS", "SOURCES", "Metric", "Reading", "energies_of", "offered", "tail_words"]
+__all__ = ["METRICS", "SOURCES", "Metric", "Reading", "energies_of", "offered", "sources_of", "tail_words"]
 
 SOURCES: Mapping[str, str] = MappingProxyType({"features": "Features (outputs)", "weights": "Weights"})
 
@@ -186,6 +186,11 @@ METRICS: Mapping[str, Metric] = MappingProxyType(
         )
     }
 )
+
+
+def sources_of(spectra: Sequence[LayerSpectrum]) -> dict[str, str]:
+    """Return name -> label of the sources that ``spectra`` have: before a calibration, weights alone."""
+    return {name: label for name, label in SOURCES.items() if name == "weights" or spectra[0].calibrated}
 
 
 def offered(facts: RunFacts) -> list[str]:

@@ -146,10 +146,9 @@ def _height(curves: ScreeCurves, rank: int) -> float:
 
 
 def _label_curves(figure: go.Figure, curves: ScreeCurves) -> None:
-    """Write each name on the outer side of its curve, the upper one further left; nothing where one of them is all gaps."""
-    if np.isnan(curves.weights).all() or np.isnan(curves.features).all():
-        return
-    low, high = (int(np.searchsorted(curves.ranks, curves.shape.max_rank**power)) for power in (_UPPER, _lower(curves)))
+    """Write each name on the outer side of its curve, the upper one further left; none for one that is all gaps."""
+    both = not (np.isnan(curves.weights).all() or np.isnan(curves.features).all())
+    low, high = (int(np.searchsorted(curves.ranks, curves.shape.max_rank**p)) for p in (_UPPER, _lower(curves) if both else _LOWER[0]))
     above = curves.weights[high] >= curves.features[high]
     for name, colour, values in _curves(curves):
         upper = above == (colour == BLUE)

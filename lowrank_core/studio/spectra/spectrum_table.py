@@ -208,10 +208,11 @@ def scree_table(curves: ScreeCurves) -> pd.DataFrame:
 def module_facts(spectrum: LayerSpectrum) -> Metrics:
     """Return shape and ranks of a module."""
     shape, features, weights = spectrum.shape, spectrum.feature_eigenvalues, spectrum.weight_energy
-    ranks = [effective_rank(features), effective_rank(weights), rank_for_energy(features, 0.95), rank_for_energy(weights, 0.95)]
+    known = [features, weights] if spectrum.calibrated else [weights]
+    of = "features / weights" if spectrum.calibrated else "weights"
     return {
         "Shape (out × in)": (f"{shape.d_out} × {shape.d_in}", f"{shape.dense_parameters:,} parameters."),
         "Break-even rank": (f"{shape.break_even_rank}", "The largest rank whose two factors cost less than the matrix."),
-        "Effective rank, features / weights": (f"{number(ranks[0])} / {number(ranks[1])}", METRICS["effective_rank"].meaning),
-        "Rank for 95 %, features / weights": (f"{ranks[2]} / {ranks[3]}", METRICS["rank_95"].meaning),
+        f"Effective rank, {of}": (" / ".join(number(effective_rank(energies)) for energies in known), METRICS["effective_rank"].meaning),
+        f"Rank for 95 %, {of}": (" / ".join(str(rank_for_energy(energies, 0.95)) for energies in known), METRICS["rank_95"].meaning),
     }

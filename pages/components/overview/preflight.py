@@ -12,6 +12,7 @@ from lowrank_core.studio.overview.source_checks import hub_cache
 from lowrank_core.studio.overview.text_preview import CHARACTERS_PER_TOKEN, TextPreview, preview_table, preview_warnings
 from lowrank_core.studio.shared.formatting import count, percent, size
 from lowrank_core.studio.shared.spreadsheet import csv_of
+from lowrank_core.studio.shared.stage_estimate import stage_estimate, stage_estimate_words
 from lowrank_core.studio.shared.table import Column, Table
 from pages.components import coverage, tables
 from pages.components.widgets import choose, offer
@@ -79,14 +80,14 @@ def _not_here(reference: str) -> None:
 
 
 def fit_line(model: ModelOnDisk, config: RunConfig) -> None:
-    """Show the memory estimate of a calibration; warn if it does not fit or little is compressible."""
+    """Show the memory and time that a calibration takes; warn if it does not fit or little is compressible."""
     coverage.warn(model.facts)
     fit = fit_of(model.facts, config, this_machine())
     words = " and ".join(f"**{size(fit.needed(place))}** of {place} ({size(fit.free(place))} free)" for place in fit.places)
     if fit.short_of:
         st.warning(f"Estimate: {words}. Does not fit: too little {' and '.join(fit.short_of)}.", icon=":material/memory:")
     else:
-        st.caption(f"Estimate: {words}.", width="content")
+        st.caption(f"Estimate: {words}. {stage_estimate_words(stage_estimate(config, model.facts))}", width="content")
 
 
 def _fit(fit: Fit) -> None:

@@ -12,6 +12,7 @@ from lowrank_core.studies.published import POOL_RATIO
 from lowrank_core.studio.search.search_plan import Plan, check_budget, time_estimate
 from lowrank_core.studio.shared.formatting import count, duration, percent
 from lowrank_core.studio.shared.model_facts import ModelFacts
+from lowrank_core.studio.shared.stage_estimate import stage_estimate, stage_estimate_words
 from pages.components import coverage
 from pages.components.boundary import boundary
 from pages.components.request_controls import start
@@ -160,7 +161,9 @@ def _time_line(config: RunConfig | None, facts: ModelFacts | None) -> None:
         return
     result = time_estimate(config, facts)
     if result is None:
-        st.caption("No time estimate before the first trial: this machine has no measurements yet.", width="content")
+        by_stage = None if facts is None else stage_estimate(config, facts)
+        unknown = "No time estimate before the first trial: this machine has no measurements yet."
+        st.caption(unknown if by_stage is None or by_stage.total is None else stage_estimate_words(by_stage), width="content")
         return
     before = f", after about {duration(result.before)} until the first" if result.before is not None else ""
     selecting = f", and up to {duration(result.selecting)} to select windows" if result.selecting else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import streamlit as st
@@ -11,7 +11,7 @@ from lowrank_core.spectra.spectrum import LayerSpectrum
 from lowrank_core.studio.shared.formatting import percent
 from lowrank_core.studio.shared.module_choices import RunFacts
 from lowrank_core.studio.spectra.depth_profile_chart import profile_figure
-from lowrank_core.studio.spectra.map_metrics import METRICS, SOURCES, offered
+from lowrank_core.studio.spectra.map_metrics import METRICS, offered, sources_of
 from lowrank_core.studio.spectra.spectrum_chart import metric_chart
 from lowrank_core.studio.spectra.spectrum_table import atlas, atlas_spec
 from pages.components import charts, state, tables
@@ -22,13 +22,14 @@ __all__ = ["show"]
 
 def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> None:
     """Draw the choice of a metric, its map, profile and table."""
-    metric, source, relative, facts = _choice(facts)
+    metric, source, relative, facts = _choice(facts, sources_of(spectra))
     names = [spectrum.shape.name for spectrum in spectra]
     view = atlas(spectra, metric, source, relative=relative, facts=facts)
     spec = metric_chart(view, metric, source, state.module_of(names))
     hint = "Click a cell, or choose a module below: everything follows."
     charts.show(spec, key="spectra_map", hint=hint, on_pick=state.pick_from_chart("module", "spectra_map"))
-    st.caption(protocol)
+    if protocol:
+        st.caption(protocol)
     charts.chart(
         profile_figure(view),
         key="spectra_profile",
@@ -42,7 +43,7 @@ def show(spectra: Sequence[LayerSpectrum], facts: RunFacts, protocol: str) -> No
         tables.show(atlas_spec(spectra, metric, facts), key="spectra_table", height=320, on_pick=pick)
 
 
-def _choice(facts: RunFacts) -> tuple[str, str, bool, RunFacts]:
+def _choice(facts: RunFacts, known: Mapping[str, str]) -> tuple[str, str, bool, RunFacts]:
     """Draw the choice; return metric, source, whether it is relative, and the facts at the chosen ratio."""
     with st.container(horizontal=True, vertical_alignment="bottom", gap="medium"):
         labels = {name: METRICS[name].label for name in offered(facts)}
@@ -50,7 +51,8 @@ def _choice(facts: RunFacts) -> tuple[str, str, bool, RunFacts]:
         metric = METRICS[name]
         source = ""
         if metric.sources:
-            source = choose("Of", {name: SOURCES[name] for name in metric.sources}, key=f"metric_source_{len(metric.sources)}")
+            sources = {name: label for name, label in known.items() if name in metric.sources}
+            source = choose("Of", sources, key=f"metric_source_{len(sources)}")
         if metric.name == "cost":
             facts = replace(facts, kept=_ratio(facts))
         relative = metric.ranks and st.toggle("As share of full rank", key="metric_relative", value=True, persist_state="session")

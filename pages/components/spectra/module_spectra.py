@@ -43,7 +43,7 @@ def _density(spectrum: LayerSpectrum, source: str) -> None:
     title, how = _DENSITIES[source]
     if result is None:
         st.markdown(f"**{title}**")
-        st.caption("All eigenvalues are zero.")
+        st.caption("All eigenvalues are zero." if spectrum.calibrated else "Known when the calibration is done.")
         return
     charts.chart(
         density_figure(result),
