@@ -82,20 +82,12 @@ class Damped:
         Raises:
             NumericalError: the eigendecomposition did not converge, as in all that follows; names the layer.
         """
-        if self.power != 1:
-            return self._raised(self.power)
-        return self.plain + self.added if self.plain.ndim == 1 else self.plain + torch.diag(torch.full_like(self.plain[0], self.added))
+        return self._raised(self.power) if self._cholesky is None else _shifted(self.plain, self.added)
 
     @cached_property
     def factor(self) -> Tensor:
-        """F with F Fᵀ = (A + δI)^γ, in the form of A: lower triangular where γ = 1 and δ is above rounding, else symmetric."""
-        if not self._triangular:
-            return self._raised(self.power / 2)
-        try:
-            result: Tensor = torch.linalg.cholesky(self.matrix)
-        except LinAlgError as error:
-            raise NumericalError(f"{self.name}: its metric is no covariance ({error}). Calibrate again.") from error
-        return result
+        """F with F Fᵀ = (A + δI)^γ, in the form of A: lower triangular where γ = 1 and δ is above all rounding, else symmetric."""
+        return self._raised(self.power / 2) if self._cholesky is None else self._cholesky
 
     def transposed_times(self, matrix: Tensor) -> Tensor:
         """Return Fᵀ · matrix."""
@@ -103,15 +95,19 @@ class Damped:
 
     def inverse_transposed_times(self, matrix: Tensor) -> Tensor:
         """Return F⁻ᵀ · matrix."""
-        if not self._triangular:
+        if self._cholesky is None:
             return times(self._raised(-self.power / 2), matrix)
-        result: Tensor = torch.linalg.solve_triangular(self.factor.T, matrix, upper=True)
+        result: Tensor = torch.linalg.solve_triangular(self._cholesky.T, matrix, upper=True)
         return result
 
-    @property
-    def _triangular(self) -> bool:
+    @cached_property
+    def _cholesky(self) -> Tensor | None:
+        """Triangular factor of A + δI; None where rounding, of this or of the sums in A, may be as large as δ."""
         eps = torch.finfo(torch.float64).eps
-        return self.plain.ndim == 2 and self.power == 1 and self.added > len(self.plain) * eps * float(self.plain.trace())
+        if self.plain.ndim == 1 or self.power != 1 or self.added <= len(self.plain) * eps * float(self.plain.trace()):
+            return None
+        factor, failed = torch.linalg.cholesky_ex(_shifted(self.plain, self.added))
+        return None if int(failed) else factor
 
     @cached_property
     def condition(self) -> float:
@@ -140,6 +136,10 @@ class Damped:
         values, vectors = self._eigen
         raised = (values.clamp(min=_rounding(values)) + self.added) ** power
         return raised if vectors is None else (vectors * raised) @ vectors.T
+
+
+def _shifted(matrix: Tensor, added: float) -> Tensor:
+    return matrix + torch.diag(torch.full_like(matrix[0], added))
 
 
 def _rounding(values: Tensor) -> float:

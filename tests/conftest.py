@@ -45,10 +45,12 @@ def lowrank_home(homes: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path
     return folder
 
 
-@pytest.fixture(autouse=True)
-def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def exact_products() -> Iterator[None]:
     """Laws are held to the digits of float32, whatever this processor has instructions for."""
-    monkeypatch.setattr(precision, "has_bfloat16", lambda: False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(precision, "has_bfloat16", lambda: False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -19,10 +19,10 @@ from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.parameters import Unit
 from lowrank_core.presets.recipes import DEFAULT_PRESET, Preset, preset_named
 from lowrank_core.runs import statistics_home
-from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics, statistics_key
-from lowrank_core.statistics.gradients import cached_gradients, gradients_key
+from lowrank_core.statistics.calibration import LayerStatistics, cached_statistics, inputs_folder
+from lowrank_core.statistics.gradients import cached_gradients, gradients_folder
 from lowrank_core.statistics.moments import OutputStatistics
-from lowrank_core.statistics.store import is_finished, statistics_folder
+from lowrank_core.statistics.store import is_finished
 from lowrank_core.text import TokenWindows, WindowSet, load_text, load_windows
 from lowrank_core.types import Stage, silent
 
@@ -134,10 +134,9 @@ class Pipeline:
 
     def kept_stages(self) -> tuple[str, ...]:
         """Return the stages whose statistics are on disk already."""
-        windows, context = self.calibration_windows, self.text.context
-        keys = {"Calibrating": statistics_key, "Measuring gradients": gradients_key}
+        places = {"Calibrating": inputs_folder, "Measuring gradients": gradients_folder}
         folders = {
-            stage: statistics_folder(statistics_home(), key(self.handle, windows, self.calibration), context) for stage, key in keys.items()
+            stage: place(self.handle, self.calibration_windows, self.calibration, statistics_home()) for stage, place in places.items()
         }
         return tuple(stage for stage, folder in folders.items() if is_finished(folder))
 

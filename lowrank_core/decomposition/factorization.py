@@ -244,7 +244,7 @@ class _Weighing:
         own = [metric.columns for metric in self.metrics if metric.columns is not None]
         if all(torch.equal(own[0], other) for other in own[1:]):
             inputs = down if not own else times(own[0], down.T).T
-            return tail_sums((up * weighed).sum(0) * (inputs * down).sum(1)) * self.metrics[0].scale
+            return tail_sums((up * weighed).sum(0) * (inputs * down).sum(1).clamp(min=0)) * self.metrics[0].scale
         parts = zip(torch.split(up, self.sizes), torch.split(weighed, self.sizes), own, strict=True)
         products = sum((times(columns, down.T).T @ down.T) * (part.T @ heavy) for part, heavy, columns in parts)
         assert isinstance(products, Tensor)

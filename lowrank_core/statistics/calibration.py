@@ -28,7 +28,7 @@ from lowrank_core.statistics.experts import mixed_inputs
 from lowrank_core.statistics.influence import InfluenceAccumulator
 from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
 from lowrank_core.statistics.pooling import PooledAccumulator, check_groups, trimmed
-from lowrank_core.statistics.precision import precision_key, products_in, resolved_precision
+from lowrank_core.statistics.precision import products_in, resolved_precision, rounded
 from lowrank_core.statistics.store import (
     HiddenStates,
     StoredStatistics,
@@ -46,7 +46,7 @@ from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress, Vector
 from lowrank_core.wording import amount
 
-__all__ = ["LayerStatistics", "cached_statistics", "collect_statistics", "load_statistics", "statistics_key"]
+__all__ = ["LayerStatistics", "cached_statistics", "collect_statistics", "inputs_folder", "load_statistics", "statistics_key"]
 
 _FORMAT = 3
 """Raise it when the meaning of a stored statistic changes: old caches are then ignored."""
@@ -381,8 +381,12 @@ def statistics_key(handle: ModelHandle, windows: WindowSet, config: CalibrationC
     """
     layers = sorted((layer.name, layer.input_group) for layer in handle.layers)
     parts = [_FORMAT, handle.fingerprint, windows.sha256, config.group_size, config.group_weights, config.robust, layers]
-    parts += precision_key(config, handle)
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def inputs_folder(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, store: Path) -> Path:
+    """Return where ``store`` keeps these statistics."""
+    return statistics_folder(store, rounded(statistics_key(handle, windows, config), config, handle), windows.context)
 
 
 def cached_statistics(
@@ -396,7 +400,7 @@ def cached_statistics(
     Raises:
         as ``collect_statistics``; NumericalError also where the stored ones are damaged.
     """
-    folder = statistics_folder(store, statistics_key(handle, windows, config), windows.context)
+    folder = inputs_folder(handle, windows, config, store)
     stored = load_statistics(folder, config)
     if stored is not None:
         return stored, True

@@ -37,7 +37,7 @@ from lowrank_core.models.fused import layouts_of
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.statistics.experts import mixed_outputs
 from lowrank_core.statistics.moments import GradientAccumulator, OutputStatistics
-from lowrank_core.statistics.precision import precision_key, products_in, resolved_precision
+from lowrank_core.statistics.precision import products_in, resolved_precision, rounded
 from lowrank_core.statistics.store import (
     HiddenStates,
     StoredStatistics,
@@ -54,7 +54,7 @@ from lowrank_core.statistics.store import (
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 
-__all__ = ["cached_gradients", "collect_gradients", "gradients_key", "loss_gradient", "sampled_labels"]
+__all__ = ["cached_gradients", "collect_gradients", "gradients_folder", "gradients_key", "loss_gradient", "sampled_labels"]
 
 _FORMAT = 2
 """Raise it when the meaning of a stored gradient moment changes: old caches are then ignored."""
@@ -316,8 +316,12 @@ def gradients_key(handle: ModelHandle, windows: WindowSet, config: CalibrationCo
     """Return the name of these moments: a hash of model, tokens and seed, and of the fused projections that are held as linear layers."""
     parts = ["gradients", _FORMAT, handle.fingerprint, windows.first(config.gradient_windows).sha256, config.gradient_seed]
     split = sorted(layouts_of(handle.module))
-    parts += [*precision_key(config, handle), *([split] if split else [])]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([*parts, *([split] if split else [])]).encode()).hexdigest()[:32]
+
+
+def gradients_folder(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, store: Path) -> Path:
+    """Return where ``store`` keeps these moments."""
+    return statistics_folder(store, rounded(gradients_key(handle, windows, config), config, handle), windows.context)
 
 
 def cached_gradients(
@@ -330,7 +334,7 @@ def cached_gradients(
     Raises:
         as ``collect_gradients``; NumericalError also where the stored ones are damaged.
     """
-    folder = statistics_folder(store, gradients_key(handle, windows, config), windows.context)
+    folder = gradients_folder(handle, windows, config, store)
     if not is_finished(folder):
         measurement = _Measurement(handle, windows, config, folder)
 

@@ -17,7 +17,7 @@ from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.models.handle import ModelHandle
 
-__all__ = ["has_bfloat16", "precision_key", "products_in", "resolved_precision"]
+__all__ = ["has_bfloat16", "products_in", "resolved_precision", "rounded"]
 
 _FLAGS = {"float32": "ieee", "bfloat16": "bf16"}
 
@@ -43,9 +43,13 @@ def resolved_precision(config: CalibrationConfig, handle: ModelHandle) -> str:
     return "bfloat16"
 
 
-def precision_key(config: CalibrationConfig, handle: ModelHandle) -> list[str]:
-    """Return what the key of a statistic says of the precision: nothing for float32, as before there was a choice."""
-    return [precision] if (precision := resolved_precision(config, handle)) != "float32" else []
+def rounded(key: str, config: CalibrationConfig, handle: ModelHandle) -> str:
+    """Return ``key`` with the precision that statistics are measured in, where it is not float32.
+
+    Keys themselves leave it out: a run that was begun on one machine goes on on another, whose processor may have other instructions.
+    """
+    precision = resolved_precision(config, handle)
+    return key if precision == "float32" else f"{key}-{precision}"
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def damage_told(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise NumericalError(f"the stored statistics in {folder} are damaged ({error}). Delete that folder and try again.") from error
+        raise NumericalError(f"the stored statistics in {folder} are damaged ({error}). Delete that folder and calibrate again.") from error
 
 
 def statistics_folder(store: Path, key: str, context: int) -> Path:

@@ -65,7 +65,8 @@ def test_the_stages_are_those_of_the_functions(llama_checkpoint: Path, text: Tex
     expected = decomposed.compress(decomposed.allocate("uniform", 0.3), windows)
     assert model.report == expected.report
     one, other = model.handle.module.state_dict(), expected.handle.module.state_dict()
-    assert all(torch.equal(one[name], other[name]) for name in other)
+    for name in other:  # factors are kept in float32
+        torch.testing.assert_close(one[name], other[name], rtol=1e-5, atol=1e-6)
 
 
 def test_another_way_to_compress_shares_model_windows_and_moments(llama_checkpoint: Path, text: TextConfig, calls: Counter[str]):

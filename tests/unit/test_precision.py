@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle
 from lowrank_core.statistics import precision
-from lowrank_core.statistics.calibration import collect_statistics, statistics_key
-from lowrank_core.statistics.gradients import collect_gradients, gradients_key
+from lowrank_core.statistics.calibration import collect_statistics, inputs_folder, statistics_key
+from lowrank_core.statistics.gradients import collect_gradients, gradients_folder, gradients_key
 from lowrank_core.statistics.precision import products_in, resolved_precision
 from lowrank_core.text import WindowSet
 
@@ -41,16 +42,22 @@ def test_auto_is_bfloat16_with_them_for_a_float32_model(llama: ModelHandle):
         resolved_precision(ROUNDED, narrow)
 
 
-def test_float32_statistics_have_the_key_of_before_and_others_their_own(
-    llama: ModelHandle, windows: WindowSet, monkeypatch: pytest.MonkeyPatch
+def test_a_run_goes_on_where_the_instructions_are_missing_and_folders_are_of_what_was_done(
+    llama: ModelHandle, windows: WindowSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    keys = [(statistics_key(llama, windows, config), gradients_key(llama, windows, config)) for config in (AUTO, EXACT)]
-    assert keys[0] == keys[1]
+    def keys(config: CalibrationConfig) -> tuple[str, ...]:
+        return statistics_key(llama, windows, config), gradients_key(llama, windows, config)
+
+    def folders(config: CalibrationConfig) -> tuple[str, ...]:
+        return tuple(place(llama, windows, config, tmp_path).name for place in (inputs_folder, gradients_folder))
+
+    exact = keys(EXACT), folders(EXACT)
+    assert (keys(AUTO), folders(AUTO)) == exact
     monkeypatch.setattr(precision, "has_bfloat16", lambda: True)
-    assert (statistics_key(llama, windows, EXACT), gradients_key(llama, windows, EXACT)) == keys[0]
-    rounded = (statistics_key(llama, windows, AUTO), gradients_key(llama, windows, AUTO))
-    assert not set(rounded) & set(keys[0])
-    assert rounded == (statistics_key(llama, windows, ROUNDED), gradients_key(llama, windows, ROUNDED))
+    assert (keys(EXACT), folders(EXACT)) == exact
+    assert keys(AUTO) == keys(ROUNDED) == exact[0]
+    assert folders(AUTO) == folders(ROUNDED)
+    assert not set(folders(AUTO)) & set(exact[1])
 
 
 def test_the_precision_is_set_back_whatever_happens():

@@ -134,6 +134,7 @@ def test_an_interrupted_calibration_checks_its_blocks_before_it_goes_on(
 
 
 def test_an_interrupted_measurement_of_gradients_checks_its_blocks(llama: ModelHandle, windows: WindowSet, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr("lowrank_core.statistics.gradients._Measurement.chained", False)
     monkeypatch.setattr("lowrank_core.statistics.gradients.free_memory", lambda device: 0)  # a pass for each block
     with pytest.raises(Cancelled):
         cached_gradients(llama, windows, CONFIG, tmp_path, progress=_stop_after(3))
