@@ -18,6 +18,7 @@ from pathlib import Path
 from shutil import disk_usage
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import psutil
 import torch
 from filelock import FileLock, Timeout
@@ -277,16 +278,33 @@ def exclusive(folder: Path, waiting: Callable[[], None]) -> Iterator[None]:
         ) from error
 
 
+class _MappedFile:
+    """A tensor in a file, of which only the rows that are asked for are mapped, and only as long as they are used."""
+
+    def __init__(self, path: Path, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self.path = path
+
+    def __getitem__(self, span: slice) -> Tensor:
+        start, stop, _ = span.indices(self.shape[0])
+        row = self.shape[1:].numel() * self.dtype.itemsize
+        mapped = np.memmap(self.path, np.uint8, "r+", offset=start * row, shape=((stop - start) * row,))
+        return torch.from_numpy(mapped).view(self.dtype).reshape(stop - start, *self.shape[1:])
+
+    def __setitem__(self, span: slice, values: Tensor) -> None:
+        self[span].copy_(values)
+
+
 class HiddenStates:
-    """Hidden states (windows, T, d) of all windows between two blocks: in memory, or in mapped files under ``folder``.
+    """Hidden states (windows, T, d) of all windows between two blocks: in memory, or in files under ``folder``, mapped as they are read.
 
     Files carry their form in their name, ``hidden-003.float32.256x4096``; one is renamed to it when its block is done.
     """
 
     def __init__(self, windows: int, folder: Path | None = None) -> None:
         self._windows, self._folder = windows, folder
-        self._previous: Tensor | None = None
-        self._next: Tensor | None = None
+        self._previous: Tensor | _MappedFile | None = None
+        self._next: Tensor | _MappedFile | None = None
         self._partial: Path | None = None
 
     def resume(self, block: int) -> None:
@@ -326,6 +344,8 @@ class HiddenStates:
             name = f"hidden-{block:03d}.{self._partial.name.removeprefix('hidden-partial.')}"
             _enter(self._folder, name, self._partial)
             self._partial.replace(self._folder / name)
+            if isinstance(self._previous, _MappedFile):
+                self._previous.path = self._folder / name
             self._partial = None
 
     def forget(self, block: int) -> None:
@@ -335,7 +355,7 @@ class HiddenStates:
             if number.isdecimal() and int(number) <= block:
                 path.unlink(missing_ok=True)
 
-    def _created(self, like: Tensor) -> Tensor:
+    def _created(self, like: Tensor) -> Tensor | _MappedFile:
         shape = (self._windows, *like.shape[1:])
         if self._folder is None:
             previous = self._previous
@@ -346,11 +366,13 @@ class HiddenStates:
         self._partial.unlink(missing_ok=True)
         return self._mapped(self._partial, like.dtype, shape, new=True)
 
-    def _mapped(self, path: Path, dtype: torch.dtype, shape: tuple[int, ...], *, new: bool) -> Tensor:
-        count = torch.Size(shape).numel()
-        size = count * dtype.itemsize
-        if new and (free := disk_usage(path.parent).free) < size:  # a mapped file on a full disk ends the process
-            raise ModelError(f"calibration needs {amount(size)} in {path.parent}, and {amount(free)} are free. Make room.")
-        if not new and path.stat().st_size != size:
+    def _mapped(self, path: Path, dtype: torch.dtype, shape: tuple[int, ...], *, new: bool) -> _MappedFile:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if new:
+            if (free := disk_usage(path.parent).free) < size:  # a mapped file on a full disk ends the process
+                raise ModelError(f"calibration needs {amount(size)} in {path.parent}, and {amount(free)} are free. Make room.")
+            with path.open("wb") as file:
+                file.truncate(size)
+        elif path.stat().st_size != size:
             raise ValueError(f"{path.name} is cut short")
-        return torch.from_file(str(path), shared=True, size=count, dtype=dtype).reshape(shape)
+        return _MappedFile(path, dtype, shape)
