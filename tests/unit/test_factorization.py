@@ -477,6 +477,34 @@ def test_a_metric_that_is_no_covariance_names_the_layer():
         _ = Damped.of(metric, 1e-2, "mlp.up").factor
 
 
+def rounded_moment(tokens: int, width: int) -> Tensor:
+    """Return a second moment of fewer tokens than dimensions, nearly all in one direction, as products in float32 sum it."""
+    x = random(tokens, width)
+    x += 90 * x[:, :1]
+    return (x.float().T @ x.float()).to(torch.float64) / tokens
+
+
+def test_a_moment_that_is_singular_but_for_rounding_has_a_symmetric_factor():
+    metric = rounded_moment(32, 96)
+    damping = 0.5 * float(-torch.linalg.eigvalsh(metric)[0] / metric.diagonal().mean())  # less than rounding took
+    damped = Damped.of(metric, damping, "layer")
+    assert torch.linalg.cholesky_ex(metric + damped.added * torch.eye(96, dtype=torch.float64)).info > 0
+    eye = torch.eye(96, dtype=torch.float64)
+    size = float(metric.diagonal().mean())
+    torch.testing.assert_close(damped.factor @ damped.factor.T, damped.matrix, rtol=0, atol=1e-9 * size)
+    assert float(torch.linalg.eigvalsh(damped.matrix)[0]) > 0.9 * damped.added
+    torch.testing.assert_close(damped.transposed_times(damped.inverse_transposed_times(eye)), eye, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pooled_feature", "two_sided", "whitened"])
+def test_fewer_tokens_than_dimensions_are_decomposed(name: str):
+    """Rounding of float32 products is larger than the default damping."""
+    given = layer_data(128, random(32, 96))
+    moment = rounded_moment(32, 96)
+    basis = factorized(name, replace(given, inputs=replace(given.inputs, pooled=moment, sample=moment)))
+    assert float(basis.errors[-1]) <= 1e-9 * float(basis.errors[0])
+
+
 def test_the_condition_is_the_same_with_and_without_eigenvectors():
     metric = second_moment(rows(12))
     before, after = Damped.of(metric, 0.1, "layer"), Damped.of(metric, 0.1, "layer")
