@@ -12,6 +12,9 @@ from lowrank_core.errors import NumericalError
 
 __all__ = ["Damped", "eigenvalues", "principal_directions", "square_root", "svd", "times"]
 
+_SINGLE = torch.finfo(torch.float32).eps ** 0.5
+"""Relative size below zero up to which an eigenvalue is rounding of float32 products."""
+
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
@@ -82,12 +85,37 @@ class Damped:
         Raises:
             NumericalError: the eigendecomposition did not converge, as in all that follows; names the layer.
         """
-        return self._raised(self.power) if self._cholesky is None else _shifted(self.plain, self.added)
+        return self._shifted if self.power == 1 and (self._lower is not None or not self._triangular) else self._raised(self.power)
+
+    @property
+    def _shifted(self) -> Tensor:
+        """A + δI."""
+        return self.plain + self.added if self.plain.ndim == 1 else self.plain + torch.diag(torch.full_like(self.plain[0], self.added))
 
     @cached_property
     def factor(self) -> Tensor:
-        """F with F Fᵀ = (A + δI)^γ, in the form of A: lower triangular where γ = 1 and δ is above all rounding, else symmetric."""
-        return self._raised(self.power / 2) if self._cholesky is None else self._cholesky
+        """F with F Fᵀ = (A + δI)^γ, in the form of A: lower triangular where γ = 1 and A + δI is soundly positive, else symmetric.
+
+        Raises:
+            NumericalError: an eigenvalue is below zero by more than rounding; names the layer.
+        """
+        return self._raised(self.power / 2) if self._lower is None else self._lower
+
+    @cached_property
+    def _lower(self) -> Tensor | None:
+        """Cholesky's factor of A + δI; None where δ is no more than rounding of A, be it of the float32 products that A sums.
+
+        No pivot of a positive semi-definite A is below δ. Fewer tokens than dimensions leave eigenvalues that rounding puts below zero.
+        """
+        if not self._triangular:
+            return None
+        lower, failed = torch.linalg.cholesky_ex(self._shifted)
+        if not failed and float(lower.diagonal().min()) ** 2 >= self.added / 2:
+            return lower  # type: ignore[no-any-return]
+        smallest, *_, largest = torch.linalg.eigvalsh(self.plain)
+        if smallest < -_SINGLE * largest:
+            raise NumericalError(f"{self.name}: its metric is no covariance (an eigenvalue is {smallest:.2g}). Calibrate again.")
+        return None
 
     def transposed_times(self, matrix: Tensor) -> Tensor:
         """Return Fᵀ · matrix."""
@@ -95,19 +123,15 @@ class Damped:
 
     def inverse_transposed_times(self, matrix: Tensor) -> Tensor:
         """Return F⁻ᵀ · matrix."""
-        if self._cholesky is None:
+        if self._lower is None:
             return times(self._raised(-self.power / 2), matrix)
-        result: Tensor = torch.linalg.solve_triangular(self._cholesky.T, matrix, upper=True)
+        result: Tensor = torch.linalg.solve_triangular(self._lower.T, matrix, upper=True)
         return result
 
-    @cached_property
-    def _cholesky(self) -> Tensor | None:
-        """Triangular factor of A + δI; None where rounding, of this or of the sums in A, may be as large as δ."""
+    @property
+    def _triangular(self) -> bool:
         eps = torch.finfo(torch.float64).eps
-        if self.plain.ndim == 1 or self.power != 1 or self.added <= len(self.plain) * eps * float(self.plain.trace()):
-            return None
-        factor, failed = torch.linalg.cholesky_ex(_shifted(self.plain, self.added))
-        return None if int(failed) else factor
+        return self.plain.ndim == 2 and self.power == 1 and self.added > len(self.plain) * eps * float(self.plain.trace())
 
     @cached_property
     def condition(self) -> float:
@@ -136,10 +160,6 @@ class Damped:
         values, vectors = self._eigen
         raised = (values.clamp(min=_rounding(values)) + self.added) ** power
         return raised if vectors is None else (vectors * raised) @ vectors.T
-
-
-def _shifted(matrix: Tensor, added: float) -> Tensor:
-    return matrix + torch.diag(torch.full_like(matrix[0], added))
 
 
 def _rounding(values: Tensor) -> float:

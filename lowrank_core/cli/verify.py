@@ -37,7 +37,8 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _told(result: Verification) -> str:
-    lines = [f"{result.files} files are unchanged", f"perplexity {result.measured:.6f}, loaded in a fresh process"]
+    files = "1 file is" if result.files == 1 else f"{result.files} files are"
+    lines = [f"{files} unchanged", f"perplexity {result.measured:.6f}, loaded in a fresh process"]
     if result.recorded is None:
         lines.append("no perplexity is recorded for these windows, so there is no comparison")
     else:

@@ -11,7 +11,6 @@ long. Gradients pass through the whole model, whichever layers are measured: the
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -171,13 +170,13 @@ class TimedPieces:
         return partial(decompose, self._part, self._statistics, self._pipeline.compression)
 
     def _compressing(self) -> float:
-        """Compress the first block; a model that is compressed block by block is copied and tried before it is."""
+        """Compress the first block; a model that is compressed block by block is tried once before it is."""
         decomposed = self._decompose()
         allocation = decomposed.allocate(self._allocator, self._ratio)
         fixed, each = self._line(partial(decomposed.compress, allocation), _OF_FIT)
         if not decomposed.basis.sequential:
             return fixed
-        setup = 2 * self._trying + 2 * self._timer.seconds(partial(copy.deepcopy, self._handle.module))
+        setup = self._trying
         fitted = self._windows.first(self._pipeline.compression.fit_windows).windows
         reach = 1.0 if self._runner.chained else (1 + self._handle.shapes[-1].depth) / 2  # each pass begins with the tokens
         return setup + self._blocks * (max(0.0, fixed - setup) + each * reach * fitted)

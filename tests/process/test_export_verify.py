@@ -13,6 +13,7 @@ from exported import all_forms
 from safetensors.torch import load_file, save_file
 
 from lowrank_core.cli import main
+from lowrank_core.cli.verify import _told
 from lowrank_core.config import ExportConfig, TextConfig
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.export import export, held_out, verify
@@ -51,6 +52,7 @@ def test_a_fresh_process_measures_the_same(whole: Path):
     result = verify(whole)
     assert result.ok
     assert result.files == 1
+    assert _told(result).startswith("1 file is unchanged\n")
     assert result.recorded == json.loads((whole / "lowrank.json").read_text())["measured"]["perplexity"]
     assert result.measured == pytest.approx(result.recorded, rel=1e-9)
     assert result.difference == result.measured - result.recorded

@@ -44,6 +44,12 @@ def test_every_figure_names_its_axis_and_keeps_its_zoom():
         assert "NaN" not in figure.to_json(), name
 
 
+def test_a_chart_of_one_row_has_room_for_its_axis_title():
+    one, two = (difference_figure(differences(values), 20.0) for values in ([0.5], [0.5, 2.0]))
+    assert one.layout.height == two.layout.height >= 150
+    assert figures()["ratios"].layout.height >= 174  # a legend stands above it
+
+
 def test_differences_of_like_sizes_are_drawn_as_they_are():
     figure = difference_figure(differences([0.5, 2.0]), 20.0)
     (dots,) = figure.data

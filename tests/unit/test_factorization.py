@@ -464,7 +464,7 @@ def test_a_diagonal_metric_is_that_of_its_matrix(power: float):
 def test_triangular_and_symmetric_factors_give_the_same_matrices(monkeypatch: pytest.MonkeyPatch):
     given = layer_data(24, rows(16))
     triangular = factorized("two_sided", given)
-    monkeypatch.setattr(Damped, "_cholesky", None)
+    monkeypatch.setattr(Damped, "_triangular", False)
     symmetric = factorized("two_sided", given)
     torch.testing.assert_close(triangular.errors, symmetric.errors, rtol=1e-9, atol=1e-12 * float(symmetric.errors[0]))
     one, other = triangular.slice(5), symmetric.slice(5)
@@ -475,9 +475,37 @@ def test_rounding_of_the_sums_below_minus_the_damping_counts_as_rounding():
     """Sums in float32 may leave an eigenvalue of -1e-5 of the mean."""
     metric = torch.diag(torch.tensor([1.0, -1e-5, 1e-3], dtype=torch.float64))
     damped = Damped.of(metric, 1e-6, "layer")
-    assert damped._cholesky is None
+    assert damped._lower is None
     torch.testing.assert_close(damped.factor @ damped.factor.T, damped.matrix)
     assert float(torch.linalg.eigvalsh(damped.matrix)[0]) == pytest.approx(damped.added, rel=1e-6)
+
+
+def rounded_moment(tokens: int, width: int) -> Tensor:
+    """Return a second moment of fewer tokens than dimensions, nearly all in one direction, as products in float32 sum it."""
+    x = random(tokens, width)
+    x += 90 * x[:, :1]
+    return (x.float().T @ x.float()).to(torch.float64) / tokens
+
+
+def test_a_moment_that_is_singular_but_for_rounding_has_a_symmetric_factor():
+    metric = rounded_moment(32, 96)
+    damping = 0.5 * float(-torch.linalg.eigvalsh(metric)[0] / metric.diagonal().mean())  # less than rounding took
+    damped = Damped.of(metric, damping, "layer")
+    assert torch.linalg.cholesky_ex(metric + damped.added * torch.eye(96, dtype=torch.float64)).info > 0
+    eye = torch.eye(96, dtype=torch.float64)
+    size = float(metric.diagonal().mean())
+    torch.testing.assert_close(damped.factor @ damped.factor.T, damped.matrix, rtol=0, atol=1e-9 * size)
+    assert float(torch.linalg.eigvalsh(damped.matrix)[0]) > 0.9 * damped.added
+    torch.testing.assert_close(damped.transposed_times(damped.inverse_transposed_times(eye)), eye, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["pooled_feature", "two_sided", "whitened"])
+def test_fewer_tokens_than_dimensions_are_decomposed(name: str):
+    """Rounding of float32 products is larger than the default damping."""
+    given = layer_data(128, random(32, 96))
+    moment = rounded_moment(32, 96)
+    basis = factorized(name, replace(given, inputs=replace(given.inputs, pooled=moment, sample=moment)))
+    assert float(basis.errors[-1]) <= 1e-9 * float(basis.errors[0])
 
 
 def test_the_condition_is_the_same_with_and_without_eigenvectors():

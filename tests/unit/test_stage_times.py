@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -20,6 +21,7 @@ from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.healing import estimate as healing
+from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.runs import home
@@ -173,7 +175,12 @@ def test_estimates_are_exact_where_stages_follow_their_law(pipeline: Pipeline, m
     monkeypatch.setattr(TimedPieces, "_moments", LayerStatistics({}, CalibrationConfig(), 0.0))
     monkeypatch.setattr(TimedPieces, "_outputs", {})
     monkeypatch.setattr(pieces_module, "evaluate", clock.takes(lambda handle, windows: 1 + 0.125 * windows.windows))
+    fit = clock.takes(lambda allocation, windows: 0.25 + 4 + 0.5 * windows.windows)  # no second copy of the model
+    decomposed = SimpleNamespace(allocate=lambda name, ratio: None, compress=fit, basis=metric_named("drift_aware:two_sided"))
+    monkeypatch.setattr(TimedPieces, "_decompose", property(lambda _: lambda: decomposed))
     pieces = TimedPieces(pipeline, compression_ratio=0.2, clock=clock)
+    fitted = min(40, pipeline.compression.fit_windows)
+    assert pieces.stage("Compressing").seconds == pytest.approx(0.25 + two * (4 + 0.5 * fitted))
     assert pieces.stage("Calibrating").seconds == pytest.approx(0.25 + two * (3 + 0.5 * 40 + 0.75))
     assert pieces.stage("Measuring gradients").seconds == pytest.approx(5 + 2 * 30 + two * 0.75)
     assert pieces.evaluating("Searching", 1000).seconds == pytest.approx(1 + 0.125 * 1000)

@@ -21,6 +21,11 @@ _MARKS = {"searched": (BLUE, "circle"), "healed": (GREEN, "star"), "rule": (ORAN
 _WIDE = 30.0  # times the smallest: above, a linear axis would put most dots on top of each other
 
 
+def _height(rows: int) -> int:
+    """Return the pixels of a chart of so many rows: below two, its axis title would stand on the tick labels."""
+    return _FRAME + _ROW * max(2, rows)
+
+
 def difference_chart(result: Sequence[Comparison], protocol: str) -> Chart:
     frame = difference_table(result)
     return Chart(
@@ -44,7 +49,7 @@ def difference_figure(table: pd.DataFrame, dense_perplexity: float) -> go.Figure
     sizes = np.abs(values[values != 0])
     unit = float(sizes.min()) if len(sizes) and sizes.max() > _WIDE * sizes.min() else None
     figure = go.Figure([_dots(table, "difference", unit)])
-    finished(figure, height=_FRAME + _ROW * len(table), x="", y="", top=28)
+    finished(figure, height=_height(len(table)), x="", y="", top=28)
     scale = ", logarithmic away from zero" if unit is not None else ""
     _zero(figure, 0.0, f"Dense, {dense_perplexity:.4g}")
     figure.update_xaxes(title={"text": f"Perplexity above the dense model{scale}"})
@@ -132,7 +137,7 @@ def ratio_figure(table: pd.DataFrame, own: str, other: str) -> go.Figure:
             )
         )
     title = "Perplexity, times the dense model's on the same text (log scale)"
-    finished(figure, height=_FRAME + _ROW * len(table) + 24, x=title, y="", top=52)
+    finished(figure, height=_height(len(table)) + 24, x=title, y="", top=52)
     _zero(figure, 1.0, "Dense", log=True)
     figure.update_xaxes(type="log", tickformat="~g", nticks=8)
     figure.update_layout(showlegend=True, legend={"orientation": "h", "x": 0, "y": 1.0, "yref": "container", "yanchor": "top"})
@@ -168,7 +173,7 @@ def speedup_figure(table: pd.DataFrame) -> go.Figure:
         hovertemplate="<b>%{y}</b><br>%{x:.3g}x<extra></extra>",
     )
     figure = go.Figure(dots)
-    finished(figure, height=_FRAME + _ROW * len(table), x="Speed-up over the dense model (above 1 is faster)", y="", top=40)
+    finished(figure, height=_height(len(table)), x="Speed-up over the dense model (above 1 is faster)", y="", top=40)
     _zero(figure, 1.0, "Dense")
     figure.layout.annotations[0].update(yshift=12)
     return figure
