@@ -197,15 +197,18 @@ def remember(source: ModelSource, work: Mapping[str, float], name: str, seconds:
     """Add to the machine's record what a whole stage took; nothing of a stage without work.
 
     Raises:
-        OSError: the disk is full or read-only.
+        RunError: the disk is full or read-only.
     """
     stage = stage_of(name)
     if not work.get(stage) or not seconds > 0:
         return
     entry = _Entry(stage, source.reference, _device(source), seconds, work[stage])
     others = [e for e in _entries() if (e.stage, e.model, e.device) != (entry.stage, entry.model, entry.device)]
-    home().mkdir(parents=True, exist_ok=True)
-    write_json(home() / _FILE, {"stages": [asdict(e) for e in [entry, *others][:_KEPT]]})
+    try:
+        home().mkdir(parents=True, exist_ok=True)
+        write_json(home() / _FILE, {"stages": [asdict(e) for e in [entry, *others][:_KEPT]]})
+    except OSError as error:
+        raise RunError(f"can't write in {home()}: {error.strerror}. Free some space, or set LOWRANK_HOME to another folder.") from error
 
 
 def estimated(source: ModelSource, work: Mapping[str, float], stages: Sequence[str], *, kept: Sequence[str] = ()) -> TimeEstimate:

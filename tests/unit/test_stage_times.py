@@ -20,6 +20,7 @@ from lowrank_core.compression.estimate import TimedPieces
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, RunConfig, SearchConfig, TextConfig
 from lowrank_core.config.healing import HealingConfig
+from lowrank_core.errors import RunError
 from lowrank_core.healing import estimate as healing
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle
@@ -141,6 +142,13 @@ def test_the_record_scales_a_stage_by_its_work():
     kept = estimated(DEMO, {"Calibrating": 100.0}, ["Calibrating"], kept=["Calibrating"])
     assert kept.stages == (StageTime("Calibrating", 0.0, "on disk already"),)
     assert estimated(replace(DEMO, device="cuda"), {"Calibrating": 100.0}, ["Calibrating"]).total is None
+
+
+def test_a_home_that_nothing_can_be_written_in_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "file" / "home"))
+    with pytest.raises(RunError, match="set LOWRANK_HOME to another folder"):
+        remember(DEMO, {"Calibrating": 1.0}, "Calibrating", 2.0)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"stages": 3}', '{"stages": [{"stage": "Calibrating"}]}'])
