@@ -10,6 +10,7 @@ from dataclasses import asdict
 
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import ModelSource, RunConfig, SearchConfig, TextConfig
+from lowrank_core.errors import RunError
 from lowrank_core.models import ModelHandle, max_context
 from lowrank_core.runs.stage_times import TimeEstimate, estimated, remember, work_of
 from lowrank_core.statistics.calibration import LayerStatistics
@@ -57,8 +58,12 @@ class Stages:
             self._remember(took)
 
     def _remember(self, took: FinishedStage) -> None:
-        if took.whole:
-            remember(self._source, self._work, took.name, took.seconds)
+        """Add to the record; a command whose work is done does not fail for want of it."""
+        try:
+            if took.whole:
+                remember(self._source, self._work, took.name, took.seconds)
+        except RunError as error:
+            warn(f"the time of this stage is not kept: {error}")
 
     @property
     def seconds(self) -> dict[str, dict[str, float]]:

@@ -151,6 +151,19 @@ def test_a_home_that_nothing_can_be_written_in_is_told(tmp_path: Path, monkeypat
         remember(DEMO, {"Calibrating": 1.0}, "Calibrating", 2.0)
 
 
+def test_a_stage_that_is_done_does_not_fail_for_want_of_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path / "file" / "home"))
+    stages = Stages()
+    stages._work = {"Calibrating": 1.0}
+    with stages.stage("Calibrating"):
+        pass
+    assert list(stages.seconds) == ["Calibrating"]
+    assert "warning: the time of this stage is not kept: can't write in" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"stages": 3}', '{"stages": [{"stage": "Calibrating"}]}'])
 def test_a_damaged_record_is_written_again(content: str):
     (home() / "stage_times.json").write_text(content)
