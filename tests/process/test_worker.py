@@ -58,7 +58,7 @@ def config(llama_checkpoint: Path, text_file: Path) -> RunConfig:
     return RunConfig(
         model=ModelSource(str(llama_checkpoint)),
         text=TextConfig(f"file:{text_file}", context=32, calibration_windows=40, validation_windows=4, test_windows=6),
-        calibration=CalibrationConfig(group_size=8),
+        calibration=CalibrationConfig(group_size=8, precision="float32"),  # as commands in this process have it
         search=SearchConfig(compression_ratio=0.3, trials=6, startup_trials=3),
     )
 
@@ -402,7 +402,7 @@ def test_a_search_reuses_the_statistics_of_an_analysis(config: RunConfig, lowran
     assert first is not None
     assert second is not None
     assert (first["cached"], second["cached"]) == (False, True)
-    assert list((lowrank_home / "statistics").iterdir()) == stored
+    assert [path for path in (lowrank_home / "statistics").iterdir() if not path.name.startswith("factors-")] == stored
     assert first["inputs"] == second["inputs"]
 
 
