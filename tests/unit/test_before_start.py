@@ -22,7 +22,7 @@ from lowrank_core.text import WindowSet
 def test_headers_tell_what_the_worker_finds(any_handle: ModelHandle):
     result = read_model(Path(any_handle.reference))
     whole = load_model(ModelSource(any_handle.reference), whole=[shape.name for shape in result.facts.matrices])
-    assert result.facts.matrices == whole.shapes  # how a fused projection is divided is told by passes
+    assert result.facts.matrices == whole.shapes  # how a fused projection is divided takes passes
     assert result.facts.parameters == any_handle.parameters
     assert result.facts.compressible_parameters == any_handle.linear_parameters
     assert result.facts.bytes == any_handle.bytes

@@ -257,7 +257,7 @@ def test_a_trial_builds_the_layers_whose_rank_changed(case: Case, statistics: La
 
 
 def swapped_at(case: Case, ranks: Ranks) -> Tensor:
-    """Return the logits of the model with layers that were all built anew."""
+    """Return the logits of the model with layers that were all built again."""
     with swap_layers(case.handle, low_rank_layers(case.handle, case.bases, ranks, storage="factored")):
         return logits(case.handle)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from interrupting import stopping_after
 
 from lowrank_core.compression.decomposed import decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig
@@ -90,14 +90,6 @@ def test_other_settings_have_factors_of_their_own(
 
 def _heads(handle: ModelHandle) -> bool:
     return len(units_of(handle, STUDIO)) > len(units_of(handle, replace(STUDIO, heads=False)))
-
-
-def stopping_after(steps: int) -> Callable[[int, int], None]:
-    def progress(done: int, total: int) -> None:
-        if done > steps:
-            raise Cancelled
-
-    return progress
 
 
 def test_an_interrupted_decomposition_goes_on(llama: ModelHandle, llama_statistics: LayerStatistics, tmp_path: Path):

@@ -390,7 +390,7 @@ def test_a_part_is_guarded_by_the_fused_matrix(gpt2: ModelHandle, windows: Windo
     assert stored[f"{fused}.weight"].shape == (0,)
     assert f"{fused}.v_proj.weight" in stored
     assert f"{fused}.bias" not in stored
-    assert stored["transformer.h.1.attn.c_attn.weight"].shape == (HIDDEN, 3 * HIDDEN)  # wholly dense: as the architecture has it
+    assert stored["transformer.h.1.attn.c_attn.weight"].shape == (HIDDEN, 3 * HIDDEN)  # entirely dense: as the architecture has it
     assert manifest.guards == 1
     config = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
     assert list(config["fused"]) == [fused]

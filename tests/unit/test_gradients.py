@@ -1,12 +1,12 @@
 """Output gradients: against autograd token by token, against measured KL, and whatever the batches and passes."""
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from interrupting import stopping_after
 from torch import Tensor
 from torch.nn import functional
 
@@ -253,14 +253,6 @@ def test_a_second_run_finds_them(llama: ModelHandle, few: WindowSet, tmp_path: P
     monkeypatch.setattr(gradients, "_Measurement", None)
     assert same(first, cached_gradients(llama, few, CONFIG, tmp_path))
     assert same(first, {name: first[name] for name in first})
-
-
-def stopping_after(steps: int) -> Callable[[int, int], None]:
-    def progress(done: int, total: int) -> None:
-        if done > steps:
-            raise Cancelled
-
-    return progress
 
 
 def test_an_interrupted_measurement_goes_on(llama: ModelHandle, few: WindowSet, tmp_path: Path):
