@@ -108,7 +108,15 @@ def pressed(label: str, *, key: str, icon: str, why_not: str | None, place: Any 
 def offer(
     label: str, file: str, content: pd.DataFrame | str | Callable[[], str | bytes], *, key: str, place: Any = st, **about: Any
 ) -> None:
-    """Draw a download of ``file``, whose ending says its type; a table as CSV, and what a function returns, are made on demand."""
-    made = (lambda: csv_of(content).encode()) if isinstance(content, pd.DataFrame) else content
+    """Draw a download of ``file``, whose ending says its type: a table as CSV, a text, or what a function returns.
+
+    All are made on demand: a file that is ready has an address, which the browser asks for while the page is being left, in vain.
+    """
+
+    def made() -> str | bytes:
+        if isinstance(content, pd.DataFrame):
+            return csv_of(content).encode()
+        return content() if callable(content) else content
+
     about = {"icon": ":material/download:", "on_click": "ignore", **about}
     place.download_button(label, made, file, _MEDIA[file.rpartition(".")[2]], key=key, **about)
