@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,7 @@ __all__ = [
     "following",
     "hull_steps",
     "kept_dense",
+    "measured_of",
     "models",
     "perplexities_of",
     "single",
@@ -87,6 +89,11 @@ def perplexities_of(units: Sequence[Unit], seed: int = 0) -> dict[str, dict[floa
     """Return the perplexity of a model with each unit alone cut on ASVD's grid; the deeper the cut, the larger, but for noise."""
     noise = np.random.default_rng(seed)
     return {u.name: {step / 10: 10 + noise.exponential() * (10 - step) + noise.normal() for step in range(1, 10)} for u in units}
+
+
+def measured_of(units: Sequence[Unit]) -> dict[str, Any]:
+    """Return arguments of ``allocate`` that rules need to be measured, of a model that minds the errors of all units alike."""
+    return {"perplexities": perplexities_of(units), "weights": {unit.name: 1.0 for unit in units}}
 
 
 def choices(unit: Unit, curve: Curve) -> list[tuple[int, float]]:

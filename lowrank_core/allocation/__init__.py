@@ -9,6 +9,7 @@ from lowrank_core.allocation.energy import Energy
 from lowrank_core.allocation.files import AllocationFile, parse_allocation, read_allocation, read_ranks
 from lowrank_core.allocation.former_names import current_name, with_current_names
 from lowrank_core.allocation.lagrangian import Lagrangian
+from lowrank_core.allocation.lems import DepthBias, Lems
 from lowrank_core.allocation.lord_manual import LordManual
 from lowrank_core.allocation.problem import AllocationProblem, Allocator
 from lowrank_core.allocation.projection import ByMultipliers, kept_fractions, project
@@ -27,6 +28,7 @@ __all__ = [
     "AllocationProblem",
     "Allocator",
     "ByMultipliers",
+    "DepthBias",
     "Draft",
     "DraftHistory",
     "ErrorCurves",
@@ -54,12 +56,12 @@ __all__ = [
 
 _METHODS: tuple[Allocator, ...] = (
     *(Uniform(), LordManual(), Energy(), Threshold()),
-    *(SvdLlmV2(), BlockInfluence(), TruncationSearch(), Lagrangian()),
+    *(SvdLlmV2(), BlockInfluence(), TruncationSearch(), Lagrangian(), Lems()),
 )
 
 ALLOCATORS: dict[str, Allocator] = {method.name: method for method in _METHODS}
 
-RULES: dict[str, Allocator] = {name: method for name, method in ALLOCATORS.items() if not method.needs_perplexities}
+RULES: dict[str, Allocator] = {name: method for name, method in ALLOCATORS.items() if not method.measures}
 """Those that work from what every run keeps; the others first measure the model."""
 
 
@@ -85,6 +87,7 @@ def allocate(
     weights: Mapping[str, float] | None = None,
     influence: Sequence[float] = (),
     perplexities: Perplexities | None = None,
+    rank_multiple: int = 1,
 ) -> RankAllocation:
     """Spend the budget of compression ratio ``ratio`` by the allocator ``name``.
 
@@ -92,19 +95,20 @@ def allocate(
         keep_dense: names of matrices that stay as they are.
         curves: errors by unit, for an allocator that needs them.
         fixed: ranks by unit that the user chose; the result has them unchanged, as ``locked``.
-        weights: positive, on the errors of units, for an allocator that trades errors; 1 where there is none.
+        weights: positive, on the errors of units, for an allocator that trades errors (1 where there is none) or needs weights.
         influence: of each block, by depth, for an allocator that needs it.
         perplexities: of the model with one unit cut alone, for an allocator that needs them.
+        rank_multiple: ranks that an allocator may take that does not leave this to ``round_ranks_down``.
 
     Raises:
-        ConfigError: no such allocator, it needs errors, influences or perplexities and there are none, or it can't choose between
-            alternatives; or ``fixed`` or ``weights`` are not those of the units.
+        ConfigError: no such allocator, it needs errors, influences, perplexities or weights and there are none, or it can't choose
+            between alternatives; or ``fixed`` or ``weights`` are not those of the units.
         RankError: a fixed rank outside its limits.
         BudgetError: the ratio can't be met.
     """
     rule = allocator_named(name)
     problem = AllocationProblem(
-        tuple(units), ratio, frozenset(keep_dense), curves, fixed or {}, weights or {}, influence, perplexities or {}
+        tuple(units), ratio, frozenset(keep_dense), curves, fixed or {}, weights or {}, influence, perplexities or {}, rank_multiple
     )
     return allocation_from_ranks(rule.name, units, problem.completed(rule.ranks(problem)), locked=problem.fixed, allocator=rule.name)
 

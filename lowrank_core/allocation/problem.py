@@ -32,6 +32,7 @@ class AllocationProblem:
         weights: w_u > 0 on the errors of a unit, 1 where there is none; for allocators that trade errors.
         influence: of each block, by depth (``LayerStatistics.influence``); empty where it was not measured.
         perplexities: of the model with one unit cut alone (``measured_perplexities``); empty where they were not measured.
+        rank_multiple: ranks are rounded down to a multiple of it afterwards, unless the allocator takes such alone.
 
     Raises:
         ConfigError: ``fixed`` or ``weights`` name no unit, a weight is not positive, or two fixed units hold the same matrix.
@@ -46,6 +47,7 @@ class AllocationProblem:
     weights: Mapping[str, float] = field(default_factory=dict)
     influence: Sequence[float] = ()
     perplexities: Perplexities = field(default_factory=dict)
+    rank_multiple: int = 1
 
     def __post_init__(self) -> None:
         known = units_by_name(self.units, self.fixed, "locked ranks")
@@ -128,6 +130,7 @@ class Allocator(ABC):
     Attributes:
         needs_curves, needs_influence: whether it needs error curves, or the influence of blocks.
         needs_perplexities: whether it needs the perplexity with each unit cut alone, which takes minutes.
+        needs_weights: whether it needs weights that are measured on the model, which takes minutes, too.
         trades_errors: whether it gives up error in one matrix for error in another: they must then be in one unit, or weighted.
         takes_alternatives: whether it chooses between units that share matrices; the others get single matrices.
         neutral: whether it prefers no type of matrix: as a point of a search it is the middle, at every ratio.
@@ -139,9 +142,15 @@ class Allocator(ABC):
     needs_curves = False
     needs_influence = False
     needs_perplexities = False
+    needs_weights = False
     trades_errors = False
     takes_alternatives = False
     neutral = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether the model has to be measured for it, beyond what every run keeps."""
+        return self.needs_perplexities or self.needs_weights
 
     @abstractmethod
     def ranks(self, problem: AllocationProblem) -> Ranks:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lowrank_core.allocation import AllocationProblem, Ranks, allocate, module_group
 from lowrank_core.config import CompressionConfig
-from lowrank_core.metrics import by_input, metric_named
+from lowrank_core.metrics import by_input, metric_of
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 
 __all__ = ["check_reachable", "plan_units", "value_layers"]
@@ -26,9 +26,9 @@ def plan_units(shapes: Sequence[MatrixShape], config: CompressionConfig, heads: 
     are in neither.
 
     Raises:
-        ConfigError: no such basis.
+        ConfigError: no such basis, or it can't be shrunk.
     """
-    basis = metric_named(config.basis)
+    basis = metric_of(config)
     dense = set(value_layers(shapes)) if config.value_dense else set()
     free = [shape for shape in shapes if shape.name not in dense]
     groups = list(basis.grouping(free))

@@ -21,7 +21,7 @@ def add(command: Command) -> None:
     options.model_options(parser)
     options.text_options(parser)
     options.add_options(parser, CalibrationConfig)
-    options.add_options(parser, SearchConfig, only=("compression_ratio", "error_weights"))
+    options.add_options(parser, SearchConfig, only=("compression_ratio", "error_weights", "deep_weights"))
     options.compression_options(parser, f"{DEFAULT_PRESET.name}, unless you choose basis, storage or allocation yourself")
     parser.add_argument(
         "--allocation",
@@ -61,6 +61,7 @@ def _request(arguments: argparse.Namespace) -> CompressRequest:
         out=arguments.out or Path(),
         complete=arguments.complete,
         error_weights=bool(given.get("error_weights", base.error_weights if base else False)),
+        deep_weights=bool(given.get("deep_weights", base.deep_weights if base else False)),
         export=options.config_of(arguments, ExportConfig),
         command=arguments.line,
     )

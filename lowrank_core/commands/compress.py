@@ -22,15 +22,15 @@ from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.compression.truncations import cost_in_words
 from lowrank_core.compression.tuning import TuningPoint, tune
 from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
-from lowrank_core.errors import BudgetError, TextError
+from lowrank_core.errors import BudgetError, ConfigError, TextError
 from lowrank_core.export import HeldOut, check_dense_form, check_free, check_precision, export, held_out
 from lowrank_core.export.card import written_words
 from lowrank_core.export.manifest import report_of
-from lowrank_core.metrics import metric_named
+from lowrank_core.metrics import metric_of
 from lowrank_core.models import ModelHandle, notes_of
 from lowrank_core.parameters import Unit
 from lowrank_core.runs.stage_times import TimeEstimate, stages_of_compression
-from lowrank_core.text import load_text, load_windows, overlap_warnings
+from lowrank_core.text import load_text, overlap_warnings
 from lowrank_core.types import Result
 from lowrank_core.wording import duration
 
@@ -50,11 +50,13 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     """Calibrate, factorise, allocate, compress and write."""
     began = time.perf_counter()
     check_free(request.out)
-    metric_named(request.compression.basis)  # bad names, like a bad file, are reported before anything is loaded
-    allocator_named(request.allocation)
+    metric_of(request.compression)  # bad names, like a bad file, are reported before anything is loaded
+    rule = allocator_named(request.complete or request.allocation)
+    if request.tune and rule.needs_weights:
+        raise ConfigError(
+            f"--tune would measure the weights of {rule.name} at every setting. Tune with another allocation, or leave it out."
+        )
     fixed = read_allocation(request.ranks).fixed if request.ranks is not None and request.complete is not None else {}
-    if request.complete is not None:
-        allocator_named(request.complete)
     named = {layer for unit in (read_ranks(request.ranks) if request.ranks is not None else ()) for layer in unit.split("+")}
     stages = Stages()
     pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression, progress=stages.stage, whole=named)
@@ -67,7 +69,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     stages.plan(pipeline, _stages(request))
     test, lacks = _test_text(handle, text)
     repeats = () if test is None else overlap_warnings(pipeline.calibration_windows, test.windows)
-    check_dense_form(handle, metric_named(request.compression.basis), request.export)
+    check_dense_form(handle, metric_of(request.compression), request.export)
     check_precision(handle, request.export, None if test is None else test.windows)
     statistics = reported(pipeline.statistics)
     compression, tuning = _tuned(pipeline, request, stages) if request.tune else (request.compression, ())
@@ -77,13 +79,13 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         assert request.compression_ratio is not None
         weights = None
         if request.error_weights:
-            validation = load_windows(text, handle.tokenizer, "validation", count=text.validation_windows)
-            weights = pipeline.error_weights(request.compression_ratio, validation, pipeline.dense_reference(validation), fixed=fixed)
-        rule = request.complete or request.allocation
-        if allocator_named(rule).needs_perplexities:
+            validation = pipeline.validation_windows
+            reference, deep = pipeline.dense_reference(validation), request.deep_weights
+            weights = pipeline.error_weights(request.compression_ratio, validation, reference, deep=deep, fixed=fixed)
+        if rule.needs_perplexities:
             cost = cost_in_words(decomposed, pipeline.calibration_windows)
-            print(f"{rule}: {cost} of calibration text, kept for the next ratio", file=sys.stderr)
-        allocation = pipeline.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights)
+            print(f"{rule.name}: {cost} of calibration text, kept for the next ratio", file=sys.stderr)
+        allocation = pipeline.allocate(rule.name, request.compression_ratio, fixed=fixed, weights=weights)
     unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
     lost = _unspent(request, units, allocation)
     doubts = warn(*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lost, *lacks, *repeats)
@@ -94,6 +96,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "text": text.reference,
         "seed": text.seed,
         "error_weights": request.error_weights,
+        "deep_weights": request.deep_weights,
+        "depth_bias": None if pipeline.depth_bias is None else to_mapping(pipeline.depth_bias),
         **to_mapping(compression),
         "tuning": [to_mapping(point) for point in tuning],
         "warnings": list(doubts),
@@ -106,6 +110,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "out": str(request.out),
         "preset": request.preset,
         "tuning": provenance["tuning"],
+        "depth_bias": provenance["depth_bias"],
         "gradient_damping": compression.gradient_damping,
         "drift_beta": compression.drift_beta,
         "basis": request.compression.basis,
@@ -130,9 +135,11 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
 
 
 def _stages(request: CompressRequest) -> tuple[str, ...]:
-    rule = request.complete or (None if request.ranks is not None else request.allocation)
-    cut = rule is not None and allocator_named(rule).needs_perplexities
-    return stages_of_compression(request.compression, tune=request.tune, weights=request.error_weights, cut=cut)
+    name = request.complete or (None if request.ranks is not None else request.allocation)
+    rule = None if name is None else allocator_named(name)
+    trials = rule is not None and rule.needs_weights
+    weights, cut = request.error_weights or trials, rule is not None and rule.needs_perplexities
+    return stages_of_compression(request.compression, tune=request.tune, weights=weights, cut=cut, trials=trials)
 
 
 def estimate(source: ModelSource, text: TextConfig, request: CompressRequest) -> Result:
@@ -142,8 +149,7 @@ def estimate(source: ModelSource, text: TextConfig, request: CompressRequest) ->
         LowRankError: as ``compress_to``, as far as the pieces reach.
     """
     pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression)
-    needs_perplexities = allocator_named(request.allocation).needs_perplexities
-    rule = "uniform" if needs_perplexities else request.allocation
+    rule = "uniform" if allocator_named(request.allocation).measures else request.allocation
     pieces = TimedPieces(pipeline, compression_ratio=request.compression_ratio or _USUAL_RATIO, allocator=rule)
     result = TimeEstimate(tuple(map(pieces.stage, _stages(request))))
     return estimate_result(result, pipeline)

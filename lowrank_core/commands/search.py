@@ -18,7 +18,7 @@ from lowrank_core.errors import Cancelled, ConfigError, LowRankError
 from lowrank_core.export import check_dense_form, check_free, check_precision, export, held_out
 from lowrank_core.export.card import written_words
 from lowrank_core.export.manifest import report_of
-from lowrank_core.metrics import metric_named
+from lowrank_core.metrics import metric_of
 from lowrank_core.parameters import Unit
 from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.runs.stage_times import TimeEstimate, stages_of
@@ -73,7 +73,7 @@ def search_in(
     protocol_of: Callable[[Run], str],
 ) -> Result:
     """Make a run, work through it here, and export its best trial."""
-    metric_named(config.compression.basis)
+    metric_of(config.compression)
     if place.workers < 1:
         raise ConfigError(f"--workers must be at least 1, got {place.workers}.")
     given = _read_given(place.ranks, place.complete)
@@ -315,7 +315,7 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
     identity.check(identity_of_model(handle))
     test = held_out(handle, begun.text)
     identity.check(identity_of_texts(handle, begun.calibration, pipeline.calibration_windows, test.windows))
-    check_dense_form(handle, metric_named(search.compression.basis), config or ExportConfig())
+    check_dense_form(handle, metric_of(search.compression), config or ExportConfig())
     check_precision(handle, config or ExportConfig(), test.windows)
     reported(pipeline.statistics)
     identity.check(identity_of_factors(pipeline.decomposed))

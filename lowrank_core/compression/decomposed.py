@@ -27,7 +27,7 @@ from lowrank_core.compression.sequential import compress_sequentially
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.store import cached_bases
 from lowrank_core.decomposition.units import Bases, damping_of, error_curves, factorize, units_of
-from lowrank_core.metrics import ErrorMetric, metric_named, with_beta
+from lowrank_core.metrics import ErrorMetric, metric_of
 from lowrank_core.models.experts import experts_of
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.parameters import Unit
@@ -58,7 +58,7 @@ class Decomposed:
 
     @property
     def basis(self) -> ErrorMetric:
-        return with_beta(metric_named(self.config.basis), self.config.drift_beta)
+        return metric_of(self.config)
 
     @cached_property
     def curves(self) -> ErrorCurves:
@@ -97,7 +97,8 @@ class Decomposed:
 
         Args:
             fixed: ranks by unit that the user chose; neither the allocator nor ``rank_multiple`` changes them.
-            weights: positive, on the errors of units (``measure_error_weights``), for an allocator that trades them.
+            weights: positive, on the errors of units (``measure_error_weights``), for an allocator that trades them; those of ``lems``
+                are a ``LemsMeasurement``'s.
             perplexities: as ``perplexities_for`` measures them for an allocator that needs them.
 
         Raises:
@@ -117,6 +118,7 @@ class Decomposed:
             weights=weights,
             influence=self.statistics.influence,
             perplexities=perplexities,
+            rank_multiple=self.config.rank_multiple,
         )
         return round_ranks_down(result, self.units, self.config.rank_multiple)
 

@@ -3,7 +3,8 @@
 Notation::
 
     e_u(r)   error of unit u at rank r, in the basis' own metric; dense leaves none
-    w_u      ΔKL / Δe of u alone: the KL divergence to the dense model (nats per token) over e_u(r), at the rank r of a uniform allocation
+    w_u      ΔKL / Δe of u alone: the KL divergence to the dense model (nats per token) over e_u(r), at the rank r of a uniform allocation,
+             or of a deep cut: a tenth of the break-even rank, as LEMS measures it
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ __all__ = ["measure_error_weights"]
 _MIN_KL = 1e-9
 """Nats per token; a smaller or negative divergence is rounding, and a weight must be positive."""
 
+_DEEP = 0.1
+"""Of the break-even rank."""
+
 _MIN_ERROR = 1e-9
 """Relative to e_0: an error that is rounding of zero has no slope."""
 
@@ -36,6 +40,7 @@ def measure_error_weights(
     dense_reference: DenseReference,
     *,
     compression_ratio: float,
+    deep: bool = False,
     batch_size: int = 8,
     fixed: Ranks | None = None,
     progress: Progress | None = None,
@@ -49,6 +54,7 @@ def measure_error_weights(
         windows: the text to measure on; not the test text.
         dense_reference: of the dense model on the same windows, in batches of ``batch_size``.
         compression_ratio: of the uniform allocation whose ranks are measured.
+        deep: measure at a deep cut instead; then the ratio changes nothing.
         fixed: ranks that the user chose; those units, and what shares a matrix with them, are not measured.
         progress: called with (units done, units).
 
@@ -60,7 +66,7 @@ def measure_error_weights(
     error_weights: dict[str, float] = {}
     for done, unit in enumerate(problem.free, start=1):
         errors = decomposed.bases[unit.name].errors.numpy()
-        rank = _measured_rank(unit, errors, problem.kept_share)
+        rank = _measured_rank(errors, _deep_rank(unit) if deep else _uniform_rank(unit, problem.kept_share))
         error_weights[unit.name] = (
             1.0 if rank is None else _kl(decomposed, unit, rank, windows, dense_reference, batch_size) / float(errors[rank])
         )
@@ -69,10 +75,17 @@ def measure_error_weights(
     return error_weights
 
 
-def _measured_rank(unit: Unit, errors: npt.NDArray[np.float64], kept: float) -> int | None:
-    """Return the uniform rank, or the largest below it that leaves an error; None where none does: then there is nothing to weigh."""
-    uniform = unit.rank_for_parameters(kept * unit.dense_parameters) or unit.break_even_rank
-    left = np.flatnonzero(errors[1 : uniform + 1] > _MIN_ERROR * errors[0])
+def _uniform_rank(unit: Unit, kept: float) -> int:
+    return unit.rank_for_parameters(kept * unit.dense_parameters) or unit.break_even_rank
+
+
+def _deep_rank(unit: Unit) -> int:
+    return max(1, round(_DEEP * unit.break_even_rank))
+
+
+def _measured_rank(errors: npt.NDArray[np.float64], rank: int) -> int | None:
+    """Return ``rank``, or the largest below it that leaves an error; None where none does: then there is nothing to weigh."""
+    left = np.flatnonzero(errors[1 : rank + 1] > _MIN_ERROR * errors[0])
     return int(left[-1]) + 1 if len(left) else None
 
 

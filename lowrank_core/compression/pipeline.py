@@ -6,13 +6,15 @@ import copy
 from collections.abc import Collection, Mapping
 from functools import cached_property
 
-from lowrank_core.allocation import RankAllocation, Ranks, allocator_named
+from lowrank_core.allocation import DepthBias, RankAllocation, Ranks, allocator_named
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
+from lowrank_core.compression.lems import measure_depth_bias
 from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.decomposition.units import units_of
+from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import DenseReference
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model
@@ -28,7 +30,7 @@ from lowrank_core.types import Stage, silent
 
 __all__ = ["Pipeline"]
 
-_OF_COMPRESSION = ("statistics", "units", "decomposed")
+_OF_COMPRESSION = ("statistics", "units", "decomposed", "_deep_scales")
 """Stages that depend on how matrices are compressed; the others are shared."""
 
 
@@ -88,6 +90,8 @@ class Pipeline:
         if result.compression != self.compression:
             for stage in _OF_COMPRESSION:
                 result.__dict__.pop(stage, None)
+        if result.compression.robust_gradients != self.compression.robust_gradients:
+            result.__dict__.pop("_gradients", None)
         return result
 
     @cached_property
@@ -111,6 +115,13 @@ class Pipeline:
         return load_windows(self.text, self.handle.tokenizer, "calibration", count=self.text.calibration_windows)
 
     @cached_property
+    def validation_windows(self) -> WindowSet:
+        """The validation windows alone: what choices are measured on."""
+        if "windows" in self.__dict__:
+            return self.windows.validation
+        return load_windows(self.text, self.handle.tokenizer, "validation", count=self.text.validation_windows)
+
+    @cached_property
     def _measured(self) -> tuple[LayerStatistics, bool]:
         windows = self.calibration_windows
         with self.progress("Calibrating", windows.windows) as progress:
@@ -130,13 +141,15 @@ class Pipeline:
     def _gradients(self) -> Mapping[str, OutputStatistics]:
         windows = self.calibration_windows
         with self.progress("Measuring gradients", windows.windows) as progress:
-            return cached_gradients(self.handle, windows, self.calibration, statistics_home(), progress=progress)
+            robust = self.compression.robust_gradients
+            return cached_gradients(self.handle, windows, self.calibration, statistics_home(), robust=robust, progress=progress)
 
     def kept_stages(self) -> tuple[str, ...]:
         """Return the stages whose statistics are on disk already."""
-        places = {"Calibrating": inputs_folder, "Measuring gradients": gradients_folder}
+        given = self.handle, self.calibration_windows, self.calibration, statistics_home()
         folders = {
-            stage: place(self.handle, self.calibration_windows, self.calibration, statistics_home()) for stage, place in places.items()
+            "Calibrating": inputs_folder(*given),
+            "Measuring gradients": gradients_folder(*given, robust=self.compression.robust_gradients),
         }
         return tuple(stage for stage, folder in folders.items() if is_finished(folder))
 
@@ -161,16 +174,48 @@ class Pipeline:
     def allocate(
         self, allocator: str, compression_ratio: float, *, fixed: Ranks | None = None, weights: Mapping[str, float] | None = None
     ) -> RankAllocation:
-        """Spend the budget of ``compression_ratio``; what the allocator needs to be measured is measured, and kept on disk.
+        """Spend the budget of ``compression_ratio``; what the allocator needs to be measured is measured.
 
-        Args and errors are those of ``Decomposed.allocate``.
+        Perplexities are kept on disk. Weights of ``lems`` are measured on validation windows, its scales once for all ratios; what its
+        trials chose is in ``depth_bias`` afterwards.
+
+        Args and errors are those of ``Decomposed.allocate``; ConfigError also where ``weights`` are given to an allocator that measures
+        its own.
         """
-        decomposed, perplexities = self.decomposed, None
-        if allocator_named(allocator).needs_perplexities:
+        decomposed, perplexities, rule = self.decomposed, None, allocator_named(allocator)
+        if rule.needs_weights:
+            if weights is not None:
+                raise ConfigError(f"the allocation {rule.name} measures its own error weights. Leave --error-weights out.")
+            weights = self._lems_weights(compression_ratio, fixed)
+        if rule.needs_perplexities:
             windows = self.calibration_windows
             with self.progress(f"Cutting each matrix alone: {cost_in_words(decomposed, windows)}", 0) as progress:
                 perplexities = measured_perplexities(decomposed, windows, statistics_home(), progress=progress)
         return decomposed.allocate(allocator, compression_ratio, fixed=fixed, weights=weights, perplexities=perplexities)
+
+    depth_bias: DepthBias | None = None
+    """Choice of the trials of the last allocation by ``lems``."""
+
+    def _lems_weights(self, compression_ratio: float, fixed: Ranks | None) -> Mapping[str, float]:
+        decomposed, windows, scales, size = self.decomposed, self.validation_windows, self._deep_scales, self.calibration.batch_size
+        reference = self.dense_reference(windows)
+        with self.progress("Searching the depth bias", 0) as progress:
+            result = measure_depth_bias(
+                *(decomposed, windows, reference, scales),
+                compression_ratio=compression_ratio,
+                batch_size=size,
+                fixed=fixed,
+                seed=self.text.seed,
+                progress=progress,
+            )
+        self.depth_bias = result.bias
+        return result.weights
+
+    @cached_property
+    def _deep_scales(self) -> Mapping[str, float]:
+        """Costs of the error of every unit on validation windows, at a deep cut."""
+        windows = self.validation_windows
+        return self.error_weights(0.0, windows, self.dense_reference(windows), deep=True)
 
     def dense_reference(self, windows: WindowSet, *, reverse: bool = False, top_k: int = 0) -> DenseReference:
         """Return the dense model's probabilities on ``windows``, for comparisons with it in batches of the calibration's size."""
@@ -179,14 +224,13 @@ class Pipeline:
             return DenseReference.compute(self.handle, windows, batch_size=size, reverse=reverse, top_k=top_k, progress=progress)
 
     def error_weights(
-        self, compression_ratio: float, windows: WindowSet, reference: DenseReference, *, fixed: Ranks | None = None
+        self, compression_ratio: float, windows: WindowSet, reference: DenseReference, *, deep: bool = False, fixed: Ranks | None = None
     ) -> dict[str, float]:
         """Return what the error of every unit costs on ``windows``; args and errors are those of ``measure_error_weights``."""
         decomposed, size = self.decomposed, self.calibration.batch_size
+        given = {"compression_ratio": compression_ratio, "deep": deep, "fixed": fixed, "batch_size": size}
         with self.progress("Measuring error weights", len(self.units)) as progress:
-            return measure_error_weights(
-                decomposed, windows, reference, compression_ratio=compression_ratio, batch_size=size, fixed=fixed, progress=progress
-            )
+            return measure_error_weights(decomposed, windows, reference, **given, progress=progress)  # type: ignore[arg-type]
 
     def compress(self, ranks: float | RankAllocation, *, allocator: str | None = None) -> CompressedModel:
         """Return a smaller model.

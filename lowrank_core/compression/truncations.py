@@ -21,6 +21,7 @@ from torch import Tensor
 
 from lowrank_core.allocation import AllocationProblem, Perplexities, allocator_named
 from lowrank_core.compression.decomposed import Decomposed
+from lowrank_core.decomposition.units import shrinkage_of
 from lowrank_core.errors import NumericalError, RunError
 from lowrank_core.evaluation import score_windows
 from lowrank_core.models.blocks import BlockRunner
@@ -121,9 +122,10 @@ def _free(decomposed: Decomposed) -> tuple[Unit, ...]:
 def _key(decomposed: Decomposed, calibration: WindowSet) -> str:
     """Return the name of these measurements: a hash of model, dtype, tokens, and what the factors are made of."""
     handle, config, statistics = decomposed.handle, decomposed.config, decomposed.statistics
-    gradients = gradients_key(handle, calibration, statistics.config) if decomposed.basis.needs_gradients else ""
+    robust = config.robust_gradients
+    gradients = gradients_key(handle, calibration, statistics.config, robust=robust) if decomposed.basis.needs_gradients else ""
     parts = ["truncations", _FORMAT, statistics_key(handle, calibration, statistics.config), gradients, WINDOWS, str(handle.module.dtype)]
-    parts += [config.basis, config.input_damping, config.gradient_damping]
+    parts += [config.basis, config.input_damping, config.gradient_damping, *shrinkage_of(config)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -14,7 +14,7 @@ from lowrank_core.config.compression import CompressionConfig, CompressRequest
 from lowrank_core.config.export import ExportConfig
 from lowrank_core.config.mapping import from_mapping, to_mapping
 from lowrank_core.config.run import RunConfig
-from lowrank_core.config.search import OBJECTIVES, PRUNERS, SAMPLERS, SPACES, VARIABLES, SearchConfig, depth_groups
+from lowrank_core.config.search import DEPTH, OBJECTIVES, PRUNERS, SAMPLERS, SPACES, VARIABLES, SearchConfig, depth_groups
 from lowrank_core.config.sources import BOS_RULES, DTYPES, ModelSource, TextConfig, looks_like_path
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "CalibrationConfig",
     "CompressRequest",
     "CompressionConfig",
+    "DEPTH",
     "DTYPES",
     "ExportConfig",
     "GROUP_WEIGHTS",

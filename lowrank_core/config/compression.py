@@ -46,6 +46,23 @@ class CompressionConfig:
     gradient_damping: float = option(
         1e-2, "of the output gradients' metric, relative to its mean eigenvalue", label="Gradient damping", minimum=0.0
     )
+    input_shrinkage: float = option(
+        0.0,
+        "α of a two-sided metric's input moments: (1 - α) M + α · mean(diag M) · I takes the place of M; unlike damping, errors count it",
+        label="Input shrinkage",
+        minimum=0.0,
+        maximum=1.0,
+        step=0.1,
+    )
+    gradient_shrinkage: float = option(
+        0.0, "the same of its output gradients", label="Gradient shrinkage", minimum=0.0, maximum=1.0, step=0.1
+    )
+    robust_gradients: bool = option(
+        False,
+        "moments of output gradients from robust token weights: a token's norm is clipped to 0.1 to 10 x the mean of its window, and the "
+        "first and last eighth of the positions are left out",
+        label="Robust token weights in gradients",
+    )
     drift_beta: float = option(
         1.0,
         "β of a drift-aware metric: how much of the dense model's input its target follows",
@@ -75,7 +92,8 @@ class CompressRequest:
     """Arguments of `lowrank compress`: a ratio and an allocator, or a file of ranks; ``preset`` is empty if none.
 
     ``complete`` names the allocator that spends on the others what the locked ranks of the file leave of the budget; with ``slopes``
-    errors are weighed by what they cost the model, measured on validation text. ``command`` is for the model card.
+    errors are weighed by what they cost the model, measured on validation text, with ``deep_weights`` at a deep cut. ``command`` is for
+    the model card.
     """
 
     compression_ratio: float | None
@@ -88,6 +106,7 @@ class CompressRequest:
     out: Path
     complete: str | None = None
     error_weights: bool = False
+    deep_weights: bool = False
     export: ExportConfig = field(default_factory=ExportConfig)
     command: str = ""
 
@@ -100,5 +119,7 @@ class CompressRequest:
             raise ConfigError("--complete completes a file of ranks at a ratio: give --ranks and --compression-ratio.")
         if self.error_weights and self.compression_ratio is None:
             raise ConfigError("--slopes weighs the errors of an allocation at a ratio: give --compression-ratio.")
+        if self.deep_weights and not self.error_weights:
+            raise ConfigError("--deep-weights says where error weights are measured: give --error-weights, too.")
         if self.tune and self.ranks is not None:
             raise ConfigError("--tune compares settings at a ratio; give --compression-ratio instead of --ranks.")

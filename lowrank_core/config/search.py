@@ -10,7 +10,7 @@ from lowrank_core.config.compression import CompressionConfig
 from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
-__all__ = ["MIN_LOSS", "OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABLES", "SearchConfig", "depth_groups"]
+__all__ = ["DEPTH", "MIN_LOSS", "OBJECTIVES", "PRUNERS", "SAMPLERS", "SPACES", "VARIABLES", "SearchConfig", "depth_groups"]
 
 OBJECTIVES = {
     "kl": "KL to the dense model (nats per token)",
@@ -30,7 +30,9 @@ _DRAWING = ("gp", "random")
 """Samplers of a search as published."""
 MIN_LOSS = 1e-9
 """A loss below it has the logarithm of this one."""
-SPACES = ("5x1", "5x4", "per-layer")
+DEPTH = "depth"
+"""Space of the two variables of a depth bias."""
+SPACES = ("5x1", "5x4", "per-layer", DEPTH)
 """The usual spaces; ``types x N`` with any number N of depth groups is one, too."""
 
 
@@ -50,7 +52,8 @@ class SearchConfig:
     space: str = option(
         "5x1",
         "what has a variable: 5x1, each module type (q and k together), shared by depth; 5x4, in four groups of blocks; `types x N`, in N "
-        "groups; per-layer, every unit",
+        "groups; per-layer, every unit; depth, two variables α and γ: the error weight of block b is 1 + γ Σ_{k>=b} (k + 1)^-α, scaled "
+        "(LEMS)",
         label="Space",
     )
     variables: str = option(
@@ -68,6 +71,12 @@ class SearchConfig:
         "metric whose errors are not comparable",
         label="Measured error weights",
         formerly=("slopes",),
+    )
+    deep_weights: bool = option(
+        False,
+        "measure the error weights with each unit cut to a tenth of its break-even rank (LEMS), instead of its rank in a uniform "
+        "allocation",
+        label="Error weights at a deep cut",
     )
     sampler: str = option(
         "gp",
@@ -134,6 +143,10 @@ class SearchConfig:
             raise ConfigError("windows are selected in a search as published alone; leave their number out, or take the preset bolaco.")
         if self.variables == "keep_ratio" and (self.compression.stacks or self.compression.heads):
             raise ConfigError("kept fractions can't choose between single matrices and stacks or heads; choose variables `error_weight`.")
+        if self.space == DEPTH and self.variables != "error_weight":
+            raise ConfigError("the space depth weighs errors by depth; choose variables `error_weight`.")
+        if self.deep_weights and not self.error_weights:
+            raise ConfigError("error weights at a deep cut have to be measured: ask for measured error weights as well.")
         if self.objective == "bolaco" and self.top_k:
             raise ConfigError("the objective bolaco needs every token's probability; leave top-k at 0, or choose the objective kl.")
 
@@ -173,11 +186,15 @@ class SearchConfig:
 def depth_groups(space: str) -> int | None:
     """Return in how many groups of blocks the space ``space`` has variables of their own; None where every unit has one.
 
+    The two variables of ``depth`` are of all blocks together.
+
     Raises:
         ConfigError: there is no such space.
     """
     if space == "per-layer":
         return None
+    if space == DEPTH:
+        return 1
     result = re.fullmatch(r"(?:5|types) ?x ?([1-9]\d*)", space)
     if result is None:
         raise ConfigError(f"space must be one of {', '.join(SPACES)}, or `types x N` with N depth groups; got {space!r}.")

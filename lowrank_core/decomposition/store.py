@@ -20,7 +20,7 @@ from torch import Tensor
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.factorization import FactorBasis
 from lowrank_core.decomposition.head_factorization import HeadBasis
-from lowrank_core.decomposition.units import factorized, units_by_block
+from lowrank_core.decomposition.units import factorized, shrinkage_of, units_by_block
 from lowrank_core.errors import ModelError
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.parameters import HeadUnit, Unit
@@ -129,7 +129,7 @@ def _key(statistics: LayerStatistics, units: Sequence[Unit], config: Compression
         assert isinstance(part, StoredStatistics) or not part  # of others the content isn't known
         sources.append(part.name if isinstance(part, StoredStatistics) else "")
     members = sorted([[member.name for member in unit.members], isinstance(unit, HeadUnit)] for unit in units)
-    parts = [_FORMAT, sources, members, config.basis, config.input_damping, config.gradient_damping, str(dtype)]
+    parts = [_FORMAT, sources, members, config.basis, config.input_damping, config.gradient_damping, str(dtype), *shrinkage_of(config)]
     return "factors-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

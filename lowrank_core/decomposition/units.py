@@ -14,14 +14,14 @@ from lowrank_core.decomposition.factorization import Damping, FactorBasis, colum
 from lowrank_core.decomposition.head_factorization import HeadBasis, factorize_heads
 from lowrank_core.errors import ConfigError
 from lowrank_core.linalg import Damped
-from lowrank_core.metrics import LayerData, metric_named
+from lowrank_core.metrics import LayerData, metric_of
 from lowrank_core.models.attention import head_units
 from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.types import Progress
 
-__all__ = ["Bases", "damping_of", "error_curves", "factorize", "factorized", "operand_of", "units_by_block", "units_of"]
+__all__ = ["Bases", "damping_of", "error_curves", "factorize", "factorized", "operand_of", "shrinkage_of", "units_by_block", "units_of"]
 
 Bases = Mapping[str, FactorBasis | HeadBasis]
 """Unit name -> its nested factors."""
@@ -38,6 +38,11 @@ def units_of(handle: ModelHandle, config: CompressionConfig) -> tuple[Unit, ...]
 
 def damping_of(config: CompressionConfig) -> Damping:
     return Damping(columns=config.input_damping, rows=config.gradient_damping)
+
+
+def shrinkage_of(config: CompressionConfig) -> list[float]:
+    """Return what keys say of the shrinkage: nothing where there is none, as keys of earlier versions."""
+    return [config.input_shrinkage, config.gradient_shrinkage] if config.input_shrinkage or config.gradient_shrinkage else []
 
 
 def operand_of(handle: ModelHandle, statistics: LayerStatistics, shape: MatrixShape) -> LayerData:
@@ -92,7 +97,7 @@ def factorized(
     Raises:
         as ``factorize``.
     """
-    basis, damping = metric_named(config.basis), damping_of(config)
+    basis, damping = metric_of(config), damping_of(config)
     if basis.needs_gradients and not statistics.outputs:
         raise ConfigError(
             f"{basis.label} weighs outputs by their gradients, which were not collected. Collect them with `collect_gradients`."

@@ -50,7 +50,7 @@ _DENSE, _WEIGHTS, _SEARCHING, _TUNING, _CUTTING = "Measuring the dense model", "
 _SELECTING = "Selecting"
 
 _ANALYSIS = (_LOADING, _READING, _OF_WEIGHTS, _CALIBRATING, _SPECTRA)
-_COMPRESSION = (_LOADING, _CALIBRATING, _GRADIENTS, _TUNING, _FACTORISING, _WEIGHTS, _CUTTING, _COMPRESSING, _WRITING)
+_COMPRESSION = (_LOADING, _CALIBRATING, _GRADIENTS, _TUNING, _FACTORISING, _WEIGHTS, _CUTTING, _SEARCHING, _COMPRESSING, _WRITING)
 _SEARCH = (*_ANALYSIS, _GRADIENTS, _FACTORISING, _SELECTING, _DENSE, _WEIGHTS, _SEARCHING)
 """Stages in their order; the name of a stage begins with one of them (``stage_of``)."""
 
@@ -120,10 +120,10 @@ def stages_of(config: RunConfig) -> tuple[str, ...]:
 
 
 def stages_of_compression(
-    compression: CompressionConfig, *, tune: bool = False, weights: bool = False, cut: bool = False
+    compression: CompressionConfig, *, tune: bool = False, weights: bool = False, cut: bool = False, trials: bool = False
 ) -> tuple[str, ...]:
     """Return the stages of ``lowrank compress``, with those that its options and its allocator add."""
-    has = {_GRADIENTS: _by_gradients(compression), _TUNING: tune, _WEIGHTS: weights, _CUTTING: cut}
+    has = {_GRADIENTS: _by_gradients(compression), _TUNING: tune, _WEIGHTS: weights, _CUTTING: cut, _SEARCHING: trials}
     return tuple(stage for stage in _COMPRESSION if has.get(stage, True))
 
 

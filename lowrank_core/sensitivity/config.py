@@ -81,4 +81,6 @@ def single_compression(base: CompressionConfig, config: SensitivityConfig) -> Co
     while isinstance(basis, Wrapper):
         basis = basis.inner
     storage = config.storage or base.storage
+    if config.basis:  # shrinkage is of the run's own metric
+        base = replace(base, input_shrinkage=0.0, gradient_shrinkage=0.0)
     return replace(base, basis=basis.name, storage=storage, value_dense=False, stacks=False, heads=False, rank_multiple=1)

@@ -27,7 +27,7 @@ class SensitivitySetting:
     """Shared settings of the cells in one file; cells of different settings are not comparable.
 
     Attributes:
-        basis, storage, input_damping, gradient_damping: of the factors, each matrix by itself.
+        basis, storage, input_damping, gradient_damping, input_shrinkage, gradient_shrinkage: of the factors, each matrix by itself.
         windows, tokens: measured on; protocol: in words; text: their SHA-256.
         model: its fingerprint; dtype: it ran in; statistics, gradients: keys of what the factors rest on, empty where they rest on none.
         top_k: tokens that the divergence distinguishes; 0 for all.
@@ -46,10 +46,13 @@ class SensitivitySetting:
     statistics: str
     gradients: str = ""
     top_k: int = 0
+    input_shrinkage: float = 0.0
+    gradient_shrinkage: float = 0.0
 
     @property
     def key(self) -> str:
-        return hashlib.sha256(json.dumps(to_mapping(self), sort_keys=True).encode()).hexdigest()[:12]
+        said = {name: value for name, value in to_mapping(self).items() if value or not name.endswith("_shrinkage")}
+        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)

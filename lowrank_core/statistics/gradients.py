@@ -11,6 +11,9 @@ Where blocks can be chained, hidden states before each block are kept on disk, a
 other: memory holds the graph of one block for one batch, and the moments of that block. Elsewhere passes through the whole model measure
 as many blocks as memory holds.
 
+With robust token weights (LEMS, ICML 2026) a gradient g_t is scaled such that its norm lies within 0.1 and 10 times the mean norm over the
+tokens of its window, and the first and the last eighth of the positions are left out of G.
+
 The labels of a window depend on the seed and the window's index alone: neither on the batch nor on the pass that draws them.
 """
 
@@ -20,7 +23,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,7 +35,7 @@ from torch.nn import functional
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.models.blocks import BlockRunner
-from lowrank_core.models.experts import calling_every_expert
+from lowrank_core.models.experts import Expert, calling_every_expert
 from lowrank_core.models.fused import layouts_of
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.statistics.experts import mixed_outputs
@@ -54,7 +57,7 @@ from lowrank_core.statistics.store import (
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 
-__all__ = ["cached_gradients", "collect_gradients", "gradients_folder", "gradients_key", "loss_gradient", "sampled_labels"]
+__all__ = ["cached_gradients", "collect_gradients", "gradients_folder", "gradients_key", "loss_gradient", "robust_rows", "sampled_labels"]
 
 _FORMAT = 2
 """Raise it when the meaning of a stored gradient moment changes: old caches are then ignored."""
@@ -64,6 +67,12 @@ _MEMORY_SHARE = 4
 
 _LOGITS = 2**25
 """Maximum number of logits in a batch: an eighth of a GiB in float32, and as much again for each of their softmax and its gradient."""
+
+_CLIPPED = (0.1, 10.0)
+"""Times the mean of the window: between these lies a token's norm in a robust moment."""
+
+_ENDS = 8
+"""One position in so many is left out of a robust moment at either end of a window."""
 
 _CLASSES = 256
 """Classes whose probabilities are summed before a label is looked for among them."""
@@ -129,29 +138,55 @@ def _without_parameter_gradients(module: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
+def robust_rows(gradients: Tensor, tokens: Tensor, context: int) -> tuple[Tensor, Tensor]:
+    """Return the gradients (K, m) that count, their norms clipped, and which of the rows they are (N,).
+
+    Args:
+        gradients: (N, m).
+        tokens: number of each row's token in its batch (N,): windows of ``context`` tokens one after the other.
+    """
+    norms = torch.linalg.vector_norm(gradients, dim=-1, dtype=torch.promote_types(gradients.dtype, torch.float32))
+    _, window = torch.unique(tokens // context, return_inverse=True)
+    sums = norms.new_zeros(len(window)).index_add_(0, window, norms)
+    means = (sums / torch.bincount(window, minlength=len(window)).clamp(min=1))[window]
+    clipped = norms.clamp(_CLIPPED[0] * means, _CLIPPED[1] * means)
+    scale = torch.where(norms > 0, clipped / norms, torch.zeros_like(norms))
+    position, ends = tokens % context, context // _ENDS
+    counted = (position >= ends) & (position < context - ends)
+    return (gradients * scale[:, None].to(gradients.dtype))[counted], counted
+
+
 @contextmanager
-def _recording(handle: ModelHandle, layers: Sequence[LayerSpec]) -> Iterator[dict[str, GradientAccumulator]]:
-    """Feed an accumulator for each layer while losses are differentiated.
+def _recording(handle: ModelHandle, layers: Sequence[LayerSpec], context: int, *, robust: bool) -> Iterator[dict[str, GradientAccumulator]]:
+    """Feed an accumulator for each layer while losses on windows of ``context`` tokens are differentiated.
 
     The graph begins at the first of these layers: an output that nothing before it made differentiable becomes a leaf.
     """
     result = {layer.name: GradientAccumulator(layer.name, layer.shape.d_out, handle.device) for layer in layers}
 
-    def hook_for(accumulator: GradientAccumulator) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook_for(name: str, accumulator: GradientAccumulator) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
         def hook(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
             inputs = arguments[0].detach()
             precise = torch.promote_types(inputs.dtype, torch.float32)
             norms = torch.linalg.vector_norm(inputs, dim=-1, dtype=precise).square().flatten()
             if not output.requires_grad:
                 output = output.detach().requires_grad_().clone()
-            output.register_hook(  # type: ignore[no-untyped-call]
-                lambda gradient: accumulator.update(gradient.reshape(-1, gradient.shape[-1]), norms)
-            )
+            tokens = _tokens(handle, name, len(norms)) if robust else None
+
+            def add(gradient: Tensor) -> None:
+                rows = gradient.reshape(-1, gradient.shape[-1])
+                if tokens is None:
+                    accumulator.update(rows, norms)
+                else:
+                    rows, counted = robust_rows(rows, tokens.to(rows.device), context)
+                    accumulator.update(rows, norms[counted])
+
+            output.register_hook(add)  # type: ignore[no-untyped-call]
             return output
 
         return hook
 
-    hooks = [handle.module.get_submodule(name).register_forward_hook(hook_for(a)) for name, a in result.items()]
+    hooks = [handle.module.get_submodule(name).register_forward_hook(hook_for(name, a)) for name, a in result.items()]
     try:
         with calling_every_expert(handle.module):
             yield result
@@ -160,14 +195,28 @@ def _recording(handle: ModelHandle, layers: Sequence[LayerSpec]) -> Iterator[dic
             hook.remove()
 
 
+def _tokens(handle: ModelHandle, name: str, rows: int) -> Tensor:
+    """Return which tokens the rows of a layer are.
+
+    Raises:
+        ModelError: its mixture of experts does not say.
+    """
+    expert = handle.module.get_submodule(name.rpartition(".")[0])
+    if not isinstance(expert, Expert):
+        return torch.arange(rows)
+    if expert.routed is None or len(expert.routed.tokens) != rows:
+        raise ModelError(f"{name}: its mixture does not say which tokens its rows are, which robust token weights need. Leave them out.")
+    return expert.routed.tokens
+
+
 class _Measurement:
     """One measurement of gradients: which blocks go into one pass, and the pass itself."""
 
-    def __init__(self, handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, folder: Path) -> None:
+    def __init__(self, handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, folder: Path, *, robust: bool = False) -> None:
         if not handle.layers:
             raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the dense model.")
         handle.check_tokens(windows.ids)
-        self.handle, self.seed, self.folder = handle, config.gradient_seed, folder
+        self.handle, self.seed, self.folder, self.robust = handle, config.gradient_seed, folder, robust
         self.precision = resolved_precision(config, handle)
         self.windows = windows.first(config.gradient_windows)
         self.blocks: dict[int, list[LayerSpec]] = {}
@@ -190,6 +239,9 @@ class _Measurement:
         """Whether blocks can be chained, and the model's end reads nothing but what the last of them gives."""
         with torch.no_grad():
             return self._runner.chained and self._runner.ends_in_logits(self.windows.ids[:1])
+
+    def _recording(self, layers: Sequence[LayerSpec]) -> AbstractContextManager[dict[str, GradientAccumulator]]:
+        return _recording(self.handle, layers, self.windows.context, robust=self.robust)
 
     def _ids(self, span: slice) -> Tensor:
         return self.windows.ids[span].to(self.handle.device)
@@ -222,7 +274,7 @@ class _Measurement:
             layers = self.blocks[block] if block in pending else []
             if block:
                 hidden.resume(block - 1)
-            with _recording(self.handle, layers) as accumulators:
+            with self._recording(layers) as accumulators:
                 for span in self._spans:
                     self._back_through(block, span, hidden.read(span) if block else None, gradient)
                     tick()
@@ -273,7 +325,7 @@ class _Measurement:
     def _run(self, blocks: Sequence[int], tick: Callable[[], None]) -> dict[int, dict[str, OutputStatistics]]:
         """Return the moments of every layer of ``blocks``, from one pass over all windows."""
         layers = [layer for block in blocks for layer in self.blocks[block]]
-        with _recording(self.handle, layers) as accumulators:
+        with self._recording(layers) as accumulators:
             for span in self._narrow:
                 logits = self.handle.module(input_ids=self._ids(span), use_cache=False).logits
                 logits.backward(loss_gradient(logits, self.seed, span.start))
@@ -282,7 +334,8 @@ class _Measurement:
 
     def _finished(self, layers: Sequence[LayerSpec], accumulators: Mapping[str, GradientAccumulator]) -> dict[str, OutputStatistics]:
         """Return the moments of a block's layers, those of experts mixed with their mixture's."""
-        tokens = self.windows.ids.numel()
+        counted = self.windows.context - (2 * (self.windows.context // _ENDS) if self.robust else 0)
+        tokens = self.windows.windows * counted
         result = {layer.name: accumulators[layer.name].finish(tokens if layer.shape.mixture else None) for layer in layers}
         for mixture in dict.fromkeys(filter(None, (layer.shape.mixture for layer in layers))):
             members = {layer.name: result[layer.name] for layer in layers if layer.shape.mixture == mixture}
@@ -291,41 +344,50 @@ class _Measurement:
 
 
 def collect_gradients(
-    handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, progress: Progress | None = None
+    handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, robust: bool = False, progress: Progress | None = None
 ) -> Mapping[str, OutputStatistics]:
     """Return the moments of the output gradients of every compressible layer, by its name, in memory.
 
     They are measured on the first ``config.gradient_windows`` windows, block by block or in as many passes as memory asks for: the passes
     draw the same labels, so their number changes nothing. The backward pass is in the model's dtype. ``progress`` counts batches over all
-    blocks or passes.
+    blocks or passes; ``robust``: with robust token weights.
 
     Raises:
         NumericalError: a gradient is NaN or Inf, or none reaches a layer; names the layer.
-        ModelError: the model has nothing to compress, or the windows do not fit it.
+        ModelError: the model has nothing to compress, or the windows do not fit it; or a mixture of experts does not say which tokens
+            its rows are, which robust weights need.
     """
     result: dict[str, OutputStatistics] = {}
     with TemporaryDirectory() as folder:
-        measurement = _Measurement(handle, windows, config, Path(folder))
+        measurement = _Measurement(handle, windows, config, Path(folder), robust=robust)
         for blocks in measurement.by_pass(list(measurement.blocks), progress):
             for statistics in blocks.values():
                 result |= statistics
     return {layer.name: result[layer.name] for layer in handle.layers}
 
 
-def gradients_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig) -> str:
-    """Return the name of these moments: a hash of model, tokens and seed, and of the fused projections that are held as linear layers."""
+def gradients_key(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, *, robust: bool = False) -> str:
+    """Return the name of these moments: a hash of model, tokens and seed, of the fused projections that are held as linear layers, and of
+    robust token weights where they are used.
+    """
     parts = ["gradients", _FORMAT, handle.fingerprint, windows.first(config.gradient_windows).sha256, config.gradient_seed]
     split = sorted(layouts_of(handle.module))
-    return hashlib.sha256(json.dumps([*parts, *([split] if split else [])]).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps([*parts, *([split] if split else []), *(["robust"] if robust else [])]).encode()).hexdigest()[:32]
 
 
-def gradients_folder(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, store: Path) -> Path:
+def gradients_folder(handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, store: Path, *, robust: bool = False) -> Path:
     """Return where ``store`` keeps these moments."""
-    return statistics_folder(store, rounded(gradients_key(handle, windows, config), config, handle), windows.context)
+    return statistics_folder(store, rounded(gradients_key(handle, windows, config, robust=robust), config, handle), windows.context)
 
 
 def cached_gradients(
-    handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, store: Path, *, progress: Progress | None = None
+    handle: ModelHandle,
+    windows: WindowSet,
+    config: CalibrationConfig,
+    store: Path,
+    *,
+    robust: bool = False,
+    progress: Progress | None = None,
 ) -> Mapping[str, OutputStatistics]:
     """Return the same as ``collect_gradients``, kept in ``store`` pass by pass and read from there layer by layer.
 
@@ -334,9 +396,9 @@ def cached_gradients(
     Raises:
         as ``collect_gradients``; NumericalError also where the stored ones are damaged.
     """
-    folder = gradients_folder(handle, windows, config, store)
+    folder = gradients_folder(handle, windows, config, store, robust=robust)
     if not is_finished(folder):
-        measurement = _Measurement(handle, windows, config, folder)
+        measurement = _Measurement(handle, windows, config, folder, robust=robust)
 
         def waiting() -> None:
             if progress is not None:

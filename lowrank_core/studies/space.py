@@ -8,6 +8,8 @@ only points that meet the budget are drawn.
 Σ w_i e_i(r_i) within the budget: at w = 1 the point is its own allocation, and a search starts there. Only ratios matter, so the group
 with the most parameters has weight 1 and no variable. A stack has the mean weight of its members (geometric, by parameters).
 
+By depth, the weights are those of a depth bias (``allocation.lems``), 1 + γ h_b(α): two variables, and γ = 0 is the allocator's own point.
+
 Groups: module types (q and k together), shared by depth or in groups of consecutive blocks, or every unit by itself.
 """
 
@@ -24,6 +26,7 @@ from lowrank_core.allocation import (
     ALLOCATORS,
     AllocationProblem,
     ByMultipliers,
+    DepthBias,
     ErrorCurves,
     RankAllocation,
     Ranks,
@@ -35,9 +38,10 @@ from lowrank_core.allocation import (
     round_down,
     round_ranks_down,
 )
-from lowrank_core.config import SearchConfig, depth_groups
+from lowrank_core.config import DEPTH, SearchConfig, depth_groups
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import MatrixShape, Unit
+from lowrank_core.studies.depth_trials import ALPHA, GAMMA, VARIABLES
 from lowrank_core.studies.published import MAX, MIN, PublishedScheme, published_rank
 
 __all__ = ["BASELINES", "RATIO", "SPREAD", "WEIGHTED", "Baseline", "SearchSpace"]
@@ -47,7 +51,7 @@ SPREAD = 2.0
 RATIO = "compression_ratio"
 """Variable of a search over a range of ratios."""
 
-WEIGHTED = next(rule for rule in ALLOCATORS.values() if rule.trades_errors)
+WEIGHTED = ALLOCATORS["lagrangian"]
 """Allocator that turns a point of error weights into ranks."""
 
 BASELINES = ("uniform", "lord_manual", "lagrangian")
@@ -95,6 +99,7 @@ class SearchSpace:
         depth_groups: in how many groups of blocks a type has variables of its own; None for one of every unit.
         most_ratio: where the ratio is a variable, its largest value.
         curves: errors by unit; ``errors`` and the baseline ``lagrangian`` need them.
+        by_depth: whether the variables are those of a depth bias, instead of one for each group.
     """
 
     units: tuple[Unit, ...]
@@ -106,6 +111,7 @@ class SearchSpace:
     depth_groups: int | None = 1
     max_ratio: float | None = None
     curves: ErrorCurves | None = None
+    by_depth: bool = False
 
     @classmethod
     def of(cls, units: tuple[Unit, ...], config: SearchConfig, keep_dense: tuple[str, ...], curves: ErrorCurves | None) -> SearchSpace:
@@ -126,6 +132,7 @@ class SearchSpace:
             depth_groups(config.space),
             config.max_ratio,
             curves,
+            config.space == DEPTH,
         )
         count = len(space.distributions())
         config.check_sampler()
@@ -189,9 +196,13 @@ class SearchSpace:
         """
         if not self.groups:
             raise ConfigError("search: every matrix is kept dense; let the value projections be compressed, too.")
-        if self.variables == "keep_ratio":
+        if self.by_depth and self._blocks == 1:
+            raise ConfigError("search: a model of one block has no depth to weigh by; choose another space.")
+        if self.by_depth:
+            result: dict[str, FloatDistribution] = dict(VARIABLES)
+        elif self.variables == "keep_ratio":
             maximum = 1.0 if self.projected else MAX
-            result: dict[str, FloatDistribution] = {group: FloatDistribution(MIN, maximum) for group in self.groups}
+            result = {group: FloatDistribution(MIN, maximum) for group in self.groups}
         else:
             result = {g: FloatDistribution(1 / SPREAD, SPREAD, log=True) for g in self.groups if g != self._reference}
         if self.max_ratio is not None:
@@ -235,6 +246,10 @@ class SearchSpace:
         return round_ranks_down(allocation_from_ranks(label, self.units, ranks), self.units, self.rank_multiple)
 
     def _weights(self, point: Mapping[str, float]) -> Iterator[tuple[str, float]]:
+        if self.by_depth:
+            bias = DepthBias(point.get(ALPHA, 0.0), point.get(GAMMA, 0.0))
+            yield from bias.weights(self.units, {unit.name: 1.0 for unit in self._free}).items()
+            return
         for unit in self._free:
             sizes = [member.dense_parameters for member in unit.members]
             logarithms = [math.log(point.get(self.group_of(member), 1.0)) for member in unit.members]
@@ -312,8 +327,10 @@ class SearchSpace:
         return not any(other is not unit and {member.name for member in other.members} < names for other in self.units)
 
     def point_of(self, allocator: str, compression_ratio: float) -> dict[str, float]:
-        """Return the point that ``allocator`` is: ones for ``lagrangian``; else kept fractions, which depend on the type alone."""
+        """Return the point that ``allocator`` is: ones or no depth bias for ``lagrangian``, else kept fractions by type."""
         rule = ALLOCATORS[allocator]
+        if rule.trades_errors and self.by_depth:
+            return {ALPHA: 0.0, GAMMA: 0.0}
         if rule.trades_errors:
             return {group: 1.0 for group in self.groups if group != self._reference}
         assert isinstance(rule, ByMultipliers)

@@ -87,19 +87,22 @@ class SensitivityBench:
 
     def _setting(self, compression: CompressionConfig, windows: WindowSet) -> SensitivitySetting:
         session, weighed = self._session, metric_named(compression.basis).needs_gradients
+        handle, calibration, config = session.handle, session.windows.calibration, session.statistics.config
         return SensitivitySetting(
             basis=compression.basis,
             storage=compression.storage,
             input_damping=compression.input_damping,
             gradient_damping=compression.gradient_damping,
+            input_shrinkage=compression.input_shrinkage,
+            gradient_shrinkage=compression.gradient_shrinkage,
             windows=windows.windows,
             tokens=windows.predicted_tokens,
             protocol=windows.protocol,
             text=windows.sha256,
-            model=session.handle.fingerprint,
-            dtype=session.handle.dtype,
-            statistics=statistics_key(session.handle, session.windows.calibration, session.statistics.config),
-            gradients=gradients_key(session.handle, session.windows.calibration, session.statistics.config) if weighed else "",
+            model=handle.fingerprint,
+            dtype=handle.dtype,
+            statistics=statistics_key(handle, calibration, config),
+            gradients=gradients_key(handle, calibration, config, robust=compression.robust_gradients) if weighed else "",
             top_k=self._top_k,
         )
 

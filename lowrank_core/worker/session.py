@@ -175,7 +175,7 @@ def search_bench(session: RunContext, config: SearchConfig, reporter: Reporter, 
     reporter.say(dense_warnings=reference.warnings)
     curves = decomposed.curves
     if config.error_weights:
-        error_weights = pipeline.error_weights(config.compression_ratio, windows, reference)
+        error_weights = pipeline.error_weights(config.compression_ratio, windows, reference, deep=config.deep_weights)
         curves = {name: curve * error_weights.get(name, 1.0) for name, curve in curves.items()}
     space = SearchSpace.of(units, config, dense, curves)
     reporter.say(warnings=(*reported, *_unspent(space)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from priced import brute_force, cheapest_step, choices, decaying, error_of, falling, hull_steps, kept_dense, models, perplexities_of, single
+from priced import brute_force, cheapest_step, choices, decaying, error_of, falling, hull_steps, kept_dense, measured_of, models, single
 
 from lowrank_core.allocation import (
     ALLOCATORS,
@@ -132,7 +132,7 @@ def test_rules_can_not_choose_between_alternatives(name: str):
     units = (q, k, Unit((q.members[0], k.members[0])))
     curves = {unit.name: decaying(unit, 0.9) for unit in units}
     with pytest.raises(ConfigError, match=r"stands alone and in a stack.*Allocate by `lagrangian`"):
-        allocate(name, units, 0.3, curves=curves, influence=[0.1], perplexities=perplexities_of(units))
+        allocate(name, units, 0.3, curves=curves, influence=[0.1], **measured_of(units))
 
 
 def test_a_ratio_out_of_reach_says_what_is_possible():
@@ -140,7 +140,7 @@ def test_a_ratio_out_of_reach_says_what_is_possible():
     curves = {"v": np.linspace(1, 0, 65), "q": np.linspace(1, 0, 65)}
     for name in ALLOCATORS:
         with pytest.raises(BudgetError, match=r"0\.7 can't be met.*remove only 0\.48.*Lower the ratio"):
-            allocate(name, units, 0.7, keep_dense=["v"], curves=curves, influence=[0.1], perplexities=perplexities_of(units))
+            allocate(name, units, 0.7, keep_dense=["v"], curves=curves, influence=[0.1], **measured_of(units))
 
 
 def test_where_everything_is_kept_only_a_ratio_of_zero_can_be_met():
@@ -154,10 +154,10 @@ def test_where_everything_is_kept_only_a_ratio_of_zero_can_be_met():
                 keep_dense=["v"],
                 curves={"v": np.linspace(1, 0, 65)},
                 influence=[0.1],
-                perplexities=perplexities_of(units),
+                **measured_of(units),
             )
         assert allocate(
-            name, units, 0.0, keep_dense=["v"], curves={"v": np.linspace(1, 0, 65)}, influence=[0.1], perplexities=perplexities_of(units)
+            name, units, 0.0, keep_dense=["v"], curves={"v": np.linspace(1, 0, 65)}, influence=[0.1], **measured_of(units)
         ).ranks == {"v": None}
 
 
@@ -165,7 +165,7 @@ def test_where_everything_is_kept_only_a_ratio_of_zero_can_be_met():
 def test_a_ratio_of_zero_keeps_everything_dense(name: str):
     units = [single("a"), single("b", 30, 90)]
     curves = {"a": np.linspace(1, 0, 65), "b": np.geomspace(1, 1e-3, 31)}
-    assert allocate(name, units, 0.0, curves=curves, influence=[0.1], perplexities=perplexities_of(units)).ranks == {"a": None, "b": None}
+    assert allocate(name, units, 0.0, curves=curves, influence=[0.1], **measured_of(units)).ranks == {"a": None, "b": None}
 
 
 # --- lagrangian --------------------------------------------------------------------------------------------------------
@@ -355,11 +355,17 @@ def test_every_allocator_says_where_it_comes_from():
         assert name == method.name
         assert method.label
         assert method.reference
-    assert {name for name, method in ALLOCATORS.items() if method.needs_curves} == {"energy", "threshold", "svd_llm_v2", "lagrangian"}
+    assert {name for name, method in ALLOCATORS.items() if method.needs_curves} == {
+        "energy",
+        "threshold",
+        "svd_llm_v2",
+        "lagrangian",
+        "lems",
+    }
     assert {name for name, method in ALLOCATORS.items() if method.needs_influence} == {"block_influence"}
-    assert (
-        {name for name, method in ALLOCATORS.items() if method.needs_perplexities} == {"truncation_search"} == set(ALLOCATORS) - set(RULES)
-    )
+    assert {name for name, method in ALLOCATORS.items() if method.needs_perplexities} == {"truncation_search"}
+    assert {name for name, method in ALLOCATORS.items() if method.needs_weights} == {"lems"}
+    assert set(ALLOCATORS) - set(RULES) == {"truncation_search", "lems"}
     assert {name for name, method in ALLOCATORS.items() if method.trades_errors} == {"lagrangian"}
     assert {name for name, method in ALLOCATORS.items() if method.takes_alternatives} == {"lagrangian"}
     assert {name for name, method in ALLOCATORS.items() if method.neutral} == {"uniform", "lagrangian"}
@@ -367,7 +373,7 @@ def test_every_allocator_says_where_it_comes_from():
 
 def test_unknown_allocators_list_the_known_ones():
     with pytest.raises(
-        ConfigError, match="uniform, lord_manual, energy, threshold, svd_llm_v2, block_influence, truncation_search, lagrangian"
+        ConfigError, match="uniform, lord_manual, energy, threshold, svd_llm_v2, block_influence, truncation_search, lagrangian, lems"
     ):
         allocate("best", [single("a")], 0.1)
     with pytest.raises(ConfigError, match="got 'best'"):

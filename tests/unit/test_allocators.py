@@ -18,8 +18,8 @@ from priced import (
     falling,
     hull_steps,
     kept_dense,
+    measured_of,
     models,
-    perplexities_of,
     single,
 )
 
@@ -81,15 +81,11 @@ def test_every_allocator_spends_the_budget_exactly_and_leaves_locks_alone(
     minimum += sum(unit.parameters(stored(unit, fixed.get(unit.name))) for unit in units if unit not in free)
     if minimum > budget:
         with pytest.raises(BudgetError, match="can't be met"):
-            allocate(
-                name, units, ratio, keep_dense=keep, curves=curves, fixed=fixed, influence=INFLUENCE, perplexities=perplexities_of(units)
-            )
+            allocate(name, units, ratio, keep_dense=keep, curves=curves, fixed=fixed, influence=INFLUENCE, **measured_of(units))
         return
     if name == "block_influence" and not free:
         return
-    result = allocate(
-        name, units, ratio, keep_dense=keep, curves=curves, fixed=fixed, influence=INFLUENCE, perplexities=perplexities_of(units)
-    )
+    result = allocate(name, units, ratio, keep_dense=keep, curves=curves, fixed=fixed, influence=INFLUENCE, **measured_of(units))
     assert result.parameters <= budget
     assert set(result.locked) == set(fixed)
     for unit in units:
@@ -106,10 +102,10 @@ def test_every_allocator_spends_the_budget_exactly_and_leaves_locks_alone(
 def test_locking_all_that_an_allocator_chose_gives_it_back(first: str, second: str, units: tuple[Unit, ...], ratio: float, seed: int):
     curves = curves_of(units, seed)
     try:
-        result = allocate(first, units, ratio, curves=curves, influence=INFLUENCE, perplexities=perplexities_of(units))
+        result = allocate(first, units, ratio, curves=curves, influence=INFLUENCE, **measured_of(units))
     except BudgetError:
         return
-    again = allocate(second, units, ratio, curves=curves, fixed=result.ranks, influence=INFLUENCE, perplexities=perplexities_of(units))
+    again = allocate(second, units, ratio, curves=curves, fixed=result.ranks, influence=INFLUENCE, **measured_of(units))
     assert again.ranks == result.ranks
     assert again.parameters == result.parameters
 
@@ -135,7 +131,7 @@ def test_a_lock_shifts_what_the_others_get(name: str):
     curves = {unit.name: decaying(unit, 0.9) for unit in units}
     ranks = []
     for rank in (5, 15, 25):
-        result = allocate(name, units, 0.5, curves=curves, fixed={"a": rank}, influence=[0.1], perplexities=perplexities_of(units)).ranks
+        result = allocate(name, units, 0.5, curves=curves, fixed={"a": rank}, influence=[0.1], **measured_of(units)).ranks
         assert result["a"] == rank
         ranks.append(sum(result[other] or 36 for other in "bcd"))
     assert ranks[0] > ranks[1] > ranks[2]
@@ -194,7 +190,7 @@ def test_locks_may_settle_every_alternative(name: str, locks: dict[str, int | No
     """Then every rule works, for it has nothing left to choose between."""
     units = with_alternatives()
     curves = {unit.name: decaying(unit, 0.9) for unit in units}
-    result = allocate(name, units, 0.2, curves=curves, fixed=locks, influence=[0.1], perplexities=perplexities_of(units))
+    result = allocate(name, units, 0.2, curves=curves, fixed=locks, influence=[0.1], **measured_of(units))
     assert {name: result.ranks[name] for name in locks} == locks
     members = [member for name in result.ranks for member in name.split("+")]
     assert sorted(members) == ["k", "o", "q", "v"]
@@ -237,13 +233,13 @@ def test_locks_that_leave_too_little_say_which_to_loosen(name: str):
     fixed = {"a": None, "b": 31, "c": 30, "d": 1}
     maximum = 1 - (4096 + 128 * (31 + 30 + 1 + 1)) / (5 * 4096)
     with pytest.raises(BudgetError) as caught:
-        allocate(name, units, 0.7, curves=curves, fixed=fixed, influence=[0.1], perplexities=perplexities_of(units))
+        allocate(name, units, 0.7, curves=curves, fixed=fixed, influence=[0.1], **measured_of(units))
     text = str(caught.value)
     assert "compression ratio 0.7 can't be met: the matrices that stay dense and the 4 locked ranks" in text
     assert f"remove only {maximum:.3f}" in text
     assert "Lower the ratio to at most 0.406, or loosen a lock: " in text
     assert text.endswith("a (dense, 4,096 parameters), b (rank 31, 3,968 parameters), c (rank 30, 3,840 parameters).")
-    reachable = allocate(name, units, 0.406, curves=curves, fixed=fixed, influence=[0.1], perplexities=perplexities_of(units))
+    reachable = allocate(name, units, 0.406, curves=curves, fixed=fixed, influence=[0.1], **measured_of(units))
     assert reachable.ranks["e"] == 1
 
 
@@ -366,10 +362,10 @@ def test_the_unit_of_each_unit_s_errors_does_not_matter(name: str, units: tuple[
 
 def same(name: str, units: tuple[Unit, ...], ratio: float, first: ErrorCurves, second: ErrorCurves) -> bool:
     try:
-        result = allocate(name, units, ratio, curves=first, influence=INFLUENCE, perplexities=perplexities_of(units))
+        result = allocate(name, units, ratio, curves=first, influence=INFLUENCE, **measured_of(units))
     except BudgetError:
         return True
-    return result == allocate(name, units, ratio, curves=second, influence=INFLUENCE, perplexities=perplexities_of(units))
+    return result == allocate(name, units, ratio, curves=second, influence=INFLUENCE, **measured_of(units))
 
 
 def test_energy_goes_to_the_slow_curve_and_ends_dense_above_break_even():

@@ -24,6 +24,7 @@ from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.experts import calling_every_expert, experts_of, unroll_experts
 from lowrank_core.models.unrolled import roll_back
 from lowrank_core.presets.recipes import preset_named
+from lowrank_core.statistics import gradients
 from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
 from lowrank_core.statistics.experts import mixed_inputs, mixed_outputs
 from lowrank_core.statistics.gradients import collect_gradients
@@ -49,6 +50,19 @@ def mixtral(tmp_path_factory: pytest.TempPathFactory, sample_text: str) -> Model
 def statistics(mixtral: ModelHandle, windows: WindowSet) -> LayerStatistics:
     inputs = collect_statistics(mixtral, windows, CALIBRATION)
     return inputs.with_outputs(collect_gradients(mixtral, windows, CALIBRATION))
+
+
+def test_robust_weights_know_which_tokens_reach_an_expert(
+    mixtral: ModelHandle, windows: WindowSet, statistics: LayerStatistics, monkeypatch: pytest.MonkeyPatch
+):
+    """Neither clipped nor cut at the ends, they change nothing; as they are, they leave a quarter of the tokens out."""
+    robust = collect_gradients(mixtral, windows, CALIBRATION, robust=True)
+    assert all(entry.count < statistics.outputs[name].count for name, entry in robust.items() if ".experts." in name)
+    monkeypatch.setattr(gradients, "_CLIPPED", (0.0, float("inf")))
+    monkeypatch.setattr(gradients, "_ENDS", windows.context + 1)
+    for name, entry in collect_gradients(mixtral, windows, CALIBRATION, robust=True).items():
+        expected = statistics.outputs[name].gradient
+        torch.testing.assert_close(entry.gradient, expected, rtol=1e-5, atol=1e-6 * float(expected.diagonal().mean()))
 
 
 @torch.no_grad()

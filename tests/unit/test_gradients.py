@@ -1,6 +1,8 @@
 """Output gradients: against autograd token by token, against measured KL, and whatever the batches and passes."""
 
 import copy
+import hashlib
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,6 +62,49 @@ def test_moments_are_those_of_the_gradients(any_handle: ModelHandle, few: Window
         fisher = (rows.square() * inputs.square().sum(1, keepdim=True)).mean(0)
         torch.testing.assert_close(statistics.fisher_rows, fisher, rtol=1e-3, atol=1e-4 * float(fisher.mean()))
         assert torch.equal(statistics.gradient, statistics.gradient.T)
+
+
+def clipped(rows: Tensor) -> Tensor:
+    """Return the gradients (T, m) of one window that count, by the formula: norms within 0.1 and 10 of their mean, eighths left out."""
+    mean, ends = rows.norm(dim=1).mean(), len(rows) // 8
+    lengths = [min(max(float(row.norm()), 0.1 * float(mean)), 10 * float(mean)) for row in rows]
+    return torch.stack([row / row.norm() * length for row, length in zip(rows, lengths, strict=True)])[ends : len(rows) - ends]
+
+
+def test_robust_moments_clip_norms_by_window_and_leave_the_ends_out(any_handle: ModelHandle, few: WindowSet):
+    result = collect_gradients(any_handle, few, CONFIG, robust=True)
+    for name, statistics in result.items():
+        rows, inputs = directly(any_handle, few.ids, name, 0)
+        kept = torch.cat([clipped(window) for window in torch.split(rows, few.context)])
+        assert statistics.count == len(kept) == len(few.ids) * (few.context - 2 * (few.context // 8))
+        scale = float(kept.square().mean())
+        torch.testing.assert_close(statistics.gradient, kept.T @ kept / len(kept), rtol=1e-3, atol=1e-4 * scale)
+        middle = inputs.reshape(len(few.ids), few.context, -1)[:, few.context // 8 : -(few.context // 8)].flatten(0, 1)
+        fisher = (kept.square() * middle.square().sum(1, keepdim=True)).mean(0)
+        torch.testing.assert_close(statistics.fisher_rows, fisher, rtol=1e-3, atol=1e-4 * float(fisher.mean()))
+
+
+def test_a_robust_token_has_a_norm_near_its_window_s_mean():
+    rows = torch.cat([torch.full((16, 4), 1.0), torch.full((16, 4), 3.0)]).double()
+    rows[5], rows[6], rows[7], rows[20] = 1e6, 1e-9, 0.0, 7.0
+    tokens = torch.arange(32)
+    result, counted = gradients.robust_rows(rows, tokens, 16)
+    assert counted.tolist() == [2 <= token % 16 < 14 for token in range(32)]
+    mean = float(rows[:16].norm(dim=1).mean())
+    assert float(result[3].norm()) == pytest.approx(10 * mean)
+    assert float(result[4].norm()) == pytest.approx(0.1 * mean)
+    assert not result[5].any(), "a gradient of zero stays one"
+    torch.testing.assert_close(result[12:], rows[18:30])
+    shuffled = torch.randperm(32, generator=torch.Generator().manual_seed(0))
+    again, _ = gradients.robust_rows(rows[shuffled], tokens[shuffled], 16)
+    torch.testing.assert_close(again.T @ again, result.T @ result)
+
+
+def test_robust_moments_have_a_key_of_their_own_and_the_others_keep_theirs(llama: ModelHandle, few: WindowSet):
+    plain, robust = gradients_key(llama, few, CONFIG), gradients_key(llama, few, CONFIG, robust=True)
+    parts = ["gradients", 2, llama.fingerprint, few.first(CONFIG.gradient_windows).sha256, CONFIG.gradient_seed]
+    assert plain == hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    assert robust != plain
 
 
 def kl_per_token(handle: ModelHandle, windows: WindowSet, name: str, change: Tensor) -> float:

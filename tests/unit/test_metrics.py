@@ -12,9 +12,10 @@ import torch
 from operands import factorized, gradients, inputs_of, layer_data, outputs_of, random, rows, second_moment
 from torch import Tensor
 
+from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.factorization import Damping
 from lowrank_core.errors import ConfigError
-from lowrank_core.metrics import METRICS, WRAPPERS, LayerData, by_input, metric_named
+from lowrank_core.metrics import METRICS, WRAPPERS, LayerData, by_input, metric_named, metric_of
 from lowrank_core.metrics.drift_aware import DriftAware
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.statistics.pooling import PooledAccumulator
@@ -44,6 +45,7 @@ FORMULAS: dict[str, Sides] = {
     "refitted": lambda x, g: (None, second_moment(x), 1.0, 1.0),
     "two_sided": lambda x, g: (second_moment(g), covariance(x), 1.0, 0.5),
     "two_sided_half": lambda x, g: (second_moment(g), covariance(x), 0.5, 0.5),
+    "two_sided_uncentred": lambda x, g: (second_moment(g), second_moment(x), 1.0, 0.5),
     "shared_input:two_sided": lambda x, g: (second_moment(g), covariance(x), 1.0, 0.5),
     "cross_layer:pooled_feature": lambda x, g: (None, covariance(x), 1.0, 1.0),
     "drift_aware:two_sided": lambda x, g: (second_moment(g), covariance(x), 1.0, 0.5),
@@ -333,7 +335,38 @@ def test_sequential_bases_are_those_that_correct_drift():
 
 def test_only_estimates_of_kl_are_comparable_across_matrices():
     names = [*METRICS, *WRAPPED]
-    assert {name for name in names if metric_named(name).comparable} == {name for name in names if name.endswith("two_sided")}
+    estimates = ("two_sided", "two_sided_uncentred")
+    assert {name for name in names if metric_named(name).comparable} == {name for name in names if name.endswith(estimates)}
+
+
+def test_an_uncentred_metric_has_the_second_moment_and_no_bias():
+    x = rows(12)
+    result = factorized("two_sided_uncentred", layer_data(10, x)).slice(4)
+    assert result.biases == (None,)
+    torch.testing.assert_close(metric_named("two_sided_uncentred").metric(layer_data(10, x)).columns, second_moment(x))
+
+
+@pytest.mark.parametrize("name", ["two_sided", "two_sided_uncentred", "shared_input:two_sided_half"])
+def test_shrinkage_moves_both_moments_towards_the_identity(name: str):
+    given = layer_data(10, rows(12))
+    plain, shrunk = (
+        metric_of(CompressionConfig(basis=name, input_shrinkage=a, gradient_shrinkage=b)).metric(given) for a, b in ((0, 0), (0.1, 0.3))
+    )
+    for before, after, share in ((plain.columns, shrunk.columns, 0.1), (plain.rows, shrunk.rows, 0.3)):
+        assert before is not None
+        expected = (1 - share) * before + share * before.diagonal().mean() * torch.eye(len(before), dtype=torch.float64)
+        torch.testing.assert_close(after, expected, rtol=1e-12, atol=0.0)
+    assert metric_of(CompressionConfig(basis=name)) == metric_named(name)
+
+
+def test_shrinkage_is_refused_where_it_has_no_meaning():
+    with pytest.raises(ConfigError, match="only a two-sided metric can"):
+        metric_of(CompressionConfig(basis="whitened", gradient_shrinkage=0.3))
+    with pytest.raises(ConfigError, match="corrects drift, and then inputs can't be shrunk"):
+        metric_of(CompressionConfig(basis="drift_aware:two_sided", input_shrinkage=0.1))
+    fitted = metric_of(CompressionConfig(basis="drift_aware:two_sided", gradient_shrinkage=0.3, drift_beta=0.5))
+    assert fitted.inner == replace(metric_named("two_sided"), gradient_shrinkage=0.3)  # type: ignore[attr-defined]
+    assert fitted.beta == 0.5  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", WRAPPED)

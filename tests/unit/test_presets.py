@@ -13,10 +13,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from lowrank_core.allocation import ALLOCATORS, allocator_named
 from lowrank_core.allocation.units import value_layers
 from lowrank_core.compression.decomposed import Decomposed, decompose
+from lowrank_core.compression.error_weights import measure_error_weights
+from lowrank_core.compression.lems import measure_depth_bias
 from lowrank_core.compression.truncations import perplexities_for
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, SearchConfig
 from lowrank_core.errors import ConfigError
-from lowrank_core.evaluation import evaluate
+from lowrank_core.evaluation import DenseReference, evaluate
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.metrics import METRICS, metric_named
 from lowrank_core.models import ModelHandle, load_model
@@ -65,6 +67,14 @@ def decomposed(preset: Preset, handle: ModelHandle, statistics: LayerStatistics,
     return decompose(handle, gradients if needs else statistics, preset.compression)
 
 
+def weights_for(allocator: str, result: Decomposed, windows: WindowSet) -> dict[str, float] | None:
+    if not ALLOCATORS[allocator].needs_weights:
+        return None
+    dense = DenseReference.compute(result.handle, windows, batch_size=8)
+    scales = measure_error_weights(result, windows, dense, compression_ratio=0.0, deep=True)
+    return dict(measure_depth_bias(result, windows, dense, scales, compression_ratio=RATIO).weights)
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_every_preset_compresses_within_the_budget(
     name: str, handle: ModelHandle, windows: WindowSet, plain: LayerStatistics, with_gradients: LayerStatistics, tmp_path: Path
@@ -72,7 +82,8 @@ def test_every_preset_compresses_within_the_budget(
     preset, few = EVERY[name], windows.first(10)
     result = decomposed(preset, handle, plain, with_gradients)
     perplexities = perplexities_for(preset.allocation, result, few, tmp_path)
-    allocation = result.allocate(preset.allocation, RATIO, perplexities=perplexities)
+    weights = weights_for(preset.allocation, result, few)
+    allocation = result.allocate(preset.allocation, RATIO, weights=weights, perplexities=perplexities)
     model = result.compress(allocation, windows)
     budget = budget_for_ratio(result.units, RATIO)
     assert model.report.linear_parameters_after == allocation.parameters <= budget
@@ -172,6 +183,7 @@ def test_every_preset_named_after_a_paper_says_where_it_departs_from_it():
         ("pifa", "Only the storage of the paper"),
         ("asvd", "the last cut is made in part"),
         ("bolaco", "is not handed out"),
+        ("lems", "Its code was not at hand"),
     ],
 )
 def test_what_a_reader_would_trip_over_is_said(name: str, words: str):

@@ -15,6 +15,7 @@ from lowrank_core.allocation.units import plan_units, value_layers
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.errors import BudgetError, ConfigError
 from lowrank_core.parameters import MatrixShape, Unit, budget_for_ratio
+from lowrank_core.studies.depth_trials import ALPHA, GAMMA
 from lowrank_core.studies.space import BASELINES, RATIO, SPREAD, SearchSpace
 
 KINDS = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64), "gate_proj": (160, 64), "up_proj": (160, 64)}
@@ -175,6 +176,38 @@ def test_every_group_moves_its_own_matrices_alone(variables: str, depth_groups: 
 
 def _size(ranks: Mapping[str, int | None], unit: Unit) -> int:
     return unit.parameters(ranks[unit.name])
+
+
+# --- a depth bias ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [LLAMA, ALTERNATIVES], ids=["single", "with stacks"])
+def test_two_variables_weigh_errors_by_depth_and_begin_at_the_allocators_own_point(units: tuple[Unit, ...]):
+    space = SearchSpace.of(units, SearchConfig(0.5, space="depth", variables="error_weight"), (), curves_of(units))
+    assert {name: (bounds.low, bounds.high) for name, bounds in space.distributions().items()} == {ALPHA: (0, 3), GAMMA: (0, 7)}
+    point = space.point_of("lagrangian", 0.5)
+    assert space.allocation(point).ranks == allocate("lagrangian", units, 0.5, curves=space.curves).ranks
+    assert {baseline.label for baseline in space.baselines()} == set(BASELINES)
+    weights = dict(space._weights({ALPHA: 1.0, GAMMA: 2.0}))
+    first, middle, last = (weights[f"layers.{block}.gate_proj"] for block in range(3))
+    assert (first, middle, last) == pytest.approx((3.0, 1 + 2 * (1 / 2) / (1 / 2 + 1), 1.0))
+    result = space.allocation({ALPHA: 1.0, GAMMA: 7.0})
+    assert result.parameters <= budget_for_ratio(units, 0.5)
+
+    def kept(ranks: Mapping[str, int | None]) -> int:
+        return sum(_size(ranks, unit) for unit in units if unit.name in ranks and unit.depth == 0)
+
+    assert kept(result.ranks) > kept(space.allocation(point).ranks)
+
+
+def test_a_depth_bias_is_of_errors_and_of_several_blocks():
+    with pytest.raises(ConfigError, match="choose variables `error_weight`"):
+        SearchConfig(space="depth")
+    with pytest.raises(ConfigError, match="ask for measured error weights as well"):
+        SearchConfig(deep_weights=True)
+    single = tuple(unit for unit in LLAMA if unit.depth == 0)
+    with pytest.raises(ConfigError, match="one block has no depth"):
+        SearchSpace.of(single, SearchConfig(space="depth", variables="error_weight"), (), curves_of(single))
 
 
 def test_more_groups_than_blocks_are_told():

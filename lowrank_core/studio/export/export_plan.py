@@ -95,7 +95,7 @@ def _measured_ranks(allocator: str, bodies: Sequence[JsonMapping]) -> Ranks | No
 def _ruled_ranks(allocator: str, units: Sequence[Unit], search: SearchConfig) -> Ranks | None:
     """Return the ranks of an allocator that needs shapes only; None for others."""
     rule = ALLOCATORS[allocator]
-    if rule.needs_curves or rule.needs_influence or rule.needs_perplexities or not units:
+    if rule.needs_curves or rule.needs_influence or rule.measures or not units:
         return None
     members = list({member.name: member for unit in units for member in unit.members}.values())
     dense = value_layers(members) if search.compression.value_dense else ()

@@ -15,8 +15,12 @@ _SPACES = {
     "5x4": "By module type, in 4 depth groups (5x4)",
     "types": "By module type, in N depth groups",
     "per-layer": "Per layer",
+    "depth": "Depth bias: two variables of all blocks (LEMS)",
 }
-_NUMBERS = ("input_damping", "gradient_damping", "drift_beta", "fit_windows", "rank_multiple")
+_NUMBERS = (
+    *("input_damping", "gradient_damping", "drift_beta", "fit_windows", "rank_multiple"),
+    *("input_shrinkage", "gradient_shrinkage"),
+)
 
 
 def seed_alone() -> int:
@@ -48,9 +52,10 @@ def _recipe() -> dict[str, object]:
         weights = variables == "error_weight"
         stacks = draw(CompressionConfig, "stacks", key="search_stacks", disabled=not weights)
         heads = draw(CompressionConfig, "heads", key="search_heads", disabled=not weights or dense)
+        robust = draw(CompressionConfig, "robust_gradients", key="search_robust_gradients")
     numbers = draw_all(CompressionConfig, _NUMBERS, st.columns(3), "search_")
     alternatives = {"stacks": stacks and weights, "heads": heads and weights and not dense}
-    compression = CompressionConfig(basis=basis, storage=storage, value_dense=dense, **alternatives, **numbers)
+    compression = CompressionConfig(basis=basis, storage=storage, value_dense=dense, robust_gradients=robust, **alternatives, **numbers)
     return {"compression": compression, "variables": variables}
 
 
@@ -70,11 +75,13 @@ def _searching(*, ranged: bool) -> dict[str, object]:
     pruner = draw(SearchConfig, "pruner", key="search_pruner", place=first, disabled=ranged)
     startup = draw(SearchConfig, "startup_trials", key="search_startup_trials", place=third)
     weights = draw(SearchConfig, "error_weights", key="search_error_weights", place=third)
+    deep = draw(SearchConfig, "deep_weights", key="search_deep_weights", place=third, disabled=not weights)
     return {
         "space": f"types x {int(groups)}" if space == "types" else space,
         "sampler": sampler,
         "startup_trials": startup,
         "error_weights": weights,
+        "deep_weights": deep and weights,
         "pruner": "none" if ranged else pruner,
         "seed": _seed(second),
     }
