@@ -30,10 +30,11 @@ from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import Unit
 from lowrank_core.types import Vector
 
-__all__ = ["MAX_ALPHA", "MAX_GAMMA", "DepthBias", "Lems", "exact_choices"]
+__all__ = ["MAX_ALPHA", "MAX_GAMMA", "TRIALS", "DepthBias", "Lems", "exact_choices"]
 
 MAX_ALPHA, MAX_GAMMA = 3.0, 7.0
-"""Of the depth bias: the bounds of the paper's search."""
+TRIALS = 10
+"""Of the depth bias: the bounds of the paper's search, and its trials."""
 
 _STEPS = 80  # of the logarithm of λ
 _SLACK = 1e-12  # relative: rounding never takes the best allocation away

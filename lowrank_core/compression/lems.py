@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lowrank_core.allocation import DepthBias, Ranks
+from lowrank_core.allocation.lems import TRIALS
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.errors import NumericalError
 from lowrank_core.evaluation import DenseReference, score_windows
-from lowrank_core.studies.depth_trials import TRIALS, best_depth_bias
+from lowrank_core.studies.depth_trials import best_depth_bias
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 

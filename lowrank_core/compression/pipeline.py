@@ -183,6 +183,7 @@ class Pipeline:
         its own.
         """
         decomposed, perplexities, rule = self.decomposed, None, allocator_named(allocator)
+        self.depth_bias = None
         if rule.needs_weights:
             if weights is not None:
                 raise ConfigError(f"the allocation {rule.name} measures its own error weights. Leave --error-weights out.")

@@ -115,6 +115,9 @@ _VARIANTS = (
     _variant("influence", "ranks by block influence, single matrices", "block_influence", stacks=False, heads=False),
     _variant("half", "γ = ½", basis="drift_aware:two_sided_half"),
     _variant("whitened", "one-sided: raw output errors traded", basis="drift_aware"),
+    _variant("lems", "ranks by LEMS, single matrices", "lems", stacks=False, heads=False),
+    _variant("robust", "robust token weights in gradients", robust_gradients=True),
+    _variant("shrunk", "gradients shrunk by 0.3", gradient_damping=1e-6, gradient_shrinkage=0.3),
     _variant("less damping", "gradient damping 0.001", gradient_damping=1e-3),
     _variant("more damping", "gradient damping 0.1", gradient_damping=1e-1),
 )

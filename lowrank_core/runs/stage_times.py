@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from lowrank_core.allocation.lems import TRIALS
 from lowrank_core.config import CompressionConfig, ModelSource, RunConfig
 from lowrank_core.config.mapping import build
 from lowrank_core.errors import RunError
@@ -159,7 +160,7 @@ def work_of(
         _COMPRESSING: fitted * (4 * linear + 2 * inputs) * sequential,
         _DENSE: validation * (linear + head),
         _WEIGHTS: validation * (linear + head) * len(shapes),
-        _SEARCHING: validation * (linear + head) * (search.trials if search is not None else 0),
+        _SEARCHING: validation * (linear + head) * (search.trials if search is not None else TRIALS),
         _WRITING: text.test_windows * (linear + head),
     }
     result = {stage: float(text.context * work) for stage, work in per_window.items()}

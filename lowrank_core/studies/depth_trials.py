@@ -11,15 +11,12 @@ from optuna.distributions import FloatDistribution
 from optuna.exceptions import ExperimentalWarning
 from optuna.samplers import TPESampler
 
-from lowrank_core.allocation.lems import MAX_ALPHA, MAX_GAMMA, DepthBias
+from lowrank_core.allocation.lems import MAX_ALPHA, MAX_GAMMA, TRIALS, DepthBias
 
-__all__ = ["ALPHA", "GAMMA", "TRIALS", "VARIABLES", "best_depth_bias"]
+__all__ = ["ALPHA", "GAMMA", "VARIABLES", "best_depth_bias"]
 
 ALPHA, GAMMA = "depth alpha", "depth gamma"
 VARIABLES = {ALPHA: FloatDistribution(0.0, MAX_ALPHA), GAMMA: FloatDistribution(0.0, MAX_GAMMA)}
-TRIALS = 10
-"""Of the paper."""
-
 _STARTUP = 4  # of TPE's own ten random trials none would be left to its model
 
 

@@ -85,6 +85,34 @@ def test_ones_own_recipe_may_trade_errors_with_alternatives(app):
     assert result.compression == CompressionConfig(value_dense=False, stacks=True, heads=True)
 
 
+def test_a_depth_bias_is_searched_with_error_weights_of_a_deep_cut(app):
+    base = make_run(search=False)
+    test = app("search")
+    assert test.toggle(key="search_deep_weights").disabled
+    test.selectbox(key="search_space").set_value("depth")
+    test.toggle(key="search_error_weights").set_value(True).run()
+    test.toggle(key="search_deep_weights").set_value(True)
+    assert "2 variables" in words(test.run())
+    test.button(key="start_search").click().run()
+    assert sound(test)
+    wanted = {"space": "depth", "error_weights": True, "deep_weights": True}
+    assert started(base) == replace(search_by(PRESETS["studio"], 0.2), **wanted)
+
+
+def test_shrinkage_and_robust_gradients_are_of_ones_own_recipe(app):
+    base = make_run(search=False)
+    test = app("search")
+    test.segmented_control(key="search_recipe").set_value("own").run()
+    test.selectbox(key="search_basis").set_value("two_sided_uncentred")
+    test.number_input(key="search_input_shrinkage").set_value(0.1)
+    test.number_input(key="search_gradient_shrinkage").set_value(0.3)
+    test.toggle(key="search_robust_gradients").set_value(True)
+    test.button(key="start_search").click().run()
+    assert sound(test)
+    wanted = CompressionConfig("two_sided_uncentred", input_shrinkage=0.1, gradient_shrinkage=0.3, robust_gradients=True)
+    assert started(base).compression == wanted
+
+
 def test_a_range_of_ratios_is_asked_for_with_one_toggle(app):
     base = make_run(search=False)
     test = app("search")

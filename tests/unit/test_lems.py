@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank_core.allocation import ALLOCATORS, DepthBias, allocate, allocation_from_ranks
-from lowrank_core.allocation.lems import exact_choices
+from lowrank_core.allocation.lems import TRIALS, exact_choices
 from lowrank_core.cli import main
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
@@ -29,9 +29,11 @@ from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import weight_of
 from lowrank_core.parameters import MatrixShape, Unit, budget_for_ratio
 from lowrank_core.presets.recipes import PRESETS
+from lowrank_core.runs import open_run
 from lowrank_core.statistics.calibration import collect_statistics
 from lowrank_core.statistics.gradients import collect_gradients
-from lowrank_core.studies.depth_trials import TRIALS, best_depth_bias
+from lowrank_core.studies.depth_trials import ALPHA, GAMMA, best_depth_bias
+from lowrank_core.studies.records import read_trials
 from lowrank_core.text import WindowSet
 
 RATIO = 0.4
@@ -273,6 +275,8 @@ def test_a_pipeline_measures_the_scales_once_for_all_ratios(llama_checkpoint: Pa
     assert pipeline.under("svd_llm").decomposed.basis.name == "whitened"
     with pytest.raises(ConfigError, match="lems measures its own error weights"):
         pipeline.allocate("lems", 0.3, weights={})
+    pipeline.allocate("uniform", 0.3)
+    assert pipeline.depth_bias is None
     plain = pipeline.under("io_svd")
     names = plain.statistics.outputs
     assert any(not torch.equal(names[name].gradient, pipeline.statistics.outputs[name].gradient) for name in names)
@@ -297,3 +301,22 @@ def test_allocations_of_the_preset_keep_to_what_a_run_can_read(decomposed: Decom
     assert not ALLOCATORS["lagrangian"].measures
     whole = replace(decomposed, config=replace(decomposed.config, rank_multiple=1)).allocate("lems", RATIO, weights=scales)
     assert whole.parameters >= allocation.parameters - max(unit.parameters(8) for unit in decomposed.units)
+
+
+def test_a_search_of_the_depth_bias_begins_with_the_rule_itself(
+    llama_checkpoint: Path, text: TextConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    cut = ["--context", "32", "--windows", "8", "--validation-windows", "4", "--test-windows", "4", "--group-size", "4", "--json"]
+    common = ["search", "--model", str(llama_checkpoint), "--text", text.reference, *cut, "--compression-ratio", "0.4", "--confirmed", "0"]
+    space = ["--space", "depth", "--error-weights", "--deep-weights", "--trials", "5", "--sampler", "tpe"]
+    assert main([*common, *space, "--run", str(tmp_path / "run")]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert set(result["baselines"]) == {"uniform", "lord_manual", "lagrangian"}
+    assert result["value"] <= result["baselines"]["lagrangian"]["value"]
+    trials = read_trials(open_run(tmp_path / "run"))
+    rule = next(trial for trial in trials if trial.label == "lagrangian")
+    sampled = [trial for trial in trials if trial.label == "sampled"]
+    assert (dict(rule.params), len(sampled)) == ({ALPHA: 0.0, GAMMA: 0.0}, 2)
+    assert all(set(trial.params) == {ALPHA, GAMMA} for trial in sampled)
+    assert main([*common, "--space", "depth", "--variables", "keep_ratio", "--basis", "whitened", "--run", str(tmp_path / "no")]) == 2
+    assert "choose variables `error_weight`" in capsys.readouterr().err
