@@ -10,14 +10,18 @@ Notation::
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from lowrank_core.allocation import Ranks
+from lowrank_core.compression.cut_passes import CutPasses
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.errors import NumericalError
-from lowrank_core.evaluation import DenseReference, score_windows
+from lowrank_core.evaluation import DenseReference
 from lowrank_core.parameters import Unit
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
@@ -26,6 +30,8 @@ __all__ = ["measure_error_weights"]
 
 _MIN_KL = 1e-9
 """Nats per token; a smaller or negative divergence is rounding, and a weight must be positive."""
+
+_NONE: Mapping[str, float] = MappingProxyType({})
 
 _DEEP = 0.1
 """Of the break-even rank."""
@@ -43,12 +49,14 @@ def measure_error_weights(
     deep: bool = False,
     batch_size: int = 8,
     fixed: Ranks | None = None,
+    known: Mapping[str, float] = _NONE,
+    keep: Callable[[str, float], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """Return w_u of every unit that an allocator is free to choose, alternatives included, for ``Decomposed.allocate``.
 
-    Each unit is compressed alone, everything else dense: one pass over ``windows`` for each. Scaling the errors of a unit by c divides
-    its weight by c, so the allocation does not depend on their units.
+    Each unit is compressed alone, everything else dense: one pass over ``windows`` from its block on for each. Scaling the errors of a
+    unit by c divides its weight by c, so the allocation does not depend on their units.
 
     Args:
         windows: the text to measure on; not the test text.
@@ -56,6 +64,7 @@ def measure_error_weights(
         compression_ratio: of the uniform allocation whose ranks are measured.
         deep: measure at a deep cut instead; then the ratio changes nothing.
         fixed: ranks that the user chose; those units, and what shares a matrix with them, are not measured.
+        known: weights that are not measured again; keep: is given each of the others once it is measured.
         progress: called with (units done, units).
 
     Raises:
@@ -63,13 +72,17 @@ def measure_error_weights(
         NumericalError: the model diverges; names the unit.
     """
     problem = decomposed.problem(compression_ratio, fixed=fixed)
+    passes = CutPasses(decomposed, windows, batch_size, dense_reference)
     error_weights: dict[str, float] = {}
-    for done, unit in enumerate(problem.free, start=1):
-        errors = decomposed.bases[unit.name].errors.numpy()
-        rank = _measured_rank(errors, _deep_rank(unit) if deep else _uniform_rank(unit, problem.kept_share))
-        error_weights[unit.name] = (
-            1.0 if rank is None else _kl(decomposed, unit, rank, windows, dense_reference, batch_size) / float(errors[rank])
-        )
+    for done, unit in enumerate(sorted(problem.free, key=lambda unit: min(member.depth for member in unit.members)), start=1):
+        if unit.name in known:
+            error_weights[unit.name] = known[unit.name]
+        else:
+            errors = decomposed.bases[unit.name].errors.numpy()
+            rank = _measured_rank(errors, _deep_rank(unit) if deep else _uniform_rank(unit, problem.kept_share))
+            error_weights[unit.name] = 1.0 if rank is None else _kl(passes, unit, rank) / float(errors[rank])
+            if keep is not None:
+                keep(unit.name, error_weights[unit.name])
         if progress is not None:
             progress(done, len(problem.free))
     return error_weights
@@ -89,14 +102,12 @@ def _measured_rank(errors: npt.NDArray[np.float64], rank: int) -> int | None:
     return int(left[-1]) + 1 if len(left) else None
 
 
-def _kl(decomposed: Decomposed, unit: Unit, rank: int, windows: WindowSet, dense: DenseReference, batch_size: int) -> float:
+def _kl(passes: CutPasses, unit: Unit, rank: int) -> float:
     try:
-        with decomposed.swapped({unit.name: rank}):
-            scores, _ = score_windows(decomposed.handle, windows, batch_size=batch_size, dense=dense)
+        parts = [scores.kl for scores in passes.scores(unit.name, rank) if scores.kl is not None]
     except NumericalError as error:
         raise NumericalError(f"{unit.name} at rank {rank}, everything else dense: {error}") from error
-    assert scores.kl is not None
-    kl = float(scores.kl.mean())
+    kl = float(torch.cat(parts).mean())
     if not math.isfinite(kl):
         raise NumericalError(f"{unit.name} at rank {rank}, everything else dense: the KL divergence is not finite. Keep it dense.")
     return max(_MIN_KL, kl)

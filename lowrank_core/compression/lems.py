@@ -2,20 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from lowrank_core.allocation import DepthBias, Ranks
 from lowrank_core.allocation.lems import TRIALS
 from lowrank_core.compression.decomposed import Decomposed
-from lowrank_core.errors import NumericalError
+from lowrank_core.compression.truncations import cuts_key
+from lowrank_core.errors import NumericalError, RunError
 from lowrank_core.evaluation import DenseReference, score_windows
+from lowrank_core.files.lines import append_line, whole_lines
+from lowrank_core.statistics.store import exclusive
 from lowrank_core.studies.depth_trials import best_depth_bias
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 
-__all__ = ["LemsMeasurement", "measure_depth_bias"]
+__all__ = ["LemsMeasurement", "cached_scales", "measure_depth_bias"]
+
+_FORMAT = 1
+_FILE = "scales.jsonl"
+
+Measure = Callable[[Mapping[str, float], Callable[[str, float], None]], Mapping[str, float]]
+"""Scales that are known, and where each of the others is kept once it is measured -> all."""
+
+
+def cached_scales(decomposed: Decomposed, calibration: WindowSet, windows: WindowSet, store: Path, measure: Measure) -> dict[str, float]:
+    """Return κ_u / e_u(r_0) of every free unit, kept in ``store`` line by line; what is there is not measured again, at any ratio.
+
+    Args:
+        calibration: the windows that the factors rest on; windows: those that are measured on.
+        measure: ``measure_error_weights`` at a deep cut; not called where all scales are known.
+
+    Raises:
+        as ``measure``; RunError where the file of earlier measurements is damaged, or can't be written.
+    """
+    about = [windows.sha256, windows.context, decomposed.config.storage]
+    folder = store / cuts_key(decomposed, calibration, "scales", _FORMAT, *about)
+    with exclusive(folder, lambda: None):
+        known = _read(folder / _FILE)
+        if not {unit.name for unit in decomposed.problem(0.0).free} <= known.keys():
+            known |= measure(known, lambda unit, scale: append_line(folder / _FILE, {"unit": unit, "scale": scale}))
+    return known
+
+
+def _read(path: Path) -> dict[str, float]:
+    try:
+        entries = [json.loads(line) for line in whole_lines(path)]
+        result = {str(entry["unit"]): float(entry["scale"]) for entry in entries}
+        if not all(0 < scale < math.inf for scale in result.values()):
+            raise ValueError("a scale is not positive")
+        return result
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunError(f"{path} is damaged: {error}. Delete the file to measure again.") from error
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 
 from lowrank_core.allocation import DepthBias, RankAllocation, Ranks, allocator_named
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
-from lowrank_core.compression.lems import measure_depth_bias
+from lowrank_core.compression.lems import cached_scales, measure_depth_bias
 from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.decomposition.units import units_of
@@ -176,8 +176,8 @@ class Pipeline:
     ) -> RankAllocation:
         """Spend the budget of ``compression_ratio``; what the allocator needs to be measured is measured.
 
-        Perplexities are kept on disk. Weights of ``lems`` are measured on validation windows, its scales once for all ratios; what its
-        trials chose is in ``depth_bias`` afterwards.
+        Perplexities and the scales of ``lems``, measured on validation windows, are kept on disk; what the trials of ``lems`` chose is in
+        ``depth_bias`` afterwards.
 
         Args and errors are those of ``Decomposed.allocate``; ConfigError also where ``weights`` are given to an allocator that measures
         its own.
@@ -215,8 +215,12 @@ class Pipeline:
     @cached_property
     def _deep_scales(self) -> Mapping[str, float]:
         """Costs of the error of every unit on validation windows, at a deep cut."""
-        windows = self.validation_windows
-        return self.error_weights(0.0, windows, self.dense_reference(windows), deep=True)
+        windows, calibration = self.validation_windows, self.calibration_windows
+
+        def measure(known: Mapping[str, float], keep: Callable[[str, float], None]) -> Mapping[str, float]:
+            return self._error_weights(0.0, windows, self.dense_reference(windows), deep=True, known=known, keep=keep)
+
+        return cached_scales(self.decomposed, calibration, windows, statistics_home(), measure)
 
     def dense_reference(self, windows: WindowSet, *, reverse: bool = False, top_k: int = 0) -> DenseReference:
         """Return the dense model's probabilities on ``windows``, for comparisons with it in batches of the calibration's size."""
@@ -228,8 +232,11 @@ class Pipeline:
         self, compression_ratio: float, windows: WindowSet, reference: DenseReference, *, deep: bool = False, fixed: Ranks | None = None
     ) -> dict[str, float]:
         """Return what the error of every unit costs on ``windows``; args and errors are those of ``measure_error_weights``."""
-        decomposed, size = self.decomposed, self.calibration.batch_size
-        given = {"compression_ratio": compression_ratio, "deep": deep, "fixed": fixed, "batch_size": size}
+        return self._error_weights(compression_ratio, windows, reference, deep=deep, fixed=fixed)
+
+    def _error_weights(self, compression_ratio: float, windows: WindowSet, reference: DenseReference, **about: object) -> dict[str, float]:
+        decomposed = self.decomposed
+        given = {"compression_ratio": compression_ratio, "batch_size": self.calibration.batch_size, **about}
         with self.progress("Measuring error weights", len(self.units)) as progress:
             return measure_error_weights(decomposed, windows, reference, **given, progress=progress)  # type: ignore[arg-type]
 

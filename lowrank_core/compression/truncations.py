@@ -12,19 +12,18 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from lowrank_core.allocation import AllocationProblem, Perplexities, allocator_named
+from lowrank_core.compression.cut_passes import CutPasses
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.decomposition.units import shrinkage_of
 from lowrank_core.errors import NumericalError, RunError
-from lowrank_core.evaluation import score_windows
-from lowrank_core.models.blocks import BlockRunner
+from lowrank_core.files.lines import append_line, whole_lines
 from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import statistics_key
 from lowrank_core.statistics.gradients import gradients_key
@@ -32,7 +31,7 @@ from lowrank_core.statistics.store import exclusive
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 
-__all__ = ["KEPT", "WINDOWS", "Truncation", "cost_in_words", "measured_perplexities", "perplexities_for", "planned_truncations"]
+__all__ = ["KEPT", "WINDOWS", "Truncation", "cost_in_words", "cuts_key", "measured_perplexities", "perplexities_for", "planned_truncations"]
 
 KEPT = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Kept fractions of the paper's grid. The published code began with these, and dropped those below 0.4 later to save time."""
@@ -93,8 +92,8 @@ def measured_perplexities(decomposed: Decomposed, calibration: WindowSet, store:
         ConfigError: units are alternatives of each other, between which this search can't choose.
         RunError: the file of earlier measurements is damaged, or can't be written.
     """
-    planned, folder = planned_truncations(_free(decomposed)), store / _key(decomposed, calibration)
-    bench = _Bench(decomposed, calibration.first(WINDOWS))
+    planned, folder = planned_truncations(_free(decomposed)), store / cuts_key(decomposed, calibration, "truncations", _FORMAT, WINDOWS)
+    bench = _Bench(decomposed, calibration.first(WINDOWS), decomposed.statistics.config.batch_size)
 
     def tell(done: int) -> None:
         if progress is not None:
@@ -106,7 +105,7 @@ def measured_perplexities(decomposed: Decomposed, calibration: WindowSet, store:
             tell(done)
             if (cut.unit, cut.rank) not in known:
                 known[cut.unit, cut.rank] = bench.perplexity(cut)
-                _append(folder / _FILE, cut, known[cut.unit, cut.rank])
+                append_line(folder / _FILE, {**asdict(cut), "perplexity": known[cut.unit, cut.rank]})
         tell(len(planned))
     table: dict[str, dict[float, float]] = {unit.name: {} for unit in _free(decomposed)}
     for cut in planned:
@@ -119,57 +118,27 @@ def _free(decomposed: Decomposed) -> tuple[Unit, ...]:
     return AllocationProblem(decomposed.units, 0.0, frozenset(decomposed.keep_dense)).without_alternatives()
 
 
-def _key(decomposed: Decomposed, calibration: WindowSet) -> str:
-    """Return the name of these measurements: a hash of model, dtype, tokens, and what the factors are made of."""
+def cuts_key(decomposed: Decomposed, calibration: WindowSet, kind: str, format: int, *about: object) -> str:
+    """Return the name of measurements with units cut: a hash of model, dtype, tokens, what the factors are made of, and ``about``."""
     handle, config, statistics = decomposed.handle, decomposed.config, decomposed.statistics
     robust = config.robust_gradients
     gradients = gradients_key(handle, calibration, statistics.config, robust=robust) if decomposed.basis.needs_gradients else ""
-    parts = ["truncations", _FORMAT, statistics_key(handle, calibration, statistics.config), gradients, WINDOWS, str(handle.module.dtype)]
+    parts = [kind, format, statistics_key(handle, calibration, statistics.config), gradients, *about, str(handle.module.dtype)]
     parts += [config.basis, config.input_damping, config.gradient_damping, *shrinkage_of(config)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
-class _Bench:
-    """The dense model, and its hidden states before the current block, batch by batch; cuts come in the order of the model."""
-
-    def __init__(self, decomposed: Decomposed, windows: WindowSet) -> None:
-        size = decomposed.statistics.config.batch_size
-        self._decomposed, self._runner, self._block = decomposed, BlockRunner(decomposed.handle), 0
-        self._batches = [replace(windows, ids=ids) for ids in torch.split(windows.ids, size)]
-        self._states: list[Tensor | None] = [None] * len(self._batches)
-        self._depths = {unit.name: min(member.depth for member in unit.members) for unit in decomposed.units}
+class _Bench(CutPasses):
+    """Cuts measured by their perplexity."""
 
     def perplexity(self, cut: Truncation) -> float | None:
         """Return the perplexity of the model with ``cut``; None where it diverges."""
-        self._advance(self._depths[cut.unit])
         try:
-            with self._decomposed.swapped({cut.unit: cut.rank}):
-                losses = torch.cat([self._losses(batch, state) for batch, state in zip(self._batches, self._states, strict=True)])
+            losses = torch.cat([scores.nll for scores in self.scores(cut.unit, cut.rank)])
         except NumericalError:
             return None
         result = float(np.exp(losses.double().mean().item()))
         return result if math.isfinite(result) else None
-
-    def _losses(self, batch: WindowSet, state: Tensor | None) -> Tensor:
-        with self._runner.beginning_at(self._block, state):
-            scores, _ = score_windows(self._decomposed.handle, batch, batch_size=batch.windows)
-        return scores.nll
-
-    @torch.no_grad()
-    def _advance(self, block: int) -> None:
-        """Take the dense hidden states to ``block``, where blocks can be chained; else every pass begins with the tokens."""
-        for index in range(self._block, block) if self._runner.chained else ():
-            for number, batch in enumerate(self._batches):
-                self._states[number] = self._runner.run(index, batch.ids, self._states[number]).cpu()
-        self._block = max(block, self._block)
-
-
-def _append(path: Path, cut: Truncation, perplexity: float | None) -> None:
-    """Add a line; a torn one, which a killed process left, is cut off first."""
-    line = json.dumps({**asdict(cut), "perplexity": perplexity}, allow_nan=False) + "\n"
-    with path.open("a+b") as stream:
-        stream.truncate(path.read_bytes().rfind(b"\n") + 1)
-        stream.write(line.encode())
 
 
 def _read(path: Path) -> list[Truncation]:
@@ -178,10 +147,7 @@ def _read(path: Path) -> list[Truncation]:
     Raises:
         RunError: it is damaged.
     """
-    if not path.exists():
-        return []
-    lines = path.read_bytes().split(b"\n")[:-1]
-    return [_parsed(path, number, line) for number, line in enumerate(lines, start=1)]
+    return [_parsed(path, number, line) for number, line in enumerate(whole_lines(path), start=1)]
 
 
 def _parsed(path: Path, number: int, line: bytes) -> Truncation:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -108,6 +108,12 @@ class DenseReference:
         if self.entropies is not None:
             return score_logits(logits, ids, self.batches[index], self.entropies[index])
         return score_probabilities(torch.log_softmax(logits, dim=-1), ids, self.batches[index])
+
+    def batch(self, index: int) -> DenseReference:
+        """Return the ``index``-th batch alone."""
+        own = slice(index, index + 1)
+        entropies = None if self.entropies is None else self.entropies[own]
+        return replace(self, batches=self.batches[own], entropies=entropies, indices=self.indices[own], nll=None)
 
     def check_batches(self, windows: WindowSet, batch_size: int) -> None:
         """Refuse other batches: a batch of one window would be compared with all of another.

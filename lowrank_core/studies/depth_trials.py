@@ -15,6 +15,8 @@ from lowrank_core.allocation.lems import MAX_ALPHA, MAX_GAMMA, TRIALS, DepthBias
 
 __all__ = ["ALPHA", "GAMMA", "VARIABLES", "best_depth_bias"]
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
 ALPHA, GAMMA = "depth alpha", "depth gamma"
 VARIABLES = {ALPHA: FloatDistribution(0.0, MAX_ALPHA), GAMMA: FloatDistribution(0.0, MAX_GAMMA)}
 _STARTUP = 4  # of TPE's own ten random trials none would be left to its model

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,10 +20,10 @@ from lowrank_core.allocation.lems import TRIALS, exact_choices
 from lowrank_core.cli import main
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
-from lowrank_core.compression.lems import measure_depth_bias
+from lowrank_core.compression.lems import cached_scales, measure_depth_bias
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, TextConfig
-from lowrank_core.errors import BudgetError, ConfigError, NumericalError
+from lowrank_core.errors import BudgetError, Cancelled, ConfigError, NumericalError, RunError
 from lowrank_core.evaluation import DenseReference, score_windows
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import weight_of
@@ -277,9 +277,42 @@ def test_a_pipeline_measures_the_scales_once_for_all_ratios(llama_checkpoint: Pa
         pipeline.allocate("lems", 0.3, weights={})
     pipeline.allocate("uniform", 0.3)
     assert pipeline.depth_bias is None
+    stages.clear()
+    again = Pipeline(str(llama_checkpoint), text, calibration=CALIBRATION, compression="lems", progress=Told)  # type: ignore[arg-type]
+    assert again.allocate("lems", 0.5).ranks == pipeline.allocate("lems", 0.5).ranks
+    assert "Measuring error weights" not in stages, "they were kept on disk"
     plain = pipeline.under("io_svd")
     names = plain.statistics.outputs
     assert any(not torch.equal(names[name].gradient, pipeline.statistics.outputs[name].gradient) for name in names)
+
+
+def test_scales_are_kept_one_by_one_and_go_on_where_they_were(decomposed: Decomposed, few: WindowSet, windows: WindowSet, tmp_path: Path):
+    names = [unit.name for unit in decomposed.units]
+    asked: list[set[str]] = []
+
+    def measure(known: Mapping[str, float], keep: Callable[[str, float], None]) -> dict[str, float]:
+        asked.append(set(known))
+        for number, name in enumerate(names):
+            if len(known) == 0 and number == 3:
+                raise Cancelled
+            if name not in known:
+                keep(name, 1.0 + number)
+        return {name: 1.0 + number for number, name in enumerate(names)}
+
+    with pytest.raises(Cancelled):
+        cached_scales(decomposed, windows, few, tmp_path, measure)
+    (path,) = tmp_path.glob("*/scales.jsonl")
+    path.write_bytes(path.read_bytes() + b'{"unit": "model.la')
+    expected = {name: 1.0 + number for number, name in enumerate(names)}
+    assert cached_scales(decomposed, windows, few, tmp_path, measure) == expected
+    assert cached_scales(decomposed, windows, few, tmp_path, measure) == expected
+    assert asked == [set(), set(names[:3])]
+    pivoted = replace(decomposed, config=replace(decomposed.config, storage="pivoted"))
+    cached_scales(pivoted, windows, few.first(2), tmp_path, lambda known, keep: expected)
+    assert len(list(tmp_path.iterdir())) == 2, "other break-even ranks, other windows"
+    path.write_bytes(b'{"unit": "a", "scale": -1}\n')
+    with pytest.raises(RunError, match=r"scales\.jsonl is damaged: a scale is not positive\. Delete the file"):
+        cached_scales(decomposed, windows, few, tmp_path, measure)
 
 
 def test_the_command_line_has_the_preset(llama_checkpoint: Path, text: TextConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

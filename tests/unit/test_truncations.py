@@ -15,7 +15,7 @@ from priced import perplexities_of, single
 
 from lowrank_core.allocation import AllocationProblem, allocate
 from lowrank_core.allocation.truncation_search import _kept
-from lowrank_core.compression import truncations
+from lowrank_core.compression import cut_passes, truncations
 from lowrank_core.compression.build import low_rank_layers, swap_layers
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.truncations import KEPT, WINDOWS, cost_in_words, measured_perplexities, perplexities_for, planned_truncations
@@ -76,7 +76,7 @@ def test_a_pass_begins_at_the_block_that_is_cut_and_is_the_whole_pass_bit_for_bi
     blocks = asvd.handle.module.model.layers
     hooks = [block.self_attn.register_forward_hook(lambda *_, number=number: ran.append(number)) for number, block in enumerate(blocks)]
     try:
-        bench = truncations._Bench(asvd, windows.first(8))
+        bench = truncations._Bench(asvd, windows.first(8), asvd.statistics.config.batch_size)
         bench.perplexity(truncations.Truncation(last.name, 0.2, 2))
         ran.clear()
         result = bench.perplexity(truncations.Truncation(last.name, 0.4, 4))
@@ -104,7 +104,7 @@ def test_nothing_is_measured_twice_not_even_at_another_ratio_or_storage(
     monkeypatch: pytest.MonkeyPatch,
 ):
     before = asvd.handle.fingerprint
-    monkeypatch.setattr(truncations, "score_windows", unmeasurable)
+    monkeypatch.setattr(cut_passes, "score_windows", unmeasurable)
     assert measured_perplexities(asvd, windows, store) == measured
     assert asvd.handle.fingerprint == before
     with pytest.raises(AssertionError, match="measured again"):  # other factors, other windows
@@ -114,7 +114,7 @@ def test_nothing_is_measured_twice_not_even_at_another_ratio_or_storage(
 
 
 def test_other_allocators_measure_nothing(asvd: Decomposed, windows: WindowSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(truncations, "score_windows", unmeasurable)
+    monkeypatch.setattr(cut_passes, "score_windows", unmeasurable)
     assert perplexities_for("uniform", asvd, windows, tmp_path) == {}
     assert list(tmp_path.iterdir()) == []
 
