@@ -86,6 +86,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
             cost = cost_in_words(decomposed, pipeline.calibration_windows)
             print(f"{rule.name}: {cost} of calibration text, kept for the next ratio", file=sys.stderr)
         allocation = pipeline.allocate(rule.name, request.compression_ratio, fixed=fixed, weights=weights)
+        if (bias := pipeline.depth_bias) is not None:
+            print(f"{rule.name}: depth bias of alpha {bias.alpha:.3g} and gamma {bias.gamma:.3g}, by validation text", file=sys.stderr)
     unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
     lost = _unspent(request, units, allocation)
     doubts = warn(*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lost, *lacks, *repeats)

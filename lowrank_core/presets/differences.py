@@ -78,7 +78,8 @@ DIFFERS: Mapping[str, str] = MappingProxyType(
             "leave open is ours: inputs are not centred, labels are sampled from the model, the mean norm is that of all positions, "
             "the depth bias is 1 in the first block and 0 in the last, the first trial has none and the next three are random, and a "
             "rank below eight stays possible. Scales and trials are measured on all positions of the validation windows, where the "
-            "paper leaves out the first 256 of each."
+            "paper leaves out the first 256 of each. As a search (`lowrank search --preset lems`) its trials go by the Lagrangian, and "
+            "ranks are rounded down."
         ),
         "aa_svd": (
             "The closed form of the paper, matrix by matrix in the order of the model; the refinement of each whole block after it, "

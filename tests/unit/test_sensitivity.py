@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,13 @@ def test_a_request_survives_json():
 # --- what is written --------------------------------------------------------------------------------------------------
 
 SETTING = SensitivitySetting("two_sided", "pivoted", 1e-6, 1e-2, 4, 60, "text", "a" * 64, "b" * 64, "float32", "c")
+
+
+def test_the_key_of_a_setting_says_of_shrinkage_only_where_there_is_some():
+    """Records of earlier versions are found by their names."""
+    plain = {name: value for name, value in to_mapping(SETTING).items() if not name.endswith("_shrinkage")}
+    assert SETTING.key == hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:12]
+    assert len({SETTING.key, replace(SETTING, input_shrinkage=0.1).key, replace(SETTING, gradient_shrinkage=0.1).key}) == 3
 
 
 def cell(name: str = QUERY, kept: float = 0.5, kl: float | None = 1e-3) -> SensitivityCell:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,7 @@ from lowrank_core.evaluation import evaluate, score_windows
 from lowrank_core.models import ModelHandle
 from lowrank_core.parameters import Unit, budget_for_ratio
 from lowrank_core.presets.recipes import PRESETS
-from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics
+from lowrank_core.statistics.calibration import LayerStatistics, collect_statistics, statistics_key
 from lowrank_core.text import WindowSet
 
 SQUARES = tuple(single(name, 60, 60) for name in "abcd")
@@ -111,6 +114,19 @@ def test_nothing_is_measured_twice_not_even_at_another_ratio_or_storage(
         measured_perplexities(decompose(asvd.handle, asvd.statistics, PRESETS["svd_llm"].compression), windows, store)
     with pytest.raises(AssertionError, match="measured again"):
         measured_perplexities(asvd, windows.first(20), store)
+
+
+def test_measurements_of_earlier_versions_are_found(asvd: Decomposed, windows: WindowSet):
+    """The name says of an option only where it is not the default."""
+    config = asvd.config
+    about = [statistics_key(asvd.handle, windows, asvd.statistics.config), "", WINDOWS, str(asvd.handle.module.dtype)]
+    parts = ["truncations", 1, *about, config.basis, config.input_damping, config.gradient_damping]
+    expected = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    assert truncations.cuts_key(asvd, windows, "truncations", 1, WINDOWS) == expected
+    shrunk = replace(asvd, config=replace(config, basis="two_sided", gradient_shrinkage=0.3))
+    plain = replace(asvd, config=replace(config, basis="two_sided"))
+    robust = replace(asvd, config=replace(config, basis="two_sided", robust_gradients=True))
+    assert len({truncations.cuts_key(each, windows, "truncations", 1, WINDOWS) for each in (shrunk, plain, robust)}) == 3
 
 
 def test_other_allocators_measure_nothing(asvd: Decomposed, windows: WindowSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
