@@ -101,7 +101,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     }
     with stages.stage("Writing and measuring") as progress:
         written = export(model, request.out, provenance=provenance, config=request.export, test=test, progress=progress)
-    report = report_of(written)  # of what was written: int8 factors have scales
+    report = report_of(written)  # of what was written: quantised matrices have scales
     result = {
         "out": str(request.out),
         "preset": request.preset,

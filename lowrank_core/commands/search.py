@@ -324,7 +324,7 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
     provenance = {**provenance_of(run, allocation), "command": command}
     figures = metrics_of_trial(run, record.number)
     written = export(model, out, provenance=provenance, config=config, figures=figures, test=test)
-    report = report_of(written)  # of what was written: int8 factors have scales
+    report = report_of(written)  # of what was written: quantised matrices have scales
     return {
         "out": str(out),
         "trial": record.number,

@@ -12,7 +12,7 @@ __all__ = ["ExportConfig"]
 
 _FORMS = {"compressed": "Factors", "dense": "Dense merge"}
 _DTYPES = {"auto": "As checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-_QUANTIZATIONS = {"none": "Floats", "int8": "int8, one scale a row"}
+_QUANTIZATIONS = {"none": "Floats", "int8": "int8, one scale a row", "int4": "int4, groups of 64", "int4_128": "int4, groups of 128"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class ExportConfig:
     )
     dtype: str = option(
         "auto",
-        "of all tensors that are not int8; auto: the checkpoint's; bfloat16 halves float32 and rounds; float16 is for runtimes without it",
+        "of all tensors in floats; auto: the checkpoint's; bfloat16 halves float32 and rounds; float16 is for runtimes without it",
         label="Stored as",
         flag="export-dtype",
         choices=_DTYPES,
@@ -51,8 +51,8 @@ class ExportConfig:
     )
     quantization: str = option(
         "none",
-        "of the factors; int8: whole numbers with one scale a row, which take less disk and memory, with some rounding error and no "
-        "speed-up; a dense merge has no factors",
+        "of the factors; int8: whole numbers with one scale a row; int4: two in a byte, with a float16 scale for each 64 columns of a row; "
+        "int4_128: for each 128; less disk and memory, with some rounding error and no speed-up; a dense merge has no factors",
         label="Factors stored as",
         flag="quantize",
         choices=_QUANTIZATIONS,
@@ -61,7 +61,9 @@ class ExportConfig:
     def __post_init__(self) -> None:
         check_options(self)
         if self.form == "dense" and self.quantization != "none":
-            raise ConfigError("a dense folder holds no factors that could be in 8 bits; write the form compressed, or leave int8 out.")
+            raise ConfigError(
+                "a dense folder holds no factors that could be quantised; write the form compressed, or leave --quantize out."
+            )
         if self.drop_biases and self.form != "dense":
             raise ConfigError("factors have a place for every bias; leave --drop-biases out, or write the form dense.")
         if self.form == "dense" and self.with_code:

@@ -91,8 +91,8 @@ def written_words(manifest: ExportManifest) -> str:
     if manifest.form == "dense":
         plain = f"{written}, multiplied out into the plain architecture: no smaller than the dense model."
         return f"{plain} As factors: {removed}. {report.dense_coverage.statement()}.{dropped_biases(manifest)}"
-    int8 = f", factors in {report.quantization}" if report.quantization else ""
-    return f"{written}{int8}; {removed}. {report.dense_coverage.statement()}."
+    grid = f", factors in {report.quantization}" if report.quantization else ""
+    return f"{written}{grid}; {removed}. {report.dense_coverage.statement()}."
 
 
 def dropped_biases(manifest: ExportManifest) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.quantization import quantized
+from lowrank_core.compression.quantization import factor_grids, quantized
 from lowrank_core.config import ExportConfig
 from lowrank_core.export.base_model import BaseModel, base_model_of
 from lowrank_core.export.card import model_card
@@ -22,6 +22,7 @@ from lowrank_core.export.manifest import ExportManifest, listed_files, versions
 from lowrank_core.export.measuring import HeldOut, loaded_like, measured
 from lowrank_core.export.precision import check_finite, written_dtype
 from lowrank_core.files.weights import read_object
+from lowrank_core.layers.grids import GRIDS
 from lowrank_core.models.handle import auto_class_of
 from lowrank_core.models.hf import guard_names, mark_compressed
 from lowrank_core.text import WindowSet
@@ -53,13 +54,13 @@ def export(
 
     Raises:
         RunError: the folder is taken, or the disk is full or read-only.
-        ConfigError: int8 for a model without float factors.
+        ConfigError: quantised factors of a model that has none in floats.
         ModelError: a dense merge that the architecture has no place for.
         NumericalError: a weight or an output overflows in the dtype that is written, or a loss is not finite.
     """
     config, provenance, folder = config or ExportConfig(), provenance or {}, Path(folder)
     if config.quantization != "none":
-        model = quantized(model, scales=written_dtype(model.handle, config))
+        model = quantized(model, factor_grids(model.handle, GRIDS[config.quantization]), scales=written_dtype(model.handle, config))
     base = base_model_of(model.handle.reference)
     with whole_folder(folder) as temporary:
         dtype, parameters, dropped = _write_model(model, temporary, config, provenance, None if test is None else test.windows)

@@ -157,4 +157,4 @@ def test_factors_are_written_in_8_bits(source: list[str], tmp_path: Path, capsys
 def test_8_bits_need_factors(source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--preset", "pifa", "--compression-ratio", "0.3", "--quantize", "int8", "--form", "dense", "--out", str(tmp_path / "out")]
     assert main(["compress", *source, *options]) == 2
-    assert "holds no factors that could be in 8 bits" in capsys.readouterr().err
+    assert "holds no factors that could be quantised" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from lowrank_core.allocation.units import value_layers
 from lowrank_core.config import ExportConfig, SearchConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import LowRankError
+from lowrank_core.layers.grids import GRIDS
 from lowrank_core.parameters import INDEX_BYTES, Unit, allocated_parameters, budget_for_ratio, compression_ratio, dense_parameters
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.studies.records import TrialRecord
@@ -37,7 +38,6 @@ __all__ = [
 ]
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_INT8 = {"none": "", "int8": ", int8"}
 
 
 @dataclass(frozen=True)
@@ -168,9 +168,10 @@ def planned(facts: ModelFacts, units: Sequence[Unit], source: Source, search: Se
     parameters, indices = rest + allocated_parameters(units, ranks), sum(unit.stored(rank)[1] for unit, rank in chosen)
     if config.quantization == "none":
         return Planned(parameters, (parameters - indices) * itemsize + indices * INDEX_BYTES, True, dtype)
-    scales = sum(unit.scales(rank) for unit, rank in chosen)
+    grid = GRIDS[config.quantization]
+    scales = sum(unit.scales(rank, grid) for unit, rank in chosen)
     dense = parameters - sum(unit.parameters(rank) for unit, rank in chosen)
-    size = dense * itemsize + sum(unit.int8_bytes(rank, itemsize) for unit, rank in chosen)
+    size = dense * itemsize + sum(unit.bytes(rank, itemsize, grid) for unit, rank in chosen)
     return Planned(parameters + scales, size, True, dtype)
 
 
@@ -200,7 +201,8 @@ def forms_table(facts: ModelFacts, units: Sequence[Unit], source: Source, search
 
 
 def _form_words(config: ExportConfig) -> str:
-    return "Dense merge" if config.form == "dense" else f"Factors{_INT8[config.quantization]}"
+    suffix = "" if config.quantization == "none" else f", {config.quantization}"
+    return "Dense merge" if config.form == "dense" else f"Factors{suffix}"
 
 
 def _row(form: str, result: Planned, original: int, *, chosen: bool) -> dict[str, object]:
