@@ -29,7 +29,7 @@ from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, notes_of
 from lowrank_core.parameters import Unit
-from lowrank_core.runs.stage_times import TimeEstimate, stages_of_compression
+from lowrank_core.runs.stage_times import TimeEstimate, stages_of_compression, stages_of_quantization
 from lowrank_core.text import load_text, load_windows, overlap_warnings
 from lowrank_core.types import Result
 from lowrank_core.wording import duration
@@ -59,7 +59,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     stages = Stages()
     pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression, progress=stages.stage, whole=named)
     handle, units = pipeline.handle, pipeline.units
-    allocation = _manual(request, units)  # bad ranks are reported before minutes of calibration
+    whole = request.stays_dense
+    allocation = pipeline.dense_allocation if whole else _manual(request, units)  # bad ranks are reported before minutes of calibration
     if request.compression_ratio is not None:
         check_reachable(units, request.compression_ratio, request.compression)
     narrow = coverage_warnings(handle, request.compression_ratio)
@@ -69,12 +70,12 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     repeats = () if test is None else overlap_warnings(pipeline.calibration_windows, test.windows)
     check_dense_form(handle, metric_named(request.compression.basis), request.export)
     check_precision(handle, request.export, None if test is None else test.windows)
-    statistics = reported(pipeline.statistics)
+    statistics = None if whole and request.export.rounding == "nearest" else reported(pipeline.moments if whole else pipeline.statistics)
     compression, tuning = _tuned(pipeline, request, stages) if request.tune else (request.compression, ())
     pipeline = pipeline.under(compression)
-    decomposed = pipeline.decomposed
     if allocation is None:
         assert request.compression_ratio is not None
+        decomposed = pipeline.decomposed
         weights = None
         if request.error_weights:
             validation = load_windows(text, handle.tokenizer, "validation", count=text.validation_windows)
@@ -86,21 +87,24 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         allocation = pipeline.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights)
     unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
     lost = _unspent(request, units, allocation)
-    doubts = warn(*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lost, *lacks, *repeats)
+    doubted = () if whole else pipeline.decomposed.warnings(allocation.allocator, weighted=request.error_weights)
+    doubts = warn(*doubted, *lost, *lacks, *repeats)
     model = pipeline.compress(allocation)
     provenance = {
-        "preset": request.preset,
+        "preset": "" if whole else request.preset,
         "allocation": allocation.label,
         "text": text.reference,
         "seed": text.seed,
         "error_weights": request.error_weights,
-        **to_mapping(compression),
+        **({} if whole else to_mapping(compression)),
+        "rounding": request.export.rounding if request.export.quantizes else "",
         "tuning": [to_mapping(point) for point in tuning],
         "warnings": list(doubts),
         "command": request.command,
     }
     with stages.stage("Writing and measuring") as progress:
-        written = export(model, request.out, provenance=provenance, config=request.export, test=test, progress=progress)
+        moments = pipeline.input_moment
+        written = export(model, request.out, provenance=provenance, config=request.export, test=test, moments=moments, progress=progress)
     report = report_of(written)  # of what was written: quantised matrices have scales
     result = {
         "out": str(request.out),
@@ -120,7 +124,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "written_bytes": written.written_bytes,
         "perplexity": None if written.measured is None else written.measured.perplexity,
         "coverage": report.dense_coverage.to_mapping(),
-        "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],
+        "warnings": [*notes_of(source.reference), *narrow, *(statistics.warnings() if statistics else ()), *doubts],
         "stages": stages.seconds,
         "seconds": time.perf_counter() - began,
     }
@@ -130,6 +134,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
 
 
 def _stages(request: CompressRequest) -> tuple[str, ...]:
+    if request.stays_dense:
+        return stages_of_quantization(gptq=request.export.rounding == "gptq")
     rule = request.complete or (None if request.ranks is not None else request.allocation)
     cut = rule is not None and allocator_named(rule).needs_perplexities
     return stages_of_compression(request.compression, tune=request.tune, weights=request.error_weights, cut=cut)

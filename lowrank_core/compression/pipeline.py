@@ -6,8 +6,10 @@ import copy
 from collections.abc import Collection, Mapping
 from functools import cached_property
 
-from lowrank_core.allocation import RankAllocation, Ranks, allocator_named
-from lowrank_core.compression.build import CompressedModel
+from torch import Tensor
+
+from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, allocator_named
+from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
@@ -132,6 +134,11 @@ class Pipeline:
         with self.progress("Measuring gradients", windows.windows) as progress:
             return cached_gradients(self.handle, windows, self.calibration, statistics_home(), progress=progress)
 
+    def input_moment(self, layer: str) -> Tensor:
+        """Return S = E[x xᵀ] (n, n), float64 and uncentred, of the inputs of a layer of the dense model."""
+        group = next(each.input_group for each in self.handle.layers if each.name == layer)
+        return self.moments.inputs[group].second_moment
+
     def kept_stages(self) -> tuple[str, ...]:
         """Return the stages whose statistics are on disk already."""
         places = {"Calibrating": inputs_folder, "Measuring gradients": gradients_folder}
@@ -188,15 +195,24 @@ class Pipeline:
                 decomposed, windows, reference, compression_ratio=compression_ratio, batch_size=size, fixed=fixed, progress=progress
             )
 
+    @property
+    def dense_allocation(self) -> RankAllocation:
+        """The allocation that leaves every matrix as it is: nothing is decomposed for it."""
+        return allocation_from_ranks("dense", self.units, {})
+
     def compress(self, ranks: float | RankAllocation, *, allocator: str | None = None) -> CompressedModel:
         """Return a smaller model.
 
         Args:
-            ranks: an allocation, or a compression ratio at which ``allocator`` chooses one.
+            ranks: an allocation, or a compression ratio at which ``allocator`` chooses one; at 0 all stays dense.
             allocator: the preset's if there is one, else ``uniform``.
         """
+        if ranks == 0:
+            ranks = self.dense_allocation
         if not isinstance(ranks, RankAllocation):
             ranks = self.allocate(allocator or (self.preset.allocation if self.preset else "uniform"), ranks)
+        if not any(ranks.ranks.values()):
+            return compress(self.handle, {}, ranks)
         decomposed = self.decomposed
         with self.progress(f"Compressing by {ranks.label}", 0) as progress:
             return decomposed.compress(ranks, self.calibration_windows, progress=progress)

@@ -94,11 +94,18 @@ class CompressRequest:
     def __post_init__(self) -> None:
         if self.compression_ratio is None and self.ranks is None:
             raise ConfigError("compress: give --compression-ratio, or --ranks FILE.")
-        if self.compression_ratio is not None:
+        if self.compression_ratio is not None and not self.stays_dense:
             check_ratio(self.compression_ratio)
+        if self.stays_dense and (self.tune or self.error_weights):
+            raise ConfigError("at --compression-ratio 0 every layer stays dense: leave --tune and --slopes out.")
         if self.complete is not None and (self.ranks is None or self.compression_ratio is None):
             raise ConfigError("--complete completes a file of ranks at a ratio: give --ranks and --compression-ratio.")
         if self.error_weights and self.compression_ratio is None:
             raise ConfigError("--slopes weighs the errors of an allocation at a ratio: give --compression-ratio.")
         if self.tune and self.ranks is not None:
             raise ConfigError("--tune compares settings at a ratio; give --compression-ratio instead of --ranks.")
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether nothing is removed and dense layers are quantised: nothing is decomposed then, and only GPTQ calibrates."""
+        return self.compression_ratio == 0 and self.ranks is None and self.export.dense_quantization != "none"

@@ -13,14 +13,13 @@ from exported import all_forms, logits_of
 from huggingface_hub import ModelCard
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.quantization import factor_grids, quantized
+from lowrank_core.compression.quantization import grids_of, quantized
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.errors import ModelError, TextError
 from lowrank_core.evaluation import evaluate
 from lowrank_core.export import HeldOut, export, held_out, metrics_of, read_manifest
 from lowrank_core.export import base_model as base_model_module
 from lowrank_core.export.base_model import base_model_of
-from lowrank_core.layers.grids import GRIDS
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.text import WindowSet, load_windows
 
@@ -111,7 +110,7 @@ def test_the_manifest_says_what_is_there(folder: Path, model: CompressedModel, w
 
 
 def test_eight_bits_are_told_and_merge_to_dense(model: CompressedModel, tmp_path: Path):
-    small = quantized(model, factor_grids(model.handle, GRIDS["int8"]))
+    small = quantized(model, grids_of(model.handle, "int8", "none"))
     manifest = export(small, tmp_path / "out", provenance={})
     assert "quantization `int8`" in _card(tmp_path / "out")
     assert manifest.written_parameters == small.report.parameters_after

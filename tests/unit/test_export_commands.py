@@ -157,4 +157,33 @@ def test_factors_are_written_in_8_bits(source: list[str], tmp_path: Path, capsys
 def test_8_bits_need_factors(source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--preset", "pifa", "--compression-ratio", "0.3", "--quantize", "int8", "--form", "dense", "--out", str(tmp_path / "out")]
     assert main(["compress", *source, *options]) == 2
-    assert "holds no factors that could be quantised" in capsys.readouterr().err
+    assert "a dense folder holds floats alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_a_dense_model_is_written_in_4_bits(rounding: str, source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Nothing is decomposed for it, and rounding to nearest calibrates nothing."""
+    options = ["--compression-ratio", "0", "--quantize-dense", "int4", "--rounding", rounding]
+    small = _printed(capsys, "compress", *source, *options, "--out", tmp_path / "small")
+    assert small["quantization"] == "dense layers int4"
+    assert set(small["ranks"].values()) == {None}
+    assert ("Calibrating" in small["stages"]) == (rounding == "gptq")
+    assert "Factorising" not in small["stages"]
+    assert _printed(capsys, "verify", "--model", tmp_path / "small")["ok"]
+    assert load_model(ModelSource(str(tmp_path / "small"))).bytes == small["bytes_after"]
+    assert float(small["written_bytes"]) / float(small["bytes_after"]) >= 1
+
+
+REFUSED = {
+    "nothing to do": (["--compression-ratio", "0"], "0 would remove nothing"),
+    "no grid": (["--compression-ratio", "0.3", "--rounding", "gptq"], "--rounding is of what is quantised"),
+    "slopes": (["--compression-ratio", "0", "--quantize-dense", "int4", "--slopes"], "leave --tune and --slopes out"),
+    "bits": (["--compression-ratio", "0.3", "--quantize", "int3"], "must be one of none, int8, int4, int4_128"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_not_be_quantised_so_is_refused(case: str, source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options, reason = REFUSED[case]
+    assert main(["compress", *source, *options, "--out", str(tmp_path / "out")]) == 2
+    assert reason in capsys.readouterr().err

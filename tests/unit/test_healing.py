@@ -16,7 +16,7 @@ from torch import nn
 
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.decomposed import decompose
-from lowrank_core.compression.quantization import factor_grids, quantized_handle
+from lowrank_core.compression.quantization import grids_of, quantized_handle
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
 from lowrank_core.errors import Cancelled, ConfigError, ModelError, RunError
@@ -28,7 +28,6 @@ from lowrank_core.healing.optimizers import adam, packed_state, soap, unpacked_s
 from lowrank_core.healing.rates import measured_rate
 from lowrank_core.healing.trainer import Healed, heal
 from lowrank_core.layers.base import CompressedModule
-from lowrank_core.layers.grids import GRIDS
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.runs.healing_records import read_history, read_report, write_report
 from lowrank_core.statistics.calibration import collect_statistics
@@ -323,7 +322,7 @@ def test_what_can_not_be_healed_is_refused(small: ModelHandle, llama: ModelHandl
     with pytest.raises(ConfigError, match="no compressed layer"):
         heal(llama, llama, texts, QUICK)
     with pytest.raises(ConfigError, match="quantised factors can't be trained"):
-        heal(quantized_handle(small, factor_grids(small, GRIDS["int4"])), llama, texts, QUICK)
+        heal(quantized_handle(small, grids_of(small, "int4", "none")), llama, texts, QUICK)
     with pytest.raises(ConfigError, match="windows of two splits"):
         heal(small, llama, (texts[0], texts[0]), QUICK)
     other = load_model(ModelSource(llama.reference))

@@ -13,12 +13,11 @@ from pathlib import Path
 from lowrank_core.catalogue import as_markdown
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.pipeline import Pipeline
-from lowrank_core.compression.quantization import factor_grids, quantized
+from lowrank_core.compression.quantization import grids_of, quantized
 from lowrank_core.config import ModelSource, RunConfig, TextConfig, to_mapping
 from lowrank_core.config.benchmarks import QualityBenchmark
 from lowrank_core.errors import LowRankError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.layers.grids import GRIDS
 from lowrank_core.metrics import metric_named
 from lowrank_core.presets.recipes import PRESETS, VARIANTS, Preset, preset_named, search_by
 from lowrank_core.runs import create_run
@@ -106,7 +105,7 @@ class _Table:
         )
 
     def _in_int8(self, row: QualityRow, model: CompressedModel) -> QualityRow:
-        small = quantized(model, factor_grids(model.handle, GRIDS["int8"]))
+        small = quantized(model, grids_of(model.handle, "int8", "none"))
         report = evaluate(small.handle, self.pipeline.windows.test, against=self.pipeline.handle)
         return replace(row, int8_bytes=small.report.bytes_after, int8_perplexity=report.perplexity, int8_kl=report.kl)
 
