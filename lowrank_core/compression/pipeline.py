@@ -12,6 +12,7 @@ from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks
 from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
+from lowrank_core.compression.quantization import grids_of, quantized
 from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.decomposition.units import units_of
@@ -199,6 +200,25 @@ class Pipeline:
     def dense_allocation(self) -> RankAllocation:
         """The allocation that leaves every matrix as it is: nothing is decomposed for it."""
         return allocation_from_ranks("dense", self.units, {})
+
+    def quantized(
+        self, model: CompressedModel, *, factors: str = "none", dense: str = "none", rounding: str = "nearest"
+    ) -> CompressedModel:
+        """Return a model of this pipeline on grids: its factors, and its layers that stay dense.
+
+        ::
+
+            pipeline.quantized(pipeline.compress(0), dense="int4", rounding="gptq")
+
+        Args:
+            factors, dense: of ``layers.grids.GRIDS``, or ``none``; rounding: ``nearest`` or ``gptq``.
+
+        Raises:
+            ConfigError: there is nothing to round, or it is rounded already.
+            NumericalError: a matrix has no place on its grid; names the layer.
+        """
+        grids = grids_of(model.handle, factors, dense)
+        return quantized(model, grids, moments=self.input_moment if rounding == "gptq" else None)
 
     def compress(self, ranks: float | RankAllocation, *, allocator: str | None = None) -> CompressedModel:
         """Return a smaller model.

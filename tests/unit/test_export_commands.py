@@ -123,10 +123,13 @@ def test_a_worker_exports_and_verifies(run: Path, capsys: pytest.CaptureFixture[
         ("export", {"trial": 0, "form": "sparse"}),
         ("verify", {"path": "uniform-dense"}),
         ("verify", {"path": "../../elsewhere"}),
+        ("compare", {"trial": "dense:int4_gptq"}),
+        ("export", {"trial": 0, "quantization": "int4", "dense_quantization": "int8", "rounding": "gptq"}),
+        ("compare", {"trial": "dense:int3"}),
     ]
     requests = [client.submit(record, kind, launch=False, **arguments) for kind, arguments in wanted]
     assert main(["worker", "--run", str(run)]) == 0
-    written, refused, verified, missing = (read_json(client.result_path(record, request)) for request in requests)
+    written, refused, verified, missing, dense, small, unknown = (read_json(client.result_path(record, request)) for request in requests)
     assert written["ok"], written
     assert written["path"] == str(run / "exports" / "uniform-dense")
     assert read_manifest(Path(str(written["path"]))).form == "dense"
@@ -138,6 +141,13 @@ def test_a_worker_exports_and_verifies(run: Path, capsys: pytest.CaptureFixture[
     assert result["measured"] == pytest.approx(result["recorded"])
     assert not missing["ok"]
     assert "no export 'elsewhere'" in str(missing["error"])
+    assert dense["ok"], dense
+    assert set(dense["ranks"].values()) == {None}
+    assert 0 < dense["report"]["kl"] < 1
+    assert dense["report"]["bytes"] < 0.5 * dense["report"]["dense_bytes"]
+    assert small["ok"], small
+    assert read_manifest(Path(str(small["path"]))).details["quantization"] == "int4"  # no layer stays dense
+    assert "dense must be one of int8, int4," in str(unknown["error"])
 
 
 def test_factors_are_written_in_8_bits(source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
