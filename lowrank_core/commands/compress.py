@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from lowrank_core.allocation import (
     RankAllocation,
@@ -15,6 +16,7 @@ from lowrank_core.allocation import (
     unspent_parameters,
     unspent_warning,
 )
+from lowrank_core.allocation.byte_budget import bytes_for_ratio, chosen_words, stored_bytes_of
 from lowrank_core.allocation.units import check_reachable
 from lowrank_core.commands.shared import Stages, coverage_warnings, estimate_result, reported, warn
 from lowrank_core.compression.estimate import TimedPieces
@@ -26,6 +28,7 @@ from lowrank_core.errors import BudgetError, TextError
 from lowrank_core.export import HeldOut, check_dense_form, check_free, check_precision, export, held_out
 from lowrank_core.export.card import written_words
 from lowrank_core.export.manifest import report_of
+from lowrank_core.export.precision import written_dtype
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, notes_of
 from lowrank_core.parameters import Unit
@@ -61,7 +64,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     handle, units = pipeline.handle, pipeline.units
     whole = request.stays_dense
     allocation = pipeline.dense_allocation if whole else _manual(request, units)  # bad ranks are reported before minutes of calibration
-    if request.compression_ratio is not None:
+    if request.compression_ratio is not None and request.budget == "parameters":
         check_reachable(units, request.compression_ratio, request.compression)
     narrow = coverage_warnings(handle, request.compression_ratio)
     _ = pipeline.calibration_windows  # a text that can't be read is reported as such
@@ -73,7 +76,9 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     statistics = None if whole and request.export.rounding == "nearest" else reported(pipeline.moments if whole else pipeline.statistics)
     compression, tuning = _tuned(pipeline, request, stages) if request.tune else (request.compression, ())
     pipeline = pipeline.under(compression)
-    if allocation is None:
+    if request.budget == "bytes":
+        allocation = _of_bytes(request, pipeline)
+    elif allocation is None:
         assert request.compression_ratio is not None
         decomposed = pipeline.decomposed
         weights = None
@@ -85,11 +90,12 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
             cost = cost_in_words(decomposed, pipeline.calibration_windows)
             print(f"{rule}: {cost} of calibration text, kept for the next ratio", file=sys.stderr)
         allocation = pipeline.allocate(rule, request.compression_ratio, fixed=fixed, weights=weights)
-    unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
+    counted = request.compression_ratio is not None and request.budget == "parameters"
+    unspent = None if not counted or request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
     lost = _unspent(request, units, allocation)
     doubted = () if whole else pipeline.decomposed.warnings(allocation.allocator, weighted=request.error_weights)
     doubts = warn(*doubted, *lost, *lacks, *repeats)
-    model = pipeline.compress(allocation)
+    model = pipeline.compress(allocation, dtype=written_dtype(handle, request.export), rounding=request.export.rounding)
     provenance = {
         "preset": "" if whole else request.preset,
         "allocation": allocation.label,
@@ -97,7 +103,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "seed": text.seed,
         "error_weights": request.error_weights,
         **({} if whole else to_mapping(compression)),
-        "rounding": request.export.rounding if request.export.quantizes else "",
+        "rounding": request.export.rounding if request.export.quantizes or allocation.grids else "",
+        "budget": request.budget,
         "tuning": [to_mapping(point) for point in tuning],
         "warnings": list(doubts),
         "command": request.command,
@@ -120,6 +127,8 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "compressible_parameters_before": report.linear_parameters_before,
         "compressible_parameters_after": report.linear_parameters_after,
         "ranks": dict(report.ranks),
+        "grids": dict(report.grids),
+        **({} if request.budget == "parameters" else _bytes_spent(request, pipeline, allocation)),
         "written_parameters": written.written_parameters,
         "written_bytes": written.written_bytes,
         "perplexity": None if written.measured is None else written.measured.perplexity,
@@ -129,8 +138,32 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "seconds": time.perf_counter() - began,
     }
     took = ", ".join(f"{name} {duration(of['seconds'])}" for name, of in stages.seconds.items())
-    result["text"] = f"Wrote {request.out}: {written_words(written)}\nTime: {took}; {duration(time.perf_counter() - began)} in all."
+    chosen = _choices_line(chosen_words(allocation)) if request.budget == "bytes" else ""
+    result["text"] = f"Wrote {request.out}: {written_words(written)}\n{chosen}Time: {took}; {duration(time.perf_counter() - began)} in all."
     return result
+
+
+def _byte_budget(request: CompressRequest, pipeline: Pipeline) -> int:
+    assert request.compression_ratio is not None
+    return bytes_for_ratio(pipeline.decomposed.problem(request.compression_ratio))
+
+
+def _of_bytes(request: CompressRequest, pipeline: Pipeline) -> RankAllocation:
+    dtype = written_dtype(pipeline.handle, request.export)
+    return pipeline.allocate_bytes(_byte_budget(request, pipeline), dtype=dtype, rounding=request.export.rounding)
+
+
+def _bytes_spent(request: CompressRequest, pipeline: Pipeline, allocation: RankAllocation) -> Result:
+    """Return the budget, what is spent of it, and the choice of each unit."""
+    itemsize = written_dtype(pipeline.handle, request.export).itemsize
+    spent = stored_bytes_of(allocation, pipeline.units, itemsize)
+    return {"byte_budget": _byte_budget(request, pipeline), "compressible_bytes": spent, "choices": chosen_words(allocation)}
+
+
+def _choices_line(choices: Mapping[str, str]) -> str:
+    """Return how many units got which form and grid."""
+    counts = Counter(f"{'factors' if words.startswith('rank') else 'dense'} in {words.split(', ')[1]}" for words in choices.values())
+    return f"Chosen: {', '.join(f'{count} units {words}' for words, count in counts.most_common())}.\n"
 
 
 def _stages(request: CompressRequest) -> tuple[str, ...]:
@@ -150,7 +183,8 @@ def estimate(source: ModelSource, text: TextConfig, request: CompressRequest) ->
     pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression)
     needs_perplexities = allocator_named(request.allocation).needs_perplexities
     rule = "uniform" if needs_perplexities else request.allocation
-    pieces = TimedPieces(pipeline, compression_ratio=request.compression_ratio or _USUAL_RATIO, allocator=rule)
+    ratio = _USUAL_RATIO if request.compression_ratio is None or request.budget == "bytes" else request.compression_ratio
+    pieces = TimedPieces(pipeline, compression_ratio=ratio, allocator=rule)
     result = TimeEstimate(tuple(map(pieces.stage, _stages(request))))
     return estimate_result(result, pipeline)
 
@@ -172,7 +206,7 @@ def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation |
 
 def _unspent(request: CompressRequest, units: Sequence[Unit], allocation: RankAllocation) -> tuple[str, ...]:
     """Return what to say of what rounding left of the budget; nothing of ranks that the user chose."""
-    if request.compression_ratio is None or not allocation.allocator:
+    if request.compression_ratio is None or not allocation.allocator or request.budget == "bytes":
         return ()
     return unspent_warning(units, request.compression_ratio, allocation, request.compression.rank_multiple)
 

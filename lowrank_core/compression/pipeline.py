@@ -6,17 +6,21 @@ import copy
 from collections.abc import Collection, Mapping
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from lowrank_core.allocation import RankAllocation, Ranks, allocation_from_ranks, allocator_named
+from lowrank_core.allocation.byte_budget import RoundingErrors, allocate_bytes
 from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.quantization import grids_of, quantized
+from lowrank_core.compression.rounding_errors import rounding_errors
 from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.decomposition.units import units_of
 from lowrank_core.evaluation import DenseReference
+from lowrank_core.layers.grids import GRIDS
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.parameters import Unit
@@ -31,7 +35,7 @@ from lowrank_core.types import Stage, silent
 
 __all__ = ["Pipeline"]
 
-_OF_COMPRESSION = ("statistics", "units", "decomposed")
+_OF_COMPRESSION = ("statistics", "units", "decomposed", "_rounding")
 """Stages that depend on how matrices are compressed; the others are shared."""
 
 
@@ -220,17 +224,50 @@ class Pipeline:
         grids = grids_of(model.handle, factors, dense)
         return quantized(model, grids, moments=self.input_moment if rounding == "gptq" else None)
 
-    def compress(self, ranks: float | RankAllocation, *, allocator: str | None = None) -> CompressedModel:
+    def allocate_bytes(self, limit: int, *, dtype: torch.dtype | None = None, rounding: str = "nearest") -> RankAllocation:
+        """Spend at most ``limit`` bytes on the compressible layers: a rank, or dense, and a grid for each, by one slope.
+
+        Args:
+            dtype: of the floats as they are written; that of the checkpoint unless it is given.
+            rounding: ``nearest`` or ``gptq``; ``compress`` takes the same.
+
+        Raises:
+            BudgetError: the bytes can't be met.
+            NumericalError: a matrix has no place on a grid; names the layer.
+        """
+        dtype, decomposed = dtype or self.handle.stored_dtype, self.decomposed
+        if (dtype, rounding) not in self._rounding:
+            moments = self.input_moment if rounding == "gptq" else None
+            with self.progress("Measuring errors of rounding", len(self.units)) as progress:
+                self._rounding[dtype, rounding] = rounding_errors(decomposed, dtype, moments, progress=progress)
+        return allocate_bytes(decomposed.problem(0.0), self._rounding[dtype, rounding], limit, dtype.itemsize)
+
+    @cached_property
+    def _rounding(self) -> dict[tuple[torch.dtype, str], RoundingErrors]:
+        """Errors of rounding by dtype and rule."""
+        return {}
+
+    def compress(
+        self, ranks: float | RankAllocation, *, allocator: str | None = None, dtype: torch.dtype | None = None, rounding: str = "nearest"
+    ) -> CompressedModel:
         """Return a smaller model.
 
         Args:
             ranks: an allocation, or a compression ratio at which ``allocator`` chooses one; at 0 all stays dense.
             allocator: the preset's if there is one, else ``uniform``.
+            dtype, rounding: of an allocation with grids, as ``allocate_bytes`` takes them.
         """
         if ranks == 0:
             ranks = self.dense_allocation
         if not isinstance(ranks, RankAllocation):
             ranks = self.allocate(allocator or (self.preset.allocation if self.preset else "uniform"), ranks)
+        model = self._compressed(ranks)
+        if not ranks.grids:
+            return model
+        grids = {name: GRIDS[grid] for name, grid in ranks.grids.items()}
+        return quantized(model, grids, scales=dtype, moments=self.input_moment if rounding == "gptq" else None)
+
+    def _compressed(self, ranks: RankAllocation) -> CompressedModel:
         if not any(ranks.ranks.values()):
             return compress(self.handle, {}, ranks)
         decomposed = self.decomposed

@@ -14,7 +14,7 @@ moment Â S Âᵀ. Per-head factors are rounded to nearest: what their inputs ar
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -32,7 +32,7 @@ from lowrank_core.layers.stacked import StackedLinear
 from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
 from lowrank_core.models.unrolled import replace_module
 
-__all__ = ["Moments", "grids_of", "quantized", "quantized_handle", "stored_bytes"]
+__all__ = ["Moments", "grids_of", "quantizable", "quantized", "quantized_handle", "round_layers", "stored_bytes"]
 
 Grids = Mapping[str, Grid]
 """Dotted path of a layer -> the grid that its matrices are rounded to."""
@@ -72,30 +72,39 @@ def quantized_handle(
         NumericalError: a matrix holds NaN, Inf or numbers too large for its grid; names the layer.
     """
     module = copy.deepcopy(handle.module)
-    dtype = scales or handle.stored_dtype
-    with torch.no_grad():
-        for name in _leaders_first(module, grids):
-            layer = module.get_submodule(name)
-            if not isinstance(layer, CompressedModule):
-                layer = DenseLinear.of(weight_of(layer), bias_of(layer))
-                replace_module(module, name, layer)
-            try:
-                if moments is None:
-                    layer.quantize(grids[name], dtype)
-                else:
-                    _by_gptq(layer, handle.module.get_submodule(name), moments(name), partial(gptq, grid=grids[name], stored_dtype=dtype))
-                    layer.quantize(grids[name], dtype)  # what has no moment
-            except NumericalError as error:
-                raise NumericalError(f"{name}: {error}") from error
+    exact = {name: handle.module.get_submodule(name) for name in grids}
+    layers = {name: quantizable(module.get_submodule(name)) for name in grids}
+    round_layers(layers, exact, grids, scales or handle.stored_dtype, moments)
+    for name, layer in layers.items():
+        replace_module(module, name, layer)
     return replace(handle, module=module, layers=tuple(layer for layer in handle.layers if layer.name not in grids))
 
 
-def _leaders_first(module: nn.Module, names: Iterable[str]) -> list[str]:
-    def follows(name: str) -> bool:
-        layer = module.get_submodule(name)
-        return isinstance(layer, StackedLinear) and layer.leader is not layer
+def quantizable(layer: nn.Module) -> CompressedModule:
+    """Return a layer with factors as it is, and a dense one as a layer that may be quantised."""
+    return layer if isinstance(layer, CompressedModule) else DenseLinear.of(weight_of(layer), bias_of(layer))
 
-    return sorted(names, key=follows)
+
+@torch.no_grad()
+def round_layers(
+    layers: Mapping[str, CompressedModule], exact: Mapping[str, nn.Module], grids: Grids, dtype: torch.dtype, moments: Moments | None
+) -> None:
+    """Round ``layers``, which are changed, the leaders of stacks first.
+
+    Args:
+        exact: the same before.
+        dtype, moments: as ``scales`` and ``moments`` of ``quantized_handle``.
+
+    Raises:
+        NumericalError: as ``quantized_handle``.
+    """
+    for name in sorted(layers, key=lambda name: getattr(layers[name], "leader", layers[name]) is not layers[name]):
+        try:
+            if moments is not None:
+                _by_gptq(layers[name], exact[name], moments(name), partial(gptq, grid=grids[name], stored_dtype=dtype))
+            layers[name].quantize(grids[name], dtype)  # what has no moment, by GPTQ
+        except NumericalError as error:
+            raise NumericalError(f"{name}: {error}") from error
 
 
 def _by_gptq(layer: CompressedModule, exact: nn.Module, moment: Tensor, rounded: Callable[[Tensor, Tensor], QuantizedMatrix]) -> None:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_core.config.calibration import CalibrationConfig
-from lowrank_core.config.checks import check_ratio
+from lowrank_core.config.checks import check_choice, check_ratio
 from lowrank_core.config.export import ExportConfig
 from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
-__all__ = ["CompressRequest", "CompressionConfig"]
+__all__ = ["BUDGETS", "CompressRequest", "CompressionConfig"]
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,17 @@ class CompressionConfig:
         check_options(self)
 
 
+BUDGETS = ("parameters", "bytes")
+"""Quantities that a compression ratio may be a fraction of."""
+
+
 @dataclass(frozen=True)
 class CompressRequest:
     """Arguments of `lowrank compress`: a ratio and an allocator, or a file of ranks; ``preset`` is empty if none.
 
     ``complete`` names the allocator that spends on the others what the locked ranks of the file leave of the budget; with ``slopes``
-    errors are weighed by what they cost the model, measured on validation text. ``command`` is for the model card.
+    errors are weighed by what they cost the model, measured on validation text. ``command`` is for the model card. With a ``budget`` of
+    bytes the ratio is of the bytes that the compressible linears take in 16 bits.
     """
 
     compression_ratio: float | None
@@ -90,8 +95,14 @@ class CompressRequest:
     error_weights: bool = False
     export: ExportConfig = field(default_factory=ExportConfig)
     command: str = ""
+    budget: str = "parameters"
 
     def __post_init__(self) -> None:
+        check_choice("budget", self.budget, BUDGETS)
+        if self.budget == "bytes":
+            self._check_bytes()
+        else:
+            self.export.check_rounding()
         if self.compression_ratio is None and self.ranks is None:
             raise ConfigError("compress: give --compression-ratio, or --ranks FILE.")
         if self.compression_ratio is not None and not self.stays_dense:
@@ -104,6 +115,20 @@ class CompressRequest:
             raise ConfigError("--slopes weighs the errors of an allocation at a ratio: give --compression-ratio.")
         if self.tune and self.ranks is not None:
             raise ConfigError("--tune compares settings at a ratio; give --compression-ratio instead of --ranks.")
+
+    def _check_bytes(self) -> None:
+        """Raises: ConfigError: an option that a budget of bytes has no place for."""
+        refused = {
+            "--ranks": self.ranks is not None,
+            "--tune": self.tune,
+            "--slopes": self.error_weights,
+            "--quantize and --quantize-dense": self.export.quantizes,
+            "--form dense": self.export.form == "dense",
+            f"--allocation {self.allocation}": self.allocation != "lagrangian",
+        }
+        given = [name for name, there in refused.items() if there]
+        if given:
+            raise ConfigError(f"--budget bytes chooses rank and grid of every layer by the allocation lagrangian: leave out {given[0]}.")
 
     @property
     def stays_dense(self) -> bool:

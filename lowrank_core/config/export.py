@@ -77,14 +77,21 @@ class ExportConfig:
         check_options(self)
         if self.form == "dense" and self.quantizes:
             raise ConfigError("a dense folder holds floats alone; write the form compressed, or leave --quantize and --quantize-dense out.")
-        if self.rounding != "nearest" and not self.quantizes:
-            raise ConfigError("--rounding is of what is quantised: give --quantize or --quantize-dense, or leave it out.")
         if self.drop_biases and self.form != "dense":
             raise ConfigError("factors have a place for every bias; leave --drop-biases out, or write the form dense.")
         if self.form == "dense" and self.with_code:
             raise ConfigError("a dense folder loads without any code of ours; leave --with-code out.")
         if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", self.max_shard_size.upper()):
             raise ConfigError(f"max shard size must be a number with a unit from KB to TB, got {self.max_shard_size!r}. Try 2GB.")
+
+    def check_rounding(self) -> None:
+        """Raise where a way of rounding is chosen, and nothing is quantised.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        if self.rounding != "nearest" and not self.quantizes:
+            raise ConfigError("--rounding is of what is quantised: give --quantize or --quantize-dense, or leave it out.")
 
     @property
     def quantizes(self) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowrank_core.allocation.byte_budget import bytes_on
 from lowrank_core.catalogue import as_markdown
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.pipeline import Pipeline
@@ -17,6 +18,7 @@ from lowrank_core.config import ModelSource, RunConfig, TextConfig, to_mapping
 from lowrank_core.config.benchmarks import QualityBenchmark
 from lowrank_core.errors import LowRankError
 from lowrank_core.evaluation import evaluate
+from lowrank_core.layers.grids import GRIDS
 from lowrank_core.metrics import metric_named
 from lowrank_core.presets.dense import DENSE
 from lowrank_core.presets.recipes import PRESETS, VARIANTS, Preset, preset_named, search_by
@@ -93,6 +95,23 @@ class _Table:
             yield replace(self, int8=False).measured(row, model, time.perf_counter() - began)
             print(f"{each.label}: done", file=sys.stderr, flush=True)
 
+    def byte_rows(self, preset: Preset) -> Iterator[QualityRow]:
+        """Yield a row for each quantised dense model: a recipe in as many bytes, rounded likewise."""
+        pipeline = self.pipeline.under(preset)
+        for each in DENSE.values():
+            began = time.perf_counter()
+            row = QualityRow(f"{preset.name} bytes", f"{preset.label}, in the bytes of “{each.label}”", preset.reference, 0.0)
+            try:
+                allocation = pipeline.allocate_bytes(
+                    bytes_on(GRIDS[each.grid], pipeline.units, _itemsize(pipeline)), rounding=each.rounding
+                )
+                model = pipeline.compress(allocation, rounding=each.rounding)
+            except LowRankError as error:
+                yield replace(row, error=str(error))
+                continue
+            yield replace(self, int8=False).measured(row, model, time.perf_counter() - began)
+            print(f"{row.label}: done", file=sys.stderr, flush=True)
+
     def measured(self, row: QualityRow, model: CompressedModel, seconds: float) -> QualityRow:
         try:
             report = evaluate(model.handle, self.pipeline.windows.test, against=self.pipeline.handle)
@@ -119,6 +138,10 @@ class _Table:
         small = self.pipeline.quantized(model, factors="int8")
         report = evaluate(small.handle, self.pipeline.windows.test, against=self.pipeline.handle)
         return replace(row, int8_bytes=small.report.bytes_after, int8_perplexity=report.perplexity, int8_kl=report.kl)
+
+
+def _itemsize(pipeline: Pipeline) -> int:
+    return pipeline.handle.stored_dtype.itemsize
 
 
 def _named(preset: Preset, ratio: float) -> QualityRow:
@@ -149,6 +172,7 @@ def quality_table(source: ModelSource, text: TextConfig, config: QualityBenchmar
         print(f"{recipe.label}: done", file=sys.stderr, flush=True)
     if config.dense:
         rows += table.dense_rows()
+        rows += [row for recipe in presets if recipe.allocation == "lagrangian" for row in table.byte_rows(recipe)]
     if config.search:
         rows += [_searched(table, source, text, ratio) for ratio in config.ratios]
     return rows
