@@ -26,6 +26,7 @@ from lowrank_core.layers.quantized import QuantizedMatrix, applied, matrix_of, q
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.handle import weight_of
 from lowrank_core.statistics.calibration import collect_statistics
+from lowrank_core.studio.overview.headers import read_checkpoint
 from lowrank_core.text import WindowSet
 
 FORMS = {
@@ -177,6 +178,14 @@ def test_a_folder_gives_back_the_same_model(model: CompressedModel, windows: Win
     loaded.module.save_pretrained(tmp_path / "twice")
     loaded.tokenizer.save_pretrained(tmp_path / "twice")
     assert torch.equal(logits(load_model(ModelSource(str(tmp_path / "twice"))), windows), logits(loaded, windows))
+
+
+def test_headers_alone_tell_how_many_numbers_a_folder_holds(model: CompressedModel, tmp_path: Path, grid: Grid):
+    small = quantized(model, grids_of(model.handle, grid.name, grid.name))
+    export(small, tmp_path / "out", provenance={})
+    read = read_checkpoint(tmp_path / "out")
+    assert sum(tensor.elements for tensor in read.tensors) == small.handle.parameters
+    assert sum(tensor.bytes for tensor in read.tensors) == small.handle.bytes
 
 
 def test_what_has_no_factors_or_small_ones_already_is_refused(llama: ModelHandle, model: CompressedModel, grid: Grid):
