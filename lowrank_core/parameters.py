@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.errors import BudgetError, ConfigError, RankError
-from lowrank_core.layers.grids import Grid
+from lowrank_core.files.grids import Grid
 
 __all__ = [
     "FLOPS_MEANING",

@@ -23,7 +23,7 @@ from lowrank_core.allocation.base import RankAllocation, allocation_from_ranks
 from lowrank_core.allocation.lagrangian import Lagrangian, Market
 from lowrank_core.allocation.problem import AllocationProblem
 from lowrank_core.errors import BudgetError, ConfigError
-from lowrank_core.layers.grids import GRIDS, Grid
+from lowrank_core.files.grids import GRIDS, Grid
 from lowrank_core.parameters import Unit, dense_parameters
 
 __all__ = ["FLOAT_BYTES", "RoundingErrors", "allocate_bytes", "bytes_for_ratio", "bytes_on", "chosen_words", "stored_bytes_of"]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowrank_core.errors import NumericalError
-from lowrank_core.layers.grids import Grid
+from lowrank_core.files.grids import Grid
 from lowrank_core.layers.quantized import QuantizedMatrix, matrix_of, scaled, scales_of
 
 __all__ = ["gptq"]

@@ -20,7 +20,7 @@ from lowrank_core.compression.truncations import cost_in_words, measured_perplex
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.decomposition.units import units_of
 from lowrank_core.evaluation import DenseReference
-from lowrank_core.layers.grids import GRIDS
+from lowrank_core.files.grids import GRIDS
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.parameters import Unit
@@ -215,7 +215,7 @@ class Pipeline:
             pipeline.quantized(pipeline.compress(0), dense="int4", rounding="gptq")
 
         Args:
-            factors, dense: of ``layers.grids.GRIDS``, or ``none``; rounding: ``nearest`` or ``gptq``.
+            factors, dense: of ``files.grids.GRIDS``, or ``none``; rounding: ``nearest`` or ``gptq``.
 
         Raises:
             ConfigError: there is nothing to round, or it is rounded already.

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.gptq import gptq
 from lowrank_core.errors import ConfigError, NumericalError
+from lowrank_core.files.grids import GRIDS, Grid
 from lowrank_core.layers.base import CompressedModule, PivotIndex
 from lowrank_core.layers.dense import DenseLinear
-from lowrank_core.layers.grids import GRIDS, Grid
 from lowrank_core.layers.quantized import QuantizedMatrix
 from lowrank_core.layers.stacked import StackedLinear
 from lowrank_core.models.handle import ModelHandle, bias_of, weight_of

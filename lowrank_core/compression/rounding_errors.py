@@ -25,8 +25,8 @@ from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.compression.quantization import Moments, quantizable, round_layers
 from lowrank_core.decomposition.factorization import row_metric
 from lowrank_core.decomposition.units import damping_of, operand_of
+from lowrank_core.files.grids import GRIDS, Grid
 from lowrank_core.layers.forms import build_layers
-from lowrank_core.layers.grids import GRIDS, Grid
 from lowrank_core.linalg import times
 from lowrank_core.models.handle import weight_of
 from lowrank_core.parameters import HeadUnit, MatrixShape, Unit

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_core.errors import ModelError
-from lowrank_core.layers.grids import GRIDS, Grid
+from lowrank_core.files.grids import GRIDS, Grid
 from lowrank_core.layers.pivoting import gather_order
 from lowrank_core.layers.quantized import Factor, QuantizedMatrix, empty_as, quantized_as
 

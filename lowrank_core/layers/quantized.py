@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowrank_core.errors import NumericalError
-from lowrank_core.layers.grids import Grid
+from lowrank_core.files.grids import Grid
 
 __all__ = [
     *("Factor", "Int4Matrix", "Int8Matrix", "QuantizedMatrix"),

@@ -16,7 +16,7 @@ class DenseModel:
     """A dense model whose compressible layers are on a grid.
 
     Attributes:
-        grid: of ``layers.grids.GRIDS``; rounding: as ``ExportConfig`` has it.
+        grid: of ``files.grids.GRIDS``; rounding: as ``ExportConfig`` has it.
     """
 
     name: str

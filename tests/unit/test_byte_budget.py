@@ -16,8 +16,8 @@ from lowrank_core.cli import main
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CompressionConfig, ModelSource, TextConfig
 from lowrank_core.errors import BudgetError, ConfigError
+from lowrank_core.files.grids import GRIDS
 from lowrank_core.layers.base import CompressedModule
-from lowrank_core.layers.grids import GRIDS
 from lowrank_core.models import load_model
 from lowrank_core.models.handle import weight_of
 from lowrank_core.parameters import MatrixShape, Unit

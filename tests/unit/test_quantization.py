@@ -20,8 +20,8 @@ from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSourc
 from lowrank_core.decomposition.units import units_of
 from lowrank_core.errors import ConfigError, ModelError, NumericalError
 from lowrank_core.export import export
+from lowrank_core.files.grids import GRIDS, Grid
 from lowrank_core.layers.base import CompressedModule
-from lowrank_core.layers.grids import GRIDS, Grid
 from lowrank_core.layers.quantized import QuantizedMatrix, applied, matrix_of, quantized_as, scaled, scales_of
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.models.handle import weight_of

@@ -18,7 +18,7 @@ from lowrank_core.config import ModelSource, RunConfig, TextConfig, to_mapping
 from lowrank_core.config.benchmarks import QualityBenchmark
 from lowrank_core.errors import LowRankError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.layers.grids import GRIDS
+from lowrank_core.files.grids import GRIDS
 from lowrank_core.metrics import metric_named
 from lowrank_core.presets.dense import DENSE
 from lowrank_core.presets.recipes import PRESETS, VARIANTS, Preset, preset_named, search_by

@@ -14,7 +14,7 @@ from lowrank_core.allocation.units import value_layers
 from lowrank_core.config import ExportConfig, SearchConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import LowRankError
-from lowrank_core.layers.grids import GRIDS, Grid
+from lowrank_core.files.grids import GRIDS, Grid
 from lowrank_core.parameters import INDEX_BYTES, Unit, allocated_parameters, budget_for_ratio, compression_ratio, dense_parameters
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.studies.records import TrialRecord
