@@ -104,6 +104,7 @@ def test_quantised_dense_models_have_rows_and_a_table_by_bytes(
     assert numbers == sorted(numbers)
     assert "factors in int8, 40% removed" in "".join(sizes)
     assert quality_figure([to_mapping(row) for row in rows]).data
+    assert "nan" not in "".join(details)
 
 
 def test_a_ratio_out_of_reach_is_told_in_its_row_and_the_others_go_on(rows: list[quality.QualityRow]) -> None:

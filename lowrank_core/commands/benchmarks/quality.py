@@ -279,6 +279,7 @@ def _cells(row: QualityRow, *, int8: bool) -> dict[str, str]:
         small = (row.int8_perplexity or math.nan) - dense
         sizes = {"bytes": f"{row.bytes or 0:,}", "int8: bytes": f"{row.int8_bytes or 0:,}"}
         cells |= {**sizes, "above dense": fixed(small, 3, signed=True), "KL": f"{row.int8_kl or 0.0:.3g}"}
+        cells |= dict.fromkeys(("int8: bytes", "above dense", "KL"), "–") if row.int8_bytes is None else {}
     cells["s"] = f"{row.seconds or 0.0:.0f}"
     said = {"removed": cells["removed"], "recipe": row.label, "parameters": "–", "test perplexity": row.error}
     return {**dict.fromkeys(cells, ""), **said} if row.error else cells
