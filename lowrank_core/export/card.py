@@ -55,10 +55,14 @@ def _head(manifest: ExportManifest, base: BaseModel) -> str:
         if manifest.details.get(name)
     )
     form = {
-        "compressed": "Linear layers are stored as low-rank factors." if manifest.details.get("units") else "Linear layers are quantised.",
+        "compressed": "Linear layers are quantised." if _quantised_dense(manifest) else "Linear layers are stored as low-rank factors.",
         "dense": "The low-rank factors are multiplied out into the plain architecture: any runtime reads it, and **it is not smaller**.",
     }[manifest.form]
     return f"# {base.reference}, compressed\n\nMade from `{base.reference}` by lowrank-studio{f' ({method})' if method else ''}. {form}"
+
+
+def _quantised_dense(manifest: ExportManifest) -> bool:
+    return not manifest.details.get("units") and str(manifest.details.get("quantization", "")).startswith("dense layers")
 
 
 def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
@@ -98,7 +102,7 @@ def written_words(manifest: ExportManifest) -> str:
     size = (
         f"quantised ({report.quantization}): {share:.1%} of the model's bytes removed ({report.bytes_before:,} to {report.bytes_after:,})"
     )
-    return f"{written}, {size}{f'; {removed}' if report.units else ''}. {report.dense_coverage.statement()}."
+    return f"{written}, {size}{'' if _quantised_dense(manifest) else f'; {removed}'}. {report.dense_coverage.statement()}."
 
 
 def dropped_biases(manifest: ExportManifest) -> str:
