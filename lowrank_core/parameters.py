@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lowrank_core.errors import BudgetError, ConfigError, RankError
+from lowrank_core.files.grids import Grid
 
 __all__ = [
     "FLOPS_MEANING",
@@ -212,25 +213,26 @@ class Unit:
         affordable = bisect.bisect_right(range(1, self.break_even_rank + 1), parameters + FLOAT_SLACK, key=self._price)
         return max(1, affordable)
 
-    def bytes(self, rank: int | None, itemsize: int) -> int:
-        """Return bytes at ``rank``, given those of one weight."""
-        indices = 0 if rank is None else self.stored(rank)[1]
-        return (self.parameters(rank) - indices) * itemsize + indices * INDEX_BYTES
-
-    def scales(self, rank: int | None) -> int:
-        """Return how many rows the factors have: each has one scale where they are stored in 8 bits."""
-        return 0 if rank is None else self._rows(rank)
-
-    def _rows(self, rank: int) -> int:
-        return self.d_out if self.storage == "pivoted" else self.d_out + rank  # r pivot rows are not stored again
-
-    def int8_bytes(self, rank: int | None, itemsize: int) -> int:
-        """Return bytes at ``rank`` with a byte for each number of a factor; scales and biases take ``itemsize``."""
+    def matrices(self, rank: int | None) -> tuple[tuple[int, int], ...]:
+        """Return (rows, columns) of the matrices that are stored at ``rank``: the members where they stay dense, else the factors."""
         if rank is None:
-            return self.bytes(None, itemsize)
-        weights, indices = self.stored(rank)
-        floats = self.parameters(rank) - weights - indices + self.scales(rank)
-        return weights + floats * itemsize + indices * INDEX_BYTES
+            return tuple((member.d_out, member.d_in) for member in self.members)
+        rows = self.d_out - rank if self.storage == "pivoted" else self.d_out  # r pivot rows are not stored again
+        return (rank, self.d_in), (rows, rank)
+
+    def bytes(self, rank: int | None, itemsize: int, grid: Grid | None = None) -> int:
+        """Return bytes at ``rank``, given those of one float, with matrices in floats or on a grid."""
+        indices = 0 if rank is None else self.stored(rank)[1]
+        floats = self.parameters(rank) - indices
+        size = indices * INDEX_BYTES
+        if grid is not None:
+            floats -= sum(rows * columns for rows, columns in self.matrices(rank))
+            size += sum(grid.bytes(rows, columns, itemsize) for rows, columns in self.matrices(rank))
+        return size + floats * itemsize
+
+    def scales(self, rank: int | None, grid: Grid) -> int:
+        """Return how many scales the matrices at ``rank`` have on a grid."""
+        return sum(rows * grid.scales(columns) for rows, columns in self.matrices(rank))
 
     def flops_per_token(self, rank: int | None) -> int:
         """Return multiply-adds counted as two operations, biases left out; a stack's shared factor is applied once for each input.
@@ -277,8 +279,11 @@ class HeadUnit(Unit):
         output = self.members[1]
         return output.d_out * (output.bias or self.adds_bias)
 
-    def _rows(self, rank: int) -> int:
-        return self.groups * rank + self.members[1].d_out
+    def matrices(self, rank: int | None) -> tuple[tuple[int, int], ...]:
+        if rank is None:
+            return super().matrices(None)
+        value, output = self.members
+        return (self.groups * rank, value.d_in - rank), (output.d_out, self.heads * rank)
 
     def _price(self, rank: int) -> int:
         return super()._price(rank) + self.groups * rank * self.members[0].bias

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +37,7 @@ class RankAllocation:
         ranks: by unit; None where it stays dense, and so does what no unit covers.
         locked: the units whose ranks a user chose; the others are the allocator's.
         allocator: the rule that chose; empty where none did, or it is not known.
+        grids: layer -> the grid that its matrices are rounded to, factors or dense, of a budget of bytes; others are floats.
     """
 
     label: str
@@ -45,6 +46,7 @@ class RankAllocation:
     dense_parameters: int
     locked: tuple[str, ...] = ()
     allocator: str = ""
+    grids: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def compression_ratio(self) -> float:

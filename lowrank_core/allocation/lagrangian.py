@@ -25,7 +25,7 @@ from lowrank_core.allocation.base import Ranks
 from lowrank_core.allocation.problem import AllocationProblem, Allocator, unreachable
 from lowrank_core.parameters import Unit
 
-__all__ = ["Lagrangian"]
+__all__ = ["Lagrangian", "Market"]
 
 Table = npt.NDArray[np.float64]
 
@@ -50,43 +50,49 @@ class Lagrangian(Allocator):
             if problem.available < 0:
                 raise unreachable(problem, 0)
             return {}
-        market = _Market.of(problem, self.name)
-        return {free[unit].name: market.rank(unit, choice) for unit, choice in market.choices(problem).items()}
+        curves = problem.known_curves(self.name)
+        market = Market.of([_rows(unit, curves[unit.name], problem.weights.get(unit.name, 1.0)) for unit in free], free)
+        if market.minimum > problem.available:
+            raise unreachable(problem, market.minimum)
+        chosen = market.choices(problem.available)
+        return {free[row].name: None if choice == free[row].break_even_rank else choice + 1 for row, choice in chosen.items()}
+
+
+def _rows(unit: Unit, curve: Table, weight: float) -> tuple[Table, Table]:
+    """Return costs and weighted errors (break-even + 1,) of the ranks of a unit, then of the dense matrices."""
+    last = unit.break_even_rank
+    return np.append(unit.prices, unit.dense_parameters), np.append(weight * curve[1 : last + 1], 0.0)
 
 
 @dataclass(frozen=True)
-class _Market:
-    """Costs and weighted errors of every choice (units, choices), padded with infinity, and the covers of every site."""
+class Market:
+    """Costs and weighted errors of every choice (units, choices), padded with infinity, and the covers of every site.
 
-    units: Sequence[Unit]
+    The first choice of each unit is its cheapest.
+    """
+
     costs: Table
     errors: Table
     sites: tuple[tuple[tuple[int, ...], ...], ...]
 
     @classmethod
-    def of(cls, problem: AllocationProblem, allocator: str) -> _Market:
-        units, curves = problem.free, problem.known_curves(allocator)
-        width = max(unit.break_even_rank for unit in units) + 1
-        costs = np.full((len(units), width), np.inf)
-        errors = np.full((len(units), width), np.inf)
-        for row, unit in enumerate(units):
-            last = unit.break_even_rank
-            costs[row, :last] = unit.prices
-            errors[row, :last] = problem.weights.get(unit.name, 1.0) * curves[unit.name][1 : last + 1]
-            costs[row, last], errors[row, last] = unit.dense_parameters, 0.0
-        return cls(units, costs, errors, tuple(_sites(units)))
+    def of(cls, rows: Sequence[tuple[npt.ArrayLike, npt.ArrayLike]], units: Sequence[Unit]) -> Market:
+        """Return the market of (costs, errors) of the choices of each unit."""
+        return cls(_padded([costs for costs, _ in rows]), _padded([errors for _, errors in rows]), tuple(_sites(units)))
 
-    def rank(self, unit: int, choice: int) -> int | None:
-        return None if choice == self.units[unit].break_even_rank else choice + 1
+    @property
+    def _cheapest(self) -> dict[int, int]:
+        return {unit: 0 for cover in (min(site, key=self._least) for site in self.sites) for unit in cover}
 
-    def choices(self, problem: AllocationProblem) -> dict[int, int]:
-        """Return the choice of each unit that is used."""
-        available = problem.available
-        cheapest = {unit: 0 for cover in (min(site, key=self._least) for site in self.sites) for unit in cover}
-        if self._spent(cheapest) > available:
-            raise unreachable(problem, int(self._spent(cheapest)))
+    @property
+    def minimum(self) -> int:
+        """Cost of the cheapest choices."""
+        return int(self._spent(self._cheapest))
+
+    def choices(self, available: int) -> dict[int, int]:
+        """Return the choice of each unit that is used; ``available`` is at least the minimum."""
         low, high = self._bracket()  # logarithms of prices: too much is spent at low, and at most the budget at high
-        best = cheapest
+        best = self._cheapest
         for _ in range(_BISECTION_STEPS):
             middle = (low + high) / 2
             chosen = self._at(float(np.exp(middle)))
@@ -129,6 +135,14 @@ class _Market:
             row, choice = np.unravel_index(int(rate.argmax()), rate.shape)
             left -= int(extra[row, choice])
             filled[int(rows[row])] = int(choice)
+
+
+def _padded(rows: Sequence[npt.ArrayLike]) -> Table:
+    values = [np.asarray(row, dtype=np.float64) for row in rows]
+    result = np.full((len(values), max(map(len, values))), np.inf)
+    for index, row in enumerate(values):
+        result[index, : len(row)] = row
+    return result
 
 
 def _sites(units: Sequence[Unit]) -> Iterator[tuple[tuple[int, ...], ...]]:

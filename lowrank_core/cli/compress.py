@@ -29,6 +29,13 @@ def add(command: Command) -> None:
         type=current_name,
         help=f"one of {', '.join(ALLOCATORS)} (default: the preset's; else that of the search in --config, or uniform)",
     )
+    parser.add_argument(
+        "--budget",
+        default="parameters",
+        metavar="B",
+        help="what the ratio is a fraction of: parameters; bytes: of those in 16 bits, and each layer, with factors or dense, gets a grid, "
+        "too: floats, int8 or int4 (default: %(default)s)",
+    )
     parser.add_argument("--tune", action="store_true", help="choose the gradient damping and a drift-aware basis's β on validation text")
     parser.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
     parser.add_argument(
@@ -64,6 +71,7 @@ def _request(arguments: argparse.Namespace) -> CompressRequest:
         deep_weights=bool(given.get("deep_weights", base.deep_weights if base else False)),
         export=options.config_of(arguments, ExportConfig),
         command=arguments.line,
+        budget=arguments.budget,
     )
 
 

@@ -28,6 +28,7 @@ def add(command: Command) -> None:
 
 def run(arguments: argparse.Namespace) -> Result:
     config = config_of(arguments, ExportConfig)  # a bad choice is reported before torch is loaded
+    config.check_rounding()
     if arguments.source is not None:
         return _rewritten(arguments, config)
     from lowrank_core.commands.search import export_from

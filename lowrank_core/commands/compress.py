@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 from lowrank_core.allocation import (
     RankAllocation,
@@ -15,6 +16,7 @@ from lowrank_core.allocation import (
     unspent_parameters,
     unspent_warning,
 )
+from lowrank_core.allocation.byte_budget import bytes_for_ratio, chosen_words, stored_bytes_of
 from lowrank_core.allocation.units import check_reachable
 from lowrank_core.commands.shared import Stages, coverage_warnings, estimate_result, reported, warn
 from lowrank_core.compression.estimate import TimedPieces
@@ -26,10 +28,11 @@ from lowrank_core.errors import BudgetError, ConfigError, TextError
 from lowrank_core.export import HeldOut, check_dense_form, check_free, check_precision, export, held_out
 from lowrank_core.export.card import written_words
 from lowrank_core.export.manifest import report_of
+from lowrank_core.export.precision import written_dtype
 from lowrank_core.metrics import metric_of
 from lowrank_core.models import ModelHandle, notes_of
 from lowrank_core.parameters import Unit
-from lowrank_core.runs.stage_times import TimeEstimate, stages_of_compression
+from lowrank_core.runs.stage_times import TimeEstimate, stages_of_compression, stages_of_quantization
 from lowrank_core.text import load_text, overlap_warnings
 from lowrank_core.types import Result
 from lowrank_core.wording import duration
@@ -61,8 +64,9 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     stages = Stages()
     pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression, progress=stages.stage, whole=named)
     handle, units = pipeline.handle, pipeline.units
-    allocation = _manual(request, units)  # bad ranks are reported before minutes of calibration
-    if request.compression_ratio is not None:
+    whole = request.stays_dense
+    allocation = pipeline.dense_allocation if whole else _manual(request, units)  # bad ranks are reported before minutes of calibration
+    if request.compression_ratio is not None and request.budget == "parameters":
         check_reachable(units, request.compression_ratio, request.compression)
     narrow = coverage_warnings(handle, request.compression_ratio)
     _ = pipeline.calibration_windows  # a text that can't be read is reported as such
@@ -71,12 +75,14 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     repeats = () if test is None else overlap_warnings(pipeline.calibration_windows, test.windows)
     check_dense_form(handle, metric_of(request.compression), request.export)
     check_precision(handle, request.export, None if test is None else test.windows)
-    statistics = reported(pipeline.statistics)
+    statistics = None if whole and request.export.rounding == "nearest" else reported(pipeline.moments if whole else pipeline.statistics)
     compression, tuning = _tuned(pipeline, request, stages) if request.tune else (request.compression, ())
     pipeline = pipeline.under(compression)
-    decomposed = pipeline.decomposed
-    if allocation is None:
+    if request.budget == "bytes":
+        allocation = _of_bytes(request, pipeline)
+    elif allocation is None:
         assert request.compression_ratio is not None
+        decomposed = pipeline.decomposed
         weights = None
         if request.error_weights:
             validation = pipeline.validation_windows
@@ -88,26 +94,31 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         allocation = pipeline.allocate(rule.name, request.compression_ratio, fixed=fixed, weights=weights)
         if (bias := pipeline.depth_bias) is not None:
             print(f"{rule.name}: depth bias of alpha {bias.alpha:.3g} and gamma {bias.gamma:.3g}, by validation text", file=sys.stderr)
-    unspent = None if request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
+    counted = request.compression_ratio is not None and request.budget == "parameters"
+    unspent = None if not counted or request.compression_ratio is None else unspent_parameters(units, request.compression_ratio, allocation)
     lost = _unspent(request, units, allocation)
-    doubts = warn(*decomposed.warnings(allocation.allocator, weighted=request.error_weights), *lost, *lacks, *repeats)
-    model = pipeline.compress(allocation)
+    doubted = () if whole else pipeline.decomposed.warnings(allocation.allocator, weighted=request.error_weights)
+    doubts = warn(*doubted, *lost, *lacks, *repeats)
+    model = pipeline.compress(allocation, dtype=written_dtype(handle, request.export), rounding=request.export.rounding)
     provenance = {
-        "preset": request.preset,
+        "preset": "" if whole else request.preset,
         "allocation": allocation.label,
         "text": text.reference,
         "seed": text.seed,
         "error_weights": request.error_weights,
         "deep_weights": request.deep_weights,
         "depth_bias": None if pipeline.depth_bias is None else to_mapping(pipeline.depth_bias),
-        **to_mapping(compression),
+        **({} if whole else to_mapping(compression)),
+        "rounding": request.export.rounding if request.export.quantizes or allocation.grids else "",
+        "budget": request.budget,
         "tuning": [to_mapping(point) for point in tuning],
         "warnings": list(doubts),
         "command": request.command,
     }
     with stages.stage("Writing and measuring") as progress:
-        written = export(model, request.out, provenance=provenance, config=request.export, test=test, progress=progress)
-    report = report_of(written)  # of what was written: int8 factors have scales
+        moments = pipeline.input_moment
+        written = export(model, request.out, provenance=provenance, config=request.export, test=test, moments=moments, progress=progress)
+    report = report_of(written)  # of what was written: quantised matrices have scales
     result = {
         "out": str(request.out),
         "preset": request.preset,
@@ -123,20 +134,48 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
         "compressible_parameters_before": report.linear_parameters_before,
         "compressible_parameters_after": report.linear_parameters_after,
         "ranks": dict(report.ranks),
+        "grids": dict(report.grids),
+        **({} if request.budget == "parameters" else _bytes_spent(request, pipeline, allocation)),
         "written_parameters": written.written_parameters,
         "written_bytes": written.written_bytes,
         "perplexity": None if written.measured is None else written.measured.perplexity,
         "coverage": report.dense_coverage.to_mapping(),
-        "warnings": [*notes_of(source.reference), *narrow, *statistics.warnings(), *doubts],
+        "warnings": [*notes_of(source.reference), *narrow, *(statistics.warnings() if statistics else ()), *doubts],
         "stages": stages.seconds,
         "seconds": time.perf_counter() - began,
     }
     took = ", ".join(f"{name} {duration(of['seconds'])}" for name, of in stages.seconds.items())
-    result["text"] = f"Wrote {request.out}: {written_words(written)}\nTime: {took}; {duration(time.perf_counter() - began)} in all."
+    chosen = _choices_line(chosen_words(allocation)) if request.budget == "bytes" else ""
+    result["text"] = f"Wrote {request.out}: {written_words(written)}\n{chosen}Time: {took}; {duration(time.perf_counter() - began)} in all."
     return result
 
 
+def _byte_budget(request: CompressRequest, pipeline: Pipeline) -> int:
+    assert request.compression_ratio is not None
+    return bytes_for_ratio(pipeline.decomposed.problem(request.compression_ratio))
+
+
+def _of_bytes(request: CompressRequest, pipeline: Pipeline) -> RankAllocation:
+    dtype = written_dtype(pipeline.handle, request.export)
+    return pipeline.allocate_bytes(_byte_budget(request, pipeline), dtype=dtype, rounding=request.export.rounding)
+
+
+def _bytes_spent(request: CompressRequest, pipeline: Pipeline, allocation: RankAllocation) -> Result:
+    """Return the budget, what is spent of it, and the choice of each unit."""
+    itemsize = written_dtype(pipeline.handle, request.export).itemsize
+    spent = stored_bytes_of(allocation, pipeline.units, itemsize)
+    return {"byte_budget": _byte_budget(request, pipeline), "compressible_bytes": spent, "choices": chosen_words(allocation)}
+
+
+def _choices_line(choices: Mapping[str, str]) -> str:
+    """Return how many units got which form and grid."""
+    counts = Counter(f"{'factors' if words.startswith('rank') else 'dense'} in {words.split(', ')[1]}" for words in choices.values())
+    return f"Chosen: {', '.join(f'{count} units {words}' for words, count in counts.most_common())}.\n"
+
+
 def _stages(request: CompressRequest) -> tuple[str, ...]:
+    if request.stays_dense:
+        return stages_of_quantization(gptq=request.export.rounding == "gptq")
     name = request.complete or (None if request.ranks is not None else request.allocation)
     rule = None if name is None else allocator_named(name)
     trials = rule is not None and rule.needs_weights
@@ -152,7 +191,8 @@ def estimate(source: ModelSource, text: TextConfig, request: CompressRequest) ->
     """
     pipeline = Pipeline(source, text, calibration=request.calibration, compression=request.compression)
     rule = "uniform" if allocator_named(request.allocation).measures else request.allocation
-    pieces = TimedPieces(pipeline, compression_ratio=request.compression_ratio or _USUAL_RATIO, allocator=rule)
+    ratio = _USUAL_RATIO if request.compression_ratio is None or request.budget == "bytes" else request.compression_ratio
+    pieces = TimedPieces(pipeline, compression_ratio=ratio, allocator=rule)
     result = TimeEstimate(tuple(map(pieces.stage, _stages(request))))
     return estimate_result(result, pipeline)
 
@@ -174,7 +214,7 @@ def _manual(request: CompressRequest, units: Sequence[Unit]) -> RankAllocation |
 
 def _unspent(request: CompressRequest, units: Sequence[Unit], allocation: RankAllocation) -> tuple[str, ...]:
     """Return what to say of what rounding left of the budget; nothing of ranks that the user chose."""
-    if request.compression_ratio is None or not allocation.allocator:
+    if request.compression_ratio is None or not allocation.allocator or request.budget == "bytes":
         return ()
     return unspent_warning(units, request.compression_ratio, allocation, request.compression.rank_multiple)
 

@@ -45,6 +45,10 @@ class HealedFolder:
     export: ExportConfig = field(default_factory=ExportConfig)
     command: str = ""
 
+    def __post_init__(self) -> None:
+        if self.export.rounding == "gptq":
+            raise ConfigError("--rounding gptq needs the calibration of the dense model, which heal has not. Round to nearest here.")
+
     @property
     def checkpoint(self) -> Path:
         """Folder of the state of an interrupted healing."""

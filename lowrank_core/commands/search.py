@@ -323,8 +323,8 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
     model = pipeline.compress(allocation)
     provenance = {**provenance_of(run, allocation), "command": command}
     figures = metrics_of_trial(run, record.number)
-    written = export(model, out, provenance=provenance, config=config, figures=figures, test=test)
-    report = report_of(written)  # of what was written: int8 factors have scales
+    written = export(model, out, provenance=provenance, config=config, figures=figures, test=test, moments=pipeline.input_moment)
+    report = report_of(written)  # of what was written: quantised matrices have scales
     return {
         "out": str(out),
         "trial": record.number,

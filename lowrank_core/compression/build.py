@@ -57,7 +57,8 @@ class CompressionReport:
     """Exact counts, before and after; ``compression_ratio`` over the compressible linears, ``model_…`` over all.
 
     FLOPs are those of weights for one token: ``linear_…`` of the compressible linears, ``model_…`` with the output head. Attention
-    scores, which grow with the context, are in neither. ``quantization`` is empty where the factors are floats. ``coverage`` says what the
+    scores, which grow with the context, are in neither. ``quantization`` sums up ``grids``: unit, or layer that stays dense -> the grid
+    that it is rounded to; both are empty where all are floats. ``coverage`` says what the
     dense model is made of, kind -> parameters (``lowrank_core.coverage``), ``dense`` which model that was (``ModelHandle.identity``); both
     are empty in a record of an earlier version.
     """
@@ -75,6 +76,7 @@ class CompressionReport:
     ranks: Ranks
     units: tuple[UnitCount, ...]
     quantization: str = ""
+    grids: Mapping[str, str] = field(default_factory=dict)
     coverage: Mapping[str, int] = field(default_factory=dict)
     dense: Mapping[str, str] = field(default_factory=dict)
 

@@ -6,16 +6,23 @@ import copy
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 
-from lowrank_core.allocation import DepthBias, RankAllocation, Ranks, allocator_named
-from lowrank_core.compression.build import CompressedModel
+import torch
+from torch import Tensor
+
+from lowrank_core.allocation import DepthBias, RankAllocation, Ranks, allocation_from_ranks, allocator_named
+from lowrank_core.allocation.byte_budget import RoundingErrors, allocate_bytes
+from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.lems import cached_scales, measure_depth_bias
+from lowrank_core.compression.quantization import grids_of, quantized
+from lowrank_core.compression.rounding_errors import rounding_errors
 from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.decomposition.units import units_of
 from lowrank_core.errors import ConfigError
 from lowrank_core.evaluation import DenseReference
+from lowrank_core.files.grids import GRIDS
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, load_model
 from lowrank_core.parameters import Unit
@@ -30,7 +37,7 @@ from lowrank_core.types import Stage, silent
 
 __all__ = ["Pipeline"]
 
-_OF_COMPRESSION = ("statistics", "units", "decomposed", "_deep_scales")
+_OF_COMPRESSION = ("statistics", "units", "decomposed", "_deep_scales", "_rounding")
 """Stages that depend on how matrices are compressed; the others are shared."""
 
 
@@ -144,6 +151,11 @@ class Pipeline:
             robust = self.compression.robust_gradients
             return cached_gradients(self.handle, windows, self.calibration, statistics_home(), robust=robust, progress=progress)
 
+    def input_moment(self, layer: str) -> Tensor:
+        """Return S = E[x xᵀ] (n, n), float64 and uncentred, of the inputs of a layer of the dense model."""
+        group = next(each.input_group for each in self.handle.layers if each.name == layer)
+        return self.moments.inputs[group].second_moment
+
     def kept_stages(self) -> tuple[str, ...]:
         """Return the stages whose statistics are on disk already."""
         given = self.handle, self.calibration_windows, self.calibration, statistics_home()
@@ -240,15 +252,76 @@ class Pipeline:
         with self.progress("Measuring error weights", len(self.units)) as progress:
             return measure_error_weights(decomposed, windows, reference, **given, progress=progress)  # type: ignore[arg-type]
 
-    def compress(self, ranks: float | RankAllocation, *, allocator: str | None = None) -> CompressedModel:
+    @property
+    def dense_allocation(self) -> RankAllocation:
+        """The allocation that leaves every matrix as it is: nothing is decomposed for it."""
+        return allocation_from_ranks("dense", self.units, {})
+
+    def quantized(
+        self, model: CompressedModel, *, factors: str = "none", dense: str = "none", rounding: str = "nearest"
+    ) -> CompressedModel:
+        """Return a model of this pipeline on grids: its factors, and its layers that stay dense.
+
+        ::
+
+            pipeline.quantized(pipeline.compress(0), dense="int4", rounding="gptq")
+
+        Args:
+            factors, dense: of ``files.grids.GRIDS``, or ``none``; rounding: ``nearest`` or ``gptq``.
+
+        Raises:
+            ConfigError: there is nothing to round, or it is rounded already.
+            NumericalError: a matrix has no place on its grid; names the layer.
+        """
+        grids = grids_of(model.handle, factors, dense)
+        return quantized(model, grids, moments=self.input_moment if rounding == "gptq" else None)
+
+    def allocate_bytes(self, limit: int, *, dtype: torch.dtype | None = None, rounding: str = "nearest") -> RankAllocation:
+        """Spend at most ``limit`` bytes on the compressible layers: a rank, or dense, and a grid for each, by one slope.
+
+        Args:
+            dtype: of the floats as they are written; that of the checkpoint unless it is given.
+            rounding: ``nearest`` or ``gptq``; ``compress`` takes the same.
+
+        Raises:
+            BudgetError: the bytes can't be met.
+            NumericalError: a matrix has no place on a grid; names the layer.
+        """
+        dtype, decomposed = dtype or self.handle.stored_dtype, self.decomposed
+        if (dtype, rounding) not in self._rounding:
+            moments = self.input_moment if rounding == "gptq" else None
+            with self.progress("Measuring errors of rounding", len(self.units)) as progress:
+                self._rounding[dtype, rounding] = rounding_errors(decomposed, dtype, moments, progress=progress)
+        return allocate_bytes(decomposed.problem(0.0), self._rounding[dtype, rounding], limit, dtype.itemsize)
+
+    @cached_property
+    def _rounding(self) -> dict[tuple[torch.dtype, str], RoundingErrors]:
+        """Errors of rounding by dtype and rule."""
+        return {}
+
+    def compress(
+        self, ranks: float | RankAllocation, *, allocator: str | None = None, dtype: torch.dtype | None = None, rounding: str = "nearest"
+    ) -> CompressedModel:
         """Return a smaller model.
 
         Args:
-            ranks: an allocation, or a compression ratio at which ``allocator`` chooses one.
+            ranks: an allocation, or a compression ratio at which ``allocator`` chooses one; at 0 all stays dense.
             allocator: the preset's if there is one, else ``uniform``.
+            dtype, rounding: of an allocation with grids, as ``allocate_bytes`` takes them.
         """
+        if ranks == 0:
+            ranks = self.dense_allocation
         if not isinstance(ranks, RankAllocation):
             ranks = self.allocate(allocator or (self.preset.allocation if self.preset else "uniform"), ranks)
+        model = self._compressed(ranks)
+        if not ranks.grids:
+            return model
+        grids = {name: GRIDS[grid] for name, grid in ranks.grids.items()}
+        return quantized(model, grids, scales=dtype, moments=self.input_moment if rounding == "gptq" else None)
+
+    def _compressed(self, ranks: RankAllocation) -> CompressedModel:
+        if not any(ranks.ranks.values()):
+            return compress(self.handle, {}, ranks)
         decomposed = self.decomposed
         with self.progress(f"Compressing by {ranks.label}", 0) as progress:
             return decomposed.compress(ranks, self.calibration_windows, progress=progress)

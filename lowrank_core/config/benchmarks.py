@@ -27,6 +27,11 @@ class QualityBenchmark:
     variants: bool = option(False, "also our default with one part left out or changed")
     search: bool = option(False, "also the paper's search, as published (50 trials for each ratio)")
     int8: bool = option(False, "also with int8 factors, in separate columns")
+    dense: bool = option(
+        False,
+        "also the dense model in int8 and int4 (to nearest, by GPTQ; groups of 64 and 128), presets by lagrangian in as many bytes, and a "
+        "table by bytes",
+    )
 
     def __post_init__(self) -> None:
         _check_ratios(self.ratios)

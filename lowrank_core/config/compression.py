@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lowrank_core.config.calibration import CalibrationConfig
-from lowrank_core.config.checks import check_ratio
+from lowrank_core.config.checks import check_choice, check_ratio
 from lowrank_core.config.export import ExportConfig
 from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
-__all__ = ["CompressRequest", "CompressionConfig"]
+__all__ = ["BUDGETS", "CompressRequest", "CompressionConfig"]
 
 
 @dataclass(frozen=True)
@@ -87,13 +87,17 @@ class CompressionConfig:
         check_options(self)
 
 
+BUDGETS = ("parameters", "bytes")
+"""Quantities that a compression ratio may be a fraction of."""
+
+
 @dataclass(frozen=True)
 class CompressRequest:
     """Arguments of `lowrank compress`: a ratio and an allocator, or a file of ranks; ``preset`` is empty if none.
 
     ``complete`` names the allocator that spends on the others what the locked ranks of the file leave of the budget; with ``slopes``
     errors are weighed by what they cost the model, measured on validation text, with ``deep_weights`` at a deep cut. ``command`` is for
-    the model card.
+    the model card. With a ``budget`` of bytes the ratio is of the bytes that the compressible linears take in 16 bits.
     """
 
     compression_ratio: float | None
@@ -109,12 +113,20 @@ class CompressRequest:
     deep_weights: bool = False
     export: ExportConfig = field(default_factory=ExportConfig)
     command: str = ""
+    budget: str = "parameters"
 
     def __post_init__(self) -> None:
+        check_choice("budget", self.budget, BUDGETS)
+        if self.budget == "bytes":
+            self._check_bytes()
+        else:
+            self.export.check_rounding()
         if self.compression_ratio is None and self.ranks is None:
             raise ConfigError("compress: give --compression-ratio, or --ranks FILE.")
-        if self.compression_ratio is not None:
+        if self.compression_ratio is not None and not self.stays_dense:
             check_ratio(self.compression_ratio)
+        if self.stays_dense and (self.tune or self.error_weights):
+            raise ConfigError("at --compression-ratio 0 every layer stays dense: leave --tune and --slopes out.")
         if self.complete is not None and (self.ranks is None or self.compression_ratio is None):
             raise ConfigError("--complete completes a file of ranks at a ratio: give --ranks and --compression-ratio.")
         if self.error_weights and self.compression_ratio is None:
@@ -123,3 +135,22 @@ class CompressRequest:
             raise ConfigError("--deep-weights says where error weights are measured: give --error-weights, too.")
         if self.tune and self.ranks is not None:
             raise ConfigError("--tune compares settings at a ratio; give --compression-ratio instead of --ranks.")
+
+    def _check_bytes(self) -> None:
+        """Raises: ConfigError: an option that a budget of bytes has no place for."""
+        refused = {
+            "--ranks": self.ranks is not None,
+            "--tune": self.tune,
+            "--slopes": self.error_weights,
+            "--quantize and --quantize-dense": self.export.quantizes,
+            "--form dense": self.export.form == "dense",
+            f"--allocation {self.allocation}": self.allocation != "lagrangian",
+        }
+        given = [name for name, there in refused.items() if there]
+        if given:
+            raise ConfigError(f"--budget bytes chooses rank and grid of every layer by the allocation lagrangian: leave out {given[0]}.")
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether nothing is removed and dense layers are quantised: nothing is decomposed then, and only GPTQ calibrates."""
+        return self.compression_ratio == 0 and self.ranks is None and self.export.dense_quantization != "none"

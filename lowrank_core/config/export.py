@@ -12,7 +12,8 @@ __all__ = ["ExportConfig"]
 
 _FORMS = {"compressed": "Factors", "dense": "Dense merge"}
 _DTYPES = {"auto": "As checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
-_QUANTIZATIONS = {"none": "Floats", "int8": "int8, one scale a row"}
+_QUANTIZATIONS = {"none": "Floats", "int8": "int8, one scale a row", "int4": "int4, groups of 64", "int4_128": "int4, groups of 128"}
+_ROUNDINGS = {"nearest": "To nearest", "gptq": "GPTQ"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class ExportConfig:
     )
     dtype: str = option(
         "auto",
-        "of all tensors that are not int8; auto: the checkpoint's; bfloat16 halves float32 and rounds; float16 is for runtimes without it",
+        "of all tensors in floats; auto: the checkpoint's; bfloat16 halves float32 and rounds; float16 is for runtimes without it",
         label="Stored as",
         flag="export-dtype",
         choices=_DTYPES,
@@ -51,23 +52,51 @@ class ExportConfig:
     )
     quantization: str = option(
         "none",
-        "of the factors; int8: whole numbers with one scale a row, which take less disk and memory, with some rounding error and no "
-        "speed-up; a dense merge has no factors",
+        "of the factors; int8: whole numbers with one scale a row; int4: two in a byte, with a float16 scale for each 64 columns of a row; "
+        "int4_128: for each 128; less disk and memory, with some rounding error and no speed-up; a dense merge has no factors",
         label="Factors stored as",
         flag="quantize",
         choices=_QUANTIZATIONS,
     )
+    dense_quantization: str = option(
+        "none",
+        "likewise, of the compressible layers that stay dense; embeddings, head, norms and biases are left as they are",
+        label="Dense layers stored as",
+        flag="quantize-dense",
+        choices=_QUANTIZATIONS,
+    )
+    rounding: str = option(
+        "nearest",
+        "of what is quantised; nearest: each number to the nearest; gptq: column by column, so that the error of the output on calibration "
+        "text is small; on the same grid, in the same bytes",
+        label="Rounding",
+        choices=_ROUNDINGS,
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.form == "dense" and self.quantization != "none":
-            raise ConfigError("a dense folder holds no factors that could be in 8 bits; write the form compressed, or leave int8 out.")
+        if self.form == "dense" and self.quantizes:
+            raise ConfigError("a dense folder holds floats alone; write the form compressed, or leave --quantize and --quantize-dense out.")
         if self.drop_biases and self.form != "dense":
             raise ConfigError("factors have a place for every bias; leave --drop-biases out, or write the form dense.")
         if self.form == "dense" and self.with_code:
             raise ConfigError("a dense folder loads without any code of ours; leave --with-code out.")
         if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", self.max_shard_size.upper()):
             raise ConfigError(f"max shard size must be a number with a unit from KB to TB, got {self.max_shard_size!r}. Try 2GB.")
+
+    def check_rounding(self) -> None:
+        """Raise where a way of rounding is chosen, and nothing is quantised.
+
+        Raises:
+            ConfigError: so it is.
+        """
+        if self.rounding != "nearest" and not self.quantizes:
+            raise ConfigError("--rounding is of what is quantised: give --quantize or --quantize-dense, or leave it out.")
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything is quantised."""
+        return (self.quantization, self.dense_quantization) != ("none", "none")
 
     @property
     def shard_bytes(self) -> int:
@@ -84,6 +113,8 @@ class ExportConfig:
             (self.dtype, self.dtype != usual.dtype),
             ("without-biases", self.drop_biases),
             (self.quantization, self.quantization != usual.quantization),
+            (f"dense-{self.dense_quantization}", self.dense_quantization != usual.dense_quantization),
+            (self.rounding, self.rounding != usual.rounding),
             (f"shards-of-{self.max_shard_size.upper()}", self.shard_bytes != usual.shard_bytes),
         )
         return "-".join([name, *(word for word, said in words if said)]).replace(" ", "-")

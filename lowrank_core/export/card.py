@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
@@ -50,14 +51,18 @@ def _words(details: Mapping[str, object], *names: str) -> list[str]:
 def _head(manifest: ExportManifest, base: BaseModel) -> str:
     method = ", ".join(
         f"{name} `{manifest.details[name]}`"
-        for name in ("preset", "basis", "storage", "quantization", "allocation")
+        for name in ("preset", "basis", "storage", "quantization", "rounding", "allocation")
         if manifest.details.get(name)
     )
     form = {
-        "compressed": "Linear layers are stored as low-rank factors.",
+        "compressed": "Linear layers are quantised." if _quantised_dense(manifest) else "Linear layers are stored as low-rank factors.",
         "dense": "The low-rank factors are multiplied out into the plain architecture: any runtime reads it, and **it is not smaller**.",
     }[manifest.form]
     return f"# {base.reference}, compressed\n\nMade from `{base.reference}` by lowrank-studio{f' ({method})' if method else ''}. {form}"
+
+
+def _quantised_dense(manifest: ExportManifest) -> bool:
+    return not manifest.details.get("units") and str(manifest.details.get("quantization", "")).startswith("dense layers")
 
 
 def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
@@ -91,8 +96,13 @@ def written_words(manifest: ExportManifest) -> str:
     if manifest.form == "dense":
         plain = f"{written}, multiplied out into the plain architecture: no smaller than the dense model."
         return f"{plain} As factors: {removed}. {report.dense_coverage.statement()}.{dropped_biases(manifest)}"
-    int8 = f", factors in {report.quantization}" if report.quantization else ""
-    return f"{written}{int8}; {removed}. {report.dense_coverage.statement()}."
+    if not report.grids:
+        return f"{written}; {removed}. {report.dense_coverage.statement()}."
+    share = 1 - report.bytes_after / report.bytes_before
+    size = (
+        f"quantised ({report.quantization}): {share:.1%} of the model's bytes removed ({report.bytes_before:,} to {report.bytes_after:,})"
+    )
+    return f"{written}, {size}{'' if _quantised_dense(manifest) else f'; {removed}'}. {report.dense_coverage.statement()}."
 
 
 def dropped_biases(manifest: ExportManifest) -> str:
@@ -128,8 +138,10 @@ def _ranks(report: CompressionReport) -> str:
     rows = [f"| {kind} | {count} | {minimum} | {middle:g} | {maximum} |" for kind, count, minimum, middle, maximum in rank_rows(report)]
     table = _table(("module type", "compressed", "least rank", "median", "largest"), rows)
     dense = sum(rank is None for rank in report.ranks.values())
-    kept = f" {dense} others stay dense." if dense else ""
-    return f"## Ranks\n\n{table}\n\nEvery rank is in `lowrank.json`.{kept}"
+    kept = f" {dense} {'others stay' if rows else 'layers stay'} dense." if dense else ""
+    counts = Counter(report.grids.values())
+    rounded = f" Quantised: {', '.join(f'{count} to {name}' for name, count in sorted(counts.items()))}." if counts else ""
+    return f"## Ranks\n\n{table if rows else 'No layer has factors.'}\n\nEvery rank and grid is in `lowrank.json`.{kept}{rounded}"
 
 
 def _figures(manifest: ExportManifest) -> str:

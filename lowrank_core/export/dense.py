@@ -111,7 +111,7 @@ def _without_place(biased: Sequence[str], skeleton: PreTrainedModel) -> list[str
 
 def _dense_layer(child: CompressedModule, plain: nn.Module, *, keep_bias: bool) -> nn.Module:
     """Return the layer of the architecture with the matrix that ``child`` stands for, and its bias if that is kept."""
-    dtype = next(tensor.dtype for tensor in child.state_dict().values() if tensor.is_floating_point())
+    dtype = next(tensor.dtype for tensor in (*child.parameters(), *child.buffers()) if tensor.is_floating_point())
     with torch.no_grad():
         exact = copy.deepcopy(child).double()
         getattr(exact, "leader", exact).double()  # it comes along in the copy, but is no submodule

@@ -11,8 +11,9 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.quantization import quantized
+from lowrank_core.compression.quantization import Moments, grids_of, quantized
 from lowrank_core.config import ExportConfig
+from lowrank_core.errors import ConfigError
 from lowrank_core.export.base_model import BaseModel, base_model_of
 from lowrank_core.export.card import model_card
 from lowrank_core.export.code import auto_map, forget_code, write_code
@@ -38,6 +39,7 @@ def export(
     config: ExportConfig | None = None,
     figures: Mapping[str, object] | None = None,
     test: HeldOut | None = None,
+    moments: Moments | None = None,
     progress: Progress | None = None,
 ) -> ExportManifest:
     """Write weights, tokenizer, model card and ``lowrank.json``: whole, or not at all.
@@ -49,17 +51,18 @@ def export(
         provenance: how the model was made; ``command`` in it is the command that makes it again.
         figures: other metrics for the card, such as ``metrics_of`` gives.
         test: text on which the folder is loaded and measured before it is in place; that is what ``verify`` measures again.
+        moments: of the dense model's inputs, for rounding by GPTQ (``Pipeline.input_moment``).
         progress: called with the batches of that measurement; if it raises, nothing is left behind.
 
     Raises:
         RunError: the folder is taken, or the disk is full or read-only.
-        ConfigError: int8 for a model without float factors.
+        ConfigError: there is nothing to quantise, or it is quantised already; or GPTQ without the moments.
         ModelError: a dense merge that the architecture has no place for.
         NumericalError: a weight or an output overflows in the dtype that is written, or a loss is not finite.
     """
     config, provenance, folder = config or ExportConfig(), provenance or {}, Path(folder)
-    if config.quantization != "none":
-        model = quantized(model, scales=written_dtype(model.handle, config))
+    if config.quantizes:
+        model = _rounded(model, config, moments)
     base = base_model_of(model.handle.reference)
     with whole_folder(folder) as temporary:
         dtype, parameters, dropped = _write_model(model, temporary, config, provenance, None if test is None else test.windows)
@@ -85,6 +88,20 @@ def export(
         )
         _describe(temporary, manifest, model, base)
     return manifest
+
+
+def _rounded(model: CompressedModel, config: ExportConfig, moments: Moments | None) -> CompressedModel:
+    """Return the model on the grids of ``config``.
+
+    Raises:
+        ConfigError: as ``export``.
+    """
+    grids, gptq = grids_of(model.handle, config.quantization, config.dense_quantization), config.rounding == "gptq"
+    if gptq and moments is None:
+        raise ConfigError(
+            "GPTQ needs the statistics of the inputs, which are not here. Write it by compress or export, or round to nearest."
+        )
+    return quantized(model, grids, scales=written_dtype(model.handle, config), moments=moments if gptq else None)
 
 
 def _describe(folder: Path, manifest: ExportManifest, model: CompressedModel, base: BaseModel) -> None:

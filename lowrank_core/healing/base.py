@@ -98,11 +98,11 @@ def compressed_layers(module: nn.Module) -> dict[str, CompressedModule]:
     """Return the compressed layers of a model by their names.
 
     Raises:
-        ConfigError: there is none, or their factors are in 8 bits, which can't be trained.
+        ConfigError: there is none, or some are quantised, which can't be trained.
     """
     result = {name: child for name, child in module.named_modules() if isinstance(child, CompressedModule)}
     if not result:
         raise ConfigError("there is nothing to heal: this model has no compressed layer. Give a compressed model.")
-    if any(layer.int8 for layer in result.values()):
-        raise ConfigError("factors in 8 bits can't be trained. Heal the model before its factors are quantised.")
+    if any(layer.grid is not None for layer in result.values()):
+        raise ConfigError("quantised factors can't be trained. Heal the model before it is quantised.")
     return result

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_core.errors import ModelError
+from lowrank_core.files.grids import GRIDS, Grid
 from lowrank_core.layers.pivoting import gather_order
-from lowrank_core.layers.quantized import Factor, Int8Matrix
+from lowrank_core.layers.quantized import Factor, QuantizedMatrix, empty_as, quantized_as
 
 __all__ = ["CompressedModule", "Entry", "PivotIndex", "parameter_like"]
 
@@ -100,9 +101,9 @@ class CompressedModule(nn.Module):
         """
 
     @property
-    def int8(self) -> bool:
-        """Whether its factors are stored in 8 bits."""
-        return any(isinstance(factor, Int8Matrix) for _, factor in self.stored_factors())
+    def grid(self) -> Grid | None:
+        """The grid that its factors are rounded to; None where they are floats."""
+        return next((factor.grid for _, factor in self.stored_factors() if isinstance(factor, QuantizedMatrix)), None)
 
     def stored_factors(self) -> Iterator[tuple[str, Factor]]:
         """Yield name and value of each factor that this module holds itself."""
@@ -111,21 +112,32 @@ class CompressedModule(nn.Module):
             if factor is not None:
                 yield name, factor
 
-    def quantize(self, stored_dtype: torch.dtype) -> None:
-        """Store the factors in 8 bits, with scales that are exact in ``stored_dtype``; biases and indices stay as they are."""
-        for name, factor in list(self.stored_factors()):
-            if not isinstance(factor, Int8Matrix):
-                delattr(self, name)
-                setattr(self, name, Int8Matrix.of(factor, stored_dtype))
+    def quantize(self, grid: Grid, stored_dtype: torch.dtype) -> None:
+        """Round the factors to the nearest numbers of a grid, with scales that are exact in ``stored_dtype``; biases and indices stay.
 
-    def _int8_entry(self) -> dict[str, object]:
-        """Return what ``config.json`` says of the factors' width; nothing where they are floats."""
-        return {"int8": True} if self.int8 else {}
+        Raises:
+            NumericalError: a factor holds NaN, Inf, or numbers too large for the grid.
+        """
+        for name, factor in list(self.stored_factors()):
+            if not isinstance(factor, QuantizedMatrix):
+                self.store(name, quantized_as(factor, grid, stored_dtype))
+
+    def store(self, name: str, factor: QuantizedMatrix) -> None:
+        """Put a rounded matrix in the place of the factor ``name``."""
+        delattr(self, name)
+        setattr(self, name, factor)
+
+    def _grid_entry(self) -> dict[str, object]:
+        """Return what ``config.json`` says of the factors' grid; nothing where they are floats."""
+        return {} if self.grid is None else {self.grid.name: True}
 
     def _as_told(self, entry: Entry) -> Self:
-        """Return this empty module, with factors in 8 bits if the entry says so."""
-        if entry.given("int8"):
-            self.quantize(torch.float32)
+        """Return this empty module, with factors on the grid that the entry names."""
+        for grid in GRIDS.values():
+            if entry.given(grid.name):
+                for name, factor in list(self.stored_factors()):
+                    self.store(name, empty_as(tuple(factor.shape), grid))
+                break
         return self
 
     def settle(self, name: str) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.layers.base import CompressedModule
+from lowrank_core.layers.dense import DenseLinear
 from lowrank_core.layers.factored import LowRankLinear
 from lowrank_core.layers.heads import OutputHeads, ValueHeads
 from lowrank_core.layers.pivoted import PivotedLinear
@@ -19,7 +20,7 @@ from lowrank_core.layers.pivoting import fix_gauge, pivot
 __all__ = ["FORMS", "STORAGES", "Factors", "HeadFactors", "build_layers"]
 
 FORMS: Mapping[str, type[CompressedModule]] = MappingProxyType(
-    {form.form: form for form in (LowRankLinear, PivotedLinear, ValueHeads, OutputHeads)}
+    {form.form: form for form in (LowRankLinear, PivotedLinear, ValueHeads, OutputHeads, DenseLinear)}
 )
 """Name in ``config.json`` -> module."""
 

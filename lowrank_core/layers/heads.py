@@ -65,7 +65,7 @@ class ValueHeads(PivotIndex):
 
     def spec(self, names: Mapping[nn.Module, str]) -> dict[str, object]:
         shape = {"groups": self.groups, "head_dim": self.head_dim}
-        return {"form": self.form, "rank": self.rank, "bias": self.biases is not None, **shape, **self._int8_entry()}
+        return {"form": self.form, "rank": self.rank, "bias": self.biases is not None, **shape, **self._grid_entry()}
 
     @property
     def weight(self) -> Tensor:
@@ -125,7 +125,7 @@ class OutputHeads(CompressedModule):
 
     def spec(self, names: Mapping[nn.Module, str]) -> dict[str, object]:
         shape = {"heads": self.heads, "head_dim": self.head_dim}
-        return {"form": self.form, "rank": self.rank, "bias": self.bias is not None, **shape, **self._int8_entry()}
+        return {"form": self.form, "rank": self.rank, "bias": self.bias is not None, **shape, **self._grid_entry()}
 
     @property
     def weight(self) -> Tensor:

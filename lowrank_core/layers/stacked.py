@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowrank_core.errors import ModelError
 from lowrank_core.layers.base import CompressedModule, Entry
-from lowrank_core.layers.quantized import Factor, Int8Matrix, applied, dense_of
+from lowrank_core.layers.quantized import Factor, QuantizedMatrix, applied, dense_of
 
 __all__ = ["ProductMemory", "StackedLinear"]
 
@@ -127,7 +127,7 @@ class StackedLinear(CompressedModule):
         down = self._shared
         if torch.compiler.is_compiling():
             return applied(down, input)
-        stored = down.values if isinstance(down, Int8Matrix) else down
+        stored = down.values if isinstance(down, QuantizedMatrix) else down
         if self._leader:
             remembered = self.leader._memory.take(input, stored) if _may_share(input) else None
             return applied(down, input) if remembered is None else remembered
@@ -147,7 +147,7 @@ class StackedLinear(CompressedModule):
         Raises:
             ModelError: the leader is not part of the model.
         """
-        entry: dict[str, object] = {"form": self.form, "rank": self.rank, "bias": self.bias is not None, **self._int8_entry()}
+        entry: dict[str, object] = {"form": self.form, "rank": self.rank, "bias": self.bias is not None, **self._grid_entry()}
         if self._leader:
             if self.leader not in names:
                 raise ModelError(

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.layers.base import CompressedModule, PivotIndex
-from lowrank_core.layers.quantized import Int8Matrix
+from lowrank_core.layers.quantized import QuantizedMatrix
 from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
 from lowrank_core.models.unrolled import stored_tensors
 from lowrank_core.models.values import value_reads
@@ -164,9 +164,9 @@ class ModelHandle:
 
     @property
     def parameters(self) -> int:
-        """Parameters of the whole model, tied ones once; indices of pivoted layers and scales of int8 factors count, too."""
+        """Parameters of the whole model, tied ones once; indices of pivoted layers and scales of quantised matrices count, too."""
         counts: list[int] = [p.numel() for p in self.module.parameters()]
-        return sum(counts) + self._indices + self._int8 + self._scales
+        return sum(counts) + self._indices + self._quantized
 
     @property
     def linear_parameters(self) -> int:
@@ -197,12 +197,12 @@ class ModelHandle:
         """Kind of every parameter; sums to ``parameters``."""
         prefix, blocks = blocks_of(self.module)
         result = coverage_of(self.module, prefix, blocks, {layer.name for layer in self.layers})
-        return Coverage.of([*result.parameters.items(), ("lowrank", self._indices + self._int8 + self._scales)])
+        return Coverage.of([*result.parameters.items(), ("lowrank", self._indices + self._quantized)])
 
     def _parameters_of(self, names: Iterable[str]) -> int:
-        """Return the parameters of linears, each once; with indices, int8 numbers and scales."""
+        """Return the parameters of linears, each once; with indices, quantised numbers and scales."""
         counted: dict[int, int] = {id(p): p.numel() for name in names for p in self.module.get_submodule(name).parameters()}
-        return sum(counted.values()) + self._indices + self._int8 + self._scales
+        return sum(counted.values()) + self._indices + self._quantized
 
     @property
     def _indices(self) -> int:
@@ -210,12 +210,12 @@ class ModelHandle:
         return sum(counts)
 
     @property
-    def _int8(self) -> int:
-        return sum(int(child.values.numel()) for child in self.module.modules() if isinstance(child, Int8Matrix))
+    def _matrices(self) -> list[QuantizedMatrix]:
+        return [child for child in self.module.modules() if isinstance(child, QuantizedMatrix)]
 
     @property
-    def _scales(self) -> int:
-        return sum(int(child.scales.numel()) for child in self.module.modules() if isinstance(child, Int8Matrix))
+    def _quantized(self) -> int:
+        return sum(matrix.numbers for matrix in self._matrices)
 
     @property
     def tied(self) -> bool:
@@ -226,8 +226,8 @@ class ModelHandle:
     @property
     def bytes(self) -> int:
         """Bytes of the weights and indices as they are stored on disk."""
-        floats = self.parameters - self._indices - self._int8
-        return floats * self.stored_dtype.itemsize + self._indices * INDEX_BYTES + self._int8
+        itemsize, floats = self.stored_dtype.itemsize, self.parameters - self._indices - self._quantized
+        return floats * itemsize + self._indices * INDEX_BYTES + sum(matrix.bytes(itemsize) for matrix in self._matrices)
 
     @property
     def vocabulary(self) -> int:
@@ -307,7 +307,7 @@ def _outermost_lists(module: nn.Module) -> list[nn.ModuleList]:
 
 
 def _size(module: nn.Module) -> int:
-    """Return the numbers that a module holds: factors in 8 bits are buffers, no parameters."""
+    """Return the numbers that a module holds: quantised ones are buffers, no parameters."""
     return sum(tensor.numel() for tensor in (*module.parameters(), *module.buffers()))
 
 

@@ -33,6 +33,7 @@ from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import unguarded_note
 from lowrank_core.layers.base import CompressedModule, Entry
 from lowrank_core.layers.forms import FORMS
+from lowrank_core.layers.quantized import QuantizedMatrix
 from lowrank_core.models.experts import unroll_experts
 from lowrank_core.models.fused import Layout, layouts_of, split_fused
 from lowrank_core.models.guard import guard_name, guard_pattern, guards, unguarded
@@ -88,7 +89,7 @@ class LowRankQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
-    """Swaps linear layers for compressed ones before the weights are read; nothing is quantised."""
+    """Swaps linear layers for compressed ones before the weights are read; what is quantised has been so already."""
 
     requires_calibration = True  # only checkpoints that are compressed already
 
@@ -120,6 +121,9 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, module in compressed_modules(model):
             _check_place(name, module)
             module.settle(name)
+            for _part, factor in module.stored_factors():
+                if isinstance(factor, QuantizedMatrix):
+                    factor.scales = factor.scales.to(model.dtype)  # those of int4 come in float16, and are exact in any dtype
         if not model.is_remote_code():  # what `save_pretrained` writes then comes without the code
             _forget_code(model)
         return model

@@ -209,6 +209,8 @@ def _stored_dtype(place: str, config: PretrainedConfig) -> torch.dtype | None:
         with safe_open(folder / name, framework="pt") as archive:
             for key in archive.keys():  # noqa: SIM118  (the archive is no mapping)
                 view = archive.get_slice(key)
+                if key.endswith(".scales"):  # of int4, in float16 whatever the others are
+                    continue
                 counts[_FLOATS.get(view.get_dtype(), torch.int8)] += prod(view.get_shape())
     del counts[torch.int8]
     return max(counts, key=lambda dtype: counts[dtype]) if counts else None

@@ -36,6 +36,7 @@ __all__ = [
     "stage_of",
     "stages_of",
     "stages_of_compression",
+    "stages_of_quantization",
     "work_of",
 ]
 
@@ -126,6 +127,11 @@ def stages_of_compression(
     """Return the stages of ``lowrank compress``, with those that its options and its allocator add."""
     has = {_GRADIENTS: _by_gradients(compression), _TUNING: tune, _WEIGHTS: weights, _CUTTING: cut, _SEARCHING: trials}
     return tuple(stage for stage in _COMPRESSION if has.get(stage, True))
+
+
+def stages_of_quantization(*, gptq: bool) -> tuple[str, ...]:
+    """Return the stages of ``lowrank compress`` where every layer stays dense."""
+    return tuple(stage for stage in _COMPRESSION if stage in (_LOADING, _WRITING) or (gptq and stage == _CALIBRATING))
 
 
 def _by_gradients(compression: CompressionConfig) -> bool:

@@ -1,4 +1,4 @@
-"""One reference to a model to be measured: a trial, what an allocator chooses, a preset, or a healed model. Torch-free."""
+"""One reference to a model to be measured: a trial, an allocator's, a preset's, a quantised dense model, or a healed one. Torch-free."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ __all__ = ["ModelKey", "ModelRef"]
 ModelKey = int | str
 """A reference as requests and answers have it in JSON: ``ModelRef.key``."""
 
-_KINDS = ("best", "trial", "allocator", "preset", "healed")
+_NAMED = ("preset", "dense", "healed")
+_KINDS = ("best", "trial", "allocator", *_NAMED)
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,9 @@ class ModelRef:
     """A compressed model of a run.
 
     Attributes:
-        kind: ``best`` (complete trial), ``trial``, ``allocator``, ``preset`` or ``healed``.
-        name: of the allocator or preset, or the healed model's folder; the number of a trial in digits; empty for the best.
+        kind: ``best`` (complete trial), ``trial``, ``allocator``, ``preset``, ``dense`` (quantised) or ``healed``.
+        name: of the allocator, preset or quantised dense model, or the healed model's folder; the number of a trial in digits; empty for
+            the best.
     """
 
     kind: str
@@ -43,7 +45,7 @@ class ModelRef:
         if not isinstance(given, str):
             return None
         kind, colon, name = given.partition(":")
-        if colon and kind in ("preset", "healed"):
+        if colon and kind in _NAMED:
             return cls(kind, name)
         if number := re.fullmatch(r"(?:trial )?(\d+)", given, re.ASCII):
             return cls("trial", number[1])
@@ -51,7 +53,8 @@ class ModelRef:
 
     @classmethod
     def parse(cls, given: object) -> ModelRef:
-        """Return what ``given`` refers to: a trial's number, None or ``best``, an allocator, ``preset:NAME`` or ``healed:FOLDER``.
+        """Return what ``given`` refers to: a trial's number, None or ``best``, an allocator, ``preset:NAME``,
+        ``dense:NAME`` or ``healed:FOLDER``.
 
         Raises:
             ConfigError: it is none of these. Whether the run has such a model is another question.
@@ -59,11 +62,11 @@ class ModelRef:
         result = cls.find(given)
         if result is None:
             names = ", ".join(ALLOCATORS)
-            raise ConfigError(f"trial must be a number, `best`, preset:NAME, healed:FOLDER or one of {names}; got {given!r}.")
+            raise ConfigError(f"trial must be a number, `best`, preset:NAME, dense:NAME, healed:FOLDER or one of {names}; got {given!r}.")
         return result
 
     def __str__(self) -> str:
-        return f"{self.kind}:{self.name}" if self.kind in ("preset", "healed") else self.name or "best"
+        return f"{self.kind}:{self.name}" if self.kind in _NAMED else self.name or "best"
 
     @property
     def number(self) -> int | None:

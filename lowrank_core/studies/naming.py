@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from lowrank_core.allocation import ALLOCATORS
+from lowrank_core.presets.dense import DENSE
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import MANUAL, TrialRecord
@@ -37,6 +38,8 @@ def _name(label: str, trials: Sequence[TrialRecord]) -> str:
     ref = ModelRef.find(label)
     if ref is not None and ref.kind == "preset" and ref.name in PRESETS:
         return f"Preset: {PRESETS[ref.name].label}"
+    if ref is not None and ref.kind == "dense" and ref.name in DENSE:
+        return DENSE[ref.name].label
     number = ref.number if ref is not None else None
     alike = [trial for trial in trials if (trial.number == number if number is not None else trial.label == label != MANUAL)]
     if len(alike) == 1:  # a search over a range of ratios has a rule's allocation at each end

@@ -100,7 +100,7 @@ class Request:
 
 @dataclass(frozen=True)
 class ModelRequest(Request):
-    """About one model: a trial's number, None or ``best``, an allocator, ``preset:NAME`` or ``healed:FOLDER``."""
+    """About one model: a trial's number, None or ``best``, an allocator, ``preset:NAME``, ``dense:NAME`` or ``healed:FOLDER``."""
 
     trial: ModelKey | None = None
 

@@ -64,7 +64,8 @@ def export_trial(
             provenance["command"] = command_line("export", {"run": run.path, "trial": number, "out": folder.name, **flags_of(config)})
         test = HeldOut(run.config.text, session.windows.test)
         with stage("Writing it, and measuring what was written", 0) as progress:
-            export(model, folder, provenance=provenance, config=config, figures=figures, test=test, progress=progress)
+            moments = session.pipeline.input_moment
+            export(model, folder, provenance=provenance, config=config, figures=figures, test=test, moments=moments, progress=progress)
     return str(folder)
 
 

@@ -102,7 +102,17 @@ def export_healed(worker: WorkerContext, name: str, config: ExportConfig) -> str
         model = CompressedModel(replace(loaded, reference=manifest.made_from), report_of(manifest))
         test = _held_out(worker)
         with reporter.stage("Writing it, and measuring what was written") as progress:
-            export(model, folder, provenance=manifest.provenance, config=config, figures=manifest.figures, test=test, progress=progress)
+            moments = worker.session.pipeline.input_moment
+            export(
+                model,
+                folder,
+                provenance=manifest.provenance,
+                config=config,
+                figures=manifest.figures,
+                test=test,
+                moments=moments,
+                progress=progress,
+            )
     return str(folder)
 
 

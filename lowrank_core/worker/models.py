@@ -1,4 +1,4 @@
-"""Lookup of the requested model: a trial, an allocator, a preset, or a healed model."""
+"""Lookup of the requested model: a trial, an allocator, a preset, a quantised dense model, or a healed one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from lowrank_core.compression.build import CompressedModel, CompressionReport
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.errors import ConfigError
 from lowrank_core.models import ModelHandle, load_model
+from lowrank_core.presets.dense import DenseModel, dense_named
 from lowrank_core.presets.recipes import Preset, preset_named
 from lowrank_core.runs import read_json
 from lowrank_core.studies.model_ref import ModelRef
@@ -52,7 +53,7 @@ def built_model(worker: WorkerContext, ref: ModelRef) -> BuiltModel:
     Requests in a row for the same one share it.
 
     Raises:
-        ConfigError: there is no such trial, preset or folder, or nothing is searched.
+        ConfigError: there is no such trial, preset, grid or folder, or nothing is searched.
         BudgetError: the preset can't meet the run's ratio.
         NumericalError: a decomposition failed; names the layer.
         Cancelled: stopped or withdrawn.
@@ -65,6 +66,8 @@ def built_model(worker: WorkerContext, ref: ModelRef) -> BuiltModel:
 def _built(worker: WorkerContext, ref: ModelRef) -> BuiltModel:
     if ref.kind == "preset":
         return _by_preset(worker, preset_named(ref.name), str(ref))
+    if ref.kind == "dense":
+        return _quantised(worker, dense_named(ref.name), str(ref))
     if ref.kind == "healed":
         return _healed(worker, ref.name)
     bench, _, _ = worker.search
@@ -85,6 +88,14 @@ def _by_preset(worker: WorkerContext, preset: Preset, label: str) -> BuiltModel:
     ratio, pipeline = bench.space.compression_ratio, worker.session.pipeline.under(preset)
     check_reachable(pipeline.units, ratio, preset.compression)  # reported before minutes of work
     return _compressed(worker, pipeline.decomposed, pipeline.allocate(preset.allocation, ratio), label)
+
+
+def _quantised(worker: WorkerContext, wanted: DenseModel, label: str) -> BuiltModel:
+    """Return the dense model on a grid; nothing is removed."""
+    pipeline = worker.session.pipeline
+    with worker.reporter.stage(f"Quantising: {wanted.label}"):
+        model = pipeline.quantized(pipeline.compress(0), dense=wanted.grid, rounding=wanted.rounding)
+    return BuiltModel(label, model.handle, dict(model.report.ranks), model.report)
 
 
 def _healed(worker: WorkerContext, name: str) -> BuiltModel:

@@ -34,6 +34,10 @@ CONFIGS = (
     ExportConfig(),
     ExportConfig(dtype="bfloat16", max_shard_size="40KB"),
     ExportConfig(quantization="int8"),
+    ExportConfig(quantization="int4"),
+    ExportConfig(dense_quantization="int4"),
+    ExportConfig(quantization="int4", dense_quantization="int8", rounding="nearest", dtype="bfloat16"),
+    ExportConfig(quantization="int4_128", dtype="bfloat16"),
     ExportConfig(quantization="int8", dtype="bfloat16", with_code=True),
     ExportConfig(form="dense"),
 )
@@ -114,14 +118,15 @@ def test_scales_of_int8_are_exact_in_the_dtype_that_is_written(
     made: tuple[CompressionConfig, CompressedModel], tmp_path: Path, windows: WindowSet
 ):
     """Next to it: scales that are exact in float32 alone move when they are cast."""
-    from lowrank_core.compression.quantization import quantized_handle
+    from lowrank_core.compression.quantization import grids_of, quantized_handle
     from lowrank_core.layers.quantized import Int8Matrix
 
     _, model = made
     export(model, tmp_path / "out", provenance={}, config=ExportConfig(quantization="int8", dtype="bfloat16"))
     loaded = load_model(ModelSource(str(tmp_path / "out")))
-    once = dict(quantized_handle(model.handle, scales=torch.bfloat16).module.named_modules())
-    wide = dict(quantized_handle(model.handle, scales=torch.float32).module.named_modules())
+    grids = grids_of(model.handle, "int8", "none")
+    once = dict(quantized_handle(model.handle, grids, scales=torch.bfloat16).module.named_modules())
+    wide = dict(quantized_handle(model.handle, grids, scales=torch.float32).module.named_modules())
     result = {name: child for name, child in loaded.module.named_modules() if isinstance(child, Int8Matrix)}
     assert result
     assert all(torch.equal(child.scales, once[name].scales) for name, child in result.items())

@@ -92,7 +92,10 @@ def test_writing_is_asked_for_with_every_choice(app):
     run = make_run()
     test = app("export", run=run.id)
     test.toggle(key="export_with_code").set_value(True)
-    test.selectbox(key="export_quantization").set_value("int8")
+    assert test.selectbox(key="export_rounding").disabled
+    test.selectbox(key="export_quantization").set_value("int8").run()
+    test.selectbox(key="export_dense_quantization").set_value("int4")
+    test.selectbox(key="export_rounding").set_value("gptq")
     test.selectbox(key="export_dtype").set_value("bfloat16")
     test.text_input(key="export_shard").set_value("2GB")
     test.run()
@@ -100,9 +103,8 @@ def test_writing_is_asked_for_with_every_choice(app):
     assert sound(test)
     (request,) = pending_requests(run)
     assert request["kind"] == "export"
-    assert request["arguments"] == to_mapping(
-        ExportRequest(3, None, ExportConfig("compressed", True, "bfloat16", "2GB", quantization="int8"))
-    )
+    grids = {"quantization": "int8", "dense_quantization": "int4", "rounding": "gptq"}
+    assert request["arguments"] == to_mapping(ExportRequest(3, None, ExportConfig("compressed", True, "bfloat16", "2GB", **grids)))
 
 
 def test_a_dense_merge_is_asked_for_without_what_it_can_not_have(app):
@@ -366,7 +368,7 @@ def test_labels_and_helps_of_the_form_are_those_of_the_options(app):
         "drop_biases": test.toggle(key="export_drop_biases"),
         "dtype": test.selectbox(key="export_dtype"),
         "max_shard_size": test.text_input(key="export_shard"),
-        "quantization": test.selectbox(key="export_quantization"),
+        **{name: test.selectbox(key=f"export_{name}") for name in ("quantization", "dense_quantization", "rounding")},
     }
     for declared in options_of(ExportConfig):
         widget = drawn.pop(declared.name)

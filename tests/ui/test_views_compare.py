@@ -11,6 +11,7 @@ from synthetic import DENSE_NLL, comparison, make_run, write_healing
 from synthetic_answers import PIECES, detailed, on_other_text, speed_answer, tokens_answer
 
 from lowrank_core.errors import RunError
+from lowrank_core.presets.dense import DENSE
 from lowrank_core.presets.differences import COMMON
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs.client import results
@@ -48,6 +49,7 @@ def test_everything_that_can_be_measured_has_a_name_of_its_own():
     assert (
         [key for key in result if str(key).startswith("preset:")] == [f"preset:{name}" for name in PRESETS] == list(model_refs.PRESET_KEYS)
     )
+    assert [key for key in result if str(key).startswith("dense:")] == [f"dense:{name}" for name in DENSE]
     assert len(set(result.values())) == len(result)
     assert model_refs.candidates([], search) == {}
     assert set(model_refs.healable(result)).isdisjoint({*model_refs.PRESET_KEYS, "healed:trial-3-distill-12345678"})
@@ -99,6 +101,7 @@ def test_what_is_measured_or_asked_for_is_not_missing():
     [
         ("compare", {"trial": 3}, "Trial 3: measuring on test text"),
         ("compare", {"trial": "preset:svd_llm"}, "Preset: SVD-LLM: measuring on test text"),
+        ("compare", {"trial": "dense:int4_gptq"}, "Dense in int4 by GPTQ: measuring on test text"),
         ("other_text", {"trial": "uniform", "text": "file:a.txt"}, "Uniform: measuring on a second text (file:a.txt)"),
         ("verify", {"path": "trial-3"}, "measuring an exported folder again"),
         ("shrink", {}, "shrink"),

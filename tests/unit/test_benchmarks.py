@@ -13,6 +13,7 @@ from lowrank_core.commands.benchmarks import allocation, layer_speed, quality, s
 from lowrank_core.config import ModelSource, TextConfig, to_mapping
 from lowrank_core.config.benchmarks import AllocationBenchmark, QualityBenchmark, SearchBenchmark
 from lowrank_core.errors import ConfigError
+from lowrank_core.presets.dense import DENSE
 from lowrank_core.presets.recipes import PRESETS, VARIANTS
 from lowrank_core.speed import Spread
 from lowrank_core.studio.shared.benchmark_chart import convergence_figure, quality_figure
@@ -83,6 +84,27 @@ def test_int8_has_columns_of_its_own_and_fewer_bytes(rows: list[quality.QualityR
     plain = quality.markdown_of([replace(row, int8_bytes=None) for row in rows]).split("\n\n")[1].splitlines()
     assert "int8" not in plain[0]
     assert len({line.count("|") for line in plain}) == 1
+
+
+def test_quantised_dense_models_have_rows_and_a_table_by_bytes(
+    llama_checkpoint: Path, text: TextConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOWRANK_HOME", str(tmp_path))
+    rows = quality.quality_table(ModelSource(str(llama_checkpoint)), text, QualityBenchmark((0.4,), ("pifa",), int8=True, dense=True))
+    dense = {row.recipe: row for row in rows if row.compression_ratio == 0}
+    assert set(dense) == {f"dense {name}" for name in DENSE}
+    assert not [row.error for row in rows if row.error]
+    assert dense["dense int4"].bytes == dense["dense int4_gptq"].bytes < dense["dense int8"].bytes < rows[0].dense_bytes
+    assert dense["dense int8"].kl < dense["dense int4_gptq"].kl < dense["dense int4"].kl
+    overview, details, sizes = (table.splitlines() for table in quality.markdown_of(rows).split("\n\n")[:3])
+    assert len(overview) == 3  # pifa alone: nothing is removed from the others
+    assert len(details) == 2 + len(rows)
+    assert len(sizes) == 3 + len(rows)
+    numbers = [int(line.split("|")[1].replace(",", "")) for line in sizes[2:]]
+    assert numbers == sorted(numbers)
+    assert "factors in int8, 40% removed" in "".join(sizes)
+    assert quality_figure([to_mapping(row) for row in rows]).data
+    assert "nan" not in "".join(details)
 
 
 def test_a_ratio_out_of_reach_is_told_in_its_row_and_the_others_go_on(rows: list[quality.QualityRow]) -> None:

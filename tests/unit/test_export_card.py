@@ -13,7 +13,7 @@ from exported import all_forms, logits_of
 from huggingface_hub import ModelCard
 
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.quantization import quantized
+from lowrank_core.compression.quantization import grids_of, quantized
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.errors import ModelError, TextError
 from lowrank_core.evaluation import evaluate
@@ -110,7 +110,7 @@ def test_the_manifest_says_what_is_there(folder: Path, model: CompressedModel, w
 
 
 def test_eight_bits_are_told_and_merge_to_dense(model: CompressedModel, tmp_path: Path):
-    small = quantized(model)
+    small = quantized(model, grids_of(model.handle, "int8", "none"))
     manifest = export(small, tmp_path / "out", provenance={})
     assert "quantization `int8`" in _card(tmp_path / "out")
     assert manifest.written_parameters == small.report.parameters_after

@@ -123,10 +123,13 @@ def test_a_worker_exports_and_verifies(run: Path, capsys: pytest.CaptureFixture[
         ("export", {"trial": 0, "form": "sparse"}),
         ("verify", {"path": "uniform-dense"}),
         ("verify", {"path": "../../elsewhere"}),
+        ("compare", {"trial": "dense:int4_gptq"}),
+        ("export", {"trial": 0, "quantization": "int4", "dense_quantization": "int8", "rounding": "gptq"}),
+        ("compare", {"trial": "dense:int3"}),
     ]
     requests = [client.submit(record, kind, launch=False, **arguments) for kind, arguments in wanted]
     assert main(["worker", "--run", str(run)]) == 0
-    written, refused, verified, missing = (read_json(client.result_path(record, request)) for request in requests)
+    written, refused, verified, missing, dense, small, unknown = (read_json(client.result_path(record, request)) for request in requests)
     assert written["ok"], written
     assert written["path"] == str(run / "exports" / "uniform-dense")
     assert read_manifest(Path(str(written["path"]))).form == "dense"
@@ -138,6 +141,13 @@ def test_a_worker_exports_and_verifies(run: Path, capsys: pytest.CaptureFixture[
     assert result["measured"] == pytest.approx(result["recorded"])
     assert not missing["ok"]
     assert "no export 'elsewhere'" in str(missing["error"])
+    assert dense["ok"], dense
+    assert set(dense["ranks"].values()) == {None}
+    assert 0 < dense["report"]["kl"] < 1
+    assert dense["report"]["bytes"] < 0.5 * dense["report"]["dense_bytes"]
+    assert small["ok"], small
+    assert read_manifest(Path(str(small["path"]))).details["quantization"] == "int4"  # no layer stays dense
+    assert "dense must be one of int8, int4," in str(unknown["error"])
 
 
 def test_factors_are_written_in_8_bits(source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -157,4 +167,33 @@ def test_factors_are_written_in_8_bits(source: list[str], tmp_path: Path, capsys
 def test_8_bits_need_factors(source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     options = ["--preset", "pifa", "--compression-ratio", "0.3", "--quantize", "int8", "--form", "dense", "--out", str(tmp_path / "out")]
     assert main(["compress", *source, *options]) == 2
-    assert "holds no factors that could be in 8 bits" in capsys.readouterr().err
+    assert "a dense folder holds floats alone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_a_dense_model_is_written_in_4_bits(rounding: str, source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Nothing is decomposed for it, and rounding to nearest calibrates nothing."""
+    options = ["--compression-ratio", "0", "--quantize-dense", "int4", "--rounding", rounding]
+    small = _printed(capsys, "compress", *source, *options, "--out", tmp_path / "small")
+    assert small["quantization"] == "dense layers int4"
+    assert set(small["ranks"].values()) == {None}
+    assert ("Calibrating" in small["stages"]) == (rounding == "gptq")
+    assert "Factorising" not in small["stages"]
+    assert _printed(capsys, "verify", "--model", tmp_path / "small")["ok"]
+    assert load_model(ModelSource(str(tmp_path / "small"))).bytes == small["bytes_after"]
+    assert float(small["written_bytes"]) / float(small["bytes_after"]) >= 1
+
+
+REFUSED = {
+    "nothing to do": (["--compression-ratio", "0"], "0 would remove nothing"),
+    "no grid": (["--compression-ratio", "0.3", "--rounding", "gptq"], "--rounding is of what is quantised"),
+    "slopes": (["--compression-ratio", "0", "--quantize-dense", "int4", "--slopes"], "leave --tune and --slopes out"),
+    "bits": (["--compression-ratio", "0.3", "--quantize", "int3"], "must be one of none, int8, int4, int4_128"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_can_not_be_quantised_so_is_refused(case: str, source: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    options, reason = REFUSED[case]
+    assert main(["compress", *source, *options, "--out", str(tmp_path / "out")]) == 2
+    assert reason in capsys.readouterr().err

@@ -16,7 +16,7 @@ from torch import nn
 
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.decomposed import decompose
-from lowrank_core.compression.quantization import quantized_handle
+from lowrank_core.compression.quantization import grids_of, quantized_handle
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.config.healing import HEALER_LABELS, HealingConfig
 from lowrank_core.errors import Cancelled, ConfigError, ModelError, RunError
@@ -321,8 +321,8 @@ def test_windows_come_in_an_order_of_their_own_in_every_epoch(
 def test_what_can_not_be_healed_is_refused(small: ModelHandle, llama: ModelHandle, texts: tuple[WindowSet, WindowSet], tmp_path: Path):
     with pytest.raises(ConfigError, match="no compressed layer"):
         heal(llama, llama, texts, QUICK)
-    with pytest.raises(ConfigError, match="8 bits can't be trained"):
-        heal(quantized_handle(small), llama, texts, QUICK)
+    with pytest.raises(ConfigError, match="quantised factors can't be trained"):
+        heal(quantized_handle(small, grids_of(small, "int4", "none")), llama, texts, QUICK)
     with pytest.raises(ConfigError, match="windows of two splits"):
         heal(small, llama, (texts[0], texts[0]), QUICK)
     other = load_model(ModelSource(llama.reference))

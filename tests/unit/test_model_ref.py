@@ -32,5 +32,5 @@ def test_a_reference_is_parsed_and_written(given: object, kind: str, name: str, 
 @pytest.mark.parametrize("given", [True, 1.5, -1, "-1", "finest", "", "trial x", "manual", ["uniform"], "٣"])
 def test_what_is_no_reference_is_refused_with_what_is(given: object):
     assert ModelRef.find(given) is None
-    with pytest.raises(ConfigError, match="trial must be a number, `best`, preset:NAME, healed:FOLDER or one of uniform,"):
+    with pytest.raises(ConfigError, match="trial must be a number, `best`, preset:NAME, dense:NAME, healed:FOLDER or one of uniform,"):
         ModelRef.parse(given)

@@ -10,15 +10,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from lowrank_core.allocation.byte_budget import bytes_on
 from lowrank_core.catalogue import as_markdown
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.pipeline import Pipeline
-from lowrank_core.compression.quantization import quantized
 from lowrank_core.config import ModelSource, RunConfig, TextConfig, to_mapping
 from lowrank_core.config.benchmarks import QualityBenchmark
 from lowrank_core.errors import LowRankError
 from lowrank_core.evaluation import evaluate
+from lowrank_core.files.grids import GRIDS
 from lowrank_core.metrics import metric_named
+from lowrank_core.presets.dense import DENSE
 from lowrank_core.presets.recipes import PRESETS, VARIANTS, Preset, preset_named, search_by
 from lowrank_core.runs import create_run
 from lowrank_core.studies.records import best_trial, read_trials
@@ -36,7 +38,7 @@ class QualityRow:
 
     Attributes:
         compression_ratio: asked for; removed: as counted in the built model, indices and biases included.
-        bytes: of the whole model as it is stored.
+        bytes, dense_bytes: of the whole model as it is stored, and of the dense model.
         int8_bytes, int8_perplexity, int8_kl: of the same model with its factors in 8 bits; None where that was not asked for.
         seconds: from the decompositions to the compressed model, those shared by all ratios included; calibration left out.
         error: why it could not be made at this ratio; the metrics are then None.
@@ -55,6 +57,7 @@ class QualityRow:
     kl_interval: tuple[float, float] | None = None
     top1_agreement: float | None = None
     bytes: int | None = None
+    dense_bytes: int | None = None
     int8_bytes: int | None = None
     int8_perplexity: float | None = None
     int8_kl: float | None = None
@@ -83,6 +86,32 @@ class _Table:
                 continue
             yield self.measured(_named(preset, ratio), model, shared + time.perf_counter() - began)
 
+    def dense_rows(self) -> Iterator[QualityRow]:
+        """Yield a row for the dense model on each grid."""
+        for each in DENSE.values():
+            began = time.perf_counter()
+            model = self.pipeline.quantized(self.pipeline.compress(0), dense=each.grid, rounding=each.rounding)
+            row = QualityRow(f"dense {each.name}", each.label, each.reference, 0.0)
+            yield replace(self, int8=False).measured(row, model, time.perf_counter() - began)
+            print(f"{each.label}: done", file=sys.stderr, flush=True)
+
+    def byte_rows(self, preset: Preset) -> Iterator[QualityRow]:
+        """Yield a row for each quantised dense model: a recipe in as many bytes, rounded likewise."""
+        pipeline = self.pipeline.under(preset)
+        for each in DENSE.values():
+            began = time.perf_counter()
+            row = QualityRow(f"{preset.name} bytes", f"{preset.label}, in the bytes of “{each.label}”", preset.reference, 0.0)
+            try:
+                allocation = pipeline.allocate_bytes(
+                    bytes_on(GRIDS[each.grid], pipeline.units, _itemsize(pipeline)), rounding=each.rounding
+                )
+                model = pipeline.compress(allocation, rounding=each.rounding)
+            except LowRankError as error:
+                yield replace(row, error=str(error))
+                continue
+            yield replace(self, int8=False).measured(row, model, time.perf_counter() - began)
+            print(f"{row.label}: done", file=sys.stderr, flush=True)
+
     def measured(self, row: QualityRow, model: CompressedModel, seconds: float) -> QualityRow:
         try:
             report = evaluate(model.handle, self.pipeline.windows.test, against=self.pipeline.handle)
@@ -100,14 +129,19 @@ class _Table:
             kl_interval=report.kl_interval,
             top1_agreement=report.top1_agreement,
             bytes=model.report.bytes_after,
+            dense_bytes=model.report.bytes_before,
             seconds=seconds,
             protocol=report.protocol,
         )
 
     def _in_int8(self, row: QualityRow, model: CompressedModel) -> QualityRow:
-        small = quantized(model)
+        small = self.pipeline.quantized(model, factors="int8")
         report = evaluate(small.handle, self.pipeline.windows.test, against=self.pipeline.handle)
         return replace(row, int8_bytes=small.report.bytes_after, int8_perplexity=report.perplexity, int8_kl=report.kl)
+
+
+def _itemsize(pipeline: Pipeline) -> int:
+    return pipeline.handle.stored_dtype.itemsize
 
 
 def _named(preset: Preset, ratio: float) -> QualityRow:
@@ -136,6 +170,9 @@ def quality_table(source: ModelSource, text: TextConfig, config: QualityBenchmar
     for recipe in recipes:
         rows += table.rows(recipe, config.ratios)
         print(f"{recipe.label}: done", file=sys.stderr, flush=True)
+    if config.dense:
+        rows += table.dense_rows()
+        rows += [row for recipe in presets if recipe.allocation == "lagrangian" for row in table.byte_rows(recipe)]
     if config.search:
         rows += [_searched(table, source, text, ratio) for ratio in config.ratios]
     return rows
@@ -164,11 +201,13 @@ def markdown_of(rows: Sequence[QualityRow]) -> str:
     """Return Markdown tables of recipes: by ratio, with all metrics by ratio and KL, and the protocol."""
     measured = [row for row in rows if row.dense_perplexity is not None]
     protocols = sorted({f"Dense perplexity {row.dense_perplexity:.3f}; {row.protocol}." for row in measured})
-    return "\n\n".join([_overview(rows), _details(rows), *protocols])
+    by_bytes = [_by_bytes(rows)] if any(row.recipe.startswith("dense ") for row in rows) else []
+    return "\n\n".join([_overview(rows), _details(rows), *by_bytes, *protocols])
 
 
 def _overview(rows: Sequence[QualityRow]) -> str:
     """Return perplexity above dense and KL, a column per ratio; the lowest KL, summed over logarithms, first."""
+    rows = [row for row in rows if row.compression_ratio > 0]  # the others are in the table by bytes
     ratios = sorted({row.compression_ratio for row in rows})
     recipes: dict[str, dict[float, QualityRow]] = {}
     for row in rows:
@@ -176,6 +215,26 @@ def _overview(rows: Sequence[QualityRow]) -> str:
     return as_markdown(
         {"perplexity above dense, KL": label, **{f"{ratio:.0%} removed": _cell(result.get(ratio)) for ratio in ratios}}
         for label, result in sorted(recipes.items(), key=lambda item: _distance(item[1]))
+    )
+
+
+def _by_bytes(rows: Sequence[QualityRow]) -> str:
+    """Return a line for each model that was measured, the smallest first: what a byte buys."""
+    sizes = [(row.bytes, row, row.kl, row.perplexity) for row in rows if row.bytes is not None]
+    sizes += [
+        (row.int8_bytes, replace(row, label=f"{row.label}, factors in int8"), row.int8_kl, row.int8_perplexity)
+        for row in rows
+        if row.int8_bytes
+    ]
+    return as_markdown(
+        {
+            "bytes": f"{size:,}",
+            "of dense": f"{size / (row.dense_bytes or 1):.1%}",
+            "model": row.label if row.compression_ratio == 0 else f"{row.label}, {row.compression_ratio:.0%} removed",
+            "KL to dense": f"{kl or 0.0:.3g}",
+            "test perplexity": f"{perplexity or math.nan:.3f}",
+        }
+        for size, row, kl, perplexity in sorted(sizes, key=lambda entry: (entry[0], entry[2] or 0.0))
     )
 
 
@@ -220,6 +279,7 @@ def _cells(row: QualityRow, *, int8: bool) -> dict[str, str]:
         small = (row.int8_perplexity or math.nan) - dense
         sizes = {"bytes": f"{row.bytes or 0:,}", "int8: bytes": f"{row.int8_bytes or 0:,}"}
         cells |= {**sizes, "above dense": fixed(small, 3, signed=True), "KL": f"{row.int8_kl or 0.0:.3g}"}
+        cells |= dict.fromkeys(("int8: bytes", "above dense", "KL"), "–") if row.int8_bytes is None else {}
     cells["s"] = f"{row.seconds or 0.0:.0f}"
     said = {"removed": cells["removed"], "recipe": row.label, "parameters": "–", "test perplexity": row.error}
     return {**dict.fromkeys(cells, ""), **said} if row.error else cells

@@ -118,8 +118,8 @@ class Comparison:
 
     @property
     def given(self) -> bool:
-        """Whether the allocation comes from a rule or a preset, not from a search."""
-        return (ref := ModelRef.find(self.label)) is not None and ref.kind in ("allocator", "preset")
+        """Whether it comes from a rule, a preset or a grid, not from a search."""
+        return (ref := ModelRef.find(self.label)) is not None and ref.kind in ("allocator", "preset", "dense")
 
 
 def unspent_notes(result: Sequence[Comparison], search: SearchConfig) -> list[str]:
@@ -130,7 +130,7 @@ def unspent_notes(result: Sequence[Comparison], search: SearchConfig) -> list[st
 def _unspent(shown: Comparison, search: SearchConfig) -> tuple[str, ...]:
     ref = ModelRef.find(shown.label)
     preset = PRESETS.get(ref.name) if ref is not None and ref.kind == "preset" else None
-    if preset is None and search.max_ratio is not None:
+    if preset is None and (search.max_ratio is not None or (ref is not None and ref.kind == "dense")):
         return ()
     multiple = (preset.compression if preset else search.compression).rank_multiple
     dense, ratio = shown.dense_compressible_parameters, search.compression_ratio

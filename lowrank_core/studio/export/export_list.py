@@ -124,7 +124,7 @@ class Written:
     def form_words(self) -> str:
         if not self.form:
             return ""
-        words = "dense merge" if self.form == "dense" else f"factors{', int8' if self.quantization else ''}"
+        words = "dense merge" if self.form == "dense" else f"factors{f', {self.quantization}' if self.quantization else ''}"
         return f"{words}, {self.dtype}{', with our code' if self.with_code else ''}"
 
 

@@ -14,6 +14,7 @@ from lowrank_core.allocation.units import value_layers
 from lowrank_core.config import ExportConfig, SearchConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import LowRankError
+from lowrank_core.files.grids import GRIDS, Grid
 from lowrank_core.parameters import INDEX_BYTES, Unit, allocated_parameters, budget_for_ratio, compression_ratio, dense_parameters
 from lowrank_core.runs import JsonMapping, Run, read_json
 from lowrank_core.studies.records import TrialRecord
@@ -37,7 +38,6 @@ __all__ = [
 ]
 
 _ITEMSIZE = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
-_INT8 = {"none": "", "int8": ", int8"}
 
 
 @dataclass(frozen=True)
@@ -163,15 +163,20 @@ def planned(facts: ModelFacts, units: Sequence[Unit], source: Source, search: Se
     if source.ranks is None:
         maximum = rest + budget_for_ratio(units, search.compression_ratio)
         return Planned(maximum, maximum * itemsize + _max_indices(units) * max(0, INDEX_BYTES - itemsize), False, dtype)
-    ranks = allocation_from_ranks(source.name, units, source.ranks).ranks
-    chosen = [(unit, rank) for unit in units if (rank := ranks.get(unit.name)) is not None]
-    parameters, indices = rest + allocated_parameters(units, ranks), sum(unit.stored(rank)[1] for unit, rank in chosen)
-    if config.quantization == "none":
-        return Planned(parameters, (parameters - indices) * itemsize + indices * INDEX_BYTES, True, dtype)
-    scales = sum(unit.scales(rank) for unit, rank in chosen)
-    dense = parameters - sum(unit.parameters(rank) for unit, rank in chosen)
-    size = dense * itemsize + sum(unit.int8_bytes(rank, itemsize) for unit, rank in chosen)
-    return Planned(parameters + scales, size, True, dtype)
+    pieces = _pieces(units, allocation_from_ranks(source.name, units, source.ranks).ranks, config)
+    parameters = rest + sum(unit.parameters(rank) + (unit.scales(rank, grid) if grid else 0) for unit, rank, grid in pieces)
+    return Planned(parameters, rest * itemsize + sum(unit.bytes(rank, itemsize, grid) for unit, rank, grid in pieces), True, dtype)
+
+
+def _pieces(units: Sequence[Unit], ranks: Ranks, config: ExportConfig) -> list[tuple[Unit, int | None, Grid | None]]:
+    """Return what is stored, each matrix once: units with factors and their rank, and layers that stay dense, with their grids."""
+    factors = [unit for unit in units if ranks.get(unit.name) is not None]
+    covered = {member.name for unit in factors for member in unit.members}
+    dense = {member.name: member for unit in units for member in unit.members if member.name not in covered}
+    return [
+        *((unit, ranks[unit.name], GRIDS.get(config.quantization)) for unit in factors),
+        *((Unit((member,)), None, GRIDS.get(config.dense_quantization)) for member in dense.values()),
+    ]
 
 
 def _max_indices(units: Sequence[Unit]) -> int:
@@ -200,7 +205,10 @@ def forms_table(facts: ModelFacts, units: Sequence[Unit], source: Source, search
 
 
 def _form_words(config: ExportConfig) -> str:
-    return "Dense merge" if config.form == "dense" else f"Factors{_INT8[config.quantization]}"
+    if config.form == "dense":
+        return "Dense merge"
+    grids = {"": config.quantization, "dense layers ": config.dense_quantization}
+    return ", ".join(["Factors", *(f"{kind}{grid}" for kind, grid in grids.items() if grid != "none")])
 
 
 def _row(form: str, result: Planned, original: int, *, chosen: bool) -> dict[str, object]:

@@ -198,7 +198,11 @@ def _mapped(shape: tuple[int, ...], checkpoint: Checkpoint) -> tuple[int, ...]:
 def _replaced(checkpoint: Checkpoint) -> dict[str, tuple[str, str]]:
     """Return the beginnings of names whose weights are factors, with kind and reason."""
     # Their path in the block tells: transformers saves some models under other names than its modules have.
-    return {f"{_in_block(name)}.": ("lowrank", "factor: low-rank already") for name in _low_rank_layers(checkpoint)}
+    words = {"dense": "dense, quantised already"}
+    return {
+        f"{_in_block(name)}.": ("lowrank", words.get(str(entry.get("form")), "factor: low-rank already"))
+        for name, entry in _low_rank_layers(checkpoint).items()
+    }
 
 
 def _in_block(name: str) -> str:

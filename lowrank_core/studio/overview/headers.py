@@ -127,6 +127,7 @@ def read_checkpoint(place: Path) -> Checkpoint:
     method = dequantized_method(config)
     if method:
         tensors = [plain for tensor in tensors if (plain := _dequantized(tensor)) is not None]
+    tensors = [_unpacked(tensor, config) for tensor in tensors]
     notes = tuple(filter(None, (files.note, dequantized_note(config, str(place)))))
     dtype = "bfloat16" if method else ""
     return Checkpoint(place, config, tuple({tensor.name: tensor for tensor in tensors}.values()), files.loaded, notes, dtype)
@@ -140,6 +141,25 @@ def _dequantized(tensor: StoredTensor) -> StoredTensor | None:
         return tensor
     experts, rows, groups, half = tensor.shape  # two numbers in a byte
     return replace(tensor, name=tensor.name.removesuffix("_blocks"), shape=(experts, groups * half * 2, rows), packed_bytes=tensor.bytes)
+
+
+def _unpacked(tensor: StoredTensor, config: Mapping[str, object]) -> StoredTensor:
+    """Return a matrix that an export of ours has in int4, two numbers in a byte, in its own shape."""
+    layer, _, matrix = tensor.name.removesuffix(".values").rpartition(".")
+    stated = config.get("quantization_config")
+    layers = stated.get("layers") if isinstance(stated, dict) else None
+    entry = layers.get(layer) if isinstance(layers, dict) else None
+    if tensor.dtype != "U8" or not tensor.name.endswith(".values") or not isinstance(entry, dict):
+        return tensor
+    padded, rank, hidden = 2 * tensor.shape[-1], entry.get("rank", 0), config.get("hidden_size")
+    known = {
+        "up": rank,
+        "coefficients": rank,
+        "outputs": rank * entry.get("heads", 1),
+        "rest": hidden - rank if isinstance(hidden, int) else 0,
+    }
+    columns = padded - 1 if known.get(matrix) == padded - 1 else padded
+    return replace(tensor, shape=(*tensor.shape[:-1], columns), packed_bytes=tensor.bytes)
 
 
 def _of_gguf(file: GgufFile) -> Checkpoint:

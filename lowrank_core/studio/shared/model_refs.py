@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from lowrank_core.allocation import ALLOCATORS, RULES
 from lowrank_core.config import SearchConfig
+from lowrank_core.presets.dense import DENSE
 from lowrank_core.presets.differences import COMMON
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.studies.model_ref import ModelKey, ModelRef
@@ -25,7 +26,8 @@ PRESET_KEYS: tuple[ModelKey, ...] = tuple(ModelRef("preset", name).key for name 
 def candidates(
     trials: Sequence[TrialRecord], search: SearchConfig, healings: Sequence[Healing] = (), picked: int | None = None
 ) -> dict[ModelKey, str]:
-    """Return the measurable models: complete trials (best or Pareto front first), healed models, allocators, presets.
+    """Return the measurable models: complete trials (best or Pareto front first), healed models, allocators, presets, and the dense
+    model in 8 and 4 bits.
 
     A label stays the same while its model is there: Streamlit knows an option by it. Trials that a rule chose go by the rule's name,
     but for those of the answer and the one that is ``picked``.
@@ -47,7 +49,8 @@ def candidates(
         name: f"{'Baseline' if name in BASELINES else 'Allocator'}: {method.label}{at}" for name, method in RULES.items()
     }
     presets: dict[ModelKey, str] = {ModelRef("preset", name).key: f"Preset: {preset.label}{at}" for name, preset in PRESETS.items()}
-    return result | healed | rules | presets
+    dense: dict[ModelKey, str] = {ModelRef("dense", name).key: model.label for name, model in DENSE.items()}
+    return result | healed | rules | presets | dense
 
 
 def _trial_label(trial: TrialRecord, search: SearchConfig) -> str:

@@ -99,10 +99,19 @@ def _choice(run: Run, result: dict[str, Source], facts: ModelFacts | None) -> tu
         st.caption(facts.dense_merge_note)
     with st.container(horizontal=True):
         dtype = draw(ExportConfig, "dtype", key="export_dtype")
-        factors = draw(ExportConfig, "quantization", key="export_quantization", disabled=dense)
         shard = draw(ExportConfig, "max_shard_size", key="export_shard")
-    quantization = "none" if dense else factors
-    return result[key], ExportConfig(form, code and not dense, dtype, shard.strip(), drop_biases=drop and dense, quantization=quantization)
+    grids = _grids(dense=dense)
+    return result[key], ExportConfig(form, code and not dense, dtype, shard.strip(), drop_biases=drop and dense, **grids)
+
+
+def _grids(*, dense: bool) -> dict[str, str]:
+    """Draw how matrices are quantised; nothing is in a dense merge."""
+    with st.container(horizontal=True):
+        names = ("quantization", "dense_quantization")
+        grids: dict[str, str] = {name: draw(ExportConfig, name, key=f"export_{name}", disabled=dense) for name in names}
+        floats = dense or set(grids.values()) == {"none"}
+        rounding = draw(ExportConfig, "rounding", key="export_rounding", disabled=floats)
+    return {} if floats else grids | {"rounding": rounding}
 
 
 def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchConfig, ModelFacts, Sequence[Unit]]) -> None:
