@@ -92,17 +92,17 @@ def _choice(run: Run, result: dict[str, Source], facts: ModelFacts | None) -> tu
         help="An allocation is exported as compressed (one-shot). A healed model has the same ranks and trained factors.",
     )
     form = draw(ExportConfig, "form", key="export_form", side_by_side=True)
-    dense = form == "dense"
-    code = draw(ExportConfig, "with_code", key="export_with_code", disabled=dense)
+    dense, compressed = form == "dense", form == "compressed"
+    code = draw(ExportConfig, "with_code", key="export_with_code", disabled=not compressed)
     drop = draw(ExportConfig, "drop_biases", key="export_drop_biases", disabled=not dense)
     if facts is not None and facts.dense_merge_note:
         st.caption(facts.dense_merge_note)
     with st.container(horizontal=True):
         dtype = draw(ExportConfig, "dtype", key="export_dtype")
-        factors = draw(ExportConfig, "quantization", key="export_quantization", disabled=dense)
+        factors = draw(ExportConfig, "quantization", key="export_quantization", disabled=not compressed)
         shard = draw(ExportConfig, "max_shard_size", key="export_shard")
-    quantization = "none" if dense else factors
-    return result[key], ExportConfig(form, code and not dense, dtype, shard.strip(), drop_biases=drop and dense, quantization=quantization)
+    quantization = factors if compressed else "none"
+    return result[key], ExportConfig(form, code and compressed, dtype, shard.strip(), drop_biases=drop and dense, quantization=quantization)
 
 
 def _plan(run: Run, source: Source, config: ExportConfig, model: tuple[SearchConfig, ModelFacts, Sequence[Unit]]) -> None:
