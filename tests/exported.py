@@ -54,8 +54,8 @@ def logits_of(module: PreTrainedModel) -> Tensor:
 def all_forms(handle: ModelHandle, *, centred: bool = False, rank: int = RANK, storages: Sequence[str] = STORAGES) -> CompressedModel:
     """Return a copy with every form in it: single matrices, stacks within a block and across blocks, heads; some layers stay dense.
 
-    With ``centred`` every compressed layer has a bias, as after a centred basis. Heads keep three quarters of their dimensions. ``storages`` leaves
-    forms out.
+    With ``centred`` every compressed layer has a bias, as after a centred basis. Heads keep three quarters of their dimensions.
+    ``storages`` leaves forms out.
     """
     module = copy.deepcopy(handle.module)
     ranks: dict[str, int | None] = {layer.name: None for layer in handle.layers}

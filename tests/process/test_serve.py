@@ -10,8 +10,10 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 import urllib.request
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -231,3 +233,10 @@ def test_the_command_ends_its_server(folder: Path, port: int, tmp_path: Path):
     assert result == {"url": f"http://127.0.0.1:{port}/v1", "model": "llama"}
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+
+
+def test_the_plugin_that_vllm_looks_up_is_there():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    module, _, name = project["entry-points"]["vllm.general_plugins"]["lowrank"].partition(":")
+    assert callable(getattr(import_module(module), name))
+    assert {"serve", "vllm"} <= project["optional-dependencies"].keys()

@@ -67,7 +67,7 @@ CASES: dict[str, tuple[str, str, dict[str, object], ExportConfig]] = {
     "bundled-heads": ("bundled", "value and output heads", {"storages": ["heads"]}, ExportConfig()),
     "bundled-biases": ("bundled", "all of these, added biases", {"centred": True}, ExportConfig()),
     "bundled-int8": ("bundled", "all of these, int8", {}, INT8),
-    "bundled-plain": ("bundled", "form plain (without our plugin)", {"centred": True}, PLAIN),
+    "bundled-plain": ("bundled", "form plain, by its own module", {"centred": True}, PLAIN),
     "llama_transformers": ("Llama", "all, `--model-impl transformers`", {"centred": True}, ExportConfig()),
     "qwen2": ("Qwen2", "all; biases of the architecture's own", {}, ExportConfig()),
     "gpt2": ("GPT-2", "factored and pivoted parts of the fused projection, added biases", {"centred": True}, ExportConfig()),
