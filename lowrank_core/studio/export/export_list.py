@@ -237,8 +237,8 @@ def loading_of(path: Path, form: str, *, with_code: bool, auto_class: str) -> tu
         ways = [("With this package installed", REGISTERING, "")]
     if with_code:
         ways.append(("Without it, with the code in the folder", "", ", trust_remote_code=True"))
-    trust = " --trust-remote-code" if form == "plain" else ""
-    served = (Loading("With a server", f"vllm serve {shlex.quote(str(path))}{trust}", "bash"),) if form in ("dense", "plain") else ()
+    command = {"dense": "vllm serve {}", "plain": "vllm serve {} --trust-remote-code"}.get(form, "lowrank serve {}")
+    served = Loading("With a server", command.format(shlex.quote(str(path))), "bash")
     result = tuple(
         Loading(
             title,
@@ -249,7 +249,7 @@ def loading_of(path: Path, form: str, *, with_code: bool, auto_class: str) -> tu
         )
         for title, first, option in ways
     )
-    return (*result, *served)
+    return (*result, served)
 
 
 def card_of(path: Path) -> str | None:
