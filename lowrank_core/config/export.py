@@ -22,7 +22,7 @@ class ExportConfig:
     form: str = option(
         "compressed",
         "compressed: the factors, smaller, for transformers and vLLM with this package, or transformers with our code; plain: two linear "
-        "layers for each compressed one and a module of 40 lines, for transformers, vLLM and converters without this package; dense: the "
+        "layers for each compressed one and a module of 40 lines, for transformers and vLLM without this package; dense: the "
         "factors multiplied out into the plain architecture, no smaller, for llama.cpp and any other runtime",
         label="Form",
         choices=_FORMS,

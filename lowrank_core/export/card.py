@@ -22,7 +22,7 @@ _COMPRESSED_REFUSAL = """
 In any other way (`from_pretrained`, `pipeline`, `transformers serve`) transformers warns of a quantization type that it does not know,
 and refuses the folder: its error speaks of mismatched sizes. Don't follow its advice to set `ignore_mismatched_sizes`: the compressed
 layers would be random. Import `lowrank_core.models.hf` first. vLLM reads these factors where lowrank-studio is installed; for other
-runtimes, export the plain form (`--form plain`: vLLM, ONNX) or the dense one (`--form dense`: llama.cpp)."""
+runtimes, export the plain form (`--form plain`: vLLM) or the dense one (`--form dense`: llama.cpp)."""
 _PLAIN_REFUSAL = """
 
 vLLM: `vllm serve path/to/this/folder --trust-remote-code`. Without that option transformers refuses the folder with an error about
