@@ -213,6 +213,10 @@ class Unit:
         affordable = bisect.bisect_right(range(1, self.break_even_rank + 1), parameters + FLOAT_SLACK, key=self._price)
         return max(1, affordable)
 
+    def plain_parameters(self, rank: int) -> int:
+        """Return what two linear layers for each member hold: nothing is shared, and no row left out."""
+        return sum(rank * (member.d_out + member.d_in) for member in self.members) + self.bias_parameters
+
     def matrices(self, rank: int | None) -> tuple[tuple[int, int], ...]:
         """Return (rows, columns) of the matrices that are stored at ``rank``: the members where they stay dense, else the factors."""
         if rank is None:
@@ -278,6 +282,10 @@ class HeadUnit(Unit):
     def bias_parameters(self) -> int:
         output = self.members[1]
         return output.d_out * (output.bias or self.adds_bias)
+
+    def plain_parameters(self, rank: int) -> int:
+        """Return what the dense layers hold, which have zeros in place of the dimensions that no head carries."""
+        return self.dense_parameters + self.members[1].d_out * (self.adds_bias and not self.members[1].bias)
 
     def matrices(self, rank: int | None) -> tuple[tuple[int, int], ...]:
         if rank is None:

@@ -18,7 +18,8 @@ from lowrank_core.models.unrolled import replace_module
 __all__ = ["IDS", "all_forms", "logits_of"]
 
 IDS = torch.tensor([range(24)])
-RANK, HEAD_RANK, HEAD_DIM = 12, 6, 8
+RANK = 12
+STORAGES = ("factored", "pivoted", "heads")
 
 _ATTENTION = "model.layers.{}.self_attn.{}_proj".format
 _MLP = "model.layers.{}.mlp.{}_proj".format
@@ -50,24 +51,31 @@ def logits_of(module: PreTrainedModel) -> Tensor:
     return logits.float().cpu()
 
 
-def all_forms(handle: ModelHandle, *, centred: bool = False) -> CompressedModel:
+def all_forms(handle: ModelHandle, *, centred: bool = False, rank: int = RANK, storages: Sequence[str] = STORAGES) -> CompressedModel:
     """Return a copy with every form in it: single matrices, stacks within a block and across blocks, heads; some layers stay dense.
 
-    With ``centred`` every compressed layer has a bias, as after a centred basis.
+    With ``centred`` every compressed layer has a bias, as after a centred basis. Heads keep three quarters of their dimensions.
+    ``storages`` leaves forms out.
     """
     module = copy.deepcopy(handle.module)
     ranks: dict[str, int | None] = {layer.name: None for layer in handle.layers}
     for storage, units in _UNITS.get(handle.module.config.model_type, _LLAMA).items():
-        for names in units:
-            factors = _heads(module, names, centred) if storage == "heads" else _factors(module, names, centred)
+        for names in units if storage in storages else ():
+            factors = _heads(module, names, centred) if storage == "heads" else _factors(module, names, centred, rank)
             likes = [weight_of(module.get_submodule(name)) for name in names]
             for name, layer in build_layers(names, factors, "factored" if storage == "heads" else storage, likes).items():
                 replace_module(module, name, layer)
                 del ranks[name]
-            ranks["+".join(names)] = HEAD_RANK if storage == "heads" else RANK
+            ranks["+".join(names)] = _head_dim(module)[1] if storage == "heads" else rank
     module.requires_grad_(False)
     smaller = ModelHandle(handle.reference, module.eval(), handle.tokenizer, find_layers(module), handle.stored_dtype)
     return CompressedModel(smaller, _report(handle, smaller, ranks))
+
+
+def _head_dim(module: PreTrainedModel) -> tuple[int, int]:
+    """Return the dimensions of a head, and how many it keeps."""
+    head_dim = module.config.hidden_size // module.config.num_attention_heads
+    return head_dim, 3 * head_dim // 4
 
 
 def _bias(module: PreTrainedModel, name: str, centred: bool) -> Tensor | None:
@@ -80,22 +88,23 @@ def _bias(module: PreTrainedModel, name: str, centred: bool) -> Tensor | None:
     return shift if own is None else own.detach().double() + shift
 
 
-def _factors(module: PreTrainedModel, names: tuple[str, ...], centred: bool) -> Factors:
+def _factors(module: PreTrainedModel, names: tuple[str, ...], centred: bool, rank: int) -> Factors:
     weights = [weight_of(module.get_submodule(name)).detach().double() for name in names]
     left, values, right = torch.linalg.svd(torch.cat(weights), full_matrices=False)
-    ups = (left[:, :RANK] * values[:RANK]).split([len(weight) for weight in weights])
-    return Factors(tuple(ups), right[:RANK], tuple(_bias(module, name, centred) for name in names))
+    ups = (left[:, :rank] * values[:rank]).split([len(weight) for weight in weights])
+    return Factors(tuple(ups), right[:rank], tuple(_bias(module, name, centred) for name in names))
 
 
 def _heads(module: PreTrainedModel, names: tuple[str, ...], centred: bool) -> HeadFactors:
     value, output = (module.get_submodule(name) for name in names)
-    bias = bias_of(value)
+    bias, (head_dim, carried) = bias_of(value), _head_dim(module)
+    width = value.weight.shape[1]
     return HeadFactors(
-        values=value.weight.detach().double().reshape(-1, HEAD_DIM, 32)[:, :HEAD_RANK],
-        value_biases=None if bias is None else bias.detach().double().reshape(-1, HEAD_DIM)[:, :HEAD_RANK],
-        outputs=output.weight.detach().double().reshape(32, -1, HEAD_DIM).transpose(0, 1)[..., :HEAD_RANK],
+        values=value.weight.detach().double().reshape(-1, head_dim, width)[:, :carried],
+        value_biases=None if bias is None else bias.detach().double().reshape(-1, head_dim)[:, :carried],
+        outputs=output.weight.detach().double().reshape(width, -1, head_dim).transpose(0, 1)[..., :carried],
         output_bias=_bias(module, names[1], centred),
-        head_dim=HEAD_DIM,
+        head_dim=head_dim,
     )
 
 

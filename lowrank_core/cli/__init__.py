@@ -25,6 +25,7 @@ from lowrank_core.cli import (
     report,
     search,
     sensitivity,
+    serve,
     speed,
     studio,
     tasks,
@@ -36,7 +37,23 @@ from lowrank_core.types import Result
 
 __all__ = ["main", "parser"]
 
-COMMANDS = (analyze, compress, evaluate, generate, tasks, speed, search, sensitivity, heal, export, verify, report, studio, benchmark)
+COMMANDS = (
+    analyze,
+    compress,
+    evaluate,
+    generate,
+    tasks,
+    speed,
+    search,
+    sensitivity,
+    heal,
+    export,
+    verify,
+    serve,
+    report,
+    studio,
+    benchmark,
+)
 """In the order of ``--help``."""
 
 

@@ -14,11 +14,15 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("export", "Export the compressed model of a trial, or convert an older export to the current format.", run)
+    parser = command("export", "Export the compressed model of a trial, or convert an export to another form or the current format.", run)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="folder of the run")
     source.add_argument(
-        "--from", type=Path, metavar="DIR", dest="source", help="an export of an earlier version, to convert with unchanged weights"
+        "--from",
+        type=Path,
+        metavar="DIR",
+        dest="source",
+        help="an export: with --form plain or dense, to write in that form; of an earlier version, to convert with unchanged weights",
     )
     parser.add_argument("--trial", default="best", help="best or a trial's number (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
@@ -37,15 +41,21 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _rewritten(arguments: argparse.Namespace, config: ExportConfig) -> Result:
-    """Rewrite an older export.
+    """Rewrite an older export, or any in another form.
 
     Raises:
         ConfigError: a choice of how to write it, which is not taken here.
     """
+    if config.form != "compressed":
+        from lowrank_core.export import convert
+        from lowrank_core.export.card import written_words
+
+        manifest = convert(arguments.source, arguments.out, config)
+        return {**manifest.to_mapping(), "out": str(arguments.out), "text": f"Wrote {arguments.out}: {written_words(manifest)}"}
     if config != ExportConfig() or arguments.trial != "best":
         raise ConfigError(
-            "--from converts an export with unchanged weights; leave --trial, --form, --dtype, --quantize, --with-code and "
-            "--max-shard-size out."
+            "--from converts an export with unchanged weights; leave --trial, --dtype, --quantize, --with-code and --max-shard-size out, "
+            "or write another form (--form plain or dense)."
         )
     from lowrank_core.export import rewrite
 

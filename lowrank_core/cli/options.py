@@ -19,6 +19,7 @@ from lowrank_core.config.benchmarks import AllocationBenchmark, PaceBenchmark, Q
 from lowrank_core.config.evaluation import EvaluationConfig, Sampling, TasksConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import Declared, options_of
+from lowrank_core.config.serving import ServeConfig
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.files.checkpoints import check_reference
@@ -65,6 +66,7 @@ SECTIONS: Mapping[type, tuple[str, ...]] = {
     HealingConfig: ("healing",),
     SensitivityConfig: ("sensitivity",),
     SpeedConfig: ("speed",),
+    ServeConfig: ("serving",),
     EvaluationConfig: ("evaluation",),
     Sampling: ("sampling",),
     TasksConfig: ("tasks",),

@@ -25,7 +25,7 @@ from lowrank_core.compression.truncations import cost_in_words
 from lowrank_core.compression.tuning import TuningPoint, tune
 from lowrank_core.config import CompressionConfig, CompressRequest, ModelSource, TextConfig, to_mapping
 from lowrank_core.errors import BudgetError, ConfigError, TextError
-from lowrank_core.export import HeldOut, check_dense_form, check_free, check_precision, export, held_out
+from lowrank_core.export import HeldOut, check_form, check_free, check_precision, export, held_out
 from lowrank_core.export.card import written_words
 from lowrank_core.export.manifest import report_of
 from lowrank_core.export.precision import written_dtype
@@ -73,7 +73,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     stages.plan(pipeline, _stages(request))
     test, lacks = _test_text(handle, text)
     repeats = () if test is None else overlap_warnings(pipeline.calibration_windows, test.windows)
-    check_dense_form(handle, metric_of(request.compression), request.export)
+    check_form(handle, metric_of(request.compression), request.export)
     check_precision(handle, request.export, None if test is None else test.windows)
     statistics = None if whole and request.export.rounding == "nearest" else reported(pipeline.moments if whole else pipeline.statistics)
     compression, tuning = _tuned(pipeline, request, stages) if request.tune else (request.compression, ())

@@ -15,7 +15,7 @@ from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CalibrationConfig, ExportConfig, ModelSource, RunConfig, SearchConfig, TextConfig, check_choice
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import Cancelled, ConfigError, LowRankError
-from lowrank_core.export import check_dense_form, check_free, check_precision, export, held_out
+from lowrank_core.export import check_form, check_free, check_precision, export, held_out
 from lowrank_core.export.card import written_words
 from lowrank_core.export.manifest import report_of
 from lowrank_core.metrics import metric_of
@@ -315,7 +315,7 @@ def export_from(folder: Path, trial: str, out: Path, config: ExportConfig | None
     identity.check(identity_of_model(handle))
     test = held_out(handle, begun.text)
     identity.check(identity_of_texts(handle, begun.calibration, pipeline.calibration_windows, test.windows))
-    check_dense_form(handle, metric_of(search.compression), config or ExportConfig())
+    check_form(handle, metric_of(search.compression), config or ExportConfig())
     check_precision(handle, config or ExportConfig(), test.windows)
     reported(pipeline.statistics)
     identity.check(identity_of_factors(pipeline.decomposed))

@@ -10,7 +10,7 @@ from lowrank_core.errors import ConfigError
 
 __all__ = ["ExportConfig"]
 
-_FORMS = {"compressed": "Factors", "dense": "Dense merge"}
+_FORMS = {"compressed": "Factors", "plain": "Plain factors", "dense": "Dense merge"}
 _DTYPES = {"auto": "As checkpoint", "float32": "float32", "bfloat16": "bfloat16", "float16": "float16"}
 _QUANTIZATIONS = {"none": "Floats", "int8": "int8, one scale a row", "int4": "int4, groups of 64", "int4_128": "int4, groups of 128"}
 _ROUNDINGS = {"nearest": "To nearest", "gptq": "GPTQ"}
@@ -22,15 +22,16 @@ class ExportConfig:
 
     form: str = option(
         "compressed",
-        "compressed: the factors, smaller, for transformers with this package or with our code; dense: the factors multiplied out into the "
-        "plain architecture, no smaller, for vLLM, llama.cpp and any other runtime",
+        "compressed: the factors, smaller, for transformers and vLLM with this package, or transformers with our code; plain: two linear "
+        "layers for each compressed one and a module of 40 lines, for transformers and vLLM without this package; dense: the "
+        "factors multiplied out into the plain architecture, no smaller, for llama.cpp and any other runtime",
         label="Form",
         choices=_FORMS,
     )
     with_code: bool = option(
         False,
-        "write our code with the weights: the folder loads with trust_remote_code=True where this package is not installed; a dense merge "
-        "needs none",
+        "write our code with the weights: the folder loads with trust_remote_code=True where this package is not installed; others need "
+        "none",
         label="With our code",
     )
     dtype: str = option(
@@ -53,7 +54,7 @@ class ExportConfig:
     quantization: str = option(
         "none",
         "of the factors; int8: whole numbers with one scale a row; int4: two in a byte, with a float16 scale for each 64 columns of a row; "
-        "int4_128: for each 128; less disk and memory, with some rounding error and no speed-up; a dense merge has no factors",
+        "int4_128: for each 128; less disk and memory, with some rounding error and no speed-up; with the form compressed",
         label="Factors stored as",
         flag="quantize",
         choices=_QUANTIZATIONS,
@@ -75,12 +76,15 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if self.form == "dense" and self.quantizes:
-            raise ConfigError("a dense folder holds floats alone; write the form compressed, or leave --quantize and --quantize-dense out.")
+        if self.form != "compressed" and self.quantizes:
+            raise ConfigError(
+                f"a {self.form} folder holds floats alone; write the form compressed, or leave --quantize and --quantize-dense out."
+            )
         if self.drop_biases and self.form != "dense":
             raise ConfigError("factors have a place for every bias; leave --drop-biases out, or write the form dense.")
-        if self.form == "dense" and self.with_code:
-            raise ConfigError("a dense folder loads without any code of ours; leave --with-code out.")
+        if self.form != "compressed" and self.with_code:
+            own = "without any code of ours" if self.form == "dense" else "by a module of its own"
+            raise ConfigError(f"a {self.form} folder loads {own}; leave --with-code out.")
         if not re.fullmatch(r"[1-9]\d*(\.\d+)? ?[KMGT]B", self.max_shard_size.upper()):
             raise ConfigError(f"max shard size must be a number with a unit from KB to TB, got {self.max_shard_size!r}. Try 2GB.")
 

@@ -4,13 +4,13 @@ import sys
 from types import ModuleType
 from typing import Any
 
-from lowrank_core.export.dense import biases_without_place, check_dense_form
+from lowrank_core.export.dense import biases_without_place, check_form
 from lowrank_core.export.folder import check_free
 from lowrank_core.export.healed import healed_model, write_healed
 from lowrank_core.export.manifest import ExportManifest, Measurement, Protocol, read_manifest
 from lowrank_core.export.measuring import HeldOut, held_out, metrics_of
 from lowrank_core.export.precision import check_precision
-from lowrank_core.export.rewriting import Rewritten, rewrite
+from lowrank_core.export.rewriting import Rewritten, convert, rewrite
 from lowrank_core.export.verification import Verification, verify
 from lowrank_core.export.writing import export
 
@@ -22,8 +22,9 @@ __all__ = [
     "HeldOut",
     "Verification",
     "biases_without_place",
-    "check_dense_form",
+    "check_form",
     "check_free",
+    "convert",
     "check_precision",
     "export",
     "metrics_of",

@@ -18,12 +18,17 @@ from lowrank_core.wording import NO_INTERVAL, fixed_interval
 
 __all__ = ["model_card", "rank_rows", "with_todays_loading"]
 
-_REFUSAL = """
+_COMPRESSED_REFUSAL = """
 
 In any other way (`from_pretrained`, `pipeline`, `transformers serve`) transformers warns of a quantization type that it does not know,
 and refuses the folder: its error speaks of mismatched sizes. Don't follow its advice to set `ignore_mismatched_sizes`: the compressed
-layers would be random. Import `lowrank_core.models.hf` first. Other runtimes (vLLM, llama.cpp, ONNX) don't read these factors: for them,
-export the dense form (`--form dense`)."""
+layers would be random. Import `lowrank_core.models.hf` first. vLLM reads these factors where lowrank-studio is installed; for other
+runtimes, export the plain form (`--form plain`: vLLM) or the dense one (`--form dense`: llama.cpp)."""
+_PLAIN_REFUSAL = """
+
+vLLM: `vllm serve path/to/this/folder --trust-remote-code`. Without that option transformers refuses the folder with an error about
+mismatched sizes. Don't follow its advice to set `ignore_mismatched_sizes`: the compressed layers would be random."""
+_REFUSALS = {"compressed": _COMPRESSED_REFUSAL, "plain": _PLAIN_REFUSAL, "dense": ""}
 
 
 def model_card(manifest: ExportManifest, report: CompressionReport, base: BaseModel) -> str:
@@ -56,6 +61,7 @@ def _head(manifest: ExportManifest, base: BaseModel) -> str:
     )
     form = {
         "compressed": "Linear layers are quantised." if _quantised_dense(manifest) else "Linear layers are stored as low-rank factors.",
+        "plain": "Each compressed linear layer is stored as two (`down`, `up`), by a module of this folder.",
         "dense": "The low-rank factors are multiplied out into the plain architecture: any runtime reads it, and **it is not smaller**.",
     }[manifest.form]
     return f"# {base.reference}, compressed\n\nMade from `{base.reference}` by lowrank-studio{f' ({method})' if method else ''}. {form}"
@@ -80,6 +86,8 @@ def _sizes(manifest: ExportManifest, report: CompressionReport) -> str:
         files += f" {manifest.guards} empty tensors guard the compressed layers (see Loading): they hold no numbers and no bytes of data."
     if manifest.form == "dense":
         files += f" Stored as factors they would be {report.parameters_after:,}: the dense form is for runtimes that read no other."
+    elif manifest.written_parameters > report.parameters_after and manifest.form == "plain":
+        files += f" The form compressed would hold {report.parameters_after:,}: this one shares no factors, and leaves out no rows."
     files += dropped_biases(manifest)
     return f"## Size\n\n{table}\n\n{files}"
 
@@ -196,6 +204,8 @@ def _loading_section(form: str, auto_class: str, *, with_code: bool) -> str:
     ways = []
     if form == "dense":
         ways.append(("With transformers, or any runtime that reads its checkpoints", "", ""))
+    elif form == "plain":
+        ways.append(("With transformers, by the module in this folder", "", ", trust_remote_code=True"))
     else:
         ways.append(("With lowrank-studio installed", REGISTERING, ""))
     if with_code:
@@ -206,7 +216,7 @@ def _loading_section(form: str, auto_class: str, *, with_code: bool) -> str:
         'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n```'
         for title, first, option in ways
     )
-    return f"## Loading\n\n{text}{_REFUSAL if form != 'dense' else ''}"
+    return f"## Loading\n\n{text}{_REFUSALS[form]}"
 
 
 def _licence(base: BaseModel) -> str:

@@ -16,7 +16,7 @@ from lowrank_core import __version__
 from lowrank_core.models import hf
 from lowrank_core.models.handle import auto_class_of
 
-__all__ = ["auto_map", "forget_code", "is_ours", "write_code"]
+__all__ = ["auto_map", "code_file", "forget_code", "is_ours", "write_code"]
 
 _PACKAGE = "lowrank_core."
 _NOTICE = f"""\
@@ -57,9 +57,14 @@ def forget_code(config: PretrainedConfig) -> None:
 def write_code(architecture: str, folder: Path) -> None:
     """Write the class that ``auto_map`` names, and every module that it needs."""
     entry = _ENTRY.format(format=_flat(hf.__name__), name=architecture)
-    (folder / f"{hf.CODE}.py").write_text(_NOTICE + entry, encoding="utf-8")
+    (folder / f"{hf.CODE}.py").write_text(code_file(entry), encoding="utf-8")
     for name, source in _needed(hf.__name__).items():
-        (folder / f"{_flat(name)}.py").write_text(_NOTICE + source, encoding="utf-8")
+        (folder / f"{_flat(name)}.py").write_text(code_file(source), encoding="utf-8")
+
+
+def code_file(source: str) -> str:
+    """Return the text of a file of ours, with its licence."""
+    return _NOTICE + source
 
 
 def is_ours(path: Path) -> bool:

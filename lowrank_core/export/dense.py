@@ -23,9 +23,10 @@ from lowrank_core.models.fused import layouts_of, split_fused
 from lowrank_core.models.gguf import become_plain
 from lowrank_core.models.handle import ModelHandle, bias_of
 from lowrank_core.models.hf import compressed_modules
+from lowrank_core.models.plain import architectures_of
 from lowrank_core.models.unrolled import roll_back
 
-__all__ = ["biases_without_place", "check_dense_form", "merged"]
+__all__ = ["biases_without_place", "check_form", "dense_layer", "empty_model", "merged"]
 
 
 def biases_without_place(handle: ModelHandle) -> tuple[str, ...]:
@@ -34,12 +35,14 @@ def biases_without_place(handle: ModelHandle) -> tuple[str, ...]:
     return tuple(homeless)
 
 
-def check_dense_form(handle: ModelHandle, basis: ErrorMetric, config: ExportConfig) -> None:
-    """Raise, before anything is calibrated, where the dense form of what ``basis`` gives could not be written.
+def check_form(handle: ModelHandle, basis: ErrorMetric, config: ExportConfig) -> None:
+    """Raise, before anything is calibrated, where the dense or plain form of what ``basis`` gives could not be written.
 
     Raises:
-        ModelError: the metric adds biases that the architecture has no place for, and they are not to be dropped.
+        ModelError: the metric adds biases that the architecture has no place for, and they are not to be dropped; or no text model.
     """
+    if config.form == "plain":
+        architectures_of(handle.module.config)
     if config.form == "dense" and basis.centred and not config.drop_biases:
         _refuse(handle.module, biases_without_place(handle))
 
@@ -58,7 +61,7 @@ def merged(module: PreTrainedModel, *, drop_biases: bool = False) -> tuple[PreTr
         _refuse(module, homeless)
     # deepcopy takes a replaced layer from its memo, so that no factor is copied to be thrown away.
     memo: dict[int, object] = {
-        id(child): _dense_layer(child, skeleton.get_submodule(name), keep_bias=name not in homeless) for name, child in compressed.items()
+        id(child): dense_layer(child, skeleton.get_submodule(name), keep_bias=name not in homeless) for name, child in compressed.items()
     }
     dense = copy.deepcopy(module, memo)
     _add_zero_biases(dense, skeleton)
@@ -84,20 +87,21 @@ def _refuse(module: PreTrainedModel, homeless: Sequence[str]) -> None:
 def _with_places_for_biases(module: PreTrainedModel, biased: Sequence[str]) -> tuple[PretrainedConfig, PreTrainedModel, list[str]]:
     """Return a config under which the architecture has a bias in most of the layers ``biased``, its empty model, and the other layers."""
     config = copy.deepcopy(module.config)
-    skeleton = _empty(module, config)
+    skeleton = empty_model(module, config)
     homeless = _without_place(biased, skeleton)
     for flag in [name for name, value in config.to_dict().items() if value is False and name.endswith("bias")]:
         if homeless:
             changed = copy.deepcopy(config)
             setattr(changed, flag, True)
-            other = _empty(module, changed)
+            other = empty_model(module, changed)
             left = _without_place(biased, other)
             if len(left) < len(homeless):
                 config, skeleton, homeless = changed, other, left
     return config, skeleton, homeless
 
 
-def _empty(module: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+def empty_model(module: PreTrainedModel, config: PretrainedConfig) -> PreTrainedModel:
+    """Return the architecture without weights, with as many linear layers as ``module`` has."""
     with torch.device("meta"):
         skeleton = type(module)(copy.deepcopy(config))
     unroll_experts(skeleton)
@@ -109,7 +113,7 @@ def _without_place(biased: Sequence[str], skeleton: PreTrainedModel) -> list[str
     return [name for name in biased if bias_of(skeleton.get_submodule(name)) is None]
 
 
-def _dense_layer(child: CompressedModule, plain: nn.Module, *, keep_bias: bool) -> nn.Module:
+def dense_layer(child: CompressedModule, plain: nn.Module, *, keep_bias: bool) -> nn.Module:
     """Return the layer of the architecture with the matrix that ``child`` stands for, and its bias if that is kept."""
     dtype = next(tensor.dtype for tensor in (*child.parameters(), *child.buffers()) if tensor.is_floating_point())
     with torch.no_grad():

@@ -81,7 +81,7 @@ class ExportManifest:
 
     Attributes:
         made_from: the dense model, as the user called it; auto_class: of transformers, which loads it.
-        form: ``compressed`` or ``dense``; stored_dtype: of its floats; with_code: whether our code lies next to the weights.
+        form: ``compressed``, ``plain`` or ``dense``; stored_dtype: of its floats; with_code: whether our code lies next to the weights.
         files: name -> weight file.
         written_parameters: in the files, indices included: as many as were counted in the factors, unless the form is dense.
         guards: empty tensors (no numbers, no bytes of data) that make transformers refuse the folder where our package is absent; 0 in a

@@ -1,4 +1,4 @@
-"""An export of an earlier version in today's form: the same numbers, with the guards that it lacks, today's hashes, code and card."""
+"""An export in another form; one of an earlier version in today's: the same numbers, with guards, today's hashes, code and card."""
 
 from __future__ import annotations
 
@@ -13,18 +13,22 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lowrank_core.compression.build import CompressedModel
+from lowrank_core.config import ExportConfig, ModelSource
 from lowrank_core.errors import ModelError
 from lowrank_core.export.base_model import base_model_of
 from lowrank_core.export.card import model_card, with_todays_loading
 from lowrank_core.export.code import is_ours, write_code
-from lowrank_core.export.folder import whole_folder
+from lowrank_core.export.folder import check_free, whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, read_manifest, report_of, versions
+from lowrank_core.export.writing import export
 from lowrank_core.files.weights import WeightFiles, read_object, weight_files
+from lowrank_core.models import load_model
 from lowrank_core.models.guard import guard_name, guards, unguarded
 from lowrank_core.models.hf import CODE, METHOD
 from lowrank_core.models.integrity import MANIFEST, check_weights
 
-__all__ = ["Rewritten", "rewrite"]
+__all__ = ["Rewritten", "convert", "rewrite"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,21 @@ class Rewritten:
     guards: int
     manifest: ExportManifest | None
     left: tuple[str, ...]
+
+
+def convert(folder: Path, target: Path, config: ExportConfig) -> ExportManifest:
+    """Write the compressed model in ``folder`` to ``target`` in the form of ``config``.
+
+    Raises:
+        ModelError: it holds no factors, is damaged, or has no place in that form.
+        RunError: ``target`` is taken, or can't be written.
+    """
+    check_free(target)
+    manifest = read_manifest(folder)
+    if manifest.form == "dense":
+        raise ModelError(f"model: {folder} is a dense merge: no form with factors can be made of it. Export the trial again.")
+    model = CompressedModel(load_model(ModelSource(str(folder))), report_of(manifest))
+    return export(model, target, provenance=manifest.provenance, config=config, figures=manifest.figures)
 
 
 def rewrite(folder: Path, target: Path) -> Rewritten:

@@ -21,10 +21,12 @@ from lowrank_core.export.dense import merged
 from lowrank_core.export.folder import whole_folder
 from lowrank_core.export.manifest import ExportManifest, listed_files, versions
 from lowrank_core.export.measuring import HeldOut, loaded_like, measured
+from lowrank_core.export.plain import plainly, write_plain_code
 from lowrank_core.export.precision import check_finite, written_dtype
 from lowrank_core.files.weights import read_object
+from lowrank_core.layers.stacked import StackedLinear
 from lowrank_core.models.handle import auto_class_of
-from lowrank_core.models.hf import guard_names, mark_compressed
+from lowrank_core.models.hf import compressed_modules, guard_names, mark_compressed
 from lowrank_core.text import WindowSet
 from lowrank_core.types import Progress
 
@@ -57,7 +59,7 @@ def export(
     Raises:
         RunError: the folder is taken, or the disk is full or read-only.
         ConfigError: there is nothing to quantise, or it is quantised already; or GPTQ without the moments.
-        ModelError: a dense merge that the architecture has no place for.
+        ModelError: the architecture has no place for what a dense or plain form holds.
         NumericalError: a weight or an output overflows in the dtype that is written, or a loss is not finite.
     """
     config, provenance, folder = config or ExportConfig(), provenance or {}, Path(folder)
@@ -74,7 +76,7 @@ def export(
             with_code=config.with_code,
             files=listed_files(temporary),
             written_parameters=parameters,
-            guards=0 if config.form == "dense" else len(guard_names(model.handle.module)),
+            guards=_guards(model, config.form),
             auto_class=auto_class_of(model.handle.module.config),
             details={
                 **provenance,
@@ -118,17 +120,27 @@ def _write_model(
     if config.form == "dense":
         module, dropped = merged(handle.module, drop_biases=config.drop_biases)
         module = module.to(stored)
+    elif config.form == "plain":
+        module = plainly(handle.module).to(stored)
     else:
         module = copy.deepcopy(handle.module).to(stored)
         mark_compressed(module, provenance)
     check_finite(module, windows)
     forget_code(module.config)
+    if config.form == "plain":
+        write_plain_code(module, folder)
     if config.with_code:
         module.config.auto_map = auto_map(module)
         write_code(type(module).__name__, folder)
     module.save_pretrained(folder, max_shard_size=config.max_shard_size)
     _save_tokenizer(handle.tokenizer, folder)
     return str(stored).removeprefix("torch."), replace(handle, module=module, layers=()).parameters, dropped
+
+
+def _guards(model: CompressedModel, form: str) -> int:
+    if form == "plain":
+        return sum(isinstance(child, StackedLinear) for _, child in compressed_modules(model.handle.module))
+    return 0 if form == "dense" else len(guard_names(model.handle.module))
 
 
 def _cost_of_biases(model: CompressedModel, dropped: Sequence[str], test: HeldOut | None) -> dict[str, object]:

@@ -77,6 +77,11 @@ class ValueHeads(PivotIndex):
         """The (out_features,) bias that the module stands for, made again each time; ``biases`` (groups, r) are stored."""
         return None if self.biases is None else functional.pad(self.biases, (0, self.head_dim - self.rank)).flatten()
 
+    @property
+    def reducing_matrix(self) -> Tensor:
+        """The (groups · r, n) matrix of all groups, without the zeros."""
+        return self._matrix(self.order).flatten(0, 1)
+
     def _matrix(self, order: Tensor) -> Tensor:
         """Return (groups, r, n)."""
         rest = dense_of(self.rest)
@@ -85,7 +90,7 @@ class ValueHeads(PivotIndex):
 
     def forward(self, input: Tensor) -> Tensor:
         biases = None if self.biases is None else self.biases.flatten()
-        values = functional.linear(input, self._matrix(self.order).flatten(0, 1), biases)
+        values = functional.linear(input, self.reducing_matrix, biases)
         return functional.pad(values.reshape(*input.shape[:-1], self.groups, self.rank), (0, self.head_dim - self.rank)).flatten(-2)
 
     def extra_repr(self) -> str:

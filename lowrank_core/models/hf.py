@@ -134,8 +134,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
             return None, {}
         return {**model.state_dict(), **guards(guard_names(model), model.dtype)}, {}
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        """Return how names in the files become names of the model."""
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel | None = None) -> list[Any]:
+        """Return how names in the files become names of the model, which transformers 5.19 doesn't give."""
         return [] if self.quantization_config.module_names else weight_conversions
 
     @property

@@ -36,6 +36,7 @@ from lowrank_core.models.experts import unroll_experts
 from lowrank_core.models.gguf import become_plain, check_complete, check_readable, dequantizing, gguf_arguments
 from lowrank_core.models.handle import LayerSpec, ModelHandle, auto_class_of, find_layers, positions_of, random_tokens, text_config_of
 from lowrank_core.models.integrity import check_weights
+from lowrank_core.models.plain import become_factored, is_plain_form, plain_class
 from lowrank_core.models.projections import split_projections
 from lowrank_core.runs import bundled_path
 
@@ -299,7 +300,8 @@ def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: An
     method = "gguf" if file is not None else dequantized_method(config.to_dict())
     try:
         with _arguments(place) as (source, options):
-            module, info = getattr(transformers, auto_class_of(config)).from_pretrained(
+            loader = plain_class(config) if is_plain_form(config) else getattr(transformers, auto_class_of(config))
+            module, info = loader.from_pretrained(
                 source,
                 config=config,
                 dtype=dtype,
@@ -323,6 +325,8 @@ def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: An
         check_complete(file, module)
     if method:
         become_plain(module)
+    if is_plain_form(config):
+        become_factored(module)
     return module
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from lowrank_core.config import ExportConfig, ModelSource, TextConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.evaluation import evaluate
-from lowrank_core.export import HeldOut, biases_without_place, check_dense_form, export, read_manifest
+from lowrank_core.export import HeldOut, biases_without_place, check_form, export, read_manifest
 from lowrank_core.export.card import written_words
 from lowrank_core.export.dense import merged
 from lowrank_core.export.manifest import report_of
@@ -137,10 +137,10 @@ def test_what_is_printed_of_a_folder_counts_what_was_written(request: pytest.Fix
 def test_what_can_not_be_merged_is_known_before_anything_is_calibrated(request: pytest.FixtureRequest):
     centred, plain = metric_named("two_sided"), metric_named("whitened")
     with pytest.raises(ModelError, match="--drop-biases"):
-        check_dense_form(_dense(request, "qwen2"), centred, DENSE)
+        check_form(_dense(request, "qwen2"), centred, DENSE)
     for basis, config in ((plain, DENSE), (centred, ExportConfig()), (centred, replace(DENSE, drop_biases=True))):
-        check_dense_form(_dense(request, "qwen2"), basis, config)
-    check_dense_form(_dense(request, "llama"), centred, DENSE)  # its config has flags for biases
+        check_form(_dense(request, "qwen2"), basis, config)
+    check_form(_dense(request, "llama"), centred, DENSE)  # its config has flags for biases
 
 
 def test_merging_leaves_the_given_model_as_it_was_and_keeps_ties(request: pytest.FixtureRequest):

@@ -216,7 +216,7 @@ def test_offloaded_layers_are_refused(exports: dict[str, Path], tmp_path: Path):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ExportConfig(form="sparse"), "form must be one of compressed, dense; got 'sparse'"),
+        (lambda: ExportConfig(form="sparse"), "form must be one of compressed, plain, dense; got 'sparse'"),
         (lambda: ExportConfig(dtype="int4"), "dtype must be one of auto, float32, bfloat16, float16; got 'int4'"),
         (lambda: ExportConfig(max_shard_size="2"), "max shard size must be a number with a unit from KB to TB, got '2'"),
         (lambda: ExportConfig(max_shard_size="0GB"), "max shard size"),

@@ -167,6 +167,12 @@ def test_a_folder_of_an_earlier_version_loads_and_is_told_how_to_be_rewritten(on
     assert "\n" not in reported[0]
 
 
+def test_names_are_left_to_transformers_whether_it_gives_the_model_or_not(one: Path):
+    quantizer = AutoModelForCausalLM.from_pretrained(one).hf_quantizer
+    assert quantizer.update_weight_conversions(["as they are"]) == ["as they are"]  # 5.19
+    assert quantizer.update_weight_conversions(["as they are"], model=None) == ["as they are"]  # 5.24
+
+
 # --- an older export is rewritten ------------------------------------------------------------------------------------
 
 

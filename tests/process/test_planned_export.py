@@ -39,6 +39,7 @@ CONFIGS = (
     ExportConfig(quantization="int4", dense_quantization="int8", rounding="nearest", dtype="bfloat16"),
     ExportConfig(quantization="int4_128", dtype="bfloat16"),
     ExportConfig(quantization="int8", dtype="bfloat16", with_code=True),
+    ExportConfig(form="plain"),
     ExportConfig(form="dense"),
 )
 HEADER = 20_000
@@ -137,9 +138,10 @@ def test_who_can_load_it_follows_the_form():
     def loads(config: ExportConfig) -> list[str]:
         return list(runtimes(config)["loads"])
 
-    assert loads(ExportConfig()) == ["yes", "yes", "no", "no"]
-    assert loads(ExportConfig(with_code=True)) == ["yes", "yes", "yes", "no"]
-    assert loads(ExportConfig(form="dense")) == ["yes", "yes", "yes", "yes"]
+    assert loads(ExportConfig()) == ["yes", "yes", "no", "yes", "no", "no"]
+    assert loads(ExportConfig(with_code=True)) == ["yes", "yes", "yes", "yes", "no", "no"]
+    assert loads(ExportConfig(form="plain")) == ["yes", "yes", "yes", "yes", "yes", "no"]
+    assert loads(ExportConfig(form="dense")) == ["yes"] * 6
 
 
 def test_folders_of_different_choices_have_different_names():
@@ -152,7 +154,7 @@ def test_folders_of_different_choices_have_different_names():
     assert replace(usual, max_shard_size="1.5 KB").shard_bytes == 1500
 
 
-WAYS = (ExportConfig(), ExportConfig(with_code=True), ExportConfig(form="dense"))
+WAYS = (ExportConfig(), ExportConfig(with_code=True), ExportConfig(form="plain"), ExportConfig(form="dense"))
 
 
 @pytest.mark.slow

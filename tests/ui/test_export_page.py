@@ -76,9 +76,10 @@ def test_what_will_be_written_is_told_before_and_follows_the_form(app):
         "Factors",
         "Factors, int8",
         "Factors, int8",
+        "Plain factors",
         "Dense merge, at most",
     ]
-    assert list(frame["chosen"]) == ["", "→", "", "", "", ""]
+    assert list(frame["chosen"]) == ["", "→", "", "", "", "", ""]
     assert str(run.path / "exports" / "trial-3") in shown
     assert all(downloads(test)[name] for name in (*REPORTED, *TABLES))
     test.segmented_control(key="export_form").set_value("dense").run()
@@ -187,13 +188,13 @@ def paths_of(codes: list[str]) -> list[str]:
             result.append(str(ast.literal_eval(assigned["folder"])))
         elif code.startswith(("lowrank export", "lowrank compress", "lowrank heal")):
             result.append(str(parser().parse_args(shlex.split(code.splitlines()[-1])[1:]).out))
-        elif code.startswith("vllm serve"):
+        elif code.startswith(("vllm serve", "lowrank serve")):
             result.append(shlex.split(code)[2])
     return result
 
 
 @pytest.mark.parametrize("chosen", ["3", "uniform", "trial-3-distill-12345678"])
-@pytest.mark.parametrize("form", ["compressed", "dense"])
+@pytest.mark.parametrize("form", ["compressed", "plain", "dense"])
 def test_every_recipe_names_one_relative_path(app, chosen: str, form: str):
     run = make_run()
     write_healing(run)
@@ -208,7 +209,7 @@ def test_every_recipe_names_one_relative_path(app, chosen: str, form: str):
     assert sound(test)
     codes = [block.value for block in test.code if str(run.path / "exports") not in block.value]
     result = paths_of(codes)
-    assert len(result) == (3 if form == "dense" else 2), codes
+    assert len(result) == 3, codes
     assert len(set(result)) == 1
     assert not Path(result[0]).is_absolute()
 

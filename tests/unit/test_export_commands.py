@@ -102,7 +102,7 @@ def test_export_writes_as_it_is_told(run: Path, tmp_path: Path, capsys: pytest.C
 
 def test_a_bad_choice_is_told_at_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert main(["export", "--run", str(run), "--out", str(tmp_path / "out"), "--form", "sparse"]) == 2
-    assert "form must be one of compressed, dense" in capsys.readouterr().err
+    assert "form must be one of compressed, plain, dense" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

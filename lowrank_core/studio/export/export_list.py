@@ -76,7 +76,7 @@ class Written:
 
     Attributes:
         allocation: what it was made from, in words.
-        form: ``compressed`` or ``dense`` (merged); empty where the folder does not say.
+        form: ``compressed``, ``plain`` or ``dense`` (merged); empty where the folder does not say.
         compression_ratio, model_compression_ratio: fraction removed from the compressible linears, from the whole model; None where
             the folder does not say.
         bytes: of its weight files; None where the folder has gone. folder_bytes: of all its files.
@@ -124,7 +124,8 @@ class Written:
     def form_words(self) -> str:
         if not self.form:
             return ""
-        words = "dense merge" if self.form == "dense" else f"factors{f', {self.quantization}' if self.quantization else ''}"
+        factors = f"factors{f', {self.quantization}' if self.quantization else ''}"
+        words = {"dense": "dense merge", "plain": "plain factors"}.get(self.form, factors)
         return f"{words}, {self.dtype}{', with our code' if self.with_code else ''}"
 
 
@@ -231,11 +232,14 @@ class Loading:
 def loading_of(path: Path, form: str, *, with_code: bool, auto_class: str) -> tuple[Loading, ...]:
     """Return the ways to load a folder: Python, and a server if one supports its form."""
     ways = [("With transformers, or any runtime that reads its checkpoints", "", "")]
-    if form != "dense":
+    if form == "plain":
+        ways = [("With transformers, by the module in the folder", "", ", trust_remote_code=True")]
+    elif form != "dense":
         ways = [("With this package installed", REGISTERING, "")]
     if with_code:
         ways.append(("Without it, with the code in the folder", "", ", trust_remote_code=True"))
-    served = (Loading("With a server", f"vllm serve {shlex.quote(str(path))}", "bash"),) if form == "dense" else ()
+    command = {"dense": "vllm serve {}", "plain": "vllm serve {} --trust-remote-code"}.get(form, "lowrank serve {}")
+    served = Loading("With a server", command.format(shlex.quote(str(path))), "bash")
     result = tuple(
         Loading(
             title,
@@ -246,7 +250,7 @@ def loading_of(path: Path, form: str, *, with_code: bool, auto_class: str) -> tu
         )
         for title, first, option in ways
     )
-    return (*result, *served)
+    return (*result, served)
 
 
 def card_of(path: Path) -> str | None:

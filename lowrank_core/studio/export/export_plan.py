@@ -160,10 +160,19 @@ def planned(facts: ModelFacts, units: Sequence[Unit], source: Source, search: Se
     if config.form == "dense":
         biases = _added_biases(units) if source.ranks is None or any(rank is not None for rank in source.ranks.values()) else 0
         return Planned(facts.parameters + biases, (facts.parameters + biases) * itemsize, biases == 0, dtype)
+    if source.ranks is None and config.form == "plain":
+        maximum = rest + sum(max(unit.dense_parameters, unit.plain_parameters(unit.break_even_rank)) for unit in units)
+        return Planned(maximum, maximum * itemsize, False, dtype)
     if source.ranks is None:
         maximum = rest + budget_for_ratio(units, search.compression_ratio)
         return Planned(maximum, maximum * itemsize + _max_indices(units) * max(0, INDEX_BYTES - itemsize), False, dtype)
-    pieces = _pieces(units, allocation_from_ranks(source.name, units, source.ranks).ranks, config)
+    ranks = allocation_from_ranks(source.name, units, source.ranks).ranks
+    if config.form == "plain":
+        chosen = [(unit, rank) for unit in units if (rank := ranks.get(unit.name)) is not None]
+        added = sum(unit.plain_parameters(rank) - unit.parameters(rank) for unit, rank in chosen)
+        plain = rest + allocated_parameters(units, ranks) + added
+        return Planned(plain, plain * itemsize, True, dtype)
+    pieces = _pieces(units, ranks, config)
     parameters = rest + sum(unit.parameters(rank) + (unit.scales(rank, grid) if grid else 0) for unit, rank, grid in pieces)
     return Planned(parameters, rest * itemsize + sum(unit.bytes(rank, itemsize, grid) for unit, rank, grid in pieces), True, dtype)
 
@@ -196,7 +205,7 @@ def forms_table(facts: ModelFacts, units: Sequence[Unit], source: Source, search
     """
     original = Planned(facts.parameters, facts.bytes, True, facts.stored_dtype or facts.dtype)
     usual = [ExportConfig(), ExportConfig(dtype="bfloat16"), ExportConfig(quantization="int8")]
-    usual += [ExportConfig(quantization="int8", dtype="bfloat16"), ExportConfig(form="dense")]
+    usual += [ExportConfig(quantization="int8", dtype="bfloat16"), ExportConfig(form="plain"), ExportConfig(form="dense")]
     forms = {}
     for each in [*usual, config]:  # the last one of a form and dtype is the chosen one
         result = planned(facts, units, source, search, each)
@@ -205,8 +214,8 @@ def forms_table(facts: ModelFacts, units: Sequence[Unit], source: Source, search
 
 
 def _form_words(config: ExportConfig) -> str:
-    if config.form == "dense":
-        return "Dense merge"
+    if config.form != "compressed":
+        return {"dense": "Dense merge", "plain": "Plain factors"}[config.form]
     grids = {"": config.quantization, "dense layers ": config.dense_quantization}
     return ", ".join(["Factors", *(f"{kind}{grid}" for kind, grid in grids.items() if grid != "none")])
 
@@ -229,6 +238,8 @@ def files_of(result: Planned, config: ExportConfig) -> list[tuple[str, str]]:
         ]
     config_words = "the architecture" if config.form == "dense" else "the architecture, and which layers are factors, at which rank"
     code = [("modeling_lowrank.py, lowrank_*.py", "our code, Apache-2.0")] if config.with_code else []
+    if config.form == "plain":
+        code = [("modeling_lowrank_plain.py", "the two linear layers for each compressed one, Apache-2.0")]
     return [
         *weights,
         ("config.json, generation_config.json", config_words),
@@ -242,21 +253,31 @@ def files_of(result: Planned, config: ExportConfig) -> list[tuple[str, str]]:
 
 def runtimes(config: ExportConfig) -> pd.DataFrame:
     """Return the runtimes for the folder: columns runtime, loads (yes or no), how."""
-    dense = config.form == "dense"
-    code = config.with_code
+    trusted, plainly = "with `trust_remote_code=True`", "write it as plain factors, or merged"
+    alone = {"dense": "as any model", "plain": trusted}.get(
+        config.form, trusted if config.with_code else "write it with our code, or plain"
+    )
     rows = [
         ("This studio and `lowrank`", True, "`--model FOLDER`"),
         (
             "transformers, with this package installed",
             True,
-            "as any model" if dense else "after `import lowrank_core.models.hf`",
+            "after `import lowrank_core.models.hf`" if config.form == "compressed" else alone,
+        ),
+        ("transformers alone", config.form != "compressed" or config.with_code, alone),
+        (
+            "vLLM, with this package installed",
+            True,
+            {"dense": "as the base model", "plain": "with `--trust-remote-code`"}.get(
+                config.form, "as any model: `lowrank serve --engine vllm`"
+            ),
         ),
         (
-            "transformers alone",
-            dense or code,
-            "as any model" if dense else "with `trust_remote_code=True`" if code else "write it with our code, or merged",
+            "vLLM alone",
+            config.form != "compressed",
+            {"dense": "as the base model", "plain": "with `--trust-remote-code`"}.get(config.form, plainly),
         ),
-        ("vLLM, llama.cpp's converter and others", dense, "as the base model" if dense else "runs merged only"),
+        ("llama.cpp's converter and others", config.form == "dense", "as the base model" if config.form == "dense" else "runs merged only"),
     ]
     return pd.DataFrame([(name, "yes" if loads else "no", how) for name, loads, how in rows], columns=["runtime", "loads", "how"])
 

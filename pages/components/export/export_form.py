@@ -92,24 +92,24 @@ def _choice(run: Run, result: dict[str, Source], facts: ModelFacts | None) -> tu
         help="An allocation is exported as compressed (one-shot). A healed model has the same ranks and trained factors.",
     )
     form = draw(ExportConfig, "form", key="export_form", side_by_side=True)
-    dense = form == "dense"
-    code = draw(ExportConfig, "with_code", key="export_with_code", disabled=dense)
+    dense, compressed = form == "dense", form == "compressed"
+    code = draw(ExportConfig, "with_code", key="export_with_code", disabled=not compressed)
     drop = draw(ExportConfig, "drop_biases", key="export_drop_biases", disabled=not dense)
     if facts is not None and facts.dense_merge_note:
         st.caption(facts.dense_merge_note)
     with st.container(horizontal=True):
         dtype = draw(ExportConfig, "dtype", key="export_dtype")
         shard = draw(ExportConfig, "max_shard_size", key="export_shard")
-    grids = _grids(dense=dense)
-    return result[key], ExportConfig(form, code and not dense, dtype, shard.strip(), drop_biases=drop and dense, **grids)
+    grids = _grids(floats_alone=not compressed)
+    return result[key], ExportConfig(form, code and compressed, dtype, shard.strip(), drop_biases=drop and dense, **grids)
 
 
-def _grids(*, dense: bool) -> dict[str, str]:
-    """Draw how matrices are quantised; nothing is in a dense merge."""
+def _grids(*, floats_alone: bool) -> dict[str, str]:
+    """Draw how matrices are quantised; nothing is where the form has floats alone."""
     with st.container(horizontal=True):
         names = ("quantization", "dense_quantization")
-        grids: dict[str, str] = {name: draw(ExportConfig, name, key=f"export_{name}", disabled=dense) for name in names}
-        floats = dense or set(grids.values()) == {"none"}
+        grids: dict[str, str] = {name: draw(ExportConfig, name, key=f"export_{name}", disabled=floats_alone) for name in names}
+        floats = floats_alone or set(grids.values()) == {"none"}
         rounding = draw(ExportConfig, "rounding", key="export_rounding", disabled=floats)
     return {} if floats else grids | {"rounding": rounding}
 
