@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,8 @@ from lowrank_core.models.fused import layouts_of, split_fused
 from lowrank_core.models.gguf import become_plain
 from lowrank_core.models.handle import ModelHandle, bias_of
 from lowrank_core.models.hf import compressed_modules
-from lowrank_core.models.unrolled import roll_back
+from lowrank_core.models.mapped import WeightMap
+from lowrank_core.models.unrolled import kept_in_memory, roll_back
 
 __all__ = ["biases_without_place", "check_dense_form", "merged"]
 
@@ -44,10 +46,15 @@ def check_dense_form(handle: ModelHandle, basis: ErrorMetric, config: ExportConf
         _refuse(handle.module, biases_without_place(handle))
 
 
-def merged(module: PreTrainedModel, *, drop_biases: bool = False) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def merged(
+    module: PreTrainedModel, *, drop_biases: bool = False, weights: WeightMap | None = None
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return a copy of the model in its plain architecture, and the layers whose bias was left out.
 
     Products are computed in float64 and cast once.
+
+    Args:
+        weights: where they are mapped from, if they don't fit into memory.
 
     Raises:
         ModelError: a layer has a bias for which the architecture has no place, and it is not to be dropped.
@@ -57,13 +64,15 @@ def merged(module: PreTrainedModel, *, drop_biases: bool = False) -> tuple[PreTr
     if not drop_biases:
         _refuse(module, homeless)
     # deepcopy takes a replaced layer from its memo, so that no factor is copied to be thrown away.
-    memo: dict[int, object] = {
-        id(child): _dense_layer(child, skeleton.get_submodule(name), keep_bias=name not in homeless) for name, child in compressed.items()
-    }
-    dense = copy.deepcopy(module, memo)
+    settle = kept_in_memory if weights is None else weights.settle
+    memo: dict[int, nn.Module] = {}
+    for name, child in compressed.items():
+        memo[id(child)] = _dense_layer(child, skeleton.get_submodule(name), keep_bias=name not in homeless)
+        settle(memo[id(child)])
+    dense = copy.deepcopy(module, dict[int, Any](memo))
     _add_zero_biases(dense, skeleton)
     for model in (dense, skeleton):
-        roll_back(model)
+        roll_back(model, settle=settle)
     dense.config = config
     become_plain(dense)
     result, expected = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (dense, skeleton))

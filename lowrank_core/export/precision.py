@@ -5,8 +5,6 @@ Weights that fit into float16 need not give finite outputs: activations overflow
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,6 +13,7 @@ from lowrank_core.config import ExportConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import random_tokens
+from lowrank_core.models.mapped import converted
 from lowrank_core.text import WindowSet
 
 __all__ = ["check_finite", "check_precision", "written_dtype"]
@@ -38,7 +37,7 @@ def check_precision(handle: ModelHandle, config: ExportConfig, windows: WindowSe
     """
     dtype = written_dtype(handle, config)
     if torch.finfo(dtype).max < torch.finfo(handle.module.dtype).max:
-        check_finite(copy.deepcopy(handle.module).to(dtype), windows)
+        check_finite(converted(handle.module, dtype, handle.weights), windows)
 
 
 def check_finite(module: PreTrainedModel, windows: WindowSet | None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -24,6 +23,8 @@ from lowrank_core.export.precision import check_finite, written_dtype
 from lowrank_core.files.weights import read_object
 from lowrank_core.models.handle import auto_class_of
 from lowrank_core.models.hf import guard_names, mark_compressed
+from lowrank_core.models.mapped import converted
+from lowrank_core.models.unrolled import kept_in_memory
 from lowrank_core.text import WindowSet
 from lowrank_core.types import Progress
 
@@ -99,11 +100,11 @@ def _write_model(
     handle, stored = model.handle, written_dtype(model.handle, config)
     dropped: tuple[str, ...] = ()
     if config.form == "dense":
-        module, dropped = merged(handle.module, drop_biases=config.drop_biases)
-        module = module.to(stored)
+        module, dropped = merged(handle.module, drop_biases=config.drop_biases, weights=handle.weights)
+        module = module.to(stored) if handle.weights is None else converted(module, stored, handle.weights)
     else:
-        module = copy.deepcopy(handle.module).to(stored)
-        mark_compressed(module, provenance)
+        module = converted(handle.module, stored, handle.weights)
+        mark_compressed(module, provenance, settle=kept_in_memory if handle.weights is None else handle.weights.settle)
     check_finite(module, windows)
     forget_code(module.config)
     if config.with_code:
