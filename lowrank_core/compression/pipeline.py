@@ -10,6 +10,7 @@ from lowrank_core.allocation import RankAllocation, Ranks, allocator_named
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
+from lowrank_core.compression.memory import check_memory
 from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource, TextConfig
 from lowrank_core.decomposition.units import units_of
@@ -113,6 +114,7 @@ class Pipeline:
     @cached_property
     def _measured(self) -> tuple[LayerStatistics, bool]:
         windows = self.calibration_windows
+        check_memory(self.handle, self.text, self.calibration, self.compression, self.source.memory_bytes)
         with self.progress("Calibrating", windows.windows) as progress:
             return cached_statistics(self.handle, windows, self.calibration, statistics_home(), progress=progress)
 

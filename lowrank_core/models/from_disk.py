@@ -15,7 +15,10 @@ __all__ = ["device_map_of", "mapped_from_disk"]
 
 
 def device_map_of(skeleton: nn.Module, blocks: str) -> dict[str, str]:
-    """Return the ``device_map`` of ``from_pretrained`` that leaves the blocks at the dotted path ``blocks`` on disk."""
+    """Return the ``device_map`` of ``from_pretrained`` that leaves matrices on disk, and all of the blocks at the dotted path ``blocks``.
+
+    accelerate refuses a map with nothing in memory.
+    """
     result: dict[str, str] = {}
 
     def assign(module: nn.Module, path: str) -> None:
@@ -28,10 +31,10 @@ def device_map_of(skeleton: nn.Module, blocks: str) -> dict[str, str]:
             elif blocks.startswith(f"{place}."):
                 assign(child, place)
             else:
-                result[place] = "cpu"
+                result[place] = "disk" if any(parameter.ndim > 1 for parameter in child.parameters()) else "cpu"
 
     assign(skeleton, "")
-    return result
+    return result if "cpu" in result.values() else {**result, next(iter(result)): "cpu"}
 
 
 def mapped_from_disk(model: nn.Module, weights: WeightMap) -> None:

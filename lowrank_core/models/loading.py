@@ -49,7 +49,7 @@ from lowrank_core.models.handle import (
     text_config_of,
 )
 from lowrank_core.models.integrity import check_weights
-from lowrank_core.models.mapped import MappedParameter, WeightMap
+from lowrank_core.models.mapped import MappedParameter, WeightMap, all_finite
 from lowrank_core.models.projections import split_projections
 from lowrank_core.models.unrolled import kept_in_memory
 from lowrank_core.runs import bundled_path, home
@@ -406,7 +406,7 @@ def _load_tokenizer(place: str, reference: str) -> PreTrainedTokenizerBase:
 
 def _check_finite(module: PreTrainedModel, reference: str) -> None:
     for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise ModelError(f"model: {name} of {reference} holds NaN or Inf. The checkpoint is damaged; download or save it again.")
         if isinstance(parameter, MappedParameter):
             parameter.release()

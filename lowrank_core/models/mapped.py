@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from lowrank_core.errors import ModelError
 from lowrank_core.wording import amount
 
-__all__ = ["MappedParameter", "WeightMap", "converted", "release"]
+__all__ = ["MappedParameter", "WeightMap", "all_finite", "converted", "release"]
 
 M = TypeVar("M", bound=nn.Module)
 
 _LIBRARY = ctypes.CDLL(None) if hasattr(mmap, "MADV_DONTNEED") else None
+
+_PART = 2**22
 
 _LEAST_BYTES = 2**16
 """Smaller parameters, such as norms and biases, stay in memory."""
@@ -108,6 +110,11 @@ class WeightMap:
         part._parameters[name] = parameter
         if _released not in part._forward_hooks.values():
             part.register_forward_hook(_released)
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no value is NaN or Inf; of a large tensor, a part is looked at at a time."""
+    return all(bool(torch.isfinite(part).all()) for part in torch.split(values.detach().reshape(-1), _PART))
 
 
 def _is_large(parameter: Tensor) -> bool:
