@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
-__all__ = ["BOS_RULES", "DTYPES", "ModelSource", "TextConfig", "looks_like_path"]
+__all__ = ["BOS_RULES", "DTYPES", "WORKING_SHARE", "ModelSource", "TextConfig", "looks_like_path"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 BOS_RULES = ("auto", "window", "none")
 
+
+WORKING_SHARE = 2.5
+"""Weights are held in memory that is this many times as large at least, as compressing them takes at most; else they stay on disk."""
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 

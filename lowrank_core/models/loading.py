@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lowrank_core.config import ModelSource, looks_like_path
+from lowrank_core.config import WORKING_SHARE, ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
 from lowrank_core.files.checkpoints import check_reference, check_unquantized, dequantized_method, dequantized_note
 from lowrank_core.files.gguf import GgufFile, is_gguf, read_gguf
@@ -58,9 +58,6 @@ __all__ = ["load_model", "max_context", "notes_of", "resolve_reference"]
 
 _LOGGER = logging.getLogger(__name__)
 _CAUSAL_CLASSES = {name for names in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values() for name in ([names] if isinstance(names, str) else names)}
-_WORKING_SHARE = 2.5
-"""Weights are held in memory that is this many times as large at least: what compressing them takes at most."""
-
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 assert hf.METHOD  # the import is for its side effect: `from_pretrained` must know the format
@@ -152,7 +149,7 @@ def _too_large(place: str, dtype: Any, memory: int | None) -> bool:
     if folder is None:
         return False  # a GGUF file is read whole, and of what is fetched first nothing is known yet
     held = sum(count * dtype.itemsize for count in _counts(folder).values())
-    return bool(held * _WORKING_SHARE > (psutil.virtual_memory().available if memory is None else memory))
+    return bool(held * WORKING_SHARE > (psutil.virtual_memory().available if memory is None else memory))
 
 
 def _layers(
