@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-__all__ = ["VOCABULARY", "assert_cache_changes_nothing", "save_checkpoint", "small_llama"]
+__all__ = ["VOCABULARY", "assert_cache_changes_nothing", "save_checkpoint", "save_tokenizer", "small_llama"]
 
 VOCABULARY = 300
 
@@ -40,6 +40,11 @@ def _with_spectra(model: PreTrainedModel) -> PreTrainedModel:
 def save_checkpoint(folder: Path, model: PreTrainedModel, text: str) -> Path:
     """Save ``model`` under ``folder`` with spectra that decay, and a tokenizer trained on ``text``; return the folder."""
     _with_spectra(model).save_pretrained(folder)
+    return save_tokenizer(folder, text)
+
+
+def save_tokenizer(folder: Path, text: str) -> Path:
+    """Save a tokenizer trained on ``text``; return the folder."""
     _tokenizer(text).save_pretrained(folder)
     return folder
 

@@ -33,6 +33,7 @@ from lowrank_core.cli import (
 )
 from lowrank_core.cli.options import Parser, check_file, json_option
 from lowrank_core.errors import Cancelled, LowRankError, NumericalError
+from lowrank_core.runs.processes import return_freed_arrays
 from lowrank_core.types import Result
 
 __all__ = ["main", "parser"]
@@ -85,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
     # Idle threads that spin starve the busy ones as soon as anything else runs on the machine; read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    return_freed_arrays()
     arguments = parser().parse_args(argv)
     arguments.line = shlex.join(["lowrank", *(sys.argv[1:] if argv is None else argv)])  # for the card of what is made
     try:

@@ -22,7 +22,7 @@ def add(command: Command) -> None:
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are timed in alternation")
     add_options(parser, SpeedConfig)
     memory = "measure peak memory too, in a fresh process for each model"
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True, help=f"{memory} (default: yes)")
+    parser.add_argument("--peak-memory", action=argparse.BooleanOptionalAction, default=True, help=f"{memory} (default: yes)")
 
 
 def run(arguments: argparse.Namespace) -> Result:
@@ -33,10 +33,10 @@ def run(arguments: argparse.Namespace) -> Result:
 
     handle = load_model(source)
     if a.against is None:
-        report = measure_speed(handle, config, source=source if a.memory else None)
+        report = measure_speed(handle, config, source=source if a.peak_memory else None)
         return {**to_mapping(report), "text": _alone(report)}
     against = replace(source, reference=a.against)
-    comparison = compare_speed(load_model(against), handle, config, sources=(against, source) if a.memory else None)
+    comparison = compare_speed(load_model(against), handle, config, sources=(against, source) if a.peak_memory else None)
     return {**comparison.to_mapping(), "text": _beside(comparison)}
 
 

@@ -126,7 +126,11 @@ def low_rank_layers(handle: ModelHandle, bases: Bases, ranks: Ranks, *, storage:
         unit = bases[name].unit
         members = [member.name for member in unit.members]
         likes = [weight_of(handle.module.get_submodule(member)) for member in members]
-        layers |= build_layers(members, bases[name].slice(rank), storage or unit.storage, likes)
+        built = build_layers(members, bases[name].slice(rank), storage or unit.storage, likes)
+        if handle.weights is not None:
+            for layer in built.values():
+                handle.weights.settle(layer)
+        layers |= built
     return layers
 
 
@@ -158,7 +162,7 @@ def build_model(handle: ModelHandle, layers: Mapping[str, nn.Module], bases: Bas
     memo: dict[int, object] = {id(handle.module.get_submodule(name)): layer for name, layer in layers.items()}
     module = copy.deepcopy(handle.module, memo)
     rest = tuple(layer for layer in handle.layers if layer.name not in layers)
-    smaller = ModelHandle(handle.reference, module, handle.tokenizer, rest, handle.stored_dtype)
+    smaller = ModelHandle(handle.reference, module, handle.tokenizer, rest, handle.stored_dtype, weights=handle.weights)
     units = tuple(_counted(bases[name], rank, layers, handle.stored_dtype.itemsize) for name, rank in ranks.items() if rank is not None)
     flops, head = round(sum(shape.flops_per_token for shape in handle.shapes)), head_flops(handle)
     after = flops + sum(unit.flops_per_token - unit.dense_flops_per_token for unit in units)

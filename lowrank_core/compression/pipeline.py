@@ -15,6 +15,7 @@ from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.compression.error_weights import measure_error_weights
 from lowrank_core.compression.lems import cached_scales, measure_depth_bias
+from lowrank_core.compression.memory import check_memory
 from lowrank_core.compression.quantization import grids_of, quantized
 from lowrank_core.compression.rounding_errors import rounding_errors
 from lowrank_core.compression.truncations import cost_in_words, measured_perplexities
@@ -131,6 +132,7 @@ class Pipeline:
     @cached_property
     def _measured(self) -> tuple[LayerStatistics, bool]:
         windows = self.calibration_windows
+        check_memory(self.handle, self.text, self.calibration, self.compression, self.source.memory_bytes)
         with self.progress("Calibrating", windows.windows) as progress:
             return cached_statistics(self.handle, windows, self.calibration, statistics_home(), progress=progress)
 

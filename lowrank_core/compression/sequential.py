@@ -13,6 +13,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +30,11 @@ from lowrank_core.metrics import ErrorMetric, LayerData
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.experts import FIRST_LAYERS, Routed, UnrolledExperts
 from lowrank_core.models.handle import ModelHandle
+from lowrank_core.models.mapped import release
 from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.moments import BLOCK_ROWS, InputStatistics, add_gram, mirrored
+from lowrank_core.statistics.store import HiddenStates
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 
@@ -163,11 +167,15 @@ class _Pair:
         layers: compressed so far, by name.
     """
 
-    def __init__(self, handle: ModelHandle, windows: WindowSet, batch_size: int) -> None:
+    def __init__(self, handle: ModelHandle, windows: WindowSet, batch_size: int, folder: Path | None) -> None:
+        """Take the tokens; hidden states are kept under ``folder``, in memory without one."""
         self._handle, self._runner = handle, BlockRunner(handle)
         self._batches = [ids.to(handle.device) for ids in torch.split(windows.ids, batch_size)]
-        self._dense: list[Tensor | None] = [None] * len(self._batches)
-        self._working: list[Tensor | None] = [None] * len(self._batches)
+        self._spans = [slice(start, start + batch_size) for start in range(0, windows.windows, batch_size)]
+        places = [None, None] if folder is None else [folder / "dense", folder / "compressed"]
+        for place in filter(None, places):
+            place.mkdir()
+        self._dense, self._working = (HiddenStates(windows.windows, place) for place in places)
         self.layers: dict[str, nn.Module] = {}
         self._in_place: dict[str, nn.Module] = {}
         self._dense_past = -1
@@ -239,8 +247,9 @@ class _Pair:
         """
         states = self._working if compressed else self._dense
         with _reading(module, stop=not advance) as read, suppress(_Read):
-            hidden = self._runner.run(step.depth, self._batches[index], states[index])
-            states[index] = hidden if advance else states[index]
+            hidden = self._runner.run(step.depth, self._batches[index], states.read(self._spans[index]))
+            if advance:
+                states.write(self._spans[index], hidden)
         if not read:
             raise ModelError(
                 f"block {step.depth} is run without the layer whose input was asked for, so the model can't be compressed block by block."
@@ -253,18 +262,23 @@ class _Pair:
             if self._runner.chained:
                 self._advance(block, index)
             tick()
+        if self._runner.chained:
+            for states in (self._dense, self._working):
+                states.advance(block)
+                states.forget(block - 1)
+        release(self._handle.module)
         self._in_place = {} if self._runner.chained else self._in_place
 
     @torch.inference_mode()
     def _advance(self, block: int, index: int) -> None:
-        ids = self._batches[index]
+        ids, span = self._batches[index], self._spans[index]
         if self._dense_past < block:
-            self._dense[index] = self._runner.run(block, ids, self._dense[index])
-        if not self.layers:
-            self._working[index] = self._dense[index]
-            return
-        with swap_layers(self._handle, self._in_place):
-            self._working[index] = self._runner.run(block, ids, self._working[index])
+            hidden = self._runner.run(block, ids, self._dense.read(span))
+            self._dense.write(span, hidden)
+        if self.layers:
+            with swap_layers(self._handle, self._in_place):
+                hidden = self._runner.run(block, ids, self._working.read(span))
+        self._working.write(span, hidden)
 
 
 def _inputs_of_experts(
@@ -337,10 +351,10 @@ def compress_sequentially(
             raise ConfigError(
                 f"{unit.name}: a stack over several inputs can't be drift-aware. Use a stack of one input, or drop drift_aware."
             )
-    pair = _Pair(handle, windows, statistics.config.batch_size)
     steps = _steps(units, allocation)
     depth = max(shape.depth for shape in handle.shapes) + 1
-    total, done = (len(steps) + depth) * pair.batches, 0
+    batches = -(-windows.windows // statistics.config.batch_size)
+    total, done = (len(steps) + depth) * batches, 0
 
     def tick() -> None:
         nonlocal done
@@ -348,14 +362,26 @@ def compress_sequentially(
         if progress is not None:
             progress(done, total)
 
-    for block in range(depth):
-        here = [step for step in steps if step.depth == block]
-        for step in here:
-            moments = pair.moments(step, {group: statistics.inputs[group] for group in step.groups}, tick, last=step is here[-1])
-            fitted = _fitted_step(step, handle, statistics, moments, bases, basis, damping, allocation.ranks)
-            pair.add(fitted, {name: allocation.ranks[name] for name in fitted})
-        pair.advance(block, tick)
+    with _room_for_states(handle) as folder:
+        pair = _Pair(handle, windows, statistics.config.batch_size, folder)
+        for block in range(depth):
+            here = [step for step in steps if step.depth == block]
+            for step in here:
+                moments = pair.moments(step, {group: statistics.inputs[group] for group in step.groups}, tick, last=step is here[-1])
+                fitted = _fitted_step(step, handle, statistics, moments, bases, basis, damping, allocation.ranks)
+                pair.add(fitted, {name: allocation.ranks[name] for name in fitted})
+            pair.advance(block, tick)
     return build_model(handle, pair.layers, bases, allocation.ranks)
+
+
+@contextmanager
+def _room_for_states(handle: ModelHandle) -> Iterator[Path | None]:
+    """Give a folder for hidden states where weights don't fit into memory; None where memory has room for both."""
+    if handle.weights is None:
+        yield None
+        return
+    with TemporaryDirectory(dir=handle.weights.folder) as folder:
+        yield Path(folder)
 
 
 def _fitted_step(

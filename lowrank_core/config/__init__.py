@@ -15,30 +15,31 @@ from lowrank_core.config.export import ExportConfig
 from lowrank_core.config.mapping import from_mapping, to_mapping
 from lowrank_core.config.run import RunConfig
 from lowrank_core.config.search import DEPTH, OBJECTIVES, PRUNERS, SAMPLERS, SPACES, VARIABLES, SearchConfig, depth_groups
-from lowrank_core.config.sources import BOS_RULES, DTYPES, ModelSource, TextConfig, looks_like_path
+from lowrank_core.config.sources import BOS_RULES, DTYPES, WORKING_SHARE, ModelSource, TextConfig, looks_like_path
 
 __all__ = [
     "BOS_RULES",
-    "CalibrationConfig",
-    "CompressRequest",
-    "CompressionConfig",
     "DEPTH",
     "DTYPES",
-    "ExportConfig",
     "GROUP_WEIGHTS",
-    "ModelSource",
     "OBJECTIVES",
     "PRUNERS",
     "ROBUST_RULES",
-    "RunConfig",
     "SAMPLERS",
     "SPACES",
-    "SearchConfig",
     "TOKENS_PER_DIMENSION",
-    "TextConfig",
     "VARIABLES",
-    "check_min",
+    "WORKING_SHARE",
+    "CalibrationConfig",
+    "CompressRequest",
+    "CompressionConfig",
+    "ExportConfig",
+    "ModelSource",
+    "RunConfig",
+    "SearchConfig",
+    "TextConfig",
     "check_choice",
+    "check_min",
     "check_ratio",
     "depth_groups",
     "from_mapping",

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
-__all__ = ["BOS_RULES", "DTYPES", "ModelSource", "TextConfig", "looks_like_path"]
+__all__ = ["BOS_RULES", "DTYPES", "WORKING_SHARE", "ModelSource", "TextConfig", "looks_like_path"]
 
 DTYPES = ("auto", "float32", "bfloat16")
 BOS_RULES = ("auto", "window", "none")
 
 
+WORKING_SHARE = 2.5
+"""Weights are held in memory that is this many times as large at least, as compressing them takes at most; else they stay on disk."""
+
+_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+
 @dataclass(frozen=True)
 class ModelSource:
-    """Source of a causal language model, and its dtype and device."""
+    """Source of a causal language model, its dtype and device, and the memory that may be taken."""
 
     reference: str = option(
         "demo",
@@ -31,11 +38,32 @@ class ModelSource:
         label="Weights held as",
         choices=DTYPES,
     )
+    memory: str = option(
+        "auto",
+        "what a process may take, such as 4GB: weights that leave too little of it stay on disk and are read block by block, which is "
+        "slower and changes no number; auto: what is free",
+        label="Memory",
+    )
 
     def __post_init__(self) -> None:
         if not self.reference.strip():
             raise ConfigError("model: give `demo`, a local folder, a GGUF file, or a hub id.")
         check_options(self)
+        _ = self.memory_bytes
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Bytes that a process may take; None where that is what is free.
+
+        Raises:
+            ConfigError: it is no size.
+        """
+        if self.memory == "auto":
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]I?B)", self.memory.strip().upper())
+        if found is None or not float(found[1]):
+            raise ConfigError(f"memory: {self.memory!r} is no size. Give one such as 800MB or 4GB, or auto.")
+        return int(float(found[1]) * _UNITS[found[2]])
 
 
 @dataclass(frozen=True)

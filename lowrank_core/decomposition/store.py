@@ -23,6 +23,7 @@ from lowrank_core.decomposition.head_factorization import HeadBasis
 from lowrank_core.decomposition.units import factorized, shrinkage_of, units_by_block
 from lowrank_core.errors import ModelError
 from lowrank_core.models.handle import ModelHandle
+from lowrank_core.models.mapped import release
 from lowrank_core.parameters import HeadUnit, Unit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.store import (
@@ -187,6 +188,7 @@ def _store(
     for position, (_, basis) in enumerate(factorized(handle, statistics, units, config)):
         tensors |= {f"{position}/{name}": tensor for name, tensor in _tensors(basis, dtype).items()}
         tick(1)
+    release(handle.module)
     needed, free = sum(tensor.nbytes for tensor in tensors.values()), disk_usage(folder).free
     if free < needed:
         raise ModelError(f"the factors of a block need {amount(needed)} in {folder}, and {amount(free)} are free. Make room.")

@@ -7,7 +7,8 @@ model tells before anything is compressed, and such biases can be left out.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from lowrank_core.models.gguf import become_plain
 from lowrank_core.models.handle import ModelHandle, bias_of
 from lowrank_core.models.hf import compressed_modules
 from lowrank_core.models.plain import architectures_of
-from lowrank_core.models.unrolled import roll_back
+from lowrank_core.models.unrolled import kept_in_memory, roll_back
 
 __all__ = ["biases_without_place", "check_form", "dense_layer", "empty_model", "merged"]
 
@@ -47,10 +48,15 @@ def check_form(handle: ModelHandle, basis: ErrorMetric, config: ExportConfig) ->
         _refuse(handle.module, biases_without_place(handle))
 
 
-def merged(module: PreTrainedModel, *, drop_biases: bool = False) -> tuple[PreTrainedModel, tuple[str, ...]]:
+def merged(
+    module: PreTrainedModel, *, drop_biases: bool = False, settle: Callable[[nn.Module], None] = kept_in_memory
+) -> tuple[PreTrainedModel, tuple[str, ...]]:
     """Return a copy of the model in its plain architecture, and the layers whose bias was left out.
 
     Products are computed in float64 and cast once.
+
+    Args:
+        settle: is called with each layer that is made, before the next one is.
 
     Raises:
         ModelError: a layer has a bias for which the architecture has no place, and it is not to be dropped.
@@ -60,13 +66,14 @@ def merged(module: PreTrainedModel, *, drop_biases: bool = False) -> tuple[PreTr
     if not drop_biases:
         _refuse(module, homeless)
     # deepcopy takes a replaced layer from its memo, so that no factor is copied to be thrown away.
-    memo: dict[int, object] = {
-        id(child): dense_layer(child, skeleton.get_submodule(name), keep_bias=name not in homeless) for name, child in compressed.items()
-    }
-    dense = copy.deepcopy(module, memo)
+    memo: dict[int, nn.Module] = {}
+    for name, child in compressed.items():
+        memo[id(child)] = dense_layer(child, skeleton.get_submodule(name), keep_bias=name not in homeless)
+        settle(memo[id(child)])
+    dense = copy.deepcopy(module, dict[int, Any](memo))
     _add_zero_biases(dense, skeleton)
     for model in (dense, skeleton):
-        roll_back(model)
+        roll_back(model, settle=settle)
     dense.config = config
     become_plain(dense)
     result, expected = ({name: tensor.shape for name, tensor in model.state_dict().items()} for model in (dense, skeleton))

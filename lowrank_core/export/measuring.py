@@ -34,7 +34,7 @@ def loaded_like(handle: ModelHandle, folder: Path) -> ModelHandle:
     Raises:
         ModelError: it can't be loaded.
     """
-    return load_model(ModelSource(str(folder), str(handle.device), _DTYPES.get(handle.module.dtype, "auto")))
+    return load_model(ModelSource(str(folder), str(handle.device), _DTYPES.get(handle.module.dtype, "auto")), weights=handle.weights)
 
 
 def measured(handle: ModelHandle, test: HeldOut, *, progress: Progress | None = None) -> Measurement:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +27,7 @@ from lowrank_core.models.gguf import become_plain
 from lowrank_core.models.handle import bias_of
 from lowrank_core.models.hf import compressed_modules
 from lowrank_core.models.plain import ARCHITECTURE, architectures_of, plain_class
-from lowrank_core.models.unrolled import roll_back, stands_for
+from lowrank_core.models.unrolled import kept_in_memory, roll_back, stands_for
 
 __all__ = ["plainly", "write_plain_code"]
 
@@ -38,8 +40,11 @@ class {name}(WithFactors, transformers.{architecture}):
 '''
 
 
-def plainly(module: PreTrainedModel) -> PreTrainedModel:
+def plainly(module: PreTrainedModel, *, settle: Callable[[nn.Module], None] = kept_in_memory) -> PreTrainedModel:
     """Return a copy of the model in the plain form; it computes the same.
+
+    Args:
+        settle: is called with each layer that is made, before the next one is.
 
     Raises:
         ModelError: a layer has no place in this form.
@@ -47,12 +52,15 @@ def plainly(module: PreTrainedModel) -> PreTrainedModel:
     compressed = dict(compressed_modules(module))
     _check_layers(module, compressed)
     skeleton = empty_model(module, module.config)
-    memo: dict[int, object] = {
-        id(child): _factors(child) if isinstance(child, StackedLinear) else dense_layer(child, skeleton.get_submodule(name), keep_bias=True)
-        for name, child in compressed.items()
-    }
-    plain = copy.deepcopy(module, memo)
-    roll_back(plain)
+    memo: dict[int, nn.Module] = {}
+    for name, child in compressed.items():
+        if isinstance(child, StackedLinear):
+            memo[id(child)] = _factors(child)
+        else:
+            memo[id(child)] = dense_layer(child, skeleton.get_submodule(name), keep_bias=True)
+        settle(memo[id(child)])
+    plain = copy.deepcopy(module, dict[int, Any](memo))
+    roll_back(plain, settle=settle)
     become_plain(plain)
     layers = {name: plain.get_submodule(name) for name in compressed}
     plain.config.lowrank_ranks = {name: child.rank for name, child in compressed.items() if isinstance(child, StackedLinear)}

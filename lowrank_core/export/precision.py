@@ -5,8 +5,6 @@ Weights that fit into float16 need not give finite outputs: activations overflow
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -15,6 +13,7 @@ from lowrank_core.config import ExportConfig
 from lowrank_core.errors import NumericalError
 from lowrank_core.models import ModelHandle
 from lowrank_core.models.handle import random_tokens
+from lowrank_core.models.mapped import all_finite, converted
 from lowrank_core.text import WindowSet
 
 __all__ = ["check_finite", "check_precision", "written_dtype"]
@@ -38,7 +37,7 @@ def check_precision(handle: ModelHandle, config: ExportConfig, windows: WindowSe
     """
     dtype = written_dtype(handle, config)
     if torch.finfo(dtype).max < torch.finfo(handle.module.dtype).max:
-        check_finite(copy.deepcopy(handle.module).to(dtype), windows)
+        check_finite(converted(handle.module, dtype, handle.weights), windows)
 
 
 def check_finite(module: PreTrainedModel, windows: WindowSet | None) -> None:
@@ -49,7 +48,7 @@ def check_finite(module: PreTrainedModel, windows: WindowSet | None) -> None:
     """
     dtype = str(module.dtype).removeprefix("torch.")
     for name, tensor in module.state_dict().items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise NumericalError(f"{name}: its values overflow in {tensor.dtype}. Write bfloat16 or float32 ({_FLAGS}).")
     ids = random_tokens(module, 1) if windows is None else windows.ids[:1].to(module.device)
     if not torch.isfinite(_logits(module, ids)).all():

@@ -16,7 +16,7 @@ import copy
 import inspect
 import math
 from abc import abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Self, cast
@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 from torch import Tensor, nn
 
-from lowrank_core.models.unrolled import Unrolled, as_native, linear_layer, put, replace_module, stripped, unrolled_in
+from lowrank_core.models.unrolled import Unrolled, as_native, kept_in_memory, linear_layer, put, replace_module, stripped, unrolled_in
 
 __all__ = ["FIRST_LAYERS", "Expert", "Routed", "UnrolledExperts", "calling_every_expert", "experts_of", "unroll_experts"]
 
@@ -307,11 +307,14 @@ class SortedExperts(UnrolledExperts):
 _CARRIERS: tuple[type[UnrolledExperts], ...] = (BatchedExperts, RoutedExperts, SortedExperts)
 
 
-def unroll_experts(model: nn.Module, holding: Collection[str] | None = None) -> None:
+def unroll_experts(
+    model: nn.Module, holding: Collection[str] | None = None, *, settle: Callable[[nn.Module], None] = kept_in_memory
+) -> None:
     """Replace every mixture of ``model`` whose class is known by its linear layers, in place; one that they do not reproduce stays.
 
     Args:
         holding: dotted paths of layers; a mixture that holds none of them stays as it is. None for all mixtures.
+        settle: is called with each module that was put in, before the next one is made.
     """
     for name, native in list(model.named_modules()):
         carrier = next((carrier for carrier in _CARRIERS if carrier.fits(native)), None)
@@ -319,6 +322,7 @@ def unroll_experts(model: nn.Module, holding: Collection[str] | None = None) -> 
             continue
         unrolled = carrier.of(native)
         if _reproduces(unrolled, native):
+            settle(unrolled)
             replace_module(model, name, unrolled)
 
 

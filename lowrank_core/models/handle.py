@@ -22,6 +22,7 @@ from lowrank_core.errors import LowRankError, ModelError
 from lowrank_core.layers.base import CompressedModule, PivotIndex
 from lowrank_core.layers.quantized import QuantizedMatrix
 from lowrank_core.models.experts import FIRST_LAYERS, UnrolledExperts
+from lowrank_core.models.mapped import WeightMap, release
 from lowrank_core.models.unrolled import stored_tensors
 from lowrank_core.models.values import value_reads
 from lowrank_core.models.walk import LinearMap, coverage_of, linear_maps
@@ -45,6 +46,9 @@ __all__ = [
 
 _INCIDENTAL = frozenset({"_name_or_path", "dtype", "quantization_config", "torch_dtype", "transformers_version"})
 """Entries of a model's config that say where it comes from, not what it computes."""
+
+_RELEASED_BYTES = 2**24
+"""A pass over all weights lets go of mapped ones after each tensor that is larger."""
 
 _PROBE_TOKENS = 64
 """Of a pass that shows what reaches what: two would leave most of a layer that routes tokens unseen."""
@@ -115,6 +119,7 @@ class ModelHandle:
         layers: compressible layers in the order of the model.
         stored_dtype: of the checkpoint's weights; what is measured runs in the module's dtype, what is written is written in this.
         left_fused: sentences on layers that look like several projections in one matrix, and stay so.
+        weights: where weights are mapped from that don't fit into memory; None where all are in memory.
     """
 
     reference: str
@@ -123,6 +128,7 @@ class ModelHandle:
     layers: tuple[LayerSpec, ...]
     stored_dtype: torch.dtype
     left_fused: tuple[str, ...] = ()
+    weights: WeightMap | None = None
 
     @property
     def device(self) -> torch.device:
@@ -145,6 +151,8 @@ class ModelHandle:
         for name, tensor in stored_tensors(self.module):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            if self.weights is not None and tensor.nbytes > _RELEASED_BYTES:
+                release(self.module)
         return digest.hexdigest()
 
     @property

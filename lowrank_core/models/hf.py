@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +41,7 @@ from lowrank_core.models.fused import Layout, layouts_of, split_fused
 from lowrank_core.models.guard import guard_name, guard_pattern, guards, unguarded
 from lowrank_core.models.handle import weight_of
 from lowrank_core.models.integrity import check_weights
-from lowrank_core.models.unrolled import replace_module, roll_back, stands_for
+from lowrank_core.models.unrolled import kept_in_memory, replace_module, roll_back, stands_for
 
 __all__ = [
     "CODE",
@@ -48,11 +50,14 @@ __all__ = [
     "LowRankQuantizer",
     "compressed_modules",
     "guard_names",
+    "loading_from_disk",
     "mark_compressed",
     "register",
+    "settle_compressed",
 ]
 
 _LOGGER = logging.getLogger(__name__)
+_FROM_DISK: ContextVar[bool] = ContextVar("from_disk", default=False)
 
 METHOD = "lowrank"
 CODE = "modeling_lowrank"
@@ -118,12 +123,8 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name, module in compressed_modules(model):
-            _check_place(name, module)
-            module.settle(name)
-            for _part, factor in module.stored_factors():
-                if isinstance(factor, QuantizedMatrix):
-                    factor.scales = factor.scales.to(model.dtype)  # those of int4 come in float16, and are exact in any dtype
+        if not _FROM_DISK.get():
+            settle_compressed(model)
         if not model.is_remote_code():  # what `save_pretrained` writes then comes without the code
             _forget_code(model)
         return model
@@ -146,16 +147,19 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> None:
+def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any], *, settle: Callable[[nn.Module], None] = kept_in_memory) -> None:
     """Write into the model's config which of its layers are compressed, and how, so that ``save_pretrained`` keeps it.
 
     A mixture whose experts are all dense, or a fused projection whose parts are, becomes the architecture's own module again; where one
     is compressed, all of its layers are stored.
 
+    Args:
+        settle: as of ``roll_back``.
+
     Raises:
         ModelError: a layer belongs to a stack whose leader is not part of the model.
     """
-    roll_back(model, keep=lambda unrolled: not unrolled.dense)
+    roll_back(model, keep=lambda unrolled: not unrolled.dense, settle=settle)
     names = {child: name for name, child in model.named_modules()}
     layers = {name: {**child.spec(names), **_guard_entry(model, name)} for name, child in compressed_modules(model)}
     converted = any(isinstance(entry, WeightConverter) for entry in get_model_conversion_mapping(model, add_legacy=False))
@@ -165,6 +169,30 @@ def mark_compressed(model: PreTrainedModel, provenance: Mapping[str, Any]) -> No
     if converted:
         model._weight_conversions = []
     model.hf_quantizer = LowRankQuantizer(config, pre_quantized=True)
+
+
+@contextmanager
+def loading_from_disk() -> Iterator[None]:
+    """Let ``from_pretrained`` leave compressed layers on disk; call ``settle_compressed`` once their weights are there."""
+    token = _FROM_DISK.set(True)
+    try:
+        yield
+    finally:
+        _FROM_DISK.reset(token)
+
+
+def settle_compressed(model: PreTrainedModel) -> None:
+    """Check the compressed layers of a model whose weights are loaded.
+
+    Raises:
+        ModelError: a layer was offloaded, its stack lies on several devices, or its indices are none.
+    """
+    for name, module in compressed_modules(model):
+        _check_place(name, module)
+        module.settle(name)
+        for _part, factor in module.stored_factors():
+            if isinstance(factor, QuantizedMatrix):
+                factor.scales = factor.scales.to(model.dtype)  # those of int4 come in float16, and are exact in any dtype
 
 
 def compressed_modules(model: nn.Module) -> Iterator[tuple[str, CompressedModule]]:

@@ -6,18 +6,21 @@ import json
 import logging
 import math
 import re
+import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import transformers
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -26,19 +29,31 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from lowrank_core.config import ModelSource, looks_like_path
+from lowrank_core.config import WORKING_SHARE, ModelSource, looks_like_path
 from lowrank_core.errors import ModelError
 from lowrank_core.files.checkpoints import check_reference, check_unquantized, dequantized_method, dequantized_note
 from lowrank_core.files.gguf import GgufFile, is_gguf, read_gguf
 from lowrank_core.files.weights import WeightFiles, read_object, weight_files
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.experts import unroll_experts
+from lowrank_core.models.from_disk import device_map_of, mapped_from_disk
 from lowrank_core.models.gguf import become_plain, check_complete, check_readable, dequantizing, gguf_arguments
-from lowrank_core.models.handle import LayerSpec, ModelHandle, auto_class_of, find_layers, positions_of, random_tokens, text_config_of
+from lowrank_core.models.handle import (
+    LayerSpec,
+    ModelHandle,
+    auto_class_of,
+    blocks_of,
+    find_layers,
+    positions_of,
+    random_tokens,
+    text_config_of,
+)
 from lowrank_core.models.integrity import check_weights
+from lowrank_core.models.mapped import MappedParameter, WeightMap, all_finite
 from lowrank_core.models.plain import become_factored, is_plain_form, plain_class
 from lowrank_core.models.projections import split_projections
-from lowrank_core.runs import bundled_path
+from lowrank_core.models.unrolled import kept_in_memory
+from lowrank_core.runs import bundled_path, home
 
 __all__ = ["load_model", "max_context", "notes_of", "resolve_reference"]
 
@@ -97,11 +112,12 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def load_model(source: ModelSource | str, *, whole: Collection[str] = ()) -> ModelHandle:
+def load_model(source: ModelSource | str, *, whole: Collection[str] = (), weights: WeightMap | None = None) -> ModelHandle:
     """Load the model and tokenizer of ``source``, in eval mode, from safetensors or a GGUF file only.
 
     Args:
         whole: names of layers that stay one matrix though they hold several projections, as an earlier version left them all.
+        weights: where they are mapped from; without it, they are mapped if they leave too little of the memory of ``source``.
 
     Raises:
         ModelError: it is not there, is not a causal language model, or its files are damaged.
@@ -114,18 +130,32 @@ def load_model(source: ModelSource | str, *, whole: Collection[str] = ()) -> Mod
     dtype: Any = getattr(torch, source.dtype, torch.float32)
     if source.dtype == "auto" and device.type != "cpu":
         dtype = "auto" if _file_of(place) is None else _stored_dtype(place, config)
-    module = _load_module(place, source.reference, config, dtype)
+    if weights is None and device.type == "cpu" and _too_large(place, dtype, source.memory_bytes):
+        weights = WeightMap(home() / "weights")
+    module = _load_module(place, source.reference, config, dtype, weights)
     tokenizer = _load_tokenizer(place, source.reference)
     module = module.to(device).eval()  # type: ignore[arg-type]
     module.requires_grad_(False)
     _check_finite(module, source.reference)
-    unroll_experts(module)
+    settle = kept_in_memory if weights is None else weights.settle
+    unroll_experts(module, settle=settle)
     dtype = _stored_dtype(place, config) or module.dtype
-    layers, left = _layers(module, source.reference, whole)
-    return ModelHandle(source.reference, module, tokenizer, layers, dtype, left)
+    layers, left = _layers(module, source.reference, whole, settle)
+    return ModelHandle(source.reference, module, tokenizer, layers, dtype, left, weights)
 
 
-def _layers(module: PreTrainedModel, reference: str, whole: Collection[str]) -> tuple[tuple[LayerSpec, ...], tuple[str, ...]]:
+def _too_large(place: str, dtype: Any, memory: int | None) -> bool:
+    """Whether the weights of safetensors files, as they are held, leave too little of the memory to work with them."""
+    folder = _folder_of(place)
+    if folder is None:
+        return False  # a GGUF file is read whole, and of what is fetched first nothing is known yet
+    held = sum(count * dtype.itemsize for count in _counts(folder).values())
+    return bool(held * WORKING_SHARE > (psutil.virtual_memory().available if memory is None else memory))
+
+
+def _layers(
+    module: PreTrainedModel, reference: str, whole: Collection[str], settle: Callable[[nn.Module], None]
+) -> tuple[tuple[LayerSpec, ...], tuple[str, ...]]:
     """Return the compressible layers of a model that runs on text, and is causal; and sentences on layers that stay fused.
 
     Raises:
@@ -138,7 +168,12 @@ def _layers(module: PreTrainedModel, reference: str, whole: Collection[str]) -> 
                 f"model: {reference} ({type(module).__name__}) is not causal: its logits depend on later tokens. "
                 "Give a decoder-only model, such as a Llama or a GPT-2."
             )
-        left = split_projections(module, whole=whole)
+        if any(isinstance(parameter, MappedParameter) and parameter.changed for parameter in module.parameters()):
+            raise ModelError(
+                f"model: {reference} ({type(module).__name__}) changes its weights while it runs, so that they can't stay on disk. "
+                "Use a machine with more memory."
+            )
+        left = split_projections(module, whole=whole, settle=settle)
         return find_layers(module), tuple(map(str, left))
     except ModelError:
         raise
@@ -201,10 +236,22 @@ def _stored_dtype(place: str, config: PretrainedConfig) -> torch.dtype | None:
     if file is not None:
         stated: torch.dtype = getattr(torch, file.stored_dtype)
         return stated
-    cached = None if Path(place).is_dir() else try_to_load_from_cache(place, "config.json")
-    folder = Path(cached).parent if isinstance(cached, str) else Path(place)
-    if not folder.is_dir():
+    folder = _folder_of(place)
+    if folder is None:
         return config.dtype if isinstance(config.dtype, torch.dtype) else None
+    counts = _counts(folder)
+    return max(counts, key=lambda dtype: counts[dtype]) if counts else None
+
+
+def _folder_of(place: str) -> Path | None:
+    """Return the folder of a checkpoint's files, which the hub's cache may hold; None of a GGUF file, or of what is not there yet."""
+    cached = None if Path(place).exists() else try_to_load_from_cache(place, "config.json")
+    folder = Path(cached).parent if isinstance(cached, str) else Path(place)
+    return folder if folder.is_dir() else None
+
+
+def _counts(folder: Path) -> Counter[torch.dtype]:
+    """Return how many floats of each dtype the safetensors files of a checkpoint hold."""
     counts: Counter[torch.dtype] = Counter()
     for name in _files_of(folder).loaded:
         with safe_open(folder / name, framework="pt") as archive:
@@ -214,7 +261,7 @@ def _stored_dtype(place: str, config: PretrainedConfig) -> torch.dtype | None:
                     continue
                 counts[_FLOATS.get(view.get_dtype(), torch.int8)] += prod(view.get_shape())
     del counts[torch.int8]
-    return max(counts, key=lambda dtype: counts[dtype]) if counts else None
+    return counts
 
 
 def _check_reachable(repository: str) -> None:
@@ -251,6 +298,7 @@ def _checked_config(place: str, reference: str) -> PretrainedConfig:
     """Return the config, if it is that of a causal language model; from here on the libraries are quiet."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)
     hub_logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # it would tell of each retry
     file = _file_of(place)
     if file is not None:
@@ -295,12 +343,12 @@ def _refusal(config: PretrainedConfig) -> str:
     return f"is not a causal language model ({name}). Give its text part ({text.model_type}) as a checkpoint of its own."
 
 
-def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: Any) -> PreTrainedModel:
+def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: Any, weights: WeightMap | None) -> PreTrainedModel:
     file = _file_of(place)
     method = "gguf" if file is not None else dequantized_method(config.to_dict())
     try:
-        with _arguments(place) as (source, options):
-            loader = plain_class(config) if is_plain_form(config) else getattr(transformers, auto_class_of(config))
+        loader = plain_class(config) if is_plain_form(config) else getattr(transformers, auto_class_of(config))
+        with _arguments(place) as (source, options), _from_disk(loader, config, weights) as left_on_disk:
             module, info = loader.from_pretrained(
                 source,
                 config=config,
@@ -309,8 +357,12 @@ def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: An
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
                 **options,
+                **left_on_disk,
                 **dequantizing(method),
             )
+            if weights is not None:
+                mapped_from_disk(module, weights)
+                hf.settle_compressed(module)
     except _LIBRARY_ERRORS as error:
         raise ModelError(_not_loaded(place, reference, error)) from error
     missing = sorted(info["missing_keys"])
@@ -327,7 +379,21 @@ def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: An
         become_plain(module)
     if is_plain_form(config):
         become_factored(module)
+    if weights is not None:
+        weights.settle(module)
     return module
+
+
+@contextmanager
+def _from_disk(loader: Any, config: PretrainedConfig, weights: WeightMap | None) -> Iterator[dict[str, Any]]:
+    """Give the arguments of ``from_pretrained`` that leave the blocks on disk, in files that are there as long as it reads."""
+    if weights is None:
+        yield {}
+        return
+    with torch.device("meta"):
+        skeleton = (loader._from_config if is_plain_form(config) else loader.from_config)(config)
+    with tempfile.TemporaryDirectory(dir=weights.folder) as folder, hf.loading_from_disk():
+        yield {"device_map": device_map_of(skeleton, blocks_of(skeleton)[0]), "offload_folder": folder, "offload_buffers": True}
 
 
 def _load_tokenizer(place: str, reference: str) -> PreTrainedTokenizerBase:
@@ -345,8 +411,10 @@ def _load_tokenizer(place: str, reference: str) -> PreTrainedTokenizerBase:
 
 def _check_finite(module: PreTrainedModel, reference: str) -> None:
     for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter).all():
+        if not all_finite(parameter):
             raise ModelError(f"model: {name} of {reference} holds NaN or Inf. The checkpoint is damaged; download or save it again.")
+        if isinstance(parameter, MappedParameter):
+            parameter.release()
 
 
 def _first_line(error: BaseException) -> str:

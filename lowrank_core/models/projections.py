@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 from lowrank_core.layers.base import CompressedModule
 from lowrank_core.models.fused import Layout, SplitProjection
 from lowrank_core.models.handle import blocks_of, random_tokens, weight_of
-from lowrank_core.models.unrolled import replace_module, roll_back
+from lowrank_core.models.unrolled import kept_in_memory, replace_module, roll_back
 from lowrank_core.models.values import head_dim_of, repeats
 from lowrank_core.models.walk import LinearMap, linear_maps
 
@@ -107,19 +107,22 @@ _QUERY_EDITS = (("q_proj", _disturbed), ("k_proj", _disturbed))
 _GATE_EDITS = (("up_proj", torch.zeros_like), ("up_proj", _multiplied))
 
 
-def split_projections(model: PreTrainedModel, *, whole: Collection[str] = ()) -> tuple[LeftFused, ...]:
+def split_projections(
+    model: PreTrainedModel, *, whole: Collection[str] = (), settle: Callable[[nn.Module], None] = kept_in_memory
+) -> tuple[LeftFused, ...]:
     """Replace fused projections by linear layers, in place, and return those that look like one and stay.
 
     Args:
         whole: names of layers that stay one matrix each, whatever they hold.
+        settle: is called with each module that was put in, before the next one is made.
     """
     ids = random_tokens(model, 1)[:, :_TOKENS]
     layouts, left, logits = _layouts(model, ids)
     left |= {name: _WHOLE for name in layouts if name in whole}
-    split = [name for name, layout in layouts.items() if name not in left and _split(model, name, layout)]
+    split = [name for name, layout in layouts.items() if name not in left and _split(model, name, layout, settle)]
     left |= {name: _INEXACT for name in layouts if name not in left and name not in split}
     if split and not _gives(model, ids, logits):
-        roll_back(model, keep=lambda unrolled: not isinstance(unrolled, SplitProjection) or not unrolled.dense)
+        roll_back(model, keep=lambda unrolled: not isinstance(unrolled, SplitProjection) or not unrolled.dense, settle=settle)
         left |= dict.fromkeys(split, _USED_OTHERWISE)
     return _grouped(left)
 
@@ -155,12 +158,13 @@ def _kind(name: str) -> tuple[str, ...]:
     return tuple(part for part in name.split(".") if not part.isdigit())
 
 
-def _split(model: PreTrainedModel, name: str, layout: Layout) -> bool:
+def _split(model: PreTrainedModel, name: str, layout: Layout, settle: Callable[[nn.Module], None]) -> bool:
     """Replace one layer, if its parts give what it gives; one at a time, so that no two models are in memory."""
     native = model.get_submodule(name)
     split = SplitProjection(native, layout)
     same = _reproduces(split, native)
     if same:
+        settle(split)
         replace_module(model, name, split)
     return same
 

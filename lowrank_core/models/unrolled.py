@@ -17,6 +17,7 @@ from torch import Tensor, nn
 __all__ = [
     "Unrolled",
     "as_native",
+    "kept_in_memory",
     "linear_layer",
     "natively",
     "put",
@@ -101,11 +102,23 @@ def replace_module(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(model.get_submodule(parent), leaf, new)
 
 
-def roll_back(model: nn.Module, *, keep: Callable[[Unrolled], bool] = lambda _: False) -> None:
-    """Put the architecture's own modules back, in place, but for those that ``keep`` says stay linear layers."""
+def kept_in_memory(module: nn.Module) -> None:
+    """Do nothing with a module that was put into a model: what others ``settle``."""
+
+
+def roll_back(
+    model: nn.Module, *, keep: Callable[[Unrolled], bool] = lambda _: False, settle: Callable[[nn.Module], None] = kept_in_memory
+) -> None:
+    """Put the architecture's own modules back, in place, but for those that ``keep`` says stay linear layers.
+
+    Args:
+        settle: is called with each module that is put in, before the next one is made.
+    """
     for name, child in list(unrolled_in(model)):
         if not keep(child):
-            replace_module(model, name, child.rolled())
+            native = child.rolled()
+            settle(native)
+            replace_module(model, name, native)
 
 
 @contextmanager

@@ -6,11 +6,25 @@ that this package starts gets its command and its environment here. Torch-free.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import sys
 from pathlib import Path
 
-__all__ = ["python_command", "python_environment"]
+__all__ = ["python_command", "python_environment", "return_freed_arrays"]
+
+_MMAP_THRESHOLD = -3
+"""Number of that parameter in glibc's ``mallopt``."""
+
+_RETURNED_BYTES = 2**23
+
+
+def return_freed_arrays() -> None:
+    """Let glibc give large arrays back to the system when they are freed; by itself it soon keeps those of up to 32 MiB for later."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError):  # another C library
+            ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, _RETURNED_BYTES)
 
 
 def python_command(*arguments: str) -> list[str]:

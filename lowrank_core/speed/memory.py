@@ -100,6 +100,6 @@ def measure_memory(source: ModelSource, config: SpeedConfig, *, fingerprint: str
         last = (result.stderr.strip().splitlines() or ["it said nothing"])[-1][:300]
         raise ModelError(
             f"the process that measures the memory of {source.reference} ended early (status {result.returncode}: {last}). "
-            "Free some memory, or leave this out with --no-memory."
+            "Free some memory, or leave this out with --no-peak-memory."
         )
     return MemoryReport(**json.loads(result.stdout))

@@ -38,6 +38,7 @@ from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.experts import Expert, calling_every_expert
 from lowrank_core.models.fused import layouts_of
 from lowrank_core.models.handle import LayerSpec, ModelHandle
+from lowrank_core.models.mapped import release
 from lowrank_core.statistics.experts import mixed_outputs
 from lowrank_core.statistics.moments import GradientAccumulator, OutputStatistics
 from lowrank_core.statistics.precision import products_in, resolved_precision, rounded
@@ -278,6 +279,7 @@ class _Measurement:
                 for span in self._spans:
                     self._back_through(block, span, hidden.read(span) if block else None, gradient)
                     tick()
+            release(self.handle.module)
             if layers:
                 yield {block: self._finished(layers, accumulators)}
 

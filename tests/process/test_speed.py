@@ -175,7 +175,7 @@ def demo_source() -> ModelSource:
 
 
 def test_a_process_that_ends_early_is_told(tmp_path: Path):
-    with pytest.raises(ModelError, match=r"ended early \(status 1: model: there is no folder .*--no-memory"):
+    with pytest.raises(ModelError, match=r"ended early \(status 1: model: there is no folder .*--no-peak-memory"):
         measure_memory(ModelSource(str(tmp_path / "nowhere")), SMALL)
 
 
@@ -208,7 +208,7 @@ def _finite(value: object) -> bool:
 
 
 def test_the_command_compares_two_models(llama_checkpoint: Path, gpt2_checkpoint: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = ["speed", "--model", str(llama_checkpoint), "--against", str(gpt2_checkpoint), "--no-memory"]
+    arguments = ["speed", "--model", str(llama_checkpoint), "--against", str(gpt2_checkpoint), "--no-peak-memory"]
     short = ["--prompt-tokens", "4", "--new-tokens", "3", "--rounds", "2"]
     assert main([*arguments, *short, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
@@ -223,7 +223,7 @@ def test_the_command_compares_two_models(llama_checkpoint: Path, gpt2_checkpoint
 
 
 def test_the_command_measures_one_model(llama_checkpoint: Path, capsys: pytest.CaptureFixture[str]):
-    short = ["--prompt-tokens", "4", "--new-tokens", "3", "--rounds", "1", "--no-memory"]
+    short = ["--prompt-tokens", "4", "--new-tokens", "3", "--rounds", "1", "--no-peak-memory"]
     assert main(["speed", "--model", str(llama_checkpoint), *short]) == 0
     assert "TTFT, ms" in capsys.readouterr().out
 

@@ -188,6 +188,20 @@ def test_what_does_not_fit_is_named():
     assert memory_estimate.fit_of(facts(), CONFIG, memory_estimate.Machine(2**40, 1000, None)).short_of == [memory_estimate.DISK]
 
 
+def test_weights_that_leave_too_little_memory_are_counted_on_disk():
+    weights = 4 * facts().parameters
+    for memory, budget, place in [
+        (5 * weights // 2, "auto", memory_estimate.MEMORY),
+        (5 * weights // 2 - 1, "auto", memory_estimate.DISK),
+        (2**40, "1KB", memory_estimate.DISK),
+        (1, "1TB", memory_estimate.MEMORY),
+    ]:
+        config = replace(CONFIG, model=ModelSource(memory=budget))
+        found = line(memory_estimate.fit_of(facts(), config, memory_estimate.Machine(memory, 2**40, None)), "Weights")
+        assert (found.place, found.bytes) == (place, weights)
+        assert (found.part == "Weights, read block by block") is (place == memory_estimate.DISK)
+
+
 def test_weights_count_in_the_dtype_that_they_are_held_in():
     half = replace(CONFIG, model=ModelSource(dtype="bfloat16"))
     assert line(memory_estimate.fit_of(facts(), half, ROOM), "Weights").bytes == 2 * facts().parameters

@@ -17,7 +17,8 @@ from functools import lru_cache
 import pandas as pd
 import psutil
 
-from lowrank_core.config import CalibrationConfig, RunConfig
+from lowrank_core.config import WORKING_SHARE, CalibrationConfig, RunConfig
+from lowrank_core.files.gguf import is_gguf
 from lowrank_core.runs import home
 from lowrank_core.studio.shared.formatting import size
 from lowrank_core.studio.shared.model_facts import ModelFacts
@@ -99,6 +100,8 @@ def fit_of(facts: ModelFacts, config: RunConfig, machine: Machine) -> Fit:
     """Return the needs of calibrating the model of ``facts`` by ``config``; parameters and widths are exact, the rest is estimated."""
     on_gpu = machine.gpu is not None and config.model.device != "cpu"
     held = _held(facts, config, on_gpu=on_gpu)
+    budget = config.model.memory_bytes or machine.memory
+    on_disk = not on_gpu and not is_gguf(facts.reference) and facts.parameters * held * WORKING_SHARE > budget
     place, text = (DEVICE if on_gpu else MEMORY), config.text
     blocks = _blocks(facts)
     block = max((_squares(widths) for widths in blocks.values()), default=0)
@@ -108,7 +111,12 @@ def fit_of(facts: ModelFacts, config: RunConfig, machine: Machine) -> Fit:
     hidden = windows * text.context * facts.hidden
     return Fit(
         (
-            FitLine("Weights", place, facts.parameters * held, f"{facts.parameters:,} parameters × {held} bytes"),
+            FitLine(
+                "Weights, read block by block" if on_disk else "Weights",
+                DISK if on_disk else place,
+                facts.parameters * held,
+                f"{facts.parameters:,} parameters × {held} bytes",
+            ),
             FitLine(
                 "Statistics of the current block",
                 place,

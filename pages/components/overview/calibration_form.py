@@ -21,7 +21,7 @@ from pages.components.widgets import choose, draw, draw_all, pick
 
 __all__ = ["calibration_form"]
 
-_KEYS = {(TextConfig, "seed"): "text_seed", (ModelSource, "dtype"): "model_dtype"}
+_KEYS = {(TextConfig, "seed"): "text_seed", (ModelSource, "dtype"): "model_dtype", (ModelSource, "memory"): "model_memory"}
 _MODELS = {"demo": "Bundled demo", "other": "Folder, GGUF file or hub id"}
 
 
@@ -91,7 +91,7 @@ def _sizes() -> tuple[int, int]:
 _ADVANCED: Mapping[type, Sequence[str]] = {
     CalibrationConfig: ("group_size", "group_weights", "batch_size", "robust", "gradient_windows", "gradient_seed", "precision"),
     TextConfig: ("validation_windows", "test_windows", "bos", "seed"),
-    ModelSource: ("dtype",),
+    ModelSource: ("dtype", "memory"),
 }
 """Config -> fields of what stands under Advanced."""
 
