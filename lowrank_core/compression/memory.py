@@ -25,7 +25,7 @@ __all__ = ["MemoryNeed", "check_memory", "memory_needed"]
 
 _FLOAT32, _FLOAT64 = 4, 8
 _LIBRARIES = 100 * 2**20
-"""What torch, the text and small tensors take once work has begun, beside what the process has when the model is loaded."""
+"""Memory of torch, the text and small tensors once work has begun, on top of what the process has when the model is loaded."""
 
 _CALIBRATING, _FACTORISING, _FITTING = 5, 16, 14
 """Float64 matrices: of all inputs of a block; of the widest input."""
@@ -36,7 +36,7 @@ _LOGITS, _ACTIVATIONS = 4, 3
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes that stages take beside those that the process has now; each leaves its memory to the next one."""
+    """Bytes that stages take on top of those that the process has now; each leaves its memory to the next one."""
 
     now: int
     stages: Mapping[str, int]

@@ -149,7 +149,10 @@ def _too_large(place: str, dtype: Any, memory: int | None) -> bool:
     folder = _folder_of(place)
     if folder is None:
         return False  # a GGUF file is read whole, and of what is fetched first nothing is known yet
-    held = sum(count * dtype.itemsize for count in _counts(folder).values())
+    try:
+        held = sum(count * dtype.itemsize for count in _counts(folder).values())
+    except (SafetensorError, OSError):
+        return False  # loading names the file that is damaged
     return bool(held * WORKING_SHARE > (psutil.virtual_memory().available if memory is None else memory))
 
 

@@ -68,7 +68,7 @@ class MappedParameter(nn.Parameter):
 
 
 class WeightMap:
-    """Where the weights of one model, and of what is made of it, are mapped from: nameless files under ``folder``."""
+    """Nameless files under ``folder`` that the weights of one model, and of what is made of it, are mapped from."""
 
     def __init__(self, folder: Path) -> None:
         """Raises ModelError: it can't be written to."""
