@@ -55,14 +55,14 @@ class ExportConfig:
         "none",
         "of the factors; int8: whole numbers with one scale a row; int4: two in a byte, with a float16 scale for each 64 columns of a row; "
         "int4_128: for each 128; less disk and memory, with some rounding error and no speed-up; with the form compressed",
-        label="Factors stored as",
+        label="Factors as",
         flag="quantize",
         choices=_QUANTIZATIONS,
     )
     dense_quantization: str = option(
         "none",
         "likewise, of the compressible layers that stay dense; embeddings, head, norms and biases are left as they are",
-        label="Dense layers stored as",
+        label="Dense layers as",
         flag="quantize-dense",
         choices=_QUANTIZATIONS,
     )

@@ -76,10 +76,12 @@ def test_what_will_be_written_is_told_before_and_follows_the_form(app):
         "Factors",
         "Factors, int8",
         "Factors, int8",
+        "Factors, int4",
+        "Factors, int4",
         "Plain factors",
         "Dense merge, at most",
     ]
-    assert list(frame["chosen"]) == ["", "→", "", "", "", "", ""]
+    assert list(frame["chosen"]) == ["", "→", *[""] * 7]
     assert str(run.path / "exports" / "trial-3") in shown
     assert all(downloads(test)[name] for name in (*REPORTED, *TABLES))
     test.segmented_control(key="export_form").set_value("dense").run()

@@ -204,8 +204,8 @@ def forms_table(facts: ModelFacts, units: Sequence[Unit], source: Source, search
     Columns chosen, form, dtype, parameters, bytes, share (of the dense model's bytes), exact.
     """
     original = Planned(facts.parameters, facts.bytes, True, facts.stored_dtype or facts.dtype)
-    usual = [ExportConfig(), ExportConfig(dtype="bfloat16"), ExportConfig(quantization="int8")]
-    usual += [ExportConfig(quantization="int8", dtype="bfloat16"), ExportConfig(form="plain"), ExportConfig(form="dense")]
+    factors = [ExportConfig(quantization=grid, dtype=dtype) for grid in ("none", "int8", "int4") for dtype in ("auto", "bfloat16")]
+    usual = [*factors, ExportConfig(form="plain"), ExportConfig(form="dense")]
     forms = {}
     for each in [*usual, config]:  # the last one of a form and dtype is the chosen one
         result = planned(facts, units, source, search, each)
