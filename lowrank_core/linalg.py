@@ -15,6 +15,11 @@ __all__ = ["Damped", "eigenvalues", "principal_directions", "square_root", "svd"
 _SINGLE = torch.finfo(torch.float32).eps ** 0.5
 """Relative size below zero up to which an eigenvalue is rounding of float32 products."""
 
+_SOUND = 0.9
+"""Share of δ that the smallest eigenvalue of A + δI must reach."""
+
+_ITERATIONS = 12
+
 LinAlgError = torch.linalg.LinAlgError  # type: ignore[attr-defined]
 
 
@@ -105,12 +110,14 @@ class Damped:
     def _lower(self) -> Tensor | None:
         """Cholesky's factor of A + δI; None where δ is no more than rounding of A, be it of the float32 products that A sums.
 
-        No pivot of a positive semi-definite A is below δ. Fewer tokens than dimensions leave eigenvalues that rounding puts below zero.
+        No eigenvalue of A + δI is below δ where A is positive semi-definite. Fewer tokens than dimensions, or features that are much larger
+        than all others, leave eigenvalues of A that rounding puts below zero; pivots don't show them, as they are no smaller than the
+        smallest eigenvalue, and may be n times as large.
         """
         if not self._triangular:
             return None
         lower, failed = torch.linalg.cholesky_ex(self._shifted)
-        if not failed and float(lower.diagonal().min()) ** 2 >= self.added / 2:
+        if not failed and _smallest_eigenvalue(lower) >= _SOUND * self.added:
             return lower  # type: ignore[no-any-return]
         smallest, *_, largest = torch.linalg.eigvalsh(self.plain)
         if smallest < -_SINGLE * largest:
@@ -160,6 +167,16 @@ class Damped:
         values, vectors = self._eigen
         raised = (values.clamp(min=_rounding(values)) + self.added) ** power
         return raised if vectors is None else (vectors * raised) @ vectors.T
+
+
+def _smallest_eigenvalue(lower: Tensor) -> float:
+    """Return that of L Lᵀ, L (n, n) lower triangular, by inverse iteration, which comes to it from above."""
+    vector = torch.randn(len(lower), 1, dtype=lower.dtype, device=lower.device, generator=torch.Generator(lower.device).manual_seed(0))
+    size = 1.0
+    for _ in range(_ITERATIONS):
+        vector = torch.cholesky_solve(vector / torch.linalg.vector_norm(vector), lower)
+        size = float(torch.linalg.vector_norm(vector))
+    return 1 / size
 
 
 def _rounding(values: Tensor) -> float:

@@ -480,6 +480,20 @@ def test_rounding_of_the_sums_below_minus_the_damping_counts_as_rounding():
     assert float(torch.linalg.eigvalsh(damped.matrix)[0]) == pytest.approx(damped.added, rel=1e-6)
 
 
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.97, 0.999, 1.5])
+def test_no_eigenvalue_of_a_damped_metric_is_far_below_the_damping(share: float):
+    """Rounding of sums leaves one of -share·δ in a direction that no coordinate stands for: no pivot of Cholesky's shows it."""
+    vectors = torch.linalg.qr(random(160, 160)).Q
+    values = torch.logspace(0, -3, 160, dtype=torch.float64)
+    damping = 1e-5
+    values[-1] = -share * damping * float(values.mean())
+    damped = Damped.of((vectors * values) @ vectors.T, damping, "layer")
+    assert float(torch.linalg.eigvalsh(damped.matrix)[0]) > 0.85 * damped.added
+    eye = torch.eye(160, dtype=torch.float64)
+    largest = float(torch.linalg.matrix_norm(damped.inverse_transposed_times(eye), ord=2)) ** 2
+    assert largest < 1 / (0.85 * damped.added)
+
+
 def rounded_moment(tokens: int, width: int) -> Tensor:
     """Return a second moment of fewer tokens than dimensions, nearly all in one direction, as products in float32 sum it."""
     x = random(tokens, width)
