@@ -136,6 +136,11 @@ class Damped:
         return result
 
     @property
+    def inverse(self) -> Tensor:
+        """(A + δI)^-γ, in the form of A."""
+        return self._raised(-self.power) if self._lower is None else torch.cholesky_inverse(self._lower)
+
+    @property
     def _triangular(self) -> bool:
         eps = torch.finfo(torch.float64).eps
         return self.plain.ndim == 2 and self.power == 1 and self.added > len(self.plain) * eps * float(self.plain.trace())

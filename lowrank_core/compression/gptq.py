@@ -19,6 +19,7 @@ from torch import Tensor
 from lowrank_core.errors import NumericalError
 from lowrank_core.files.grids import Grid
 from lowrank_core.layers.quantized import QuantizedMatrix, matrix_of, scaled, scales_of
+from lowrank_core.linalg import Damped
 
 __all__ = ["gptq"]
 
@@ -70,8 +71,6 @@ def _corrected(matrix: Tensor, steps: Tensor, moment: Tensor, grid: Grid) -> Ten
 
 def _inverse_factor(moment: Tensor) -> Tensor:
     """Return U (n, n), upper triangular, with Uᵀ U = (S + δI)⁻¹; inputs that are always zero count as white ones."""
-    size = moment.diagonal().mean()
-    damped = moment + torch.eye(len(moment), dtype=moment.dtype) * (_DAMPING * size if size > 0 else 1.0)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    inverse = Damped.of(moment, _DAMPING, "a moment for GPTQ").inverse
     upper: Tensor = torch.linalg.cholesky((inverse + inverse.T) / 2, upper=True)
     return upper

@@ -41,7 +41,7 @@ from lowrank_core.wording import amount
 
 __all__ = ["StoredBases", "cached_bases"]
 
-_FORMAT = 1
+_FORMAT = 2
 """Raise it when the meaning of stored factors changes: old ones are then ignored."""
 
 _WIDE = ("ups", "down", "values", "outputs")
