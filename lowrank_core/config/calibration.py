@@ -38,7 +38,7 @@ class CalibrationConfig:
         choices=ROBUST_RULES,
     )
     gradient_windows: int = option(
-        64, "windows that output gradients are measured on, from the first; all if there are fewer", label="Gradient windows", minimum=1
+        256, "windows that output gradients are measured on, from the first; all if there are fewer", label="Gradient windows", minimum=1
     )
     gradient_seed: int = option(0, "of the labels that are drawn from the model for the gradients", label="Gradient seed", minimum=0)
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lowrank_core.cli import main
 from lowrank_core.compression.build import CompressedModel
-from lowrank_core.compression.quantization import quantized
+from lowrank_core.compression.quantization import grids_of, quantized
 from lowrank_core.config import ExportConfig, ModelSource
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.export import check_form, convert, export, read_manifest, verify
@@ -150,11 +150,15 @@ def test_an_export_is_written_in_the_plain_form(models: dict[str, CompressedMode
         convert(tmp_path / "dense", tmp_path / "again", PLAIN)
 
 
+def _in_int8(model: CompressedModel) -> CompressedModel:
+    return quantized(model, grids_of(model.handle, "int8", "none"), scales=torch.float32)
+
+
 def test_what_has_no_place_is_refused_in_a_line(request: pytest.FixtureRequest, models: dict[str, CompressedModel], tmp_path: Path):
     gpt2 = all_forms(load_model(ModelSource(str(request.getfixturevalue("gpt2_checkpoint")))))
     cases = {
         r"GPT2LMHeadModel holds 3 of the compressed layers in a matrix that they share": gpt2,
-        "factors in 8 bits would be rounded again": quantized(models["qwen2"], scales=torch.float32),
+        "quantised layers would be rounded again": _in_int8(models["qwen2"]),
         "no layer of this model has two factors": replace(models["qwen2"], handle=_with_heads_alone(models["qwen2"])),
     }
     for message, model in cases.items():
@@ -162,7 +166,7 @@ def test_what_has_no_place_is_refused_in_a_line(request: pytest.FixtureRequest, 
             export(model, tmp_path / "out", config=PLAIN)
         assert not (tmp_path / "out").exists()
     for options, message in (
-        ({"quantization": "int8"}, "no factors that could be in 8 bits"),
+        ({"quantization": "int8"}, "a plain folder holds floats alone"),
         ({"with_code": True}, "a module of its own"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -90,7 +90,11 @@ def test_the_planned_bytes_are_those_of_the_tensors_that_are_written(
     export(model, tmp_path / "out", provenance={}, config=config)
     numbers, size = stored(tmp_path / "out")
     files = [path.stat().st_size for path in (tmp_path / "out").glob("*.safetensors")]
-    assert (reported.parameters, reported.bytes) == (numbers, size)
+    assert reported.bytes == size
+    if "int4" in config.quantization + config.dense_quantization:
+        assert numbers <= reported.parameters  # two of them are in a byte
+    else:
+        assert numbers == reported.parameters
     assert size < sum(files) < size + HEADER
     assert reported.exact or (config.form == "dense" and compression.basis == "pooled_feature")
     listed = " ".join(name for name, _ in files_of(reported, config))

@@ -82,7 +82,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "a file is cut short": (_damage, "model.safetensors is damaged or cut short"),
     "a newer form": (
         lambda a, b: _changed(a, b, lambda layers: layers[LAYER].update(form="tensor_train")),
-        "no valid form ('tensor_train'; this version knows factored, pivoted, value_heads, output_heads)",
+        "no valid form ('tensor_train'; this version knows factored, pivoted, value_heads, output_heads, dense)",
     ),
     "a rank that is none": (lambda a, b: _changed(a, b, lambda layers: layers[LAYER].update(rank=99)), "no valid rank (99; 1 to 32"),
     "a foreign rank": (
@@ -225,9 +225,10 @@ def test_the_command_ends_its_server(folder: Path, port: int, tmp_path: Path):
             told.append(line)
             if line.startswith("ready at "):
                 process.send_signal(signal.SIGINT)
-        result = json.loads(process.stdout.read())
+        output = process.stdout.read()
         watchdog.cancel()
-    assert process.returncode == 0
+    assert process.returncode == 0, "".join(told)
+    result = json.loads(output)
     assert "loading" in told[0]
     assert f"ready at http://127.0.0.1:{port}/v1, model 'llama'; Ctrl-C stops it.\n" in told
     assert result == {"url": f"http://127.0.0.1:{port}/v1", "model": "llama"}

@@ -170,7 +170,7 @@ def test_vllm_writes_the_same_tokens_with_the_same_log_probabilities(name: str, 
     ("name", "message"),
     [
         ("rank", r"model: model.layers.0.self_attn.o_proj: size mismatch for up: .*\[128, 24\].*Export the model again"),
-        ("form", "no valid form .'tensor_train'; this version knows factored, pivoted, value_heads, output_heads"),
+        ("form", "no valid form .'tensor_train'; this version knows factored, pivoted, value_heads, output_heads, dense"),
         ("source", "no valid source .'model.layers.9.mlp.up_proj' is not compressed"),
     ],
 )
