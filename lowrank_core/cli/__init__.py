@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from lowrank_core import __version__
 from lowrank_core.cli import (
@@ -76,6 +77,10 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+_CALIBRATING = ("analyze", "compress")
+"""Commands that several processes may calibrate for."""
+
+
 def _how_to_go_on(arguments: argparse.Namespace) -> str:
     if arguments.command == "sensitivity" and arguments.folder is not None:
         return f" Go on with `lowrank sensitivity --run {arguments.folder}`: what is measured is kept."
@@ -88,6 +93,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return_freed_arrays()
     arguments = parser().parse_args(argv)
+    with _calibrating_together(arguments):
+        return _run(arguments, argv)
+
+
+@contextlib.contextmanager
+def _calibrating_together(arguments: argparse.Namespace) -> Iterator[None]:
+    """Join the processes that ``torchrun`` started; all but the first end, without a word, when the statistics are there."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if arguments.command not in _CALIBRATING:
+        raise SystemExit(f"lowrank: {arguments.command} runs in one process. Only {' and '.join(_CALIBRATING)} can be started by torchrun.")
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        with contextlib.nullcontext() if dist.get_rank() == 0 else contextlib.redirect_stderr(io.StringIO()):
+            yield
+    except RuntimeError:
+        if dist.get_rank():
+            raise SystemExit(1) from None  # the first process has said why it ended
+        raise
+    finally:
+        dist.destroy_process_group()
+
+
+def _run(arguments: argparse.Namespace, argv: Sequence[str] | None) -> int:
     arguments.line = shlex.join(["lowrank", *(sys.argv[1:] if argv is None else argv)])  # for the card of what is made
     try:
         with contextlib.redirect_stdout(sys.stderr):  # whatever a library prints: stdout carries the result alone

@@ -17,6 +17,7 @@ from lowrank_core.models.attention import find_heads
 from lowrank_core.parameters import MatrixShape
 from lowrank_core.spectra.spectrum import LayerSpectrum, effective_rank, participation_ratio, rank_for_energy, stable_rank
 from lowrank_core.statistics.directions import top_directions
+from lowrank_core.statistics.processes import end_helpers
 from lowrank_core.statistics.spectra import spectra_of
 from lowrank_core.statistics.weight_spectra import loaded_matrices, stored_matrices, weight_spectra
 from lowrank_core.types import Result
@@ -51,6 +52,7 @@ def analyze(
     handle = pipeline.handle
     doubts, heads = coverage_warnings(handle), find_heads(handle)
     statistics = reported(pipeline.moments)
+    end_helpers()
     spectra = spectra_of(handle, statistics, progress=progress_line("Spectra"))
     rows = [_spectrum_row(spectrum) for spectrum in spectra]
     lines = _lines(spectra, rows, each_expert=each_expert)

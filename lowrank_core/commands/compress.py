@@ -33,6 +33,7 @@ from lowrank_core.metrics import metric_of
 from lowrank_core.models import ModelHandle, notes_of
 from lowrank_core.parameters import Unit
 from lowrank_core.runs.stage_times import TimeEstimate, stages_of_compression, stages_of_quantization
+from lowrank_core.statistics.processes import end_helpers
 from lowrank_core.text import load_text, overlap_warnings
 from lowrank_core.types import Result
 from lowrank_core.wording import duration
@@ -76,6 +77,7 @@ def compress_to(source: ModelSource, text: TextConfig, request: CompressRequest)
     check_form(handle, metric_of(request.compression), request.export)
     check_precision(handle, request.export, None if test is None else test.windows)
     statistics = None if whole and request.export.rounding == "nearest" else reported(pipeline.moments if whole else pipeline.statistics)
+    end_helpers()
     compression, tuning = _tuned(pipeline, request, stages) if request.tune else (request.compression, ())
     pipeline = pipeline.under(compression)
     if request.budget == "bytes":

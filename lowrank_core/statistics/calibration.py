@@ -7,23 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import psutil
 import torch
 from torch import Tensor, nn
 
 from lowrank_core.config import TOKENS_PER_DIMENSION, CalibrationConfig
-from lowrank_core.errors import ModelError
+from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.experts import Expert, calling_every_expert
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.spectra.spectrum import LayerSpectrum, condition_number
+from lowrank_core.statistics import processes
 from lowrank_core.statistics.experts import mixed_inputs
 from lowrank_core.statistics.influence import InfluenceAccumulator
 from lowrank_core.statistics.moments import InputStatistics, OutputStatistics
@@ -210,6 +213,9 @@ class _Calibration:
             raise ModelError(f"{handle.reference} has no dense linear layer left to compress. Give the dense model.")
         handle.check_tokens(windows.ids)
         check_groups(config.robust, windows.windows, config.group_size)
+        if config.robust == "trimmed" and processes.count() > 1:
+            raise ConfigError("trimmed pooling compares all groups of windows, so it needs one process. Start one, or pool otherwise.")
+        _, windows = processes.share(windows, math.lcm(config.group_size, config.batch_size))
         self.handle, self.windows, self.config, self.folder = handle, windows, config, folder
         self.precision = resolved_precision(config, handle)
         self.blocks = 1 + max(layer.shape.depth for layer in handle.layers)
@@ -267,7 +273,7 @@ class _Calibration:
     def _passes(self, pending: Sequence[int]) -> list[list[int]]:
         if self._runner.chained:
             return [[block] for block in pending]
-        return in_passes(pending, self._bytes, free_memory(self.handle.device) // _MEMORY_SHARE)
+        return processes.agreed(in_passes(pending, self._bytes, free_memory(self.handle.device) // _MEMORY_SHARE))
 
     @torch.inference_mode()
     def _run(self, blocks: Sequence[int], progress: Progress | None) -> dict[int, _Block]:
@@ -289,7 +295,7 @@ class _Calibration:
                     progress(blocks[0] * self.batches + len(blocks) * (batch + 1), self.total)
         if self._runner.chained and blocks[0] + 1 < self.blocks:
             self._hidden.advance(blocks[0])
-        return {block: _Block(self._finished(accumulators.pop(block)), influences[block].finish()) for block in blocks}
+        return {block: _Block(self._finished(accumulators.pop(block)), processes.merged(influences[block]).finish()) for block in blocks}
 
     def _run_batch(self, block: int, span: slice) -> None:
         if not self._runner.chained:
@@ -317,7 +323,10 @@ class _Calibration:
 
     def _finished(self, accumulators: dict[str, PooledAccumulator]) -> dict[str, InputStatistics]:
         """Return the statistics of one block, those of experts mixed with their mixture's."""
-        inputs = {group: accumulators.pop(group).finish() for group in list(accumulators)}
+        sums = {group: processes.merged(accumulators.pop(group)) for group in list(accumulators)}
+        if not processes.is_first():
+            return {}
+        inputs = {group: sums.pop(group).finish() for group in list(sums)}
         for mixture in dict.fromkeys(filter(None, (self.mixtures[group] for group in inputs))):
             inputs |= mixed_inputs({group: entry for group, entry in inputs.items() if self.mixtures[group] == mixture})
         return inputs
@@ -328,11 +337,22 @@ class _Calibration:
         assert self.folder is not None
         return next((b for b in range(self.blocks) if not block_path(self.folder, "inputs", b).exists()), self.blocks)
 
+    def help(self, progress: Progress | None) -> None:
+        """Measure this process's share of what the first one stores; hidden states before the first block are computed again."""
+        first = processes.agreed(0)
+        with torch.inference_mode():
+            for block in range(first) if self._runner.chained else ():
+                for batch in range(self.batches):
+                    self._run_batch(block, slice(batch * self.config.batch_size, (batch + 1) * self.config.batch_size))
+                self._hidden.advance(block)
+        for results in self.run_from(first, progress):
+            self._hidden.forget(min(results) - 1)
+
     def store_blocks(self, progress: Progress | None) -> None:
         """Run the blocks that ``folder`` does not have, from the hidden states that it keeps; each block goes there at once."""
         assert self.folder is not None
         done = finished_blocks(self.folder, "inputs")
-        first = next((block for block in range(self.blocks) if block not in done), self.blocks)
+        first = processes.agreed(next((block for block in range(self.blocks) if block not in done), self.blocks))
         if self._runner.chained and 0 < first < self.blocks:
             self._hidden.resume(first - 1)
         began = time.perf_counter()
@@ -401,8 +421,11 @@ def cached_statistics(
         as ``collect_statistics``; NumericalError also where the stored ones are damaged.
     """
     folder = inputs_folder(handle, windows, config, store)
+    if not processes.is_first():
+        return _helped(handle, windows, config, folder, progress)
     stored = load_statistics(folder, config)
     if stored is not None:
+        processes.agreed(True)
         return stored, True
     calibration = _Calibration(handle, windows, config, folder)
     calibration.check_memory()
@@ -413,13 +436,29 @@ def cached_statistics(
 
     with exclusive(folder, waiting):
         stored = load_statistics(folder, config)
-        if stored is not None:
+        if processes.agreed(stored is not None):
+            assert stored is not None
             return stored, True
         calibration.store_blocks(progress)
         finish(folder)
+    processes.agreed(None)
     stored = load_statistics(folder, config)
     assert stored is not None
     return stored, False
+
+
+def _helped(
+    handle: ModelHandle, windows: WindowSet, config: CalibrationConfig, folder: Path, progress: Progress | None
+) -> tuple[LayerStatistics, bool]:
+    """Help the first process, and return what it stored."""
+    there = processes.agreed(False)
+    if not there:
+        with TemporaryDirectory() as scratch:
+            _Calibration(handle, windows, config, Path(scratch)).help(progress)
+        processes.agreed(None)
+    stored = load_statistics(folder, config)
+    assert stored is not None
+    return stored, there
 
 
 def load_statistics(folder: Path, config: CalibrationConfig) -> LayerStatistics | None:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -39,6 +40,7 @@ from lowrank_core.models.experts import Expert, calling_every_expert
 from lowrank_core.models.fused import layouts_of
 from lowrank_core.models.handle import LayerSpec, ModelHandle
 from lowrank_core.models.mapped import release
+from lowrank_core.statistics import processes
 from lowrank_core.statistics.experts import mixed_outputs
 from lowrank_core.statistics.moments import GradientAccumulator, OutputStatistics
 from lowrank_core.statistics.precision import products_in, resolved_precision, rounded
@@ -219,13 +221,15 @@ class _Measurement:
         handle.check_tokens(windows.ids)
         self.handle, self.seed, self.folder, self.robust = handle, config.gradient_seed, folder, robust
         self.precision = resolved_precision(config, handle)
-        self.windows = windows.first(config.gradient_windows)
+        everyone = windows.first(config.gradient_windows)
+        self.counted = everyone.windows
         self.blocks: dict[int, list[LayerSpec]] = {}
         for layer in handle.layers:
             self.blocks.setdefault(layer.shape.depth, []).append(layer)
         logits = windows.context * int(handle.module.get_input_embeddings().weight.shape[0])
-        self._spans = self._cut(config.batch_size)
-        self._narrow = self._cut(max(1, min(config.batch_size, _LOGITS // logits)))
+        narrow = max(1, min(config.batch_size, _LOGITS // logits))
+        self.first_window, self.windows = processes.share(everyone, math.lcm(config.batch_size, narrow))
+        self._spans, self._narrow = self._cut(config.batch_size), self._cut(narrow)
 
     def _cut(self, size: int) -> list[slice]:
         return [slice(start, start + size) for start in range(0, self.windows.windows, size)]
@@ -251,7 +255,7 @@ class _Measurement:
         """Yield the moments of the pending blocks, pass by pass: a chain from the last block to the first."""
         if not pending:
             return
-        passes = [] if self.chained else self._passes(pending)
+        passes = [] if self.chained else processes.agreed(self._passes(pending))
         depth = len(self._runner.names)
         steps = len(self._spans) * (2 * depth - min(pending)) + len(self._narrow) if self.chained else len(passes) * len(self._narrow)
         done = 0
@@ -300,7 +304,7 @@ class _Measurement:
             state = read.clone().requires_grad_()
             with self._runner.beginning_at(depth, state):
                 logits = self.handle.module(input_ids=self._ids(span), use_cache=False).logits
-            logits.backward(loss_gradient(logits, self.seed, span.start))
+            logits.backward(loss_gradient(logits, self.seed, self.first_window + span.start))
             assert state.grad is not None
             result = torch.empty(self.windows.windows, *state.shape[1:], dtype=state.dtype) if result is None else result
             result[span] = state.grad
@@ -330,15 +334,18 @@ class _Measurement:
         with self._recording(layers) as accumulators:
             for span in self._narrow:
                 logits = self.handle.module(input_ids=self._ids(span), use_cache=False).logits
-                logits.backward(loss_gradient(logits, self.seed, span.start))
+                logits.backward(loss_gradient(logits, self.seed, self.first_window + span.start))
                 tick()
         return {block: self._finished(self.blocks[block], accumulators) for block in blocks}
 
     def _finished(self, layers: Sequence[LayerSpec], accumulators: Mapping[str, GradientAccumulator]) -> dict[str, OutputStatistics]:
         """Return the moments of a block's layers, those of experts mixed with their mixture's."""
         counted = self.windows.context - (2 * (self.windows.context // _ENDS) if self.robust else 0)
-        tokens = self.windows.windows * counted
-        result = {layer.name: accumulators[layer.name].finish(tokens if layer.shape.mixture else None) for layer in layers}
+        tokens = self.counted * counted
+        sums = {layer.name: processes.merged(accumulators[layer.name]) for layer in layers}
+        if not processes.is_first():
+            return {}
+        result = {layer.name: sums[layer.name].finish(tokens if layer.shape.mixture else None) for layer in layers}
         for mixture in dict.fromkeys(filter(None, (layer.shape.mixture for layer in layers))):
             members = {layer.name: result[layer.name] for layer in layers if layer.shape.mixture == mixture}
             result |= mixed_outputs(members, tokens)
@@ -399,7 +406,14 @@ def cached_gradients(
         as ``collect_gradients``; NumericalError also where the stored ones are damaged.
     """
     folder = gradients_folder(handle, windows, config, store, robust=robust)
-    if not is_finished(folder):
+    if not processes.is_first():
+        if processes.agreed(True):
+            with TemporaryDirectory() as scratch:
+                measurement = _Measurement(handle, windows, config, Path(scratch), robust=robust)
+                for _ in measurement.by_pass(processes.agreed([]), progress):
+                    pass
+            processes.agreed(None)
+    elif processes.agreed(not is_finished(folder)):
         measurement = _Measurement(handle, windows, config, folder, robust=robust)
 
         def waiting() -> None:
@@ -407,15 +421,15 @@ def cached_gradients(
                 progress(0, measurement.windows.windows)
 
         with exclusive(folder, waiting):
-            if not is_finished(folder):
-                _store_passes(measurement, folder, progress)
-                finish(folder)
+            _store_passes(measurement, folder, progress)
+            finish(folder)
+        processes.agreed(None)
     return StoredStatistics(folder, "outputs", OutputStatistics)
 
 
 def _store_passes(measurement: _Measurement, folder: Path, progress: Progress | None) -> None:
     done = finished_blocks(folder, "outputs")
-    pending = [block for block in measurement.blocks if block not in done]
+    pending = processes.agreed([block for block in measurement.blocks if block not in done])
     began = time.perf_counter()
     for blocks in measurement.by_pass(pending, progress):
         seconds = (time.perf_counter() - began) / len(blocks)

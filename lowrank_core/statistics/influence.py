@@ -61,6 +61,12 @@ class InfluenceAccumulator:
             self._total = total if self._total is None else self._total + total
         self._tokens += before[..., 0].numel()
 
+    def merge(self, other: InfluenceAccumulator) -> None:
+        """Add everything that ``other`` has seen."""
+        if other._total is not None:
+            self._total = other._total if self._total is None else self._total + other._total
+            self._tokens += other._tokens
+
     def finish(self) -> float | None:
         """Return BI; None for a block that neither was given nor returned hidden states.
 

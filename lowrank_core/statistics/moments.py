@@ -214,6 +214,12 @@ class GradientAccumulator:
                 f"{self._name}: the gradient of its output holds NaN or Inf. Run the model in float32 or bfloat16, or check its weights."
             )
 
+    def merge(self, other: GradientAccumulator) -> None:
+        """Add everything that ``other`` has seen."""
+        self._count += other._count
+        self._upper.add_(other._upper)
+        self._rows.add_(other._rows)
+
     def finish(self, tokens: int | None = None) -> OutputStatistics:
         """Return the statistics on the CPU.
 

@@ -78,6 +78,12 @@ class _Pool:
             self.total.add_(group.covariance, alpha=group.weight)
             self.weights[group.index] = group.weight
 
+    def merge(self, other: _Pool) -> None:
+        """Add another pool; what either keeps out could not be compared, so neither may keep out anything."""
+        assert self._kept_out == other._kept_out == 0
+        self.total.add_(other.total)
+        self.weights += other.weights
+
 
 class PooledAccumulator:
     """Moments over groups of ``group_size`` consecutive windows; a remainder forms its own group."""
@@ -176,14 +182,27 @@ class PooledAccumulator:
         self._group = MomentAccumulator(self._width, self._device)
         self._windows_in_group = 0
 
+    def merge(self, other: PooledAccumulator) -> None:
+        """Add everything that ``other`` has seen of the windows after these; no group has windows of both."""
+        assert not self._windows_in_group
+        other._close()
+        self._total.merge(other._total)
+        self._pool.merge(other._pool)
+        self._means += other._means
+        self._counts += other._counts
+        self._traces += other._traces
+
+    def _close(self) -> None:
+        if self._windows_in_group:
+            self._close_group()
+
     def finish(self) -> InputStatistics:
         """Return the statistics on the CPU; those of an expert that no token reached are zero.
 
         Raises:
             NumericalError: no rows were seen, outside a mixture.
         """
-        if self._windows_in_group:
-            self._close_group()
+        self._close()
         total = self._total
         weights = torch.tensor(self._pool.weights, dtype=torch.float64)
         if self._routed and weights.sum() == 0:

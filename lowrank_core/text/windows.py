@@ -66,7 +66,11 @@ class WindowSet:
 
     def first(self, windows: int) -> WindowSet:
         """Return at most the first ``windows`` of them; calibration windows are in a random order."""
-        return replace(self, ids=self.ids[:windows], scored=None if self.scored is None else self.scored[:windows])
+        return self.part(0, windows)
+
+    def part(self, start: int, stop: int) -> WindowSet:
+        """Return the windows from ``start`` to ``stop``."""
+        return replace(self, ids=self.ids[start:stop], scored=None if self.scored is None else self.scored[start:stop])
 
     @property
     def sha256(self) -> str:
