@@ -85,6 +85,8 @@ def test_a_search_streams_in_survives_a_reload_stops_resumes_and_is_compared(add
 
     worker.get_by_role("button", name="Stop").click()
     worker.get_by_role("button", name="Resume").wait_for(timeout=TRIAL_SECONDS * 1000)
+    page.reload()  # the trial under way when the stop was asked for is complete, and may not be on the page yet
+    page.get_by_text(COUNT).wait_for()
     stopped = trials(page)
     time.sleep(4)
     page.reload()
