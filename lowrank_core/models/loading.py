@@ -132,6 +132,9 @@ def load_model(source: ModelSource | str, *, whole: Collection[str] = (), weight
         dtype = "auto" if _file_of(place) is None else _stored_dtype(place, config)
     if weights is None and device.type == "cpu" and _too_large(place, dtype, source.memory_bytes):
         weights = WeightMap(home() / "weights")
+        _LOGGER.warning(
+            "model: its weights stay on disk and are read block by block, which is slower: memory has too little room (--memory)"
+        )
     module = _load_module(place, source.reference, config, dtype, weights)
     tokenizer = _load_tokenizer(place, source.reference)
     module = module.to(device).eval()  # type: ignore[arg-type]

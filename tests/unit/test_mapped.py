@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,15 @@ def test_a_model_that_writes_to_its_weights_is_refused(tmp_path: Path, sample_te
     place = save_checkpoint(tmp_path / "model", built("rwkv"), sample_text)
     with pytest.raises(ModelError, match="changes its weights while it runs, so that they can't stay on disk"):
         load_model(ModelSource(str(place), memory=SMALL))
+
+
+def test_that_weights_stay_on_disk_is_said(llama_checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        load_model(ModelSource(str(llama_checkpoint), memory=SMALL))
+    assert any("its weights stay on disk and are read block by block" in record.getMessage() for record in caplog.records)
+    caplog.clear()
+    load_model(ModelSource(str(llama_checkpoint)))
+    assert not caplog.records
 
 
 def test_nothing_is_left_on_disk(llama_checkpoint: Path) -> None:
