@@ -224,7 +224,7 @@ def test_the_command_ends_its_server(folder: Path, port: int, tmp_path: Path):
         for line in iter(process.stderr.readline, ""):
             told.append(line)
             if line.startswith("ready at "):
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)  # started in the background, a process may ignore SIGINT
         output = process.stdout.read()
         watchdog.cancel()
     assert process.returncode == 0, "".join(told)
