@@ -191,8 +191,8 @@ def _error_in(lines: list[str]) -> str:
     """Return the error of a server that did not start: ours, else the last exception's message that says anything."""
     ours = [line.removeprefix(_MARK).strip() for line in lines if line.startswith(_MARK)]
     messages = re.findall(r"\b\w*(?:Error|Exception): *(.+)", "\n".join(lines))
-    told = [message for message in messages if "See root cause above" not in message]
-    return ours[-1] if ours else f"the server did not start: {(told or ['it gave no reason'])[0].strip()[:300]}"
+    reasons = [message for message in messages if "See root cause above" not in message]
+    return ours[-1] if ours else f"the server did not start: {(reasons or ['it gave no reason'])[0].strip()[:300]}"
 
 
 @contextmanager

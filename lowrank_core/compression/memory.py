@@ -5,7 +5,7 @@ Notation::
     n, m    inputs and outputs of a matrix;  V tokens that the model knows;  T tokens in a window;  B windows in a pass;  N windows in all
     d       width of the hidden states;  p inputs and outputs of a block's matrices together
 
-The counts of matrices are what was seen at most on models of several widths (``lowrank benchmark scale``), not a bound.
+The counts of matrices are what was seen at most on random Llamas of widths from 512 to 1024, not a bound.
 """
 
 from __future__ import annotations

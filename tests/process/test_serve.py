@@ -220,17 +220,17 @@ def test_the_command_ends_its_server(folder: Path, port: int, tmp_path: Path):
         watchdog.start()
         assert process.stdout is not None
         assert process.stderr is not None
-        told = []
+        lines = []
         for line in iter(process.stderr.readline, ""):
-            told.append(line)
+            lines.append(line)
             if line.startswith("ready at "):
                 process.send_signal(signal.SIGTERM)  # started in the background, a process may ignore SIGINT
         output = process.stdout.read()
         watchdog.cancel()
-    assert process.returncode == 0, "".join(told)
+    assert process.returncode == 0, "".join(lines)
     result = json.loads(output)
-    assert "loading" in told[0]
-    assert f"ready at http://127.0.0.1:{port}/v1, model 'llama'; Ctrl-C stops it.\n" in told
+    assert "loading" in lines[0]
+    assert f"ready at http://127.0.0.1:{port}/v1, model 'llama'; Ctrl-C stops it.\n" in lines
     assert result == {"url": f"http://127.0.0.1:{port}/v1", "model": "llama"}
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
