@@ -127,9 +127,8 @@ def low_rank_layers(handle: ModelHandle, bases: Bases, ranks: Ranks, *, storage:
         members = [member.name for member in unit.members]
         likes = [weight_of(handle.module.get_submodule(member)) for member in members]
         built = build_layers(members, bases[name].slice(rank), storage or unit.storage, likes)
-        if handle.weights is not None:
-            for layer in built.values():
-                handle.weights.settle(layer)
+        for layer in built.values():
+            handle.settle(layer)
         layers |= built
     return layers
 

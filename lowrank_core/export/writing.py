@@ -27,7 +27,6 @@ from lowrank_core.layers.stacked import StackedLinear
 from lowrank_core.models.handle import auto_class_of
 from lowrank_core.models.hf import compressed_modules, guard_names, mark_compressed
 from lowrank_core.models.mapped import converted
-from lowrank_core.models.unrolled import kept_in_memory
 from lowrank_core.text import WindowSet
 from lowrank_core.types import Progress
 
@@ -117,16 +116,15 @@ def _write_model(
 ) -> tuple[str, int, tuple[str, ...]]:
     """Write weights, config, tokenizer and code; return the dtype that was written, how many numbers, and layers without their bias."""
     handle, stored = model.handle, written_dtype(model.handle, config)
-    settle = kept_in_memory if handle.weights is None else handle.weights.settle
     dropped: tuple[str, ...] = ()
     if config.form == "dense":
-        module, dropped = merged(handle.module, drop_biases=config.drop_biases, settle=settle)
+        module, dropped = merged(handle.module, drop_biases=config.drop_biases, settle=handle.settle)
         module = converted(module, stored, handle.weights)
     elif config.form == "plain":
-        module = converted(plainly(handle.module, settle=settle), stored, handle.weights)
+        module = converted(plainly(handle.module, settle=handle.settle), stored, handle.weights)
     else:
         module = converted(handle.module, stored, handle.weights)
-        mark_compressed(module, provenance, settle=settle)
+        mark_compressed(module, provenance, settle=handle.settle)
     check_finite(module, windows)
     forget_code(module.config)
     if config.form == "plain":

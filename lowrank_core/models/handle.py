@@ -130,6 +130,11 @@ class ModelHandle:
     left_fused: tuple[str, ...] = ()
     weights: WeightMap | None = None
 
+    def settle(self, module: nn.Module) -> None:
+        """Map the weights of a module that is put into the model, if those of the model are mapped."""
+        if self.weights is not None:
+            self.weights.settle(module)
+
     @property
     def device(self) -> torch.device:
         device: torch.device = next(self.module.parameters()).device
