@@ -108,15 +108,11 @@ def pressed(label: str, *, key: str, icon: str, why_not: str | None, place: Any 
 def offer(
     label: str, file: str, content: pd.DataFrame | str | Callable[[], str | bytes], *, key: str, place: Any = st, **about: Any
 ) -> None:
-    """Draw a download of ``file``, whose ending says its type: a table as CSV, a text, or what a function returns.
+    """Draw a download of ``file``, whose ending says its type: a table as CSV, a text, or what a function returns once it is asked for.
 
-    All are made on demand: a file that is ready has an address, which the browser asks for while the page is being left, in vain.
+    A table or a text has an address made from its content, which holds for as long as the content is the same. What a function makes is
+    asked for under a name that lasts until the button is drawn again, so a function is not for parts of a page that draw themselves anew.
     """
-
-    def made() -> str | bytes:
-        if isinstance(content, pd.DataFrame):
-            return csv_of(content).encode()
-        return content() if callable(content) else content
-
+    made = csv_of(content).encode() if isinstance(content, pd.DataFrame) else content
     about = {"icon": ":material/download:", "on_click": "ignore", **about}
     place.download_button(label, made, file, _MEDIA[file.rpartition(".")[2]], key=key, **about)
