@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 import psutil
 
-from lowrank_core.config import CalibrationConfig, CompressionConfig, TextConfig
+from lowrank_core.config import CALIBRATION_MATRICES, CalibrationConfig, CompressionConfig, TextConfig
 from lowrank_core.errors import ModelError
 from lowrank_core.metrics import metric_named
 from lowrank_core.models.handle import ModelHandle
@@ -27,8 +27,8 @@ _FLOAT32, _FLOAT64 = 4, 8
 _LIBRARIES = 100 * 2**20
 """Memory of torch, the text and small tensors once work has begun, on top of what the process has when the model is loaded."""
 
-_CALIBRATING, _FACTORISING, _FITTING = 5, 16, 14
-"""Float64 matrices: of all inputs of a block; of the widest input."""
+_FACTORISING, _FITTING = 16, 14
+"""Float64 matrices of the widest input."""
 
 _LOGITS, _ACTIVATIONS = 4, 3
 """Copies of the logits of a pass, and of what a block's matrices read and give in one."""
@@ -65,8 +65,9 @@ def memory_needed(handle: ModelHandle, text: TextConfig, calibration: Calibratio
     batch = calibration.batch_size * text.context
     activations = _ACTIVATIONS * batch * max(passing.values()) * _FLOAT32
     logits = _LOGITS * batch * handle.vocabulary * _FLOAT32
+    squares = max(sum(n * n for n in groups.values()) for groups in inputs.values())
     stages = {
-        "Calibrating": _CALIBRATING * _FLOAT64 * max(sum(n * n for n in groups.values()) for groups in inputs.values()) + activations,
+        "Calibrating": CALIBRATION_MATRICES * _FLOAT64 * squares + activations,
         "Factorising": _FACTORISING * widest,
         "Writing and measuring": logits,
     }

@@ -8,7 +8,7 @@
     checks       what several of them check      mapping       JSON
 """
 
-from lowrank_core.config.calibration import GROUP_WEIGHTS, ROBUST_RULES, TOKENS_PER_DIMENSION, CalibrationConfig
+from lowrank_core.config.calibration import CALIBRATION_MATRICES, GROUP_WEIGHTS, ROBUST_RULES, TOKENS_PER_DIMENSION, CalibrationConfig
 from lowrank_core.config.checks import check_choice, check_min, check_ratio
 from lowrank_core.config.compression import CompressionConfig, CompressRequest
 from lowrank_core.config.export import ExportConfig
@@ -19,6 +19,7 @@ from lowrank_core.config.sources import BOS_RULES, DTYPES, WORKING_SHARE, ModelS
 
 __all__ = [
     "BOS_RULES",
+    "CALIBRATION_MATRICES",
     "DEPTH",
     "DTYPES",
     "GROUP_WEIGHTS",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lowrank_core.config.options import check_options, option
 
-__all__ = ["GROUP_WEIGHTS", "ROBUST_RULES", "TOKENS_PER_DIMENSION", "CalibrationConfig"]
+__all__ = ["CALIBRATION_MATRICES", "GROUP_WEIGHTS", "ROBUST_RULES", "TOKENS_PER_DIMENSION", "CalibrationConfig"]
 
 GROUP_WEIGHTS = ("equal", "dof")
 ROBUST_RULES = ("none", "trimmed", "downweighted")
@@ -14,6 +14,9 @@ _PRECISIONS = ("auto", "float32", "bfloat16")
 
 TOKENS_PER_DIMENSION = 8
 """Below this many tokens per input dimension a covariance says little about small eigenvalues."""
+
+CALIBRATION_MATRICES = 5
+"""Float64 matrices that an input holds at most while its block is calibrated: group, total, pool, and two on the way out."""
 
 
 @dataclass(frozen=True)

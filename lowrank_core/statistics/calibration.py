@@ -20,7 +20,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 
-from lowrank_core.config import TOKENS_PER_DIMENSION, CalibrationConfig
+from lowrank_core.config import CALIBRATION_MATRICES, TOKENS_PER_DIMENSION, CalibrationConfig
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.models.blocks import BlockRunner
 from lowrank_core.models.experts import Expert, calling_every_expert
@@ -53,9 +53,6 @@ __all__ = ["LayerStatistics", "cached_statistics", "collect_statistics", "inputs
 
 _FORMAT = 3
 """Raise it when the meaning of a stored statistic changes: old caches are then ignored."""
-
-_MATRICES = 5
-"""Float64 matrices that an input holds at most while its block is calibrated: group, total, pool, and two on the way out."""
 
 _MEMORY_SHARE = 2
 """Moments of the blocks that one whole pass measures take at most this part of the free memory."""
@@ -246,7 +243,7 @@ class _Calibration:
         """Return what the moments of ``block`` take while they are measured."""
         groups = -(-self.windows.windows // self.config.group_size)
         waiting = 2 * trimmed(groups) if self.config.robust == "trimmed" else 0
-        return (_MATRICES + waiting) * self._result_bytes(block)
+        return (CALIBRATION_MATRICES + waiting) * self._result_bytes(block)
 
     def _result_bytes(self, block: int) -> int:
         return 8 * sum(width * width for width in self.widths[block].values())

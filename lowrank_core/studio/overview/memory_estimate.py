@@ -17,7 +17,7 @@ from functools import lru_cache
 import pandas as pd
 import psutil
 
-from lowrank_core.config import WORKING_SHARE, CalibrationConfig, RunConfig
+from lowrank_core.config import CALIBRATION_MATRICES, WORKING_SHARE, CalibrationConfig, RunConfig
 from lowrank_core.files.gguf import is_gguf
 from lowrank_core.runs import home
 from lowrank_core.studio.shared.formatting import size
@@ -28,8 +28,6 @@ __all__ = ["DEVICE", "DISK", "MEMORY", "Fit", "FitLine", "Gpu", "Machine", "fit_
 MEMORY, DEVICE, DISK = "memory", "GPU memory", "disk"
 _FLOAT64 = 8  # bytes
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-_MATRICES = 5
-"""Float64 matrices of an input of the current block, at most: group, total, pool, and two on the way out, as the worker checks it."""
 _STORED = 2
 """Float64 matrices that are kept of each input: pooled and sample covariance."""
 _HIDDEN_FILES = 2
@@ -107,7 +105,7 @@ def fit_of(facts: ModelFacts, config: RunConfig, machine: Machine) -> Fit:
     block = max((_squares(widths) for widths in blocks.values()), default=0)
     every = sum(_squares(widths) for widths in blocks.values())
     windows, batch = text.calibration_windows, min(config.calibration.batch_size, text.calibration_windows)
-    passing, matrices = _passing(facts), _MATRICES + _trimmed(config.calibration, windows)
+    passing, matrices = _passing(facts), CALIBRATION_MATRICES + _trimmed(config.calibration, windows)
     hidden = windows * text.context * facts.hidden
     return Fit(
         (
