@@ -3,7 +3,7 @@
 Notation::
 
     x, x'    input of a layer in the dense and in the compressed model, on the same tokens
-    μ, μ'    their means;  S' and C× = E[x x'ᵀ]: covariances where the basis is centred, second moments else
+    μ, μ'    their means, δ = x' - x;  S' and C× = E[x x'ᵀ]: covariances where the basis is centred, second moments else
 
 Ranks are fixed before: a sequential basis decides directions, not budgets.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowrank_core.allocation import RankAllocation, Ranks
 from lowrank_core.compression.build import CompressedModel, build_model, low_rank_layers, swap_layers
+from lowrank_core.config import CalibrationConfig
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, column_metric, factorize_unit, refit_unit
 from lowrank_core.decomposition.head_factorization import HeadBasis
 from lowrank_core.decomposition.units import Bases, operand_of
@@ -34,11 +35,12 @@ from lowrank_core.models.mapped import release
 from lowrank_core.parameters import Unit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.moments import BLOCK_ROWS, InputStatistics, add_gram, mirrored
+from lowrank_core.statistics.pooling import token_weights
 from lowrank_core.statistics.store import HiddenStates
 from lowrank_core.text.windows import WindowSet
 from lowrank_core.types import Progress
 
-__all__ = ["CrossMoments", "compress_sequentially"]
+__all__ = ["CrossMoments", "DriftMoments", "compress_sequentially"]
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,12 @@ class CrossMoments:
 
     Attributes:
         count: tokens.
-        shift: the point c that both are counted from, (n,).
-        mean, compressed_mean: E[x] and E[x'] (n,).
+        mean, compressed_mean: μ = E[x] and μ' = E[x'] (n,).
         absolute_mean: E|x'_j| (n,).
-        own: E[(x' - c)(x' - c)ᵀ] (n, n);  cross: E[(x - c)(x' - c)ᵀ] (n, n).
+        own: E[(x' - μ)(x' - μ)ᵀ] (n, n);  cross: E[(x - μ)(x' - μ)ᵀ] (n, n).
     """
 
     count: int
-    shift: Tensor
     mean: Tensor
     compressed_mean: Tensor
     absolute_mean: Tensor
@@ -63,8 +63,8 @@ class CrossMoments:
 
     def statistics(self) -> InputStatistics:
         """Return what ``InputStatistics`` says of x'; its pooled covariance is the plain one."""
-        drift = self.compressed_mean - self.shift
-        covariance = (self.own - torch.outer(drift, drift)) * (self.count / (self.count - 1))
+        drift = self.compressed_mean - self.mean
+        covariance = (self.own - torch.outer(drift, drift)) * self._unbiased
         one = torch.ones(1, dtype=torch.float64)
         return InputStatistics(
             count=self.count,
@@ -78,65 +78,84 @@ class CrossMoments:
             group_mean_shifts=one * 0,
         )
 
-    def with_tokens_of(self, dense: InputStatistics) -> CrossMoments:
-        """Return the moments with n tokens of the dense model's distribution added, whose x' are their x: an expert may see few."""
-        added = dense.width / (self.count + dense.width)
-        square = dense.moment_about(self.shift)
-
-        def mixed(own: Tensor, prior: Tensor) -> Tensor:
-            return torch.lerp(own, prior, added)
-
-        return CrossMoments(
-            self.count + dense.width,
-            self.shift,
-            mixed(self.mean, dense.mean),
-            mixed(self.compressed_mean, dense.mean),
-            mixed(self.absolute_mean, dense.absolute_mean),
-            mixed(self.own, square),
-            mixed(self.cross, square),
-        )
-
     def between(self, *, centred: bool) -> Tensor:
         """Return C× (n, n), normalised as ``statistics`` does."""
-        left, right = self.mean - self.shift, self.compressed_mean - self.shift
-        if centred:
-            return (self.cross - torch.outer(left, right)) * (self.count / (self.count - 1))
-        return self.cross + torch.outer(self.shift, right) + torch.outer(left, self.shift) + torch.outer(self.shift, self.shift)
+        return self.cross * self._unbiased if centred else self.cross + torch.outer(self.mean, self.compressed_mean)
+
+    @property
+    def _unbiased(self) -> float:
+        return self.count / max(self.count - 1, 1)
 
 
-class _CrossAccumulator:
+@dataclass(frozen=True)
+class DriftMoments:
+    """Moments of the drift δ = x' - x of the tokens that both models were run on, float64.
+
+    Attributes:
+        count: tokens.
+        mean: E[δ] (n,).
+        magnitude: E[|x'_j| - |x_j|] (n,).
+        cross: E[(x - μ) δᵀ] (n, n), with μ the dense mean;  own: E[δ δᵀ] (n, n).
+    """
+
+    count: int
+    mean: Tensor
+    magnitude: Tensor
+    cross: Tensor
+    own: Tensor
+
+    def among(self, dense: InputStatistics, *, prior: int = 0) -> CrossMoments:
+        """Return the moments over all tokens of ``dense``: those that only the dense model was run on count as tokens without drift.
+
+        A regression of x on x' over few windows follows those windows; so it follows all that are known.
+
+        Args:
+            dense: of calibration windows, those of the drift among them.
+            prior: further tokens of the dense model's distribution without drift.
+        """
+        share = min(1.0, self.count / max(dense.count + prior, 1))
+        moment, cross = dense.moment_about(dense.mean), share * self.cross
+        return CrossMoments(
+            dense.count,
+            dense.mean,
+            dense.mean + share * self.mean,
+            dense.absolute_mean + share * self.magnitude,
+            moment + cross + cross.T + share * self.own,
+            moment + cross,
+        )
+
+
+class _DriftAccumulator:
     """Adds rows of x and x' in float32 blocks, sums them in float64."""
 
-    def __init__(self, shift: Tensor, device: torch.device) -> None:
-        width = shift.numel()
-        self._shift = shift.to(device)
+    def __init__(self, mean: Tensor, device: torch.device) -> None:
+        width = mean.numel()
+        self._dense_mean = mean.to(device)
         self._count, self._weight = 0, 0.0
-        self._sums = [torch.zeros(width, dtype=torch.float64, device=device) for _ in range(3)]
+        self._mean, self._magnitude = (torch.zeros(width, dtype=torch.float64, device=device) for _ in range(2))
         self._own, self._cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
 
     def update(self, dense: Tensor, compressed: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows (..., n) of both models; those of an expert are weighed by ``weights`` (N,)."""
-        rows, own = dense.flatten(0, -2).to(torch.float32), compressed.flatten(0, -2).to(torch.float32)
-        scale = None if weights is None else weights.to(torch.float32)[:, None]
+        """Add rows (..., n) of both models, weighed by ``weights`` (N,) as the dense model's statistics are."""
+        rows, drifted = dense.flatten(0, -2).to(torch.float32), compressed.flatten(0, -2).to(torch.float32)
+        weights = torch.ones(len(rows), device=rows.device) if weights is None else weights.to(torch.float32)
         self._count += len(rows)
-        self._weight += len(rows) if scale is None else float(scale.sum(dtype=torch.float64))
-        for total, part in zip(self._sums, (rows, own, own.abs()), strict=True):
-            total += (part if scale is None else part * scale).sum(0, dtype=torch.float64)
-        shift = self._shift.to(torch.float32)
-        if scale is not None:
-            rows, own, shift = rows * scale.sqrt(), own * scale.sqrt(), shift * scale.sqrt()
+        self._weight += float(weights.sum(dtype=torch.float64))
+        mean = self._dense_mean.to(torch.float32)
         for start in range(0, len(rows), BLOCK_ROWS):
             span = slice(start, start + BLOCK_ROWS)
-            about = shift if scale is None else shift[span]
-            left, right = rows[span] - about, own[span] - about
-            add_gram(self._own, right)
-            self._cross += left.T @ right
+            scale = weights[span, None]
+            drift = drifted[span] - rows[span]
+            self._mean += (drift * scale).sum(0, dtype=torch.float64)
+            self._magnitude += ((drifted[span].abs() - rows[span].abs()) * scale).sum(0, dtype=torch.float64)
+            add_gram(self._own, drift * scale.sqrt())
+            self._cross += (rows[span] - mean).T @ (drift * scale)
 
-    def finish(self) -> CrossMoments:
+    def finish(self) -> DriftMoments:
         weight = self._weight or 1.0  # no token reached the expert: all sums are zero
-        means = [total.cpu() / weight for total in self._sums]
-        shift, own, cross = self._shift.cpu(), mirrored(self._own).cpu() / weight, self._cross.cpu() / weight
-        return CrossMoments(self._count, shift, means[0], means[1], means[2], own, cross)
+        sums = (self._mean, self._magnitude, self._cross, mirrored(self._own))
+        mean, magnitude, cross, own = (total.cpu() / weight for total in sums)
+        return DriftMoments(self._count, mean, magnitude, cross, own)
 
 
 class _Read(Exception):
@@ -167,9 +186,10 @@ class _Pair:
         layers: compressed so far, by name.
     """
 
-    def __init__(self, handle: ModelHandle, windows: WindowSet, batch_size: int, folder: Path | None) -> None:
+    def __init__(self, handle: ModelHandle, windows: WindowSet, calibration: CalibrationConfig, folder: Path | None) -> None:
         """Take the tokens; hidden states are kept under ``folder``, in memory without one."""
         self._handle, self._runner = handle, BlockRunner(handle)
+        self._downweighted, batch_size = calibration.robust == "downweighted", calibration.batch_size
         self._batches = [ids.to(handle.device) for ids in torch.split(windows.ids, batch_size)]
         self._spans = [slice(start, start + batch_size) for start in range(0, windows.windows, batch_size)]
         places = [None, None] if folder is None else [folder / "dense", folder / "compressed"]
@@ -197,14 +217,13 @@ class _Pair:
         At the ``last`` step of a chained block the dense model goes on to its end.
 
         Args:
-            inputs: of the dense model, whose means are the points that moments are counted from; few tokens reach an expert, so its
-                moments are mixed with these.
+            inputs: of the dense model, which the moments are among; few tokens reach an expert, so n more count as tokens without drift.
         """
         path = step.mixture or next(iter(step.groups))
         module = self._handle.module.get_submodule(path)
         if isinstance(module, UnrolledExperts) and not module.tells_rows:
             return {}
-        accumulators = {group: _CrossAccumulator(entry.mean, self._handle.device) for group, entry in inputs.items()}
+        accumulators = {group: _DriftAccumulator(entry.mean, self._handle.device) for group, entry in inputs.items()}
         with torch.inference_mode():
             for index in range(self.batches):
                 dense = self._read(module, step, index, advance=last and self._runner.chained)
@@ -212,16 +231,20 @@ class _Pair:
                     self._update_experts(module, step, dense, index, accumulators)
                 else:
                     with swap_layers(self._handle, self._in_place):
-                        accumulators[path].update(dense[0], self._read(module, step, index, compressed=True)[0])
+                        compressed = self._read(module, step, index, compressed=True)[0]
+                    windows = dense[0].reshape(len(self._batches[index]), -1, dense[0].shape[-1])
+                    accumulators[path].update(windows, compressed, self._weights(windows))
                 tick()
         self._dense_past = step.depth if last else self._dense_past
-        results = {group: accumulators.pop(group).finish() for group in step.groups}
-        for group, result in results.items():
-            if not torch.isfinite(result.own).all() or not torch.isfinite(result.cross).all():
+        results = {}
+        for group in step.groups:
+            drift = accumulators.pop(group).finish()
+            if not torch.isfinite(drift.own).all() or not torch.isfinite(drift.cross).all():
                 raise NumericalError(
                     f"{group}: its input holds NaN or Inf in the model compressed so far. Keep more ranks, or run in float32."
                 )
-        return {group: result.with_tokens_of(inputs[group]) for group, result in results.items()} if step.mixture else results
+            results[group] = drift.among(inputs[group], prior=inputs[group].width if step.mixture else 0)
+        return results
 
     def _update_experts(
         self,
@@ -229,7 +252,7 @@ class _Pair:
         step: _Step,
         given: tuple[Tensor, ...],
         index: int,
-        accumulators: Mapping[str, _CrossAccumulator],
+        accumulators: Mapping[str, _DriftAccumulator],
     ) -> None:
         """Add what the experts of a step read in both models, at the tokens that the dense model routes to each."""
         routing = mixture.routing(*given)
@@ -237,7 +260,13 @@ class _Pair:
         with swap_layers(self._handle, self._in_place):
             compressed = _inputs_of_experts(mixture, step, routing, self._read(mixture, step, index, compressed=True))
             for (group, number, rows), (_, _, drifted) in zip(dense, compressed, strict=True):
-                accumulators[group].update(rows, drifted, routing[number].weights.square())
+                weights = routing[number].weights.to(torch.float32).square()
+                robust = self._weights(rows[None]) if len(rows) else None
+                accumulators[group].update(rows, drifted, weights if robust is None else weights * robust)
+
+    def _weights(self, windows: Tensor) -> Tensor | None:
+        """Return the weights of the tokens (B T,) of windows (B, T, n) in the statistics of the dense model; None where all count alike."""
+        return token_weights(windows).flatten() if self._downweighted else None
 
     def _read(self, module: nn.Module, step: _Step, index: int, *, compressed: bool = False, advance: bool = False) -> tuple[Tensor, ...]:
         """Return what ``module`` is given in a batch of the dense model, or of the compressed one whose layers are in place.
@@ -363,7 +392,7 @@ def compress_sequentially(
             progress(done, total)
 
     with _room_for_states(handle) as folder:
-        pair = _Pair(handle, windows, statistics.config.batch_size, folder)
+        pair = _Pair(handle, windows, statistics.config, folder)
         for block in range(depth):
             here = [step for step in steps if step.depth == block]
             for step in here:

@@ -72,8 +72,9 @@ class CompressionConfig:
         step=0.1,
     )
     fit_windows: int = option(
-        128,
-        "calibration windows that a sequential metric fits on, at most; each is run through every block several times",
+        64,
+        "calibration windows that a sequential metric runs through the compressed blocks, at most, from the first; the others count as "
+        "tokens without drift",
         label="Fitted windows",
         minimum=1,
     )

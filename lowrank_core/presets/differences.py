@@ -52,7 +52,7 @@ DIFFERS: Mapping[str, str] = MappingProxyType(
         ),
         "mpifa": (
             "The reconstruction of the published code with the arguments of its README: target of 0.75 x the output from compressed "
-            "inputs + 0.25 x the dense output, U refitted and then V, on at most 128 windows. The code's own default is a factor of 0 "
+            "inputs + 0.25 x the dense output, U refitted and then V, on all calibration windows. The code's own default is a factor of 0 "
             "and one turn. Its V step adds 1e-3 to the summed second moment, here the damping does the same, relative. Its storage "
             "rounds ranks up to multiples of 16 after they were chosen and so ends above the budget (2.5 to 7 % on a small model); "
             "here ranks keep to the budget. OWL's layer-wise densities (MPIFA_NS in the paper) are not offered."

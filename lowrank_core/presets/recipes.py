@@ -36,6 +36,9 @@ def _plain(basis: str, storage: str = "factored") -> CompressionConfig:
     return CompressionConfig(basis=basis, storage=storage, value_dense=False)
 
 
+_ALL = 1_000_000
+"""Fitted windows of methods that run all calibration windows through the compressed blocks."""
+
 _STUDIO = CompressionConfig(basis="drift_aware:two_sided", storage="pivoted", value_dense=False, stacks=True, heads=True)
 
 _PRESETS = (
@@ -65,7 +68,7 @@ _PRESETS = (
         "mpifa",
         "MPIFA",
         "arXiv 2501.19090",
-        CompressionConfig(basis="refitted", storage="pivoted", value_dense=False, drift_beta=0.25),
+        CompressionConfig(basis="refitted", storage="pivoted", value_dense=False, drift_beta=0.25, fit_windows=_ALL),
     ),
     Preset("svd_llm_v2", "SVD-LLM V2's ratios", "arXiv 2503.12340", _plain("whitened"), allocation="svd_llm_v2"),
     Preset("welore", "WeLore's threshold", "arXiv 2407.11239", _plain("weight_svd"), allocation="threshold"),
@@ -94,7 +97,7 @@ _PRESETS = (
             "deep_weights": True,
         },
     ),
-    Preset("aa_svd", "AA-SVD", "arXiv 2604.02119", _plain("drift_aware")),
+    Preset("aa_svd", "AA-SVD", "arXiv 2604.02119", replace(_plain("drift_aware"), fit_windows=_ALL)),
     Preset("basis_sharing", "Basis Sharing", "arXiv 2410.03765", _plain("cross_layer")),
     Preset("data_free", "Data-free joint rank-k", "arXiv 2402.16319", _plain("data_free_joint")),
 )

@@ -16,7 +16,7 @@ from torch import Tensor
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.statistics.moments import InputStatistics, MomentAccumulator
 
-__all__ = ["PooledAccumulator", "check_groups", "trimmed"]
+__all__ = ["PooledAccumulator", "check_groups", "token_weights", "trimmed"]
 
 _TRIM = 0.1
 """Fraction of the groups that a trimmed pooling leaves out at each end."""
@@ -127,7 +127,7 @@ class PooledAccumulator:
         """
         while len(windows):
             part, windows = windows[: self._room], windows[self._room :]
-            weights = _token_weights(part).flatten() if self._robust == "downweighted" else None
+            weights = token_weights(part).flatten() if self._robust == "downweighted" else None
             self._add(part.reshape(-1, self._width), weights, len(part))
 
     def update_routed(self, rows: Tensor, weights: Tensor, owners: Tensor, windows: int) -> None:
@@ -142,7 +142,7 @@ class PooledAccumulator:
         """
         weights = weights.to(torch.float32).square()
         if self._robust == "downweighted" and len(rows):
-            weights = weights * _token_weights(rows[None])[0]
+            weights = weights * token_weights(rows[None])[0]
         done = 0
         while done < windows:
             stop = min(done + self._room, windows)
@@ -225,7 +225,7 @@ class PooledAccumulator:
         )
 
 
-def _token_weights(windows: Tensor) -> Tensor:
+def token_weights(windows: Tensor) -> Tensor:
     """Return w = min(1, (3 ν / ‖x‖)²) (B, T) of windows (B, T, n), ν the median norm of each window; 1 where ν is 0."""
     norms = torch.linalg.vector_norm(windows, dim=-1, dtype=torch.promote_types(windows.dtype, torch.float32))
     medians = norms.median(1, keepdim=True).values

@@ -111,7 +111,7 @@ def offer(
     """Draw a download of ``file``, whose ending says its type: a table as CSV, a text, or what a function returns once it is asked for.
 
     A table or a text has an address made from its content, which holds for as long as the content is the same. What a function makes is
-    asked for under a name that lasts until the button is drawn again, so a function is not for parts of a page that draw themselves anew.
+    asked for under a name that lasts until the button is drawn again, so a function is not for live parts of a page.
     """
     made = csv_of(content).encode() if isinstance(content, pd.DataFrame) else content
     about = {"icon": ":material/download:", "on_click": "ignore", **about}

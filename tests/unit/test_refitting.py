@@ -174,7 +174,8 @@ def test_where_nothing_is_compressed_before_the_whitened_factors_stay(llama: Mod
 
 def test_beta_is_a_setting_and_the_preset_has_the_paper_s(llama: ModelHandle, windows: WindowSet, statistics: LayerStatistics):
     preset = PRESETS["mpifa"].compression
-    assert (preset.basis, preset.storage, preset.drift_beta, preset.fit_windows) == ("refitted", "pivoted", 0.25, 128)
+    assert (preset.basis, preset.storage, preset.drift_beta) == ("refitted", "pivoted", 0.25)
+    assert all(PRESETS[name].compression.fit_windows > 10_000 for name in ("mpifa", "aa_svd"))  # as published: on all windows
     assert metric_named("refitted").refit_steps == 2
     assert metric_named("drift_aware").refit_steps == 0
     assert metric_named("shared_input:refitted").refit_steps == 2

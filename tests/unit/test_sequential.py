@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operands import random, rows
+from operands import inputs_of, random, rows
 from torch import Tensor
 
 from lowrank_core.allocation import RankAllocation, allocate, allocation_from_ranks
 from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.decomposed import decompose
-from lowrank_core.compression.sequential import _CrossAccumulator, compress_sequentially
+from lowrank_core.compression.sequential import DriftMoments, _DriftAccumulator, compress_sequentially
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ModelSource
 from lowrank_core.decomposition.factorization import Damping
 from lowrank_core.decomposition.units import factorize, units_of
@@ -264,14 +264,19 @@ def test_a_recipe_with_a_sequential_basis_is_fitted_on_its_first_windows(
 # --- moments of both models ------------------------------------------------------------------------------------------
 
 
+def drift_of(x: Tensor, y: Tensor, mean: Tensor, chunk: int = 400, weights: Tensor | None = None) -> DriftMoments:
+    accumulator = _DriftAccumulator(mean, torch.device("cpu"))
+    parts = [None] * len(x) if weights is None else weights.split(chunk)
+    for dense, own, part in zip(x.split(chunk), y.split(chunk), parts, strict=False):
+        accumulator.update(dense[None], own[None], part)
+    return accumulator.finish()
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 400])
 def test_cross_moments_are_those_of_two_passes(chunk: int):
     x = rows(10, mean=3.0)
     y = 0.8 * x + 0.1 * random(*x.shape, seed=3) + 1.5
-    accumulator = _CrossAccumulator(x.mean(0), torch.device("cpu"))
-    for dense, own in zip(x.split(chunk), y.split(chunk), strict=True):
-        accumulator.update(dense[None], own[None])
-    result = accumulator.finish()
+    result = drift_of(x, y, x.mean(0), chunk).among(inputs_of(x))
     statistics = result.statistics()
     tolerance = {"rtol": 1e-5, "atol": 1e-5}  # products are taken in float32
     torch.testing.assert_close(statistics.mean, y.mean(0), **tolerance)
@@ -283,11 +288,43 @@ def test_cross_moments_are_those_of_two_passes(chunk: int):
     assert torch.equal(statistics.pooled, statistics.sample)
 
 
+def test_tokens_that_only_the_dense_model_was_run_on_count_as_tokens_without_drift():
+    x = rows(10, mean=3.0)
+    y = x.clone()
+    y[:100] = 0.5 * x[:100] + random(100, 10, seed=3)
+    result = drift_of(x[:100], y[:100], x.mean(0)).among(inputs_of(x))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(result.statistics().mean, y.mean(0), **tolerance)
+    torch.testing.assert_close(result.statistics().absolute_mean, y.abs().mean(0), **tolerance)
+    torch.testing.assert_close(result.statistics().sample, torch.cov(y.T), **tolerance)
+    torch.testing.assert_close(result.between(centred=False), x.T @ y / len(x), **tolerance)
+    torch.testing.assert_close(result.between(centred=True), torch.cov(torch.cat([x, y], 1).T)[:10, 10:], **tolerance)
+
+
+def test_tokens_weigh_in_the_drift_as_in_the_statistics():
+    x, weights = rows(10, mean=3.0), random(400, seed=4).abs()
+    y = 0.8 * x + 0.1 * random(*x.shape, seed=3)
+    weights = weights[: len(x)]
+    result = drift_of(x, y, x.mean(0), 7, weights)
+    share = weights / weights.sum()
+    tolerance = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(result.mean, share @ (y - x), **tolerance)
+    torch.testing.assert_close(result.own, (y - x).T @ (share[:, None] * (y - x)), **tolerance)
+    torch.testing.assert_close(result.cross, (x - x.mean(0)).T @ (share[:, None] * (y - x)), **tolerance)
+
+
+def test_further_tokens_of_the_dense_model_count_as_tokens_without_drift():
+    x = rows(10, mean=3.0)
+    y, dense = 0.5 * x, inputs_of(x)
+    given = drift_of(x, y, x.mean(0))
+    result = given.among(dense, prior=len(x))
+    torch.testing.assert_close(result.compressed_mean, 0.75 * x.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(result.cross, (given.among(dense).cross + dense.moment_about(dense.mean)) / 2, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("centred", [True, False])
 def test_without_drift_the_cross_moment_is_the_own_one(centred: bool):
     x = rows(10, mean=3.0)
-    accumulator = _CrossAccumulator(x.mean(0) + 0.1, torch.device("cpu"))
-    accumulator.update(x[None], x[None])
-    result = accumulator.finish()
+    result = drift_of(x, x, x.mean(0)).among(inputs_of(x))
     own = result.statistics().sample if centred else result.statistics().second_moment
     torch.testing.assert_close(result.between(centred=centred), own, rtol=1e-12, atol=1e-12)
