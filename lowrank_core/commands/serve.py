@@ -32,6 +32,7 @@ from lowrank_core.config import ModelSource, from_mapping, to_mapping
 from lowrank_core.config.serving import ServeConfig
 from lowrank_core.errors import ConfigError, LowRankError, ModelError, RunError
 from lowrank_core.models import load_model
+from lowrank_core.models.foreign import foreign_folder
 from lowrank_core.models.headers import check_headers
 from lowrank_core.models.loading import resolve_reference
 from lowrank_core.models.plain import is_plain_form
@@ -119,6 +120,8 @@ def _vllm_command(place: str, source: ModelSource, config: ServeConfig) -> list[
     """
     if Path(place).is_file():
         raise ConfigError("vLLM reads no GGUF file by our means. Leave --engine out, or give the folder of an export.")
+    if (foreign := foreign_folder(place)) is not None:
+        raise ConfigError(f"vLLM reads no factors of {foreign.project}. Leave --engine out, or: lowrank export --from {place} --out NEW")
     if Path(place).is_dir() and is_plain_form(AutoConfig.from_pretrained(place, local_files_only=True)):
         raise ConfigError(
             f"vLLM would run the module that the plain form brings. Leave --engine out, or run: vllm serve {place} --trust-remote-code"

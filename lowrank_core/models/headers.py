@@ -13,6 +13,7 @@ from transformers import AutoConfig
 
 from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import weight_files
+from lowrank_core.models.foreign import foreign_config, foreign_folder
 from lowrank_core.models.handle import auto_class_of
 from lowrank_core.models.hf import METHOD, LowRankQuantizationConfig, LowRankQuantizer, compressed_modules
 
@@ -20,11 +21,15 @@ __all__ = ["check_headers"]
 
 
 def check_headers(folder: Path) -> None:
-    """Check a folder in our format without reading a weight into a model; others are passed over.
+    """Check a folder in our format, or another project's, without reading a weight into a model; others are passed over.
 
     Raises:
         ModelError: a file is damaged, a form or rank is not one that this version knows, or config.json and the files differ.
     """
+    foreign = foreign_folder(str(folder))
+    if foreign is not None:
+        foreign_config(foreign)
+        return
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     stated = getattr(config, "quantization_config", None)
     body: dict[str, Any] = {} if stated is None else dict(stated) if isinstance(stated, Mapping) else dict(vars(stated))
