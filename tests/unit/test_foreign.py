@@ -24,6 +24,7 @@ from lowrank_core.errors import LowRankError
 from lowrank_core.export.manifest import read_manifest, report_of
 from lowrank_core.layers.factored import LowRankLinear
 from lowrank_core.models import load_model
+from lowrank_core.models.headers import check_headers, vllm_dtype
 from lowrank_core.studio.overview.checkpoint import read_model
 
 Halves = Mapping[str, tuple[Tensor, Tensor]]
@@ -200,6 +201,13 @@ def test_weights_that_leave_too_little_memory_stay_on_disk(tmp_path: Path, sampl
     ids = torch.arange(12)[None]
     with torch.no_grad():
         torch.testing.assert_close(handle.module(input_ids=ids).logits, model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_vllm_is_not_given_what_it_would_load_as_a_dense_model(tmp_path: Path, sample_text: str):
+    _, _, folder = _written("ASVD", tmp_path / "folder", sample_text)
+    check_headers(folder)  # of transformers' server, which gets the model as we load it
+    with pytest.raises(LowRankError, match=r"vLLM reads no factors of ASVD.*lowrank export --from"):
+        vllm_dtype(str(folder), ModelSource(str(folder)))
 
 
 @pytest.mark.parametrize("form", ["LEMS", "ASVD", "LowRankArena", "SVD-LLM ranks"])
