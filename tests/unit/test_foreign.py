@@ -185,6 +185,7 @@ def test_it_is_exported_as_ours_in_each_form_with_exact_counts(
         assert (report.parameters_before, report.parameters_after) == (dense, load_model(str(folder)).parameters)
         assert report.ranks == {name: len(down) for name, (_, down) in halves.items()}
         assert 0 < report.compression_ratio < 1
+        assert f"as factors in the form of {form}, and written by lowrank-studio" in (tmp_path / written / "README.md").read_text()
     assert read_manifest(tmp_path / "compressed").written_parameters == load_model(str(folder)).parameters
 
 
