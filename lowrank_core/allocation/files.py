@@ -10,6 +10,7 @@ from pathlib import Path
 
 from lowrank_core.allocation.base import Ranks
 from lowrank_core.errors import ConfigError, RankError
+from lowrank_core.files.foreign import foreign_ranks
 
 __all__ = ["AllocationFile", "parse_allocation", "read_allocation", "read_ranks"]
 
@@ -30,6 +31,8 @@ class AllocationFile:
 def parse_allocation(text: str, source: str) -> AllocationFile:
     """Read ``{layer: rank or null}``, or ``{"ranks": {…}, "locked": [layers]}``; without ``locked``, every rank is.
 
+    A file that LEMS, ASVD or LowRankArena wrote (``files.foreign``), such as the ``config.json`` of a model, gives the ranks in it.
+
     Args:
         source: what to call the text in an error: a path, or the name of an upload.
 
@@ -41,7 +44,8 @@ def parse_allocation(text: str, source: str) -> AllocationFile:
         body = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"ranks: {source} is not JSON ({error}). Give an allocation file, or a JSON object of ranks.") from error
-    ranks = body.get("ranks", body) if isinstance(body, dict) else None
+    foreign = foreign_ranks(body) if isinstance(body, dict) else None
+    ranks = foreign if foreign is not None else body.get("ranks", body) if isinstance(body, dict) else None
     if not isinstance(ranks, dict):
         raise ConfigError(f"ranks: {source} must hold a JSON object that maps layer names to a whole number or null (dense).")
     for name, rank in ranks.items():

@@ -37,7 +37,11 @@ def add(command: Command) -> None:
         "too: floats, int8 or int4 (default: %(default)s)",
     )
     parser.add_argument("--tune", action="store_true", help="choose the gradient damping and a drift-aware basis's β on validation text")
-    parser.add_argument("--ranks", metavar="FILE", help="JSON of layer name to rank or null (dense), instead of an allocation")
+    parser.add_argument(
+        "--ranks",
+        metavar="FILE",
+        help="JSON of layer name to rank or null (dense), or a config of LEMS, ASVD or LowRankArena; instead of an allocation",
+    )
     parser.add_argument(
         "--complete", metavar="A", type=current_name, help="keep the locked ranks of the file, and spend the rest of the budget by A"
     )

@@ -14,7 +14,7 @@ __all__ = ["add"]
 
 
 def add(command: Command) -> None:
-    parser = command("export", "Export the compressed model of a trial, or convert an export to another form or the current format.", run)
+    parser = command("export", "Export the compressed model of a trial, or convert an export of ours or of another project.", run)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--run", type=Path, metavar="DIR", dest="folder", help="folder of the run")
     source.add_argument(
@@ -22,7 +22,8 @@ def add(command: Command) -> None:
         type=Path,
         metavar="DIR",
         dest="source",
-        help="an export: with --form plain or dense, to write in that form; of an earlier version, to convert with unchanged weights",
+        help="an export: with --form plain or dense, to write in that form; of an earlier version, to convert with unchanged weights; "
+        "or factors as LEMS, ASVD or LowRankArena write them, to export as ours",
     )
     parser.add_argument("--trial", default="best", help="best or a trial's number (default: %(default)s)")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the compressed model")
@@ -41,12 +42,15 @@ def run(arguments: argparse.Namespace) -> Result:
 
 
 def _rewritten(arguments: argparse.Namespace, config: ExportConfig) -> Result:
-    """Rewrite an older export, or any in another form.
+    """Rewrite an older export, or any in another form; or write what another project compressed in ours.
 
     Raises:
         ConfigError: a choice of how to write it, which is not taken here.
+        ModelError: as ``convert`` and ``rewrite``.
     """
-    if config.form != "compressed":
+    from lowrank_core.models.foreign import foreign_folder
+
+    if config.form != "compressed" or foreign_folder(str(arguments.source)) is not None:
         from lowrank_core.export import convert
         from lowrank_core.export.card import written_words
 

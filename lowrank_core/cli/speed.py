@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 
 from lowrank_core.cli.options import Command, add_options, config_of, model_options, source_of
 from lowrank_core.cli.tables import aligned
-from lowrank_core.config import to_mapping
+from lowrank_core.config import ModelSource, to_mapping
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.runs.measurements import SpeedComparison, SpeedReport
 from lowrank_core.studio.shared.formatting import DASH, sizes
@@ -15,29 +16,54 @@ from lowrank_core.types import Result
 
 __all__ = ["add"]
 
+Results = Sequence[SpeedReport | SpeedComparison]
+
 
 def add(command: Command) -> None:
     parser = command("speed", "Measure tokens per second, the time to the first token and peak memory, dense next to compressed.", run)
     model_options(parser)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model: both are timed in alternation")
-    add_options(parser, SpeedConfig)
+    engine = "what runs the models: transformers, or vllm where it is installed (default: %(default)s)"
+    parser.add_argument("--engine", choices=("transformers", "vllm"), default="transformers", help=engine)
+    add_options(parser, SpeedConfig, without=("batch_size",))
+    batches = "prompts that are continued at once; several sizes are measured one after the other (default: 1)"
+    parser.add_argument("--batch-size", type=int, nargs="+", metavar="N", help=batches)
     memory = "measure peak memory too, in a fresh process for each model"
     parser.add_argument("--peak-memory", action=argparse.BooleanOptionalAction, default=True, help=f"{memory} (default: yes)")
 
 
 def run(arguments: argparse.Namespace) -> Result:
-    a = arguments
-    config, source = config_of(a, SpeedConfig), source_of(a)
+    config, source = config_of(arguments, SpeedConfig), source_of(arguments)
+    configs = [replace(config, batch_size=size) for size in dict.fromkeys(arguments.batch_size or [config.batch_size])]
+    sources = (source,) if arguments.against is None else (replace(source, reference=arguments.against), source)
+    measure = _in_vllm if arguments.engine == "vllm" else _in_transformers
+    results = measure(sources, configs, arguments.peak_memory)
+    text = "\n\n".join(_beside(result) if isinstance(result, SpeedComparison) else _alone(result) for result in results)
+    bodies = [result.to_mapping() if isinstance(result, SpeedComparison) else to_mapping(result) for result in results]
+    if len(bodies) == 1:
+        return {**bodies[0], "text": text}
+    return {"batches": {str(each.batch_size): body for each, body in zip(configs, bodies, strict=True)}, "text": text}
+
+
+def _in_transformers(sources: Sequence[ModelSource], configs: Sequence[SpeedConfig], peak_memory: bool) -> Results:
     from lowrank_core.models import load_model
     from lowrank_core.speed import compare_speed, measure_speed
 
-    handle = load_model(source)
-    if a.against is None:
-        report = measure_speed(handle, config, source=source if a.peak_memory else None)
-        return {**to_mapping(report), "text": _alone(report)}
-    against = replace(source, reference=a.against)
-    comparison = compare_speed(load_model(against), handle, config, sources=(against, source) if a.peak_memory else None)
-    return {**comparison.to_mapping(), "text": _beside(comparison)}
+    handles = [load_model(source) for source in sources]
+    if len(handles) == 1:
+        return [measure_speed(handles[0], config, source=sources[0] if peak_memory else None) for config in configs]
+    pair = (sources[0], sources[1]) if peak_memory else None
+    return [compare_speed(handles[0], handles[1], config, sources=pair) for config in configs]
+
+
+def _in_vllm(sources: Sequence[ModelSource], configs: Sequence[SpeedConfig], peak_memory: bool) -> Results:
+    from lowrank_core.speed.comparison import compared
+    from lowrank_core.speed.vllm import speed_in_vllm
+
+    results = speed_in_vllm(sources, configs, peak_memory=peak_memory)
+    if len(sources) == 1:
+        return [result.reports[0] for result in results]
+    return [compared(result.reports, result.timings) for result in results]
 
 
 def _rows(*reports: SpeedReport) -> list[tuple[str, ...]]:
@@ -70,7 +96,14 @@ def _beside(comparison: SpeedComparison) -> str:
     ratios = (*(spread.words(digits=2) for spread in spreads), memory, _loading(comparison), *counts)
     rows = [(*row, ratio) for row, ratio in zip(_rows(dense, compressed), ratios, strict=True)]
     table = aligned([("", "dense", "compressed", "times faster; size ratio"), *rows])
-    return f"{table}\nTimed in alternation; above 1 the compressed model is faster. {_notes(compressed)}"
+    return f"{table}\nTimed in alternation; above 1 the compressed model is faster.{_slower(comparison)} {_notes(compressed)}"
+
+
+def _slower(comparison: SpeedComparison) -> str:
+    """Return what the compressed model is slower in, in every round; empty where that is nothing."""
+    spreads = {"prefill": comparison.prefill_speedup, "decode": comparison.decode_speedup, "TTFT": comparison.first_token_speedup}
+    slower = [f"{name} ({spread.median:.2f} times)" for name, spread in spreads.items() if spread.high < 1]
+    return f" Slower than the dense model here: {', '.join(slower)}." if slower else ""
 
 
 def _loading(comparison: SpeedComparison) -> str:

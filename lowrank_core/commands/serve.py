@@ -25,16 +25,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import torch
-from transformers import AutoConfig
-
 from lowrank_core.config import ModelSource, from_mapping, to_mapping
 from lowrank_core.config.serving import ServeConfig
 from lowrank_core.errors import ConfigError, LowRankError, ModelError, RunError
 from lowrank_core.models import load_model
-from lowrank_core.models.headers import check_headers
+from lowrank_core.models.headers import check_headers, vllm_dtype
 from lowrank_core.models.loading import resolve_reference
-from lowrank_core.models.plain import is_plain_form
 from lowrank_core.models.unrolled import natively
 from lowrank_core.runs.processes import python_command, python_environment
 from lowrank_core.types import Result
@@ -112,20 +108,12 @@ def _request(source: ModelSource, config: ServeConfig) -> str:
 
 
 def _vllm_command(place: str, source: ModelSource, config: ServeConfig) -> list[str]:
-    """Return the command of vLLM's server. Its console script fails in some builds; without a GPU it runs in float32, as we do.
+    """Return the command of vLLM's server. Its console script fails in some builds.
 
     Raises:
-        ConfigError: it doesn't take the model, or not by us.
+        ConfigError: as ``vllm_dtype``.
     """
-    if Path(place).is_file():
-        raise ConfigError("vLLM reads no GGUF file by our means. Leave --engine out, or give the folder of an export.")
-    if Path(place).is_dir() and is_plain_form(AutoConfig.from_pretrained(place, local_files_only=True)):
-        raise ConfigError(
-            f"vLLM would run the module that the plain form brings. Leave --engine out, or run: vllm serve {place} --trust-remote-code"
-        )
-    if source.device != "auto":
-        raise ConfigError("vLLM chooses the device by its build. Leave --device out.")
-    dtype = "float32" if source.dtype == "auto" and not torch.cuda.is_available() else source.dtype
+    dtype = vllm_dtype(place, source)
     options = {"model": place, "served-model-name": _name_of(place), "host": config.host, "port": str(config.port), "dtype": dtype}
     flags = [part for name, value in options.items() for part in (f"--{name}", value)]
     return python_command("-m", "vllm.entrypoints.openai.api_server", *flags, "--enforce-eager")

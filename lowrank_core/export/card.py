@@ -64,7 +64,9 @@ def _head(manifest: ExportManifest, base: BaseModel) -> str:
         "plain": "Each compressed linear layer is stored as two (`down`, `up`), by a module of this folder.",
         "dense": "The low-rank factors are multiplied out into the plain architecture: any runtime reads it, and **it is not smaller**.",
     }[manifest.form]
-    return f"# {base.reference}, compressed\n\nMade from `{base.reference}` by lowrank-studio{f' ({method})' if method else ''}. {form}"
+    imported = manifest.details.get("imported_form")
+    made = f"as factors in the form of {imported}, and written by lowrank-studio" if imported else "by lowrank-studio"
+    return f"# {base.reference}, compressed\n\nMade from `{base.reference}` {made}{f' ({method})' if method else ''}. {form}"
 
 
 def _quantised_dense(manifest: ExportManifest) -> bool:

@@ -20,10 +20,12 @@ from lowrank_core.export.base_model import base_model_of
 from lowrank_core.export.card import model_card, with_todays_loading
 from lowrank_core.export.code import is_ours, write_code
 from lowrank_core.export.folder import check_free, whole_folder
+from lowrank_core.export.foreign import counted
 from lowrank_core.export.manifest import ExportManifest, listed_files, read_manifest, report_of, versions
 from lowrank_core.export.writing import export
 from lowrank_core.files.weights import WeightFiles, read_object, weight_files
 from lowrank_core.models import load_model
+from lowrank_core.models.foreign import foreign_folder
 from lowrank_core.models.guard import guard_name, guards, unguarded
 from lowrank_core.models.hf import CODE, METHOD
 from lowrank_core.models.integrity import MANIFEST, check_weights
@@ -47,13 +49,17 @@ class Rewritten:
 
 
 def convert(folder: Path, target: Path, config: ExportConfig) -> ExportManifest:
-    """Write the compressed model in ``folder`` to ``target`` in the form of ``config``.
+    """Write the compressed model in ``folder``, ours or of another project's form, to ``target`` in the form of ``config``.
 
     Raises:
         ModelError: it holds no factors, is damaged, or has no place in that form.
         RunError: ``target`` is taken, or can't be written.
     """
     check_free(target)
+    foreign = foreign_folder(str(folder))
+    if foreign is not None:
+        model = counted(load_model(ModelSource(str(folder))), foreign)
+        return export(model, target, provenance={"imported_form": foreign.project}, config=config)
     manifest = read_manifest(folder)
     if manifest.form == "dense":
         raise ModelError(f"model: {folder} is a dense merge: no form with factors can be made of it. Export the trial again.")

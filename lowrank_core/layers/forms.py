@@ -10,19 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from lowrank_core.errors import ConfigError, NumericalError
-from lowrank_core.layers.base import CompressedModule
+from lowrank_core.layers.base import CompressedModule, Entry
 from lowrank_core.layers.dense import DenseLinear
 from lowrank_core.layers.factored import LowRankLinear
 from lowrank_core.layers.heads import OutputHeads, ValueHeads
 from lowrank_core.layers.pivoted import PivotedLinear
 from lowrank_core.layers.pivoting import fix_gauge, pivot
 
-__all__ = ["FORMS", "STORAGES", "Factors", "HeadFactors", "build_layers"]
+__all__ = ["FORMS", "STORAGES", "Factors", "HeadFactors", "build_layers", "form_of"]
 
 FORMS: Mapping[str, type[CompressedModule]] = MappingProxyType(
     {form.form: form for form in (LowRankLinear, PivotedLinear, ValueHeads, OutputHeads, DenseLinear)}
 )
 """Name in ``config.json`` -> module."""
+
+
+def form_of(entry: Entry) -> type[CompressedModule]:
+    """Return the class of the module that an entry of ``config.json`` describes.
+
+    Raises:
+        ModelError: this version knows no form of that name.
+    """
+    form = entry.text("form", LowRankLinear.form)  # the only one of the first exports, which don't say it
+    if form is None or form not in FORMS:
+        entry.refuse("form", f"{form!r}; this version knows {', '.join(FORMS)}")
+    return FORMS[form]
 
 
 @dataclass(frozen=True)

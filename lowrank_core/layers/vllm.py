@@ -29,7 +29,7 @@ from lowrank_core.files.grids import GRIDS
 from lowrank_core.files.weights import guard_name
 from lowrank_core.layers.base import CompressedModule, Entry
 from lowrank_core.layers.dense import DenseLinear
-from lowrank_core.layers.forms import FORMS
+from lowrank_core.layers.forms import FORMS, form_of
 from lowrank_core.layers.heads import OutputHeads, ValueHeads
 from lowrank_core.layers.pivoted import PivotedLinear
 from lowrank_core.layers.quantized import dense_of
@@ -350,14 +350,12 @@ class Loaded:
         """
         if name not in self._modules:
             entry = Entry(name, self.config.layers[name], _ANY_ROWS)
-            source, form = entry.text("source"), entry.text("form") or "factored"
-            if form not in FORMS:
-                entry.refuse("form", f"{form!r}; this version knows {', '.join(FORMS)}")
+            form, source = form_of(entry), entry.text("source")
             if source is not None and source not in self.config.loaded:
                 entry.refuse("source", f"{source!r} is not compressed")
             leader = None if source is None else self.config.loaded[source].module(source)
             with torch.device("meta"):
-                made = FORMS[form].from_spec(entry, self.shapes[name], leader)
+                made = form.from_spec(entry, self.shapes[name], leader)
             try:
                 made.load_state_dict(self.parts.pop(name), assign=True)
             except RuntimeError as error:

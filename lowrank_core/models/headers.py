@@ -11,20 +11,27 @@ import transformers
 from safetensors import safe_open
 from transformers import AutoConfig
 
-from lowrank_core.errors import ModelError
+from lowrank_core.config import ModelSource
+from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.files.weights import weight_files
+from lowrank_core.models.foreign import foreign_config, foreign_folder
 from lowrank_core.models.handle import auto_class_of
 from lowrank_core.models.hf import METHOD, LowRankQuantizationConfig, LowRankQuantizer, compressed_modules
+from lowrank_core.models.plain import is_plain_form
 
-__all__ = ["check_headers"]
+__all__ = ["check_headers", "vllm_dtype"]
 
 
 def check_headers(folder: Path) -> None:
-    """Check a folder in our format without reading a weight into a model; others are passed over.
+    """Check a folder in our format, or another project's, without reading a weight into a model; others are passed over.
 
     Raises:
         ModelError: a file is damaged, a form or rank is not one that this version knows, or config.json and the files differ.
     """
+    foreign = foreign_folder(str(folder))
+    if foreign is not None:
+        foreign_config(foreign)
+        return
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     stated = getattr(config, "quantization_config", None)
     body: dict[str, Any] = {} if stated is None else dict(stated) if isinstance(stated, Mapping) else dict(vars(stated))
@@ -43,6 +50,25 @@ def check_headers(folder: Path) -> None:
                 raise ModelError(
                     f"model: {name}.{part} has the shape {shape}, and config.json says {tuple(tensor.shape)}. Export the model again."
                 )
+
+
+def vllm_dtype(place: str, source: ModelSource) -> str:
+    """Return the dtype in which vLLM runs a model: without a GPU in float32, as we do.
+
+    Raises:
+        ConfigError: vLLM doesn't take the model, or not by us.
+    """
+    if Path(place).is_file():
+        raise ConfigError("vLLM reads no GGUF file by our means. Leave --engine out, or give the folder of an export.")
+    if (foreign := foreign_folder(place)) is not None:
+        raise ConfigError(f"vLLM reads no factors of {foreign.project}. Leave --engine out, or: lowrank export --from {place} --out NEW")
+    if Path(place).is_dir() and is_plain_form(AutoConfig.from_pretrained(place, local_files_only=True)):
+        raise ConfigError(
+            f"vLLM would run the module that the plain form brings. Leave --engine out, or run: vllm serve {place} --trust-remote-code"
+        )
+    if source.device != "auto":
+        raise ConfigError("vLLM chooses the device by its build. Leave --device out.")
+    return "float32" if source.dtype == "auto" and not torch.cuda.is_available() else source.dtype
 
 
 def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:

@@ -34,7 +34,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowrank_core.errors import ModelError
 from lowrank_core.files.weights import unguarded_note
 from lowrank_core.layers.base import CompressedModule, Entry
-from lowrank_core.layers.forms import FORMS
+from lowrank_core.layers.forms import form_of
 from lowrank_core.layers.quantized import QuantizedMatrix
 from lowrank_core.models.experts import unroll_experts
 from lowrank_core.models.fused import Layout, layouts_of, split_fused
@@ -115,7 +115,7 @@ class LowRankQuantizer(HfQuantizer):  # type: ignore[misc]
         for name in sorted(layers, key=lambda name: "source" in layers[name]):  # leaders first
             entry = Entry(name, layers[name], stack_rows[str(layers[name].get("source", name))])
             with torch.device("meta"):
-                made[name] = FORMS[_form_of(entry)].from_spec(entry, shapes[name], _leader_of(entry, layers, made))
+                made[name] = form_of(entry).from_spec(entry, shapes[name], _leader_of(entry, layers, made))
         for name, module in made.items():
             replace_module(model, name, module)
         if layers:
@@ -250,13 +250,6 @@ def _dense_shape(model: nn.Module, name: str) -> tuple[int, int]:
         raise ModelError(f"model: config.json names the compressed layer {name!r}, which is no linear layer of this architecture.")
     d_out, d_in = weight_of(old).shape
     return d_out, d_in
-
-
-def _form_of(entry: Entry) -> str:
-    form = entry.text("form", "factored")  # the only one of the first exports, which don't say it
-    if form is None or form not in FORMS:
-        entry.refuse("form", f"{form!r}; this version knows {', '.join(FORMS)}")
-    return form
 
 
 def _leader_of(entry: Entry, layers: Mapping[str, Mapping[str, Any]], made: Mapping[str, CompressedModule]) -> CompressedModule | None:

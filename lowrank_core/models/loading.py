@@ -36,6 +36,7 @@ from lowrank_core.files.gguf import GgufFile, is_gguf, read_gguf
 from lowrank_core.files.weights import WeightFiles, read_object, weight_files
 from lowrank_core.models import hf  # registers the low-rank format with transformers
 from lowrank_core.models.experts import unroll_experts
+from lowrank_core.models.foreign import foreign_config, foreign_folder, key_mapping
 from lowrank_core.models.from_disk import device_map_of, mapped_from_disk
 from lowrank_core.models.gguf import become_plain, check_complete, check_readable, dequantizing, gguf_arguments
 from lowrank_core.models.handle import (
@@ -136,7 +137,7 @@ def load_model(source: ModelSource | str, *, whole: Collection[str] = (), weight
             "model: its weights stay on disk and are read block by block, which is slower: memory has too little room (--memory)"
         )
     module = _load_module(place, source.reference, config, dtype, weights)
-    tokenizer = _load_tokenizer(place, source.reference)
+    tokenizer = _load_tokenizer(place, source.reference, config)
     module = module.to(device).eval()  # type: ignore[arg-type]
     module.requires_grad_(False)
     _check_finite(module, source.reference)
@@ -311,9 +312,10 @@ def _checked_config(place: str, reference: str) -> PretrainedConfig:
         check_readable(file)
     elif not Path(place).is_dir():
         _check_reachable(place)
+    foreign = foreign_folder(place)
     try:
         with _arguments(place) as (source, options):
-            config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
+            config: PretrainedConfig = AutoConfig.from_pretrained(source, **options) if foreign is None else foreign_config(foreign)
     except _LIBRARY_ERRORS as error:
         raise ModelError(_not_loaded(place, reference, error)) from error
     with _told():
@@ -352,6 +354,7 @@ def _refusal(config: PretrainedConfig) -> str:
 def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: Any, weights: WeightMap | None) -> PreTrainedModel:
     file = _file_of(place)
     method = "gguf" if file is not None else dequantized_method(config.to_dict())
+    foreign = foreign_folder(place)
     try:
         loader = plain_class(config) if is_plain_form(config) else getattr(transformers, auto_class_of(config))
         with _arguments(place) as (source, options), _from_disk(loader, config, weights) as left_on_disk:
@@ -362,6 +365,7 @@ def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: An
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                key_mapping=None if foreign is None else key_mapping(foreign),
                 **options,
                 **left_on_disk,
                 **dequantizing(method),
@@ -385,6 +389,7 @@ def _load_module(place: str, reference: str, config: PretrainedConfig, dtype: An
         become_plain(module)
     if is_plain_form(config):
         become_factored(module)
+        vars(module).pop("_weight_conversions", None)  # else what is saved again would have the names of the folder
     if weights is not None:
         weights.settle(module)
     return module
@@ -402,10 +407,11 @@ def _from_disk(loader: Any, config: PretrainedConfig, weights: WeightMap | None)
         yield {"device_map": device_map_of(skeleton, blocks_of(skeleton)[0]), "offload_folder": folder, "offload_buffers": True}
 
 
-def _load_tokenizer(place: str, reference: str) -> PreTrainedTokenizerBase:
+def _load_tokenizer(place: str, reference: str, config: PretrainedConfig) -> PreTrainedTokenizerBase:
+    own = {} if foreign_folder(place) is None else {"config": config}  # the folder's names a class of its own
     try:
         with _arguments(place) as (source, options):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **own, **options)
     except _LIBRARY_ERRORS as error:
         raise ModelError(
             f"model: {reference} has no tokenizer that can be read ({_first_line(error)}). Save it into the same folder."

@@ -23,7 +23,17 @@ __all__ = ["ARCHITECTURE", "architectures_of", "become_factored", "is_plain_form
 ARCHITECTURE = "LowRankForCausalLM"
 """Class that ``architectures`` of a plain folder names; no registry has it, so that nothing takes the model for its dense architecture."""
 
-_KEYS = ("lowrank_ranks", "lowrank_biases", "auto_map")
+_KEYS = ("lowrank_ranks", "lowrank_biases", "lowrank_unguarded", "auto_map")
+
+
+class _Unguarded(WithFactors):
+    """The same of a folder that another project wrote, without the empty tensors of ours."""
+
+    def __init__(self, config: Any, *arguments: Any, **options: Any) -> None:
+        super().__init__(config, *arguments, **options)
+        for child in self.modules():
+            if isinstance(child, PlainFactors):
+                del child.weight
 
 
 def is_plain_form(config: PretrainedConfig) -> bool:
@@ -57,7 +67,8 @@ def plain_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     numbers = isinstance(ranks, Mapping) and all(type(rank) is int and rank > 0 for rank in ranks.values())
     if not numbers or not isinstance(biases, list) or not all(isinstance(name, str) for name in biases):
         raise ModelError("model: config.json doesn't say which layers are factors, or which have a bias. Export the model again.")
-    made: type[PreTrainedModel] = type(ARCHITECTURE, (WithFactors, getattr(transformers, architectures_of(config)[0])), {})
+    mixin = _Unguarded if getattr(config, "lowrank_unguarded", False) else WithFactors
+    made: type[PreTrainedModel] = type(ARCHITECTURE, (mixin, getattr(transformers, architectures_of(config)[0])), {})
     return made
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
 from lowrank_core.config import ModelSource
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.models import ModelHandle
-from lowrank_core.runs.measurements import MemoryReport, SpeedComparison, Spread
+from lowrank_core.runs.measurements import MemoryReport, SpeedComparison, SpeedReport, Spread
 from lowrank_core.speed.memory import measure_memory
-from lowrank_core.speed.timing import Clock, report_of, timed_in_turns
+from lowrank_core.speed.timing import Clock, Timing, report_of, timed_in_turns
 from lowrank_core.types import Progress
 
-__all__ = ["compare_speed"]
+__all__ = ["compare_speed", "compared"]
 
 
 def _memories(dense: ModelHandle, sources: tuple[ModelSource, ModelSource], config: SpeedConfig) -> tuple[MemoryReport, MemoryReport]:
@@ -44,6 +45,11 @@ def compare_speed(
     memories = (None, None) if sources is None else _memories(dense, sources, config)
     timings = timed_in_turns(handles, config, clock, progress)
     reports = [report_of(*each) for each in zip(handles, (config, config), timings, memories, strict=True)]
+    return compared(reports, timings)
+
+
+def compared(reports: Sequence[SpeedReport], timings: Sequence[Sequence[Timing]]) -> SpeedComparison:
+    """Return the comparison of a dense and a compressed model, whose rounds are paired."""
     rounds = list(zip(*timings, strict=True))
     return SpeedComparison(
         dense=reports[0],

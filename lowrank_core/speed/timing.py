@@ -23,9 +23,12 @@ from lowrank_core.types import Progress
 
 __all__ = [
     "Clock",
+    "Counted",
     "Timing",
     "measure_speed",
     "prompt_for",
+    "random_prompts",
+    "rates_of",
     "report_of",
     "timed_generation",
     "timed_in_turns",
@@ -97,25 +100,43 @@ def timed_in_turns(
 
 
 def report_of(handle: ModelHandle, config: SpeedConfig, timings: Sequence[Timing], memory: MemoryReport | None) -> SpeedReport:
-    """Return the rates that ``timings`` say."""
+    """Return the rates that ``timings`` say of a model that runs here."""
+    return rates_of(Counted(handle.reference, handle.parameters, handle.bytes), config, timings, memory, _place(handle))
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A model that is timed, by name, with its stored parameters and bytes."""
+
+    reference: str
+    parameters: int
+    bytes: int
+
+
+def rates_of(model: Counted, config: SpeedConfig, timings: Sequence[Timing], memory: MemoryReport | None, place: str) -> SpeedReport:
+    """Return the rates that ``timings`` say; ``place`` says where and in what the model ran."""
     read, written = config.batch_size * config.prompt_tokens, config.batch_size * (config.new_tokens - 1)
     return SpeedReport(
-        model=handle.reference,
+        model=model.reference,
         prefill_tokens_per_second=Spread.of(read / timing.prefill for timing in timings),
         decode_tokens_per_second=Spread.of(written / timing.decode for timing in timings),
         first_token_seconds=Spread.of(timing.first_token for timing in timings),
         memory=memory,
-        parameters=handle.parameters,
-        bytes=handle.bytes,
-        protocol=_protocol(handle, config),
+        parameters=model.parameters,
+        bytes=model.bytes,
+        protocol=f"{_rounds(config)}; {place}",
     )
 
 
 def prompt_for(handle: ModelHandle, config: SpeedConfig) -> Tensor:
-    """Return prompts (batch, tokens) drawn uniformly from the vocabulary, always the same."""
+    """Return the prompts (batch, tokens) of a model."""
+    return random_prompts(handle.vocabulary, config).to(handle.device)
+
+
+def random_prompts(vocabulary: int, config: SpeedConfig) -> Tensor:
+    """Return prompts (batch, tokens) drawn uniformly from a vocabulary, always the same."""
     generator = torch.Generator().manual_seed(_PROMPT_SEED)
-    size = (config.batch_size, config.prompt_tokens)
-    return torch.randint(0, handle.vocabulary, size, generator=generator).to(handle.device)
+    return torch.randint(0, vocabulary, (config.batch_size, config.prompt_tokens), generator=generator)
 
 
 @torch.no_grad()
@@ -148,18 +169,20 @@ def _now(device: torch.device, clock: Clock) -> float:
     return clock()
 
 
-def _protocol(handle: ModelHandle, config: SpeedConfig) -> str:
-    """Return in a line how the rates were measured."""
+def _rounds(config: SpeedConfig) -> str:
+    """Return in words how the rates were measured."""
+    return (
+        f"batch {config.batch_size}, prompts of {config.prompt_tokens} random tokens (seed {_PROMPT_SEED}), "
+        f"{config.new_tokens} new tokens, greedy with a key-value cache; "
+        f"median of {config.rounds} rounds after {config.warmup} to warm up (smallest to largest)"
+    )
+
+
+def _place(handle: ModelHandle) -> str:
     device = handle.device
     place = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() != 1)}"
     )
-    dtype = handle.dtype
-    return (
-        f"batch {config.batch_size}, prompts of {config.prompt_tokens} random tokens (seed {_PROMPT_SEED}), "
-        f"{config.new_tokens} new tokens, greedy with a key-value cache; "
-        f"median of {config.rounds} rounds after {config.warmup} to warm up (smallest to largest); "
-        f"{dtype}, {place}, torch {torch.__version__}"
-    )
+    return f"{handle.dtype}, {place}, torch {torch.__version__}"

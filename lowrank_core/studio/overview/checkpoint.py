@@ -28,6 +28,7 @@ _SENSES = re.compile(r"vision|visual|image|audio|speech")
 _POSITIONS = re.compile(r"position|wpe|per_layer")  # tables that are never the head
 _WHY = {"router": "router of the experts"}
 _HEADS = ("lm_head.weight", "embed_out.weight", "output.weight")
+_HEAD_FACTORS = tuple(name.replace("weight", f"{half}.weight") for name in _HEADS for half in ("up", "down"))
 _HEAD_BIASES = tuple(name.replace(".weight", ".bias") for name in _HEADS)
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias")
 _TRANSPOSED = ("gpt2", "openai-gpt")  # their Conv1D stores W transposed
@@ -103,7 +104,7 @@ def read_model(place: Path) -> ModelOnDisk:
 
 def _note_of_missing_guards(checkpoint: Checkpoint) -> str:
     empty = [tensor.name for tensor in checkpoint.tensors if not tensor.elements]
-    return unguarded_note(checkpoint.folder) if without_guard(_low_rank_layers(checkpoint), empty) else ""
+    return unguarded_note(checkpoint.folder) if without_guard(_guarded_layers(checkpoint), empty) else ""
 
 
 def parts_of(checkpoint: Checkpoint) -> tuple[Part, ...]:
@@ -157,6 +158,8 @@ def _outside(part: Part, tied: bool) -> tuple[str, str]:
     """Return kind and reason of a tensor outside the blocks."""
     if part.name.endswith(_BUFFERS):
         return "other", "table computed from the config"
+    if part.name.endswith(_HEAD_FACTORS):
+        return "head", "factor of the head: outside the blocks"
     if part.name.endswith(_HEAD_BIASES):
         return "head", "bias of the head: outside the blocks"
     if part.name.endswith(_HEADS) or part.name == "head.weight":
@@ -212,7 +215,13 @@ def _in_block(name: str) -> str:
 
 
 def _low_rank_layers(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, object]]:
-    """Return the layers that are stored as factors, by name, with their entries."""
+    """Return the layers that are stored as factors, by name, with their entries; those of the plain form have empty ones."""
+    plain = checkpoint.config.get("lowrank_ranks")
+    return {str(name): {} for name in plain} if isinstance(plain, dict) else _guarded_layers(checkpoint)
+
+
+def _guarded_layers(checkpoint: Checkpoint) -> Mapping[str, Mapping[str, object]]:
+    """Return the layers that are compressed in our own form."""
     quantised = checkpoint.config.get("quantization_config")
     layers = quantised.get("layers") if isinstance(quantised, dict) and quantised.get("quant_method") == "lowrank" else None
     return {str(name): entry if isinstance(entry, dict) else {} for name, entry in layers.items()} if isinstance(layers, dict) else {}

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from lowrank_core.errors import ModelError
 from lowrank_core.files.checkpoints import check_folder_kind, dequantized_method, dequantized_note
+from lowrank_core.files.foreign import read_foreign
 from lowrank_core.files.gguf import GgufFile, is_gguf, read_gguf
 from lowrank_core.files.weights import read_object, weight_files
 
@@ -41,13 +42,14 @@ _GGUF_INSIDE = {
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor as the header of ``file`` describes it; ``packed_bytes`` of one in quantised blocks."""
+    """A tensor as the header of ``file`` describes it; ``packed_bytes`` of one in quantised blocks, ``stored_as`` of a renamed one."""
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     file: str
     packed_bytes: int | None = None
+    stored_as: str = ""
 
     @property
     def elements(self) -> int:
@@ -75,7 +77,7 @@ def _sample(folder: Path, tensor: StoredTensor, place: int) -> bytes:
     try:
         with (folder / tensor.file).open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            begin, end = json.loads(stream.read(length))[tensor.name]["data_offsets"]
+            begin, end = json.loads(stream.read(length))[tensor.stored_as or tensor.name]["data_offsets"]
             stream.seek(8 + length + begin + place)
             return stream.read(min(_SAMPLE_BYTES, end - begin - place))
     except (OSError, ValueError, KeyError) as error:
@@ -122,8 +124,11 @@ def read_checkpoint(place: Path) -> Checkpoint:
     if place.is_file() and is_gguf(place):
         return _of_gguf(read_gguf(place))
     check_folder_kind(place)
-    config, files = read_object(place / "config.json"), weight_files(place)
+    config, files, foreign = read_object(place / "config.json"), weight_files(place), read_foreign(place)
     tensors = [tensor for file in files.loaded for tensor in _tensors(place / file)]
+    if foreign is not None:
+        config = dict(foreign.config)
+        tensors = [replace(tensor, name=foreign.names.get(tensor.name, tensor.name), stored_as=tensor.name) for tensor in tensors]
     method = dequantized_method(config)
     if method:
         tensors = [plain for tensor in tensors if (plain := _dequantized(tensor)) is not None]
