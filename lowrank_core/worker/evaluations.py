@@ -22,6 +22,7 @@ from lowrank_core.worker.models import BuiltModel, built_model
 __all__ = ["compare", "compare_on_other_text", "compare_speeds", "compare_tokens", "generate"]
 
 _DECIMALS = 6
+_DECIMALS_OF = {"window_nll": _DECIMALS, "dense_window_nll": _DECIMALS, "window_kl": 9}
 _MAX_TOKENS = 512
 """Of a text that is shown token by token."""
 
@@ -67,12 +68,12 @@ def _measured(
 
 
 def _rounded(report: Mapping[str, object]) -> dict[str, object]:
-    """Return the report with windows and positions at six decimals, to keep results small."""
+    """Return the report with windows and positions at few decimals, to keep results small."""
     result = dict(report)
-    for name in ("window_nll", "dense_window_nll"):
+    for name, decimals in _DECIMALS_OF.items():
         values = result.get(name)
         if isinstance(values, list | tuple):
-            result[name] = [round(float(value), _DECIMALS) for value in values]
+            result[name] = [round(float(value), decimals) for value in values]
     rows = result.get("by_position")
     if isinstance(rows, list):
         result["by_position"] = [

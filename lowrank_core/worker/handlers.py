@@ -22,6 +22,7 @@ from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path,
 from lowrank_core.search.study import TrialBench, check_rules, enqueue_allocation
 from lowrank_core.statistics.directions import top_directions
 from lowrank_core.studies import requests
+from lowrank_core.studies.gain import gain_of
 from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
 from lowrank_core.studies.requests import Answer, CompareAnswer, Request, answers_of, request_of
@@ -192,7 +193,7 @@ def _answer(
 
 
 def confirm(worker: WorkerContext) -> None:
-    """Measure the best complete trials of a finished search on test text, each once."""
+    """Measure the best complete trials of a finished search, and its best rule, on test text, each once."""
     _, _, config = worker.search
     for trial in _worth_confirming(read_trials(worker.run), config):
         if trial.number not in {answer.trial for answer in answers_of(worker.run, CompareAnswer)} and not worker.reporter.paused:
@@ -200,11 +201,12 @@ def confirm(worker: WorkerContext) -> None:
 
 
 def _worth_confirming(trials: list[TrialRecord], config: SearchConfig) -> list[TrialRecord]:
-    """Return the best trials in order; over a range of ratios points of the Pareto front, evenly spaced."""
+    """Return the best trials in order, with those that say what the search added; over a range points of the front, evenly spaced."""
     if config.max_ratio is None:
         complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
         distinct = {tuple(trial.ranks.items()): trial for trial in sorted(complete, key=lambda t: (t.value, t.number), reverse=True)}
-        return sorted(distinct.values(), key=lambda t: (t.value, t.number))[: config.confirmed]
+        result = sorted(distinct.values(), key=lambda t: (t.value, t.number))[: config.confirmed]
+        return [*result, *(trial for trial in gain_of(trials, config).rivals if result and trial not in result)]
     front = pareto_front(trials)
     count = min(config.confirmed, len(front))
     return [front[round(index * (len(front) - 1) / max(1, count - 1))] for index in range(count)]
