@@ -25,7 +25,7 @@ from lowrank_core.studies import requests
 from lowrank_core.studies.gain import gain_of
 from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
-from lowrank_core.studies.requests import Answer, CompareAnswer, Request, answers_of, request_of
+from lowrank_core.studies.requests import Answer, BehaviourAnswer, CompareAnswer, Request, answers_of, request_of
 from lowrank_core.types import Stage, silent
 from lowrank_core.worker import evaluations
 from lowrank_core.worker.context import WorkerContext, chosen_allocation, chosen_model, complete_trial
@@ -88,8 +88,9 @@ def unspent_of(search: SearchConfig, allocation: RankAllocation) -> tuple[str, .
 
 def metrics_of_trial(run: Run, number: int) -> dict[str, object]:
     """Return a trial's test measurements, if any, for its model card."""
-    result = [answer.report for answer in answers_of(run, CompareAnswer) if answer.trial == number]
-    return metrics_of(result[-1]) if result else {}
+    reports = [answer.report for answer in answers_of(run, CompareAnswer) if answer.trial == number]
+    behaviours = [answer.result.to_mapping() for answer in answers_of(run, BehaviourAnswer) if answer.trial == number]
+    return {**(metrics_of(reports[-1]) if reports else {}), **({"behaviour": behaviours[-1]} if behaviours else {})}
 
 
 def _export(worker: WorkerContext, request: requests.ExportRequest) -> requests.ExportAnswer:
@@ -141,6 +142,7 @@ HANDLERS: Mapping[type[Request], Handler] = {
     requests.OtherTextRequest: evaluations.compare_on_other_text,
     requests.TokensRequest: evaluations.compare_tokens,
     requests.GenerateRequest: evaluations.generate,
+    requests.BehaviourRequest: evaluations.measure_behaviours,
     requests.SpeedRequest: evaluations.compare_speeds,
     requests.CurvesRequest: _curves,
     requests.DirectionsRequest: _directions,
