@@ -20,7 +20,7 @@ from lowrank_core.studies.bootstrap import bootstrap_interval
 from lowrank_core.studies.naming import trial_label
 from lowrank_core.studies.records import MANUAL, TrialRecord, counts_of, pareto_front, read_trials
 from lowrank_core.studies.requests import CompareAnswer, answers_of
-from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
+from lowrank_core.wording import fixed, fixed_interval
 
 __all__ = ["FLAT_TRIALS", "Gain", "SearchGain", "extension", "flat_after", "flat_words", "gain_of", "search_gain"]
 
@@ -57,15 +57,16 @@ class Gain:
 
     @property
     def words(self) -> str:
-        """The gain with its interval, and that it is nothing where the interval does not exclude that."""
+        """The gain with its interval; that it is nothing where the interval covers zero."""
         sign = 1 if self.gain >= 0 else -1
-        ends = None if self.interval is None else sorted(100 * sign * end for end in self.interval)
-        interval = NO_INTERVAL if ends is None else f"95% interval {fixed_interval(ends, 2)}%"
         size = f"{self.metric} {fixed(100 * sign * self.gain, 2)}% {'lower' if sign > 0 else 'higher'}"
+        if self.interval is None:
+            return f"{size}, without an interval that would distinguish it from nothing"
+        low, high = sorted(100 * sign * end for end in self.interval)
+        interval = f"95% interval {fixed_interval((low, high), 2)}%"
         if self.shown:
             return f"{size} ({interval})"
-        reason = "there is no interval" if ends is None else "the interval covers zero" if ends[0] <= 0 else "it loses more"
-        return f"nothing: {reason} ({size}, {interval})"
+        return f"nothing: {'the interval covers zero' if low <= 0 else 'it loses more'} ({size}, {interval})"
 
 
 @dataclass(frozen=True)

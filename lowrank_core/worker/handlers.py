@@ -25,11 +25,11 @@ from lowrank_core.studies import requests
 from lowrank_core.studies.gain import gain_of
 from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
-from lowrank_core.studies.requests import Answer, BehaviourAnswer, CompareAnswer, Request, answers_of, request_of
+from lowrank_core.studies.requests import Answer, CompareAnswer, Request, answers_of, request_of
 from lowrank_core.types import Stage, silent
 from lowrank_core.worker import evaluations
 from lowrank_core.worker.context import WorkerContext, chosen_allocation, chosen_model, complete_trial
-from lowrank_core.worker.healing import export_healed, heal_allocation
+from lowrank_core.worker.healing import behaviour_of, export_healed, heal_allocation
 from lowrank_core.worker.session import RunContext, record_curves
 
 __all__ = ["Handler", "answer", "answer_requests", "confirm", "export_trial", "metrics_of_trial", "provenance_of", "unspent_of"]
@@ -89,8 +89,7 @@ def unspent_of(search: SearchConfig, allocation: RankAllocation) -> tuple[str, .
 def metrics_of_trial(run: Run, number: int) -> dict[str, object]:
     """Return a trial's test measurements, if any, for its model card."""
     reports = [answer.report for answer in answers_of(run, CompareAnswer) if answer.trial == number]
-    behaviours = [answer.result.to_mapping() for answer in answers_of(run, BehaviourAnswer) if answer.trial == number]
-    return {**(metrics_of(reports[-1]) if reports else {}), **({"behaviour": behaviours[-1]} if behaviours else {})}
+    return {**(metrics_of(reports[-1]) if reports else {}), **behaviour_of(run, number)}
 
 
 def _export(worker: WorkerContext, request: requests.ExportRequest) -> requests.ExportAnswer:

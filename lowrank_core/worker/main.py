@@ -177,6 +177,7 @@ def _search(worker: WorkerContext, warm_seconds: float) -> bool:
     orders = _Orders(worker)
     while True:
         if trials_left(study, orders.read()) and not worker.reporter.paused:
+            worker.reporter.say(message="")
             _run_trials(worker, orders)
         complete = not trials_left(study, orders.read())
         if complete:

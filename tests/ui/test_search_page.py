@@ -268,8 +268,9 @@ def test_confirmed_trials_are_shown_with_their_text(app):
 
 
 def test_a_search_says_what_it_added_over_its_best_rule(app, rich):
-    assert "Over the best rule, Lagrangian (equal slopes) (trial 2), the search added (Trial 3): on validation text, nothing" in words(
-        app("search")
+    assert (
+        "Over the best rule, Lagrangian (equal slopes) (trial 2), the search added (Trial 3): on validation text, KL 8.33% lower"
+        in words(app("search"))
     )
 
 

@@ -27,6 +27,7 @@ from lowrank_core.studio.compare.behaviour import behaviours
 from lowrank_core.studio.report import report_html
 from lowrank_core.text import WindowSet
 from lowrank_core.worker.handlers import metrics_of_trial
+from lowrank_core.worker.healing import behaviour_of
 from lowrank_core.worker.main import run_worker
 
 CONFIG = BehaviourConfig(prompts=11, prompt_tokens=6, new_tokens=24)
@@ -191,6 +192,8 @@ def test_a_worker_measures_it_once_for_the_dense_model(run: Run):
 def test_the_card_and_the_report_have_it(run: Run):
     figures = metrics_of_trial(run, 0)
     assert figures["behaviour"] == answers_of(run, BehaviourAnswer)[0].result.to_mapping()
+    assert behaviour_of(run, "uniform") == {"behaviour": answers_of(run, BehaviourAnswer)[1].result.to_mapping()}
+    assert behaviour_of(run, "healed:trial-0") == {}
     card = next((run.path / "exports").glob("*/README.md")).read_text(encoding="utf-8")
     section = card[card.index("## Behaviour") :].split("##")[1]
     assert "| dense |" in section

@@ -90,7 +90,7 @@ def test_a_gain_that_can_not_be_told_from_none_is_called_nothing():
     worse = gain.Gain("KL", 1.0, 1.1, (-0.2, -0.05)).words
     assert worse == "nothing: it loses more (KL 10.00% higher, 95% interval 5.00 to 20.00%)"
     one = gain_of([_trial(0, "uniform", [0.2]), _trial(1, "sampled", [0.1])], KL).validation.words
-    assert one == "nothing: there is no interval (KL 50.00% lower, no interval)"
+    assert one == "KL 50.00% lower, without an interval that would distinguish it from nothing"
     alike = gain_of([TRIALS[1], _trial(2, "sampled", [0.9 * x for x in RULE])], KL).validation
     assert alike.interval is None  # the windows do not differ in the ratio but by rounding: nothing is known of its spread
 
