@@ -5,7 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-__all__ = ["BINARY_UNITS", "NO_INTERVAL", "amount", "duration", "fixed", "fixed_interval", "given_percent", "has_interval"]
+__all__ = [
+    "BINARY_UNITS",
+    "NO_INTERVAL",
+    "amount",
+    "duration",
+    "fixed",
+    "fixed_interval",
+    "fraction_words",
+    "given_percent",
+    "has_interval",
+]
 
 NO_INTERVAL = "no interval"
 """Shown for an interval of zero width: one window, or identical ones."""
@@ -29,6 +39,11 @@ def fixed_interval(ends: Sequence[float] | None, digits: int, *, signed: bool = 
     if ends is None or not has_interval(ends):
         return NO_INTERVAL
     return " to ".join(fixed(end, digits, signed=signed) for end in ends)
+
+
+def fraction_words(value: float | None) -> str:
+    """Return a measured fraction in percent; a dash without one."""
+    return "–" if value is None else f"{value:.1%}"
 
 
 def given_percent(fraction: float) -> str:

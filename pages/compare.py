@@ -6,6 +6,7 @@ import streamlit as st
 
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import read_trials
+from lowrank_core.studio.compare.behaviour import behaviours
 from lowrank_core.studio.compare.comparison import comparisons, label_of, last_failure, other_texts, refusals, unspent_notes
 from lowrank_core.studio.compare.continuations import prompts
 from lowrank_core.studio.compare.healing_runs import healings
@@ -17,7 +18,7 @@ from lowrank_core.studio.shared.model_refs import candidates, healable
 from lowrank_core.studio.shared.run_list import is_busy
 from pages.components import coverage, layout, navigation, request_controls, state
 from pages.components.boundary import boundary, live
-from pages.components.compare import healing, loss_details, measured, models, prompt, second_text, token_strip
+from pages.components.compare import behaviour, healing, loss_details, measured, models, prompt, second_text, token_strip
 from pages.components.compare import speed as timing
 from pages.components.widgets import choose
 
@@ -26,7 +27,7 @@ LOOKS = {
     "positions": "Positions",
     "tokens": "Token by token",
     "text": "Second text",
-    "prompt": "Same prompt",
+    "prompt": "Continuations",
     "speed": "Speed and memory",
 }
 
@@ -79,6 +80,7 @@ with boundary():
         second_text.show(run, picked, trials, found, others)
     elif look == "prompt":
         prompt.show(run, picked, prompts(bodies, trials))
+        behaviour.show(run, picked, behaviours(bodies, trials))
     elif look == "speed":
         timing.show(run, picked, speeds(bodies, trials))
 

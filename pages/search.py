@@ -40,6 +40,7 @@ with boundary():
         live(trials.show, 1.0 if busy else None, run)
         live(trials.show_importance, IMPORTANCE_TICK if busy else None, run, config.search)
         trial_charts.confirmed(run)
+        trial_charts.gain(run)
         st.page_link(navigation.MANUAL, label="Choose ranks manually, and have them measured in this search", icon=":material/tune:")
     elif run is not None:
         st.info(

@@ -6,7 +6,8 @@ import argparse
 
 from lowrank_core.cli.options import Command, add_options, config_of, given_options, model_options, source_of, text_of, text_options
 from lowrank_core.config import TextConfig
-from lowrank_core.config.evaluation import EvaluationConfig
+from lowrank_core.config.evaluation import BehaviourConfig, EvaluationConfig
+from lowrank_core.errors import ConfigError
 from lowrank_core.types import Result
 
 __all__ = ["add"]
@@ -17,6 +18,7 @@ def add(command: Command) -> None:
     model_options(parser)
     text_options(parser, "test_windows", several=True)
     add_options(parser, EvaluationConfig, without=("windows",))
+    add_options(parser, BehaviourConfig)
     parser.add_argument("--against", metavar="DENSE_MODEL", help="the dense model, to compare with on the same windows")
 
 
@@ -26,6 +28,9 @@ def run(arguments: argparse.Namespace) -> Result:
     texts = [text_of(arguments, reference=reference) for reference in arguments.text or [None]]
     windows = given_options(arguments, TextConfig).get("test_windows")
     config = config_of(arguments, EvaluationConfig, **({} if windows is None else {"windows": windows}))
+    if given_options(arguments, BehaviourConfig) and not config.behaviour:
+        raise ConfigError("prompts and new tokens are those of --behaviour: add it, or leave them out.")
+    behaviour = config_of(arguments, BehaviourConfig) if config.behaviour else None
     if len(texts) == 1:
-        return evaluate_on(source_of(arguments), texts[0], config, arguments.against)
-    return evaluate_on_texts(source_of(arguments), texts, config, arguments.against)
+        return evaluate_on(source_of(arguments), texts[0], config, arguments.against, behaviour)
+    return evaluate_on_texts(source_of(arguments), texts, config, arguments.against, behaviour)

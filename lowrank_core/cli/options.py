@@ -16,7 +16,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 from lowrank_core.catalogue import sentence_of
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource, SearchConfig, TextConfig, from_mapping
 from lowrank_core.config.benchmarks import AllocationBenchmark, PaceBenchmark, QualityBenchmark, SearchBenchmark, SpeedBenchmark
-from lowrank_core.config.evaluation import EvaluationConfig, Sampling, TasksConfig
+from lowrank_core.config.evaluation import BehaviourConfig, EvaluationConfig, Sampling, TasksConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.options import Declared, options_of
 from lowrank_core.config.serving import ServeConfig
@@ -68,6 +68,7 @@ SECTIONS: Mapping[type, tuple[str, ...]] = {
     SpeedConfig: ("speed",),
     ServeConfig: ("serving",),
     EvaluationConfig: ("evaluation",),
+    BehaviourConfig: ("behaviour",),
     Sampling: ("sampling",),
     TasksConfig: ("tasks",),
     QualityBenchmark: ("benchmark", "quality"),

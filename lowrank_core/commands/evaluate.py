@@ -9,14 +9,16 @@ from itertools import zip_longest
 
 from lowrank_core.commands.shared import progress_line
 from lowrank_core.config import ModelSource, TextConfig
-from lowrank_core.config.evaluation import EvaluationConfig, Sampling
+from lowrank_core.config.evaluation import BehaviourConfig, EvaluationConfig, Sampling
 from lowrank_core.coverage import Coverage, shown
 from lowrank_core.evaluation import EvaluationReport, PositionRow, evaluate
+from lowrank_core.evaluation.behaviour import measure_behaviour
 from lowrank_core.evaluation.generation import Continuation, side_by_side
 from lowrank_core.models import load_model
+from lowrank_core.runs.measurements import BehaviourComparison
 from lowrank_core.text import load_windows, open_text
 from lowrank_core.types import Result
-from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval
+from lowrank_core.wording import NO_INTERVAL, fixed, fixed_interval, fraction_words
 
 __all__ = ["continue_with", "evaluate_on", "evaluate_on_texts"]
 
@@ -24,22 +26,29 @@ _COLUMN = 58
 """Characters of a continuation's lines, two next to each other."""
 
 
-def evaluate_on(source: ModelSource, text: TextConfig, config: EvaluationConfig, against: str | None = None) -> Result:
-    """Measure a model on one text.
+def evaluate_on(
+    source: ModelSource, text: TextConfig, config: EvaluationConfig, against: str | None = None, behaviour: BehaviourConfig | None = None
+) -> Result:
+    """Measure a model on one text, and its ``behaviour`` if that is given.
 
     Raises:
         ConfigError, ModelError, TextError: as for ``evaluate_on_texts``.
     """
-    (report,), coverage = _reports(source, [text], config, against)
+    ((report, behaves),), coverage = _reports(source, [text], config, against, behaviour)
     return {
-        **report.to_mapping(),
-        **_covered(coverage),
+        **_mapping(report, behaves, coverage),
         "model": source.reference,
-        "text": "\n".join([_one(report), *_removed(report, coverage)]),
+        "text": "\n".join([_one(report), *_removed(report, coverage), *_behaviour_lines(behaves)]),
     }
 
 
-def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], config: EvaluationConfig, against: str | None = None) -> Result:
+def evaluate_on_texts(
+    source: ModelSource,
+    texts: Sequence[TextConfig],
+    config: EvaluationConfig,
+    against: str | None = None,
+    behaviour: BehaviourConfig | None = None,
+) -> Result:
     """Measure a model on several texts: what was calibrated on one of them may have lost another.
 
     Raises:
@@ -48,12 +57,14 @@ def evaluate_on_texts(source: ModelSource, texts: Sequence[TextConfig], config: 
         TextError: a text is unknown, can't be read, or is too short; raised before anything is measured.
         NumericalError: a window's loss is not finite.
     """
-    reports, coverage = _reports(source, texts, config, against)
-    rows = [{**report.to_mapping(), **_covered(coverage), "model": source.reference} for report in reports]
+    measured, coverage = _reports(source, texts, config, against, behaviour)
+    rows = [{**_mapping(report, behaves, coverage), "model": source.reference} for report, behaves in measured]
+    reports = [report for report, _ in measured]
+    lines = [line for _, behaves in measured for line in _behaviour_lines(behaves)]
     return {
         "model": source.reference,
         "texts": rows,
-        "text": "\n".join([_several(reports), *_removed(reports[0], coverage)]),
+        "text": "\n".join([_several(reports), *_removed(reports[0], coverage), *lines]),
     }
 
 
@@ -69,8 +80,21 @@ def continue_with(source: ModelSource, prompt: str, sampling: Sampling, against:
     return {"prompt": prompt, **asdict(sampling), "continuations": [asdict(each) for each in result], "text": _columns(prompt, result)}
 
 
-def _covered(coverage: Coverage | None) -> Result:
-    return {} if coverage is None else {"coverage": coverage.to_mapping()}
+def _mapping(report: EvaluationReport, behaves: BehaviourComparison | None, coverage: Coverage | None) -> Result:
+    covered = {} if coverage is None else {"coverage": coverage.to_mapping()}
+    return {**report.to_mapping(), **({} if behaves is None else {"behaviour": behaves.to_mapping()}), **covered}
+
+
+def _behaviour_lines(behaves: BehaviourComparison | None) -> list[str]:
+    """Return the behaviour of the dense model and of the compressed one as a table; nothing where it was not measured."""
+    if behaves is None:
+        return []
+    lines = ["", f"{'behaviour':12} {'repeated 4-grams':>17} {'ended':>13} {'tokens':>8} {'over dense':>11}"]
+    for name, row, ratio in behaves.rows:
+        shown = "model" if behaves.dense is None else name
+        cells = (fraction_words(row.repeated), row.ended_words, f"{row.tokens:.1f}", "–" if ratio is None else f"{ratio:.2f}x")
+        lines.append(f"{shown:12} {cells[0]:>17} {cells[1]:>13} {cells[2]:>8} {cells[3]:>11}")
+    return [*lines, behaves.protocol]
 
 
 def _removed(report: EvaluationReport, coverage: Coverage | None) -> list[str]:
@@ -82,15 +106,25 @@ def _removed(report: EvaluationReport, coverage: Coverage | None) -> list[str]:
 
 
 def _reports(
-    source: ModelSource, texts: Sequence[TextConfig], config: EvaluationConfig, against: str | None
-) -> tuple[list[EvaluationReport], Coverage | None]:
+    source: ModelSource, texts: Sequence[TextConfig], config: EvaluationConfig, against: str | None, behaviour: BehaviourConfig | None
+) -> tuple[list[tuple[EvaluationReport, BehaviourComparison | None]], Coverage | None]:
     """Measure, once every text is known to be there and long enough; return what the dense model is made of, too, where there is one."""
     for text in texts:
         open_text(text.reference)
     handle = load_model(source)
     dense = None if against is None else load_model(ModelSource(against, source.device, source.dtype))
+    if behaviour is not None:
+        behaviour.check_fits(handle)
     sets = [load_windows(text, handle.tokenizer, config.split, count=_count(text, config), stride=config.stride) for text in texts]
-    result = [evaluate(handle, windows, against=dense, progress=progress_line(f"Evaluating {windows.dataset}")) for windows in sets]
+    result = [
+        (
+            evaluate(handle, windows, against=dense, progress=progress_line(f"Evaluating {windows.dataset}")),
+            None
+            if behaviour is None
+            else measure_behaviour(handle, windows, behaviour, against=dense, progress=progress_line("Continuing")),
+        )
+        for windows in sets
+    ]
     return result, None if dense is None else dense.coverage
 
 
@@ -164,8 +198,10 @@ def _interval(ends: tuple[float, float] | None, *, paired: bool = False) -> str:
 def _columns(prompt: str, result: Sequence[Continuation]) -> str:
     """Return the continuations next to each other under the models' names; a single one keeps its lines."""
     if len(result) == 1:
-        return f"{result[0].model}\n\n{prompt}{result[0].text}"
-    columns = [[*_wrapped(each.model), "-" * min(_COLUMN, len(each.model)), *_wrapped(each.text)] for each in result]
+        return f"{result[0].model}\n{result[0].facts.words()}\n\n{prompt}{result[0].text}"
+    dense, ours = result
+    heads = [[*_wrapped(dense.model), *_wrapped(dense.facts.words())], [*_wrapped(ours.model), *_wrapped(ours.facts.words(dense.facts))]]
+    columns = [[*head, "-" * _COLUMN, *_wrapped(each.text)] for head, each in zip(heads, result, strict=True)]
     lines = [" | ".join(f"{part:{_COLUMN}}" for part in parts).rstrip() for parts in zip_longest(*columns, fillvalue="")]
     return "\n".join([f"prompt: {prompt}", "", *lines])
 

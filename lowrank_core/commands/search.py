@@ -22,6 +22,7 @@ from lowrank_core.metrics import metric_of
 from lowrank_core.parameters import Unit
 from lowrank_core.runs import JsonMapping, Run, client, create_run, open_run
 from lowrank_core.runs.stage_times import TimeEstimate, stages_of
+from lowrank_core.studies.gain import extension, flat_words, search_gain
 from lowrank_core.studies.naming import model_name, trial_label
 from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.records import MANUAL, TrialRecord, best_trial, counts_of, pareto_front, read_trials
@@ -131,7 +132,8 @@ def _outcome(
     run: Run, config: SearchConfig, coverage: Coverage, protocol: str, lines: tuple[list[str], list[str]], unspent: tuple[str, ...] = ()
 ) -> Result:
     """Return what every search tells; ``lines`` stand before and after the measurements on test text."""
-    counts, confirmed = counts_of(read_trials(run)), _confirmed(run)
+    trials, confirmed, added = read_trials(run), _confirmed(run), search_gain(run)
+    counts, flat = counts_of(trials), flat_words(trials, config)
     warnings = [*unspent, *_warnings(run, confirmed)]
     before, after = lines
     return {
@@ -142,8 +144,12 @@ def _outcome(
         "protocol": protocol,
         "coverage": coverage.to_mapping(),
         "confirmed": confirmed,
+        "gain": added.to_mapping(),
+        "stopped_when_flat": flat,
         "warnings": warnings,
-        "text": "\n".join([*before, *_confirmed_lines(confirmed), *(f"warning: {each}" for each in warnings), *after]),
+        "text": "\n".join(
+            [*before, *filter(None, [flat]), *_confirmed_lines(confirmed), *(f"warning: {each}" for each in warnings), *after, added.words]
+        ),
     }
 
 
@@ -264,9 +270,14 @@ def work(folder: Path, warm_seconds: float, *, keep_paused: bool = False, change
     if not keep_paused:
         run.pause_marker.unlink(missing_ok=True)
     run_worker(run, warm_seconds=warm_seconds)
-    counts, state = counts_of(read_trials(run)), run.status().state
-    words = f"{run.path}: {state}, {counts.words}"
-    return {"run": str(run.path), "state": state, "trials": counts.complete, "counts": asdict(counts), "text": words}
+    trials, state = read_trials(run), run.status().state
+    counts, result = counts_of(trials), Result({"run": str(run.path), "state": state})
+    lines = [f"{run.path}: {state}, {counts.words}"]
+    if run.config.search is not None and trials:
+        added, flat = search_gain(run), flat_words(trials, run.config.search)
+        lines += [*filter(None, [flat]), added.words]
+        result |= {"gain": added.to_mapping(), "stopped_when_flat": flat}
+    return {**result, "trials": counts.complete, "counts": asdict(counts), "text": "\n".join(lines)}
 
 
 def _change(run: Run, changes: Result) -> None:
@@ -275,7 +286,7 @@ def _change(run: Run, changes: Result) -> None:
     if more is not None and int(str(more)) < 1:
         raise ConfigError(f"--more-trials must be at least 1, got {more}.")
     if more is not None and search is not None:
-        changes["trials"] = search.trials + int(str(more))
+        changes |= extension(read_trials(run), search, int(str(more)))
     if changes:
         run.change_search(**changes)
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from lowrank_core.errors import ConfigError
 
-__all__ = ["check_min", "check_choice", "check_ratio"]
+__all__ = ["check_min", "check_choice", "check_positions", "check_ratio"]
 
 
 def check_ratio(compression_ratio: float) -> float:
@@ -31,6 +31,19 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
     """
     if value not in choices:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
+
+
+def check_positions(prompt_tokens: int, new_tokens: int, limit: int | None, model: str) -> None:
+    """Take the lengths of a prompt and its continuation if they fit the ``limit`` positions of ``model``; None is no limit.
+
+    Raises:
+        ConfigError: they pass it.
+    """
+    if limit is not None and prompt_tokens + new_tokens > limit:
+        raise ConfigError(
+            f"{prompt_tokens} prompt tokens and {new_tokens} new ones pass the {limit} positions of {model}. Lower --prompt-tokens or "
+            "--new-tokens."
+        )
 
 
 def check_min(minimum: int, **values: int) -> None:

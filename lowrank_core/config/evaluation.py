@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lowrank_core.config.checks import check_positions
 from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
 
-__all__ = ["EvaluationConfig", "Sampling", "TasksConfig"]
+if TYPE_CHECKING:
+    from lowrank_core.models import ModelHandle
+
+__all__ = ["BehaviourConfig", "EvaluationConfig", "Sampling", "TasksConfig"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +30,32 @@ class EvaluationConfig:
     stride: int | None = option(
         None, "tokens from one window to the next, each token predicted once", fallback="the context: windows do not overlap"
     )
+    behaviour: bool = option(
+        False, "continue the beginnings of windows, too, and report repeated 4-grams, endings and length, next to the dense model's"
+    )
 
     def __post_init__(self) -> None:
         check_options(self)
+
+
+@dataclass(frozen=True)
+class BehaviourConfig:
+    """Greedy continuations that tell how a model behaves."""
+
+    prompts: int = option(32, "windows whose first tokens are continued, spread over the text", label="Prompts", minimum=1)
+    prompt_tokens: int = option(32, "tokens of each prompt", label="Prompt tokens", minimum=1)
+    new_tokens: int = option(128, "new ones of each, at most; an end token ends it before", label="New tokens, at most", minimum=4)
+
+    def __post_init__(self) -> None:
+        check_options(self)
+
+    def check_fits(self, handle: ModelHandle) -> None:
+        """Raise unless prompt and continuation fit the model.
+
+        Raises:
+            ConfigError: they pass the positions that the model was made for.
+        """
+        check_positions(self.prompt_tokens, self.new_tokens, handle.max_context, handle.reference)
 
 
 @dataclass(frozen=True)

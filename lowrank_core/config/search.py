@@ -93,6 +93,12 @@ class SearchConfig:
         fallback="kl, or the preset's",
     )
     trials: int = option(30, "trials, baselines included", label="Trials", minimum=1, fallback="30, or the preset's")
+    stop_when_flat: bool = option(
+        False,
+        "end the search before its number of trials: after ten trials in a row, the startup trials not counted, after each of which the "
+        "95 % interval of what the search added over its best rule, on validation text, did not lie above zero",
+        label="Stop when flat",
+    )
     startup_trials: int = option(5, "points before the sampler's model takes over (the paper: 3)", label="Startup trials", minimum=1)
     projected: bool = option(
         True,
@@ -124,7 +130,10 @@ class SearchConfig:
         False, "run trials in bfloat16; the dense model that they are compared with stays as it is", label="Trials in bfloat16"
     )
     confirmed: int = option(
-        3, "best trials that are measured on test text when the search is done", label="Best trials measured on test text", minimum=0
+        3,
+        "best trials that are measured on test text when the search is done, and with them its best rule",
+        label="Best trials measured on test text",
+        minimum=0,
     )
     seed: int = option(0, "of the sampler", label="Seed of the sampler", flag="search-seed", minimum=0, fallback="that of --seed")
     compression: CompressionConfig = field(default_factory=CompressionConfig)
@@ -135,6 +144,11 @@ class SearchConfig:
         depth_groups(self.space)
         if self.max_ratio is not None:
             self._check_two_objectives(check_ratio(self.max_ratio))
+        if self.stop_when_flat and (self.max_ratio is not None or not self.projected):
+            raise ConfigError(
+                "stop when flat compares trials at one ratio with the rules that a search begins with; a range of ratios and a search as "
+                "published have none to compare. Leave it out."
+            )
         if not self.projected and self.variables != "keep_ratio":
             raise ConfigError(
                 "a search as published has kept fractions for variables; choose variables `keep_ratio`, or let points be projected."

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lowrank_core.config.checks import check_positions
 from lowrank_core.config.options import check_options, option
-from lowrank_core.errors import ConfigError
 
 if TYPE_CHECKING:
     from lowrank_core.models import ModelHandle
@@ -35,9 +35,4 @@ class SpeedConfig:
         Raises:
             ConfigError: they pass the positions that the model was made for.
         """
-        wanted = self.prompt_tokens + self.new_tokens
-        if handle.max_context is not None and wanted > handle.max_context:
-            raise ConfigError(
-                f"{self.prompt_tokens} prompt tokens and {self.new_tokens} new ones pass the {handle.max_context} positions of "
-                f"{handle.reference}. Lower --prompt-tokens or --new-tokens."
-            )
+        check_positions(self.prompt_tokens, self.new_tokens, handle.max_context, handle.reference)

@@ -8,6 +8,7 @@
     warnings     caveats of an evaluation
     intervals    scores -> means with intervals           positions    scores -> means by position in the context
     report       all of it: ``evaluate``            texts        one piece of text, token by token
+    generation   prompts -> continuations           behaviour    how they repeat, end, and how long they are
 """
 
 from lowrank_core.evaluation.positions import PositionRow

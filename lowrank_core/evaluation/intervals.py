@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from lowrank_core.studies.bootstrap import bootstrap_interval
 from lowrank_core.text.windows import WindowSet
 
 __all__ = ["Sample", "bootstrap_interval", "sample_of"]
-
-_BOOTSTRAP_SAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -67,25 +66,3 @@ def sample_of(column: Tensor, windows: WindowSet) -> Sample:
     counts = np.add.reduceat(scored.sum(1), starts)
     sums = np.add.reduceat(np.where(scored, column.numpy(), 0.0).sum(1), starts)
     return Sample(sums / counts, counts)
-
-
-def bootstrap_interval(
-    statistic: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, counts: np.ndarray | None = None, seed: int = 0
-) -> tuple[float, float] | None:
-    """Return the 95 % percentile interval of ``statistic`` of the mean row, resampling rows (n,) or (n, k) of ``counts`` (n,) tokens.
-
-    The mean of a draw is weighted by the counts, so it is a ratio of sums where they differ (Efron & Tibshirani, An Introduction to the
-    Bootstrap, ch. 13). None where nothing was seen of the spread: a single row, or rows that do not differ in ``statistic``. The interval
-    would have no width, and read as certainty.
-    """
-    if len(rows) < 2:
-        return None
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(0, len(rows), size=(_BOOTSTRAP_SAMPLES, len(rows)))
-    if counts is None:
-        means = rows[drawn].mean(axis=1)
-    else:
-        weights = counts[drawn] / counts[drawn].sum(axis=1, keepdims=True)
-        means = np.einsum("sn,sn...->s...", weights, rows[drawn])
-    low, high = np.quantile(statistic(means), [0.025, 0.975])
-    return (float(low), float(high)) if high > low else None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 
 import numpy as np
 
@@ -42,7 +42,7 @@ class EvaluationReport:
         kl, reverse_kl: Σ p log(p / q) and Σ q log(q / p) per token, in nats.
         top1_agreement: share of tokens where both models have the same likeliest next token.
         top5_agreement: mean share |A ∩ B| / 5 that the two models' five likeliest next tokens A and B have in common.
-        window_nll, dense_window_nll: mean over the scored tokens of each window, in nats.
+        window_nll, dense_window_nll, window_kl: mean over the scored tokens of each window, in nats.
         stride: tokens from one window to the next where they overlap; None where they do not.
         by_position: the same metrics over ranges of positions in the context.
         warnings: caveats, in sentences.
@@ -83,6 +83,7 @@ class EvaluationReport:
     stride: int | None = None
     by_position: tuple[PositionRow, ...] | None = None
     perplexity_ratio_interval: tuple[float, float] | None = None
+    window_kl: tuple[float, ...] | None = None
     warnings: tuple[str, ...] = ()
 
     def to_mapping(self) -> dict[str, object]:
@@ -140,6 +141,8 @@ def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: Toke
         return {}
     ours, theirs, kl, reverse, top1, top5 = _samples(tokens, windows)
     assert tokens.dense_nll is not None
+    windowed = WindowScores.of(replace(tokens, nll=tokens.dense_nll), windows.scored)
+    assert windowed.kl is not None
     kept, dense = handle.linear_parameters_beside(against)
     return {
         "dense_perplexity": _perplexity(theirs.mean),
@@ -158,7 +161,8 @@ def _beside_dense(handle: ModelHandle, against: ModelHandle | None, tokens: Toke
         "top5_agreement": top5.mean,
         "perplexity_difference_interval": ours.alongside(theirs).interval(lambda pair: np.exp(pair[..., 0]) - np.exp(pair[..., 1])),
         "perplexity_ratio_interval": ours.alongside(theirs).interval(lambda pair: np.exp(pair[..., 0] - pair[..., 1])),
-        "dense_window_nll": tuple(WindowScores.of(TokenScores(tokens.dense_nll), windows.scored).nll.tolist()),
+        "dense_window_nll": tuple(windowed.nll.tolist()),
+        "window_kl": tuple(windowed.kl.tolist()),
     }
 
 

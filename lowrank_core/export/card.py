@@ -11,10 +11,12 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from lowrank_core.compression.build import CompressionReport
+from lowrank_core.config.mapping import build
 from lowrank_core.export.base_model import BaseModel
 from lowrank_core.export.manifest import ExportManifest, report_of
 from lowrank_core.files.weights import REGISTERING
-from lowrank_core.wording import NO_INTERVAL, fixed_interval
+from lowrank_core.runs.measurements import BehaviourComparison
+from lowrank_core.wording import NO_INTERVAL, fixed_interval, fraction_words
 
 __all__ = ["model_card", "rank_rows", "with_todays_loading"]
 
@@ -41,6 +43,7 @@ def model_card(manifest: ExportManifest, report: CompressionReport, base: BaseMo
         _sizes(manifest, report),
         _ranks(report),
         _figures(manifest),
+        _behaviour(manifest),
         _warned(manifest),
         _made(manifest, base),
         _loading(manifest),
@@ -170,6 +173,20 @@ def _figures(manifest: ExportManifest) -> str:
             f"Protocol: {result.protocol.line}. `lowrank verify --model .` measures it again."
         )
     return "## Perplexity\n\n" + "\n\n".join(parts or ["Not measured when this was written."])
+
+
+def _behaviour(manifest: ExportManifest) -> str:
+    """Return how the model repeats itself and ends, next to the dense one; nothing where it was not measured."""
+    measured = manifest.figures.get("behaviour")
+    if not isinstance(measured, Mapping):
+        return ""
+    result = build(BehaviourComparison, measured, "lowrank.json")
+    lines = [
+        f"| {name} | {fraction_words(row.repeated)} | {row.ended_words} | {row.tokens:.1f} | {'–' if ratio is None else f'{ratio:.2f}'} |"
+        for name, row, ratio in result.rows
+    ]
+    table = _table(("", "repeated 4-grams", "ended by themselves", "tokens", "length over dense"), lines)
+    return f"## Behaviour\n\n{table}\n\nProtocol: {result.protocol}."
 
 
 def _sentences(result: object) -> list[str]:

@@ -28,9 +28,10 @@ from lowrank_core.runs import Run, process_started
 from lowrank_core.search.objective import objective_value
 from lowrank_core.search.samplers import ERROR, ESTIMATE, GIVEN, PointSampler
 from lowrank_core.search.selection import Selection
+from lowrank_core.studies.gain import flat_after
 from lowrank_core.studies.numbering import RETRY_OF
 from lowrank_core.studies.published import RULES
-from lowrank_core.studies.records import MANUAL
+from lowrank_core.studies.records import MANUAL, records_of
 from lowrank_core.studies.space import SearchSpace
 from lowrank_core.studies.storage import open_storage
 from lowrank_core.text.windows import WindowSet
@@ -46,6 +47,7 @@ __all__ = [
     "run_trial",
     "running_trials",
     "study_in_memory",
+    "trials_left",
     "waiting_trials",
 ]
 
@@ -228,6 +230,13 @@ def _counted(study: optuna.Study, states: Sequence[TrialState]) -> int:
 def completed_trials(study: optuna.Study) -> int:
     """Return the number of complete or pruned trials, without manual ones."""
     return _counted(study, _FINISHED)
+
+
+def trials_left(study: optuna.Study, config: SearchConfig) -> int:
+    """Return how many trials the search still wants, those that run included; none once it is flat, where it stops then."""
+    if config.stop_when_flat and flat_after(records_of(study), config) is not None:
+        return 0
+    return max(0, config.trials - completed_trials(study))
 
 
 def running_trials(study: optuna.Study) -> int:

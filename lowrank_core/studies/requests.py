@@ -18,13 +18,13 @@ from typing import ClassVar, TypeVar
 from lowrank_core.allocation import Ranks
 from lowrank_core.config import ExportConfig, from_mapping
 from lowrank_core.config.directions import DirectionsConfig
-from lowrank_core.config.evaluation import Sampling
+from lowrank_core.config.evaluation import BehaviourConfig, Sampling
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.mapping import INLINE, build
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.runs import JsonMapping, Run, client
-from lowrank_core.runs.measurements import SpeedComparison, TextLosses
+from lowrank_core.runs.measurements import BehaviourComparison, ContinuationFacts, SpeedComparison, TextLosses
 from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.spectra.directions import Directions
 from lowrank_core.studies.model_ref import ModelKey, ModelRef
@@ -33,6 +33,8 @@ from lowrank_core.studies.records import MANUAL
 __all__ = [
     "REQUESTS",
     "Answer",
+    "BehaviourAnswer",
+    "BehaviourRequest",
     "CompareAnswer",
     "CompareRequest",
     "CurvesAnswer",
@@ -180,13 +182,15 @@ class TokensRequest(ModelRequest):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateAnswer(ModelAnswer):
-    """The continuations of both models."""
+    """The continuations of both models; of an earlier version without their facts."""
 
     kind = "generate"
     prompt: str
     sampling: Sampling = field(metadata=INLINE)
     dense_text: str
     compressed_text: str
+    dense_facts: ContinuationFacts | None = None
+    compressed_facts: ContinuationFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -197,6 +201,21 @@ class GenerateRequest(ModelRequest):
     words = "continuing a prompt"
     prompt: str = ""
     sampling: Sampling = field(metadata=INLINE, default=Sampling())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BehaviourAnswer(ModelAnswer):
+    kind = "behaviour"
+    result: BehaviourComparison = field(metadata=INLINE)
+
+
+@dataclass(frozen=True)
+class BehaviourRequest(ModelRequest):
+    """Continue the first tokens of test windows with both models, greedily."""
+
+    answer = BehaviourAnswer
+    words = "measuring behaviour"
+    config: BehaviourConfig = field(metadata=INLINE, default=BehaviourConfig())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -359,7 +378,7 @@ REQUESTS: Mapping[str, type[Request]] = MappingProxyType(
         request.answer.kind: request
         for request in (
             *(CompareRequest, OtherTextRequest, TokensRequest, GenerateRequest, SpeedRequest, ExportRequest, VerifyRequest),
-            *(HealRequest, DirectionsRequest, MeasureRequest, SensitivityRequest, CurvesRequest),
+            *(HealRequest, DirectionsRequest, MeasureRequest, SensitivityRequest, CurvesRequest, BehaviourRequest),
         )
     }
 )

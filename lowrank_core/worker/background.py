@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 
 from lowrank_core.runs.client import BACKGROUND, pending_requests
-from lowrank_core.search.study import completed_trials, waiting_trials
+from lowrank_core.search.study import trials_left, waiting_trials
 from lowrank_core.studies.requests import SensitivityAnswer, SensitivityRequest
 from lowrank_core.worker.context import WorkerContext
 from lowrank_core.worker.handlers import answer
@@ -43,4 +43,4 @@ def _is_urgent(worker: WorkerContext) -> bool:
     search = worker.run.config.search
     if worker.study is None or search is None:
         return False
-    return waiting_trials(worker.study) > 0 or (completed_trials(worker.study) < search.trials and not worker.reporter.paused)
+    return waiting_trials(worker.study) > 0 or (trials_left(worker.study, search) > 0 and not worker.reporter.paused)

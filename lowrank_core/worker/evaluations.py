@@ -10,6 +10,7 @@ from pathlib import Path
 from lowrank_core.compression.build import CompressedModel
 from lowrank_core.config import ModelSource
 from lowrank_core.errors import ConfigError
+from lowrank_core.evaluation.behaviour import behaviour_protocol, measure_behaviour
 from lowrank_core.evaluation.generation import side_by_side
 from lowrank_core.evaluation.texts import losses_of, tokens_of_text
 from lowrank_core.export import export
@@ -19,9 +20,10 @@ from lowrank_core.text import WindowSet, load_windows
 from lowrank_core.worker.context import WorkerContext
 from lowrank_core.worker.models import BuiltModel, built_model
 
-__all__ = ["compare", "compare_on_other_text", "compare_speeds", "compare_tokens", "generate"]
+__all__ = ["compare", "compare_on_other_text", "compare_speeds", "compare_tokens", "generate", "measure_behaviours"]
 
 _DECIMALS = 6
+_DECIMALS_OF = {"window_nll": _DECIMALS, "dense_window_nll": _DECIMALS, "window_kl": 9}
 _MAX_TOKENS = 512
 """Of a text that is shown token by token."""
 
@@ -67,12 +69,12 @@ def _measured(
 
 
 def _rounded(report: Mapping[str, object]) -> dict[str, object]:
-    """Return the report with windows and positions at six decimals, to keep results small."""
+    """Return the report with windows and positions at few decimals, to keep results small."""
     result = dict(report)
-    for name in ("window_nll", "dense_window_nll"):
+    for name, decimals in _DECIMALS_OF.items():
         values = result.get(name)
         if isinstance(values, list | tuple):
-            result[name] = [round(float(value), _DECIMALS) for value in values]
+            result[name] = [round(float(value), decimals) for value in values]
     rows = result.get("by_position")
     if isinstance(rows, list):
         result["by_position"] = [
@@ -114,10 +116,28 @@ def generate(worker: WorkerContext, request: requests.GenerateRequest) -> reques
     """Continue a prompt with both models, with one seed."""
     model, prompt, sampling = built_model(worker, request.ref), request.prompt, request.sampling
     with worker.reporter.stage(f"Continuing the prompt with {model.name}"):
-        dense, ours = (each.text for each in side_by_side([worker.session.handle, model.handle], prompt, sampling))
+        dense, ours = side_by_side([worker.session.handle, model.handle], prompt, sampling)
     return requests.GenerateAnswer(
-        trial=request.trial, label=model.label, prompt=prompt, sampling=sampling, dense_text=dense, compressed_text=ours
+        trial=request.trial,
+        label=model.label,
+        prompt=prompt,
+        sampling=sampling,
+        dense_text=dense.text,
+        compressed_text=ours.text,
+        dense_facts=dense.facts,
+        compressed_facts=ours.facts,
     )
+
+
+def measure_behaviours(worker: WorkerContext, request: requests.BehaviourRequest) -> requests.BehaviourAnswer:
+    """Continue the first tokens of test windows with both models; the dense one's on the same prompts are reused."""
+    model, test, config = built_model(worker, request.ref), worker.session.windows.test, request.config
+    protocol = behaviour_protocol(test, config)
+    known = (answer.result for answer in requests.answers_of(worker.run, requests.BehaviourAnswer))
+    dense = next((result.dense for result in known if result.protocol == protocol), None)
+    with worker.reporter.stage(f"Continuing test windows with {model.name}") as progress:
+        result = measure_behaviour(model.handle, test, config, against=dense or worker.session.handle, progress=progress)
+    return requests.BehaviourAnswer(trial=request.trial, label=model.label, result=result)
 
 
 def compare_speeds(worker: WorkerContext, request: requests.SpeedRequest) -> requests.SpeedAnswer:

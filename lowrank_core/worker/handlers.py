@@ -22,13 +22,14 @@ from lowrank_core.runs.client import BACKGROUND, pending_requests, request_path,
 from lowrank_core.search.study import TrialBench, check_rules, enqueue_allocation
 from lowrank_core.statistics.directions import top_directions
 from lowrank_core.studies import requests
+from lowrank_core.studies.gain import gain_of
 from lowrank_core.studies.model_ref import ModelRef
 from lowrank_core.studies.records import MANUAL, TrialRecord, pareto_front, read_trials
 from lowrank_core.studies.requests import Answer, CompareAnswer, Request, answers_of, request_of
 from lowrank_core.types import Stage, silent
 from lowrank_core.worker import evaluations
 from lowrank_core.worker.context import WorkerContext, chosen_allocation, chosen_model, complete_trial
-from lowrank_core.worker.healing import export_healed, heal_allocation
+from lowrank_core.worker.healing import behaviour_of, export_healed, heal_allocation
 from lowrank_core.worker.session import RunContext, record_curves
 
 __all__ = ["Handler", "answer", "answer_requests", "confirm", "export_trial", "metrics_of_trial", "provenance_of", "unspent_of"]
@@ -87,8 +88,8 @@ def unspent_of(search: SearchConfig, allocation: RankAllocation) -> tuple[str, .
 
 def metrics_of_trial(run: Run, number: int) -> dict[str, object]:
     """Return a trial's test measurements, if any, for its model card."""
-    result = [answer.report for answer in answers_of(run, CompareAnswer) if answer.trial == number]
-    return metrics_of(result[-1]) if result else {}
+    reports = [answer.report for answer in answers_of(run, CompareAnswer) if answer.trial == number]
+    return {**(metrics_of(reports[-1]) if reports else {}), **behaviour_of(run, number)}
 
 
 def _export(worker: WorkerContext, request: requests.ExportRequest) -> requests.ExportAnswer:
@@ -140,6 +141,7 @@ HANDLERS: Mapping[type[Request], Handler] = {
     requests.OtherTextRequest: evaluations.compare_on_other_text,
     requests.TokensRequest: evaluations.compare_tokens,
     requests.GenerateRequest: evaluations.generate,
+    requests.BehaviourRequest: evaluations.measure_behaviours,
     requests.SpeedRequest: evaluations.compare_speeds,
     requests.CurvesRequest: _curves,
     requests.DirectionsRequest: _directions,
@@ -192,7 +194,7 @@ def _answer(
 
 
 def confirm(worker: WorkerContext) -> None:
-    """Measure the best complete trials of a finished search on test text, each once."""
+    """Measure the best complete trials of a finished search, and its best rule, on test text, each once."""
     _, _, config = worker.search
     for trial in _worth_confirming(read_trials(worker.run), config):
         if trial.number not in {answer.trial for answer in answers_of(worker.run, CompareAnswer)} and not worker.reporter.paused:
@@ -200,11 +202,12 @@ def confirm(worker: WorkerContext) -> None:
 
 
 def _worth_confirming(trials: list[TrialRecord], config: SearchConfig) -> list[TrialRecord]:
-    """Return the best trials in order; over a range of ratios points of the Pareto front, evenly spaced."""
+    """Return the best trials in order, with those that say what the search added; over a range points of the front, evenly spaced."""
     if config.max_ratio is None:
         complete = [trial for trial in trials if trial.state == "complete" and trial.value is not None]
         distinct = {tuple(trial.ranks.items()): trial for trial in sorted(complete, key=lambda t: (t.value, t.number), reverse=True)}
-        return sorted(distinct.values(), key=lambda t: (t.value, t.number))[: config.confirmed]
+        result = sorted(distinct.values(), key=lambda t: (t.value, t.number))[: config.confirmed]
+        return [*result, *(trial for trial in gain_of(trials, config).rivals if result and trial not in result)]
     front = pareto_front(trials)
     count = min(config.confirmed, len(front))
     return [front[round(index * (len(front) - 1) / max(1, count - 1))] for index in range(count)]

@@ -18,11 +18,12 @@ from lowrank_core.export.manifest import report_of
 from lowrank_core.models import load_model
 from lowrank_core.runs import Run, write_json
 from lowrank_core.runs.healing_records import read_report, write_report
+from lowrank_core.studies.model_ref import ModelKey
 from lowrank_core.studies.naming import model_name
-from lowrank_core.studies.requests import HealAnswer, HealRequest
+from lowrank_core.studies.requests import BehaviourAnswer, HealAnswer, HealRequest, answers_of
 from lowrank_core.worker.context import WorkerContext
 
-__all__ = ["export_healed", "heal_allocation"]
+__all__ = ["behaviour_of", "export_healed", "heal_allocation"]
 
 
 def _folder(run: Run, allocation: RankAllocation, config: HealingConfig) -> Path:
@@ -108,12 +109,18 @@ def export_healed(worker: WorkerContext, name: str, config: ExportConfig) -> str
                 folder,
                 provenance=manifest.provenance,
                 config=config,
-                figures=manifest.figures,
+                figures={**manifest.figures, **behaviour_of(run, f"healed:{source.name}")},
                 test=test,
                 moments=moments,
                 progress=progress,
             )
     return str(folder)
+
+
+def behaviour_of(run: Run, trial: ModelKey) -> dict[str, object]:
+    """Return the newest behaviour of the model ``trial``, under that name, for its model card; nothing where it was not measured."""
+    known = [answer.result.to_mapping() for answer in answers_of(run, BehaviourAnswer) if answer.trial == trial]
+    return {"behaviour": known[-1]} if known else {}
 
 
 def _held_out(worker: WorkerContext) -> HeldOut:

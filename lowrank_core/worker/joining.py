@@ -19,7 +19,7 @@ from lowrank_core.errors import ConfigError, RunError
 from lowrank_core.runs import Run, home, write_json
 from lowrank_core.search.samplers import phase
 from lowrank_core.search.selection import Selection
-from lowrank_core.search.study import TrialBench, completed_trials, equip, running_trials, waiting_trials
+from lowrank_core.search.study import TrialBench, completed_trials, equip, running_trials, trials_left, waiting_trials
 from lowrank_core.studies.storage import open_database, open_storage, redacted
 from lowrank_core.worker.identity import JOIN, RunIdentity
 from lowrank_core.worker.main import TrialRunner
@@ -111,14 +111,14 @@ def _take_trials(run: Run, study: optuna.Study, bench: TrialBench, reporter: Rep
         if wanted != config:
             config = wanted
             equip(study, config, bench.space)
-        done = completed_trials(study)
-        free = done + running_trials(study) < config.trials or waiting_trials(study) > 0
+        done, left = completed_trials(study), trials_left(study, config)
+        free = left > running_trials(study) or waiting_trials(study) > 0
         if free and not paused:
             reporter.say(state="running", stage=f"Searching ({phase(config, done)})", done=measured, total=0)
             runner.run(config)
             measured, last = measured + 1, time.monotonic()
             continue
-        if done >= config.trials and time.monotonic() - last > warm_seconds:
+        if not left and time.monotonic() - last > warm_seconds:
             return measured
         if paused and time.monotonic() - last > max(warm_seconds, _POLL_SECONDS):
             return measured

@@ -28,9 +28,12 @@ from lowrank_core.search.study import (
     requeue_lost,
     run_trial,
     running_trials,
+    trials_left,
     waiting_trials,
 )
 from lowrank_core.sensitivity.config import SensitivityConfig
+from lowrank_core.studies.gain import flat_words
+from lowrank_core.studies.records import records_of
 from lowrank_core.worker.background import answer_in_background
 from lowrank_core.worker.context import WorkerContext
 from lowrank_core.worker.handlers import answer_requests, confirm
@@ -96,7 +99,7 @@ def run_worker(run: Run, *, warm_seconds: float = 0.0, verbose: bool = True, hel
         for _ in range(helpers):
             client.add_worker(run, warm_seconds=0.0)
         complete = _search(WorkerContext(run, session, reporter, bench, study), warm_seconds)
-        reporter.close("finished" if complete else "stopped")
+        reporter.close("finished" if complete else "stopped", flat_words(records_of(study), run.config.search or search))
         return session, bench
 
 
@@ -173,10 +176,12 @@ def _search(worker: WorkerContext, warm_seconds: float) -> bool:
     _, study, _ = worker.search
     orders = _Orders(worker)
     while True:
-        if completed_trials(study) < orders.read().trials and not worker.reporter.paused:
+        if trials_left(study, orders.read()) and not worker.reporter.paused:
+            worker.reporter.say(message="")
             _run_trials(worker, orders)
-        complete = completed_trials(study) >= orders.read().trials
+        complete = not trials_left(study, orders.read())
         if complete:
+            worker.reporter.say(message=flat_words(records_of(study), orders.read()))
             confirm(worker)
         if not _serve(worker, warm_seconds, orders):
             return complete
@@ -214,14 +219,15 @@ def _run_trials(worker: WorkerContext, orders: _Orders) -> None:
     runner = TrialRunner(study, bench)
     while not worker.reporter.paused:
         done, config = completed_trials(study), orders.read()
-        if done >= config.trials and not running_trials(study):
+        left, running = trials_left(study, config), running_trials(study)
+        if not left and not running:
             return
         answer_requests(worker)
         requeue_lost(worker.run, study)
         helpers = len(worker.run.further_workers())
-        eta = runner.remaining(config.trials - done, workers=1 + helpers)
+        eta = runner.remaining(left, workers=1 + helpers)
         worker.reporter.search(f"Searching ({phase(config, done)})", done, config.trials, eta)
-        if done + running_trials(study) >= config.trials and not waiting_trials(study):
+        if left <= running and not waiting_trials(study):
             time.sleep(_POLL_SECONDS)  # the last ones are with other workers
             continue
         runner.run(config)
@@ -252,7 +258,7 @@ def _serve(worker: WorkerContext, warm_seconds: float, orders: _Orders | None = 
     last = time.monotonic()
     reported: bool | None = None
     while True:
-        wanted = orders is not None and worker.study is not None and completed_trials(worker.study) < orders.read().trials
+        wanted = orders is not None and worker.study is not None and trials_left(worker.study, orders.read()) > 0
         if wanted and not reporter.paused:
             return True
         if reported != wanted:

@@ -104,7 +104,7 @@ def test_a_search_streams_in_survives_a_reload_stops_resumes_and_is_compared(add
     open_page(page, "Compare")
     page.get_by_role("button", name="Measure on test text").click()
     page.get_by_text("Perplexity, compressed").wait_for(timeout=TRIAL_SECONDS * 1000)
-    page.get_by_role("radio", name="Same prompt").or_(page.get_by_text("Same prompt", exact=True)).first.click()
+    page.get_by_role("radio", name="Continuations").or_(page.get_by_text("Continuations", exact=True)).first.click()
     page.get_by_role("button", name="Continue with all chosen").click()
     page.get_by_text("Compressed, ").wait_for(timeout=QUEUE_SECONDS * 1000)  # behind the models being measured
 

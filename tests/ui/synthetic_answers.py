@@ -38,6 +38,15 @@ def tokens_answer(label: str = "uniform", pieces: list[str] = PIECES) -> dict[st
     return body
 
 
+def behaviour_answer(label: str = "uniform", trial: int | str = "uniform") -> dict[str, object]:
+    """An answer to a request for a model's behaviour: twice as long as the dense one, and without an end token."""
+    dense = [{"tokens": 6, "repeated": 0.0, "ended": True}, {"tokens": 10, "repeated": 0.5, "ended": False}]
+    ours = [{"tokens": 16, "repeated": 0.75, "ended": None}] * 2
+    sides = {"dense": {"continuations": dense}, "compressed": {"continuations": ours}}
+    protocol = "python-stdlib, test split: 6 prompts, the first 8 tokens of a window each; up to 16 new tokens, greedy, with a cache"
+    return {"ok": True, "kind": "behaviour", "trial": trial, "label": label, "time": 1.0, "protocol": protocol, **sides}
+
+
 def speed_answer(label: str = "uniform", *, memory: bool = True) -> dict[str, object]:
     """An answer to a request to time a model: it writes twice as fast, and reads no faster."""
 

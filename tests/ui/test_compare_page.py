@@ -10,15 +10,16 @@ import pandas as pd
 import pytest
 from optuna.trial import create_trial
 from synthetic import comparison, make_run, running_status, write_answers, write_healing
-from synthetic_answers import detailed, on_other_text, speed_answer, tokens_answer
+from synthetic_answers import behaviour_answer, detailed, on_other_text, speed_answer, tokens_answer
 from test_pages import charts, sound, words
 
+from lowrank_core.config.evaluation import BehaviourConfig
 from lowrank_core.config.speed import SpeedConfig
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import client, write_json
 from lowrank_core.runs.client import pending_requests, results
 from lowrank_core.studies.records import MANUAL
-from lowrank_core.studies.requests import CompareRequest, OtherTextRequest, SpeedRequest, TokensRequest, request_of
+from lowrank_core.studies.requests import BehaviourRequest, CompareRequest, OtherTextRequest, SpeedRequest, TokensRequest, request_of
 from lowrank_core.studies.storage import open_journal
 from lowrank_core.studio.compare.comparison import comparisons
 from lowrank_core.studio.compare.measured_speed import speeds
@@ -217,6 +218,23 @@ def test_prompts_and_timings_are_asked_of_every_chosen_model(app, dead_worker):
     test.button(key="time_models").click().run()
     assert sound(test)
     assert asked(run) == [SpeedRequest(trial, False, SpeedConfig(rounds=3)) for trial in (3, "preset:svd_llm")]
+
+
+def test_behaviour_is_measured_on_request_and_stands_under_the_continuations(app, dead_worker):
+    run = make_run()
+    for number, label in enumerate(("trial 3", "uniform"), start=10):
+        body = behaviour_answer(label, 3 if label == "trial 3" else label)
+        write_json(run.path / "results" / f"{number}.json", body)
+    test = look(app, "prompt")
+    (frame,) = [each.value for each in test.dataframe if "repeated" in each.value]
+    assert list(frame["model"]) == ["Dense", "Trial 3", "Uniform (trial 0)"]
+    assert list(frame["ended"]) == ["50.0%", "no end token", "no end token"]
+    assert list(frame["ratio"]) == [1.0, 2.0, 2.0]
+    assert "6 prompts" in words(test)
+    test.number_input(key="behaviour_prompts").set_value(4)
+    test.button(key="measure_behaviour").click().run()
+    assert sound(test)
+    assert asked(run)[0] == BehaviourRequest(3, BehaviourConfig(prompts=4))
 
 
 def test_a_healed_model_can_be_chosen_like_any_other(app, dead_worker):

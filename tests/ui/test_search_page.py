@@ -20,6 +20,7 @@ from walking import open_panel
 from lowrank_core.config import CompressionConfig, SearchConfig
 from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import Run, list_runs, write_json
+from lowrank_core.studies import gain
 from lowrank_core.studies.records import pareto_front, read_trials
 from lowrank_core.studio.shared.trial_names import trial_label
 
@@ -63,10 +64,11 @@ def test_everything_under_advanced_reaches_the_search(app):
     test.number_input(key="search_top_k").set_value(64)
     test.number_input(key="search_confirmed").set_value(1)
     test.toggle(key="search_autocast").set_value(True)
+    test.toggle(key="search_stop_when_flat").set_value(True)
     test.button(key="start_search").click().run()
     assert sound(test)
     wanted = {"space": "types x 3", "sampler": "cmaes", "pruner": "wilcoxon", "seed": 7, "top_k": 64, "confirmed": 1, "autocast": True}
-    assert started(base) == replace(search_by(PRESETS["studio"], 0.2), **wanted)
+    assert started(base) == replace(search_by(PRESETS["studio"], 0.2), stop_when_flat=True, **wanted)
 
 
 def test_ones_own_recipe_may_trade_errors_with_alternatives(app):
@@ -263,6 +265,25 @@ def test_confirmed_trials_are_shown_with_their_text(app):
     shown = words(app("search"))
     assert "Confirmed on test text" in shown
     assert "No trial used this text" in shown
+
+
+def test_a_search_says_what_it_added_over_its_best_rule(app, rich):
+    assert (
+        "Over the best rule, Lagrangian (equal slopes) (trial 2), the search added (Trial 3): on validation text, KL 8.33% lower"
+        in words(app("search"))
+    )
+
+
+def test_a_search_that_stopped_by_itself_says_why_and_is_extended_from_there(app, monkeypatch):
+    monkeypatch.setattr(gain, "FLAT_TRIALS", 2)
+    run = make_run(config=SearchConfig(RATIO, trials=60, startup_trials=2, stop_when_flat=True))
+    test = app("search")
+    shown = words(test)
+    assert "5 of 5 trials complete" in shown
+    assert "Stopped by itself after 4 of 60 trials" in shown
+    test.number_input(key="extend_by").set_value(7)
+    test.button(key="extend").click().run()
+    assert (run.config.search.trials, run.config.search.stop_when_flat) == (12, False)
 
 
 def test_a_failed_search_says_why_and_can_be_resumed(app):

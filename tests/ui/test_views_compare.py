@@ -251,6 +251,14 @@ def test_all_that_continued_one_prompt_stand_under_it():
     assert (newest.seed, newest.texts) == (1, (("Uniform", "c"),))
     assert first.texts == (("Uniform", "a"), ("Trial 3", "b"))
     assert first.original == "x):"
+    assert first.label("Uniform") == "Uniform"  # earlier versions kept no facts
+    facts = {
+        "dense_facts": {"tokens": 4, "repeated": 0.0, "ended": True},
+        "compressed_facts": {"tokens": 8, "repeated": 0.4, "ended": False},
+    }
+    (told,) = continuations.prompts([{**bodies[0], **facts}])
+    assert told.label("Dense") == "Dense: 4 tokens, repeated 4-grams 0.0%, ended by itself"
+    assert told.label("Uniform") == "Uniform: 8 tokens (2.00x dense), repeated 4-grams 40.0%, cut at the limit"
 
 
 def test_timings_of_one_model_are_told_apart():

@@ -26,6 +26,7 @@ from lowrank_core.cli import main
 from lowrank_core.metrics import METRICS
 from lowrank_core.presets.recipes import PRESETS
 from lowrank_core.runs import open_run
+from lowrank_core.studies.gain import search_gain
 from lowrank_core.studies.records import read_trials
 
 COMMANDS = (
@@ -302,6 +303,8 @@ def test_search_gives_the_promised_keys(searched: tuple[Places, Path, dict[str, 
     assert len(body["confirmed"]) == 3
     assert {row["protocol"].split(",")[1] for row in body["confirmed"]} == {" test split: 91 non-overlapping windows of 32 tokens"}
     assert all(body["value"] <= baseline["value"] for baseline in body["baselines"].values())
+    assert body["gain"] == json.loads(json.dumps(search_gain(open_run(run)).to_mapping()))
+    assert "best rule" in body["gain"]["words"]
     assert body["compression_ratio"] >= 0.2
     assert Path(body["export"]).is_relative_to(run)
     measured = _lowrank("evaluate", *places.source[2:], "--model", body["export"], "--against", places.model, "--json").body

@@ -230,6 +230,7 @@ ASKED = {
     "other_text": {"trial": 0, "text": "stdlib"},
     "tokens": {"trial": 0, "window": 0},
     "generate": {"trial": 0, "prompt": "a"},
+    "behaviour": {"trial": 0, "prompts": 2},
     "speed": {"trial": 0, "memory": False},
     "export": {"trial": 0},
     "verify": {"path": "trial-0"},

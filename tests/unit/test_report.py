@@ -29,6 +29,7 @@ from lowrank_core.errors import RunError
 from lowrank_core.presets.recipes import PRESETS, search_by
 from lowrank_core.runs import Run, RunStatus, create_run, open_run, recorded_run, write_json
 from lowrank_core.runs.client import results
+from lowrank_core.studies.gain import search_gain
 from lowrank_core.studies.naming import trial_label
 from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studio.compare.comparison import comparisons, other_texts
@@ -211,6 +212,10 @@ def test_trials_and_the_best_value_are_those_of_the_search(recorded: Run, page: 
     assert search is not None
     assert f"{len(trials)} of {search.trials}" in page.text
     assert f"Best value {number(best.value, 4)}" in page.text
+    added = search_gain(recorded)
+    assert added.rivals
+    assert added.test is not None
+    assert added.words in page.text
     frame = page.frame("trials.csv")
     assert len(frame) == len(trials) == len(page.rows("Every trial"))
     assert list(frame["value"]) == pytest.approx([trial.value for trial in trials], rel=1e-12)

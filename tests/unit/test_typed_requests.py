@@ -10,7 +10,7 @@ import pytest
 
 from lowrank_core.config import ExportConfig, to_mapping
 from lowrank_core.config.directions import DirectionsConfig
-from lowrank_core.config.evaluation import Sampling
+from lowrank_core.config.evaluation import BehaviourConfig, Sampling
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.config.mapping import INLINE, build, from_mapping
 from lowrank_core.config.speed import SpeedConfig
@@ -19,6 +19,7 @@ from lowrank_core.runs import Run, client, recorded_run
 from lowrank_core.sensitivity.config import SensitivityConfig
 from lowrank_core.studies.requests import (
     REQUESTS,
+    BehaviourRequest,
     CompareAnswer,
     CompareRequest,
     CurvesRequest,
@@ -47,6 +48,7 @@ ASKED: tuple[Request, ...] = (
     OtherTextRequest("preset:svd", "file:notes.txt"),
     TokensRequest("uniform", window=2),
     GenerateRequest("healed:trial-3-lora-12345678", "def f(", Sampling(3, seed=1)),
+    BehaviourRequest(None, BehaviourConfig(prompts=3, new_tokens=9)),
     SpeedRequest(None, memory=False, config=SpeedConfig(rounds=2)),
     ExportRequest(2, config=ExportConfig(form="dense")),
     VerifyRequest("trial-2-dense"),

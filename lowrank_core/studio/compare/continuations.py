@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lowrank_core.runs import JsonMapping
 from lowrank_core.studies.records import TrialRecord
@@ -20,6 +20,8 @@ class Prompt:
     Attributes:
         tokens: at most; temperature, seed: of the draws, which all models share.
         original: what the dense model added; texts: (name, what it added) of each compressed model, in trial order.
+        facts: name -> length, repetition and end of a continuation, in words; that of the dense model under ``Dense``. None of an earlier
+            version.
     """
 
     prompt: str
@@ -28,6 +30,11 @@ class Prompt:
     seed: int
     original: str
     texts: tuple[tuple[str, str], ...]
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+    def label(self, name: str) -> str:
+        """Return ``name`` with the facts of its continuation, as far as they are known."""
+        return f"{name}: {self.facts[name]}" if name in self.facts else name
 
     @property
     def title(self) -> str:
@@ -53,4 +60,6 @@ def _prompt(alike: Mapping[str, GenerateAnswer]) -> Prompt:
     last = list(alike.values())[-1]
     drawn = last.sampling
     texts = tuple((name, answer.compressed_text) for name, answer in alike.items())
-    return Prompt(last.prompt, drawn.tokens, drawn.temperature, drawn.seed, last.dense_text, texts)
+    facts = {name: answer.compressed_facts.words(answer.dense_facts) for name, answer in alike.items() if answer.compressed_facts}
+    dense = {} if last.dense_facts is None else {"Dense": last.dense_facts.words()}
+    return Prompt(last.prompt, drawn.tokens, drawn.temperature, drawn.seed, last.dense_text, texts, dense | facts)

@@ -10,6 +10,7 @@ import pandas as pd
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.runs.client import results
 from lowrank_core.studies.records import TrialRecord, trials_of
+from lowrank_core.studio.compare.behaviour import BEHAVIOUR_MEANING, behaviours
 from lowrank_core.studio.compare.comparison import Comparison, comparisons, confirmed, confirmed_spec, warnings_of
 from lowrank_core.studio.compare.comparison_chart import difference_chart
 from lowrank_core.studio.compare.continuations import prompts
@@ -97,10 +98,13 @@ def _continued(bodies: Sequence[JsonMapping], trials: Sequence[TrialRecord]) -> 
     blocks: list[Block] = []
     for entry in prompts(bodies, trials):
         how = f"{entry.tokens} tokens, temperature {entry.temperature:g}, seed {entry.seed}"
-        compressed = (Code(f"Compressed, {name}", text) for name, text in entry.texts)
+        compressed = (Code(f"Compressed, {entry.label(name)}", text) for name, text in entry.texts)
         names = ", ".join(name for name, _ in entry.texts)
-        blocks.append(Folded(f"The same prompt, continued by both ({names}; {how})", (Code("Dense", entry.original), *compressed)))
-    return blocks
+        blocks.append(
+            Folded(f"The same prompt, continued by both ({names}; {how})", (Code(entry.label("Dense"), entry.original), *compressed))
+        )
+    tables = behaviours(bodies, trials)
+    return [*blocks, *([Prose(BEHAVIOUR_MEANING)] if tables else []), *tables]
 
 
 def exports_section(run: Run) -> Section:

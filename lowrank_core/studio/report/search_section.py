@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lowrank_core.config import OBJECTIVES, SAMPLERS, SearchConfig
 from lowrank_core.runs import Run
+from lowrank_core.studies.gain import flat_words, search_gain
 from lowrank_core.studies.records import TrialRecord, read_trials
 from lowrank_core.studio.report.blocks import Block, Facts, Folded, Note, Section, json_link
 from lowrank_core.studio.search.history import Progress, headline, history, progress, search_variables, trials_spec
@@ -60,12 +61,13 @@ def _choices(search: SearchConfig, facts: ModelFacts | None) -> Facts:
 
 def _found(run: Run, search: SearchConfig, trials: Sequence[TrialRecord]) -> tuple[Block, ...]:
     now, protocol = progress(trials, search), search_protocol(run)
+    added = tuple(Note("info", words) for words in (flat_words(trials, search), search_gain(run).words) if words)
     best = (_headline(now, search), *_verdict(now), history_declared(history(trials, search.objective), protocol=protocol))
     if search.max_ratio is not None:  # no single best value, so no history of it
         best = _front(trials, search, protocol)
     facts = model_facts(run)
     maps = _allocations(run, trials, search, facts, protocol) if facts is not None else ()
-    return (*best, *maps, _unfinished(trials), _all_trials(trials, search))
+    return (*best, *added, *maps, _unfinished(trials), _all_trials(trials, search))
 
 
 def search_protocol(run: Run) -> str:
@@ -79,13 +81,11 @@ def _headline(now: Progress, search: SearchConfig) -> Facts:
 
 
 def _verdict(now: Progress) -> list[Note]:
-    """Return a warning if no trial is complete or none beats its start."""
+    """Return a warning if no trial is complete or none beats uniform."""
     if now.best is None:
         return [Note("missing", "No trial is complete, so there is no best one.")]
     if now.gain is not None and now.gain <= 0:
         return [Note("warning", "The search found nothing better than the uniform baseline.")]
-    if now.best.label != "sampled":
-        return [Note("info", f"No sampled trial beat {trial_label(now.best)}: the search ended where it began.")]
     return []
 
 

@@ -12,6 +12,7 @@ import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS
 from lowrank_core.config import OBJECTIVES, SearchConfig
+from lowrank_core.studies.gain import flat_words
 from lowrank_core.studies.records import TrialCounts, TrialRecord, best_trial, counts_of
 from lowrank_core.studies.space import RATIO
 from lowrank_core.studio.shared.formatting import DASH, local_time, number, percent
@@ -97,6 +98,7 @@ class Progress:
 
     Attributes:
         counts: of its trials.
+        wanted: trials of the search, fewer where it stopped by itself.
         best: None without one, and for a search over a range of ratios.
         seconds: median time of a trial that was measured to the end.
     """
@@ -125,9 +127,10 @@ def progress(trials: Sequence[TrialRecord], search: SearchConfig) -> Progress:
     """Return the progress of a search."""
     uniform = next((trial for trial in trials if trial.label == "uniform" and trial.state == "complete"), None)
     times = [trial.seconds for trial in trials if trial.finished and trial.seconds is not None]
+    counts = counts_of(trials)
     return Progress(
-        counts=counts_of(trials),
-        wanted=search.trials,
+        counts=counts,
+        wanted=counts.complete if flat_words(trials, search) else search.trials,
         best=best_trial(trials) if search.max_ratio is None else None,
         uniform_value=uniform.value if uniform else None,
         uniform_perplexity=uniform.perplexity if uniform else None,

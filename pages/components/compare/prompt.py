@@ -32,10 +32,10 @@ def show(run: Run, chosen: Sequence[ModelKey], result: Sequence[Prompt]) -> None
     for position, entry in enumerate(result):
         with st.expander(entry.title, expanded=position == 0):
             left, right = st.columns(2)
-            left.caption("Dense")
+            left.caption(entry.label("Dense"))
             left.code(entry.original, language=None, wrap_lines=True)
             for name, text in entry.texts:
-                right.caption(f"Compressed, {name}")
+                right.caption(f"Compressed, {entry.label(name)}")
                 right.code(text, language=None, wrap_lines=True)
 
 

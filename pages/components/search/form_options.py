@@ -74,6 +74,7 @@ def _searching(*, ranged: bool) -> dict[str, object]:
     sampler = draw(SearchConfig, "sampler", key="search_sampler", place=third)
     pruner = draw(SearchConfig, "pruner", key="search_pruner", place=first, disabled=ranged)
     startup = draw(SearchConfig, "startup_trials", key="search_startup_trials", place=third)
+    flat = draw(SearchConfig, "stop_when_flat", key="search_stop_when_flat", place=first, disabled=ranged)
     weights = draw(SearchConfig, "error_weights", key="search_error_weights", place=third)
     deep = draw(SearchConfig, "deep_weights", key="search_deep_weights", place=third, disabled=not weights)
     return {
@@ -83,6 +84,7 @@ def _searching(*, ranged: bool) -> dict[str, object]:
         "error_weights": weights,
         "deep_weights": deep and weights,
         "pruner": "none" if ranged else pruner,
+        "stop_when_flat": flat and not ranged,
         "seed": _seed(second),
     }
 

@@ -8,6 +8,8 @@ import streamlit as st
 
 from lowrank_core.config import SAMPLERS, SearchConfig
 from lowrank_core.runs import Run, client
+from lowrank_core.studies.gain import extension
+from lowrank_core.studies.records import read_trials
 from lowrank_core.studies.storage import dashboard_command
 from lowrank_core.studio.search.search_plan import check_budget
 from lowrank_core.studio.shared.model_facts import ModelFacts
@@ -40,7 +42,7 @@ def _extension(run: Run, search: SearchConfig) -> None:
         st.caption("Continues the search with all its trials; starts a worker if none is running.")
         if st.button(f"Extend by {int(more)} trials", key="extend", type="primary"):
             with boundary():
-                run.change_search(trials=search.trials + int(more))
+                run.change_search(**extension(read_trials(run), search, int(more)))
                 client.start_worker(run)
                 st.rerun()
 

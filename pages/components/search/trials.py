@@ -10,6 +10,7 @@ import streamlit as st
 from lowrank_core.config import OBJECTIVES, SearchConfig
 from lowrank_core.errors import RunError
 from lowrank_core.runs import Run, RunStatus
+from lowrank_core.studies.gain import flat_words
 from lowrank_core.studies.records import TrialRecord, best_trial, read_trials
 from lowrank_core.studio.search.history import Progress, headline, progress
 from lowrank_core.studio.search.pareto_chart import front_table
@@ -36,7 +37,7 @@ def show(run: Run) -> None:
         raise RunError("this run has no search.")
     trials, status = read_trials(run), run.status()
     now = progress(trials, search)
-    _stage(run, status, now)
+    _stage(run, status, now, flat_words(trials, search))
     if not trials:
         return
     chosen = _chosen(trials, search)
@@ -71,11 +72,13 @@ def _chosen(trials: Sequence[TrialRecord], search: SearchConfig) -> TrialRecord 
     return picked or (best_trial(trials) if search.max_ratio is None else None)
 
 
-def _stage(run: Run, status: RunStatus, now: Progress) -> None:
+def _stage(run: Run, status: RunStatus, now: Progress, flat: str) -> None:
     with st.container(horizontal=True, vertical_alignment="center"):
         st.markdown(f"**{now.complete} of {now.wanted} trials complete**", width="content")
         doing = f"{status.stage} · {status_words(status)}".strip(" ·") if is_working(status) else STATE_WORDS.get(status.state, "")
         st.caption("recorded" if run.recorded else doing, width="content")
+    if flat:
+        st.caption(flat)
     for warning in status.dense_warnings:
         st.warning(warning, icon=":material/warning:")
     st.caption(_counts(now, 0 if run.recorded else len(living_workers(run))) or " ")
