@@ -68,7 +68,7 @@ STORAGES: Mapping[str, Callable[[int, int, int], tuple[int, int]]] = MappingProx
 """Name -> (rank, M, n) -> (weights, indices) that are stored, biases left out."""
 
 PAIRS: Mapping[str, int] = MappingProxyType({"halves": 2, "neighbours": 2, "none": 1})
-"""What a rotary embedding turns together -> how many dimensions that is."""
+"""Dimensions that a rotary embedding turns together -> their number."""
 
 
 @dataclass(frozen=True, order=True)
@@ -214,7 +214,7 @@ class Unit:
 
     @property
     def size_words(self) -> str:
-        """What its ranks are out of, in words."""
+        """Size that its ranks are a part of, in words."""
         return f"{self.d_out} × {self.d_in}"
 
     def rank_of(self, member: MatrixShape, rank: int) -> int:

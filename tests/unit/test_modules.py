@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import assert_cache_changes_nothing
 from families import load_family
 from torch import Tensor, nn
 
@@ -122,7 +123,7 @@ def test_values_and_outputs_are_the_svd_of_algorithm_3(kept: int, reduced: Decom
 def test_the_recipe_is_that_of_the_paper():
     assert MODEGPT.compression == CompressionConfig(basis="whitened", value_dense=False, modules=True)
     assert MODEGPT.allocation == "block_influence"  # tests/unit/test_allocators.py holds its formula
-    assert "The authors published no code" in MODEGPT.differs
+    assert "No code of the authors was at hand" in MODEGPT.differs
 
 
 # --- modules of models -----------------------------------------------------------------------------------------------
@@ -230,6 +231,7 @@ def test_a_dense_merge_computes_the_same(reduced: Decomposed):
 def test_an_export_reloads_bit_for_bit(reduced: Decomposed, tmp_path: Path):
     model = cut(reduced, 0.5)
     export(model, tmp_path / "out")
+    assert_cache_changes_nothing(model.handle.module)
     again = load_model(ModelSource(str(tmp_path / "out")))
     torch.testing.assert_close(logits(again), logits(model.handle), rtol=0, atol=0)
     assert (again.linear_parameters, again.bytes) == (model.report.linear_parameters_after, model.report.bytes_after)
