@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,11 +26,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from lowrank_core.config import ModelSource, from_mapping, to_mapping
 from lowrank_core.config.serving import ServeConfig
 from lowrank_core.errors import ConfigError, LowRankError, ModelError, RunError
+from lowrank_core.layers.channels import REDUCED_FORMS
 from lowrank_core.models import load_model
 from lowrank_core.models.headers import check_headers
 from lowrank_core.models.loading import resolve_reference
@@ -111,6 +112,24 @@ def _request(source: ModelSource, config: ServeConfig) -> str:
     return json.dumps({"source": to_mapping(source), "serving": to_mapping(config)})
 
 
+def _check_for_vllm(place: str, config: PretrainedConfig) -> None:
+    """Raise for a folder that vLLM does not read, or not by us.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if is_plain_form(config):
+        raise ConfigError(
+            f"vLLM would run the module that the plain form brings. Leave --engine out, or run: vllm serve {place} --trust-remote-code"
+        )
+    stated = getattr(config, "quantization_config", None)
+    layers = stated.get("layers") if isinstance(stated, Mapping) else getattr(stated, "layers", None)
+    if isinstance(layers, Mapping) and any(entry.get("form") in REDUCED_FORMS for entry in layers.values()):
+        raise ConfigError(
+            "vLLM does not read layers with fewer channels than the architecture (--modules). Leave --engine out, or take the form dense."
+        )
+
+
 def _vllm_command(place: str, source: ModelSource, config: ServeConfig) -> list[str]:
     """Return the command of vLLM's server. Its console script fails in some builds; without a GPU it runs in float32, as we do.
 
@@ -119,10 +138,8 @@ def _vllm_command(place: str, source: ModelSource, config: ServeConfig) -> list[
     """
     if Path(place).is_file():
         raise ConfigError("vLLM reads no GGUF file by our means. Leave --engine out, or give the folder of an export.")
-    if Path(place).is_dir() and is_plain_form(AutoConfig.from_pretrained(place, local_files_only=True)):
-        raise ConfigError(
-            f"vLLM would run the module that the plain form brings. Leave --engine out, or run: vllm serve {place} --trust-remote-code"
-        )
+    if Path(place).is_dir():
+        _check_for_vllm(place, AutoConfig.from_pretrained(place, local_files_only=True))
     if source.device != "auto":
         raise ConfigError("vLLM chooses the device by its build. Leave --device out.")
     dtype = "float32" if source.dtype == "auto" and not torch.cuda.is_available() else source.dtype

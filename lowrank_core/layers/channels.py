@@ -23,7 +23,7 @@ from lowrank_core.layers.pivoting import gather_order
 from lowrank_core.layers.quantized import Factor, applied, dense_of
 from lowrank_core.parameters import PAIRS
 
-__all__ = ["KeptPairs", "NarrowInput", "NarrowOutput"]
+__all__ = ["REDUCED_FORMS", "KeptPairs", "NarrowInput", "NarrowOutput"]
 
 
 class _Narrow(CompressedModule):
@@ -179,3 +179,7 @@ class KeptPairs(PivotIndex):
     def extra_repr(self) -> str:
         sizes = f"heads={self.heads}, groups={self.groups}, head_dim={self.head_dim}, rank={self.rank}"
         return f"in_features={self.in_features}, {sizes}, pair={self.pair}, bias={self.biases is not None}"
+
+
+REDUCED_FORMS = frozenset(form.form for form in (NarrowOutput, NarrowInput, KeptPairs))
+"""Names in ``config.json`` of layers with fewer channels than their architecture."""

@@ -28,7 +28,7 @@ from lowrank_core.errors import ModelError
 from lowrank_core.files.grids import GRIDS
 from lowrank_core.files.weights import guard_name
 from lowrank_core.layers.base import CompressedModule, Entry
-from lowrank_core.layers.channels import KeptPairs, NarrowInput, NarrowOutput
+from lowrank_core.layers.channels import REDUCED_FORMS
 from lowrank_core.layers.dense import DenseLinear
 from lowrank_core.layers.forms import FORMS
 from lowrank_core.layers.heads import OutputHeads, ValueHeads
@@ -48,7 +48,6 @@ _TENSORS = {
 }
 """Attribute of vLLM's layer -> name of the tensor below a layer of the checkpoint."""
 _ANY_ROWS = 1 << 40
-_REDUCED = {form.form for form in (NarrowInput, NarrowOutput, KeptPairs)}
 _REFUSED = "Serve it with transformers (lowrank serve FOLDER), or export the form dense."
 
 
@@ -68,7 +67,7 @@ class LowRankConfig(QuantizationConfig):
     ) -> None:
         super().__init__()
         for name, entry in layers.items():
-            if entry.get("form") in _REDUCED:
+            if entry.get("form") in REDUCED_FORMS:
                 raise ModelError(
                     f"model: {name} has fewer channels than its architecture, which the plugin for vLLM does not read. {_REFUSED}"
                 )

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from lowrank_core.allocation import allocation_from_ranks
 from lowrank_core.cli import main
+from lowrank_core.commands import serve
 from lowrank_core.compression.build import CompressedModel, compress
 from lowrank_core.compression.decomposed import Decomposed, decompose
 from lowrank_core.config import CalibrationConfig, CompressionConfig, ExportConfig, ModelSource
+from lowrank_core.config.serving import ServeConfig
 from lowrank_core.decomposition.head_factorization import HeadBasis
 from lowrank_core.decomposition.module_reduction import RIDGE, PairBasis, WidthBasis
 from lowrank_core.decomposition.store import cached_bases
@@ -239,6 +241,12 @@ def test_an_export_reloads_bit_for_bit(reduced: Decomposed, tmp_path: Path):
     assert {KeptPairs, NarrowInput, NarrowOutput} <= kinds
     with pytest.raises(ModelError, match=r"^plain: .* dense"):
         export(model, tmp_path / "plain", config=ExportConfig(form="plain"))
+
+
+def test_vllm_is_not_started_for_what_it_does_not_read(reduced: Decomposed, tmp_path: Path):
+    export(cut(reduced, 0.5), tmp_path / "out")
+    with pytest.raises(ConfigError, match="vLLM does not read layers with fewer channels than the architecture"):
+        serve._vllm_command(str(tmp_path / "out"), ModelSource(str(tmp_path / "out")), ServeConfig())
 
 
 def test_damaged_entries_are_told(reduced: Decomposed, tmp_path: Path):
