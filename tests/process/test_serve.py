@@ -82,7 +82,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "a file is cut short": (_damage, "model.safetensors is damaged or cut short"),
     "a newer form": (
         lambda a, b: _changed(a, b, lambda layers: layers[LAYER].update(form="tensor_train")),
-        "no valid form ('tensor_train'; this version knows factored, pivoted, value_heads, output_heads, dense)",
+        "no valid form ('tensor_train'; this version knows factored, pivoted, value_heads, output_heads, dense, narrow_output, narrow_input, kept_pairs)",
     ),
     "a rank that is none": (lambda a, b: _changed(a, b, lambda layers: layers[LAYER].update(rank=99)), "no valid rank (99; 1 to 32"),
     "a foreign rank": (
