@@ -6,6 +6,8 @@ Notation (y = W x + b, W of shape d_out x d_in; M = Σ d_out over the members of
     factored     r·(M + n)                                            (+ biases)
     pivoted      r·(M + n - r), and r row indices                     (+ biases)
     per head     groups·r·(n - r) + heads·r·d_out, and groups·r indices (+ biases)
+    widths       r·(Σ n + d_out): r channels of an MLP's first layers, and the columns of the last that read them (+ biases)
+    pairs        (heads + groups)·r·size·n, and 2·groups·r indices: r pairs of dimensions of each query and key head (+ biases)
     break-even   the largest r at which a form still costs less than the dense matrices
 
 ``compression ratio`` always means the fraction of parameters *removed*, in [0, 1). Index tables count as parameters.
@@ -20,6 +22,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import MappingProxyType
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,10 +33,13 @@ from lowrank_core.files.grids import Grid
 __all__ = [
     "FLOPS_MEANING",
     "INDEX_BYTES",
+    "PAIRS",
     "STORAGES",
     "HeadUnit",
     "MatrixShape",
+    "PairUnit",
     "Unit",
+    "WidthUnit",
     "allocated_parameters",
     "budget_for_ratio",
     "budget_of",
@@ -60,6 +66,9 @@ STORAGES: Mapping[str, Callable[[int, int, int], tuple[int, int]]] = MappingProx
     }
 )
 """Name -> (rank, M, n) -> (weights, indices) that are stored, biases left out."""
+
+PAIRS: Mapping[str, int] = MappingProxyType({"halves": 2, "neighbours": 2, "none": 1})
+"""Dimensions that a rotary embedding turns together -> their number."""
 
 
 @dataclass(frozen=True, order=True)
@@ -140,6 +149,9 @@ class Unit:
     members: tuple[MatrixShape, ...]
     storage: str = "factored"
     adds_bias: bool = False
+    words: ClassVar[str] = "as one stack"
+    joint: ClassVar[bool] = False
+    """Whether members compute through each other, so that their error is of what they compute together, and of no matrix."""
 
     @property
     def name(self) -> str:
@@ -199,6 +211,15 @@ class Unit:
         if not 1 <= rank <= self.max_rank:
             raise RankError(f"{self.name}: rank must be in [1, {self.max_rank}], got {rank}. Lower it, or leave the layer dense (null).")
         return self._price(rank)
+
+    @property
+    def size_words(self) -> str:
+        """Size that its ranks are a part of, in words."""
+        return f"{self.d_out} × {self.d_in}"
+
+    def rank_of(self, member: MatrixShape, rank: int) -> int:
+        """Return the rank of a member's weight at ``rank``."""
+        return min(rank, member.max_rank)
 
     @cached_property
     def prices(self) -> npt.NDArray[np.int64]:
@@ -264,6 +285,8 @@ class HeadUnit(Unit):
     heads: int = 1
     groups: int = 1
     head_dim: int = 1
+    words: ClassVar[str] = "by heads"
+    joint: ClassVar[bool] = True
 
     def describe(self) -> dict[str, object]:
         """Return what tells this unit from others, ready for JSON."""
@@ -273,6 +296,13 @@ class HeadUnit(Unit):
     @property
     def max_rank(self) -> int:
         return self.head_dim
+
+    @property
+    def size_words(self) -> str:
+        return f"{self.head_dim} per head"
+
+    def rank_of(self, member: MatrixShape, rank: int) -> int:
+        return super().rank_of(member, rank * (self.groups if member == self.members[0] else self.heads))
 
     def stored(self, rank: int) -> tuple[int, int]:
         value, output = self.members
@@ -298,6 +328,116 @@ class HeadUnit(Unit):
 
     def _applied_again(self, rank: int) -> int:
         return self.groups * rank * rank  # the identity of the gauge is not stored, but multiplied
+
+
+@dataclass(frozen=True)
+class WidthUnit(Unit):
+    """Layers of an MLP of which ``rank`` channels stay: rows of all but the last of ``members``, columns of the last."""
+
+    storage: str = "width"
+    words: ClassVar[str] = "by channels"
+    joint: ClassVar[bool] = True
+
+    def describe(self) -> dict[str, object]:
+        """Return what tells this unit from others, ready for JSON."""
+        return {"layers": [member.name for member in self.members]}
+
+    @property
+    def max_rank(self) -> int:
+        return self.members[-1].d_in
+
+    @property
+    def size_words(self) -> str:
+        return f"{self.max_rank} channels"
+
+    def stored(self, rank: int) -> tuple[int, int]:
+        *first, last = self.members
+        return rank * (sum(member.d_in for member in first) + last.d_out), 0
+
+    @property
+    def bias_parameters(self) -> int:
+        last = self.members[-1]
+        return last.d_out * last.bias
+
+    def plain_parameters(self, rank: int) -> int:
+        """Return what the dense layers hold, which have zeros in place of the channels that are gone."""
+        return self.dense_parameters
+
+    def matrices(self, rank: int | None) -> tuple[tuple[int, int], ...]:
+        if rank is None:
+            return super().matrices(None)
+        *first, last = self.members
+        return (*((rank, member.d_in) for member in first), (last.d_out, rank))
+
+    def _price(self, rank: int) -> int:
+        return super()._price(rank) + rank * sum(member.bias for member in self.members[:-1])
+
+    def _applied_again(self, rank: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class PairUnit(Unit):
+    """A query and a key projection, ``rank`` pairs of dimensions of each head left; ``members`` is (query, key).
+
+    Attributes:
+        heads: query heads; groups: key heads; head_dim: dimensions of each.
+        pair: what a rotary embedding turns together: ``halves`` (i and i + head_dim/2), ``neighbours`` (2i and 2i + 1), or ``none``
+            where there is no such embedding, and single dimensions are kept.
+    """
+
+    storage: str = "pairs"
+    heads: int = 1
+    groups: int = 1
+    head_dim: int = 1
+    pair: str = "halves"
+    words: ClassVar[str] = "by pairs of dimensions"
+    joint: ClassVar[bool] = True
+
+    def describe(self) -> dict[str, object]:
+        """Return what tells this unit from others, ready for JSON."""
+        query, key = self.members
+        sizes = {"heads": self.heads, "groups": self.groups, "head_dim": self.head_dim}
+        return {"query": query.name, "key": key.name, **sizes, "pair": self.pair}
+
+    @property
+    def size(self) -> int:
+        """Dimensions of what is kept or dropped together."""
+        return PAIRS[self.pair]
+
+    @property
+    def max_rank(self) -> int:
+        return self.head_dim // self.size
+
+    @property
+    def size_words(self) -> str:
+        return f"{self.max_rank} {'pairs' if self.size > 1 else 'dimensions'} per head"
+
+    def rank_of(self, member: MatrixShape, rank: int) -> int:
+        return super().rank_of(member, rank * self.size * (self.heads if member == self.members[0] else self.groups))
+
+    def stored(self, rank: int) -> tuple[int, int]:
+        return (self.heads + self.groups) * rank * self.size * self.d_in, 2 * self.groups * rank
+
+    @property
+    def bias_parameters(self) -> int:
+        return 0
+
+    def plain_parameters(self, rank: int) -> int:
+        """Return what the dense layers hold, which have zeros in place of the dimensions that are gone."""
+        return self.dense_parameters
+
+    def matrices(self, rank: int | None) -> tuple[tuple[int, int], ...]:
+        if rank is None:
+            return super().matrices(None)
+        return tuple((count * rank * self.size, self.d_in) for count in (self.heads, self.groups))
+
+    def _price(self, rank: int) -> int:
+        query, key = self.members
+        return super()._price(rank) + rank * self.size * (self.heads * query.bias + self.groups * key.bias)
+
+    def _applied_again(self, rank: int) -> int:
+        return 0
 
 
 def dense_parameters(units: Iterable[Unit]) -> int:

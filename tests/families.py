@@ -42,6 +42,8 @@ _JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period":
 FAMILIES: Mapping[str, tuple[str, Mapping[str, object]]] = {
     "llama": ("llama", _GROUPED),
     "gptj": ("gptj", {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4, "tie_word_embeddings": False}),
+    "qwen3": ("qwen3", {**_GROUPED, "head_dim": 8}),
+    "phi": ("phi", _SIZES),
     "opt": ("opt", {**_SIZES, "ffn_dim": 48, "word_embed_proj_dim": 32}),
     "falcon": ("falcon", {**_SIZES, "multi_query": False, "new_decoder_architecture": False, "bias": True, "alibi": True}),
     "doge": ("doge", _GROUPED),

@@ -12,9 +12,7 @@ from torch import nn
 
 from lowrank_core.allocation import RankAllocation, Ranks
 from lowrank_core.coverage import Coverage
-from lowrank_core.decomposition.factorization import FactorBasis
-from lowrank_core.decomposition.head_factorization import HeadBasis
-from lowrank_core.decomposition.units import Bases
+from lowrank_core.decomposition.units import AnyBasis, Bases
 from lowrank_core.errors import ConfigError
 from lowrank_core.layers.forms import build_layers
 from lowrank_core.layers.pivoted import PivotedLinear
@@ -184,7 +182,7 @@ def build_model(handle: ModelHandle, layers: Mapping[str, nn.Module], bases: Bas
     return CompressedModel(smaller, report)
 
 
-def _counted(basis: FactorBasis | HeadBasis, rank: int, layers: Mapping[str, nn.Module], itemsize: int) -> UnitCount:
+def _counted(basis: AnyBasis, rank: int, layers: Mapping[str, nn.Module], itemsize: int) -> UnitCount:
     unit = basis.unit
     built = [layers[member.name] for member in unit.members]
     coefficients = [layer.largest_coefficient for layer in built if isinstance(layer, PivotedLinear)]

@@ -21,7 +21,7 @@ from lowrank_core.allocation import (
     allocate,
     round_ranks_down,
 )
-from lowrank_core.allocation.units import value_layers
+from lowrank_core.allocation.units import dense_layers
 from lowrank_core.compression.build import CompressedModel, compress, low_rank_layers, swap_layers
 from lowrank_core.compression.sequential import compress_sequentially
 from lowrank_core.config import CompressionConfig
@@ -67,7 +67,7 @@ class Decomposed:
 
     @property
     def keep_dense(self) -> tuple[str, ...]:
-        return value_layers(self.handle.shapes) if self.config.value_dense else ()
+        return dense_layers(self.units, self.config)
 
     def problem(self, compression_ratio: float, *, fixed: Ranks | None = None) -> AllocationProblem:
         """Return what an allocator would be given.
@@ -129,6 +129,10 @@ class Decomposed:
             result.append(
                 f"{allocator} trades errors of one matrix for another's, and {self.basis.label} measures each in its own unit. "
                 "The basis two_sided makes them comparable."
+            )
+        if self.config.modules and self.keep_dense:
+            result.append(
+                f"{len(self.keep_dense)} matrices are in no module that can be reduced, and stay dense (the first: {self.keep_dense[0]})."
             )
         untold = [name for name, mixture in experts_of(self.handle.module) if not mixture.tells_rows]
         if self.basis.sequential and untold:

@@ -29,7 +29,7 @@ from lowrank_core.files.grids import GRIDS, Grid
 from lowrank_core.layers.forms import build_layers
 from lowrank_core.linalg import times
 from lowrank_core.models.handle import weight_of
-from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
+from lowrank_core.parameters import MatrixShape, Unit
 from lowrank_core.types import Progress
 
 __all__ = ["OFFERED", "rounding_errors"]
@@ -58,7 +58,7 @@ def rounding_errors(
     """
     measure, result = _Measure(decomposed, dtype, moments), {}
     for done, unit in enumerate(decomposed.units, start=1):
-        if not isinstance(unit, HeadUnit):
+        if not unit.joint:
             result[unit.name] = {name: measure.errors(unit, GRIDS[name]) for name in OFFERED}
         if progress is not None:
             progress(done, len(decomposed.units))

@@ -23,8 +23,7 @@ from lowrank_core.allocation import RankAllocation, Ranks
 from lowrank_core.compression.build import CompressedModel, build_model, low_rank_layers, swap_layers
 from lowrank_core.config import CalibrationConfig
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, column_metric, factorize_unit, refit_unit
-from lowrank_core.decomposition.head_factorization import HeadBasis
-from lowrank_core.decomposition.units import Bases, operand_of
+from lowrank_core.decomposition.units import AnyBasis, Bases, operand_of
 from lowrank_core.errors import ConfigError, ModelError, NumericalError
 from lowrank_core.linalg import Damped
 from lowrank_core.metrics import ErrorMetric, LayerData
@@ -422,9 +421,9 @@ def _fitted_step(
     basis: ErrorMetric,
     damping: Damping,
     ranks: Ranks,
-) -> dict[str, FactorBasis | HeadBasis]:
+) -> dict[str, AnyBasis]:
     """Return the factors of the units of a step; units that read one input share its damped metric."""
-    result: dict[str, FactorBasis | HeadBasis] = {}
+    result: dict[str, AnyBasis] = {}
     for group, units in step.groups.items():
         columns: Damped | None = None
         for unit in units:

@@ -39,6 +39,12 @@ class CompressionConfig:
         "offer per-head value/output factors as alternatives, likewise; needs values that may be compressed",
         label="Offer per-head factors",
     )
+    modules: bool = option(
+        False,
+        "reduce modules in place of matrices, as MoDeGPT does: channels of MLPs, values and outputs per head, queries and keys by rotary "
+        "pairs; with the metric whitened",
+        label="Reduce modules",
+    )
     rank_multiple: int = option(
         1, "round ranks down to a multiple of it, as the paper's code does with 8", label="Ranks in multiples of", minimum=1
     )
@@ -86,6 +92,11 @@ class CompressionConfig:
         if not 0 <= self.drift_beta <= 1:
             raise ConfigError(f"drift beta must lie between 0 and 1, got {self.drift_beta:g}. Try 1.")
         check_options(self)
+        if self.modules and (self.stacks or self.heads or (self.basis, self.storage) != ("whitened", "factored")):
+            raise ConfigError(
+                "--modules has forms of its own, in the metric whitened: give --basis whitened --storage factored, without --stacks and "
+                "--heads, or --preset modegpt."
+            )
 
 
 BUDGETS = ("parameters", "bytes")

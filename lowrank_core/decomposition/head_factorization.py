@@ -11,11 +11,12 @@ Notation::
     V'_g = Q_rᵀ R⁻¹ V_g,   O'_h = O_h R Q_r
 
 docs/methods.md §4 takes V_g S V_gᵀ for K; measured behind the attention, K_h also knows what averaging over tokens did to the values.
+MoDeGPT (arXiv 2408.09632, Algorithm 3) has K = V_g S V_gᵀ, P = I, and for heads that share their values I in the place of Σ F_h.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ from lowrank_core.linalg import Damped, principal_directions, times
 from lowrank_core.metrics import ErrorMetric, LayerData
 from lowrank_core.parameters import HeadUnit
 
-__all__ = ["HeadBasis", "factorize_heads"]
+__all__ = ["HeadBasis", "factorize_heads", "reduce_heads"]
 
 
 @dataclass(frozen=True)
@@ -83,20 +84,53 @@ def factorize_heads(unit: HeadUnit, value: LayerData, output: LayerData, basis: 
     Raises:
         NumericalError: NaN, Inf, or no convergence; names the layer.
     """
+    metric = basis.metric(output)
+    moments = _head_moments(metric.columns, value, unit)  # (heads, d, d)
+    grams = _grams(unit, output, row_metric(metric, damping, output.shape.name))
+    result = _decomposed(unit, value, output, (moments, grams, grams), damping, centred=basis.centred)
+    return replace(result, errors=result.errors * metric.scale)
+
+
+def reduce_heads(unit: HeadUnit, value: LayerData, output: LayerData, damping: Damping) -> HeadBasis:
+    """Decompose each group of heads as MoDeGPT does; all float64. Where several heads read a value, its directions are those of it alone.
+
+    Raises:
+        NumericalError: NaN, Inf, or no convergence; names the layer.
+    """
+    parts = value.weight.reshape(unit.groups, unit.head_dim, -1)
+    moments = (parts @ value.inputs.second_moment @ parts.transpose(1, 2)).repeat_interleave(unit.heads // unit.groups, dim=0)
+    grams = _grams(unit, output, None)
+    weights = grams if unit.heads == unit.groups else torch.eye(unit.head_dim, dtype=grams.dtype).expand_as(grams)
+    return _decomposed(unit, value, output, (moments, weights, grams), damping)
+
+
+def _grams(unit: HeadUnit, output: LayerData, rows: Damped | None) -> Tensor:
+    """Return F_h (heads, d, d)."""
+    projections = output.weight.reshape(-1, unit.heads, unit.head_dim).transpose(0, 1)  # (heads, m, d)
+    return torch.stack([part.T @ (part if rows is None else times(rows.matrix, part)) for part in projections])
+
+
+def _decomposed(
+    unit: HeadUnit,
+    value: LayerData,
+    output: LayerData,
+    metrics: tuple[Tensor, Tensor, Tensor],
+    damping: Damping,
+    *,
+    centred: bool = False,
+) -> HeadBasis:
+    """Return the factors of each group by K_h, what weighs directions, and F_h, which weighs errors (heads, d, d each)."""
     check_finite(value)
     check_finite(output)
+    moments, weights, grams = metrics
     heads, groups, dim = unit.heads, unit.groups, unit.head_dim
     per_group = heads // groups
-    metric = basis.metric(output)
-    rows = row_metric(metric, damping, output.shape.name)
-    moments = _head_moments(metric.columns, value, unit)  # (heads, d, d)
     projections = output.weight.reshape(-1, heads, dim).transpose(0, 1)  # (heads, m, d)
-    grams = torch.stack([part.T @ (part if rows is None else times(rows.matrix, part)) for part in projections])  # (heads, d, d)
-    values, outputs, biases, mixes, metrics = [], [], [], [], []
+    values, outputs, biases, mixes, damped = [], [], [], [], []
     for group in range(groups):
         own = slice(group * per_group, (group + 1) * per_group)
         inner = Damped.of(moments[own].mean(0), damping.columns, unit.name).invertible()
-        half = inner.transposed_times(inner.transposed_times(grams[own].sum(0)).T)
+        half = inner.transposed_times(inner.transposed_times(weights[own].sum(0)).T)
         _, directions = principal_directions(half, unit.name)
         reduce = inner.inverse_transposed_times(directions).T  # (d, d): the first r rows; of restore the first r columns
         restore = times(inner.factor, directions)
@@ -104,18 +138,18 @@ def factorize_heads(unit: HeadUnit, value: LayerData, output: LayerData, basis: 
         outputs.append(projections[own] @ restore)
         biases.append(None if value.bias is None else reduce @ value.bias[group * dim : (group + 1) * dim])
         mixes += [(reduce, restore)] * per_group
-        metrics.append(inner)
+        damped.append(inner)
     return HeadBasis(
         unit=unit,
         values=torch.stack(values),
         value_biases=None if value.bias is None else torch.stack([bias for bias in biases if bias is not None]),
         outputs=torch.cat(outputs),
         output_bias=output.bias,
-        output_mean=output.weight @ output.inputs.mean if basis.centred else None,
-        reduced_mean=_reduced_means(output.inputs.mean, mixes) if basis.centred else None,
-        errors=_errors(grams, moments, mixes) * metric.scale,
-        damping=max(inner.added for inner in metrics),
-        condition=max(inner.condition for inner in metrics),
+        output_mean=output.weight @ output.inputs.mean if centred else None,
+        reduced_mean=_reduced_means(output.inputs.mean, mixes) if centred else None,
+        errors=_errors(grams, moments, mixes),
+        damping=max(inner.added for inner in damped),
+        condition=max(inner.condition for inner in damped),
     )
 
 

@@ -20,11 +20,12 @@ from torch import Tensor
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.factorization import FactorBasis
 from lowrank_core.decomposition.head_factorization import HeadBasis
-from lowrank_core.decomposition.units import factorized, shrinkage_of, units_by_block
+from lowrank_core.decomposition.module_reduction import PairBasis, WidthBasis
+from lowrank_core.decomposition.units import AnyBasis, factorized, shrinkage_of, units_by_block
 from lowrank_core.errors import ModelError
 from lowrank_core.models.handle import ModelHandle
 from lowrank_core.models.mapped import release
-from lowrank_core.parameters import HeadUnit, Unit
+from lowrank_core.parameters import HeadUnit, PairUnit, Unit, WidthUnit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.statistics.store import (
     StoredStatistics,
@@ -44,11 +45,14 @@ __all__ = ["StoredBases", "cached_bases"]
 _FORMAT = 2
 """Raise it when the meaning of stored factors changes: old ones are then ignored."""
 
-_WIDE = ("ups", "down", "values", "outputs")
+_WIDE = ("ups", "down", "values", "outputs", "firsts", "lower", "query", "key")
 """Fields that hold factors."""
 
+_WHOLE = ("order",)
+"""Fields that hold whole numbers."""
 
-class StoredBases(Mapping[str, FactorBasis | HeadBasis]):
+
+class StoredBases(Mapping[str, AnyBasis]):
     """Nested factors by unit, each mapped from its block's file when it is asked for, and not kept. All files are checked at the start."""
 
     def __init__(self, folder: Path, units: Sequence[Unit]) -> None:
@@ -69,7 +73,7 @@ class StoredBases(Mapping[str, FactorBasis | HeadBasis]):
                 self._places[name] = path, str(position)
                 self._errors[name] = file.get_tensor(f"{position}/errors").clone()
 
-    def __getitem__(self, name: str) -> FactorBasis | HeadBasis:
+    def __getitem__(self, name: str) -> AnyBasis:
         """Raises NumericalError: the file has been damaged since."""
         unit = self._units[name]
         path, position = self._places[name]
@@ -88,7 +92,7 @@ def _parts_of(file: Any, position: str) -> list[str]:
     return [key.removeprefix(f"{position}/") for key in file.keys() if key.startswith(f"{position}/")]  # noqa: SIM118
 
 
-def _tensors(basis: FactorBasis | HeadBasis, dtype: torch.dtype) -> dict[str, Tensor]:
+def _tensors(basis: AnyBasis, dtype: torch.dtype) -> dict[str, Tensor]:
     """Return the fields of a basis as tensors: entries of a tuple are numbered, and None is left out."""
     result: dict[str, Tensor] = {}
 
@@ -102,17 +106,33 @@ def _tensors(basis: FactorBasis | HeadBasis, dtype: torch.dtype) -> dict[str, Te
 
     for field in fields(basis):
         if field.name != "unit":
-            put(field.name, getattr(basis, field.name), dtype if field.name in _WIDE else torch.float64)
+            narrow = torch.int64 if field.name in _WHOLE else torch.float64
+            put(field.name, getattr(basis, field.name), dtype if field.name in _WIDE else narrow)
     return result
 
 
-def _from_tensors(unit: Unit, parts: Mapping[str, Tensor]) -> FactorBasis | HeadBasis:
+def _from_tensors(unit: Unit, parts: Mapping[str, Tensor]) -> AnyBasis:
     common = {"errors": parts["errors"], "damping": float(parts["damping"]), "condition": float(parts["condition"])}
     if isinstance(unit, HeadUnit):
         names = ("value_biases", "output_bias", "output_mean", "reduced_mean")
         optional = {name: parts.get(name) for name in names}
         return HeadBasis(unit, values=parts["values"], outputs=parts["outputs"], **optional, **common)  # type: ignore[arg-type]
+    if isinstance(unit, PairUnit):
+        weights = {name: parts[name] for name in ("order", "query", "key")}
+        return PairBasis(unit, query_bias=parts.get("query_bias"), key_bias=parts.get("key_bias"), **weights, **common)  # type: ignore[arg-type]
     members = range(len(unit.members))
+    if isinstance(unit, WidthUnit):
+        firsts = members[:-1]
+        return WidthBasis(
+            unit,
+            firsts=tuple(parts[f"firsts/{index}"] for index in firsts),
+            biases=tuple(parts.get(f"biases/{index}") for index in firsts),
+            last_bias=parts.get("last_bias"),
+            order=parts["order"],
+            outputs=parts["outputs"],
+            lower=parts["lower"],
+            **common,  # type: ignore[arg-type]
+        )
     return FactorBasis(
         unit,
         ups=tuple(parts[f"ups/{index}"] for index in members),
@@ -131,6 +151,7 @@ def _key(statistics: LayerStatistics, units: Sequence[Unit], config: Compression
         sources.append(part.name if isinstance(part, StoredStatistics) else "")
     members = sorted([[member.name for member in unit.members], isinstance(unit, HeadUnit)] for unit in units)
     parts = [_FORMAT, sources, members, config.basis, config.input_damping, config.gradient_damping, str(dtype), *shrinkage_of(config)]
+    parts += ["modules"] if config.modules else []
     return "factors-" + hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 

@@ -11,19 +11,34 @@ from lowrank_core.allocation import ErrorCurves
 from lowrank_core.allocation.units import plan_units
 from lowrank_core.config import CompressionConfig
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, column_metric, factorize_unit
-from lowrank_core.decomposition.head_factorization import HeadBasis, factorize_heads
+from lowrank_core.decomposition.head_factorization import HeadBasis, factorize_heads, reduce_heads
+from lowrank_core.decomposition.module_reduction import PairBasis, WidthBasis, reduce_pairs, reduce_width
 from lowrank_core.errors import ConfigError
 from lowrank_core.linalg import Damped
 from lowrank_core.metrics import LayerData, metric_of
 from lowrank_core.models.attention import head_units
 from lowrank_core.models.handle import ModelHandle, bias_of, weight_of
-from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
+from lowrank_core.models.modules import find_modules
+from lowrank_core.parameters import HeadUnit, MatrixShape, PairUnit, Unit, WidthUnit
 from lowrank_core.statistics.calibration import LayerStatistics
 from lowrank_core.types import Progress
 
-__all__ = ["Bases", "damping_of", "error_curves", "factorize", "factorized", "operand_of", "shrinkage_of", "units_by_block", "units_of"]
+__all__ = [
+    "AnyBasis",
+    "Bases",
+    "damping_of",
+    "error_curves",
+    "factorize",
+    "factorized",
+    "operand_of",
+    "shrinkage_of",
+    "units_by_block",
+    "units_of",
+]
 
-Bases = Mapping[str, FactorBasis | HeadBasis]
+AnyBasis = FactorBasis | HeadBasis | WidthBasis | PairBasis
+
+Bases = Mapping[str, AnyBasis]
 """Unit name -> its nested factors."""
 
 
@@ -31,9 +46,10 @@ def units_of(handle: ModelHandle, config: CompressionConfig) -> tuple[Unit, ...]
     """Return the units of a model under ``config``, alternatives included.
 
     Raises:
-        ConfigError: no such basis.
+        ConfigError: no such basis, or modules are to be reduced and none can be.
     """
-    return plan_units(handle.shapes, config, head_units(handle) if config.heads else ())
+    joint: Sequence[Unit] = find_modules(handle).units if config.modules else head_units(handle) if config.heads else ()
+    return plan_units(handle.shapes, config, joint)
 
 
 def damping_of(config: CompressionConfig) -> Damping:
@@ -65,14 +81,14 @@ def factorize(
     config: CompressionConfig,
     *,
     progress: Progress | None = None,
-) -> dict[str, FactorBasis | HeadBasis]:
+) -> dict[str, AnyBasis]:
     """Decompose every unit once, in float64 on the CPU.
 
     Raises:
         ConfigError: no such basis, or it needs gradients and the statistics have none.
         NumericalError: NaN, Inf or no convergence; names the layer.
     """
-    result: dict[str, FactorBasis | HeadBasis] = {}
+    result: dict[str, AnyBasis] = {}
     for block in units_by_block(units).values():
         for unit, factors in factorized(handle, statistics, block, config):
             result[unit.name] = factors
@@ -91,7 +107,7 @@ def units_by_block(units: Sequence[Unit]) -> dict[int, list[Unit]]:
 
 def factorized(
     handle: ModelHandle, statistics: LayerStatistics, units: Sequence[Unit], config: CompressionConfig
-) -> Iterator[tuple[Unit, FactorBasis | HeadBasis]]:
+) -> Iterator[tuple[Unit, AnyBasis]]:
     """Yield the factors of each unit of a block; those that read the same inputs share the damped metric of these.
 
     Raises:
@@ -105,8 +121,8 @@ def factorized(
     shared: dict[tuple[str, ...], Damped | None] = {}
     for unit in units:
         operands = [operand_of(handle, statistics, member) for member in unit.members]
-        if isinstance(unit, HeadUnit):
-            yield unit, factorize_heads(unit, operands[0], operands[1], basis, damping)
+        if unit.joint:
+            yield unit, _jointly(unit, operands, config)
             continue
         inputs = [member.input_group for member in unit.members]
         key = tuple(inputs if len(set(inputs)) > 1 else inputs[:1])
@@ -114,6 +130,20 @@ def factorized(
             members = operands if len(key) > 1 else operands[:1]
             shared[key] = column_metric([basis.metric(operand) for operand in members], damping, unit.name)
         yield unit, factorize_unit(unit, operands, basis, damping, shared[key])
+
+
+def _jointly(unit: Unit, operands: Sequence[LayerData], config: CompressionConfig) -> AnyBasis:
+    """Return the factors of a unit whose members compute through each other."""
+    damping = damping_of(config)
+    if isinstance(unit, WidthUnit):
+        return reduce_width(unit, operands, damping)
+    first, second = operands
+    if isinstance(unit, PairUnit):
+        return reduce_pairs(unit, first, second)
+    assert isinstance(unit, HeadUnit)
+    if config.modules:
+        return reduce_heads(unit, first, second, damping)
+    return factorize_heads(unit, first, second, metric_of(config), damping)
 
 
 def error_curves(bases: Bases) -> ErrorCurves:

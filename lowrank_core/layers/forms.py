@@ -11,17 +11,19 @@ from torch import Tensor, nn
 
 from lowrank_core.errors import ConfigError, NumericalError
 from lowrank_core.layers.base import CompressedModule, Entry
+from lowrank_core.layers.channels import KeptPairs, NarrowInput, NarrowOutput
 from lowrank_core.layers.dense import DenseLinear
 from lowrank_core.layers.factored import LowRankLinear
 from lowrank_core.layers.heads import OutputHeads, ValueHeads
 from lowrank_core.layers.pivoted import PivotedLinear
 from lowrank_core.layers.pivoting import fix_gauge, pivot
 
-__all__ = ["FORMS", "STORAGES", "Factors", "HeadFactors", "build_layers", "form_of"]
+__all__ = ["FORMS", "STORAGES", "AnyFactors", "Factors", "HeadFactors", "PairFactors", "WidthFactors", "build_layers", "form_of"]
 
-FORMS: Mapping[str, type[CompressedModule]] = MappingProxyType(
-    {form.form: form for form in (LowRankLinear, PivotedLinear, ValueHeads, OutputHeads, DenseLinear)}
-)
+_FACTORS: tuple[type[CompressedModule], ...] = (LowRankLinear, PivotedLinear, ValueHeads, OutputHeads, DenseLinear)
+_CHANNELS: tuple[type[CompressedModule], ...] = (NarrowOutput, NarrowInput, KeptPairs)
+
+FORMS: Mapping[str, type[CompressedModule]] = MappingProxyType({form.form: form for form in (*_FACTORS, *_CHANNELS)})
 """Name in ``config.json`` -> module."""
 
 
@@ -79,6 +81,38 @@ class HeadFactors:
             )
 
 
+@dataclass(frozen=True)
+class WidthFactors:
+    """The layers of an MLP at k channels; float64 on the CPU.
+
+    Attributes:
+        firsts: (k, n) of each first layer, and biases (k,) or None; last: (d_out, k), and its bias.
+    """
+
+    firsts: tuple[tuple[Tensor, Tensor | None], ...]
+    last: tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class PairFactors:
+    """Query and key projections with p pairs of dimensions in each head; float64 on the CPU.
+
+    Attributes:
+        kept: (groups, p) numbers of the pairs, ascending.
+        query, key: (heads or groups, size, p, n), and biases (heads or groups, size, p) or None.
+        head_dim, pair: of the dense layers, as ``PairUnit`` has them.
+    """
+
+    kept: Tensor
+    query: tuple[Tensor, Tensor | None]
+    key: tuple[Tensor, Tensor | None]
+    head_dim: int
+    pair: str
+
+
+AnyFactors = Factors | HeadFactors | WidthFactors | PairFactors
+
+
 def _factored(name: str, factors: Factors, likes: Sequence[Tensor]) -> Sequence[nn.Module]:
     return LowRankLinear.stack(factors.ups, factors.down, factors.biases, likes)
 
@@ -100,12 +134,32 @@ def _heads(name: str, factors: HeadFactors, likes: Sequence[Tensor]) -> Sequence
     )
 
 
-def build_layers(names: Sequence[str], factors: Factors | HeadFactors, storage: str, likes: Sequence[Tensor]) -> dict[str, nn.Module]:
+def _widths(name: str, factors: WidthFactors, likes: Sequence[Tensor]) -> Sequence[nn.Module]:
+    *wide, last = likes
+    firsts = [NarrowOutput.of(*first, like=like) for first, like in zip(factors.firsts, wide, strict=True)]
+    return (*firsts, NarrowInput.of(*factors.last, like=last))
+
+
+def _pairs(name: str, factors: PairFactors, likes: Sequence[Tensor]) -> Sequence[nn.Module]:
+    about = {"head_dim": factors.head_dim, "pair": factors.pair}
+    both = zip((factors.query, factors.key), likes, strict=True)
+    return tuple(KeptPairs.of(*part, factors.kept, like=like, **about) for part, like in both)  # type: ignore[arg-type]
+
+
+def _built(name: str, factors: AnyFactors, storage: str, likes: Sequence[Tensor]) -> Sequence[nn.Module]:
+    if isinstance(factors, HeadFactors):
+        return _heads(name, factors, likes)
+    if isinstance(factors, WidthFactors):
+        return _widths(name, factors, likes)
+    return _pairs(name, factors, likes) if isinstance(factors, PairFactors) else STORAGES[storage](name, factors, likes)
+
+
+def build_layers(names: Sequence[str], factors: AnyFactors, storage: str, likes: Sequence[Tensor]) -> dict[str, nn.Module]:
     """Return the modules of one unit by the names of the layers that they replace; the first leads a stack.
 
     Arguments:
         names: of the members; of heads, the value and the output projection.
-        storage: of ``STORAGES``. Heads have one form, for which it is not read.
+        storage: of ``STORAGES``. Heads, widths and pairs have one form each, for which it is not read.
         likes: the dense weights, for dtype, device and whether they are trained.
 
     Raises:
@@ -116,7 +170,7 @@ def build_layers(names: Sequence[str], factors: Factors | HeadFactors, storage: 
     if isinstance(factors, Factors) and storage not in STORAGES:
         raise ConfigError(f"storage: {storage!r} is not known. Choose from {', '.join(STORAGES)}.")
     with torch.no_grad():
-        built = _heads(names[0], factors, likes) if isinstance(factors, HeadFactors) else STORAGES[storage](names[0], factors, likes)
+        built = _built(names[0], factors, storage, likes)
     layers = dict(zip(names, built, strict=True))
     for (name, layer), like in zip(layers.items(), likes, strict=True):
         if not all(torch.isfinite(parameter).all() for parameter in layer.parameters()):

@@ -28,6 +28,7 @@ from lowrank_core.errors import ModelError
 from lowrank_core.files.grids import GRIDS
 from lowrank_core.files.weights import guard_name
 from lowrank_core.layers.base import CompressedModule, Entry
+from lowrank_core.layers.channels import REDUCED_FORMS
 from lowrank_core.layers.dense import DenseLinear
 from lowrank_core.layers.forms import FORMS, form_of
 from lowrank_core.layers.heads import OutputHeads, ValueHeads
@@ -66,6 +67,10 @@ class LowRankConfig(QuantizationConfig):
     ) -> None:
         super().__init__()
         for name, entry in layers.items():
+            if entry.get("form") in REDUCED_FORMS:
+                raise ModelError(
+                    f"model: {name} has fewer channels than its architecture, which the plugin for vLLM does not read. {_REFUSED}"
+                )
             if entry.get("form") == DenseLinear.form or any(entry.get(grid.name) is True for grid in GRIDS.values() if grid.bits == 4):
                 raise ModelError(f"model: {name} is quantised in a way that the plugin for vLLM does not read. {_REFUSED}")
         self.layers = {name: dict(entry) for name, entry in layers.items()}

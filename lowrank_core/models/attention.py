@@ -22,7 +22,7 @@ from lowrank_core.models.unrolled import replace_module
 from lowrank_core.models.values import head_dim_of, value_reads
 from lowrank_core.parameters import HeadUnit, MatrixShape
 
-__all__ = ["DroppedHeads", "Heads", "find_heads", "head_units"]
+__all__ = ["DroppedHeads", "Heads", "find_heads", "head_units", "logit_gap", "logits_of", "tolerance_of"]
 
 _WINDOWS = 2
 _SEED = 0
@@ -91,31 +91,31 @@ def _verified(handle: ModelHandle, units: Sequence[HeadUnit]) -> tuple[tuple[Hea
     if not units:
         return (), []
     ids = random_tokens(handle.module, _WINDOWS, seed=_SEED)
-    dense = _logits(handle, ids)
-    if _gap(_turned_logits(handle, units, ids), dense) <= _tolerance(handle):
+    dense = logits_of(handle, ids)
+    if logit_gap(_turned_logits(handle, units, ids), dense) <= tolerance_of(handle):
         return tuple(units), []
-    gaps = [_gap(_turned_logits(handle, [unit], ids), dense) for unit in units]
-    kept = tuple(unit for unit, gap in zip(units, gaps, strict=True) if gap <= _tolerance(handle))
+    gaps = [logit_gap(_turned_logits(handle, [unit], ids), dense) for unit in units]
+    kept = tuple(unit for unit, gap in zip(units, gaps, strict=True) if gap <= tolerance_of(handle))
     dropped = [
         DroppedHeads(unit.members[0].name, unit.members[1].name, f"turned at full rank, the logits change by {gap:.2g} of their deviation")
         for unit, gap in zip(units, gaps, strict=True)
-        if not gap <= _tolerance(handle)
+        if not gap <= tolerance_of(handle)
     ]
     return kept, dropped
 
 
-def _tolerance(handle: ModelHandle) -> float:
+def tolerance_of(handle: ModelHandle) -> float:
     """Half of the digits: the gauge itself is exact in every dtype, so that only the order of sums differs."""
     return math.sqrt(torch.finfo(handle.module.dtype).eps)
 
 
-def _gap(logits: Tensor, dense: Tensor) -> float:
+def logit_gap(logits: Tensor, dense: Tensor) -> float:
     """Return the root mean square change of the logits, in their standard deviations."""
     return float((logits - dense).square().mean().sqrt() / dense.std())
 
 
 @torch.no_grad()
-def _logits(handle: ModelHandle, ids: Tensor) -> Tensor:
+def logits_of(handle: ModelHandle, ids: Tensor) -> Tensor:
     logits: Tensor = handle.module(input_ids=ids, use_cache=False).logits
     return logits.float()
 
@@ -130,7 +130,7 @@ def _turned_logits(handle: ModelHandle, units: Sequence[HeadUnit], ids: Tensor) 
     try:
         for name, layer in turned.items():
             replace_module(handle.module, name, layer)
-        return _logits(handle, ids)
+        return logits_of(handle, ids)
     finally:
         for name, layer in dense.items():
             replace_module(handle.module, name, layer)

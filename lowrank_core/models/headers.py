@@ -9,11 +9,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from lowrank_core.config import ModelSource
 from lowrank_core.errors import ConfigError, ModelError
 from lowrank_core.files.weights import weight_files
+from lowrank_core.layers.channels import REDUCED_FORMS
 from lowrank_core.models.foreign import foreign_config, foreign_folder
 from lowrank_core.models.handle import auto_class_of
 from lowrank_core.models.hf import METHOD, LowRankQuantizationConfig, LowRankQuantizer, compressed_modules
@@ -62,13 +63,29 @@ def vllm_dtype(place: str, source: ModelSource) -> str:
         raise ConfigError("vLLM reads no GGUF file by our means. Leave --engine out, or give the folder of an export.")
     if (foreign := foreign_folder(place)) is not None:
         raise ConfigError(f"vLLM reads no factors of {foreign.project}. Leave --engine out, or: lowrank export --from {place} --out NEW")
-    if Path(place).is_dir() and is_plain_form(AutoConfig.from_pretrained(place, local_files_only=True)):
-        raise ConfigError(
-            f"vLLM would run the module that the plain form brings. Leave --engine out, or run: vllm serve {place} --trust-remote-code"
-        )
+    if Path(place).is_dir():
+        _check_for_vllm(place, AutoConfig.from_pretrained(place, local_files_only=True))
     if source.device != "auto":
         raise ConfigError("vLLM chooses the device by its build. Leave --device out.")
     return "float32" if source.dtype == "auto" and not torch.cuda.is_available() else source.dtype
+
+
+def _check_for_vllm(place: str, config: PretrainedConfig) -> None:
+    """Raise for a folder that vLLM does not read, or not by us.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if is_plain_form(config):
+        raise ConfigError(
+            f"vLLM would run the module that the plain form brings. Leave --engine out, or run: vllm serve {place} --trust-remote-code"
+        )
+    stated = getattr(config, "quantization_config", None)
+    layers = stated.get("layers") if isinstance(stated, Mapping) else getattr(stated, "layers", None)
+    if isinstance(layers, Mapping) and any(entry.get("form") in REDUCED_FORMS for entry in layers.values()):
+        raise ConfigError(
+            "vLLM does not read layers with fewer channels than the architecture (--modules). Leave --engine out, or take the form dense."
+        )
 
 
 def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:

@@ -81,6 +81,19 @@ DIFFERS: Mapping[str, str] = MappingProxyType(
             "paper leaves out the first 256 of each. As a search (`lowrank search --preset lems`) its trials go by the Lagrangian, and "
             "ranks are rounded down."
         ),
+        "modegpt": (
+            "The three algorithms of the paper with its sparsities by block influence: Nyström for MLPs, CR for queries and keys, SVD for "
+            "values and outputs. No code of the authors was at hand; what the paper leaves open is as in the reproduction at "
+            "github.com/cbacary/MoDeGPT: energies of queries and keys are taken before the rotary embedding, which did better there than "
+            "after it (the paper's formula), a pair of dimensions has the root of the sum of its two squared scores, over the heads that "
+            "share a key, and where heads share a value its directions are those of the value alone. λ of the ridge leverage is 1e-2 of "
+            "the mean eigenvalue, there 1e-2 itself; ε is 0.1, there 0.015 to 0.15, with at most 80 % removed from a block. Kept fractions "
+            "are of parameters and spend the budget, where the reproduction cuts widths to whole numbers below and ranks of Llamas to even "
+            "ones. Values and outputs are stored with the identity in r columns, which saves r² numbers of each group; the numbers of the "
+            "pairs that stay are counted, which the paper does not. Dense, with a warning, stay experts, and queries and keys behind a "
+            "norm (Qwen3) or an embedding that turns a part of each head by halves (Phi). Without rotary embeddings single dimensions are "
+            "kept, as for the paper's OPT models. vLLM does not read these forms."
+        ),
         "aa_svd": (
             "The closed form of the paper, matrix by matrix in the order of the model; the refinement of each whole block after it, "
             "which the paper reports to matter most, is not here (a healing by `blockwise` comes near)."

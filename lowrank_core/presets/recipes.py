@@ -97,6 +97,7 @@ _PRESETS = (
             "deep_weights": True,
         },
     ),
+    Preset("modegpt", "MoDeGPT", "arXiv 2408.09632", replace(_plain("whitened"), modules=True), allocation="block_influence"),
     Preset("aa_svd", "AA-SVD", "arXiv 2604.02119", replace(_plain("drift_aware"), fit_windows=_ALL)),
     Preset("basis_sharing", "Basis Sharing", "arXiv 2410.03765", _plain("cross_layer")),
     Preset("data_free", "Data-free joint rank-k", "arXiv 2402.16319", _plain("data_free_joint")),

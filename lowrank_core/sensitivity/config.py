@@ -83,4 +83,4 @@ def single_compression(base: CompressionConfig, config: SensitivityConfig) -> Co
     storage = config.storage or base.storage
     if config.basis:  # shrinkage is of the run's own metric
         base = replace(base, input_shrinkage=0.0, gradient_shrinkage=0.0)
-    return replace(base, basis=basis.name, storage=storage, value_dense=False, stacks=False, heads=False, rank_multiple=1)
+    return replace(base, basis=basis.name, storage=storage, value_dense=False, stacks=False, heads=False, modules=False, rank_multiple=1)

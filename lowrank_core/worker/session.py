@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lowrank_core.allocation import unspent_warning
 from lowrank_core.allocation.curves import CURVES_FILE, CurveRecord, save_curves
-from lowrank_core.allocation.units import check_reachable, value_layers
+from lowrank_core.allocation.units import check_reachable, dense_layers
 from lowrank_core.compression.decomposed import Decomposed
 from lowrank_core.compression.pipeline import Pipeline
 from lowrank_core.config import CompressionConfig, SearchConfig
@@ -16,6 +16,7 @@ from lowrank_core.export import biases_without_place
 from lowrank_core.metrics import metric_named
 from lowrank_core.models import ModelHandle, describe
 from lowrank_core.models.attention import Heads, find_heads
+from lowrank_core.models.modules import Modules, find_modules
 from lowrank_core.runs import Run, write_json
 from lowrank_core.search.selection import Selection, select_windows
 from lowrank_core.search.study import TrialBench
@@ -76,7 +77,8 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     handle = pipeline.handle
     meet(identity_of_model(handle))
     heads = find_heads(handle)
-    notes = _notes(run, handle, heads)
+    modules = find_modules(handle, heads)
+    notes = _notes(run, handle, heads, modules)
     reporter.say(warnings=notes)  # before work is spent
     windows = pipeline.windows
     meet(identity_of_texts(handle, config.calibration, windows.calibration, windows.validation, windows.test))
@@ -85,7 +87,7 @@ def prepare(run: Run, reporter: Reporter, *, leads: bool = True) -> RunContext:
     notes = (*notes, *_told(repeats))
     if leads:
         places = {"biases_without_place": _biases_without_place(run, handle)}
-        write_json(run.path / "model.json", {**describe(handle), **heads.describe(), **places})
+        write_json(run.path / "model.json", {**describe(handle), **heads.describe(), **modules.describe(), **places})
         write_json(run.path / "text.json", {**windows.describe(config.text.seed), "warnings": list(repeats)})
         _weights(run, handle, reporter)
     statistics = pipeline.moments
@@ -101,11 +103,11 @@ def compression_of(run: Run) -> CompressionConfig:
     return run.config.search.compression if run.config.search is not None else CompressionConfig()
 
 
-def _notes(run: Run, handle: ModelHandle, heads: Heads) -> tuple[str, ...]:
-    search = run.config.search
+def _notes(run: Run, handle: ModelHandle, heads: Heads, modules: Modules) -> tuple[str, ...]:
+    search, compression = run.config.search, compression_of(run)
     warning = handle.coverage.warning(None if search is None else search.compression_ratio)
-    by_heads = search is not None and search.compression.heads
-    return _told((*filter(None, [warning]), *(str(entry) for entry in heads.dropped if by_heads)))
+    by_heads = [str(entry) for entry in heads.dropped if compression.heads or compression.modules]
+    return _told((*filter(None, [warning]), *by_heads, *(modules.dropped if compression.modules else ())))
 
 
 def _biases_without_place(run: Run, handle: ModelHandle) -> int:
@@ -154,9 +156,9 @@ def search_bench(session: RunContext, config: SearchConfig, reporter: Reporter, 
     Raises:
         LowRankError: the ratio can't be met, or a numerical failure.
     """
-    handle, pipeline = session.handle, session.pipeline.under(config.compression)
+    pipeline = session.pipeline.under(config.compression)
     units, compression = pipeline.units, config.compression
-    dense = value_layers(handle.shapes) if compression.value_dense else ()
+    dense = dense_layers(units, compression)
     plain = SearchSpace.of(
         units, config, dense, None
     )  # what can't be searched, like an unreachable ratio, is reported before minutes of work

@@ -26,6 +26,7 @@ from lowrank_core.config import ExportConfig, ModelSource
 from lowrank_core.config.serving import ServeConfig
 from lowrank_core.errors import LowRankError, ModelError, RunError
 from lowrank_core.export import export
+from lowrank_core.layers.forms import FORMS
 from lowrank_core.models import load_model
 from lowrank_core.models.headers import check_headers
 from lowrank_core.runs.processes import python_command
@@ -82,7 +83,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], Path], str]] = {
     "a file is cut short": (_damage, "model.safetensors is damaged or cut short"),
     "a newer form": (
         lambda a, b: _changed(a, b, lambda layers: layers[LAYER].update(form="tensor_train")),
-        "no valid form ('tensor_train'; this version knows factored, pivoted, value_heads, output_heads, dense)",
+        f"no valid form ('tensor_train'; this version knows {', '.join(FORMS)})",
     ),
     "a rank that is none": (lambda a, b: _changed(a, b, lambda layers: layers[LAYER].update(rank=99)), "no valid rank (99; 1 to 32"),
     "a foreign rank": (

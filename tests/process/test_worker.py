@@ -574,7 +574,7 @@ def test_a_search_leaves_the_curves_that_its_rules_trade(config: RunConfig, basi
     assert facts is not None
     assert search is not None
     assert (record.basis, record.estimate, len(record.influence)) == (basis, estimate, facts.blocks)
-    recipe = Recipe(plan_units(facts.matrices, compression, facts.head_units), search, record)
+    recipe = Recipe(plan_units(facts.matrices, compression, facts.joint_units), search, record)
     mine = {rank for rank in recipe.ruled("lagrangian", 0.3).ranks.items() if rank[1] is not None}
     lagrangian = next(trial for trial in trials if trial.label == "lagrangian")
     assert mine == {rank for rank in lagrangian.ranks.items() if rank[1] is not None}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from lowrank_core.allocation import ALLOCATORS, Ranks, allocation_from_ranks
-from lowrank_core.allocation.units import value_layers
+from lowrank_core.allocation.units import dense_layers
 from lowrank_core.config import ExportConfig, SearchConfig
 from lowrank_core.config.healing import HealingConfig
 from lowrank_core.errors import LowRankError
@@ -97,10 +97,12 @@ def _ruled_ranks(allocator: str, units: Sequence[Unit], search: SearchConfig) ->
     rule = ALLOCATORS[allocator]
     if rule.needs_curves or rule.needs_influence or rule.measures or not units:
         return None
-    members = list({member.name: member for unit in units for member in unit.members}.values())
-    dense = value_layers(members) if search.compression.value_dense else ()
     try:
-        return SearchSpace.of(tuple(units), search, dense, None).by_allocator(allocator, search.compression_ratio).ranks
+        return (
+            SearchSpace.of(tuple(units), search, dense_layers(units, search.compression), None)
+            .by_allocator(allocator, search.compression_ratio)
+            .ranks
+        )
     except LowRankError:
         return None
 

@@ -10,7 +10,7 @@ import pandas as pd
 from lowrank_core.allocation import Draft
 from lowrank_core.allocation.curves import CurveRecord
 from lowrank_core.errors import RunError
-from lowrank_core.parameters import HeadUnit, Unit, budget_for_ratio, compression_ratio, dense_parameters
+from lowrank_core.parameters import Unit, budget_for_ratio, compression_ratio, dense_parameters
 from lowrank_core.studio.shared.formatting import kind_label
 from lowrank_core.studio.shared.model_facts import ModelFacts
 from lowrank_core.studio.shared.trial_names import unit_label
@@ -23,12 +23,6 @@ _DEPTH_GROUPS = 3
 
 def _kind(unit: Unit) -> str:
     return "+".join(kind_label(part) for part in unit.kind.split("+"))
-
-
-def _shape(unit: Unit) -> str:
-    if isinstance(unit, HeadUnit):
-        return f"{unit.head_dim} per head"
-    return f"{unit.d_out} × {unit.d_in}"
 
 
 def draft_rows(draft: Draft, record: CurveRecord | None) -> pd.DataFrame:
@@ -46,7 +40,7 @@ def draft_rows(draft: Draft, record: CurveRecord | None) -> pd.DataFrame:
             "module": [unit_label(unit.name) for unit in rows],
             "kind": [_kind(unit) for unit in rows],
             "block": [unit.depth for unit in rows],
-            "shape": [_shape(unit) for unit in rows],
+            "shape": [unit.size_words for unit in rows],
             "rank": pd.Series([ranks[unit.name] for unit in rows], dtype="Int64"),
             "most": [unit.break_even_rank for unit in rows],
             "kept": [round(100 * draft.kept([unit.name]), 1) for unit in rows],
@@ -152,7 +146,7 @@ def groupings(draft: Draft, module: str) -> dict[str, str]:
 def _grouping_words(unit: Unit) -> str:
     if len(unit.members) == 1:
         return "alone"
-    return f"{unit_label(unit.name)}, {'by heads' if isinstance(unit, HeadUnit) else 'as one stack'}"
+    return f"{unit_label(unit.name)}, {unit.words}"
 
 
 @dataclass(frozen=True)

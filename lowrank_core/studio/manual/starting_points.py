@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from lowrank_core.allocation import ALLOCATORS, RULES, Draft, parse_allocation
 from lowrank_core.allocation.curves import CurveRecord
-from lowrank_core.allocation.units import value_layers
+from lowrank_core.allocation.units import dense_layers, value_layers
 from lowrank_core.config import SearchConfig
 from lowrank_core.errors import ConfigError
 from lowrank_core.parameters import Unit
@@ -58,9 +58,7 @@ class Recipe:
         Raises:
             as ``ruled``.
         """
-        dense = (
-            tuple(value_layers([member for unit in self.units for member in unit.members])) if self.search.compression.value_dense else ()
-        )
+        dense = dense_layers(self.units, self.search.compression)
         space = SearchSpace(
             self.units, compression_ratio, dense, rank_multiple=self._multiple, curves=self.record.curves if self.record else None
         )

@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowrank_core.allocation.units import check_reachable, plan_units, value_layers
+from lowrank_core.allocation.units import check_reachable, dense_layers, plan_units
 from lowrank_core.config import RunConfig
 from lowrank_core.errors import LowRankError
-from lowrank_core.parameters import HeadUnit, MatrixShape, budget_for_ratio, dense_parameters
+from lowrank_core.parameters import MatrixShape, Unit, budget_for_ratio, dense_parameters
 from lowrank_core.runs import Run
 from lowrank_core.studies.published import ALLOCATIONS, POOL_RATIO
 from lowrank_core.studies.records import read_trials
@@ -43,7 +43,7 @@ class Plan:
     variables: tuple[str, ...]
 
 
-def check_budget(config: RunConfig, matrices: Sequence[MatrixShape], heads: Sequence[HeadUnit] = ()) -> Plan | None:
+def check_budget(config: RunConfig, matrices: Sequence[MatrixShape], joint: Sequence[Unit] = ()) -> Plan | None:
     """Return the plan of a search; None for an analysis.
 
     Raises:
@@ -53,8 +53,8 @@ def check_budget(config: RunConfig, matrices: Sequence[MatrixShape], heads: Sequ
     search = config.search
     if search is None:
         return None
-    units = plan_units(matrices, search.compression, heads)
-    dense = value_layers(matrices) if search.compression.value_dense else ()
+    units = plan_units(matrices, search.compression, joint)
+    dense = dense_layers(units, search.compression)
     space = SearchSpace.of(units, search, dense, None)
     ratios = [search.compression_ratio, *([] if search.max_ratio is None else [search.max_ratio])]
     for ratio in ratios:

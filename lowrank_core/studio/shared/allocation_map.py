@@ -8,7 +8,7 @@ import pandas as pd
 
 from lowrank_core.allocation import RankAllocation, allocation_from_ranks
 from lowrank_core.allocation.curves import CurveRecord
-from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
+from lowrank_core.parameters import MatrixShape, Unit
 from lowrank_core.studies.records import TrialRecord
 from lowrank_core.studio.manual.expected_kl import predicted_kl
 from lowrank_core.studio.shared.formatting import number, percent
@@ -57,7 +57,7 @@ def _words(unit: Unit | None, rank: int | None) -> str:
     words = f"rank {rank}, {percent(_kept(unit, rank), 0)} kept"
     if len(unit.members) == 1:
         return words
-    return f"{words} of {unit_label(unit.name)}, {'by heads' if isinstance(unit, HeadUnit) else 'as one stack'}"
+    return f"{words} of {unit_label(unit.name)}, {unit.words}"
 
 
 def loss_map(allocation: RankAllocation, units: Sequence[Unit], record: CurveRecord) -> LayerMap:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 import pandas as pd
@@ -12,7 +12,7 @@ from lowrank_core.config import CompressionConfig
 from lowrank_core.config.mapping import build
 from lowrank_core.coverage import Coverage
 from lowrank_core.errors import RunError
-from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
+from lowrank_core.parameters import HeadUnit, MatrixShape, PairUnit, Unit, WidthUnit
 from lowrank_core.runs import JsonMapping, Run
 from lowrank_core.studio.shared.formatting import DASH, count, kind_label, percent, size
 from lowrank_core.studio.shared.table import Column, Metrics, Table
@@ -28,7 +28,7 @@ class ModelFacts:
         bytes: of a plain checkpoint in ``stored_dtype``; a quantised file that it was read from may be smaller.
         matrices: the compressible linears in the order of the model.
         input_widths: width of each distinct input (q, k and v share theirs).
-        head_units: value and output projections that can be compressed by heads.
+        joint_units: value and output projections that can be compressed by heads, then MLPs and queries and keys that can be reduced.
         heads_dropped: sentences on those that can't, though they look like it.
         left_fused: sentences on layers that look like several projections in one matrix, and are compressed as one.
         coverage: what every parameter is: compressible, or left alone and why; of an older record only how much is compressible.
@@ -52,7 +52,7 @@ class ModelFacts:
     tied_embeddings: bool
     matrices: tuple[MatrixShape, ...]
     input_widths: Mapping[str, int]
-    head_units: tuple[HeadUnit, ...] = ()
+    joint_units: tuple[Unit, ...] = ()
     device: str = ""
     fingerprint: str = ""
     stored_dtype: str = ""
@@ -89,7 +89,7 @@ class ModelFacts:
 
     def units(self, compression: CompressionConfig) -> tuple[Unit, ...]:
         """Return the units of a search with ``compression``, alternatives included."""
-        return plan_units(self.matrices, compression, self.head_units)
+        return plan_units(self.matrices, compression, self.joint_units)
 
     def matrix(self, name: str) -> MatrixShape:
         return next(matrix for matrix in self.matrices if matrix.name == name)
@@ -118,6 +118,16 @@ class _Heads:
     head_dim: int
 
 
+@dataclass(frozen=True)
+class _Pairs:
+    query: str
+    key: str
+    heads: int
+    groups: int
+    head_dim: int
+    pair: str
+
+
 def model_facts(run: Run) -> ModelFacts | None:
     """Return the facts in model.json; None before the model is loaded.
 
@@ -141,7 +151,6 @@ def units_of(run: Run) -> tuple[Unit, ...]:
 def _facts(body: JsonMapping) -> ModelFacts:
     layers = [build(_Layer, layer, "model.json") for layer in body.get("layers", [])]
     matrices = {layer.name: MatrixShape(**asdict(layer)) for layer in layers}
-    heads = [build(_Heads, entry, "model.json") for entry in body.get("heads", [])]
     return build(
         ModelFacts,
         body,
@@ -151,10 +160,17 @@ def _facts(body: JsonMapping) -> ModelFacts:
         heads_dropped=tuple(str(reason) for reason in body.get("heads_dropped", [])),
         left_fused=tuple(str(reason) for reason in body.get("left_fused", [])),
         input_widths={layer.input_group: layer.d_in for layer in layers},
-        head_units=tuple(
-            HeadUnit((matrices[h.value], matrices[h.output]), heads=h.heads, groups=h.groups, head_dim=h.head_dim) for h in heads
-        ),
+        joint_units=tuple(_joint_units(body, matrices)),
     )
+
+
+def _joint_units(body: JsonMapping, matrices: Mapping[str, MatrixShape]) -> Iterator[Unit]:
+    for h in (build(_Heads, entry, "model.json") for entry in body.get("heads", [])):
+        yield HeadUnit((matrices[h.value], matrices[h.output]), heads=h.heads, groups=h.groups, head_dim=h.head_dim)
+    for p in (build(_Pairs, entry, "model.json") for entry in body.get("pairs", [])):
+        yield PairUnit((matrices[p.query], matrices[p.key]), heads=p.heads, groups=p.groups, head_dim=p.head_dim, pair=p.pair)
+    for entry in body.get("widths", []):
+        yield WidthUnit(tuple(matrices[str(name)] for name in entry["layers"]))
 
 
 def _coverage(body: JsonMapping) -> Coverage:

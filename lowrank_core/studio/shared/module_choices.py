@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from lowrank_core.config import SearchConfig
-from lowrank_core.parameters import HeadUnit, MatrixShape, Unit
+from lowrank_core.parameters import Unit
 from lowrank_core.runs import Run
 from lowrank_core.studies.records import TrialRecord, best_trial, read_trials
 from lowrank_core.studio.sensitivity.sensitivity_table import fullest, measured_costs
@@ -79,7 +79,7 @@ def facts_of_trial(trial: TrialRecord, units: Sequence[Unit]) -> RunFacts:
     allocation = allocation_of(trial, units)
     known = {unit.name: unit for unit in units}
     ranks = {
-        member.name: _rank_of(member, known[name], rank)
+        member.name: known[name].rank_of(member, rank)
         for name, rank in allocation.ranks.items()
         if rank is not None
         for member in known[name].members
@@ -87,10 +87,3 @@ def facts_of_trial(trial: TrialRecord, units: Sequence[Unit]) -> RunFacts:
     frame = allocation_map(allocation, units).frame
     cells = zip(frame["module"], frame["value"], frame["label"], strict=True)
     return RunFacts(trial_label(trial), {str(name): Choice(float(kept), ranks.get(name), str(words)) for name, kept, words in cells})
-
-
-def _rank_of(member: MatrixShape, unit: Unit, rank: int) -> int:
-    """Return the rank of a member's weight: per head, each group of values (and each head that reads one) has ``rank`` dimensions."""
-    if isinstance(unit, HeadUnit):
-        rank *= unit.groups if member == unit.members[0] else unit.heads
-    return min(rank, member.max_rank)

@@ -128,7 +128,7 @@ def _budget_line(config: RunConfig, facts: ModelFacts | None) -> bool:
         st.caption("The budget is shown once the model has been read.")
         return True
     with boundary():
-        plan = check_budget(config, facts.matrices, facts.head_units)
+        plan = check_budget(config, facts.matrices, facts.joint_units)
         if plan is not None and config.search is not None:
             st.caption(_budget_words(plan, config.search, len(facts.matrices)))
             coverage.show(facts, config.search.compression_ratio)

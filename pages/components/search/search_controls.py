@@ -55,7 +55,7 @@ def _sampler(run: Run, search: SearchConfig, facts: ModelFacts | None) -> None:
             with boundary():
                 if facts is not None:  # e.g. too many variables for a Gaussian process
                     changed = replace(run.config, search=replace(search, sampler=sampler))
-                    check_budget(changed, facts.matrices, facts.head_units)
+                    check_budget(changed, facts.matrices, facts.joint_units)
                 run.change_search(sampler=sampler)
                 st.rerun()
 
