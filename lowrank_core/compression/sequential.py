@@ -3,7 +3,7 @@
 Notation::
 
     x, x'    input of a layer in the dense and in the compressed model, on the same tokens
-    μ, μ'    their means, δ = x' - x;  S' and C× = E[x x'ᵀ]: covariances where the basis is centred, second moments else
+    μ        mean of x;  δ = x' - x;  S' and C× = E[x x'ᵀ]: covariances where the basis is centred, second moments else
 
 Ranks are fixed before: a sequential basis decides directions, not budgets.
 """
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from lowrank_core.allocation import RankAllocation, Ranks
 from lowrank_core.compression.build import CompressedModel, build_model, low_rank_layers, swap_layers
-from lowrank_core.config import CalibrationConfig
 from lowrank_core.decomposition.factorization import Damping, FactorBasis, column_metric, factorize_unit, refit_unit
 from lowrank_core.decomposition.units import AnyBasis, Bases, operand_of
 from lowrank_core.errors import ConfigError, ModelError, NumericalError
@@ -44,16 +43,18 @@ __all__ = ["CrossMoments", "DriftMoments", "compress_sequentially"]
 
 @dataclass(frozen=True)
 class CrossMoments:
-    """Second moments of x and x' about the dense mean, float64.
+    """Second moments of x and x' about a point, float64.
 
     Attributes:
         count: tokens.
-        mean, compressed_mean: μ = E[x] and μ' = E[x'] (n,).
+        shift: the point c that both are counted from, (n,).
+        mean, compressed_mean: E[x] and E[x'] (n,).
         absolute_mean: E|x'_j| (n,).
-        own: E[(x' - μ)(x' - μ)ᵀ] (n, n);  cross: E[(x - μ)(x' - μ)ᵀ] (n, n).
+        own: E[(x' - c)(x' - c)ᵀ] (n, n);  cross: E[(x - c)(x' - c)ᵀ] (n, n).
     """
 
     count: int
+    shift: Tensor
     mean: Tensor
     compressed_mean: Tensor
     absolute_mean: Tensor
@@ -62,7 +63,7 @@ class CrossMoments:
 
     def statistics(self) -> InputStatistics:
         """Return what ``InputStatistics`` says of x'; its pooled covariance is the plain one."""
-        drift = self.compressed_mean - self.mean
+        drift = self.compressed_mean - self.shift
         covariance = (self.own - torch.outer(drift, drift)) * self._unbiased
         one = torch.ones(1, dtype=torch.float64)
         return InputStatistics(
@@ -79,7 +80,10 @@ class CrossMoments:
 
     def between(self, *, centred: bool) -> Tensor:
         """Return C× (n, n), normalised as ``statistics`` does."""
-        return self.cross * self._unbiased if centred else self.cross + torch.outer(self.mean, self.compressed_mean)
+        left, right = self.mean - self.shift, self.compressed_mean - self.shift
+        if centred:
+            return (self.cross - torch.outer(left, right)) * self._unbiased
+        return self.cross + torch.outer(self.shift, right) + torch.outer(left, self.shift) + torch.outer(self.shift, self.shift)
 
     @property
     def _unbiased(self) -> float:
@@ -92,16 +96,22 @@ class DriftMoments:
 
     Attributes:
         count: tokens.
-        mean: E[δ] (n,).
+        shift: the point c that x is counted from, (n,).
+        mean, dense_mean: E[δ] and E[x] (n,).
         magnitude: E[|x'_j| - |x_j|] (n,).
-        cross: E[(x - μ) δᵀ] (n, n), with μ the dense mean;  own: E[δ δᵀ] (n, n).
+        whole: whether these are all tokens that the dense model was run on.
+        own: E[δ δᵀ] (n, n);  cross: E[(x - c) δᵀ] (n, n): where they are whole, of x' - c instead of δ. The dense model's statistics may be
+            of bfloat16 products, and what is left of a direction that x' lacks is then nothing, and not a difference of two roundings.
     """
 
     count: int
+    shift: Tensor
     mean: Tensor
+    dense_mean: Tensor
     magnitude: Tensor
-    cross: Tensor
     own: Tensor
+    cross: Tensor
+    whole: bool = False
 
     def among(self, dense: InputStatistics, *, prior: int = 0) -> CrossMoments:
         """Return the moments over all tokens of ``dense``: those that only the dense model was run on count as tokens without drift.
@@ -112,26 +122,29 @@ class DriftMoments:
             dense: of calibration windows, those of the drift among them.
             prior: further tokens of the dense model's distribution without drift.
         """
-        share = min(1.0, self.count / max(dense.count + prior, 1))
-        moment, cross = dense.moment_about(dense.mean), share * self.cross
+        moment = dense.moment_about(self.shift)
+        share = min(1.0, self.count / max((self.count if self.whole else dense.count) + prior, 1))
+        if self.whole:
+            own, cross = torch.lerp(moment, self.own, share), torch.lerp(moment, self.cross, share)
+        else:
+            drift = share * self.cross
+            own, cross = moment + drift + drift.T + share * self.own, moment + drift
+        mean = torch.lerp(dense.mean, self.dense_mean, share) if self.whole else dense.mean
         return CrossMoments(
-            dense.count,
-            dense.mean,
-            dense.mean + share * self.mean,
-            dense.absolute_mean + share * self.magnitude,
-            moment + cross + cross.T + share * self.own,
-            moment + cross,
+            dense.count, self.shift, mean, mean + share * self.mean, dense.absolute_mean + share * self.magnitude, own, cross
         )
 
 
 class _DriftAccumulator:
     """Adds rows of x and x' in float32 blocks, sums them in float64."""
 
-    def __init__(self, mean: Tensor, device: torch.device) -> None:
+    def __init__(self, mean: Tensor, device: torch.device, *, whole: bool) -> None:
+        """Count from about ``mean``, the dense one; ``whole``: the rows are all that the dense model was run on."""
         width = mean.numel()
-        self._dense_mean = mean.to(device)
+        self._whole = whole
+        self._shift = mean.to(device, torch.float32)
         self._count, self._weight = 0, 0.0
-        self._mean, self._magnitude = (torch.zeros(width, dtype=torch.float64, device=device) for _ in range(2))
+        self._mean, self._offset, self._magnitude = (torch.zeros(width, dtype=torch.float64, device=device) for _ in range(3))
         self._own, self._cross = (torch.zeros(width, width, dtype=torch.float64, device=device) for _ in range(2))
 
     def update(self, dense: Tensor, compressed: Tensor, weights: Tensor | None = None) -> None:
@@ -140,21 +153,24 @@ class _DriftAccumulator:
         weights = torch.ones(len(rows), device=rows.device) if weights is None else weights.to(torch.float32)
         self._count += len(rows)
         self._weight += float(weights.sum(dtype=torch.float64))
-        mean = self._dense_mean.to(torch.float32)
         for start in range(0, len(rows), BLOCK_ROWS):
             span = slice(start, start + BLOCK_ROWS)
             scale = weights[span, None]
             drift = drifted[span] - rows[span]
             self._mean += (drift * scale).sum(0, dtype=torch.float64)
             self._magnitude += ((drifted[span].abs() - rows[span].abs()) * scale).sum(0, dtype=torch.float64)
-            add_gram(self._own, drift * scale.sqrt())
-            self._cross += (rows[span] - mean).T @ (drift * scale)
+            centred = rows[span] - self._shift
+            self._offset += (centred * scale).sum(0, dtype=torch.float64)
+            counted = drifted[span] - self._shift if self._whole else drift
+            add_gram(self._own, counted * scale.sqrt())
+            self._cross += centred.T @ (counted * scale)
 
     def finish(self) -> DriftMoments:
         weight = self._weight or 1.0  # no token reached the expert: all sums are zero
-        sums = (self._mean, self._magnitude, self._cross, mirrored(self._own))
-        mean, magnitude, cross, own = (total.cpu() / weight for total in sums)
-        return DriftMoments(self._count, mean, magnitude, cross, own)
+        sums = (self._mean, self._offset, self._magnitude, mirrored(self._own), self._cross)
+        mean, offset, magnitude, own, cross = (total.cpu() / weight for total in sums)
+        shift = self._shift.cpu().to(torch.float64)
+        return DriftMoments(self._count, shift, mean, shift + offset, magnitude, own, cross, self._whole)
 
 
 class _Read(Exception):
@@ -185,8 +201,11 @@ class _Pair:
         layers: compressed so far, by name.
     """
 
-    def __init__(self, handle: ModelHandle, windows: WindowSet, calibration: CalibrationConfig, folder: Path | None) -> None:
+    def __init__(self, handle: ModelHandle, windows: WindowSet, statistics: LayerStatistics, folder: Path | None) -> None:
         """Take the tokens; hidden states are kept under ``folder``, in memory without one."""
+        calibration, first = statistics.config, min(shape.depth for shape in handle.shapes)
+        known = max(statistics.inputs[shape.input_group].count for shape in handle.shapes if shape.depth == first)
+        self._whole = windows.ids.numel() >= known
         self._handle, self._runner = handle, BlockRunner(handle)
         self._downweighted, batch_size = calibration.robust == "downweighted", calibration.batch_size
         self._batches = [ids.to(handle.device) for ids in torch.split(windows.ids, batch_size)]
@@ -222,7 +241,7 @@ class _Pair:
         module = self._handle.module.get_submodule(path)
         if isinstance(module, UnrolledExperts) and not module.tells_rows:
             return {}
-        accumulators = {group: _DriftAccumulator(entry.mean, self._handle.device) for group, entry in inputs.items()}
+        accumulators = {group: _DriftAccumulator(entry.mean, self._handle.device, whole=self._whole) for group, entry in inputs.items()}
         with torch.inference_mode():
             for index in range(self.batches):
                 dense = self._read(module, step, index, advance=last and self._runner.chained)
@@ -391,7 +410,7 @@ def compress_sequentially(
             progress(done, total)
 
     with _room_for_states(handle) as folder:
-        pair = _Pair(handle, windows, statistics.config, folder)
+        pair = _Pair(handle, windows, statistics, folder)
         for block in range(depth):
             here = [step for step in steps if step.depth == block]
             for step in here:

@@ -6,7 +6,7 @@ import json
 import subprocess
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -143,3 +143,5 @@ def _running(place: str, dtype: str, model: Counted, vocabulary: int, configs: S
             yield _Process(process, model, errors)
         finally:
             process.kill()
+            with suppress(BrokenPipeError):  # a line that an ended process didn't read
+                process.stdin.close()  # type: ignore[union-attr]

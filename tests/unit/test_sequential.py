@@ -264,19 +264,20 @@ def test_a_recipe_with_a_sequential_basis_is_fitted_on_its_first_windows(
 # --- moments of both models ------------------------------------------------------------------------------------------
 
 
-def drift_of(x: Tensor, y: Tensor, mean: Tensor, chunk: int = 400, weights: Tensor | None = None) -> DriftMoments:
-    accumulator = _DriftAccumulator(mean, torch.device("cpu"))
+def drift_of(x: Tensor, y: Tensor, mean: Tensor, chunk: int = 400, weights: Tensor | None = None, *, whole: bool = False) -> DriftMoments:
+    accumulator = _DriftAccumulator(mean, torch.device("cpu"), whole=whole)
     parts = [None] * len(x) if weights is None else weights.split(chunk)
     for dense, own, part in zip(x.split(chunk), y.split(chunk), parts, strict=False):
         accumulator.update(dense[None], own[None], part)
     return accumulator.finish()
 
 
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("chunk", [1, 7, 400])
-def test_cross_moments_are_those_of_two_passes(chunk: int):
+def test_cross_moments_are_those_of_two_passes(chunk: int, whole: bool):
     x = rows(10, mean=3.0)
     y = 0.8 * x + 0.1 * random(*x.shape, seed=3) + 1.5
-    result = drift_of(x, y, x.mean(0), chunk).among(inputs_of(x))
+    result = drift_of(x, y, x.mean(0), chunk, whole=whole).among(inputs_of(x))
     statistics = result.statistics()
     tolerance = {"rtol": 1e-5, "atol": 1e-5}  # products are taken in float32
     torch.testing.assert_close(statistics.mean, y.mean(0), **tolerance)
@@ -313,13 +314,25 @@ def test_tokens_weigh_in_the_drift_as_in_the_statistics():
     torch.testing.assert_close(result.cross, (x - x.mean(0)).T @ (share[:, None] * (y - x)), **tolerance)
 
 
-def test_further_tokens_of_the_dense_model_count_as_tokens_without_drift():
+@pytest.mark.parametrize("whole", [True, False])
+def test_further_tokens_of_the_dense_model_count_as_tokens_without_drift(whole: bool):
     x = rows(10, mean=3.0)
     y, dense = 0.5 * x, inputs_of(x)
-    given = drift_of(x, y, x.mean(0))
+    given = drift_of(x, y, x.mean(0), whole=whole)
     result = given.among(dense, prior=len(x))
     torch.testing.assert_close(result.compressed_mean, 0.75 * x.mean(0), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(result.cross, (given.among(dense).cross + dense.moment_about(dense.mean)) / 2, rtol=1e-5, atol=1e-5)
+
+
+def test_a_direction_that_the_drift_takes_away_is_nothing_and_not_less_where_all_tokens_are_fitted():
+    """Statistics of the dense model may be rounded to bfloat16: what is left of a direction is not their difference to float32."""
+    x = rows(10, mean=3.0)
+    y = x.clone()
+    y[:, 0] = x[:, 0].mean()
+    rounded = inputs_of(x * (1 - 1e-3))
+    left = drift_of(x, y, rounded.mean, whole=True).among(rounded).statistics().sample
+    assert float(left[0, 0]) == pytest.approx(0, abs=1e-8)
+    assert float(drift_of(x, y, rounded.mean).among(rounded).statistics().sample[0, 0]) < -1e-6 * float(left.diagonal().mean())
 
 
 @pytest.mark.parametrize("centred", [True, False])
