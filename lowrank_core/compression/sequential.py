@@ -116,7 +116,7 @@ class DriftMoments:
     def among(self, dense: InputStatistics, *, prior: int = 0) -> CrossMoments:
         """Return the moments over all tokens of ``dense``: those that only the dense model was run on count as tokens without drift.
 
-        A regression of x on x' over few windows follows those windows; so it follows all that are known.
+        The share that was run bounds how far the regression of x on x' goes: docs/results.md has what that is worth.
 
         Args:
             dense: of calibration windows, those of the drift among them.
@@ -139,7 +139,7 @@ class _DriftAccumulator:
     """Adds rows of x and x' in float32 blocks, sums them in float64."""
 
     def __init__(self, mean: Tensor, device: torch.device, *, whole: bool) -> None:
-        """Count from about ``mean``, the dense one; ``whole``: the rows are all that the dense model was run on."""
+        """Count from the dense ``mean``, rounded to float32; ``whole``: the rows are all that the dense model was run on."""
         width = mean.numel()
         self._whole = whole
         self._shift = mean.to(device, torch.float32)
@@ -204,8 +204,8 @@ class _Pair:
     def __init__(self, handle: ModelHandle, windows: WindowSet, statistics: LayerStatistics, folder: Path | None) -> None:
         """Take the tokens; hidden states are kept under ``folder``, in memory without one."""
         calibration, first = statistics.config, min(shape.depth for shape in handle.shapes)
-        known = max(statistics.inputs[shape.input_group].count for shape in handle.shapes if shape.depth == first)
-        self._whole = windows.ids.numel() >= known
+        groups = {shape.input_group for shape in handle.shapes if shape.depth == first}  # each is read from disk when it is asked for
+        self._whole = windows.ids.numel() >= max(statistics.inputs[group].count for group in groups)
         self._handle, self._runner = handle, BlockRunner(handle)
         self._downweighted, batch_size = calibration.robust == "downweighted", calibration.batch_size
         self._batches = [ids.to(handle.device) for ids in torch.split(windows.ids, batch_size)]

@@ -256,9 +256,9 @@ def test_all_that_continued_one_prompt_stand_under_it():
         "dense_facts": {"tokens": 4, "repeated": 0.0, "ended": True},
         "compressed_facts": {"tokens": 8, "repeated": 0.4, "ended": False},
     }
-    (told,) = continuations.prompts([{**bodies[0], **facts}])
-    assert told.label("Dense") == "Dense: 4 tokens, repeated 4-grams 0.0%, ended by itself"
-    assert told.label("Uniform") == "Uniform: 8 tokens (2.00x dense), repeated 4-grams 40.0%, cut at the limit"
+    (shown,) = continuations.prompts([{**bodies[0], **facts}])
+    assert shown.label("Dense") == "Dense: 4 tokens, repeated 4-grams 0.0%, ended by itself"
+    assert shown.label("Uniform") == "Uniform: 8 tokens (2.00x dense), repeated 4-grams 40.0%, cut at the limit"
 
 
 def test_timings_of_one_model_are_told_apart():
