@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 from lowrank_core.errors import ConfigError
 
-__all__ = ["check_min", "check_choice", "check_positions", "check_ratio"]
+if TYPE_CHECKING:
+    from lowrank_core.models import ModelHandle
+
+__all__ = ["Continued", "check_min", "check_choice", "check_ratio"]
 
 
 def check_ratio(compression_ratio: float) -> float:
@@ -33,19 +37,6 @@ def check_choice(name: str, value: str, choices: Collection[str]) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}; got {value!r}.")
 
 
-def check_positions(prompt_tokens: int, new_tokens: int, limit: int | None, model: str) -> None:
-    """Take the lengths of a prompt and its continuation if they fit the ``limit`` positions of ``model``; None is no limit.
-
-    Raises:
-        ConfigError: they pass it.
-    """
-    if limit is not None and prompt_tokens + new_tokens > limit:
-        raise ConfigError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones pass the {limit} positions of {model}. Lower --prompt-tokens or "
-            "--new-tokens."
-        )
-
-
 def check_min(minimum: int, **values: int) -> None:
     """Take ``values``, called by their names, if all are ``least`` or more.
 
@@ -55,3 +46,23 @@ def check_min(minimum: int, **values: int) -> None:
     for name, value in values.items():
         if value < minimum:
             raise ConfigError(f"{name.replace('_', ' ')} must be at least {minimum}, got {value}.")
+
+
+class Continued:
+    """Config of prompts and their continuations."""
+
+    prompt_tokens: int
+    new_tokens: int
+
+    def check_fits(self, handle: ModelHandle) -> None:
+        """Raise unless prompt and continuation fit the model.
+
+        Raises:
+            ConfigError: they pass the positions that the model was made for.
+        """
+        limit = handle.max_context
+        if limit is not None and self.prompt_tokens + self.new_tokens > limit:
+            raise ConfigError(
+                f"{self.prompt_tokens} prompt tokens and {self.new_tokens} new ones pass the {limit} positions of {handle.reference}. "
+                "Lower --prompt-tokens or --new-tokens."
+            )

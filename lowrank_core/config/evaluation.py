@@ -5,14 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lowrank_core.config.checks import check_positions
+from lowrank_core.config.checks import Continued
 from lowrank_core.config.options import check_options, option
 from lowrank_core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from lowrank_core.models import ModelHandle
 
 __all__ = ["BehaviourConfig", "EvaluationConfig", "Sampling", "TasksConfig"]
 
@@ -39,7 +35,7 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class BehaviourConfig:
+class BehaviourConfig(Continued):
     """Greedy continuations that tell how a model behaves."""
 
     prompts: int = option(32, "windows whose first tokens are continued, spread over the text", label="Prompts", minimum=1)
@@ -48,14 +44,6 @@ class BehaviourConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    def check_fits(self, handle: ModelHandle) -> None:
-        """Raise unless prompt and continuation fit the model.
-
-        Raises:
-            ConfigError: they pass the positions that the model was made for.
-        """
-        check_positions(self.prompt_tokens, self.new_tokens, handle.max_context, handle.reference)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from lowrank_core.config.checks import check_positions
+from lowrank_core.config.checks import Continued
 from lowrank_core.config.options import check_options, option
-
-if TYPE_CHECKING:
-    from lowrank_core.models import ModelHandle
 
 __all__ = ["SpeedConfig"]
 
 
 @dataclass(frozen=True)
-class SpeedConfig:
+class SpeedConfig(Continued):
     """Prompts, continuations and rounds."""
 
     batch_size: int = option(1, "prompts that are continued at once", label="Batch", minimum=1)
@@ -28,11 +24,3 @@ class SpeedConfig:
 
     def __post_init__(self) -> None:
         check_options(self)
-
-    def check_fits(self, handle: ModelHandle) -> None:
-        """Raise unless prompt and continuation fit the model.
-
-        Raises:
-            ConfigError: they pass the positions that the model was made for.
-        """
-        check_positions(self.prompt_tokens, self.new_tokens, handle.max_context, handle.reference)
